@@ -1,0 +1,47 @@
+"""Parameter-tree arithmetic that optax.tree lacks, and leaf paths."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def paths(tree: Any) -> list[str]:
+    """List the leaves' paths as ``"dense_1/kernel"``, in the tree's own order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+def map_with_path(function: Any, tree: Any, *rest: Any) -> Any:
+    """Map ``function(path, leaf, *other_leaves)`` over trees, with paths as `paths` gives them."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(
+            jax.tree_util.keystr(path, simple=True, separator="/"), *leaves
+        ),
+        tree,
+        *rest,
+    )
+
+
+def sizes(tree: Any) -> list[int]:
+    """List the number of elements of every leaf, in Python integers."""
+    return [int(leaf.size) for leaf in jax.tree.leaves(tree)]
+
+
+def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """Take one of two trees of the same structure, by one boolean ``[]``."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Tell whether no leaf has a NaN or an infinity; integer and boolean leaves always pass."""
+    finite = jnp.bool_(True)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
+def take(tree: Any, rows: jax.Array) -> Any:
+    """Take `rows` of every leaf's leading axis."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)

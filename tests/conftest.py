@@ -1,0 +1,20 @@
+"""The suite is strict: no implicit dtype or rank promotion; warnings are errors (pyproject.toml)."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tfds_data_dir() -> pathlib.Path:
+    """Find prepared TFDS data: ``TFDS_DATA_DIR``, else ``shared/data/tfds`` beside the checkout."""
+    beside = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
+    folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR", beside))
+    if not (folder / "fashion_mnist").is_dir():
+        pytest.skip(f"no prepared fashion_mnist in {folder}; set TFDS_DATA_DIR to run this case")
+    return folder
