@@ -1,0 +1,181 @@
+"""From one client's examples to local steps: shuffled batches gathered on the device, nothing padded.
+
+A client's order in an epoch is a function of key, epoch and position: it is evaluated for the ``B``
+positions of a batch alone, so no permutation is stored, sorted or padded to the largest client, and
+a client's randomness depends neither on its neighbours nor on the size of the population.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune.base import Batch, Batcher, ClientData, Key, Population
+from fedjaxprune.data.preprocess import Preprocess
+
+# Two positions keep their distance through one round with probability 1/2 (else it is uniform), so
+# what is left of their neighbourhood after all rounds is about 2^-24.
+_NUM_ROUNDS = 24
+_INT32_MAX = 2**31 - 1
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """Spread every input bit over the high bits of a uint32 (finaliser of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def permute(key: Key, positions: jax.Array, size: jax.Array) -> jax.Array:
+    """Map positions through a random permutation of ``[0, size)``, without making the permutation.
+
+    A swap-or-not shuffle: every round pairs `x` with `pivot - x` modulo `size` and exchanges the
+    two on the flip of a coin that both of them see. Each round is an involution, so the result is
+    an exact bijection for every size, which may be a traced value.
+
+    Args:
+      key: decides the permutation.
+      positions: ``[B]`` int32 in ``[0, size)``.
+      size: ``[]`` int32; 0 is treated as 1.
+
+    Returns:
+      ``[B]`` int32 in ``[0, size)``.
+
+    References:
+      Hoang, Morris and Rogaway, `An Enciphering Scheme Based on a Card Shuffle
+      <https://arxiv.org/abs/1208.1176>`_, 2012.
+    """
+    size = jnp.maximum(size, 1).astype(jnp.uint32)
+    pivots, seeds = jax.random.bits(key, (2, _NUM_ROUNDS), jnp.uint32)
+    pivots = pivots % size  # biased by less than size / 2^32
+    x = positions.astype(jnp.uint32)
+    for r in range(_NUM_ROUNDS):
+        difference = pivots[r] - x  # modulo 2^32: a negative one is put right by adding the size
+        partner = jnp.where(x > pivots[r], difference + size, difference)
+        coin = _mix(jnp.maximum(x, partner) ^ seeds[r]) >> 31
+        x = jnp.where(coin == 1, partner, x)
+    return x.astype(jnp.int32)
+
+
+def client_data(population: Population, client_id: jax.Array) -> ClientData:
+    """Look up what client `client_id` ``[]`` holds; nothing is copied."""
+    start = population.offsets[client_id]
+    return ClientData(
+        examples=population.examples,
+        index=population.index,
+        start=start,
+        size=population.offsets[client_id + 1] - start,
+    )
+
+
+def epochs(*, num_epochs: int, batch_size: int, preprocess: Preprocess) -> Batcher:
+    """Walk through the client's examples `num_epochs` times, each time in a fresh order.
+
+    A client of `size` examples takes ``num_epochs * ceil(size / batch_size)`` steps, an empty one
+    none. The last batch of an epoch is kept: the slots that it lacks are filled with examples of
+    the same epoch from its beginning, at weight 0.
+
+    Args:
+      num_epochs: at least 1.
+      batch_size: ``B``, at least 1.
+      preprocess: applied to the stored inputs of each batch, with a key of the step's own.
+
+    Returns:
+      A `Batcher` of examples ``{"inputs": [E, ...], "labels": [E]}``. A batch of an empty client is
+      some other client's example at weight 0.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+    _check_positive("num_epochs", num_epochs)
+    _check_positive("batch_size", batch_size)
+
+    def num_steps_fn(data: ClientData) -> jax.Array:
+        return num_epochs * _ceil_divide(data.size, batch_size)
+
+    def batch_fn(key: Key, data: ClientData, step: jax.Array) -> Batch:
+        order_key, preprocess_key = jax.random.split(key)
+        per_epoch = jnp.maximum(_ceil_divide(data.size, batch_size), 1)
+        slots = step % per_epoch * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+        positions = permute(
+            jax.random.fold_in(order_key, step // per_epoch),
+            slots % jnp.maximum(data.size, 1),
+            data.size,
+        )
+        weights = (slots < data.size).astype(jnp.float32)
+        return _gather(
+            jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
+        )
+
+    return Batcher(num_steps=num_steps_fn, batch=batch_fn)
+
+
+def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher:
+    """Take the same number of full batches at every client, whatever its size.
+
+    Batch `k` takes the slots ``k * B ... (k + 1) * B - 1`` of an endless sequence of epochs, each
+    in a fresh order; a batch may span the end of one epoch and the beginning of the next. So all
+    slots count, and a client with fewer examples than a batch sees some of them more than once in
+    it. An empty client takes no steps.
+
+    Args:
+      num_steps: local steps of every client that has examples, at least 1.
+      batch_size: ``B``, at least 1.
+      preprocess: as for `epochs`.
+
+    Returns:
+      A `Batcher`, as `epochs`.
+
+    Raises:
+      ValueError: if a number is out of range, or slots would not fit int32.
+    """
+    _check_positive("num_steps", num_steps)
+    _check_positive("batch_size", batch_size)
+    if num_steps * batch_size > _INT32_MAX:
+        raise ValueError(
+            f"num_steps * batch_size must not exceed {_INT32_MAX}, got {num_steps} * {batch_size}."
+        )
+
+    def num_steps_fn(data: ClientData) -> jax.Array:
+        return jnp.where(data.size > 0, jnp.int32(num_steps), jnp.int32(0))
+
+    def batch_fn(key: Key, data: ClientData, step: jax.Array) -> Batch:
+        order_key, preprocess_key = jax.random.split(key)
+        size = jnp.maximum(data.size, 1)
+        slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(order_key, slots // size)
+        positions = jax.vmap(permute, in_axes=(0, 0, None))(keys, slots % size, size)
+        weights = jnp.full(batch_size, data.size > 0).astype(jnp.float32)
+        return _gather(
+            jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
+        )
+
+    return Batcher(num_steps=num_steps_fn, batch=batch_fn)
+
+
+def _gather(
+    key: Key, data: ClientData, positions: jax.Array, weights: jax.Array, preprocess: Preprocess
+) -> Batch:
+    """Fetch the client's examples at `positions` ``[B]`` and prepare their inputs."""
+    # An empty last client starts behind the end of the index: clip, so that nothing is made up.
+    rows = data.index.at[data.start + positions].get(mode="clip")
+
+    def take(leaf: Any) -> jax.Array:
+        return leaf.at[rows].get(mode="clip")
+
+    return Batch(
+        inputs=preprocess(key, jax.tree.map(take, data.examples["inputs"])),
+        labels=take(data.examples["labels"]).astype(jnp.int32),
+        weights=weights,
+    )
+
+
+def _ceil_divide(size: jax.Array, batch_size: int) -> jax.Array:
+    """Divide, rounding up, without leaving int32."""
+    return (size + (batch_size - 1)) // batch_size
+
+
+def _check_positive(name: str, value: int) -> None:
+    """Refuse what is not a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
