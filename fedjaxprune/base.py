@@ -159,7 +159,8 @@ class Aggregator(NamedTuple):
 
     Attributes:
       init: ``like -> accumulator``, the zero, from one client's value.
-      add: ``(accumulator, value, masks, weight) -> accumulator``; masks may be None.
+      add: ``(accumulator, value, masks, weight) -> accumulator``; masks may be None. A value of
+        weight 0 adds nothing, be it NaN.
       merge: ``(accumulator, accumulator) -> accumulator``, associative and commutative.
       finish: ``accumulator -> value``.
     """
@@ -266,7 +267,9 @@ class RoundMetrics(NamedTuple):
       kept: ``[L]`` int32, live entries per leaf after the round.
       num_changed: ``[]`` int32, mask entries that the round flipped.
       downlink_kept: ``[L]`` int32, entries per leaf that one client received.
-      uplink_kept: ``[L]`` int32, entries per leaf that one client could send.
+      uplink_kept: ``[C, L]`` int32, entries per leaf that each client could send; only rows of present
+        clients mean anything.
+      present: ``[C]`` bool, who took part.
       num_present: ``[]`` int32, clients that took part.
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
       num_masks_sent: ``[]`` int32, clients that had to be sent the masks in force.
@@ -277,6 +280,7 @@ class RoundMetrics(NamedTuple):
     num_changed: jax.Array
     downlink_kept: jax.Array
     uplink_kept: jax.Array
+    present: jax.Array
     num_present: jax.Array
     num_rejected: jax.Array
     num_masks_sent: jax.Array
@@ -307,14 +311,15 @@ class Algorithm(NamedTuple):
       init_client: ``params -> ClientRow`` of a client that has never taken part.
       stages: in order; they share one `RoundState`.
       deployed: ``state -> params`` to be evaluated and shipped; pruned entries are exact zeros.
-      num_bits: ``RoundMetrics (as NumPy) -> Traffic`` on the host, in Python integers.
+      num_bits: ``(metrics, state) -> Traffic`` on the host, in Python integers; of the state only the
+        shapes are read.
     """
 
     init: Callable[[Params, State], RoundState]
     init_client: Callable[[Params], ClientRow]
     stages: tuple[Stage, ...]
     deployed: Callable[[RoundState], Params]
-    num_bits: Callable[[RoundMetrics], "Traffic"]
+    num_bits: Callable[[RoundMetrics, RoundState], "Traffic"]
 
 
 class Traffic(NamedTuple):

@@ -1,0 +1,269 @@
+"""client + uplink + aggregators + server + pruner -> Algorithm: where the two wings meet."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.base import (
+    Aggregator,
+    Algorithm,
+    Batcher,
+    Broadcast,
+    Client,
+    ClientRow,
+    Cohort,
+    CohortAggregator,
+    Key,
+    Masks,
+    Message,
+    PrunableFn,
+    Pruner,
+    PrunerInputs,
+    RoundMetrics,
+    RoundState,
+    Schedule,
+    Stage,
+    Traffic,
+    Uplink,
+)
+from fedjaxprune.federated import aggregators as aggregators_lib
+from fedjaxprune.federated import cohort as cohort_lib
+from fedjaxprune.federated import servers
+from fedjaxprune.federated import uplink as uplink_lib
+from fedjaxprune.pruning import pruners
+
+VALUE_BITS = 32  # a weight travels as a float32
+
+
+class Setup(NamedTuple):
+    """What every method shares: one protocol under which methods can be compared.
+
+    Attributes:
+      num_rounds: rounds of the run; schedules stretch over them.
+      batcher: how a client's examples become local steps.
+      optimizer: local optimiser, any optax transformation.
+      learning_rate_scale: factor on local updates, by round (an optax schedule fits).
+      uplink: what a delta looks like after the wire; None sends it as it is.
+      aggregator: of the deltas; None takes the weighted mean.
+      server: the server's optimiser, an optax transformation (see `servers`); None takes the
+        aggregated delta as it is.
+      chunk_size: clients that run side by side; changes nothing but speed and memory.
+    """
+
+    num_rounds: int
+    batcher: Batcher
+    optimizer: optax.GradientTransformation
+    learning_rate_scale: Schedule | None = None
+    uplink: Uplink | None = None
+    aggregator: Aggregator | CohortAggregator | None = None
+    server: optax.GradientTransformation | None = None
+    chunk_size: int = 1
+
+
+class Travel(NamedTuple):
+    """Which masks rule where, for methods in which training, sending and storing differ.
+
+    Attributes:
+      train: ``(key, state) -> masks`` that the clients train under.
+      send: ``state -> masks`` of the entries that a client sends.
+      server_is_dense: whether the server keeps the values of pruned entries to itself (what it
+        broadcasts and deploys is masked all the same).
+    """
+
+    train: Callable[[Key, RoundState], Masks]
+    send: Callable[[RoundState], Masks]
+    server_is_dense: bool
+
+
+def masks_in_force() -> Travel:
+    """Train, send and store under the masks in force: the plain case."""
+    return Travel(
+        train=lambda key, state: state.masks,
+        send=lambda state: state.masks,
+        server_is_dense=False,
+    )
+
+
+def compose(
+    setup: Setup,
+    *,
+    client: Client,
+    pruner: Pruner | None = None,
+    prunable: PrunableFn = masks_lib.kernels,
+    aggregators: Mapping[str, Aggregator | CohortAggregator] | None = None,
+    travel: Travel | None = None,
+    name: str = "train",
+) -> Algorithm:
+    """Build a federated pruning method of one stage.
+
+    A round: clients train from the broadcast (``travel.train`` masks), each delta goes through the
+    uplink, messages are aggregated by field, the server steps, the pruner revises the masks, and
+    what is pruned becomes exact zero in the parameters and in the server's memory.
+
+    Args:
+      setup: what every method shares; its batcher, optimiser and scale are the client's business and
+        are not read here.
+      client: local work; its message has at least `delta`, `model_state` and `metrics`.
+      pruner: revises the masks at the end of a round, seeing only the `prunable` leaves; by default
+        the masks stay.
+      prunable: which leaves may be pruned.
+      aggregators: by field of the message, beside the defaults: ``setup.aggregator`` for `delta`,
+        weighted means of `model_state` and `grads`, the sum of `metrics`.
+      travel: where which masks rule; by default the masks in force, everywhere.
+      name: the stage's name in the record.
+    """
+    uplink = uplink_lib.identity() if setup.uplink is None else setup.uplink
+    server = servers.fedavg() if setup.server is None else setup.server
+    pruner = pruners.keep() if pruner is None else pruners.exempt(pruner, prunable)
+    travel = masks_in_force() if travel is None else travel
+    mean = aggregators_lib.weighted_mean()
+    by_field = {
+        "delta": mean if setup.aggregator is None else setup.aggregator,
+        "model_state": mean,
+        "grads": mean,
+        "metrics": aggregators_lib.total(),
+        **(aggregators or {}),
+        "uplink_kept": CohortAggregator(reduce=lambda values, masks, weights: values),
+        "num_messages": aggregators_lib.total(),
+    }
+
+    def init_fn(params, model_state):
+        return RoundState(
+            round=jnp.int32(0),
+            params=params,
+            masks=masks_lib.full(params),
+            mask_version=jnp.int32(0),
+            model_state=model_state,
+            server=servers.init(server, params),
+            pruner=pruner.init(params),
+        )
+
+    def init_client_fn(params):
+        return ClientRow(
+            client=client.init(params), uplink=uplink.init(params), mask_version=jnp.int32(0)
+        )
+
+    def deployed_fn(state):
+        return (
+            masks_lib.apply(state.masks, state.params) if travel.server_is_dense else state.params
+        )
+
+    def round_fn(key, state, cohort, population):
+        client_key, train_key, pruner_key = jax.random.split(key, 3)
+        sendable = travel.send(state)
+        broadcast = Broadcast(
+            params=deployed_fn(state),
+            masks=travel.train(train_key, state),
+            model_state=state.model_state,
+            round=state.round,
+        )
+
+        def update(key, broadcast, own, data):
+            work_key, wire_key = jax.random.split(key)
+            message, client_state = client.update(work_key, broadcast, own[0], data)
+            sent = sendable
+            if "masks" in message.fields:
+                sent = jax.tree.map(jnp.logical_and, sent, message.fields["masks"])
+            delta = masks_lib.apply(sent, message.fields["delta"])
+            delta, uplink_state = uplink.update(wire_key, delta, own[1], sent)
+            fields = {
+                **message.fields,
+                "delta": delta,
+                "uplink_kept": masks_lib.num_kept(sent),
+                "num_messages": jnp.int32(1),
+            }
+            return Message(fields=fields, weight=message.weight), (client_state, uplink_state)
+
+        rows = cohort.states
+        outcome = cohort_lib.run(
+            update,
+            by_field,
+            client_key,
+            broadcast,
+            Cohort(cohort.client_ids, cohort.present, (rows.client, rows.uplink)),
+            population,
+            chunk_size=setup.chunk_size,
+        )
+        fields = outcome.fields
+
+        stepped = servers.step(server, fields["delta"], state.server, state.params)
+        # A round in which nobody was heard moves nothing, momentum included.
+        params, server_state = trees.select(
+            fields["num_messages"] > 0, stepped, (state.params, state.server)
+        )
+        inputs = PrunerInputs(params=params, grads=fields.get("grads"), round=state.round)
+        masks, pruner_state = pruner.update(pruner_key, state.masks, state.pruner, inputs)
+        if not travel.server_is_dense:
+            params = masks_lib.apply(masks, params)
+            server_state = servers.zero_pruned(server, server_state, masks)
+
+        num_changed = masks_lib.num_changed(state.masks, masks)
+        new_state = RoundState(
+            round=state.round + 1,
+            params=params,
+            masks=masks,
+            mask_version=state.mask_version + (num_changed > 0).astype(jnp.int32),
+            model_state=jax.tree.map(jnp.add, state.model_state, fields["model_state"]),
+            server=server_state,
+            pruner=pruner_state,
+        )
+        stale = cohort.present & (rows.mask_version != state.mask_version)
+        new_rows = ClientRow(
+            client=outcome.states[0],
+            uplink=outcome.states[1],
+            mask_version=jnp.where(cohort.present, state.mask_version, rows.mask_version),
+        )
+        round_metrics = RoundMetrics(
+            train=fields["metrics"],
+            kept=masks_lib.num_kept(masks),
+            num_changed=num_changed,
+            downlink_kept=masks_lib.num_kept(state.masks),
+            uplink_kept=fields["uplink_kept"],
+            present=cohort.present,
+            num_present=jnp.sum(cohort.present, dtype=jnp.int32),
+            num_rejected=jnp.sum(outcome.rejected, dtype=jnp.int32),
+            num_masks_sent=jnp.sum(stale, dtype=jnp.int32),
+        )
+        return new_state, new_rows, round_metrics
+
+    def num_bits_fn(metrics, state):
+        return traffic(metrics, state, uplink=uplink, prunable=prunable)
+
+    return Algorithm(
+        init=init_fn,
+        init_client=init_client_fn,
+        stages=(Stage(name=name, num_rounds=setup.num_rounds, round=round_fn),),
+        deployed=deployed_fn,
+        num_bits=num_bits_fn,
+    )
+
+
+def traffic(
+    metrics: RoundMetrics, state: RoundState, *, uplink: Uplink, prunable: PrunableFn
+) -> Traffic:
+    """Multiply a round's counts out to bits, in Python integers.
+
+    A value is 32 bits. Entries that the masks rule out do not travel, and who is not listed under
+    `num_masks_sent` holds the masks already. Masks that follow from the run's seed cost nothing.
+    """
+    sizes = trees.sizes(state.params)
+    flags = masks_lib.prunable_leaves(state.params, prunable)
+    num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+    sent = np.asarray(metrics.uplink_kept)[np.asarray(metrics.present)]
+    rows, counts = np.unique(sent, axis=0, return_counts=True) if len(sent) else (sent, [])
+    num_present = int(metrics.num_present)
+    return Traffic(
+        uplink_bits=sum(
+            int(count) * uplink.num_bits([int(n) for n in row], sizes)
+            for row, count in zip(rows, counts, strict=True)
+        ),
+        downlink_bits=num_present * VALUE_BITS * sum(int(n) for n in metrics.downlink_kept),
+        mask_bits=int(metrics.num_masks_sent) * num_prunable,
+        statistics_bits=2 * num_present * VALUE_BITS * sum(trees.sizes(state.model_state)),
+    )

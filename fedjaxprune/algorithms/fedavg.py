@@ -1,0 +1,44 @@
+"""FedAvg and FedProx: dense federated averaging, the baselines of everything else.
+
+References:
+  McMahan et al., `Communication-Efficient Learning of Deep Networks from Decentralized Data
+  <https://arxiv.org/abs/1602.05629>`_, 2017; Li et al., `Federated Optimization in Heterogeneous
+  Networks <https://arxiv.org/abs/1812.06127>`_, 2020.
+"""
+
+from collections.abc import Sequence
+
+from fedjaxprune.algorithms.compose import Setup, compose
+from fedjaxprune.base import Algorithm, Model
+from fedjaxprune.federated import clients
+
+
+def fedavg(model: Model, setup: Setup, *, penalties: Sequence[clients.PenaltyFn] = ()) -> Algorithm:
+    """Average the clients' parameters, weighted by their numbers of examples.
+
+    With another server than the default this is FedAvgM, FedAdam or FedYogi.
+
+    Args:
+      model: the network.
+      setup: what every method shares.
+      penalties: terms added to the local loss.
+    """
+    client = clients.local_sgd(
+        model.loss,
+        batcher=setup.batcher,
+        optimizer=setup.optimizer,
+        learning_rate_scale=setup.learning_rate_scale,
+        penalties=penalties,
+    )
+    return compose(setup, client=client)
+
+
+def fedprox(model: Model, setup: Setup, *, mu: float) -> Algorithm:
+    """Do FedAvg with a local loss that pulls towards the broadcast parameters.
+
+    Args:
+      model: the network.
+      setup: what every method shares.
+      mu: strength of the pull, ``mu / 2 ||w - w_t||^2``; 0 is FedAvg.
+    """
+    return fedavg(model, setup, penalties=(clients.proximal(mu=mu),) if mu else ())

@@ -1,0 +1,207 @@
+"""One client's local work, written plainly: no client axis, no client index."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import metrics, trees
+from fedjaxprune.base import (
+    Batch,
+    Batcher,
+    Broadcast,
+    Client,
+    Key,
+    Message,
+    Metrics,
+    Params,
+    PrunableFn,
+    Schedule,
+    State,
+)
+
+LossFn = Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
+PenaltyFn = Callable[[Params, Broadcast], jax.Array]
+"""``(local parameters, broadcast) -> [] `` added to the loss of every local step."""
+
+
+def proximal(*, mu: float) -> PenaltyFn:
+    """Pull local parameters towards the broadcast ones: ``mu / 2 * ||w - w_t||^2``.
+
+    References:
+      Li et al., `FedProx <https://arxiv.org/abs/1812.06127>`_, 2020.
+    """
+    if mu < 0.0:
+        raise ValueError(f"mu must not be negative, got {mu}.")
+
+    def penalty(params, broadcast):
+        squares = jax.tree.map(
+            lambda local, start: jnp.sum(jnp.square(local - start)), params, broadcast.params
+        )
+        return 0.5 * mu * sum(jax.tree.leaves(squares), start=jnp.float32(0.0))
+
+    return penalty
+
+
+def layer_norms(*, coefficient: Schedule, prunable: PrunableFn) -> PenaltyFn:
+    """Add ``coefficient(round)`` times the sum of the layers' Euclidean norms (not squared).
+
+    It is a group lasso with one group a layer. The gradient of an all-zero layer is defined as zero.
+    """
+
+    def norm(path, leaf):
+        if not prunable(path, leaf):
+            return jnp.float32(0.0)
+        square = jnp.sum(jnp.square(leaf))
+        positive = square > 0
+        root = jnp.sqrt(jnp.where(positive, square, jnp.ones_like(square)))
+        return jnp.where(positive, root, jnp.zeros_like(root))
+
+    def penalty(params, broadcast):
+        norms = trees.map_with_path(norm, params)
+        total = sum(jax.tree.leaves(norms), start=jnp.float32(0.0))
+        return jnp.asarray(coefficient(broadcast.round), jnp.float32) * total
+
+    return penalty
+
+
+class _Progress(NamedTuple):
+    """Where a client stands between two local steps."""
+
+    params: Params
+    optimizer: State
+    model_state: State
+    grads: Params
+    metrics: Metrics
+
+
+def local_sgd(
+    loss: LossFn,
+    *,
+    batcher: Batcher,
+    optimizer: optax.GradientTransformation,
+    learning_rate_scale: Schedule | None = None,
+    penalties: Sequence[PenaltyFn] = (),
+    report_grads: Callable[[jax.Array], jax.Array] | None = None,
+) -> Client:
+    """Train the live weights: gradients and updates are masked, pruned entries stay exact zeros.
+
+    Args:
+      loss: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``, as in a `Model`.
+      batcher: how the client's examples become local steps.
+      optimizer: any optax transformation; its state starts afresh every round.
+      learning_rate_scale: factor on the optimiser's updates, by round (an optax schedule fits);
+        constant inside a round. Without it updates are taken as they are.
+      penalties: terms added to the loss of every step.
+      report_grads: if given, the message carries `grads`, the mean over the local steps of the
+        gradient with respect to *all* weights, pruned ones included, in the rounds for which this
+        predicate holds (zeros in the others, and then at no cost).
+
+    Returns:
+      A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a delta
+      too), `metrics` and, if asked for, `grads`; its weight is the number of examples.
+    """
+    return _client(
+        loss, batcher, optimizer, learning_rate_scale, penalties, report_grads, dense_updates=False
+    )
+
+
+def dense_feedback_sgd(
+    loss: LossFn,
+    *,
+    batcher: Batcher,
+    optimizer: optax.GradientTransformation,
+    learning_rate_scale: Schedule | None = None,
+    penalties: Sequence[PenaltyFn] = (),
+    report_grads: Callable[[jax.Array], jax.Array] | None = None,
+) -> Client:
+    """Take gradients at the masked weights and apply them to the dense ones.
+
+    So pruned weights keep receiving updates within the round, which is the error feedback of dynamic
+    pruning (FedDIP, DPF); the delta is dense. Arguments and message as in `local_sgd`.
+
+    References:
+      Lin et al., `Dynamic Model Pruning with Feedback <https://arxiv.org/abs/2006.07253>`_, 2020.
+    """
+    return _client(
+        loss, batcher, optimizer, learning_rate_scale, penalties, report_grads, dense_updates=True
+    )
+
+
+def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_updates) -> Client:
+    def objective(params, broadcast, model_state, batch, key):
+        value, aux = loss(params, model_state, batch, key)
+        for penalty in penalties:
+            value = value + penalty(params, broadcast)
+        return value, aux
+
+    def optimizer_step(grads, state, params, round_index):
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
+            updates, state = optimizer.update(grads, state, params)
+            if scale is not None:
+                factor = scale(round_index)
+                updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
+        return updates, state
+
+    def update_fn(key, broadcast, state, data):
+        masks = broadcast.masks
+        batch_key, step_key = jax.random.split(key)
+        start = broadcast.params if dense_updates else masks_lib.apply(masks, broadcast.params)
+
+        def step_fn(step, progress):
+            batch = batcher.batch(batch_key, data, step)
+            seen = masks_lib.apply(masks, progress.params) if dense_updates else progress.params
+            (_, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
+                objective, has_aux=True
+            )(seen, broadcast, progress.model_state, batch, jax.random.fold_in(step_key, step))
+            grads = dense_grads if dense_updates else masks_lib.apply(masks, dense_grads)
+            updates, optimizer_state = optimizer_step(
+                grads, progress.optimizer, progress.params, broadcast.round
+            )
+            if not dense_updates:
+                updates = masks_lib.apply(masks, updates)
+            reported = progress.grads
+            if report_grads is not None:
+                reported = jax.lax.cond(
+                    report_grads(broadcast.round),
+                    lambda sums, new: jax.tree.map(jnp.add, sums, new),
+                    lambda sums, new: sums,
+                    reported,
+                    dense_grads,
+                )
+            return _Progress(
+                params=optax.apply_updates(progress.params, updates),
+                optimizer=optimizer_state,
+                model_state=model_state,
+                grads=reported,
+                metrics=metrics.merge(progress.metrics, step_metrics),
+            )
+
+        num_steps = batcher.num_steps(data)
+        shapes = jax.eval_shape(
+            lambda: loss(
+                start, broadcast.model_state, batcher.batch(batch_key, data, jnp.int32(0)), step_key
+            )
+        )
+        progress = _Progress(
+            params=start,
+            optimizer=optimizer.init(start),
+            model_state=broadcast.model_state,
+            grads=() if report_grads is None else jax.tree.map(jnp.zeros_like, start),
+            metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1]),
+        )
+        progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
+        fields = {
+            "delta": jax.tree.map(jnp.subtract, progress.params, start),
+            "model_state": jax.tree.map(jnp.subtract, progress.model_state, broadcast.model_state),
+            "metrics": progress.metrics,
+        }
+        if report_grads is not None:
+            count = jnp.maximum(num_steps, 1).astype(jnp.float32)
+            fields["grads"] = jax.tree.map(lambda g: g / count.astype(g.dtype), progress.grads)
+        return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
+
+    return Client(init=lambda params: (), update=update_fn)
