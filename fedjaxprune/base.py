@@ -41,8 +41,8 @@ class Model(NamedTuple):
     """A network as three pure functions.
 
     Attributes:
-      init: ``key -> (params, state)``; `state` is what is not trained (BatchNorm statistics), ``{}``
-        where there is none.
+      init: ``key -> (params, state)``; `state` is what is not trained (BatchNorm statistics),
+        ``{}`` where there is none.
       loss: ``(params, state, batch, key) -> (loss, (state, metrics))``: the weighted mean loss over
         the batch in training mode; metrics is a dict of accumulators with at least ``loss``.
       predict: ``(params, state, inputs [B, ...]) -> logits [B, classes]`` in inference mode.
@@ -119,7 +119,8 @@ class Message(NamedTuple):
     Attributes:
       fields: named trees; each name has an aggregator of its own. `delta` is always there; `masks`
         are personal masks, for the aggregators that count holders.
-      weight: ``[]`` float32, usually the number of examples; 0 for a client that counts for nothing.
+      weight: ``[]`` float32, usually the number of examples; 0 for a client that counts for
+        nothing.
     """
 
     fields: Mapping[str, Any]
@@ -229,8 +230,8 @@ class RoundState(NamedTuple):
       round: ``[]`` int32, rounds completed.
       params: global parameters.
       masks: masks in force.
-      mask_version: ``[]`` int32, 0 for the all-True masks of the start; grows by one whenever the masks
-        change, so that it can be told who holds which.
+      mask_version: ``[]`` int32, 0 for the all-True masks of the start; grows by one whenever the
+        masks change, so that it can be told who holds which.
       model_state: what is not trained.
       server: state of the server's optimiser.
       pruner: state of the pruner.
@@ -267,8 +268,8 @@ class RoundMetrics(NamedTuple):
       kept: ``[L]`` int32, live entries per leaf after the round.
       num_changed: ``[]`` int32, mask entries that the round flipped.
       downlink_kept: ``[L]`` int32, entries per leaf that one client received.
-      uplink_kept: ``[C, L]`` int32, entries per leaf that each client could send; only rows of present
-        clients mean anything.
+      uplink_kept: ``[C, L]`` int32, entries per leaf that each client could send; only rows of
+        present clients mean anything.
       present: ``[C]`` bool, who took part.
       num_present: ``[]`` int32, clients that took part.
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
@@ -292,8 +293,8 @@ class Stage(NamedTuple):
     Attributes:
       name: shown in the record.
       num_rounds: how many.
-      round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, one pure function,
-        traced once.
+      round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, one pure
+        function, traced once.
     """
 
     name: str
@@ -311,8 +312,8 @@ class Algorithm(NamedTuple):
       init_client: ``params -> ClientRow`` of a client that has never taken part.
       stages: in order; they share one `RoundState`.
       deployed: ``state -> params`` to be evaluated and shipped; pruned entries are exact zeros.
-      num_bits: ``(metrics, state) -> Traffic`` on the host, in Python integers; of the state only the
-        shapes are read.
+      num_bits: ``(metrics, state) -> Traffic`` on the host, in Python integers; of the state only
+        the shapes are read.
     """
 
     init: Callable[[Params, State], RoundState]

@@ -1,4 +1,4 @@
-"""What a mask is: a total boolean tree of the parameters' shapes. Make, apply, count, compare, pack."""
+"""What a mask is: a total boolean tree of the parameters' shapes."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def sparsity(masks: Masks, prunable: PrunableFn) -> jax.Array:
 
 
 def overlap(first: Masks, second: Masks) -> jax.Array:
-    """Measure the Jaccard similarity of what two masks keep: ``[]`` float32, 1 where both are empty."""
+    """Measure the Jaccard similarity of what two masks keep: ``[]`` float32, 1 if both are empty."""
     both = jax.tree.map(lambda a, b: jnp.sum(a & b, dtype=jnp.int32), first, second)
     either = jax.tree.map(lambda a, b: jnp.sum(a | b, dtype=jnp.int32), first, second)
     shared = sum(jax.tree.leaves(both), start=jnp.int32(0)).astype(jnp.float32)
@@ -76,7 +76,7 @@ def overlap(first: Masks, second: Masks) -> jax.Array:
 
 
 def pack(masks: Masks) -> Any:
-    """Pack every leaf to bits: ``[ceil(size / 8)]`` uint8, row-major, most significant bit first."""
+    """Pack every leaf to bits, row-major, most significant first: ``[ceil(size / 8)]`` uint8."""
     return jax.tree.map(lambda leaf: jnp.packbits(leaf.ravel()), masks)
 
 

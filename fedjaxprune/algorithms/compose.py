@@ -107,8 +107,8 @@ def compose(
     what is pruned becomes exact zero in the parameters and in the server's memory.
 
     Args:
-      setup: what every method shares; its batcher, optimiser and scale are the client's business and
-        are not read here.
+      setup: what every method shares; its batcher, optimiser and scale are the client's business
+        and are not read here.
       client: local work; its message has at least `delta`, `model_state` and `metrics`.
       pruner: revises the masks at the end of a round, seeing only the `prunable` leaves; by default
         the masks stay.

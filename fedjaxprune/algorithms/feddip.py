@@ -5,16 +5,16 @@ masked weights and apply them to the dense ones; a penalty on the layers' norms 
 
 Three readings of "dynamic pruning" are offered as `mode`:
 
-- ``masked``, what the authors' public code does: what is pruned never returns, and the dense entries
-  of a delta have no effect once a mask is in force, so they are not sent;
+- ``masked``, what the authors' public code does: what is pruned never returns, and the dense
+  entries of a delta have no effect once a mask is in force, so they are not sent;
 - ``regrow``: revisions rank the aggregate before it is masked, so weights can return; clients send
   dense deltas in the revision rounds, and only in those;
 - ``dense``: the server keeps dense parameters and broadcasts them masked (federated DPF, with the
   penalty); clients send dense deltas in every round.
 
 Where we differ from the public code: the masks of round 0 are one draw for all clients (theirs
-differ by client), BatchNorm statistics come from the masked forward pass, and losses are reported of
-the masked model, without penalty.
+differ by client), BatchNorm statistics come from the masked forward pass, and losses are reported
+of the masked model, without penalty.
 
 References:
   Long et al., `FedDIP <https://arxiv.org/abs/2309.06805>`_, 2023; Lin et al., `Dynamic Model
@@ -58,8 +58,8 @@ def stepped_penalty(
 
     Zero in the first segment, `min_penalty` in the second, then up in equal steps. As in the public
     code the last step is one short of `max_penalty`: the step height is the difference divided by
-    ``num_segments - 1``, and the last segment stands ``num_segments - 2`` steps up. Rounds left over
-    by the division belong to the last segment. The public code fixes `min_penalty` and
+    ``num_segments - 1``, and the last segment stands ``num_segments - 2`` steps up. Rounds left
+    over by the division belong to the last segment. The public code fixes `min_penalty` and
     `num_segments`.
 
     Raises:
@@ -91,8 +91,8 @@ def stepped_penalty(
 def erk_start(*, sparsity: float, prunable: PrunableFn) -> Callable[[Key, Params], Masks]:
     """Draw random masks with ERK layer densities: ``(key, params) -> masks``.
 
-    Clients train under them in round 0, before any magnitude has been learnt. They are drawn from the
-    round's key, which everybody holds, so they do not travel.
+    Clients train under them in round 0, before any magnitude has been learnt. They are drawn from
+    the round's key, which everybody holds, so they do not travel.
 
     References:
       Evci et al., `RigL <https://arxiv.org/abs/1911.11134>`_, 2020 (the ERK allocation).
@@ -135,15 +135,15 @@ def feddip(
       final_sparsity: pruned fraction of the prunable weights that the cubic curve leads to.
       initial_sparsity: the same after the first revision, at the end of round 0.
       period: rounds between revisions; they fall at the end of rounds 0, `period`, ...
-      max_penalty: where the penalty's staircase leads (see `stepped_penalty`); 0 switches the penalty
-        off, which is the paper's ablation without it.
+      max_penalty: where the penalty's staircase leads (see `stepped_penalty`); 0 switches the
+        penalty off, which is the paper's ablation without it.
       num_segments: the staircase's number of steps (published: 20).
       mode: how dynamic the masks are, as the module says.
       prunable: which leaves may be pruned (published: all kernels but 1x1 shortcuts).
 
     Raises:
-      ValueError: if a sparsity lies outside [0, 1) or falls, the mode is unknown, or there are fewer
-        rounds than segments of the penalty.
+      ValueError: if a sparsity lies outside [0, 1) or falls, the mode is unknown, or there are
+        fewer rounds than segments of the penalty.
     """
     for option, value in (
         ("final_sparsity", final_sparsity),
@@ -206,7 +206,7 @@ def feddip(
 
 
 def feddip_without_pruning(model: Model, setup: Setup, *, max_penalty: float = 1e-3) -> Algorithm:
-    """Do FedAvg with a constant penalty on the norms of *all* parameter tensors: FedDIP's other ablation.
+    """Do FedAvg with a constant penalty on the norms of *all* tensors: FedDIP's other ablation.
 
     Args:
       model: the network.

@@ -1,0 +1,1 @@
+"""Data sets, partitions and batches that are gathered inside the jit."""

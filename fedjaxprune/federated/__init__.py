@@ -1,0 +1,1 @@
+"""Clients and server; takes masks as given and never makes one."""

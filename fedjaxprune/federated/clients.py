@@ -49,7 +49,8 @@ def proximal(*, mu: float) -> PenaltyFn:
 def layer_norms(*, coefficient: Schedule, prunable: PrunableFn) -> PenaltyFn:
     """Add ``coefficient(round)`` times the sum of the layers' Euclidean norms (not squared).
 
-    It is a group lasso with one group a layer. The gradient of an all-zero layer is defined as zero.
+    It is a group lasso with one group a layer. The gradient of an all-zero layer is defined as
+    zero.
     """
 
     def norm(path, leaf):
@@ -90,7 +91,8 @@ def local_sgd(
     """Train the live weights: gradients and updates are masked, pruned entries stay exact zeros.
 
     Args:
-      loss: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``, as in a `Model`.
+      loss: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``, as in a
+        `Model`.
       batcher: how the client's examples become local steps.
       optimizer: any optax transformation; its state starts afresh every round.
       learning_rate_scale: factor on the optimiser's updates, by round (an optax schedule fits);
@@ -101,8 +103,8 @@ def local_sgd(
         predicate holds (zeros in the others, and then at no cost).
 
     Returns:
-      A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a delta
-      too), `metrics` and, if asked for, `grads`; its weight is the number of examples.
+      A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
+      delta too), `metrics` and, if asked for, `grads`; its weight is the number of examples.
     """
     return _client(
         loss, batcher, optimizer, learning_rate_scale, penalties, report_grads, dense_updates=False
@@ -120,8 +122,8 @@ def dense_feedback_sgd(
 ) -> Client:
     """Take gradients at the masked weights and apply them to the dense ones.
 
-    So pruned weights keep receiving updates within the round, which is the error feedback of dynamic
-    pruning (FedDIP, DPF); the delta is dense. Arguments and message as in `local_sgd`.
+    So pruned weights keep receiving updates within the round, which is the error feedback of
+    dynamic pruning (FedDIP, DPF); the delta is dense. Arguments and message as in `local_sgd`.
 
     References:
       Lin et al., `Dynamic Model Pruning with Feedback <https://arxiv.org/abs/2006.07253>`_, 2020.

@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 def client_data(population: Population, client_id: jax.Array, present: jax.Array) -> ClientData:
-    """View one client's examples; an absent client is seen as one without any, so it costs nothing."""
+    """View one client's examples; an absent client has none, so that it costs nothing."""
     start = population.offsets[client_id]
     size = population.offsets[client_id + 1] - start
     return ClientData(

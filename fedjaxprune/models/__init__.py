@@ -1,0 +1,1 @@
+"""Networks, and layers that stay fast in loops and under vmap."""

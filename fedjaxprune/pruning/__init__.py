@@ -1,0 +1,1 @@
+"""Masks to masks; has never heard of a client."""
