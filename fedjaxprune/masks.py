@@ -67,7 +67,7 @@ def sparsity(masks: Masks, prunable: PrunableFn) -> jax.Array:
 
 
 def overlap(first: Masks, second: Masks) -> jax.Array:
-    """Measure the Jaccard similarity of what two masks keep: ``[]`` float32, 1 if both are empty."""
+    """Measure the Jaccard similarity of what two masks keep: ``[]``, 1 if both are empty."""
     both = jax.tree.map(lambda a, b: jnp.sum(a & b, dtype=jnp.int32), first, second)
     either = jax.tree.map(lambda a, b: jnp.sum(a | b, dtype=jnp.int32), first, second)
     shared = sum(jax.tree.leaves(both), start=jnp.int32(0)).astype(jnp.float32)

@@ -1,0 +1,93 @@
+"""A client with a known answer: the loss is ½‖w − c‖² averaged over the client's points c.
+
+The parameters are a small tree with a prunable kernel and a bias; a point is one vector of all
+their entries. With full batches and plain SGD of rate η, K steps lead from w to c̄ + (1−η)ᴷ (w − c̄).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import metrics
+from fedjaxprune.base import Batch, Batcher, Cohort, Model, Population
+
+PARAMS = {
+    "dense": {"bias": jnp.zeros([4]), "kernel": jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)},
+    "head": {"bias": jnp.zeros([2]), "kernel": jnp.linspace(0.5, -0.7, 8).reshape(4, 2)},
+}
+NUM_WEIGHTS = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+NUM_PRUNABLE = 32
+
+
+def flatten(params):
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
+
+
+def loss(params, state, batch, key):
+    del key
+    errors = 0.5 * jnp.sum(jnp.square(flatten(params)[None] - batch.inputs), axis=1)
+    mean = metrics.mean(errors, batch.weights)
+    value = mean.total / jnp.maximum(mean.weight, 1.0)
+    new_state = {"steps": state["steps"] + 1.0} if state else state
+    return value, (new_state, {"loss": mean})
+
+
+MODEL = Model(
+    init=lambda key: (PARAMS, {"steps": jnp.float32(0.0)}),
+    loss=loss,
+    predict=lambda params, state, inputs: inputs,
+)
+
+
+def full_batches(num_steps, max_size=8):
+    """Make every step see all the client's points (at most `max_size`)."""
+
+    def batch(key, data, step):
+        del key, step
+        slots = jnp.arange(max_size)
+        rows = data.index[data.start + jnp.minimum(slots, jnp.maximum(data.size - 1, 0))]
+        return Batch(
+            inputs=data.examples["inputs"][rows],
+            labels=data.examples["labels"][rows],
+            weights=(slots < data.size).astype(jnp.float32),
+        )
+
+    return Batcher(
+        num_steps=lambda data: jnp.where(data.size > 0, jnp.int32(num_steps), jnp.int32(0)),
+        batch=batch,
+    )
+
+
+def population(sizes=(3, 5, 2, 8, 4, 6), seed=0):
+    """Make clients of the given sizes, with points of client-specific means."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(len(sizes), NUM_WEIGHTS))
+    points = np.concatenate(
+        [centre + 0.1 * rng.normal(size=(n, NUM_WEIGHTS)) for centre, n in zip(centres, sizes)]
+    )
+    order = rng.permutation(len(points))  # stored in another order than they are grouped
+    return Population(
+        examples={
+            "inputs": jnp.asarray(points[order], jnp.float32),
+            "labels": jnp.zeros(len(points), jnp.int32),
+        },
+        index=jnp.asarray(np.argsort(order), jnp.int32),
+        offsets=jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32),
+    )
+
+
+def mean_point(people, client_id):
+    """Average one client's points."""
+    rows = people.index[people.offsets[client_id] : people.offsets[client_id + 1]]
+    return np.asarray(people.examples["inputs"])[np.asarray(rows)].mean(axis=0)
+
+
+def cohort(algorithm, client_ids, present=None, params=PARAMS):
+    """Make a cohort of clients that never took part before."""
+    row = algorithm.init_client(params)
+    size = len(client_ids)
+    return Cohort(
+        client_ids=jnp.asarray(client_ids, jnp.int32),
+        present=jnp.ones(size, jnp.bool_) if present is None else jnp.asarray(present),
+        states=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), row),
+    )

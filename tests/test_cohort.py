@@ -1,0 +1,128 @@
+"""How a cohort runs must not show in what it computes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjaxprune import masks, metrics
+from fedjaxprune.base import Broadcast, Cohort, Message
+from fedjaxprune.federated import aggregators, cohort
+from tests import quadratic
+
+KEY = jax.random.key(0)
+PEOPLE = quadratic.population()
+BROADCAST = Broadcast(quadratic.PARAMS, masks.full(quadratic.PARAMS), {}, jnp.int32(0))
+AGGREGATORS = {
+    "delta": aggregators.weighted_mean(),
+    "votes": aggregators.votes(),
+    "metrics": aggregators.total(),
+}
+
+
+def update(key, broadcast, state, data):
+    """Send noise of the client's own key; remember how often one took part."""
+    noise = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), broadcast.params)
+    points = data.examples["inputs"][data.index[data.start]]
+    message = Message(
+        fields={
+            "delta": noise,
+            "votes": jax.tree.map(lambda leaf: leaf > 0, noise),
+            "metrics": metrics.mean(points[:1], jnp.ones([1])),
+        },
+        weight=data.size.astype(jnp.float32),
+    )
+    return message, {"visits": state["visits"] + 1}
+
+
+def run(client_ids, present=None, chunk_size=1, update=update, visits=None, extra=None):
+    size = len(client_ids)
+    members = Cohort(
+        client_ids=jnp.asarray(client_ids, jnp.int32),
+        present=jnp.ones(size, bool) if present is None else jnp.asarray(present),
+        states={"visits": jnp.zeros(size, jnp.int32) if visits is None else jnp.asarray(visits)},
+    )
+    return jax.jit(
+        lambda members, people: cohort.run(
+            update,
+            {**AGGREGATORS, **(extra or {})},
+            KEY,
+            BROADCAST,
+            members,
+            people,
+            chunk_size=chunk_size,
+        )
+    )(members, PEOPLE)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 3, 4, 6, 100])
+def test_every_chunk_size_gives_the_same_result(chunk_size):
+    ids = [4, 0, 5, 2, 1, 3]
+    chex.assert_trees_all_close(run(ids, chunk_size=chunk_size), run(ids), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_the_order_of_a_cohort_is_irrelevant(chunk_size):
+    one = run([0, 1, 2, 3, 4], chunk_size=chunk_size)
+    other = run([3, 0, 4, 1, 2], chunk_size=chunk_size)
+    chex.assert_trees_all_close(one.fields, other.fields, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_absent_clients_change_nothing(chunk_size):
+    few = run([0, 2], chunk_size=chunk_size)
+    many = run(
+        [5, 0, 3, 2], [False, True, False, True], chunk_size=chunk_size, visits=[7, 0, 9, 0]
+    )
+    chex.assert_trees_all_close(few.fields, many.fields, rtol=1e-6)
+    np.testing.assert_array_equal(many.states["visits"], [7, 1, 9, 1])
+    assert not np.any(many.rejected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_client_that_is_not_finite_is_left_out_and_counted(chunk_size, bad):
+    def broken(key, broadcast, state, data):
+        message, after = update(key, broadcast, state, data)
+        is_bad = data.start == PEOPLE.offsets[2]
+        kernel = message.fields["delta"]["dense"]["kernel"]
+        kernel = kernel.at[0, 0].set(jnp.where(is_bad, jnp.float32(bad), kernel[0, 0]))
+        message.fields["delta"]["dense"]["kernel"] = kernel
+        return message, after
+
+    outcome = run([1, 2, 3], chunk_size=chunk_size, update=broken)
+    chex.assert_trees_all_close(outcome.fields, run([1, 3]).fields, rtol=1e-6)
+    np.testing.assert_array_equal(outcome.rejected, [False, True, False])
+    np.testing.assert_array_equal(outcome.states["visits"], [1, 0, 1])
+
+
+def test_streaming_equals_the_formula_over_gathered_messages():
+    gathered = run([0, 1, 2], extra={"delta": aggregators.CohortAggregator(lambda v, m, w: (v, w))})
+    values, weights = gathered.fields["delta"]
+    expected = jax.tree.map(lambda v: jnp.tensordot(weights / weights.sum(), v, axes=1), values)
+    chex.assert_trees_all_close(run([0, 1, 2]).fields["delta"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_the_median_sees_all_messages_at_once(chunk_size):
+    outcome = run([0, 1, 2, 3, 4], chunk_size=chunk_size, extra={"delta": aggregators.median()})
+    gathered = run(
+        [0, 1, 2, 3, 4], extra={"delta": aggregators.CohortAggregator(lambda v, m, w: v)}
+    )
+    expected = jax.tree.map(lambda v: np.median(v, axis=0), gathered.fields["delta"])
+    chex.assert_trees_all_close(outcome.fields["delta"], expected, rtol=1e-6)
+
+
+def test_a_field_without_an_aggregator_is_named():
+    def chatty(key, broadcast, state, data):
+        message, after = update(key, broadcast, state, data)
+        return message._replace(fields={**message.fields, "gossip": jnp.float32(1.0)}), after
+
+    with pytest.raises(ValueError, match="fields without an aggregator: gossip"):
+        run([0], update=chatty)
+
+
+def test_a_chunk_holds_at_least_one_client():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        run([0, 1], chunk_size=0)
