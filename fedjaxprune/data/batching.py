@@ -1,4 +1,4 @@
-"""From one client's examples to local steps: shuffled batches gathered on the device, nothing padded.
+"""From one client's examples to local steps: shuffled batches, gathered on the device, unpadded.
 
 A client's order in an epoch is a function of key, epoch and position: it is evaluated for the ``B``
 positions of a batch alone, so no permutation is stored, sorted or padded to the largest client, and
@@ -114,9 +114,9 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
     """Take the same number of full batches at every client, whatever its size.
 
     Batch `k` takes the slots ``k * B ... (k + 1) * B - 1`` of an endless sequence of epochs, each
-    in a fresh order; a batch may span the end of one epoch and the beginning of the next. So all
-    slots count, and a client with fewer examples than a batch sees some of them more than once in
-    it. An empty client takes no steps.
+    in a fresh order; a batch may span the end of one epoch and the beginning of the next. All of
+    its slots count. A client with fewer examples than a batch sees all of them in every batch, as
+    equally often as ``B`` allows. An empty client takes no steps.
 
     Args:
       num_steps: local steps of every client that has examples, at least 1.
@@ -142,9 +142,13 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
     def batch_fn(key: Key, data: ClientData, step: jax.Array) -> Batch:
         order_key, preprocess_key = jax.random.split(key)
         size = jnp.maximum(data.size, 1)
-        slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(order_key, slots // size)
-        positions = jax.vmap(permute, in_axes=(0, 0, None))(keys, slots % size, size)
+        small = size < batch_size  # every batch begins an epoch: it cannot hold pieces of three
+        first = jnp.where(small, 2 * step, step * batch_size // size)
+        begin = jnp.where(small, jnp.int32(0), step * batch_size % size)
+        slots = begin + jnp.arange(batch_size, dtype=jnp.int32)
+        here = permute(jax.random.fold_in(order_key, first), slots % size, size)
+        there = permute(jax.random.fold_in(order_key, first + 1), slots % size, size)
+        positions = jnp.where(slots < size, here, there)
         weights = jnp.full(batch_size, data.size > 0).astype(jnp.float32)
         return _gather(
             jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
