@@ -6,12 +6,13 @@ when it is gathered.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from fedjaxprune.base import Key
+from fedjaxprune.data.datasets import Dataset
 
 # (key, inputs [B, ...]) -> [B, ...]. A whole pipeline goes from inputs as stored to float32.
 Preprocess = Callable[[Key, Any], Any]
@@ -81,3 +82,82 @@ def normalise(*, mean: Sequence[float], std: Sequence[float]) -> Preprocess:
         return (inputs - center) / width
 
     return normalise_fn
+
+
+def random_crop(*, padding: int, mode: Literal["zero", "reflect"] = "zero") -> Preprocess:
+    """Shift every image by up to `padding` pixels each way: pad the stored image, cut its size out.
+
+    Goes before `scale` and `normalise`, where it moves bytes and where zero is black.
+
+    Args:
+      padding: pixels on each of the four sides, at least 1.
+      mode: what lies outside an image: zeros, or the image mirrored (without its border pixels).
+
+    Returns:
+      A function of ``[B, H, W, channels]`` of any type; each example draws its own two offsets,
+      uniform over the ``2 * padding + 1`` possible ones.
+
+    Raises:
+      ValueError: if an option is out of range; while tracing, if a mirrored image is not larger
+        than its padding.
+    """
+    if padding < 1:
+        raise ValueError(f"padding must be at least 1 pixel, got {padding}.")
+    if mode not in ("zero", "reflect"):
+        raise ValueError(f"mode must be 'zero' or 'reflect', got {mode!r}.")
+
+    def crop_fn(key: Key, inputs: jax.Array) -> jax.Array:
+        _check_images("random_crop", inputs)
+        num, height, width, channels = inputs.shape
+        if mode == "reflect" and padding >= min(height, width):
+            raise ValueError(
+                f"mode 'reflect' needs a padding below the image's {height} x {width} pixels, "
+                f"got {padding}."
+            )
+        sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        padded = jnp.pad(inputs, sides, mode="constant" if mode == "zero" else "reflect")
+        offsets = jax.random.randint(key, (num, 2), 0, 2 * padding + 1)
+        return jax.vmap(
+            lambda image, offset: jax.lax.dynamic_slice(
+                image, (offset[0], offset[1], 0), (height, width, channels)
+            )
+        )(padded, offsets)
+
+    return crop_fn
+
+
+def random_flip() -> Preprocess:
+    """Mirror every image from left to right with probability 1/2, ``[B, H, W, channels]``."""
+
+    def flip_fn(key: Key, inputs: jax.Array) -> jax.Array:
+        _check_images("random_flip", inputs)
+        flipped = jax.random.bernoulli(key, shape=(inputs.shape[0], 1, 1, 1))
+        return jnp.where(flipped, inputs[:, :, ::-1], inputs)
+
+    return flip_fn
+
+
+def for_dataset(dataset: Dataset, *, augment: bool) -> tuple[Preprocess, Preprocess]:
+    """Make the usual pipelines of a data set, for training and for testing.
+
+    Both scale to ``[0, 1]`` and normalise where the data set has statistics
+    (``dataset._replace(mean=None, std=None)`` leaves that out). Augmentation is for training only:
+    a crop after zero-padding by an eighth of the height and, for colour images, a flip; a mirrored
+    character is another character or none.
+    """
+    fixed = [scale(max_value=dataset.max_value)]
+    if dataset.mean is not None and dataset.std is not None:
+        fixed.append(normalise(mean=dataset.mean, std=dataset.std))
+    random = []
+    if augment:
+        height, _, channels = dataset.image_shape
+        random.append(random_crop(padding=max(height // 8, 1)))
+        if channels > 1:
+            random.append(random_flip())
+    return chain(*random, *fixed), chain(*fixed)
+
+
+def _check_images(name: str, inputs: jax.Array) -> None:
+    """Refuse inputs without the four axes of a batch of images."""
+    if inputs.ndim != 4:
+        raise ValueError(f"{name} needs images [B, H, W, channels], got shape {inputs.shape}.")

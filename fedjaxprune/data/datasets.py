@@ -1,0 +1,265 @@
+"""Image-classification data sets as NumPy arrays: digits from scikit-learn, all others from TFDS.
+
+Nothing is downloaded here, no folder is made and no network is asked: a TFDS set is read from where
+it was prepared, without its builder's code and without TensorFlow.
+"""
+
+import difflib
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Dataset(NamedTuple):
+    """A data set in memory, as stored.
+
+    Attributes:
+      name: as given to `load`.
+      train: ``{"inputs": [E, H, W, channels] uint8, "labels": [E] int32}``.
+      test: the same, other examples.
+      num_classes: labels lie in ``[0, num_classes)``.
+      class_names: one per class.
+      image_shape: ``(H, W, channels)``.
+      max_value: the largest value that the storage can hold (255, for digits 16).
+      mean: per channel, over the training images scaled to ``[0, 1]``; None where not known.
+      std: likewise.
+    """
+
+    name: str
+    train: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    max_value: float
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+class DataError(ValueError):
+    """A data set that cannot be had; the message is one sentence for the user."""
+
+
+# Per channel, over the training images: mean and deviation.
+_STATISTICS = {
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+}
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_CHUNK = 1000  # examples decoded at a time
+
+
+def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """Read a data set into memory.
+
+    ``digits`` are the 1,797 scanned digits of 8 x 8 pixels that scikit-learn carries; every fifth
+    example of each class is a test example. Any other name is a TFDS image-classification set that
+    has been prepared in the array_record format: ``name``, ``name/config``, either with
+    ``:version``, else the newest one. Its splits are ``train`` and ``test``, or ``validation``
+    where there is no ``test``.
+
+    Args:
+      name: of the data set.
+      data_dir: folder of prepared sets; without it ``$TFDS_DATA_DIR``, else
+        ``~/tensorflow_datasets``.
+
+    Raises:
+      DataError: if the set is unknown, is not prepared, or does not classify images of one size.
+    """
+    if name == "digits":
+        return _digits()
+    folder = _folder(data_dir)
+    if data_dir is not None and not folder.is_dir():
+        raise DataError(f"data_dir {str(data_dir)!r} is not a folder.")
+    path, _, version = name.partition(":")
+    versions = _versions(folder).get(path, {})
+    if not versions:
+        raise _missing(path, folder)
+    if version and version not in versions:
+        raise DataError(
+            f"data set {path!r} is prepared in {folder} as version {', '.join(sorted(versions))}, "
+            f"not {version!r}."
+        )
+    newest = max(versions, key=lambda text: [int(number) for number in text.split(".")])
+    return _read(name, versions[version or newest])
+
+
+def prepared(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
+    """List the TFDS sets that are prepared in a folder (see `load`), as ``name[/config]``."""
+    return sorted(_versions(_folder(data_dir)))
+
+
+def _digits() -> Dataset:
+    """Read scikit-learn's digits."""
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    inputs = bunch.images.astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    test = np.zeros(labels.size, bool)
+    for label in range(10):
+        test[np.flatnonzero(labels == label)[4::5]] = True
+    return Dataset(
+        name="digits",
+        train={"inputs": inputs[~test], "labels": labels[~test]},
+        test={"inputs": inputs[test], "labels": labels[test]},
+        num_classes=10,
+        class_names=tuple(str(digit) for digit in range(10)),
+        image_shape=(8, 8, 1),
+        max_value=16.0,
+        mean=None,
+        std=None,
+    )
+
+
+def _folder(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+    """Find the folder of prepared sets, which need not exist."""
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return pathlib.Path(chosen).expanduser()
+
+
+def _versions(folder: pathlib.Path) -> dict[str, dict[str, pathlib.Path]]:
+    """Map the prepared sets to their versions, and these to their folders."""
+    found: dict[str, dict[str, pathlib.Path]] = {}
+    for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
+        for file in folder.glob(pattern):
+            if _VERSION.fullmatch(file.parent.name):
+                name = file.parent.parent.relative_to(folder).as_posix()
+                found.setdefault(name, {})[file.parent.name] = file.parent
+    return found
+
+
+def _tfds() -> Any:
+    """Import TFDS, late, since it takes a while, and quietly, since its warnings are not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets
+    return tensorflow_datasets
+
+
+def _missing(name: str, folder: pathlib.Path) -> DataError:
+    """Say why there is no such set, and what to do."""
+    known = set(_tfds().list_builders(with_community_datasets=False))
+    here = prepared(folder)
+    configs = [other for other in here if other.startswith(f"{name}/")]
+    if configs:
+        return DataError(
+            f"data set {name!r} has configurations; prepared in {folder} are {', '.join(configs)}."
+        )
+    if name.partition("/")[0] in known:
+        return DataError(f"data set {name!r} is not prepared in {folder}; {_recipe(name)}")
+    near = difflib.get_close_matches(name, ["digits", *here, *known - set(here)], n=3)
+    advice = f"did you mean {' or '.join(near)}?" if near else "any TFDS name or digits will do."
+    have = ", ".join(["digits", *here])
+    return DataError(f"unknown data set {name!r}; ready to use are {have}; {advice}")
+
+
+def _recipe(name: str) -> str:
+    """Say how to prepare a set."""
+    return (
+        'prepare it once, where TensorFlow is installed, with `python -c "import '
+        f"tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record')"
+        '.download_and_prepare()"`, and name its folder by --data-dir or TFDS_DATA_DIR if it is '
+        "not ~/tensorflow_datasets."
+    )
+
+
+def _read(name: str, folder: pathlib.Path) -> Dataset:
+    """Decode both splits of the set prepared in `folder`."""
+    tfds = _tfds()
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever TFDS raises on files that it cannot understand
+        raise DataError(f"data set {name!r} in {folder} cannot be read: {error}") from error
+    image, label = _features(tfds, name, builder)
+    splits = builder.info.splits
+    test_split = "test" if "test" in splits else "validation"
+    if "train" not in splits or test_split not in splits:
+        raise DataError(
+            f"data set {name!r} has the splits {', '.join(splits) or '(none)'}; needed are train, "
+            "and test or validation."
+        )
+    classes = builder.info.features[label]
+    train = _decode(name, builder, "train", image, label, classes.num_classes)
+    test = _decode(name, builder, test_split, image, label, classes.num_classes)
+    if train["inputs"].shape[1:] != test["inputs"].shape[1:]:
+        raise _sizes_differ(name, train["inputs"].shape[1:], test["inputs"].shape[1:])
+    mean, std = _STATISTICS.get(name.partition(":")[0], (None, None))
+    return Dataset(
+        name=name,
+        train=train,
+        test=test,
+        num_classes=classes.num_classes,
+        class_names=tuple(classes.names),
+        image_shape=train["inputs"].shape[1:],
+        max_value=255.0,
+        mean=mean,
+        std=std,
+    )
+
+
+def _features(tfds: Any, name: str, builder: Any) -> tuple[str, str]:
+    """Find the image and the label: the pair that TFDS trains on, else the only ones there are."""
+    features = builder.info.features
+    keys = builder.info.supervised_keys or ()
+    found = []
+    for kind, what in ((tfds.features.Image, "image"), (tfds.features.ClassLabel, "class label")):
+        fitting = [key for key in features if isinstance(features[key], kind)]
+        supervised = [key for key in fitting if key in keys]
+        chosen = supervised if len(supervised) == 1 else fitting
+        if len(chosen) != 1:
+            raise DataError(
+                f"data set {name!r} does not classify images: it has {len(chosen)} features that "
+                f"are a{'n' if what[0] in 'aeiou' else ''} {what}, among {', '.join(features)}."
+            )
+        found.append(chosen[0])
+    if np.dtype(features[found[0]].np_dtype) != np.uint8:
+        raise DataError(
+            f"data set {name!r} has images of {features[found[0]].np_dtype}; only uint8 is read."
+        )
+    return found[0], found[1]
+
+
+def _decode(
+    name: str, builder: Any, split: str, image: str, label: str, num_classes: int
+) -> dict[str, np.ndarray]:
+    """Decode one split into arrays."""
+    try:
+        source = builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise DataError(
+            f"data set {name!r} is prepared in a format without random access; {_recipe(name)}"
+        ) from error
+    if len(source) == 0:
+        raise DataError(f"data set {name!r} has no examples in its split {split}.")
+    labels = np.empty(len(source), np.int32)
+    inputs = np.empty((0,), np.uint8)
+    for start in range(0, len(source), _CHUNK):
+        rows = range(start, min(start + _CHUNK, len(source)))
+        for row, example in zip(rows, source.__getitems__(rows), strict=True):
+            pixels = example[image]
+            if row == 0:
+                inputs = np.empty((len(source), *pixels.shape), np.uint8)
+            elif pixels.shape != inputs.shape[1:]:
+                raise _sizes_differ(name, inputs.shape[1:], pixels.shape)
+            inputs[row] = pixels
+            labels[row] = example[label]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise DataError(f"data set {name!r} has examples without a label in its split {split}.")
+    return {"inputs": inputs, "labels": labels}
+
+
+def _sizes_differ(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> DataError:
+    """Say that images do not stack."""
+    return DataError(
+        f"data set {name!r} has images of differing sizes, {first} and {second}; only sets of one "
+        "size are read."
+    )

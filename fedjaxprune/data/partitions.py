@@ -1,0 +1,282 @@
+"""Who holds which examples: host-side partitions of a data set into clients.
+
+A partition is a list of int32 index arrays, one per client. The arrays are disjoint, and together
+they are the whole data set. Randomness comes from the given NumPy generator alone.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune.base import Examples, Population
+
+Partition = list[np.ndarray]
+
+_NUM_TRIES = 100
+_INT32_MAX = 2**31 - 1
+
+
+def iid(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Partition:
+    """Deal shuffled examples, whatever their labels, so that sizes differ by at most one.
+
+    Args:
+      rng: decides who gets what.
+      labels: ``[E]`` integers.
+      num_clients: ``N``, at most ``E``.
+
+    Raises:
+      ValueError: if some client would go without examples.
+    """
+    labels = _check(labels, num_clients)
+    return [
+        part.astype(np.int32) for part in np.array_split(rng.permutation(labels.size), num_clients)
+    ]
+
+
+def stratified(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Partition:
+    """Deal each class round-robin, so that every client has a miniature of the whole.
+
+    The dealing goes on with the next class where the last one stopped (FedDIP's code starts again
+    at the first client), so that sizes differ by at most one, as each class's counts do.
+
+    Args:
+      rng: decides who gets what within a class.
+      labels: ``[E]`` integers.
+      num_clients: ``N``, at most ``E``.
+
+    Raises:
+      ValueError: if some client would go without examples.
+    """
+    labels = _check(labels, num_clients)
+    dealt = np.concatenate([rng.permutation(rows) for rows in _by_class(labels)])
+    return [np.sort(dealt[client::num_clients]).astype(np.int32) for client in range(num_clients)]
+
+
+def shards(
+    rng: np.random.Generator, labels: np.ndarray, *, num_clients: int, classes_per_client: int
+) -> Partition:
+    """Cut the classes into shards and give every client shards of so many different classes.
+
+    The pathological split of FedAvg, made exact: each client gets `classes_per_client` shards of
+    as many classes. A class is cut into more shards the larger it is, so that shards are as equal
+    as the class sizes allow, and all examples are used.
+
+    Args:
+      rng: decides which classes meet at a client, and who gets what within a class.
+      labels: ``[E]`` integers.
+      num_clients: ``N``.
+      classes_per_client: at most the number of classes.
+
+    Raises:
+      ValueError: if no such partition exists: more classes than shards, or too few examples or
+        classes to fill the shards.
+
+    References:
+      McMahan et al., `Communication-Efficient Learning of Deep Networks from Decentralized Data
+      <https://arxiv.org/abs/1602.05629>`_, 2017.
+    """
+    labels = _check(labels, num_clients)
+    classes = _by_class(labels)
+    num_shards = num_clients * classes_per_client
+    if not 1 <= classes_per_client <= len(classes):
+        raise ValueError(
+            f"classes_per_client must lie in [1, {len(classes)}], the number of classes, "
+            f"got {classes_per_client}."
+        )
+    if num_shards < len(classes):
+        raise ValueError(
+            f"num_clients * classes_per_client = {num_shards} shards cannot hold {len(classes)} "
+            "classes: some examples would belong to nobody."
+        )
+    # A class can be cut into no more shards than it has examples, or than there are clients.
+    limits = [min(rows.size, num_clients) for rows in classes]
+    if sum(limits) < num_shards:
+        raise ValueError(
+            f"{num_clients} clients of {classes_per_client} classes each need {num_shards} shards, "
+            f"but the classes can be cut into {sum(limits)} only; take fewer clients or classes."
+        )
+    counts = [1] * len(classes)
+    heap = [(-rows.size, c) for c, rows in enumerate(classes) if limits[c] > 1]
+    heapq.heapify(heap)
+    for _ in range(num_shards - len(classes)):  # always cut the class of the largest shards
+        _, c = heapq.heappop(heap)
+        counts[c] += 1
+        if counts[c] < limits[c]:
+            heapq.heappush(heap, (-classes[c].size / counts[c], c))
+    # Serving the clients with most room first never leads into a dead end (Gale and Ryser).
+    held: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    room = np.full(num_clients, classes_per_client)
+    for c in rng.permutation(len(classes)):
+        takers = np.lexsort((rng.random(num_clients), -room))[: counts[c]]
+        room[takers] -= 1
+        pieces = np.array_split(rng.permutation(classes[c]), counts[c])
+        for client, piece in zip(takers, pieces, strict=True):
+            held[client].append(piece)
+    return [np.sort(np.concatenate(pieces)).astype(np.int32) for pieces in held]
+
+
+def dirichlet(
+    rng: np.random.Generator,
+    labels: np.ndarray,
+    *,
+    num_clients: int,
+    alpha: float,
+    min_size: int,
+) -> Partition:
+    """Share out each class by a draw from a symmetric Dirichlet distribution over the clients.
+
+    Clients that already hold ``E / N`` examples get nothing of the classes that follow. A draw that
+    leaves some client below `min_size` is thrown away. After 100 such draws the last one is
+    topped up: clients that lack examples get them, one by one, from the client that is largest at
+    that moment, so this always ends.
+
+    Args:
+      rng: decides the shares, the order of the classes and who gets what within a class.
+      labels: ``[E]`` integers.
+      num_clients: ``N``.
+      alpha: concentration; small is skewed, large is even.
+      min_size: examples that every client gets at least, 0 or more.
+
+    Raises:
+      ValueError: if `alpha` is not positive, or there are not `min_size` examples for everybody.
+
+    References:
+      Hsu, Qi and Brown, `Measuring the Effects of Non-Identical Data Distribution for Federated
+      Visual Classification <https://arxiv.org/abs/1909.06335>`_, 2019; the limit and the repetition
+      as in Li et al., `Federated Learning on Non-IID Data Silos <https://arxiv.org/abs/2102.02079>`_,
+      2022.
+    """
+    labels = _check(labels, num_clients, min_size=min_size)
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a positive number, got {alpha}.")
+    classes = [rng.permutation(rows) for rows in _by_class(labels)]
+    counts = np.zeros((len(classes), num_clients), np.int64)
+    for _ in range(_NUM_TRIES):
+        counts = _dirichlet_counts(rng, [rows.size for rows in classes], num_clients, alpha)
+        if counts.sum(axis=0).min() >= min_size:
+            break
+    pieces = [
+        np.split(rows, np.cumsum(count)[:-1]) for rows, count in zip(classes, counts, strict=True)
+    ]
+    parts = [np.concatenate(held) for held in zip(*pieces, strict=True)]
+    return [np.sort(part).astype(np.int32) for part in _top_up(rng, parts, min_size)]
+
+
+def by_key(keys: np.ndarray | Sequence) -> Partition:
+    """Make one client of each distinct key (a writer, a device), in the order of the keys.
+
+    Args:
+      keys: ``[E]`` of anything that sorts.
+    """
+    keys = np.asarray(keys)
+    if keys.ndim != 1 or keys.size == 0:
+        raise ValueError(f"keys must be a list of at least one key, got shape {keys.shape}.")
+    _, inverse = np.unique(keys, return_inverse=True)
+    return [rows.astype(np.int32) for rows in _by_class(inverse)]
+
+
+def population(examples: Examples, parts: Sequence[np.ndarray]) -> Population:
+    """Put examples on the device, once and as stored, with who holds which.
+
+    Args:
+      examples: tree of ``[E, ...]``.
+      parts: the clients' indices; they may overlap, leave examples out, or be empty.
+
+    Raises:
+      ValueError: if the leaves differ in `E`, or an index is no whole number in ``[0, E)``.
+    """
+    sizes = {int(np.shape(leaf)[0]) for leaf in jax.tree.leaves(examples)}
+    if len(sizes) != 1:
+        raise ValueError(f"examples must agree in their first axis, got sizes {sorted(sizes)}.")
+    (num_examples,) = sizes
+    if len(parts) == 0:
+        raise ValueError("parts must have at least one client, got none.")
+    index = np.concatenate([np.asarray(part) for part in parts])
+    if index.size and not np.issubdtype(index.dtype, np.integer):
+        raise ValueError(f"parts must hold integers, got {index.dtype}.")
+    if index.size > _INT32_MAX:
+        raise ValueError(f"parts must hold at most {_INT32_MAX} indices, got {index.size}.")
+    if index.size and not (index.min() >= 0 and index.max() < num_examples):
+        raise ValueError(
+            f"parts must hold indices in [0, {num_examples}), got {index.min()} to {index.max()}."
+        )
+    offsets = np.cumsum([0, *(len(part) for part in parts)])
+    return Population(
+        examples=jax.tree.map(jnp.asarray, examples),
+        index=jnp.asarray(index.astype(np.int32)),
+        offsets=jnp.asarray(offsets.astype(np.int32)),
+    )
+
+
+def histogram(parts: Sequence[np.ndarray], labels: np.ndarray, *, num_classes: int) -> np.ndarray:
+    """Count the labels of every client: ``[N, num_classes]`` int64."""
+    labels = np.asarray(labels)
+    return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
+
+
+def _dirichlet_counts(
+    rng: np.random.Generator, sizes: list[int], num_clients: int, alpha: float
+) -> np.ndarray:
+    """Draw how many examples of each class go to each client: ``[classes, N]``."""
+    held = np.zeros(num_clients, np.int64)
+    counts = np.zeros((len(sizes), num_clients), np.int64)
+    for c in rng.permutation(len(sizes)):
+        open_ = held * num_clients < sum(sizes)
+        # Gamma variates divided by their sum are Dirichlet ones, also among the clients left.
+        shares = np.where(open_, rng.standard_gamma(alpha, num_clients), 0.0)
+        if shares.sum() == 0.0:  # tiny alpha: all the variates underflowed; one client takes all
+            shares[rng.choice(np.flatnonzero(open_))] = 1.0
+        cuts = np.floor(np.cumsum(shares) / shares.sum() * sizes[c]).astype(np.int64)
+        cuts[-1] = sizes[c]
+        counts[c] = np.diff(np.minimum(cuts, sizes[c]), prepend=0)
+        held += counts[c]
+    return counts
+
+
+def _top_up(rng: np.random.Generator, parts: list[np.ndarray], min_size: int) -> list[np.ndarray]:
+    """Move random examples from the largest clients until each has `min_size`."""
+    sizes = np.array([part.size for part in parts])
+    if sizes.min() >= min_size:
+        return parts
+    parts = [rng.permutation(part) for part in parts]
+    spare = [(-int(size), client) for client, size in enumerate(sizes)]
+    heapq.heapify(spare)
+    for client in np.flatnonzero(sizes < min_size):
+        received = []
+        for _ in range(min_size - sizes[client]):
+            size, donor = spare[0]  # larger than min_size: else there would be nobody in need
+            received.append(parts[donor][-size - 1])
+            heapq.heapreplace(spare, (size + 1, donor))
+            sizes[donor] -= 1
+        parts[client] = np.concatenate([parts[client], np.array(received, parts[client].dtype)])
+        sizes[client] = min_size
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def _by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """List the rows of each label that occurs, in the order of the labels."""
+    order = np.argsort(labels, kind="stable")
+    _, first = np.unique(labels[order], return_index=True)
+    return np.split(order, first[1:])
+
+
+def _check(labels: np.ndarray, num_clients: int, *, min_size: int = 1) -> np.ndarray:
+    """Refuse labels that are no classes, and populations with too few examples for everybody."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be one integer per example, got {labels.dtype} of shape {labels.shape}."
+        )
+    if num_clients < 1:
+        raise ValueError(f"num_clients must be at least 1, got {num_clients}.")
+    if min_size < 0:
+        raise ValueError(f"min_size must not be negative, got {min_size}.")
+    if num_clients * max(min_size, 1) > labels.size:
+        raise ValueError(
+            f"{num_clients} clients with at least {max(min_size, 1)} examples each need "
+            f"{num_clients * max(min_size, 1)} examples, but there are {labels.size}."
+        )
+    return labels
