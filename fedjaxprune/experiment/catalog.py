@@ -1,0 +1,235 @@
+"""From names to functions: the one place where the config's words become components."""
+
+import inspect
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune.algorithms import fedavg, feddip
+from fedjaxprune.algorithms.compose import Setup
+from fedjaxprune.base import Aggregator, Algorithm, Batcher, CohortAggregator, Model, Uplink
+from fedjaxprune.data import batching, datasets, partitions, preprocess
+from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment.evaluation import TestSet
+from fedjaxprune.experiment.runner import Parts
+from fedjaxprune.federated import aggregators, participation, servers
+from fedjaxprune.federated import uplink as uplinks
+from fedjaxprune.models import zoo
+
+MODELS: Mapping[str, Callable[..., Model]] = {
+    "mlp": zoo.mlp,
+    "lenet5": zoo.lenet5,
+    "cnn": zoo.cnn,
+    "resnet18": zoo.resnet18,
+    "resnet20": zoo.resnet20,
+    "resnet32": zoo.resnet32,
+}
+
+
+def _feddip(config: RunConfig, model: Model, setup: Setup) -> Algorithm:
+    """Build FedDIP; a run of fewer rounds than the penalty's 20 steps gets one step a round."""
+    return feddip.feddip(
+        model,
+        setup,
+        final_sparsity=config.sparsity,
+        initial_sparsity=config.initial_sparsity,
+        period=config.prune_every,
+        max_penalty=config.max_penalty if config.rounds > 1 else 0.0,
+        num_segments=max(2, min(feddip.NUM_SEGMENTS, config.rounds)),
+        mode=config.feddip_mode,
+    )
+
+
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup], Algorithm]] = {
+    "fedavg": lambda config, model, setup: fedavg.fedavg(model, setup),
+    "fedprox": lambda config, model, setup: fedavg.fedprox(model, setup, mu=config.proximal_mu),
+    "feddip": _feddip,
+    "feddip_without_penalty": lambda config, model, setup: _feddip(
+        config.model_copy(update={"max_penalty": 0.0}), model, setup
+    ),
+    "feddip_without_pruning": lambda config, model, setup: feddip.feddip_without_pruning(
+        model, setup, max_penalty=config.max_penalty
+    ),
+}
+
+SUMMARIES: Mapping[str, str] = {
+    "fedavg": "federated averaging, dense",
+    "fedprox": "FedAvg with a proximal term",
+    "feddip": "extreme dynamic pruning with an incremental penalty",
+    "feddip_without_penalty": "FedDIP's ablation: pruning alone",
+    "feddip_without_pruning": "FedDIP's ablation: penalty alone",
+    "mlp": "two hidden layers; any input",
+    "lenet5": "two convolutions, three dense layers",
+    "cnn": "two 5x5 convolutions, 512 hidden units",
+    "resnet18": "CIFAR form, 11 million weights",
+    "resnet20": "CIFAR form, 0.27 million weights",
+    "resnet32": "CIFAR form, 0.46 million weights",
+}
+
+PARTITIONS: Mapping[str, Callable[[RunConfig, np.random.Generator, Any], list[Any]]] = {
+    "iid": lambda config, rng, labels: partitions.iid(rng, labels, num_clients=config.num_clients),
+    "stratified": lambda config, rng, labels: partitions.stratified(
+        rng, labels, num_clients=config.num_clients
+    ),
+    "shards": lambda config, rng, labels: partitions.shards(
+        rng,
+        labels,
+        num_clients=config.num_clients,
+        classes_per_client=config.classes_per_client,
+    ),
+    "dirichlet": lambda config, rng, labels: partitions.dirichlet(
+        rng,
+        labels,
+        num_clients=config.num_clients,
+        alpha=config.alpha,
+        min_size=config.min_client_size,
+    ),
+}
+
+UPLINKS: Mapping[str, Callable[[RunConfig], Uplink]] = {
+    "identity": lambda config: uplinks.identity(),
+    "top_k": lambda config: uplinks.top_k(fraction=config.uplink_fraction),
+    "random_k": lambda config: uplinks.random_k(fraction=config.uplink_fraction),
+    "sign": lambda config: uplinks.sign(),
+    "quantise": lambda config: uplinks.quantise(bits=config.uplink_bits_per_value),
+}
+
+AGGREGATORS: Mapping[str, Callable[[RunConfig], Aggregator | CohortAggregator]] = {
+    "weighted_mean": lambda config: aggregators.weighted_mean(),
+    "median": lambda config: aggregators.median(),
+    "trimmed_mean": lambda config: aggregators.trimmed_mean(fraction=config.trim_fraction),
+}
+
+SERVERS: Mapping[str, Callable[[RunConfig], optax.GradientTransformation]] = {
+    "fedavg": lambda config: servers.fedavg(learning_rate=config.server_learning_rate or 1.0),
+    "fedavgm": lambda config: servers.fedavgm(
+        learning_rate=config.server_learning_rate or 1.0, momentum=config.server_momentum
+    ),
+    "fedadam": lambda config: servers.fedadam(learning_rate=config.server_learning_rate),
+    "fedyogi": lambda config: servers.fedyogi(learning_rate=config.server_learning_rate),
+}
+
+
+def build(config: RunConfig) -> Parts:
+    """Put a run together: load the data, deal it out, make model and algorithm.
+
+    Nothing is trained and nothing is written, so that whatever is wrong is said before a run
+    folder is made.
+
+    Raises:
+      UserError: the data set is unknown or not prepared, the partition is impossible, or the model
+        does not fit the data.
+    """
+    data_dir = None if config.data_dir is None else pathlib.Path(config.data_dir)
+    try:
+        dataset = datasets.load(config.dataset, data_dir=data_dir)
+    except datasets.DataError as error:
+        raise UserError(f"dataset: {error}") from None
+    rng = np.random.default_rng(config.seed)
+    labels = np.asarray(dataset.train["labels"])
+    try:
+        parts = PARTITIONS[config.partition](config, rng, labels)
+    except ValueError as error:
+        raise UserError(
+            f"partition {config.partition!r} of {config.dataset!r} over {config.num_clients} "
+            f"clients is impossible: {error}"
+        ) from None
+    sizes = np.array([len(part) for part in parts])
+    train_fn, test_fn = _preprocess(dataset, config)
+    model = _model(config, dataset, test_fn)
+    is_feddip = config.algorithm.startswith("feddip")
+    return Parts(
+        model=model,
+        algorithm=_algorithm(config, model, train_fn),
+        population=partitions.population(dataset.train, parts),
+        test=TestSet(
+            inputs=jnp.asarray(dataset.test["inputs"]),
+            labels=jnp.asarray(dataset.test["labels"]),
+        ),
+        preprocess=test_fn,
+        participation=_participation(config, sizes),
+        prunable=feddip.prunable_without_shortcuts if is_feddip else masks_lib.kernels,
+    )
+
+
+def _preprocess(dataset: datasets.Dataset, config: RunConfig) -> tuple[Any, Any]:
+    """Choose what happens to images, in training and in tests."""
+    if not config.normalise:
+        dataset = dataset._replace(mean=None, std=None)
+    return preprocess.for_dataset(dataset, augment=config.augment)
+
+
+def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> Model:
+    """Make the network, and see by shapes alone that it takes the data."""
+    factory = MODELS[config.model]
+    options = {"input_shape": dataset.image_shape, "num_classes": dataset.num_classes}
+    if "norm" in inspect.signature(factory).parameters:
+        options["norm"] = config.norm
+    try:
+        model = factory(**options)
+        key = jax.random.key(0)
+        inputs = jax.eval_shape(preprocess_fn, key, jnp.asarray(dataset.test["inputs"][:1]))
+        params, state = jax.eval_shape(model.init, key)
+        logits = jax.eval_shape(model.predict, params, state, inputs)
+        if logits.shape != (1, dataset.num_classes):
+            raise ValueError(f"its output has the shape {logits.shape}.")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"model {config.model!r} does not fit the data set {config.dataset!r} "
+            f"(images {tuple(dataset.image_shape)}): {str(error).splitlines()[0]}"
+        ) from None
+    return model
+
+
+def _algorithm(config: RunConfig, model: Model, preprocess_fn: Any) -> Algorithm:
+    """Make the method and the protocol around it."""
+    uplink = UPLINKS[config.uplink](config)
+    chunk_size = config.chunk_size
+    if chunk_size == 0:
+        chunk_size = 1 if jax.default_backend() == "cpu" else config.cohort_size
+    setup = Setup(
+        num_rounds=config.rounds,
+        batcher=_batcher(config, preprocess_fn),
+        optimizer=optax.chain(
+            optax.add_decayed_weights(config.weight_decay)
+            if config.weight_decay
+            else optax.identity(),
+            optax.sgd(config.learning_rate, momentum=config.momentum or None),
+        ),
+        learning_rate_scale=optax.exponential_decay(1.0, 1, config.learning_rate_decay),
+        uplink=uplinks.error_feedback(uplink) if config.error_feedback else uplink,
+        aggregator=AGGREGATORS[config.aggregator](config),
+        server=SERVERS[config.server](config),
+        chunk_size=min(chunk_size, config.cohort_size),
+    )
+    try:
+        return ALGORITHMS[config.algorithm](config, model, setup)
+    except ValueError as error:
+        raise UserError(f"algorithm {config.algorithm!r}: {error}") from None
+
+
+def _batcher(config: RunConfig, preprocess_fn: Any) -> Batcher:
+    """Choose how much a client does in a round."""
+    common = {"batch_size": config.batch_size, "preprocess": preprocess_fn}
+    if config.local_steps is not None:
+        return batching.steps(num_steps=config.local_steps, **common)
+    return batching.epochs(num_epochs=config.local_epochs, **common)
+
+
+def _participation(config: RunConfig, sizes: np.ndarray) -> Any:
+    """Choose who takes part."""
+    if config.participation == "weighted":
+        draw = participation.weighted(
+            jnp.asarray(sizes, jnp.float32), cohort_size=config.cohort_size
+        )
+    else:
+        draw = participation.uniform(num_clients=config.num_clients, cohort_size=config.cohort_size)
+    if config.dropout_probability:
+        draw = participation.drop_out(draw, probability=config.dropout_probability)
+    return draw

@@ -1,0 +1,115 @@
+"""Tell how the run goes: a bar on a terminal, a bounded number of plain lines elsewhere."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedjaxprune.experiment.record import RoundRecord
+
+NUM_LINES = 20  # plain lines of a whole run, about
+BITS_PER_MIB = 8 * 2**20
+
+
+class Report(NamedTuple):
+    """Where the runner tells how it goes.
+
+    Attributes:
+      start: takes the lines that the record holds already.
+      round: takes a new line of the record.
+      warn: takes a sentence.
+    """
+
+    start: Callable[[list[RoundRecord]], None]
+    round: Callable[[RoundRecord], None]
+    warn: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Report]:
+    """Open a report of a run of `num_rounds`: a bar if `console` is a terminal, else lines."""
+
+    def warn(sentence: str) -> None:
+        errors.print(f"warning: {sentence}", style="yellow", soft_wrap=True, highlight=False)
+
+    accuracy: list[float] = []  # the newest one that was measured
+
+    def describe(line: RoundRecord) -> str:
+        accuracy[:] = accuracy if line.test_accuracy is None else [line.test_accuracy]
+        shown = f"{100 * accuracy[0]:5.2f} %" if accuracy else "   -   "
+        sparsity = f"{100 * line.sparsity:5.2f} %"
+        return f"loss {_number(line.train_loss)}  accuracy {shown}  sparsity {sparsity}"
+
+    if not console.is_terminal:
+        stride = max(1, math.ceil(num_rounds / NUM_LINES))
+
+        def start_plain(lines: list[RoundRecord]) -> None:
+            if lines:
+                console.print(f"resuming after round {len(lines)}", highlight=False)
+
+        def round_plain(line: RoundRecord) -> None:
+            if line.round % stride == 0 or line.round in (1, num_rounds):
+                text = f"round {line.round}/{num_rounds}  {describe(line)}"
+                console.print(text, soft_wrap=True, highlight=False)
+
+        yield Report(start=start_plain, round=round_plain, warn=warn)
+        return
+
+    bar = Progress(
+        TextColumn("round {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("compiling", total=num_rounds)
+
+        def start_bar(lines: list[RoundRecord]) -> None:
+            if lines:
+                describe(lines[-1])
+                bar.reset(task, total=num_rounds, completed=len(lines), description="resuming")
+
+        def round_bar(line: RoundRecord) -> None:
+            bar.update(task, completed=line.round, description=describe(line))
+
+        yield Report(start=start_bar, round=round_bar, warn=warn)
+
+
+def _number(value: float | None) -> str:
+    """Write a loss that may not be finite."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def table(summary: dict[str, Any], *, title: str) -> Table:
+    """Lay out the end of a run for a human."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f} %"
+
+    rows = {
+        "rounds": str(summary["num_rounds"]),
+        "test accuracy, last round": percent(summary["test_accuracy"]),
+        "test accuracy, mean of last 10 tests": percent(summary["test_accuracy_mean_of_last_10"]),
+        "sparsity": percent(summary["sparsity"]),
+        "prunable weights kept": f"{summary['num_kept']:,}",
+        "sent up": f"{summary['uplink_bits'] / BITS_PER_MIB:,.2f} MiB",
+        "sent down, with masks": f"{summary['downlink_bits'] / BITS_PER_MIB:,.2f} MiB",
+    }
+    if summary["statistics_bits"]:
+        rows["statistics, both ways"] = f"{summary['statistics_bits'] / BITS_PER_MIB:,.2f} MiB"
+    if summary["num_rejected"]:
+        rows["clients left out (not finite)"] = f"{summary['num_rejected']:,}"
+    rows["time"] = f"{summary['wall_s']:,.1f} s"
+    grid = Table(title=title, show_header=False, title_justify="left")
+    grid.add_column()
+    grid.add_column(justify="right")
+    for name, text in rows.items():
+        grid.add_row(name, text)
+    return grid

@@ -1,0 +1,270 @@
+"""The run folder: who made it and with what, one line a round, and the summary.
+
+::
+
+    config.yaml     complete config and versions of the packages
+    metrics.jsonl   one line a round
+    summary.json    written at the end
+    checkpoints/
+    accuracy.png    written at the end
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from fedjaxprune import __version__
+from fedjaxprune.experiment import reading
+from fedjaxprune.experiment.config import RunConfig, UserError, validate
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: two processes in one folder go unnoticed
+    fcntl = None
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+CHECKPOINTS, PICTURE = "checkpoints", "accuracy.png"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+
+
+class RoundRecord(NamedTuple):
+    """One line of the record; None for what was not evaluated or is not finite.
+
+    Attributes:
+      stage: name of the algorithm's stage.
+      round: rounds completed, counted from 1 over all stages.
+      train_loss: mean of the clients' local losses in the round.
+      test_loss: mean cross-entropy on the test set, nats.
+      test_accuracy: fraction of the test set classified rightly.
+      sparsity: pruned fraction of the prunable weights after the round.
+      num_kept: live prunable weights after the round.
+      num_changed: mask entries that the round flipped.
+      uplink_bits: values sent by all clients together.
+      downlink_bits: values and masks sent by the server to all clients together.
+      mask_bits: the masks' part of `downlink_bits`.
+      statistics_bits: untrained statistics (BatchNorm), both ways together, beside the others.
+      num_present: clients that took part.
+      num_rejected: of those, clients left out because their message was not finite.
+      wall_s: seconds that the round took, with its test.
+    """
+
+    stage: str
+    round: int
+    train_loss: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    sparsity: float
+    num_kept: int
+    num_changed: int
+    uplink_bits: int
+    downlink_bits: int
+    mask_bits: int
+    statistics_bits: int
+    num_present: int
+    num_rejected: int
+    wall_s: float
+
+
+def finite(value: Any) -> float | None:
+    """Make a number fit for JSON, which has no NaN: None where it is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def versions() -> dict[str, str]:
+    """List what the run is made with."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "fedjaxprune": __version__,
+        **packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def default_folder(config: RunConfig) -> pathlib.Path:
+    """Name a new folder under ``runs/`` by method, data and time."""
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    data = config.dataset.replace("/", "-").replace(":", "-")
+    folder = pathlib.Path("runs") / f"{config.algorithm}-{data}-{time}"
+    number = 2
+    while folder.exists():
+        folder = folder.with_name(f"{config.algorithm}-{data}-{time}-{number}")
+        number += 1
+    return folder
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Check early that a run may start in `folder`, without touching anything.
+
+    Raises:
+      UserError: something is there already, or nothing can be written there.
+    """
+    try:
+        if (folder / CONFIG).exists():
+            raise UserError(
+                f"out: the folder {str(folder)!r} holds a run already; continue it with "
+                f"`fedjaxprune run --resume {folder}` or give a folder that does not exist."
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"out: {str(folder)!r} exists and is no run; give a folder that is empty or does "
+                "not exist."
+            )
+        parent = folder.absolute()
+        while not parent.exists():
+            parent = parent.parent
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "is not writable" if parent.is_dir() else "is no folder"
+        raise UserError(
+            f"out: cannot make the run folder {str(folder)!r}, as {str(parent)!r} {reason}; "
+            "give a folder that can be written to."
+        )
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
+    """Say that `folder` cannot be written to."""
+    return UserError(
+        f"out: cannot make the run folder {str(folder)!r} ({error.strerror or error}); "
+        "give a folder that can be written to."
+    )
+
+
+def create(folder: pathlib.Path, config: RunConfig) -> None:
+    """Make the run folder with its config in one step: it is whole or it is not there.
+
+    Raises:
+      UserError: the folder cannot be made.
+    """
+    check_free(folder)
+    draft = folder.absolute().with_name(f".{folder.absolute().name}.new")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)  # left by a run that was killed in this moment
+        draft.mkdir(parents=True)
+        text = reading.to_yaml(config, versions=versions())
+        (draft / CONFIG).write_text(text, encoding="utf-8")
+        draft.rename(folder.absolute())
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise _unwritable(folder, error) from None
+
+
+def stored(folder: pathlib.Path) -> tuple[RunConfig, dict[str, str]]:
+    """Read a run's config and the versions that it was made with.
+
+    Raises:
+      UserError: there is no run in `folder`, or its config cannot be read.
+    """
+    path = folder / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"resume: {str(folder)!r} holds no run (no readable {CONFIG} in it); "
+            "start one without --resume."
+        ) from None
+    config = validate(reading.read_yaml(text, source=str(path)))
+    about = yaml.safe_load(text) or {}
+    return config, dict(about.get(reading.VERSIONS) or {})
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path) -> Iterator[None]:
+    """Keep other processes from working in the same folder; a killed one lets go by itself.
+
+    Raises:
+      UserError: another process is at work in it.
+    """
+    with (folder / CONFIG).open("rb") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is running in {str(folder)!r}; wait for its end."
+                ) from None
+        yield
+
+
+def append(folder: pathlib.Path, line: RoundRecord) -> None:
+    """Write one round to the record, at once."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line._asdict(), allow_nan=False) + "\n")
+
+
+def read(folder: pathlib.Path) -> list[RoundRecord]:
+    """Read the record up to the first line that is torn or out of turn."""
+    lines: list[RoundRecord] = []
+    try:
+        text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return lines
+    for row in text.splitlines(keepends=True):
+        try:
+            line = RoundRecord(**json.loads(row))
+        except (ValueError, TypeError):
+            break
+        if not row.endswith("\n") or line.round != len(lines) + 1:
+            break
+        lines.append(line)
+    return lines
+
+
+def cut(folder: pathlib.Path, num_rounds: int) -> list[RoundRecord]:
+    """Shorten the record to its first `num_rounds` rounds, in one step, and return them."""
+    lines = read(folder)[:num_rounds]
+    rows = [json.dumps(line._asdict(), allow_nan=False) + "\n" for line in lines]
+    _replace(folder / METRICS, "".join(rows))
+    return lines
+
+
+def sync(folder: pathlib.Path) -> None:
+    """Make the record durable, before a checkpoint relies on it."""
+    with (folder / METRICS).open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def summarise(lines: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Sum up a record: the last values, the mean of the last ten tests, totals."""
+    tested = [line for line in lines if line.test_accuracy is not None]
+    last = [line.test_accuracy for line in tested[-10:] if line.test_accuracy is not None]
+    end = lines[-1]
+    return {
+        "num_rounds": end.round,
+        "test_accuracy": tested[-1].test_accuracy if tested else None,
+        "test_accuracy_mean_of_last_10": math.fsum(last) / len(last) if last else None,
+        "test_loss": tested[-1].test_loss if tested else None,
+        "train_loss": end.train_loss,
+        "sparsity": end.sparsity,
+        "num_kept": end.num_kept,
+        "uplink_bits": sum(line.uplink_bits for line in lines),
+        "downlink_bits": sum(line.downlink_bits for line in lines),
+        "mask_bits": sum(line.mask_bits for line in lines),
+        "statistics_bits": sum(line.statistics_bits for line in lines),
+        "num_rejected": sum(line.num_rejected for line in lines),
+        "wall_s": round(math.fsum(line.wall_s for line in lines), 3),
+    }
+
+
+def write_summary(folder: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Write the summary in one step."""
+    _replace(folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Write a file so that it is never seen half written."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

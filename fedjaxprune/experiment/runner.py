@@ -1,0 +1,182 @@
+"""Run an algorithm round by round: draw the cohort, call the compiled round, test, record, save.
+
+One jitted step plays a round; the state and all clients' rows are donated to it, so they live once.
+The host reads metrics only, one round behind the device.
+All randomness comes from the seed and the number of the round: a resumed run needs no key.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.algorithms import simulation
+from fedjaxprune.algorithms.simulation import ParticipationFn, Simulation
+from fedjaxprune.base import Algorithm, Key, Model, Population, PrunableFn, RoundState
+from fedjaxprune.experiment import checkpoints, evaluation, progress, record
+from fedjaxprune.experiment.evaluation import TestSet
+
+# What a key is for: folded into the seed's key, so that none is used twice.
+INIT, ROUNDS = range(2)
+
+
+class Parts(NamedTuple):
+    """What a run is put together from.
+
+    Attributes:
+      model: the network.
+      algorithm: the federated method.
+      population: the clients' examples.
+      test: the test set.
+      preprocess: ``(key, inputs) -> inputs`` for tests.
+      participation: ``key -> (client_ids [C], present [C])``.
+      prunable: what sparsity is reported of.
+    """
+
+    model: Model
+    algorithm: Algorithm
+    population: Population
+    test: TestSet
+    preprocess: Callable[[Key, Any], Any]
+    participation: ParticipationFn
+    prunable: PrunableFn
+
+
+class _Pending(NamedTuple):
+    """A round that the device may still be working on."""
+
+    stage: str
+    round: int
+    metrics: Any
+    tested: evaluation.Evaluation | None
+
+
+def train(
+    parts: Parts,
+    *,
+    seed: int,
+    folder: pathlib.Path,
+    eval_every: int,
+    checkpoint_every: int,
+    keep_checkpoints: int,
+    report: progress.Report,
+) -> RoundState:
+    """Run all rounds that the folder does not hold yet, and return the final state.
+
+    A folder with checkpoints goes on from the newest one that is whole, to the same bits as if it
+    had never stopped; the record is cut to that round.
+
+    Args:
+      parts: what to run.
+      seed: of every random choice.
+      folder: a run folder; gets ``metrics.jsonl`` and ``checkpoints/``.
+      eval_every: rounds from one test to the next; the last round is always tested.
+      checkpoint_every: rounds from one checkpoint to the next; the last is always saved.
+      keep_checkpoints: how many of the newest stay.
+      report: is told how it goes.
+    """
+    algorithm = parts.algorithm
+    key = jax.random.key(seed)
+    rounds_key = jax.random.fold_in(key, ROUNDS)
+    num_rounds = sum(stage.num_rounds for stage in algorithm.stages)
+
+    start = jax.jit(lambda key: _start(parts, key))
+    now = jax.tree.map(_own, start(jax.random.fold_in(key, INIT)))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
+    flags = masks_lib.prunable_leaves(shapes.state.params, parts.prunable)
+
+    test_fn = evaluation.evaluate(parts.model, parts.preprocess)
+    test = jax.jit(lambda state, test: test_fn(algorithm.deployed(state), state.model_state, test))
+    clock = 0.0
+
+    def note(pending: _Pending) -> None:
+        """Wait for one round and put it on record."""
+        nonlocal clock
+        metrics, tested = jax.device_get((pending.metrics, pending.tested))
+        pending = pending._replace(metrics=metrics, tested=tested)
+        line = _line(pending, parts, shapes.state, flags)
+        before, clock = clock, time.perf_counter()
+        line = line._replace(wall_s=round(clock - before, 6))
+        record.append(folder, line)
+        report.round(line)
+
+    with checkpoints.open_manager(folder / record.CHECKPOINTS, keep=keep_checkpoints) as manager:
+        num_lines = len(record.read(folder))
+        found = checkpoints.restore(
+            manager, shapes, usable=lambda step: step <= num_lines, warn=report.warn
+        )
+        done = 0
+        if found is not None:
+            done, now = found
+        elif num_lines:
+            report.warn("no checkpoint can be used: the run starts again at round 1.")
+        report.start(record.cut(folder, done))
+
+        begin, pending = 0, None
+        clock = time.perf_counter()
+        for stage in algorithm.stages:
+            end = begin + stage.num_rounds
+            step = jax.jit(simulation.advance(stage, parts.participation), donate_argnums=1)
+            for index in range(max(begin, done), end):
+                now, metrics = step(rounds_key, now, parts.population)
+                number = index + 1
+                is_tested = number % eval_every == 0 or number == num_rounds
+                tested = test(now.state, parts.test) if is_tested else None
+                if pending is not None:
+                    note(pending)
+                pending = _Pending(stage.name, number, metrics, tested)
+                if number % checkpoint_every == 0 or number == num_rounds:
+                    note(pending)
+                    pending = None
+                    record.sync(folder)
+                    checkpoints.save(manager, number, now)
+            begin = end
+    return now.state
+
+
+def _start(parts: Parts, key: Key) -> Simulation:
+    """Make the simulation before the first round."""
+    params, model_state = parts.model.init(key)
+    num_clients = parts.population.offsets.shape[0] - 1
+    return simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
+
+
+def _own(leaf: jax.Array) -> jax.Array:
+    """Copy to a buffer of its own (for donation) and of strong type (else a second trace)."""
+    return jnp.array(leaf, dtype=leaf.dtype, copy=True)
+
+
+def _line(
+    pending: _Pending, parts: Parts, shapes: RoundState, flags: list[bool]
+) -> record.RoundRecord:
+    """Turn a round's metrics, read to the host, into a line of the record."""
+    metrics, tested = pending.metrics, pending.tested
+    traffic = parts.algorithm.num_bits(metrics, shapes)
+    sizes = trees.sizes(shapes.params)
+    num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+    num_kept = sum(int(kept) for kept, flag in zip(metrics.kept, flags, strict=True) if flag)
+    num_tested = int(parts.test.labels.shape[0])
+    loss = metrics.train["loss"]
+    weight = float(loss.weight)
+    return record.RoundRecord(
+        stage=pending.stage,
+        round=pending.round,
+        train_loss=record.finite(float(loss.total) / weight) if weight > 0 else None,
+        test_loss=record.finite(tested.total_loss / num_tested) if tested else None,
+        test_accuracy=int(tested.num_correct) / num_tested if tested else None,
+        sparsity=(num_prunable - num_kept) / num_prunable if num_prunable else 0.0,
+        num_kept=num_kept,
+        num_changed=int(metrics.num_changed),
+        uplink_bits=traffic.uplink_bits,
+        downlink_bits=traffic.downlink_bits + traffic.mask_bits,
+        mask_bits=traffic.mask_bits,
+        statistics_bits=traffic.statistics_bits,
+        num_present=int(metrics.num_present),
+        num_rejected=int(metrics.num_rejected),
+        wall_s=0.0,
+    )
