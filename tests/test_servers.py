@@ -1,0 +1,135 @@
+"""Laws of one delta to new parameters, over every server."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune.federated import servers
+
+PARAMS = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.array([0.5, -1.0, 2.0])}
+DELTA = {"w": jax.random.normal(jax.random.key(1), (4, 3)), "b": jnp.array([0.1, 0.2, -0.3])}
+MASKS = {"w": jax.random.bernoulli(jax.random.key(2), 0.5, (4, 3)), "b": jnp.ones(3, jnp.bool_)}
+SERVERS = {
+    "fedavg": servers.fedavg,
+    "fedavgm": lambda: servers.fedavgm(learning_rate=0.5, momentum=0.9),
+    "fedadam": lambda: servers.fedadam(learning_rate=0.1),
+    "fedyogi": lambda: servers.fedyogi(learning_rate=0.1),
+}
+
+
+def run(server, deltas, params=PARAMS):
+    step = jax.jit(lambda delta, state, params: servers.step(server, delta, state, params))
+    state = servers.init(server, params)
+    for delta in deltas:
+        params, state = step(delta, state, params)
+    return params, state
+
+
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_a_step_keeps_structures_and_dtypes(name):
+    server = SERVERS[name]()
+    params, state = run(server, [DELTA, DELTA])
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, servers.init(server, PARAMS))
+
+
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_parameters_move_in_the_direction_of_the_delta(name):
+    params, _ = run(SERVERS[name](), [DELTA])
+    moved = jax.tree.map(lambda new, old: jnp.sign(new - old), params, PARAMS)
+    chex.assert_trees_all_equal(moved, jax.tree.map(jnp.sign, DELTA))
+
+
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_no_delta_from_the_start_is_no_move(name):
+    zeros = jax.tree.map(jnp.zeros_like, DELTA)
+    params, _ = run(SERVERS[name](), [zeros, zeros])
+    chex.assert_trees_all_equal(params, PARAMS)
+
+
+def test_fedavg_adds_the_mean_delta_exactly():
+    params, _ = run(servers.fedavg(), [DELTA])
+    chex.assert_trees_all_equal(params, jax.tree.map(jnp.add, PARAMS, DELTA))
+
+
+def test_fedavgm_adds_a_decaying_sum():
+    params, _ = run(servers.fedavgm(learning_rate=0.5, momentum=0.9), [DELTA, DELTA])
+    expected = jax.tree.map(lambda p, d: p + 0.5 * (d + (1.0 + 0.9) * d), PARAMS, DELTA)
+    chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+
+def test_fedadam_takes_the_closed_form_of_two_steps():
+    params, _ = run(servers.fedadam(learning_rate=0.1), [DELTA, DELTA])
+    step = jax.tree.map(lambda d: 0.1 * d / (jnp.abs(d) + 1e-3), DELTA)  # bias corrected
+    expected = jax.tree.map(lambda p, s: p + 2.0 * s, PARAMS, step)
+    chex.assert_trees_all_close(params, expected, rtol=1e-5)
+
+
+def test_fedyogi_takes_the_closed_form_of_two_steps():
+    params, _ = run(servers.fedyogi(learning_rate=0.1), [DELTA, DELTA])
+
+    def leaf(param, delta):
+        # the second moment grows by (1 - b2) * delta ** 2 as long as it is smaller than delta ** 2
+        first = delta / (jnp.abs(delta) + 1e-3)
+        second = delta / (jnp.sqrt(2 * 0.01 / (1 - 0.99**2)) * jnp.abs(delta) + 1e-3)
+        return param + 0.1 * (first + second)
+
+    chex.assert_trees_all_close(params, jax.tree.map(leaf, PARAMS, DELTA), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_the_server_forgets_what_is_pruned_and_nothing_else(name):
+    server = SERVERS[name]()
+    spoilt = jax.tree.map(lambda d, m: jnp.where(m, d, jnp.full_like(d, jnp.nan)), DELTA, MASKS)
+    _, clean = run(server, [masks_lib.apply(MASKS, DELTA)] * 2)
+    _, state = run(server, [spoilt] * 2)
+    forget = jax.jit(lambda state: servers.zero_pruned(server, state, MASKS))
+    state, clean = forget(state), forget(clean)
+    chex.assert_trees_all_equal(state, clean)
+    memories = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == PARAMS["w"].shape]
+    assert len(memories) == {"fedavg": 0, "fedavgm": 1, "fedadam": 2, "fedyogi": 2}[name]
+    for memory in memories:
+        np.testing.assert_array_equal(memory[~MASKS["w"]], 0.0)
+        assert np.all(memory[MASKS["w"]] != 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_a_forgotten_weight_stays_where_no_delta_moves_it(name):
+    server = SERVERS[name]()
+    _, state = run(server, [DELTA] * 3)
+    state = servers.zero_pruned(server, state, MASKS)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    params, _ = servers.step(server, zeros, state, masks_lib.apply(MASKS, PARAMS))
+    np.testing.assert_array_equal(params["w"][~MASKS["w"]], 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_to_forget_everything_is_to_start_anew_but_for_the_count(name):
+    server = SERVERS[name]()
+    _, state = run(server, [DELTA])
+    nothing = jax.tree.map(jnp.zeros_like, MASKS)
+    forgotten = jax.tree.leaves(servers.zero_pruned(server, state, nothing))
+    fresh = jax.tree.leaves(servers.init(server, PARAMS))
+    for after, start in zip(forgotten, fresh, strict=True):
+        if start.ndim:
+            np.testing.assert_array_equal(after, start)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: servers.fedavg(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
+        (
+            lambda: servers.fedavgm(learning_rate=1.0, momentum=1.0),
+            r"momentum must lie in \[0, 1\), got 1.0",
+        ),
+        (lambda: servers.fedadam(learning_rate=1.0, b2=-0.1), r"b2 must lie in .*, got -0.1"),
+        (lambda: servers.fedyogi(learning_rate=1.0, eps=0.0), "eps must be positive, got 0.0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
