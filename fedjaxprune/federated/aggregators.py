@@ -262,10 +262,15 @@ def _zeros(like: Any) -> Any:
         if value.dtype == jnp.bool_:
             return jnp.zeros(value.shape, jnp.int32)
         if jnp.issubdtype(value.dtype, jnp.inexact):
-            return jnp.zeros(value.shape, jnp.promote_types(value.dtype, jnp.float32))
+            return jnp.zeros(value.shape, _sum_dtype(value.dtype))
         return jnp.zeros(value.shape, value.dtype)
 
     return jax.tree.map(leaf, like)
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    """Widen half precision to float32."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def _weigh(condition: jax.Array, value: jax.Array, weight: jax.Array) -> jax.Array:
@@ -289,7 +294,7 @@ def _add_trees(first: Any, second: Any) -> Any:
 
 def _sort_present(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Sort ``[C, ...]`` along the clients, the absent ones last (as infinities, as NaN is too)."""
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = values.astype(_sum_dtype(values.dtype))
     present = (weights > 0).reshape(-1, *[1] * (values.ndim - 1))
     usable = present & ~jnp.isnan(values)
     return jnp.sort(jnp.where(usable, values, jnp.full_like(values, jnp.inf)), axis=0)
