@@ -99,7 +99,9 @@ def shards(
             f"but the classes can be cut into {sum(limits)} only; take fewer clients or classes."
         )
     counts = [1] * len(classes)
-    heap = [(-rows.size, c) for c, rows in enumerate(classes) if limits[c] > 1]
+    heap: list[tuple[float, int]] = [
+        (-rows.size, c) for c, rows in enumerate(classes) if limits[c] > 1
+    ]
     heapq.heapify(heap)
     for _ in range(num_shards - len(classes)):  # always cut the class of the largest shards
         _, c = heapq.heappop(heap)
@@ -274,9 +276,11 @@ def _check(labels: np.ndarray, num_clients: int, *, min_size: int = 1) -> np.nda
         raise ValueError(f"num_clients must be at least 1, got {num_clients}.")
     if min_size < 0:
         raise ValueError(f"min_size must not be negative, got {min_size}.")
-    if num_clients * max(min_size, 1) > labels.size:
+    if num_clients * min_size > labels.size:
         raise ValueError(
-            f"{num_clients} clients with at least {max(min_size, 1)} examples each need "
-            f"{num_clients * max(min_size, 1)} examples, but there are {labels.size}."
+            f"num_clients = {num_clients} with at least {min_size} example(s) each need "
+            f"{num_clients * min_size} examples, but there are {labels.size}."
         )
+    if labels.size == 0:
+        raise ValueError("labels must have at least one example, got none.")
     return labels
