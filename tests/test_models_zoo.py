@@ -1,0 +1,123 @@
+"""Networks are models: pure, of known size, indifferent to filling, and early to refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjaxprune import masks, trees
+from fedjaxprune.base import Batch
+from fedjaxprune.models import zoo
+
+KEY = jax.random.key(0)
+SMALL = {
+    "mlp": lambda: zoo.mlp(input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(8,)),
+    "lenet5": lambda: zoo.lenet5(input_shape=(13, 12, 2), num_classes=3),
+    "cnn": lambda: zoo.cnn(input_shape=(8, 9, 1), num_classes=3),
+}
+SHAPES = {"mlp": (4, 4, 1), "lenet5": (13, 12, 2), "cnn": (8, 9, 1)}
+
+
+def batch_for(shape, size=4, filling=1):
+    inputs = jax.random.normal(jax.random.fold_in(KEY, 1), (size, *shape))
+    labels = jnp.arange(size, dtype=jnp.int32) % 3
+    weights = (jnp.arange(size) < size - filling).astype(jnp.float32)
+    return Batch(inputs=inputs, labels=labels, weights=weights)
+
+
+def count(model, prunable=None):
+    params, _ = jax.eval_shape(model.init, KEY)
+    if prunable is None:
+        return sum(trees.sizes(params))
+    flags = masks.prunable_leaves(params, prunable)
+    return sum(n for n, flag in zip(trees.sizes(params), flags, strict=True) if flag)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_loss_is_the_weighted_mean_and_metrics_agree(name):
+    model = SMALL[name]()
+    params, state = jax.jit(model.init)(KEY)
+    batch = batch_for(SHAPES[name])
+    loss, (_, report) = jax.jit(model.loss)(params, state, batch, KEY)
+    assert report["loss"].weight == 3.0
+    np.testing.assert_allclose(loss, report["loss"].total / report["loss"].weight, rtol=1e-6)
+    assert 0.0 <= report["accuracy"].total <= 3.0
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_filling_changes_neither_loss_nor_gradient_nor_state(name):
+    model = SMALL[name]()
+    params, state = jax.jit(model.init)(KEY)
+    batch = batch_for(SHAPES[name])
+    other = batch._replace(inputs=batch.inputs.at[-1].set(7.0), labels=batch.labels.at[-1].set(0))
+    step = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
+    (loss, (after, _)), grads = step(params, state, batch, KEY)
+    (loss_2, (after_2, _)), grads_2 = step(params, state, other, KEY)
+    for a, b in zip(
+        jax.tree.leaves((loss, after, grads)),
+        jax.tree.leaves((loss_2, after_2, grads_2)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_a_batch_that_is_all_filling_has_zero_loss_and_gradient(name):
+    model = SMALL[name]()
+    params, state = jax.jit(model.init)(KEY)
+    batch = batch_for(SHAPES[name], filling=4)
+    (loss, _), grads = jax.jit(jax.value_and_grad(model.loss, has_aux=True))(
+        params, state, batch, KEY
+    )
+    assert loss == 0.0
+    assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_clients_under_vmap_are_clients_one_by_one(name):
+    model = SMALL[name]()
+    batch = batch_for(SHAPES[name])
+    params, state = jax.jit(jax.vmap(model.init))(jax.random.split(KEY, 2))
+    grad = jax.grad(lambda p, s: model.loss(p, s, batch, KEY)[0])
+    together = jax.jit(jax.vmap(grad))(params, state)
+    alone = jax.jit(grad)(trees.take(params, jnp.int32(1)), trees.take(state, jnp.int32(1)))
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_predictions_are_logits_and_train_in_plain_dicts(name):
+    model = SMALL[name]()
+    params, state = jax.jit(model.init)(KEY)
+    assert type(params) is dict
+    assert type(state) is dict
+    logits = jax.jit(model.predict)(params, state, batch_for(SHAPES[name]).inputs)
+    assert logits.shape == (4, 3)
+
+
+def test_lenet5_has_the_sizes_of_the_paper():
+    model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
+    assert count(model) == 61_706  # 156 + 2,416 + 48,120 + 10,164 + 850
+    assert count(model, masks.kernels) == 61_470  # without 6 + 16 + 120 + 84 + 10 biases
+
+
+def test_cnn_and_mlp_have_the_sizes_that_their_layers_add_up_to():
+    cnn = zoo.cnn(input_shape=(28, 28, 1), num_classes=10)
+    assert count(cnn) == 832 + 51_264 + (3_136 * 512 + 512) + 5_130
+    mlp = zoo.mlp(input_shape=(28, 28), num_classes=10, hidden_sizes=(200, 100))
+    assert count(mlp) == 784 * 200 + 200 + 200 * 100 + 100 + 1_010
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: zoo.lenet5(input_shape=(8, 8, 1), num_classes=10), "at least 12x12.*got 8x8"),
+        (lambda: zoo.lenet5(input_shape=(28, 28), num_classes=10), r"got examples of .*\(28, 28\)"),
+        (lambda: zoo.cnn(input_shape=(3, 8, 1), num_classes=10), "at least 4x4.*got 3x8"),
+        (lambda: zoo.mlp(input_shape=(4,), num_classes=0), "num_classes must be .*got 0"),
+        (lambda: zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(0,)), "hidden_sizes"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
