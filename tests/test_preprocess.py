@@ -54,7 +54,7 @@ def test_crop_offsets_are_uniform():
 
 
 def test_half_of_the_images_are_flipped():
-    inputs = jnp.concatenate([IMAGES] * 8)
+    inputs = np.concatenate([IMAGES] * 8)
     outputs = np.asarray(jax.jit(preprocess.random_flip())(KEY, inputs))
     same = (outputs == inputs).all(axis=(1, 2, 3))
     mirrored = (outputs == inputs[:, :, ::-1]).all(axis=(1, 2, 3))

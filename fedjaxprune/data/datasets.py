@@ -89,7 +89,14 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
             f"not {version!r}."
         )
     newest = max(versions, key=lambda text: [int(number) for number in text.split(".")])
-    return _read(name, versions[version or newest])
+    chosen = versions[version or newest]
+    try:
+        return _read(name, chosen)
+    except DataError:
+        raise
+    except Exception as error:  # whatever its readers raise on missing or damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data set {name!r} in {chosen} cannot be read: {reason}") from error
 
 
 def prepared(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
@@ -175,10 +182,7 @@ def _recipe(name: str) -> str:
 def _read(name: str, folder: pathlib.Path) -> Dataset:
     """Decode both splits of the set prepared in `folder`."""
     tfds = _tfds()
-    try:
-        builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # whatever TFDS raises on files that it cannot understand
-        raise DataError(f"data set {name!r} in {folder} cannot be read: {error}") from error
+    builder = tfds.builder_from_directory(folder)
     image, label = _features(tfds, name, builder)
     splits = builder.info.splits
     test_split = "test" if "test" in splits else "validation"

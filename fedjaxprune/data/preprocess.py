@@ -131,7 +131,7 @@ def random_flip() -> Preprocess:
 
     def flip_fn(key: Key, inputs: jax.Array) -> jax.Array:
         _check_images("random_flip", inputs)
-        flipped = jax.random.bits(key, (inputs.shape[0], 1, 1, 1), jnp.uint8) < 128
+        flipped = jax.random.bernoulli(key, shape=(inputs.shape[0], 1, 1, 1))
         return jnp.where(flipped, inputs[:, :, ::-1], inputs)
 
     return flip_fn

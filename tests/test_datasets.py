@@ -1,0 +1,251 @@
+"""Reading data sets: digits, TFDS folders made here on the spot, and (where present) real ones."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedjaxprune.data import datasets
+
+FEATURES = "tensorflow_datasets.core.features"
+LABEL = {
+    "pythonClassName": f"{FEATURES}.class_label_feature.ClassLabel",
+    "classLabel": {"numClasses": "3"},
+}
+
+
+def image_feature(dtype="uint8"):
+    return {
+        "pythonClassName": f"{FEATURES}.image_feature.Image",
+        "image": {"dtype": dtype, "shape": {"dimensions": ["-1", "-1", "1"]}},
+    }
+
+
+def pictures(num, *, size=(5, 4), seed=0):
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, 256, size, dtype=np.uint8), int(rng.integers(3))) for _ in range(num)]
+
+
+def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="array_record"):
+    """Lay the files of a prepared TFDS set; `splits` maps names to lists of (image, label)."""
+    datasets._tfds()  # imports it without its warnings
+    from array_record.python import array_record_module as array_record
+    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+    folder = root / name / version
+    folder.mkdir(parents=True)
+    features = features or {"picture": image_feature(), "kind": LABEL}
+    images = [key for key, value in features.items() if "image" in value]
+    labels = [key for key, value in features.items() if "classLabel" in value]
+    (folder / "features.json").write_text(
+        json.dumps(
+            {
+                "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+                "featuresDict": {"features": features},
+            }
+        )
+    )
+    for key in labels:
+        (folder / f"{key}.labels.txt").write_text("cat\ndog\nowl\n")
+    info = {"name": name.split("/")[0], "version": version, "fileFormat": file_format, "splits": []}
+    for split, examples in splits.items():
+        info["splits"].append(
+            {
+                "name": split,
+                "numBytes": "1",
+                "shardLengths": [str(len(examples))],
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        )
+        file = folder / f"{info['name']}-{split}.{file_format}-00000-of-00001"
+        writer = array_record.ArrayRecordWriter(str(file), "group_size:1")
+        for pixels, label in examples:
+            png = io.BytesIO()
+            Image.fromarray(pixels).save(png, "PNG")
+            values = {
+                key: tf_feature_pb2.Feature(
+                    bytes_list=tf_feature_pb2.BytesList(value=[png.getvalue()])
+                )
+                for key in images
+            }
+            for key in labels:
+                values[key] = tf_feature_pb2.Feature(
+                    int64_list=tf_feature_pb2.Int64List(value=[label])
+                )
+            example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=values))
+            writer.write(example.SerializeToString())
+        writer.close()
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def assert_holds(split, examples):
+    np.testing.assert_array_equal(split["inputs"], np.stack([x[..., None] for x, _ in examples]))
+    np.testing.assert_array_equal(split["labels"], [label for _, label in examples])
+    assert split["inputs"].dtype == np.uint8
+    assert split["labels"].dtype == np.int32
+
+
+def test_digits_need_nothing_and_are_split_evenly():
+    digits = datasets.load("digits", data_dir="/does/not/matter")
+    assert digits.train["inputs"].shape == (1442, 8, 8, 1)
+    assert digits.test["inputs"].shape == (355, 8, 8, 1)
+    assert digits.train["inputs"].max() == digits.max_value == 16
+    counts = [np.bincount(split["labels"]) for split in (digits.train, digits.test)]
+    np.testing.assert_array_equal(counts[1], (counts[0] + counts[1]) // 5)
+    for split in (digits.train, digits.test):
+        assert split["inputs"].dtype == np.uint8
+        assert split["labels"].dtype == np.int32
+
+
+def test_importing_does_not_import_tfds():
+    program = (
+        "import sys, fedjaxprune.data.datasets; assert 'tensorflow_datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("test_split", ["test", "validation"])
+def test_a_prepared_set_is_read_as_stored(tmp_path, test_split):
+    train, test = pictures(1003), pictures(7, seed=1)
+    prepare(tmp_path, "my_pets", {"train": train, test_split: test})
+    dataset = datasets.load("my_pets", data_dir=tmp_path)
+    assert_holds(dataset.train, train)
+    assert_holds(dataset.test, test)
+    assert dataset.class_names == ("cat", "dog", "owl")
+    assert (dataset.num_classes, dataset.image_shape) == (3, (5, 4, 1))
+    assert (dataset.max_value, dataset.mean, dataset.std) == (255, None, None)
+
+
+def test_the_environment_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    prepare(tmp_path, "my_pets", {"train": pictures(3), "test": pictures(2)})
+    assert datasets.prepared() == ["my_pets"]
+    assert len(datasets.load("my_pets").train["labels"]) == 3
+
+
+def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
+    for version, num in (("1.0.0", 2), ("1.10.0", 3), ("1.9.0", 4)):
+        prepare(tmp_path, "my_pets", {"train": pictures(num), "test": pictures(1)}, version=version)
+    assert len(datasets.load("my_pets", data_dir=tmp_path).train["labels"]) == 3
+    assert len(datasets.load("my_pets:1.9.0", data_dir=tmp_path).train["labels"]) == 4
+    with pytest.raises(datasets.DataError, match=r"1.10.0.*not '3.0.0'"):
+        datasets.load("my_pets:3.0.0", data_dir=tmp_path)
+
+
+def test_configurations_are_read_by_name(tmp_path):
+    for config in ("big", "small"):
+        prepare(tmp_path, f"my_pets/{config}", {"train": pictures(2), "test": pictures(1)})
+    assert datasets.prepared(tmp_path) == ["my_pets/big", "my_pets/small"]
+    assert datasets.load("my_pets/big", data_dir=tmp_path).name == "my_pets/big"
+    with pytest.raises(datasets.DataError, match=r"prepared in .* are my_pets/big, my_pets/small"):
+        datasets.load("my_pets", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "splits", "message"),
+    [
+        (None, {"train": 2}, "has the splits train; needed are"),
+        (None, {"test": 2}, "has the splits test; needed are"),
+        ({"picture": image_feature()}, {"train": 2, "test": 2}, "0 features that are a class"),
+        ({"kind": LABEL}, {"train": 2, "test": 2}, "0 features that are an image"),
+        (
+            {"left": image_feature(), "right": image_feature(), "kind": LABEL},
+            {"train": 2, "test": 2},
+            "2 features that are an image",
+        ),
+        (
+            {"picture": image_feature("uint16"), "kind": LABEL},
+            {"train": 2, "test": 2},
+            "images of uint16",
+        ),
+    ],
+)
+def test_a_set_that_does_not_classify_images_is_refused(tmp_path, features, splits, message):
+    splits = {split: pictures(num) for split, num in splits.items()}
+    prepare(tmp_path, "my_pets", splits, features=features)
+    with pytest.raises(datasets.DataError, match=message):
+        datasets.load("my_pets", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_images_of_differing_sizes_are_refused(tmp_path, where):
+    splits = {"train": pictures(3), "test": pictures(3)}
+    splits[where] = splits[where] + pictures(1, size=(6, 4))
+    if where == "test":
+        splits[where] = pictures(3, size=(6, 4))
+    prepare(tmp_path, "my_pets", splits)
+    with pytest.raises(datasets.DataError, match="images of differing sizes"):
+        datasets.load("my_pets", data_dir=tmp_path)
+
+
+def test_examples_without_a_label_are_refused(tmp_path):
+    test = [(pixels, -1) for pixels, _ in pictures(3)]
+    prepare(tmp_path, "my_pets", {"train": pictures(3), "test": test})
+    with pytest.raises(datasets.DataError, match="without a label in its split test"):
+        datasets.load("my_pets", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn info", "torn records", "tfrecord"])
+def test_damaged_or_foreign_files_are_one_clear_error(tmp_path, damage):
+    file_format = "tfrecord" if damage == "tfrecord" else "array_record"
+    splits = {"train": pictures(3), "test": pictures(2)}
+    prepare(tmp_path, "my_pets", splits, file_format=file_format)
+    folder = tmp_path / "my_pets" / "1.0.0"
+    if damage == "missing":
+        (folder / "my_pets-train.array_record-00000-of-00001").unlink()
+    if damage == "torn info":
+        (folder / "dataset_info.json").write_text("{")
+    if damage == "torn records":
+        file = folder / "my_pets-train.array_record-00000-of-00001"
+        file.write_bytes(file.read_bytes()[:100])
+    message = "without random access; prepare it" if damage == "tfrecord" else "cannot be read"
+    with pytest.raises(datasets.DataError, match=message):
+        datasets.load("my_pets", data_dir=tmp_path)
+
+
+def test_a_set_that_is_not_prepared_says_how(tmp_path):
+    with pytest.raises(datasets.DataError, match=r"builder\('mnist', file_format='array_record'"):
+        datasets.load("mnist", data_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(datasets.DataError, match="is not a folder"):
+        datasets.load("mnist", data_dir=tmp_path / "absent")
+    assert datasets.prepared(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("digit", "digits"), ("cifra10", "cifar10"), ("my_pet", "my_pets")]
+)
+def test_an_unknown_name_gets_a_near_miss(tmp_path, name, near):
+    prepare(tmp_path, "my_pets", {"train": pictures(1), "test": pictures(1)})
+    with pytest.raises(datasets.DataError, match=f"unknown .*{name}.* did you mean .*{near}"):
+        datasets.load(name, data_dir=tmp_path)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "num_train", "shape", "labels"),
+    [
+        ("fashion_mnist", 60_000, (28, 28, 1), [2, 1, 8, 4, 1, 9, 2, 2, 0, 2]),
+        ("cifar10", 50_000, (32, 32, 3), [7, 8, 4, 4, 6, 5, 2, 9, 6, 6]),
+    ],
+)
+def test_real_sets_are_the_ones_that_everybody_knows(
+    tfds_data_dir, record_property, name, num_train, shape, labels
+):
+    if name not in datasets.prepared(tfds_data_dir):
+        pytest.skip(f"no prepared {name} in {tfds_data_dir}")
+    start = time.perf_counter()
+    dataset = datasets.load(name, data_dir=tfds_data_dir)
+    record_property("load_s", time.perf_counter() - start)
+    assert dataset.train["inputs"].shape == (num_train, *shape)
+    assert dataset.test["inputs"].shape == (10_000, *shape)
+    assert dataset.train["labels"][:10].tolist() == labels
+    assert (np.bincount(dataset.train["labels"]) == num_train // 10).all()
+    pixels = dataset.train["inputs"].reshape(-1, shape[2])
+    np.testing.assert_allclose(pixels.mean(axis=0) / 255, dataset.mean, atol=1e-4)
+    np.testing.assert_allclose(pixels.std(axis=0) / 255, dataset.std, atol=1e-4)
