@@ -1,0 +1,254 @@
+"""Laws of what a delta looks like after the wire, over every uplink."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune.federated import uplink
+
+KEY = jax.random.key(0)
+DELTA = {
+    "layer": {"kernel": jax.random.normal(jax.random.key(1), (3, 5, 4)), "bias": jnp.full(3, 0.5)},
+    "none_kept": jax.random.normal(jax.random.key(3), (6,)),
+}
+MASKS = {
+    "layer": {
+        "kernel": jax.random.bernoulli(jax.random.key(4), 0.4, (3, 5, 4)),
+        "bias": jnp.ones(3, jnp.bool_),
+    },
+    "none_kept": jnp.zeros(6, jnp.bool_),
+}
+KEPT = [int(n) for n in masks_lib.num_kept(MASKS)]
+SIZES = [leaf.size for leaf in jax.tree.leaves(DELTA)]
+
+PLAIN = {
+    "identity": uplink.identity(),
+    "top_k": uplink.top_k(fraction=0.3),
+    "random_k": uplink.random_k(fraction=0.3),
+    "unbiased_random_k": uplink.unbiased_random_k(fraction=0.3),
+    "sign": uplink.sign(),
+    "quantise": uplink.quantise(bits=3),
+}
+WITH_FEEDBACK = {
+    f"error_feedback({name})": uplink.error_feedback(inner) for name, inner in PLAIN.items()
+}
+UPLINKS = PLAIN | WITH_FEEDBACK  # made once, so that each is compiled once
+RANDOM = ["quantise", "random_k", "unbiased_random_k"]
+SELECTING = ["identity", "top_k", "random_k"]  # what they send, they send as it is
+
+
+def send(component, delta=DELTA, masks=MASKS, key=KEY, state=None):
+    state = component.init(delta) if state is None else state
+    return jax.jit(component.update)(key, delta, state, masks)
+
+
+@pytest.mark.parametrize("name", sorted(UPLINKS))
+def test_what_is_sent_looks_like_the_delta_and_the_state_like_the_state(name):
+    component = UPLINKS[name]
+    before = component.init(DELTA)
+    sent, after = send(component)
+    chex.assert_trees_all_equal_shapes_and_dtypes(sent, DELTA)
+    chex.assert_trees_all_equal_structs(after, before)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+
+
+@pytest.mark.parametrize("name", sorted(UPLINKS))
+def test_what_may_not_travel_is_an_exact_zero_whatever_it_was(name):
+    spoilt = jax.tree.map(lambda d, m: jnp.where(m, d, jnp.full_like(d, jnp.nan)), DELTA, MASKS)
+    sent, after = send(UPLINKS[name], delta=spoilt)
+    chex.assert_trees_all_equal(sent, masks_lib.apply(MASKS, sent))
+    clean, _ = send(UPLINKS[name])
+    chex.assert_trees_all_equal(sent, clean)
+    assert not any(jnp.any(jnp.signbit(jnp.where(m, 0.0, s))) for s, m in _pairs(sent, MASKS))
+    if name in WITH_FEEDBACK:
+        chex.assert_trees_all_equal(after.residual, masks_lib.apply(MASKS, after.residual))
+
+
+@pytest.mark.parametrize("name", sorted(UPLINKS))
+def test_the_key_decides_and_only_where_there_is_chance(name):
+    component = UPLINKS[name]
+    first, _ = send(component)
+    again, _ = send(component)
+    other, _ = send(component, key=jax.random.key(9))
+    chex.assert_trees_all_equal(first, again)
+    same = all(bool(jnp.all(a == b)) for a, b in _pairs(first, other))
+    assert same == (not any(random in name for random in RANDOM))
+
+
+@pytest.mark.parametrize("name", sorted(UPLINKS))
+def test_mapping_over_clients_is_sending_one_by_one(name):
+    component = UPLINKS[name]
+    keys = jax.random.split(KEY, 3)
+    deltas = jax.tree.map(lambda d: jnp.stack([d, 2.0 * d, d - 0.1]), DELTA)
+    flipped = jax.tree.map(jnp.logical_not, MASKS)
+    masks = jax.tree.map(lambda a, b: jnp.stack([a, b, a]), MASKS, flipped)
+    states = jax.vmap(component.init)(deltas)
+    sent, _ = jax.jit(jax.vmap(component.update))(keys, deltas, states, masks)
+    for i in range(3):
+        delta, mask = jax.tree.map(lambda leaf, i=i: leaf[i], (deltas, masks))
+        alone, _ = send(component, delta=delta, masks=mask, key=keys[i])
+        chex.assert_trees_all_close(jax.tree.map(lambda s, i=i: s[i], sent), alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(WITH_FEEDBACK))
+def test_the_residual_is_what_was_computed_less_what_was_sent(name):
+    component = UPLINKS[name]
+    state = component.init(DELTA)
+    masks = MASKS
+    for r in range(4):
+        delta = jax.tree.map(lambda d, r=r: d * (1.0 + r), DELTA)
+        if r == 2:  # the masks shrink: what is pruned is forgotten
+            masks = jax.tree.map(lambda m: m.at[..., :1].set(False), masks)
+        sent, after = send(component, delta, masks, jax.random.fold_in(KEY, r), state)
+        corrected = masks_lib.apply(masks, jax.tree.map(jnp.add, delta, state.residual))
+        together = jax.tree.map(jnp.add, sent, after.residual)
+        if any(f"({selecting})" in name for selecting in SELECTING):
+            chex.assert_trees_all_equal(together, corrected)
+        else:  # float subtraction rounds
+            chex.assert_trees_all_close(together, corrected, rtol=1e-5, atol=1e-5)
+        state = after
+
+
+def test_nothing_is_lost_but_delayed_by_feedback():
+    component = uplink.error_feedback(uplink.top_k(fraction=0.1))
+    values = {"w": jnp.arange(1.0, 21.0)}
+    masks = masks_lib.full(values)
+    state, received = component.init(values), jnp.zeros(20)
+    for r in range(40):
+        delta = values if r == 0 else {"w": jnp.zeros(20)}
+        sent, state = send(component, delta, masks, state=state)
+        received = received + sent["w"]
+        if r == 9:
+            chex.assert_trees_all_equal(received, values["w"])  # 2 entries a round
+    chex.assert_trees_all_equal(state.residual["w"], jnp.zeros(20))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("make", [uplink.top_k, uplink.random_k, uplink.unbiased_random_k])
+def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
+    values = {"w": jax.random.normal(KEY, (61,)), "short": jnp.float32(1.0).reshape(1)}
+    masks = {"w": jnp.arange(61) % 3 != 0, "short": jnp.ones(1, jnp.bool_)}
+    sent, _ = send(make(fraction=fraction), values, masks)
+    expected = min(max(round(fraction * 40), 1), 40)
+    assert int(jnp.sum(sent["w"] != 0)) == expected
+    assert int(jnp.sum(sent["short"] != 0)) == 1
+    charged = make(fraction=fraction).num_bits([1, 40], [1, 61])
+    assert charged >= 32 * (expected + 1)
+    if make is uplink.top_k:
+        chosen = np.abs(np.where(masks["w"], values["w"], 0.0))
+        threshold = np.sort(chosen)[-expected]
+        kept = np.where(chosen >= threshold, values["w"], np.float32(0.0))
+        np.testing.assert_array_equal(sent["w"], kept)
+
+
+def test_counts_are_those_of_the_host_where_float32_would_miscount():
+    size = 2**24 + 2
+    for fraction in (0.5 + 2**-25, 0.1, 0.9999999):
+        host = uplink._num_sent(fraction, size)
+        mask = jax.ShapeDtypeStruct((size,), jnp.bool_)
+        count = jax.jit(lambda mask, f=fraction: uplink._num_sent_traced(f, mask))
+        assert int(count(jnp.ones(mask.shape, mask.dtype))) == host
+
+
+@pytest.mark.parametrize("name", ["quantise", "unbiased_random_k"])
+def test_unbiased_uplinks_are_right_on_average(name):
+    num_keys = 4000
+    keys = jax.random.split(jax.random.key(11), num_keys)
+    component = UPLINKS[name]
+    sent, _ = jax.jit(jax.vmap(component.update, (0, None, None, None)))(keys, DELTA, (), MASKS)
+    expected = masks_lib.apply(MASKS, DELTA)
+    for samples, true in _pairs(sent, expected):
+        error = np.abs(np.mean(samples, axis=0) - true)
+        bound = 5.0 * np.std(samples, axis=0) / np.sqrt(num_keys) + 1e-5
+        assert np.all(error <= bound)
+
+
+def test_random_k_chooses_every_entry_equally_often():
+    masks = {"w": jnp.arange(12) < 8}
+    keys = jax.random.split(jax.random.key(12), 4000)
+    update = uplink.random_k(fraction=0.25).update
+    sent, _ = jax.vmap(update, (0, None, None, None))(keys, {"w": jnp.ones(12)}, (), masks)
+    rate = np.mean(sent["w"], axis=0)
+    np.testing.assert_allclose(rate[:8], 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 4000))
+    np.testing.assert_array_equal(rate[8:], 0.0)
+
+
+def test_signs_carry_the_mean_magnitude_and_zero_travels_as_plus():
+    delta = {"w": jnp.array([1.0, -2.0, 0.0, 9.0])}
+    masks = {"w": jnp.array([True, True, True, False])}
+    sent, _ = send(uplink.sign(), delta, masks)
+    chex.assert_trees_all_equal(sent, {"w": jnp.array([1.0, -1.0, 1.0, 0.0])})
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8, 16])
+def test_quantise_has_its_levels_and_sends_the_ends_as_they_are(bits):
+    values = jax.random.normal(jax.random.key(13), (3000,))
+    masks = {"w": jnp.arange(3000) % 2 == 0}
+    sent, _ = send(uplink.quantise(bits=bits), {"w": values}, masks)
+    sent, kept = sent["w"][::2], values[::2]
+    assert len(np.unique(sent)) <= 2**bits
+    assert jnp.min(sent) == jnp.min(kept)
+    assert jnp.max(sent) == jnp.max(kept)
+    step = (jnp.max(kept) - jnp.min(kept)) / (2**bits - 1)
+    assert jnp.max(jnp.abs(sent - kept)) <= step * 1.01
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -1e-20])
+def test_quantise_sends_a_constant_leaf_as_it_is(value):
+    delta = {"w": jnp.full((4,), value)}
+    sent, _ = send(uplink.quantise(bits=2), delta, masks_lib.full(delta))
+    chex.assert_trees_all_equal(sent, delta)
+
+
+def test_everything_is_sent_by_the_fraction_one():
+    expected = masks_lib.apply(MASKS, DELTA)
+    for make in (uplink.top_k, uplink.random_k, uplink.unbiased_random_k):
+        sent, _ = send(make(fraction=1.0))
+        chex.assert_trees_all_equal(sent, expected)
+    dense = uplink.identity().num_bits(KEPT, SIZES)
+    assert uplink.top_k(fraction=1.0).num_bits(KEPT, SIZES) == dense
+
+
+def test_bits_are_counted_as_the_doc_strings_say():
+    kept, sizes = [1000, 0, 10], [4000, 50, 10]
+    assert uplink.identity().num_bits(kept, sizes) == 32 * 1010
+    sparse = uplink.top_k(fraction=0.01)  # 10 of 1000 at 10 bits each, 1 of 10 at 4 bits
+    assert sparse.num_bits(kept, sizes) == 10 * (32 + 10) + (32 + 4)
+    dense = uplink.top_k(fraction=0.5)  # bitmaps are shorter
+    assert dense.num_bits(kept, sizes) == (500 * 32 + 1000) + (5 * 32 + 10)
+    for make in (uplink.random_k, uplink.unbiased_random_k):
+        assert make(fraction=0.01).num_bits(kept, sizes) == 11 * 32 + 32
+    assert uplink.sign().num_bits(kept, sizes) == 1010 + 2 * 32
+    assert uplink.quantise(bits=4).num_bits(kept, sizes) == 4 * 1010 + 2 * 64
+
+
+@pytest.mark.parametrize("name", sorted(UPLINKS))
+def test_bits_are_python_integers_none_for_nothing(name):
+    component = UPLINKS[name]
+    assert component.num_bits([0, 0], [5, 5]) == 0
+    many = component.num_bits([2**31 - 1] * 4, [2**31] * 4)
+    assert type(many) is int
+    assert many > 2**31
+    if name in WITH_FEEDBACK:
+        inner = PLAIN[name.removeprefix("error_feedback(").removesuffix(")")]
+        assert component.num_bits(KEPT, SIZES) == inner.num_bits(KEPT, SIZES)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("make", [uplink.top_k, uplink.random_k, uplink.unbiased_random_k])
+def test_a_fraction_that_makes_no_sense_is_refused(make, fraction):
+    with pytest.raises(ValueError, match=rf"\(0, 1\], got {fraction}"):
+        make(fraction=fraction)
+
+
+@pytest.mark.parametrize("bits", [0, 17])
+def test_bits_that_make_no_sense_are_refused(bits):
+    with pytest.raises(ValueError, match=rf"\[1, 16\], got {bits}"):
+        uplink.quantise(bits=bits)
+
+
+def _pairs(first, second):
+    return list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
