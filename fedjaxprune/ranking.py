@@ -56,7 +56,7 @@ def tree_top_k(scores: Any, k: jax.Array) -> Any:
             f"{', '.join(sorted(map(str, dtypes)))}."
         )
     k = jnp.clip(jnp.asarray(k, jnp.int32), 0, size)
-    keys = [_ordered(leaf) for leaf in leaves]
+    keys = [order_keys(leaf) for leaf in leaves]
     threshold, num_above = _threshold(keys, k)
     stop = _stop(keys, threshold, k - num_above)
     kept = [
@@ -66,8 +66,11 @@ def tree_top_k(scores: Any, k: jax.Array) -> Any:
     return jax.tree.unflatten(structure, kept)
 
 
-def _ordered(scores: jax.Array) -> jax.Array:
-    """Map scores to uint32 of the same order, on bits: comparisons may flush subnormal floats."""
+def order_keys(scores: jax.Array) -> jax.Array:
+    """Map scores to uint32 of the same order and ties as in `top_k`.
+
+    This works on bits, since comparing floats may take subnormal ones for zero.
+    """
     dtype = scores.dtype
     sign = jnp.uint32(0x80000000)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4:

@@ -1,0 +1,124 @@
+"""How much of each layer is kept? From scores and a sparsity to one count per leaf.
+
+Scores arrive with what must not be chosen at -inf and what must be chosen at +inf; most allocations
+look at nothing but shapes. Counts are computed in float64 and leave as int32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import ranking, trees
+from fedjaxprune.base import PrunableFn
+from fedjaxprune.pruning import schedules
+
+# (scores, sparsity [] float64) -> the tree with the number of weights to keep, [] int32, per leaf
+AllocationFn = Callable[[Any, jax.Array], Any]
+
+
+def nothing(path: str, leaf: jax.Array) -> bool:
+    """Choose no leaf."""
+    del path, leaf
+    return False
+
+
+def uniform() -> AllocationFn:
+    """Prune every leaf to the same sparsity."""
+
+    def allocate(scores: Any, sparsity: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: schedules.num_kept(leaf.size, sparsity), scores)
+
+    return allocate
+
+
+def whole_model() -> AllocationFn:
+    """Let all leaves compete in one pool: a leaf keeps as many as are among the best of the model.
+
+    The pool keeps exactly ``size - round(sparsity * size)``. Nothing protects a layer from being
+    pruned away.
+    """
+
+    def allocate(scores: Any, sparsity: jax.Array) -> Any:
+        best = ranking.tree_top_k(scores, schedules.num_kept(sum(trees.sizes(scores)), sparsity))
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, dtype=jnp.int32), best)
+
+    return allocate
+
+
+def erk(*, power: float = 1.0, dense: PrunableFn = nothing) -> AllocationFn:
+    """Keep more of small layers: density in proportion to ``(sum of axes / product of axes)``.
+
+    A leaf keeps ``floor(density * size)``, so the model keeps up to one weight per leaf less than
+    asked. A product within a part in 10¹² of the next integer counts as it, for densities are only
+    known to rounding.
+
+    Args:
+      power: exponent of the raw score; 1 is the paper's, 0 is uniform.
+      dense: ``(path, leaf) ->`` is the leaf to be kept whole, whatever its score?
+
+    References:
+      Evci et al., `RigL <https://arxiv.org/abs/1911.11134>`_, 2020.
+    """
+    _check_power(power)
+
+    def allocate(scores: Any, sparsity: jax.Array) -> Any:
+        leaves, structure = jax.tree.flatten(scores)
+        if not leaves:
+            return scores
+        with jax.enable_x64(True):
+            densities = erk_densities(scores, sparsity, power=power, dense=dense)
+            sizes = np.array(trees.sizes(scores), np.float64)
+            kept = jnp.floor(densities * sizes * (1.0 + 1e-12)).astype(jnp.int32)
+            return jax.tree.unflatten(structure, [kept[i] for i in range(len(leaves))])
+
+    return allocate
+
+
+def erk_densities(
+    tree: Any, sparsity: jax.Array, *, power: float = 1.0, dense: PrunableFn = nothing
+) -> jax.Array:
+    """Compute the kept fraction of every leaf under `erk`.
+
+    A leaf that would get more than all of its weights is kept whole, and the others share what is
+    left, until nobody would. The next to be whole is always of the highest raw score left, so the
+    sets are known beforehand, and the sparsity, which may be traced, only decides how far it goes.
+
+    Args:
+      tree: arrays or shapes (`jax.ShapeDtypeStruct`).
+      sparsity: ``[]`` over all leaves, the whole ones included.
+      power: as in `erk`.
+      dense: as in `erk`. Where these leaves alone exceed what may be kept, all others get 0.
+
+    Returns:
+      ``[L]`` float64 in [0, 1].
+    """
+    _check_power(power)
+    sizes = np.array(trees.sizes(tree), np.float64)
+    raw = np.array([_raw_score(leaf.shape) ** power for leaf in jax.tree.leaves(tree)])
+    flags = trees.map_with_path(lambda path, leaf: bool(dense(path, leaf)), tree)
+    forced = np.array(jax.tree.leaves(flags), np.bool_)
+
+    levels = np.unique(raw[~forced & (sizes > 0)])[::-1]  # [G] descending
+    whole = forced | (raw >= np.append(np.inf, levels)[:, None])  # [G + 1, L]: after each step
+    num_whole = np.sum(whole * sizes, axis=1)  # [G + 1]
+    share = np.sum(~whole * raw * sizes, axis=1)  # [G + 1]
+    with jax.enable_x64(True):
+        budget = (1.0 - jax.lax.convert_element_type(sparsity, jnp.float64)) * np.sum(sizes)
+        # After the last step nobody is left to share, and that step is always possible.
+        scale = jnp.maximum(budget - num_whole, 0.0) / np.where(share > 0, share, 1.0)  # [G + 1]
+        possible = scale * np.append(levels, 0.0) <= 1.0
+        step = jax.lax.argmax(possible.astype(jnp.int32), 0, jnp.int32)  # the first
+        return jnp.where(jnp.asarray(whole)[step], 1.0, scale[step] * raw)
+
+
+def _raw_score(shape: tuple[int, ...]) -> float:
+    size = int(np.prod(shape, dtype=np.int64))
+    return max(sum(shape), 1) / size if size else 0.0
+
+
+def _check_power(power: float) -> None:
+    if not 0.0 <= power < float("inf"):
+        raise ValueError(f"power must be finite and not negative, got {power}.")

@@ -1,0 +1,152 @@
+"""How much is pruned, and in which rounds? Schedules give a sparsity, predicates say when.
+
+A schedule takes a round of any float or integer dtype and answers in floats. Pruners ask in float64
+(`evaluate`), so that the number of kept weights is the one that Python would compute: a float32
+sparsity cannot count ten million weights exactly.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune.base import Schedule
+
+Predicate = Callable[[jax.Array], jax.Array]  # round [] -> bool []
+
+
+def constant(value: float) -> Schedule:
+    """Hold one sparsity in all rounds."""
+    _check_sparsity("value", value)
+    return lambda round: jnp.full_like(_as_float(round), value)
+
+
+def linear(
+    *, initial_sparsity: float, final_sparsity: float, begin_round: int, end_round: int
+) -> Schedule:
+    """Move from one sparsity to another at a constant pace; hold the ends outside."""
+    _check(initial_sparsity, final_sparsity, begin_round, end_round)
+
+    def schedule(round: jax.Array) -> jax.Array:
+        left = 1.0 - _progress(round, begin_round, end_round)
+        return final_sparsity + (initial_sparsity - final_sparsity) * left
+
+    return schedule
+
+
+def cubic(
+    *, initial_sparsity: float, final_sparsity: float, begin_round: int, end_round: int
+) -> Schedule:
+    """Move from one sparsity to another, fast at first; hold the ends outside.
+
+    In round t it is ``s_end + (s_begin - s_end) * (1 - (t - begin) / (end - begin)) ** 3``.
+
+    References:
+      Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017.
+    """
+    _check(initial_sparsity, final_sparsity, begin_round, end_round)
+
+    def schedule(round: jax.Array) -> jax.Array:
+        left = 1.0 - _progress(round, begin_round, end_round)
+        return final_sparsity + (initial_sparsity - final_sparsity) * left**3
+
+    return schedule
+
+
+def cosine(
+    *, initial_sparsity: float, final_sparsity: float, begin_round: int, end_round: int
+) -> Schedule:
+    """Move from one sparsity to another along half a cosine; hold the ends outside."""
+    _check(initial_sparsity, final_sparsity, begin_round, end_round)
+
+    def schedule(round: jax.Array) -> jax.Array:
+        left = 0.5 * (1.0 + jnp.cos(math.pi * _progress(round, begin_round, end_round)))
+        return final_sparsity + (initial_sparsity - final_sparsity) * left
+
+    return schedule
+
+
+def every(period: int, *, start: int = 0, until: int | None = None) -> Predicate:
+    """Be due every `period` rounds, first in round `start`, last before round `until`."""
+    if period < 1:
+        raise ValueError(f"period must be at least 1 round, got {period}.")
+    if start < 0:
+        raise ValueError(f"start must be a round from 0, got {start}.")
+    if until is not None and until <= start:
+        raise ValueError(f"until must be a round after start ({start}), got {until}.")
+
+    def predicate(round: jax.Array) -> jax.Array:
+        due = (round >= start) & ((round - start) % period == 0)
+        return due if until is None else due & (round < until)
+
+    return predicate
+
+
+def at(*rounds: int) -> Predicate:
+    """Be due in these rounds only."""
+    if not rounds or min(rounds) < 0:
+        raise ValueError(f"at takes one or more rounds from 0, got {rounds}.")
+
+    def predicate(round: jax.Array) -> jax.Array:
+        due = round == rounds[0]
+        for other in rounds[1:]:
+            due = due | (round == other)
+        return due
+
+    return predicate
+
+
+def evaluate(schedule: Schedule, round: jax.Array) -> jax.Array:
+    """Ask a schedule in double precision, whatever JAX's default precision is.
+
+    Args:
+      schedule: any; one that answers in float32 is believed to that precision.
+      round: ``[]`` int32, may be traced.
+
+    Returns:
+      ``[]`` float64.
+    """
+    with jax.enable_x64(True):
+        value = schedule(jax.lax.convert_element_type(round, jnp.float64))
+        return jax.lax.convert_element_type(value, jnp.float64)
+
+
+def num_kept(size: int, sparsity: jax.Array) -> jax.Array:
+    """Count what is left of `size` weights: ``size - round(sparsity * size)``, half to even.
+
+    Args:
+      size: a Python integer below 2³¹.
+      sparsity: ``[]`` float64, as `evaluate` gives it.
+
+    Returns:
+      ``[]`` int32 in [0, size].
+    """
+    with jax.enable_x64(True):
+        sparsity = jax.lax.convert_element_type(sparsity, jnp.float64)
+        num_pruned = jnp.clip(jnp.round(sparsity * size), 0, size)
+        return (size - num_pruned).astype(jnp.int32)
+
+
+def _as_float(round: jax.Array) -> jax.Array:
+    round = jnp.asarray(round)
+    return round if jnp.issubdtype(round.dtype, jnp.floating) else round.astype(float)
+
+
+def _progress(round: jax.Array, begin: int, end: int) -> jax.Array:
+    return jnp.clip((_as_float(round) - begin) / (end - begin), 0.0, 1.0)
+
+
+def _check(initial_sparsity: float, final_sparsity: float, begin: int, end: int) -> None:
+    _check_sparsity("initial_sparsity", initial_sparsity)
+    _check_sparsity("final_sparsity", final_sparsity)
+    if not 0 <= begin < end:
+        raise ValueError(
+            "begin_round and end_round must be rounds from 0, the end after the beginning, got "
+            f"{begin} and {end}."
+        )
+
+
+def _check_sparsity(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}.")
