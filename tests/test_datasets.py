@@ -1,5 +1,6 @@
 """Reading data sets: digits, TFDS folders made here on the spot, and (where present) real ones."""
 
+import importlib
 import io
 import json
 import subprocess
@@ -34,8 +35,14 @@ def pictures(num, *, size=(5, 4), seed=0):
 def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="array_record"):
     """Lay the files of a prepared TFDS set; `splits` maps names to lists of (image, label)."""
     datasets._tfds()  # imports it without its warnings
-    from array_record.python import array_record_module as array_record
-    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+    array_record, tf_example_pb2, tf_feature_pb2 = (
+        importlib.import_module(module)  # generated code, opaque to the type checker
+        for module in (
+            "array_record.python.array_record_module",
+            "tensorflow_datasets.proto.tf_example_pb2",
+            "tensorflow_datasets.proto.tf_feature_pb2",
+        )
+    )
 
     folder = root / name / version
     folder.mkdir(parents=True)
@@ -246,6 +253,8 @@ def test_real_sets_are_the_ones_that_everybody_knows(
     assert dataset.test["inputs"].shape == (10_000, *shape)
     assert dataset.train["labels"][:10].tolist() == labels
     assert (np.bincount(dataset.train["labels"]) == num_train // 10).all()
+    assert dataset.mean is not None
+    assert dataset.std is not None
     pixels = dataset.train["inputs"].reshape(-1, shape[2])
     np.testing.assert_allclose(pixels.mean(axis=0) / 255, dataset.mean, atol=1e-4)
     np.testing.assert_allclose(pixels.std(axis=0) / 255, dataset.std, atol=1e-4)
