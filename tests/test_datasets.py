@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,14 +36,9 @@ def pictures(num, *, size=(5, 4), seed=0):
 def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="array_record"):
     """Lay the files of a prepared TFDS set; `splits` maps names to lists of (image, label)."""
     datasets._tfds()  # imports it without its warnings
-    array_record, tf_example_pb2, tf_feature_pb2 = (
-        importlib.import_module(module)  # generated code, opaque to the type checker
-        for module in (
-            "array_record.python.array_record_module",
-            "tensorflow_datasets.proto.tf_example_pb2",
-            "tensorflow_datasets.proto.tf_feature_pb2",
-        )
-    )
+    # Generated code, opaque to the type checker.
+    array_record: Any = importlib.import_module("array_record.python.array_record_module")
+    proto: Any = importlib.import_module("tensorflow_datasets.proto")
 
     folder = root / name / version
     folder.mkdir(parents=True)
@@ -75,16 +71,18 @@ def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
             values = {
-                key: tf_feature_pb2.Feature(
-                    bytes_list=tf_feature_pb2.BytesList(value=[png.getvalue()])
+                key: proto.tf_feature_pb2.Feature(
+                    bytes_list=proto.tf_feature_pb2.BytesList(value=[png.getvalue()])
                 )
                 for key in images
             }
             for key in labels:
-                values[key] = tf_feature_pb2.Feature(
-                    int64_list=tf_feature_pb2.Int64List(value=[label])
+                values[key] = proto.tf_feature_pb2.Feature(
+                    int64_list=proto.tf_feature_pb2.Int64List(value=[label])
                 )
-            example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=values))
+            example = proto.tf_example_pb2.Example(
+                features=proto.tf_feature_pb2.Features(feature=values)
+            )
             writer.write(example.SerializeToString())
         writer.close()
     (folder / "dataset_info.json").write_text(json.dumps(info))
