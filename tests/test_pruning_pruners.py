@@ -49,10 +49,8 @@ def kept(masks):
 
 
 def subset(small, large):
-    return all(
-        bool(jnp.all(~a | b))
-        for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True)
-    )
+    within = jax.tree.map(lambda a, b: bool(jnp.all(~a | b)), small, large)
+    return all(jax.tree.leaves(within))
 
 
 def anew(sparsity):
