@@ -88,7 +88,7 @@ def local_sgd(
     penalties: Sequence[PenaltyFn] = (),
     report_grads: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Client:
-    """Train the live weights: gradients and updates are masked, pruned entries stay exact zeros.
+    """Train the live weights: gradients are masked, and pruned entries stay exact zeros.
 
     Args:
       loss: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``, as in a
@@ -163,8 +163,9 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
             updates, optimizer_state = optimizer_step(
                 grads, progress.optimizer, progress.params, broadcast.round
             )
+            params = optax.apply_updates(progress.params, updates)
             if not dense_updates:
-                updates = masks_lib.apply(masks, updates)
+                params = masks_lib.apply(masks, params)
             reported = progress.grads
             if report_grads is not None:
                 reported = jax.lax.cond(
@@ -175,7 +176,7 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
                     dense_grads,
                 )
             return _Progress(
-                params=optax.apply_updates(progress.params, updates),
+                params=params,
                 optimizer=optimizer_state,
                 model_state=model_state,
                 grads=reported,

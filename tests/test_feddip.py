@@ -1,0 +1,180 @@
+"""FedDIP against its specification: schedules, nested masks, lossless masked uploads, traffic."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjaxprune import masks
+from fedjaxprune.algorithms import compose, feddip
+from fedjaxprune.federated import clients
+from fedjaxprune.pruning import pruners, schedules
+from tests import quadratic
+from tests.test_algorithms import ROUNDS, STATE, dip, setup, simulate, some
+
+KEY = jax.random.key(5)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [
+        ((0, 1, 25, 49), 0.0),
+        ((50, 99), 5e-4),
+        ((100, 149), 5.26316e-4),
+        ((500,), 7.36842e-4),
+        ((950, 999), 9.73684e-4),
+    ],
+)
+def test_the_penalty_climbs_as_in_the_public_code(rounds, expected):
+    schedule = feddip.stepped_penalty(max_penalty=1e-3, num_rounds=1000)
+    for index in rounds:
+        np.testing.assert_allclose(schedule(jnp.int32(index)), expected, rtol=1e-5)
+
+
+def test_rounds_left_over_belong_to_the_last_segment():
+    schedule = feddip.stepped_penalty(max_penalty=1e-3, num_rounds=59)  # 20 segments of 2, 19 over
+    assert schedule(jnp.int32(58)) == schedule(jnp.int32(38))
+    assert schedule(jnp.int32(37)) < schedule(jnp.int32(38))
+
+
+def test_fewer_rounds_than_segments_are_refused():
+    with pytest.raises(ValueError, match="at least as many rounds; got num_rounds=19"):
+        feddip.stepped_penalty(max_penalty=1e-3, num_rounds=19)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"final_sparsity": 1.0}, r"final_sparsity must lie in \[0, 1\), got 1.0"),
+        ({"initial_sparsity": -0.1}, r"initial_sparsity must lie in \[0, 1\), got -0.1"),
+        ({"final_sparsity": 0.1}, "must be at least initial_sparsity"),
+        ({"mode": "both"}, "mode must be 'masked', 'regrow' or 'dense', got 'both'"),
+    ],
+)
+def test_options_outside_their_range_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dip(**options)(setup())
+
+
+def expected_kept(index, period=2):
+    """Count by hand: 32 prunable weights, the cubic curve at the last revision before `index`."""
+    due = index - index % period
+    sparsity = 0.75 + (0.25 - 0.75) * (1 - due / ROUNDS) ** 3
+    return 32 - round(sparsity * 32)
+
+
+@pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
+def test_the_number_of_live_weights_follows_the_curve_exactly(mode):
+    _, _, history = simulate(dip(mode=mode)(setup()), some)
+    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+    for index, metrics in enumerate(history):
+        assert np.asarray(metrics.kept)[kernels].sum() == expected_kept(index)
+
+
+def test_masks_are_nested_in_the_published_mode():
+    states, _, _ = simulate(dip()(setup()), some)
+    for before, after in zip(states, states[1:], strict=False):
+        assert not np.any(quadratic.flatten(after.masks) & ~quadratic.flatten(before.masks))
+
+
+def test_masks_regrow_in_the_other_modes():
+    # A strong rate in the dense entries lets pruned weights overtake live ones.
+    for mode in ("regrow", "dense"):
+        strong = setup(optimizer=optax.sgd(0.5), batcher=quadratic.full_batches(4))
+        states, _, _ = simulate(dip(mode=mode)(strong), some)
+        regrown = [
+            np.any(quadratic.flatten(after.masks) & ~quadratic.flatten(before.masks))
+            for before, after in zip(states, states[1:], strict=False)
+        ]
+        assert any(regrown), mode
+
+
+def test_sending_only_live_entries_loses_nothing_in_the_published_mode():
+    """Send dense deltas, mask the aggregate by the old masks, then rank: the public code's order."""
+    sparsity = schedules.cubic(
+        initial_sparsity=0.25, final_sparsity=0.75, begin_round=0, end_round=ROUNDS
+    )
+    draw = feddip.erk_start(sparsity=0.25, prunable=masks.kernels)
+    coefficient = feddip.stepped_penalty(max_penalty=0.01, num_rounds=ROUNDS, num_segments=3)
+    client = clients.dense_feedback_sgd(
+        quadratic.MODEL.loss,
+        batcher=setup().batcher,
+        optimizer=setup().optimizer,
+        penalties=(clients.layer_norms(coefficient=coefficient, prunable=masks.kernels),),
+    )
+    revise = pruners.when(schedules.every(2), pruners.prune_to(sparsity))
+
+    def mask_then_rank(key, mask_tree, state, inputs):
+        masked = masks.apply(mask_tree, inputs.params)
+        return revise.update(key, mask_tree, state, inputs._replace(params=masked))
+
+    dense_upload = compose.compose(
+        setup(),
+        client=client,
+        pruner=revise._replace(update=mask_then_rank),
+        travel=compose.Travel(
+            train=lambda key, state: jax.lax.cond(
+                state.round == 0, lambda: draw(key, state.params), lambda: state.masks
+            ),
+            send=lambda state: masks.full(state.params),
+            server_is_dense=False,
+        ),
+    )
+    expected = simulate(dense_upload, some)[0][-1]
+    result = simulate(dip()(setup()), some)[0][-1]
+    chex.assert_trees_all_equal(result.params, expected.params)
+    chex.assert_trees_all_equal(result.masks, expected.masks)
+
+
+def test_traffic_follows_the_closed_form():
+    algorithm = dip()(setup())
+    _, _, history = simulate(algorithm, lambda r: ([0, 1, 2], None))
+    state = algorithm.init(quadratic.PARAMS, STATE)
+    for index, metrics in enumerate(history):
+        live = 32 if index == 0 else expected_kept(index - 1)  # round 0 is dense both ways
+        values = 32 * (live + 6)  # with six biases
+        new_masks = index > 0 and (index - 1) % 2 == 0  # revised at the end of rounds 0, 2, 4
+        traffic = algorithm.num_bits(metrics, state)
+        assert traffic.uplink_bits == 3 * values
+        assert traffic.downlink_bits == 3 * values
+        assert traffic.mask_bits == (3 * 32 if new_masks else 0)
+        assert traffic.statistics_bits == 2 * 3 * 32
+
+
+@pytest.mark.parametrize("mode", ["regrow", "dense"])
+def test_dense_entries_are_charged_where_they_travel(mode):
+    algorithm = dip(mode=mode)(setup())
+    _, _, history = simulate(algorithm, lambda r: ([0, 1, 2], None))
+    state = algorithm.init(quadratic.PARAMS, STATE)
+    dense = 3 * 32 * quadratic.NUM_WEIGHTS
+    for index, metrics in enumerate(history):
+        uplink_bits = algorithm.num_bits(metrics, state).uplink_bits
+        if mode == "dense" or index % 2 == 0:
+            assert uplink_bits == dense
+        else:
+            assert uplink_bits < dense
+
+
+def test_masks_are_charged_to_those_who_do_not_hold_them_yet():
+    algorithm = dip(period=100)(setup())  # one revision, at the end of round 0
+    groups = [[0, 1], [0, 2], [1, 2], [0, 1], [2, 3]]
+    _, _, history = simulate(algorithm, lambda r: (groups[r], None), num_rounds=5)
+    assert [int(m.num_masks_sent) for m in history] == [0, 2, 1, 0, 1]
+
+
+def test_the_first_round_trains_under_one_random_erk_draw():
+    draw = feddip.erk_start(sparsity=0.5, prunable=masks.kernels)
+    first, second = draw(KEY, quadratic.PARAMS), draw(jax.random.key(6), quadratic.PARAMS)
+    assert np.any(quadratic.flatten(first) != quadratic.flatten(second))
+    # ERK, by hand: raw scores (6+4)/24 and (4+2)/8; ε = 16/(10+6) = 1, so nothing is forced dense.
+    assert int(first["dense"]["kernel"].sum()) == 10
+    assert int(first["head"]["kernel"].sum()) == 6
+    assert np.all(first["dense"]["bias"])
+
+
+def test_shortcuts_of_residual_networks_are_exempt():
+    leaf = jnp.zeros([1, 1, 4, 8])
+    assert not feddip.prunable_without_shortcuts("stage_1/block_0/shortcut/kernel", leaf)
+    assert feddip.prunable_without_shortcuts("stage_1/block_0/conv_0/kernel", leaf)
