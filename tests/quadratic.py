@@ -63,7 +63,10 @@ def population(sizes=(3, 5, 2, 8, 4, 6), seed=0):
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(len(sizes), NUM_WEIGHTS))
     points = np.concatenate(
-        [centre + 0.1 * rng.normal(size=(n, NUM_WEIGHTS)) for centre, n in zip(centres, sizes)]
+        [
+            centre + 0.1 * rng.normal(size=(n, NUM_WEIGHTS))
+            for centre, n in zip(centres, sizes, strict=True)
+        ]
     )
     order = rng.permutation(len(points))  # stored in another order than they are grouped
     return Population(

@@ -79,7 +79,7 @@ every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 
 
 def each_once(name, others, usual):
-    """Pair every algorithm with the usual part, and FedDIP with every part: not the whole product."""
+    """Pair every algorithm with the usual part, and FedDIP with every part: not the product."""
     pairs = {(algorithm, usual) for algorithm in ALGORITHMS} | {("feddip", o) for o in others}
     return pytest.mark.parametrize(("name", name), sorted(pairs))
 
@@ -93,7 +93,7 @@ def built(name, *, server="fedavg", wire="identity", chunk_size=1):
 
 
 def simulate(algorithm, cohorts, *, num_rounds=ROUNDS, start=None, run=None):
-    """Run rounds over a population's client rows; give the state, the rows and each round's metrics."""
+    """Run rounds over a population's rows; give all states, the last rows and all metrics."""
     run = jax.jit(algorithm.stages[0].round) if run is None else run
     state = algorithm.init(quadratic.PARAMS, STATE) if start is None else start
     everyone = quadratic.cohort(algorithm, range(6)).states

@@ -1,5 +1,7 @@
 """FedDIP against its specification: schedules, nested masks, lossless masked uploads, traffic."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -75,7 +77,7 @@ def test_the_number_of_live_weights_follows_the_curve_exactly(mode):
 
 def test_masks_are_nested_in_the_published_mode():
     states, _, _ = simulate(dip()(setup()), some)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         assert not np.any(quadratic.flatten(after.masks) & ~quadratic.flatten(before.masks))
 
 
@@ -86,13 +88,13 @@ def test_masks_regrow_in_the_other_modes():
         states, _, _ = simulate(dip(mode=mode)(strong), some)
         regrown = [
             np.any(quadratic.flatten(after.masks) & ~quadratic.flatten(before.masks))
-            for before, after in zip(states, states[1:], strict=False)
+            for before, after in itertools.pairwise(states)
         ]
         assert any(regrown), mode
 
 
 def test_sending_only_live_entries_loses_nothing_in_the_published_mode():
-    """Send dense deltas, mask the aggregate by the old masks, then rank: the public code's order."""
+    """The public code's order: send dense deltas, mask the aggregate by the old masks, rank."""
     sparsity = schedules.cubic(
         initial_sparsity=0.25, final_sparsity=0.75, begin_round=0, end_round=ROUNDS
     )

@@ -49,8 +49,8 @@ def advance(
 ) -> Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]:
     """Make the function that plays one round; to be jitted, with the simulation donated.
 
-    The returned function folds the round's number into the key that it is given, so the run's one key
-    goes in every time, and a run continued from a saved simulation takes the same path.
+    The returned function folds the round's number into the key that it is given, so the run's one
+    key goes in every time, and a run continued from a saved simulation takes the same path.
 
     Args:
       stage: whose round is played.
