@@ -1,6 +1,5 @@
 """From names to functions: the one place where the config's words become components."""
 
-import inspect
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,12 +22,12 @@ from fedjaxprune.federated import uplink as uplinks
 from fedjaxprune.models import zoo
 
 MODELS: Mapping[str, Callable[..., Model]] = {
-    "mlp": zoo.mlp,
-    "lenet5": zoo.lenet5,
-    "cnn": zoo.cnn,
-    "resnet18": zoo.resnet18,
-    "resnet20": zoo.resnet20,
-    "resnet32": zoo.resnet32,
+    "mlp": lambda config, **sizes: zoo.mlp(**sizes),
+    "lenet5": lambda config, **sizes: zoo.lenet5(**sizes),
+    "cnn": lambda config, **sizes: zoo.cnn(**sizes),
+    "resnet18": lambda config, **sizes: zoo.resnet18(norm=config.norm, **sizes),
+    "resnet20": lambda config, **sizes: zoo.resnet20(norm=config.norm, **sizes),
+    "resnet32": lambda config, **sizes: zoo.resnet32(norm=config.norm, **sizes),
 }
 
 
@@ -167,12 +166,10 @@ def _preprocess(dataset: datasets.Dataset, config: RunConfig) -> tuple[Any, Any]
 
 def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> Model:
     """Make the network, and see by shapes alone that it takes the data."""
-    factory = MODELS[config.model]
-    options = {"input_shape": dataset.image_shape, "num_classes": dataset.num_classes}
-    if "norm" in inspect.signature(factory).parameters:
-        options["norm"] = config.norm
     try:
-        model = factory(**options)
+        model = MODELS[config.model](
+            config, input_shape=dataset.image_shape, num_classes=dataset.num_classes
+        )
         key = jax.random.key(0)
         inputs = jax.eval_shape(preprocess_fn, key, jnp.asarray(dataset.test["inputs"][:1]))
         params, state = jax.eval_shape(model.init, key)

@@ -38,7 +38,7 @@ def save(manager: ocp.CheckpointManager, num_rounds: int, tree: Any) -> None:
     manager.save(
         num_rounds,
         args=ocp.args.Composite(
-            arrays=ocp.args.StandardSave(_nest(names, host)),
+            arrays=ocp.args.PyTreeSave(_nest(names, host)),
             about=ocp.args.JsonSave({"num_rounds": num_rounds, "checksum": _checksum(host)}),
         ),
         force=True,
@@ -85,15 +85,8 @@ def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
     leaves, treedef = jax.tree.flatten(like)
     names = _names(like)
     about = manager.restore(num_rounds, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-    shapes = [np.empty(leaf.shape, leaf.dtype) for leaf in leaves]
-    read = manager.restore(
-        num_rounds,
-        args=ocp.args.Composite(arrays=ocp.args.StandardRestore(_nest(names, shapes))),
-    )
-    host = [
-        _find(read["arrays"], name) if shape.size else shape
-        for name, shape in zip(names, shapes, strict=True)
-    ]
+    # One leaf at a time: of many in flight, all but the first to fail would complain on stderr.
+    host = [_read_leaf(manager, num_rounds, *pair) for pair in zip(names, leaves, strict=True)]
     for name, array, leaf in zip(names, host, leaves, strict=True):
         if array.shape != leaf.shape or array.dtype != leaf.dtype:
             raise ValueError(
@@ -124,11 +117,18 @@ def _nest(names: list[tuple[str, ...]], leaves: list[Any]) -> dict[str, Any]:
     return nested
 
 
-def _find(nested: Any, name: tuple[str, ...]) -> np.ndarray:
-    """Follow `name` through nested dicts."""
+def _read_leaf(
+    manager: ocp.CheckpointManager, num_rounds: int, name: tuple[str, ...], like: Any
+) -> np.ndarray:
+    """Read one array; one without elements was never written."""
+    empty = np.empty(like.shape, like.dtype)
+    if not empty.size:
+        return empty
+    args = ocp.args.PyTreeRestore(item=_nest([name], [empty]), partial_restore=True)
+    found = manager.restore(num_rounds, args=ocp.args.Composite(arrays=args))["arrays"]
     for part in name:
-        nested = nested[part]
-    return np.asarray(nested)
+        found = found[part]
+    return np.asarray(found)
 
 
 def _checksum(leaves: list[np.ndarray]) -> int:

@@ -38,7 +38,7 @@ class RunConfig(pydantic.BaseModel):
 
     algorithm: AlgorithmName = _field("feddip", "Federated method.", group="Method")
     sparsity: float = _field(
-        0.9,
+        0.92,
         "Pruned fraction of the prunable weights at the end (feddip).",
         group="Method",
         unit="fraction",

@@ -1,0 +1,149 @@
+"""The config: the same in YAML and as options, with one sentence for whatever is wrong."""
+
+import importlib.metadata
+import typing
+
+import pytest
+
+from fedjaxprune.algorithms import feddip
+from fedjaxprune.experiment import catalog, config, plots, reading, record
+from fedjaxprune.experiment.config import RunConfig, UserError, validate
+
+
+def test_yaml_round_trip():
+    given = RunConfig(algorithm="fedprox", alpha=0.25, local_steps=3, seed=7, data_dir="here")
+    text = reading.to_yaml(given, versions={"jax": "1"})
+    assert validate(reading.read_yaml(text, source="test")) == given
+
+
+@pytest.mark.parametrize("name", sorted(reading.preset_texts()))
+def test_presets_are_valid_and_explain_themselves(name):
+    text = reading.preset_texts()[name]
+    assert text.startswith("# ")
+    validate(reading.read_source(name))
+
+
+def test_the_quick_preset_is_the_default():
+    assert validate(reading.read_source("quick")) == RunConfig()
+
+
+def test_every_setting_has_a_description_and_a_default():
+    for name, field in RunConfig.model_fields.items():
+        assert field.description, name
+        assert not field.is_required(), name
+
+
+@pytest.mark.parametrize(
+    ("setting", "table"),
+    [
+        ("algorithm", catalog.ALGORITHMS),
+        ("model", catalog.MODELS),
+        ("partition", catalog.PARTITIONS),
+        ("uplink", catalog.UPLINKS),
+        ("aggregator", catalog.AGGREGATORS),
+        ("server", catalog.SERVERS),
+    ],
+)
+def test_every_name_has_a_factory_and_every_factory_a_name(setting, table):
+    assert config.alternatives(setting) == list(table)
+
+
+def test_the_config_knows_where_the_penalty_starts():
+    assert config.MIN_PENALTY == feddip.MIN_PENALTY
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"sparsity": 1.0}, ["sparsity", "[0, 1)", "1.0"]),
+        ({"sparsity": float("nan")}, ["sparsity", "nan"]),
+        ({"rounds": 0}, ["rounds", "at least 1", "0"]),
+        ({"rounds": "many"}, ["rounds", "an integer", "many"]),
+        ({"learning_rate": None}, ["learning_rate", "greater than 0", "None"]),
+        ({"augment": "perhaps"}, ["augment", "true or false", "perhaps"]),
+        ({"algorithm": "fed-dip"}, ["algorithm", "fedavg", "fed-dip", "did you mean 'feddip'"]),
+        ({"learning_rat": 1}, ["learning_rat", "did you mean 'learning_rate'"]),
+        ({"cohort_size": 30, "num_clients": 20}, ["cohort_size", "30", "20"]),
+        ({"sparsity": 0.3}, ["initial_sparsity", "0.5", "0.3"]),
+        ({"server": "fedadam"}, ["server_learning_rate", "fedadam"]),
+        ({"max_penalty": 1e-4}, ["max_penalty", "0.0001", "0.0005"]),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(values, words):
+    with pytest.raises(UserError) as caught:
+        validate(values)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+def test_a_sparsity_that_nothing_uses_is_not_complained_about():
+    validate({"algorithm": "fedavg", "sparsity": 0.0})
+
+
+def test_differences_name_both_sides_and_leave_places_out():
+    stored = RunConfig(rounds=5, seed=1)
+    values = {"rounds": 6, "seed": 1, "out": "elsewhere", "data_dir": "there"}
+    assert reading.differences(stored, values, validate(values)) == [
+        "rounds is 5 in the run, 6 was given"
+    ]
+
+
+def test_versions_name_the_packages_that_decide_the_bits():
+    versions = record.versions()
+    assert versions["jax"] == importlib.metadata.version("jax")
+    assert {"fedjaxprune", "python", "numpy", "flax", "optax"} <= set(versions)
+
+
+def make_line(number: int, **changes: typing.Any) -> record.RoundRecord:
+    line = record.RoundRecord(
+        stage="train", round=number, train_loss=1.0, test_loss=1.0, test_accuracy=0.5,
+        sparsity=0.5, num_kept=10, num_changed=0, uplink_bits=2**40, downlink_bits=2**41,
+        mask_bits=3, statistics_bits=0, num_present=2, num_rejected=1, wall_s=0.5,
+    )  # fmt: skip
+    return line._replace(**changes)
+
+
+def test_a_summary_adds_exactly_and_averages_the_last_ten_tests():
+    lines = [make_line(n + 1, test_accuracy=n / 100) for n in range(20)]
+    lines[-1] = lines[-1]._replace(test_accuracy=None)
+    summary = record.summarise(lines)
+    assert summary["uplink_bits"] == 20 * 2**40
+    assert summary["num_rejected"] == 20
+    assert summary["test_accuracy"] == 0.18
+    assert summary["test_accuracy_mean_of_last_10"] == pytest.approx(0.135)
+
+
+def test_a_record_is_read_up_to_the_first_line_out_of_turn(tmp_path):
+    for number in (1, 2, 4):
+        record.append(tmp_path, make_line(number))
+    assert [line.round for line in record.read(tmp_path)] == [1, 2]
+    assert record.read(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_the_picture_is_drawn_even_of_one_round_without_tests(tmp_path, tested):
+    lines = [make_line(1, test_accuracy=0.5 if tested else None)]
+    plots.accuracy(lines, tmp_path / "accuracy.png", title="a run")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    record.create(tmp_path / "run", RunConfig())
+    with (
+        record.hold(tmp_path / "run"),
+        pytest.raises(UserError, match="another process"),
+        record.hold(tmp_path / "run"),
+    ):
+        pass
+    with record.hold(tmp_path / "run"):  # and let go afterwards
+        pass
+
+
+def test_a_draft_that_a_killed_run_left_is_no_hindrance(tmp_path):
+    (tmp_path / ".run.new").mkdir()
+    (tmp_path / ".run.new" / "config.yaml").write_text("algo")
+    record.create(tmp_path / "run", RunConfig())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+    assert record.stored(tmp_path / "run")[0] == RunConfig()

@@ -1,0 +1,390 @@
+"""The runner on a small federation: every client pulls the weights to its own centre."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import metrics as metrics_lib
+from fedjaxprune.base import (
+    Algorithm,
+    ClientRow,
+    Model,
+    Population,
+    RoundMetrics,
+    RoundState,
+    Stage,
+    Traffic,
+)
+from fedjaxprune.experiment import checkpoints, progress, record, runner
+from fedjaxprune.experiment.evaluation import TestSet, evaluate
+from fedjaxprune.federated import participation
+
+NUM_CLIENTS, COHORT_SIZE, NUM_ROUNDS, WIDTH = 6, 4, 12, 5
+CENTRES = np.random.default_rng(0).normal(size=(NUM_CLIENTS, WIDTH, 2)).astype(np.float32)
+
+
+def quadratic() -> Model:
+    """Make a model whose loss is half the squared distance to the example (the client's centre)."""
+
+    def init(key):
+        return {"dense": {"kernel": jax.random.normal(key, (WIDTH, 2))}}, {}
+
+    def loss(params, state, batch, key):
+        del key
+        distance = params["dense"]["kernel"][None] - batch.inputs
+        values = 0.5 * jnp.sum(jnp.square(distance), axis=(1, 2))
+        mean = metrics_lib.mean(values, batch.weights)
+        return metrics_lib.value(mean), (state, {"loss": mean})
+
+    def predict(params, state, inputs):
+        del state
+        return jnp.sum(inputs * params["dense"]["kernel"][None], axis=1)
+
+    return Model(init=init, loss=loss, predict=predict)
+
+
+def pull() -> Algorithm:
+    """Move towards the cohort's centres with noise; clients keep what they sent; prune in steps.
+
+    It has all that can go wrong in resuming: client rows, drop-outs, randomness, changing masks.
+    """
+
+    def init(params, model_state):
+        return RoundState(
+            round=jnp.int32(0),
+            params=params,
+            masks=masks_lib.full(params),
+            mask_version=jnp.int32(0),
+            model_state=model_state,
+            server=optax.tree.zeros_like(params),
+            pruner=(),
+        )
+
+    def init_client(params):
+        return ClientRow(client=optax.tree.zeros_like(params), uplink=(), mask_version=jnp.int32(0))
+
+    def round_fn(key, state, cohort, population):
+        kernel = state.params["dense"]["kernel"]
+        centres = population.examples["inputs"][cohort.client_ids]
+        noise = 0.01 * jax.random.normal(key, centres.shape)
+        own = cohort.states.client["dense"]["kernel"]
+        deltas = 0.5 * (centres - kernel[None]) + 0.1 * own + noise
+        present = cohort.present[:, None, None]
+        delta = jnp.sum(jnp.where(present, deltas, 0.0), axis=0) / COHORT_SIZE
+        velocity = 0.5 * state.server["dense"]["kernel"] + delta
+        moved = kernel + velocity
+        limit = 0.02 * state.round.astype(jnp.float32)
+        mask = (jnp.abs(moved) >= limit) | (state.round % 3 != 0)
+        mask = mask & state.masks["dense"]["kernel"]
+        tree = lambda leaf: {"dense": {"kernel": leaf}}  # noqa: E731
+        losses = jnp.sum(jnp.square(deltas), axis=(1, 2))
+        kept = jnp.sum(mask, dtype=jnp.int32)[None]
+        num_present = jnp.sum(cohort.present, dtype=jnp.int32)
+        num_changed = masks_lib.num_changed(state.masks, tree(mask))
+        after = state._replace(
+            round=state.round + 1,
+            params=tree(jnp.where(mask, moved, 0.0)),
+            masks=tree(mask),
+            mask_version=state.mask_version + (num_changed > 0).astype(jnp.int32),
+            server=tree(jnp.where(mask, velocity, 0.0)),
+        )
+        rows = ClientRow(
+            client=tree(deltas),
+            uplink=(),
+            mask_version=jnp.full((COHORT_SIZE,), state.mask_version),
+        )
+        return (
+            after,
+            rows,
+            RoundMetrics(
+                train={"loss": metrics_lib.mean(losses, cohort.present.astype(jnp.float32))},
+                kept=kept,
+                num_changed=num_changed,
+                downlink_kept=kept,
+                uplink_kept=jnp.repeat(kept[None], COHORT_SIZE, axis=0),
+                present=cohort.present,
+                num_present=num_present,
+                num_rejected=jnp.int32(0),
+                num_masks_sent=num_present,
+            ),
+        )
+
+    def num_bits(metrics, state):
+        del state
+        bits = 32 * int(metrics.num_present) * int(metrics.kept[0])
+        return Traffic(uplink_bits=bits, downlink_bits=bits, mask_bits=7, statistics_bits=0)
+
+    return Algorithm(
+        init=init,
+        init_client=init_client,
+        stages=(Stage("warm", 4, round_fn), Stage("train", NUM_ROUNDS - 4, round_fn)),
+        deployed=lambda state: state.params,
+        num_bits=num_bits,
+    )
+
+
+def make_parts(trace=lambda: None) -> runner.Parts:
+    """Put the federation together; call `trace` whenever a round is traced."""
+    algorithm = pull()
+
+    def counted(round_fn):
+        def round_counted(*args):
+            trace()
+            return round_fn(*args)
+
+        return round_counted
+
+    stages = tuple(stage._replace(round=counted(stage.round)) for stage in algorithm.stages)
+    labels = np.zeros(NUM_CLIENTS, np.int32)
+    return runner.Parts(
+        model=quadratic(),
+        algorithm=algorithm._replace(stages=stages),
+        population=Population(
+            examples={"inputs": jnp.asarray(CENTRES), "labels": jnp.asarray(labels)},
+            index=jnp.arange(NUM_CLIENTS, dtype=jnp.int32),
+            offsets=jnp.arange(NUM_CLIENTS + 1, dtype=jnp.int32),
+        ),
+        test=TestSet(jnp.asarray(CENTRES), jnp.asarray(labels)),
+        preprocess=lambda key, inputs: inputs,
+        participation=participation.drop_out(
+            participation.uniform(num_clients=NUM_CLIENTS, cohort_size=COHORT_SIZE),
+            probability=0.2,
+        ),
+        prunable=lambda path, leaf: True,
+    )
+
+
+class Stop(Exception):
+    pass
+
+
+def train(folder, *, stop_after=None, trace=lambda: None, seed=3, **changes):
+    """Train in `folder`; return the state, the record without times, and the warnings."""
+    folder.mkdir(exist_ok=True)
+    warnings = []
+
+    def on_round(line):
+        if line.round == stop_after:
+            raise Stop
+
+    report = progress.Report(start=lambda lines: None, round=on_round, warn=warnings.append)
+    options = {"eval_every": 5, "checkpoint_every": 2, "keep_checkpoints": 3, **changes}
+    state = None
+    with contextlib.suppress(Stop):
+        state = runner.train(make_parts(trace), seed=seed, folder=folder, report=report, **options)
+    lines = [line._replace(wall_s=0.0) for line in record.read(folder)]
+    return state, lines, warnings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keep compiled code between the runs of this module, as the command does between processes."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Run once without a stop: (folder, state, lines)."""
+    folder = tmp_path_factory.mktemp("whole")
+    state, lines, warnings = train(folder)
+    assert warnings == []
+    return folder, state, lines
+
+
+def assert_same(state, lines, whole):
+    _, expected, expected_lines = whole
+    assert lines == expected_lines
+    leaves = jax.tree.leaves(state), jax.tree.leaves(expected)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for leaf, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other))
+
+
+def test_the_record_is_valid_json_with_nulls_where_nothing_was_tested(whole):
+    folder, _, lines = whole
+    rows = (folder / record.METRICS).read_text().splitlines()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    parsed = [json.loads(row, parse_constant=refuse) for row in rows]
+    assert [row["round"] for row in parsed] == list(range(1, NUM_ROUNDS + 1))
+    tested = [row["round"] for row in parsed if row["test_accuracy"] is not None]
+    assert tested == [5, 10, NUM_ROUNDS]
+    assert list(parsed[0]) == list(record.RoundRecord._fields)
+    assert lines[-1].num_kept == WIDTH * 2 - round(lines[-1].sparsity * WIDTH * 2)
+    assert [line.stage for line in lines] == ["warm"] * 4 + ["train"] * (NUM_ROUNDS - 4)
+    assert lines[0].downlink_bits == lines[0].uplink_bits + 7  # values and masks
+    assert 0 < lines[-1].num_kept < WIDTH * 2
+    assert sum(COHORT_SIZE - line.num_present for line in lines) > 0  # some dropped out
+
+
+def test_a_run_traces_the_round_of_each_stage_once(tmp_path):
+    traces = []
+    train(tmp_path / "run", trace=lambda: traces.append(1))
+    assert len(traces) == 2
+
+
+def test_a_resumed_run_traces_the_round_once(tmp_path):
+    train(tmp_path / "run", stop_after=7)  # in the second stage
+    traces = []
+    train(tmp_path / "run", trace=lambda: traces.append(1))
+    assert len(traces) == 1
+
+
+def test_the_seed_decides_everything(tmp_path, whole):
+    state, lines, _ = train(tmp_path / "same")
+    assert_same(state, lines, whole)
+    _, lines, _ = train(tmp_path / "other", seed=4)
+    assert lines != whole[2]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 8, NUM_ROUNDS])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, whole, stop_after):
+    folder = tmp_path / "run"
+    state, _, _ = train(folder, stop_after=stop_after)
+    assert state is None
+    state, lines, _ = train(folder)
+    assert_same(state, lines, whole)
+
+
+def test_how_often_one_saves_changes_nothing(tmp_path, whole):
+    state, lines, _ = train(tmp_path / "run", checkpoint_every=100)
+    assert_same(state, lines, whole)
+
+
+def test_a_torn_line_is_dropped(tmp_path, whole):
+    folder = tmp_path / "run"
+    train(folder, stop_after=9)
+    with (folder / record.METRICS).open("a") as file:
+        file.write('{"stage": "train", "rou')
+    state, lines, warnings = train(folder)
+    assert_same(state, lines, whole)
+    assert warnings == []
+
+
+def test_a_checkpoint_that_the_record_does_not_reach_is_skipped(tmp_path, whole):
+    folder = tmp_path / "run"
+    train(folder, stop_after=9)
+    record.cut(folder, 7)
+    state, lines, warnings = train(folder)
+    assert_same(state, lines, whole)
+    assert len(warnings) == 1
+    assert "round 8" in warnings[0]
+
+
+def damage_remove(folder: pathlib.Path):
+    """Remove the file that holds most of the arrays."""
+    files = [file for file in (folder / "arrays" / "d").iterdir() if file.is_file()]
+    max(files, key=lambda file: file.stat().st_size).unlink()
+
+
+def damage_truncate(folder: pathlib.Path):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def damage_empty(folder: pathlib.Path):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def damage_checksum(folder: pathlib.Path):
+    """Leave a checkpoint that orbax takes for good, with other contents than it was given."""
+    about = folder / "about" / "metadata"
+    changed = json.loads(about.read_text())
+    changed["checksum"] += 1
+    about.write_text(json.dumps(changed))
+
+
+DAMAGES = [damage_remove, damage_truncate, damage_empty, damage_checksum]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, whole, damage):
+    folder = tmp_path / "run"
+    train(folder, stop_after=9)
+    damage(folder / record.CHECKPOINTS / "8")
+    state, lines, warnings = train(folder)
+    assert_same(state, lines, whole)
+    assert len(warnings) == 1
+    assert "round 8 is damaged" in warnings[0]
+
+
+def test_without_any_whole_checkpoint_the_run_starts_again(tmp_path, whole):
+    folder = tmp_path / "run"
+    train(folder, stop_after=9)
+    for step in (4, 6, 8):
+        damage_truncate(folder / record.CHECKPOINTS / str(step))
+    state, lines, warnings = train(folder)
+    assert_same(state, lines, whole)
+    assert len(warnings) == 4
+    assert "starts again at round 1" in warnings[-1]
+
+
+def test_only_the_newest_checkpoints_are_kept(whole):
+    folder, _, _ = whole
+    steps = sorted(int(entry.name) for entry in (folder / record.CHECKPOINTS).iterdir())
+    assert steps == [NUM_ROUNDS - 4, NUM_ROUNDS - 2, NUM_ROUNDS]
+
+
+def test_a_checkpoint_keeps_empty_leaves_and_every_dtype(tmp_path):
+    tree = {
+        "empty": jnp.zeros((3, 0), jnp.float32),
+        "mask": jnp.array([True, False]),
+        "bits": jnp.arange(5, dtype=jnp.uint8),
+        "half": jnp.arange(3, dtype=jnp.bfloat16),
+        "scalar": jnp.int32(7),
+        "nothing": {},
+    }
+    with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
+        checkpoints.save(manager, 1, tree)
+    with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
+        found = checkpoints.restore(manager, tree, usable=lambda step: True, warn=pytest.fail)
+    assert found is not None
+    assert found[0] == 1
+    jax.tree.map(np.testing.assert_array_equal, found[1], tree)
+    assert [leaf.dtype for leaf in jax.tree.leaves(found[1])] == [
+        leaf.dtype for leaf in jax.tree.leaves(tree)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+def test_the_batch_size_of_a_test_changes_nothing(batch_size):
+    model = quadratic()
+    params, state = model.init(jax.random.key(0))
+    inputs = jax.random.normal(jax.random.key(1), (7, WIDTH, 2))
+    labels = jnp.array([0, 1, 0, 1, 1, 0, 0], jnp.int32)
+    test = evaluate(model, lambda key, inputs: inputs, batch_size=batch_size)
+    got = jax.jit(test)(params, state, TestSet(inputs, labels))
+    logits = model.predict(params, state, inputs)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(got.total_loss, jnp.sum(losses), rtol=1e-6)
+    assert int(got.num_correct) == int(jnp.sum(jnp.argmax(logits, axis=1) == labels))
+
+
+def test_a_diverged_run_is_recorded_as_null(tmp_path):
+    assert record.finite(float("nan")) is None
+    assert record.finite(float("inf")) is None
+    assert record.finite(1.5) == 1.5
