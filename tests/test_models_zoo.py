@@ -7,15 +7,30 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.base import Batch
-from fedjaxprune.models import zoo
+from fedjaxprune.models import adapters, resnet, zoo
 
 KEY = jax.random.key(0)
 SMALL = {
     "mlp": lambda: zoo.mlp(input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(8,)),
     "lenet5": lambda: zoo.lenet5(input_shape=(13, 12, 2), num_classes=3),
     "cnn": lambda: zoo.cnn(input_shape=(8, 9, 1), num_classes=3),
+    "resnet_batch": lambda: tiny_resnet("batch", projection=True),
+    "resnet_group": lambda: tiny_resnet("group", projection=False),
 }
-SHAPES = {"mlp": (4, 4, 1), "lenet5": (13, 12, 2), "cnn": (8, 9, 1)}
+SHAPES = {
+    "mlp": (4, 4, 1),
+    "lenet5": (13, 12, 2),
+    "cnn": (8, 9, 1),
+    "resnet_batch": (5, 6, 2),
+    "resnet_group": (5, 6, 2),
+}
+
+
+def tiny_resnet(norm, projection):
+    module = resnet.ResNet(
+        widths=(4, 8), depths=(1, 1), num_classes=3, norm=norm, projection=projection
+    )
+    return adapters.from_linen(module, input_shape=(5, 6, 2))
 
 
 def batch_for(shape, size=4, filling=1):
@@ -108,12 +123,55 @@ def test_cnn_and_mlp_have_the_sizes_that_their_layers_add_up_to():
     assert count(mlp) == 784 * 200 + 200 + 200 * 100 + 100 + 1_010
 
 
+def test_resnets_have_the_sizes_of_the_papers():
+    wide = zoo.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
+    assert count(wide) == 11_220_132
+    # Without biases, normalisation and the three 1x1 shortcuts (8,192 + 32,768 + 131,072).
+    assert (
+        count(wide, lambda p, x: masks.kernels(p, x) and not p.endswith("shortcut/kernel"))
+        == 11_038_400
+    )
+    small = zoo.resnet20(input_shape=(32, 32, 3), num_classes=10, norm="group")
+    three = [2 * 9 * w * w * 3 - (9 * w * w // 2 if w > 16 else 0) for w in (16, 32, 64)]
+    norms = 2 * (16 + 6 * (16 + 32 + 64))
+    assert count(small) == 9 * 3 * 16 + sum(three) + norms + 650
+
+
+def test_batch_statistics_move_by_a_tenth_and_only_in_training():
+    model = SMALL["resnet_batch"]()
+    params, state = jax.jit(model.init)(KEY)
+    batch = batch_for(SHAPES["resnet_batch"])
+    _, (after, _) = jax.jit(model.loss)(params, state, batch, KEY)
+    outputs = jax.lax.conv_general_dilated(
+        batch.inputs[:3],
+        params["conv_1"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ).reshape(-1, 4)
+    statistics = after["batch_stats"]["norm_1"]["batch"]
+    np.testing.assert_allclose(
+        statistics["mean"], 0.1 * jnp.mean(outputs, axis=0), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        statistics["var"], 0.9 + 0.1 * jnp.var(outputs, axis=0, ddof=1), rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: zoo.lenet5(input_shape=(8, 8, 1), num_classes=10), "at least 12x12.*got 8x8"),
         (lambda: zoo.lenet5(input_shape=(28, 28), num_classes=10), r"got examples of .*\(28, 28\)"),
         (lambda: zoo.cnn(input_shape=(3, 8, 1), num_classes=10), "at least 4x4.*got 3x8"),
+        (
+            lambda: zoo.resnet20(input_shape=(3, 32, 32), num_classes=2, norm="group"),
+            "at least 4x4.*got 3x32",
+        ),
+        (
+            lambda: zoo.resnet18(input_shape=(32, 32, 3), num_classes=2, norm="layer"),  # pyright: ignore[reportArgumentType]
+            "norm must be .*'layer'",
+        ),
         (lambda: zoo.mlp(input_shape=(4,), num_classes=0), "num_classes must be .*got 0"),
         (lambda: zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(0,)), "hidden_sizes"),
     ],

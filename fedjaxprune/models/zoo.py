@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from fedjaxprune.base import Model
-from fedjaxprune.models import adapters, layers
+from fedjaxprune.models import adapters, layers, resnet
 
 
 class Mlp(nn.Module):
@@ -120,6 +120,91 @@ def cnn(*, input_shape: Sequence[int], num_classes: int) -> Model:
     _check_image("cnn", input_shape, smallest=4)
     module = SmallCnn(
         channels=(32, 64), paddings=(2, 2), hidden_sizes=(512,), num_classes=num_classes
+    )
+    return adapters.from_linen(module, input_shape=input_shape)
+
+
+def resnet18(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
+    """Make ResNet-18 in its CIFAR form: 3×3 stem without pooling, widths 64 to 512.
+
+    11,220,132 parameters for 100 classes. Shortcuts that change shape are 1×1 convolutions with
+    normalisation; their kernels' paths end in ``shortcut/kernel``, for those who exempt them.
+    Convolutions start as He's normal by fan-out, the dense layer as in PyTorch.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 8×8.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or `norm` is neither.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet(
+        "resnet18", input_shape, num_classes, norm, (64, 128, 256, 512), (2, 2, 2, 2), True
+    )
+
+
+def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
+    """Make He's ResNet-20 for CIFAR: widths 16, 32 and 64, three blocks each.
+
+    Shortcuts have no parameters (option A of section 4.2); 0.27 million parameters for 10 classes.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 4×4.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or `norm` is neither.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet("resnet20", input_shape, num_classes, norm, (16, 32, 64), (3, 3, 3), False)
+
+
+def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
+    """Make He's ResNet-32 for CIFAR: as `resnet20`, with five blocks each; 0.46 million parameters.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 4×4.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or `norm` is neither.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet("resnet32", input_shape, num_classes, norm, (16, 32, 64), (5, 5, 5), False)
+
+
+def _resnet(
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    projection: bool,
+) -> Model:
+    _check_sizes(num_classes, input_shape=input_shape)
+    _check_image(name, input_shape, smallest=2 ** (len(widths) - 1))
+    if norm not in ("batch", "group"):
+        raise ValueError(f'norm must be "batch" or "group", got {norm!r}.')
+    module = resnet.ResNet(
+        widths=widths,
+        depths=depths,
+        num_classes=num_classes,
+        norm=norm,
+        projection=projection,
     )
     return adapters.from_linen(module, input_shape=input_shape)
 

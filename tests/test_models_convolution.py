@@ -1,0 +1,95 @@
+"""The convolution is XLA's in value and gradients, and leaves no grouped one under vmap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from fedjaxprune.models import convolution
+
+KEY = jax.random.key(0)
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+CASES = [
+    # images, kernel, stride, padding
+    ((2, 6, 7, 3), (3, 3, 3, 4), 1, "SAME"),
+    ((2, 6, 7, 3), (3, 3, 3, 4), 2, "SAME"),
+    ((2, 8, 8, 2), (3, 3, 2, 3), 2, [(1, 1), (1, 1)]),
+    ((2, 9, 8, 2), (5, 5, 2, 3), 1, "VALID"),
+    ((2, 9, 12, 2), (5, 3, 2, 3), 2, "VALID"),
+    ((1, 8, 8, 2), (7, 7, 2, 2), 2, [(3, 3), (3, 3)]),
+    ((2, 6, 6, 3), (1, 1, 3, 4), 1, "VALID"),
+    ((2, 7, 6, 3), (1, 1, 3, 4), 2, "SAME"),
+    ((2, 5, 5, 2), (2, 2, 2, 3), 2, [(0, 1), (1, 0)]),
+]
+
+
+def both_ways(function, x, kernel, stride, padding):
+    def run(x, kernel):
+        outputs, pull_back = jax.vjp(
+            lambda x, k: function(x, k, (stride, stride), padding, dimension_numbers=LAYOUT),
+            x,
+            kernel,
+        )
+        cotangent = jax.random.normal(jax.random.fold_in(KEY, 2), outputs.shape)
+        return outputs, pull_back(cotangent)
+
+    return run(x, kernel)
+
+
+def check_close(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+
+
+@pytest.mark.parametrize(("shape", "kernel_shape", "stride", "padding"), CASES)
+def test_it_is_xlas_convolution(shape, kernel_shape, stride, padding):
+    x = jax.random.normal(KEY, shape)
+    kernel = jax.random.normal(jax.random.fold_in(KEY, 1), kernel_shape)
+
+    @jax.jit
+    def pair(x, kernel):
+        return [
+            both_ways(function, x, kernel, stride, padding)
+            for function in (convolution.conv_general_dilated, lax.conv_general_dilated)
+        ]
+
+    check_close(*pair(x, kernel))
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+@pytest.mark.parametrize("case", [0, 1, 7])
+def test_under_vmap_it_is_one_client_after_the_other(axes, case):
+    shape, kernel_shape, stride, padding = CASES[case]
+    x = jax.random.normal(KEY, (2, *shape) if axes[0] == 0 else shape)
+    kernel = jax.random.normal(
+        jax.random.fold_in(KEY, 1), (2, *kernel_shape) if axes[1] == 0 else kernel_shape
+    )
+
+    def one(x, kernel):
+        return both_ways(convolution.conv_general_dilated, x, kernel, stride, padding)
+
+    together = jax.vmap(one, axes)
+    graph = str(jax.make_jaxpr(together)(x, kernel))
+    assert all(f"feature_group_count={n}" not in graph for n in range(2, 10))
+    assert all(f"batch_group_count={n}" not in graph for n in range(2, 10))
+    first = jax.jit(one)(x[0] if axes[0] == 0 else x, kernel[0] if axes[1] == 0 else kernel)
+    check_close(jax.tree.map(lambda leaf: leaf[0], jax.jit(together)(x, kernel)), first)
+
+
+def test_what_it_does_not_serve_goes_to_xla():
+    x = jnp.ones((1, 6, 6, 4))
+    kernel = jnp.ones((3, 3, 2, 4))
+
+    def run(function):
+        return function(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            rhs_dilation=(2, 2),
+            dimension_numbers=LAYOUT,
+            feature_group_count=2,
+        )
+
+    check_close(run(convolution.conv_general_dilated), run(lax.conv_general_dilated))
