@@ -12,7 +12,15 @@ import optax
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.algorithms import fedavg, feddip
 from fedjaxprune.algorithms.compose import Setup
-from fedjaxprune.base import Aggregator, Algorithm, Batcher, CohortAggregator, Model, Uplink
+from fedjaxprune.base import (
+    Aggregator,
+    Algorithm,
+    Batcher,
+    CohortAggregator,
+    Model,
+    Schedule,
+    Uplink,
+)
 from fedjaxprune.data import batching, datasets, partitions, preprocess
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
@@ -105,13 +113,13 @@ AGGREGATORS: Mapping[str, Callable[[RunConfig], Aggregator | CohortAggregator]] 
     "trimmed_mean": lambda config: aggregators.trimmed_mean(fraction=config.trim_fraction),
 }
 
-SERVERS: Mapping[str, Callable[[RunConfig], optax.GradientTransformation]] = {
-    "fedavg": lambda config: servers.fedavg(learning_rate=config.server_learning_rate or 1.0),
-    "fedavgm": lambda config: servers.fedavgm(
-        learning_rate=config.server_learning_rate or 1.0, momentum=config.server_momentum
+SERVERS: Mapping[str, Callable[[RunConfig, float], optax.GradientTransformation]] = {
+    "fedavg": lambda config, rate: servers.fedavg(learning_rate=rate),
+    "fedavgm": lambda config, rate: servers.fedavgm(
+        learning_rate=rate, momentum=config.server_momentum
     ),
-    "fedadam": lambda config: servers.fedadam(learning_rate=config.server_learning_rate),
-    "fedyogi": lambda config: servers.fedyogi(learning_rate=config.server_learning_rate),
+    "fedadam": lambda config, rate: servers.fedadam(learning_rate=rate),
+    "fedyogi": lambda config, rate: servers.fedyogi(learning_rate=rate),
 }
 
 
@@ -199,16 +207,22 @@ def _algorithm(config: RunConfig, model: Model, preprocess_fn: Any) -> Algorithm
             else optax.identity(),
             optax.sgd(config.learning_rate, momentum=config.momentum or None),
         ),
-        learning_rate_scale=optax.exponential_decay(1.0, 1, config.learning_rate_decay),
+        learning_rate_scale=_learning_rate_scale(config),
         uplink=uplinks.error_feedback(uplink) if config.error_feedback else uplink,
         aggregator=AGGREGATORS[config.aggregator](config),
-        server=SERVERS[config.server](config),
+        server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
         chunk_size=min(chunk_size, config.cohort_size),
     )
     try:
         return ALGORITHMS[config.algorithm](config, model, setup)
     except ValueError as error:
         raise UserError(f"algorithm {config.algorithm!r}: {error}") from None
+
+
+def _learning_rate_scale(config: RunConfig) -> Schedule:
+    """Choose the factor on the learning rate, by round."""
+    decay = optax.exponential_decay(1.0, 1, config.learning_rate_decay)
+    return lambda round_index: jnp.asarray(decay(round_index), jnp.float32)
 
 
 def _batcher(config: RunConfig, preprocess_fn: Any) -> Batcher:

@@ -135,5 +135,5 @@ def _checksum(leaves: list[np.ndarray]) -> int:
     """Sum up the bytes of all leaves, in order."""
     checksum = 0
     for leaf in leaves:
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), checksum)
+        checksum = zlib.crc32(leaf.tobytes(), checksum)
     return checksum

@@ -27,8 +27,12 @@ class UserError(ValueError):
 
 def _field(default: Any, description: str, *, group: str, unit: str = "", **limits: Any) -> Any:
     """Describe one setting; `unit` and `group` are for the help."""
-    extra = {"group": group, "unit": unit}
-    return Field(default=default, description=description, json_schema_extra=extra, **limits)
+    return Field(
+        default,
+        description=description,
+        json_schema_extra={"group": group, "unit": unit},
+        **limits,
+    )
 
 
 class RunConfig(pydantic.BaseModel):

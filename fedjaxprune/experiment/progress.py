@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedjaxprune.experiment.record import RoundRecord
@@ -40,9 +40,9 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
 
     def describe(line: RoundRecord) -> str:
         accuracy[:] = accuracy if line.test_accuracy is None else [line.test_accuracy]
-        shown = f"{100 * accuracy[0]:5.2f} %" if accuracy else "   -   "
-        sparsity = f"{100 * line.sparsity:5.2f} %"
-        return f"loss {_number(line.train_loss)}  accuracy {shown}  sparsity {sparsity}"
+        shown = f"{100 * accuracy[0]:.2f}%" if accuracy else "-"
+        sparsity = f"{100 * line.sparsity:.2f}%"
+        return f"loss {_number(line.train_loss)} accuracy {shown} sparsity {sparsity}"
 
     if not console.is_terminal:
         stride = max(1, math.ceil(num_rounds / NUM_LINES))
@@ -61,11 +61,10 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
 
     bar = Progress(
         TextColumn("round {task.completed}/{task.total}"),
-        BarColumn(),
+        BarColumn(bar_width=8),  # all of it fits 80 columns
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
     )
     with bar:
@@ -84,14 +83,14 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
 
 def _number(value: float | None) -> str:
     """Write a loss that may not be finite."""
-    return "not finite" if value is None else f"{value:.4f}"
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def table(summary: dict[str, Any], *, title: str) -> Table:
     """Lay out the end of a run for a human."""
 
     def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.2f} %"
+        return "-" if value is None else f"{100 * value:.2f}%"
 
     rows = {
         "rounds": str(summary["num_rounds"]),

@@ -1,0 +1,88 @@
+"""Every name that the config offers becomes a run whose round can be traced."""
+
+import jax
+import numpy as np
+import pytest
+
+from fedjaxprune.algorithms import simulation
+from fedjaxprune.experiment import catalog, config
+from fedjaxprune.experiment.config import RunConfig, UserError
+
+SMALL = {"rounds": 3, "num_clients": 6, "cohort_size": 2, "local_steps": 1, "algorithm": "fedavg"}
+
+# One case for every algorithm, and among them every name of every other setting at least once.
+ROTATING = ("partition", "uplink", "aggregator", "server", "participation")
+CASES = [
+    {
+        "algorithm": algorithm,
+        "error_feedback": True,
+        "server_learning_rate": 0.1,
+        **{
+            name: config.alternatives(name)[n % len(config.alternatives(name))] for name in ROTATING
+        },
+    }
+    for n, algorithm in enumerate(config.alternatives("algorithm"))
+]
+CASES += [
+    {"algorithm": "feddip", "feddip_mode": "regrow", "rounds": 1},
+    {"algorithm": "feddip", "feddip_mode": "dense", "max_penalty": 0.0},
+    {"augment": True, "normalise": False, "dropout_probability": 0.5, "chunk_size": 100},
+    {"local_steps": None, "momentum": 0.5, "weight_decay": 1e-3, "chunk_size": 2},
+]
+
+
+def test_the_cases_have_every_name():
+    for name in ROTATING:
+        assert {case.get(name) for case in CASES} >= set(config.alternatives(name))
+
+
+@pytest.mark.parametrize("changes", CASES, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_every_choice_makes_a_round(changes):
+    parts = catalog.build(RunConfig(**{**SMALL, **changes}))
+    assert len(parts.population.offsets) == 7
+
+    def start(key):
+        params, model_state = parts.model.init(key)
+        return simulation.start(parts.algorithm, params, model_state, num_clients=6)
+
+    key = jax.random.key(0)
+    before = jax.eval_shape(start, key)
+    (stage,) = parts.algorithm.stages
+    after, metrics = jax.eval_shape(
+        simulation.advance(stage, parts.participation), key, before, parts.population
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes
+    assert metrics.present.shape == (2,)
+
+
+def test_the_seed_decides_the_partition():
+    first, same, other = (
+        np.asarray(catalog.build(RunConfig(**SMALL, seed=seed)).population.index)
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet18", "resnet20", "resnet32"])
+def test_a_model_that_fits_the_data_is_built(model):
+    catalog.build(RunConfig(**SMALL, model=model))
+
+
+def test_a_model_that_does_not_fit_the_data_is_one_sentence():
+    with pytest.raises(
+        UserError, match="model 'lenet5' does not fit the data set 'digits'"
+    ) as caught:
+        catalog.build(RunConfig(**SMALL, model="lenet5"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_preset_builds_on_its_own_data(tfds_data_dir):
+    from fedjaxprune.experiment import reading
+
+    values = reading.read_source("feddip-fashion-mnist")
+    parts = catalog.build(RunConfig(**values, data_dir=str(tfds_data_dir)))
+    sizes = np.diff(np.asarray(parts.population.offsets))
+    np.testing.assert_array_equal(sizes, [1200] * 50)
