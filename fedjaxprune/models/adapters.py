@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fedjaxprune import metrics
 from fedjaxprune.base import Batch, Key, Model, Params, State
@@ -71,6 +72,112 @@ def from_linen(
             return module.apply({"params": params, **state}, inputs, **mode(False))  # pyright: ignore[reportReturnType]
 
     return Model(init=init_fn, loss=_training_loss(apply_fn, loss), predict=predict_fn)
+
+
+def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn = cross_entropy) -> Model:
+    """Make a model from a flax nnx module.
+
+    Its variables of type ``nnx.Param`` become the parameters, all others but its random streams
+    (batch statistics, for instance) the state; both as plain dictionaries. The loss switches the
+    module to training by ``train()`` and gives each of its streams a key of its own, derived from
+    the loss's; predictions switch it to inference by ``eval()``. An argument ``mask`` is passed as
+    in `from_linen`.
+
+    Args:
+      make: builds the module, which takes ``[B, ...]`` and gives logits ``[B, classes]``.
+      loss: of each example, from logits and labels.
+    """
+
+    def build(key: Key) -> Any:
+        return make(nnx.Rngs(key))
+
+    def split(module: Any) -> Any:
+        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
+    graph, like_params, like_streams, like_state = split(abstract)
+    has_mask = "mask" in inspect.signature(type(abstract).__call__).parameters
+
+    def assemble(params: Params, state: State, key: Key) -> Any:
+        return nnx.merge(
+            graph,
+            _restore(like_params, params),
+            _make_streams(like_streams, key),
+            _restore(like_state, state),
+        )
+
+    def init_fn(key: Key) -> tuple[Params, State]:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            _, params, _, state = split(build(key))
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+    def apply_fn(
+        params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
+    ) -> tuple[jax.Array, State]:
+        module = assemble(params, state, key)
+        module.train()
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            logits = module(inputs, mask=mask) if has_mask else module(inputs)
+        return logits, nnx.to_pure_dict(split(module)[3])
+
+    def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
+        module = assemble(params, state, jax.random.key(0))  # inference draws nothing
+        module.eval()
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return module(inputs)
+
+    return Model(init=init_fn, loss=_training_loss(apply_fn, loss), predict=predict_fn)
+
+
+def from_functions(
+    init: Callable[[Key], Params],
+    apply: Callable[[Params, Any], jax.Array],
+    *,
+    loss: LossFn = cross_entropy,
+) -> Model:
+    """Make a model without state from two plain functions.
+
+    Args:
+      init: ``key -> params``.
+      apply: ``(params, inputs [B, ...]) -> logits [B, classes]``, in training and inference alike.
+      loss: of each example, from logits and labels.
+    """
+
+    def init_fn(key: Key) -> tuple[Params, State]:
+        return init(key), {}
+
+    def apply_fn(
+        params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
+    ) -> tuple[jax.Array, State]:
+        del mask, key  # nothing here is random or shared between examples
+        return apply(params, inputs), state
+
+    def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
+        del state
+        return apply(params, inputs)
+
+    return Model(init=init_fn, loss=_training_loss(apply_fn, loss), predict=predict_fn)
+
+
+def _restore(like: Any, values: Any) -> Any:
+    """Put plain values into a copy of an abstract nnx state."""
+    restored = jax.tree.map(lambda leaf: leaf, like)
+    nnx.replace_by_pure_dict(restored, values)
+    return restored
+
+
+def _make_streams(like: Any, key: Key) -> Any:
+    """Start every random stream of an abstract nnx state: a key of its own, and counts of zero."""
+    leaves, structure = jax.tree.flatten(like)
+    started = []
+    for i, leaf in enumerate(leaves):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            own = jax.random.fold_in(key, i)
+            started.append(jax.random.split(own, leaf.shape) if leaf.shape else own)
+        else:
+            started.append(jnp.zeros(leaf.shape, leaf.dtype))
+    return jax.tree.unflatten(structure, started)
 
 
 def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State]], loss: LossFn) -> Any:
