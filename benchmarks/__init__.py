@@ -1,0 +1,1 @@
+"""Benchmarks: scripts that warm up, block until ready and report compile and run time apart."""
