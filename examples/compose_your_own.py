@@ -22,8 +22,8 @@ def build(model, *, num_rounds, sparsity, prepare):
     revision = schedules.every(5, start=5, until=3 * num_rounds // 4)
     setup = compose.Setup(
         num_rounds=num_rounds,
-        batcher=batching.epochs(num_epochs=1, batch_size=16, preprocess=prepare),
-        optimizer=optax.sgd(0.1),
+        batcher=batching.epochs(num_epochs=2, batch_size=16, preprocess=prepare),
+        optimizer=optax.sgd(0.3),
         server=servers.fedavgm(learning_rate=1.0, momentum=0.5),
     )
     client = clients.local_sgd(
@@ -68,12 +68,13 @@ def main(*, num_rounds=60, num_clients=20, cohort_size=10, sparsity=0.9, seed=0)
         logits = model.predict(algorithm.deployed(state), state.model_state, inputs)
         return (logits.argmax(axis=-1) == digits.test["labels"]).mean()
 
+    changed = 0
     for index in range(num_rounds):
         run, record = advance(run_key, run, population)
+        changed += int(record.num_changed)
         if (index + 1) % 10 == 0 or index + 1 == num_rounds:
             loss = float(metrics.value(record.train["loss"]))
-            changed = int(record.num_changed)
-            print(f"round {index + 1}: loss {loss:.3f}, mask entries changed {changed}")
+            print(f"round {index + 1}: loss {loss:.3f}, mask entries changed so far {changed}")
     accuracy = float(evaluate(run.state))
     sparsity = float(masks.sparsity(run.state.masks, masks.kernels))
     print(f"test accuracy {accuracy:.3f} at sparsity {sparsity:.3f}")

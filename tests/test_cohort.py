@@ -45,9 +45,9 @@ def run(client_ids, present=None, chunk_size=1, update=update, visits=None, extr
     )
     return jax.jit(
         lambda members, people: cohort.run(
+            KEY,
             update,
             {**AGGREGATORS, **(extra or {})},
-            KEY,
             BROADCAST,
             members,
             people,

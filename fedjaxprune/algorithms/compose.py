@@ -182,9 +182,9 @@ def compose(
 
         rows = cohort.states
         outcome = cohort_lib.run(
+            client_key,
             update,
             by_field,
-            client_key,
             broadcast,
             Cohort(cohort.client_ids, cohort.present, (rows.client, rows.uplink)),
             population,

@@ -55,9 +55,9 @@ def client_data(population: Population, client_id: jax.Array, present: jax.Array
 
 
 def run(
+    key: Key,
     update: ClientUpdate,
     aggregators: Mapping[str, Aggregator | CohortAggregator],
-    key: Key,
     broadcast: Broadcast,
     cohort: Cohort,
     population: Population,
@@ -70,9 +70,9 @@ def run(
     state that is not finite is left out: it counts for nothing and the client's row stays.
 
     Args:
+      key: the round's key for its clients.
       update: one client's work, ``(key, broadcast, state, data) -> (message, state)``.
       aggregators: by field of the message; `masks` need none.
-      key: the round's key for its clients.
       broadcast: what every client starts from.
       cohort: who takes part; `states` holds what `update` takes and returns, by row ``[C, ...]``.
       population: everybody's examples.
