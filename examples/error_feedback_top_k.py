@@ -1,7 +1,7 @@
 """Send one weight in a hundred, with and without error feedback, on real digits.
 
-Each client sends only the largest entries of its delta. What it holds back is either lost or kept as
-the client's own residual and added to its next delta. Run with
+Each client sends only the largest entries of its delta. What it holds back is either lost or kept
+as the client's own residual and added to its next delta. Run with
 ``python examples/error_feedback_top_k.py``.
 """
 
