@@ -200,6 +200,43 @@ def test_an_existing_run_is_resumed_only_on_demand_and_as_it_is(capsys, tmp_path
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not the whole config"),
+        ("rounds: 6\n", "not the whole config"),
+        ("rounds: many\n", "many"),
+        ("rounds: [", "not valid YAML"),
+    ],
+)
+def test_a_run_with_a_broken_config_is_not_resumed_as_another(capsys, tmp_path, text, words):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    status, _, err = call(capsys, "run", "--resume", "run")
+    assert status == 2
+    assert "config.yaml" in err
+    assert words in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_other_versions_are_warned_of_and_a_damaged_checkpoint_too(capsys, tmp_path):
+    small_run(capsys, "run")
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace(f"jax: {jax.__version__}", "jax: 0.0.1"))
+    (tmp_path / "run" / "summary.json").unlink()
+    for file in (tmp_path / "run" / "checkpoints" / "6").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    before = lines(tmp_path / "run")
+    status, out, err = call(capsys, "run", "--resume", "run")
+    assert status == 0
+    assert "resuming after round 4" in out
+    versions, damage = err.splitlines()
+    assert f"jax 0.0.1 then and {jax.__version__} now" in versions
+    assert damage.startswith("warning: the checkpoint of round 6 is damaged and skipped")
+    assert lines(tmp_path / "run") == before
+
+
 def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     append = record.append
 

@@ -138,7 +138,7 @@ def _start(config: RunConfig) -> None:
 
     folder = pathlib.Path(config.out) if config.out else record.default_folder(config)
     record.check_free(folder)
-    with _quiet():
+    with _jax_set_up():
         from fedjaxprune.experiment import catalog
 
         parts = catalog.build(config)
@@ -158,7 +158,7 @@ def _resume(folder: pathlib.Path, values: dict[str, Any], given: RunConfig) -> N
         )
     if "data_dir" in values:
         config = config.model_copy(update={"data_dir": given.data_dir})
-    with _quiet():
+    with _jax_set_up():
         from fedjaxprune.experiment import catalog
 
         changed = [
@@ -210,7 +210,7 @@ def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _jax_set_up() -> Iterator[None]:
     """Set up JAX for the command: compiled code is kept between runs, other people's logs are not.
 
     JAX's cache lies in ``JAX_COMPILATION_CACHE_DIR`` if that is set, else in the user's cache
@@ -235,7 +235,7 @@ def _quiet() -> Iterator[None]:
 @click.option("--data-dir", default=None, metavar="TEXT", help="Folder of prepared TFDS data.")
 def list_(data_dir: str | None) -> None:
     """List algorithms, models, data sets and presets."""
-    with _quiet():
+    with _jax_set_up():
         from fedjaxprune.data import datasets
         from fedjaxprune.experiment import catalog
 

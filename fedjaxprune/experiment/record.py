@@ -175,9 +175,14 @@ def stored(folder: pathlib.Path) -> tuple[RunConfig, dict[str, str]]:
             f"resume: {str(folder)!r} holds no run (no readable {CONFIG} in it); "
             "start one without --resume."
         ) from None
-    config = validate(reading.read_yaml(text, source=str(path)))
-    about = yaml.safe_load(text) or {}
-    return config, dict(about.get(reading.VERSIONS) or {})
+    values = reading.read_yaml(text, source=str(path))
+    config = validate(values, sources=dict.fromkeys(values, str(path)))
+    made_with = (yaml.safe_load(text) or {}).get(reading.VERSIONS)
+    if not isinstance(made_with, dict):  # defaults must not fill what was lost
+        raise UserError(
+            f"resume: {str(path)!r} is not the whole config of a run: it has no {reading.VERSIONS}."
+        )
+    return config, made_with
 
 
 @contextlib.contextmanager
