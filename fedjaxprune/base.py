@@ -85,6 +85,17 @@ class ClientData(NamedTuple):
     size: jax.Array
 
 
+def client_data(population: Population, client_id: jax.Array) -> ClientData:
+    """Look up what client `client_id` ``[]`` holds; nothing is copied."""
+    start = population.offsets[client_id]
+    return ClientData(
+        examples=population.examples,
+        index=population.index,
+        start=start,
+        size=population.offsets[client_id + 1] - start,
+    )
+
+
 class Batcher(NamedTuple):
     """How a client's examples become local steps.
 

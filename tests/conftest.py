@@ -1,4 +1,4 @@
-"""The suite is strict: no implicit dtype or rank promotion; warnings are errors (pyproject.toml)."""
+"""The suite is strict: no implicit dtype or rank promotion; warnings are errors."""
 
 import os
 import pathlib

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import trees
+from fedjaxprune import base, trees
 from fedjaxprune.base import ClientData, Population
 from fedjaxprune.data import batching, preprocess
 
@@ -203,7 +203,7 @@ def test_clients_are_independent_of_their_place_in_a_cohort():
     batcher = batching.epochs(num_epochs=2, batch_size=8, preprocess=preprocess.chain())
 
     def update(key, client_id):
-        data = batching.client_data(population, client_id)
+        data = base.client_data(population, client_id)
         return batcher.num_steps(data), batcher.batch(key, data, jnp.int32(1))
 
     keys, ids = jax.random.split(KEY, 4), jnp.array([3, 1, 0, 2], jnp.int32)

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.base import Broadcast
-from fedjaxprune.federated import clients, cohort
+from fedjaxprune.base import Broadcast, client_data
+from fedjaxprune.federated import clients
 from tests import quadratic
 
 KEY = jax.random.key(0)
@@ -24,7 +24,7 @@ KINDS = {"local_sgd": clients.local_sgd, "dense_feedback_sgd": clients.dense_fee
 def work(client, mask_tree=None, params=quadratic.PARAMS, round_index=0, client_id=1):
     mask_tree = masks.full(params) if mask_tree is None else mask_tree
     broadcast = Broadcast(params, mask_tree, {"steps": jnp.float32(0.0)}, jnp.int32(round_index))
-    data = cohort.client_data(PEOPLE, jnp.int32(client_id), jnp.bool_(True))
+    data = client_data(PEOPLE, jnp.int32(client_id))
     message, _ = jax.jit(client.update)(KEY, broadcast, client.init(params), data)
     return message
 

@@ -1,5 +1,7 @@
 """Networks are models: pure, of known size, indifferent to filling, and early to refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,14 @@ def tiny_resnet(norm, projection):
     return adapters.from_linen(module, input_shape=(5, 6, 2))
 
 
+@functools.cache
+def compiled(name):
+    """Compile once for all laws: initial parameters and state, and the step of training."""
+    model = SMALL[name]()
+    params, state = jax.jit(model.init)(KEY)
+    return params, state, jax.jit(jax.value_and_grad(model.loss, has_aux=True))
+
+
 def batch_for(shape, size=4, filling=1):
     inputs = jax.random.normal(jax.random.fold_in(KEY, 1), (size, *shape))
     labels = jnp.arange(size, dtype=jnp.int32) % 3
@@ -50,10 +60,8 @@ def count(model, prunable=None):
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_loss_is_the_weighted_mean_and_metrics_agree(name):
-    model = SMALL[name]()
-    params, state = jax.jit(model.init)(KEY)
-    batch = batch_for(SHAPES[name])
-    loss, (_, report) = jax.jit(model.loss)(params, state, batch, KEY)
+    params, state, step = compiled(name)
+    (loss, (_, report)), _ = step(params, state, batch_for(SHAPES[name]), KEY)
     assert report["loss"].weight == 3.0
     np.testing.assert_allclose(loss, report["loss"].total / report["loss"].weight, rtol=1e-6)
     assert 0.0 <= report["accuracy"].total <= 3.0
@@ -61,52 +69,43 @@ def test_loss_is_the_weighted_mean_and_metrics_agree(name):
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_filling_changes_neither_loss_nor_gradient_nor_state(name):
-    model = SMALL[name]()
-    params, state = jax.jit(model.init)(KEY)
+    params, state, step = compiled(name)
     batch = batch_for(SHAPES[name])
     other = batch._replace(inputs=batch.inputs.at[-1].set(7.0), labels=batch.labels.at[-1].set(0))
-    step = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
-    (loss, (after, _)), grads = step(params, state, batch, KEY)
-    (loss_2, (after_2, _)), grads_2 = step(params, state, other, KEY)
-    for a, b in zip(
-        jax.tree.leaves((loss, after, grads)),
-        jax.tree.leaves((loss_2, after_2, grads_2)),
-        strict=True,
-    ):
+    first, second = step(params, state, batch, KEY), step(params, state, other, KEY)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_a_batch_that_is_all_filling_has_zero_loss_and_gradient(name):
-    model = SMALL[name]()
-    params, state = jax.jit(model.init)(KEY)
+def test_a_batch_that_is_all_filling_has_zero_loss_and_gradient_and_leaves_the_state(name):
+    params, state, step = compiled(name)
     batch = batch_for(SHAPES[name], filling=4)
-    (loss, _), grads = jax.jit(jax.value_and_grad(model.loss, has_aux=True))(
-        params, state, batch, KEY
-    )
+    (loss, (after, _)), grads = step(params, state, batch, KEY)
     assert loss == 0.0
     assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(grads))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_clients_under_vmap_are_clients_one_by_one(name):
-    model = SMALL[name]()
+    params, state, step = compiled(name)
+    other = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), params, other)
     batch = batch_for(SHAPES[name])
-    params, state = jax.jit(jax.vmap(model.init))(jax.random.split(KEY, 2))
-    grad = jax.grad(lambda p, s: model.loss(p, s, batch, KEY)[0])
-    together = jax.jit(jax.vmap(grad))(params, state)
-    alone = jax.jit(grad)(trees.take(params, jnp.int32(1)), trees.take(state, jnp.int32(1)))
+    _, together = jax.jit(jax.vmap(step, (0, None, None, None)))(both, state, batch, KEY)
+    _, alone = step(other, state, batch, KEY)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_predictions_are_logits_and_train_in_plain_dicts(name):
-    model = SMALL[name]()
-    params, state = jax.jit(model.init)(KEY)
+def test_predictions_are_logits_and_parameters_plain_dicts(name):
+    params, state, _ = compiled(name)
     assert type(params) is dict
     assert type(state) is dict
-    logits = jax.jit(model.predict)(params, state, batch_for(SHAPES[name]).inputs)
+    logits = jax.jit(SMALL[name]().predict)(params, state, batch_for(SHAPES[name]).inputs)
     assert logits.shape == (4, 3)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Batch, Batcher, ClientData, Key, Population
+from fedjaxprune.base import Batch, Batcher, ClientData, Key
 from fedjaxprune.data.preprocess import Preprocess
 
 # Two positions keep their distance through one round with probability 1/2 (else it is uniform), so
@@ -60,17 +60,6 @@ def permute(key: Key, positions: jax.Array, size: jax.Array) -> jax.Array:
         if r % _ROUNDS_FUSED == _ROUNDS_FUSED - 1:
             x = jax.lax.optimization_barrier(x)
     return x.astype(jnp.int32)
-
-
-def client_data(population: Population, client_id: jax.Array) -> ClientData:
-    """Look up what client `client_id` ``[]`` holds; nothing is copied."""
-    start = population.offsets[client_id]
-    return ClientData(
-        examples=population.examples,
-        index=population.index,
-        start=start,
-        size=population.offsets[client_id + 1] - start,
-    )
 
 
 def epochs(*, num_epochs: int, batch_size: int, preprocess: Preprocess) -> Batcher:

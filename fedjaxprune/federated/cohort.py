@@ -23,6 +23,7 @@ from fedjaxprune.base import (
     Message,
     Population,
     State,
+    client_data,
 )
 
 ClientUpdate = Callable[[Key, Broadcast, State, ClientData], tuple[Message, State]]
@@ -40,18 +41,6 @@ class Outcome(NamedTuple):
     fields: dict[str, Any]
     states: State
     rejected: jax.Array
-
-
-def client_data(population: Population, client_id: jax.Array, present: jax.Array) -> ClientData:
-    """View one client's examples; an absent client has none, so that it costs nothing."""
-    start = population.offsets[client_id]
-    size = population.offsets[client_id + 1] - start
-    return ClientData(
-        examples=population.examples,
-        index=population.index,
-        start=start,
-        size=jnp.where(present, size, jnp.zeros_like(size)),
-    )
 
 
 def run(
@@ -84,12 +73,10 @@ def run(
     chunk_size = min(chunk_size, size)
 
     def one_client(client_id, present, state):
-        message, after = update(
-            jax.random.fold_in(key, client_id),
-            broadcast,
-            state,
-            client_data(population, client_id, present),
-        )
+        data = client_data(population, client_id)
+        # An absent client is seen as one without examples, so that it costs nothing.
+        data = data._replace(size=jnp.where(present, data.size, jnp.zeros_like(data.size)))
+        message, after = update(jax.random.fold_in(key, client_id), broadcast, state, data)
         finite = trees.all_finite((message, after))
         valid = present & finite
         weight = jnp.where(valid, message.weight, jnp.zeros_like(message.weight))
