@@ -74,7 +74,7 @@ def row(name, folders):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="FedAvg and FedDIP on Fashion-MNIST with LeNet-5.")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run folders")
     parser.add_argument("--rounds", type=int, default=200, help="rounds of every run (200)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")

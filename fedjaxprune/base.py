@@ -56,31 +56,31 @@ class Model(NamedTuple):
 class Population(NamedTuple):
     """The examples of all clients, stored once, as compressed rows: no client is padded.
 
-    Client `i` holds ``examples[index[offsets[i]:offsets[i + 1]]]``.
+    Client `i` holds ``examples[order[offsets[i]:offsets[i + 1]]]``.
 
     Attributes:
       examples: tree of ``[E, ...]``, as stored (images uint8).
-      index: ``[sum of sizes]`` int32, grouped by client.
+      order: ``[sum of sizes]`` int32, rows of the examples, grouped by client.
       offsets: ``[N + 1]`` int32.
     """
 
     examples: Examples
-    index: jax.Array
+    order: jax.Array
     offsets: jax.Array
 
 
 class ClientData(NamedTuple):
-    """What one client sees of the population: its own `size` entries of `index` from `start`.
+    """What one client sees of the population: its own `size` entries of `order` from `start`.
 
     Attributes:
       examples: tree of ``[E, ...]``, shared by all clients.
-      index: ``[sum of sizes]`` int32, shared by all clients.
+      order: ``[sum of sizes]`` int32, shared by all clients.
       start: ``[]`` int32.
       size: ``[]`` int32, the number of the client's examples.
     """
 
     examples: Examples
-    index: jax.Array
+    order: jax.Array
     start: jax.Array
     size: jax.Array
 
@@ -90,7 +90,7 @@ def client_data(population: Population, client_id: jax.Array) -> ClientData:
     start = population.offsets[client_id]
     return ClientData(
         examples=population.examples,
-        index=population.index,
+        order=population.order,
         start=start,
         size=population.offsets[client_id + 1] - start,
     )

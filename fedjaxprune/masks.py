@@ -45,7 +45,7 @@ def num_kept(masks: Masks) -> jax.Array:
 def num_changed(before: Masks, after: Masks) -> jax.Array:
     """Count the entries in which two masks differ: ``[]`` int32."""
     flips = jax.tree.map(lambda a, b: jnp.sum(a != b, dtype=jnp.int32), before, after)
-    return sum(jax.tree.leaves(flips), start=jnp.int32(0))
+    return trees.total(flips, dtype=jnp.int32)
 
 
 def prunable_leaves(tree: Any, prunable: PrunableFn) -> list[bool]:
@@ -70,8 +70,8 @@ def overlap(first: Masks, second: Masks) -> jax.Array:
     """Measure the Jaccard similarity of what two masks keep: ``[]``, 1 if both are empty."""
     both = jax.tree.map(lambda a, b: jnp.sum(a & b, dtype=jnp.int32), first, second)
     either = jax.tree.map(lambda a, b: jnp.sum(a | b, dtype=jnp.int32), first, second)
-    shared = sum(jax.tree.leaves(both), start=jnp.int32(0)).astype(jnp.float32)
-    total = sum(jax.tree.leaves(either), start=jnp.int32(0)).astype(jnp.float32)
+    shared = trees.total(both, dtype=jnp.int32).astype(jnp.float32)
+    total = trees.total(either, dtype=jnp.int32).astype(jnp.float32)
     return jnp.where(total > 0, shared / jnp.maximum(total, jnp.float32(1.0)), jnp.float32(1.0))
 
 

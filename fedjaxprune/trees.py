@@ -1,5 +1,6 @@
 """Parameter-tree arithmetic that optax.tree lacks, and leaf paths."""
 
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,11 @@ def map_with_path(function: Any, tree: Any, *rest: Any) -> Any:
 def sizes(tree: Any) -> list[int]:
     """List the number of elements of every leaf, in Python integers."""
     return [int(leaf.size) for leaf in jax.tree.leaves(tree)]
+
+
+def total(tree: Any, *, dtype: Any) -> jax.Array:
+    """Add up a tree of numbers ``[]``, in the leaves' order; an empty tree comes to zero."""
+    return functools.reduce(jnp.add, jax.tree.leaves(tree), jnp.zeros([], dtype))
 
 
 def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:

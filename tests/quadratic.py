@@ -45,7 +45,7 @@ def full_batches(num_steps, max_size=8):
     def batch(key, data, step):
         del key, step
         slots = jnp.arange(max_size)
-        rows = data.index[data.start + jnp.minimum(slots, jnp.maximum(data.size - 1, 0))]
+        rows = data.order[data.start + jnp.minimum(slots, jnp.maximum(data.size - 1, 0))]
         return Batch(
             inputs=data.examples["inputs"][rows],
             labels=data.examples["labels"][rows],
@@ -74,14 +74,14 @@ def population(sizes=(3, 5, 2, 8, 4, 6), seed=0):
             "inputs": jnp.asarray(points[order], jnp.float32),
             "labels": jnp.zeros(len(points), jnp.int32),
         },
-        index=jnp.asarray(np.argsort(order), jnp.int32),
+        order=jnp.asarray(np.argsort(order), jnp.int32),
         offsets=jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32),
     )
 
 
 def mean_point(people, client_id):
     """Average one client's points."""
-    rows = people.index[people.offsets[client_id] : people.offsets[client_id + 1]]
+    rows = people.order[people.offsets[client_id] : people.offsets[client_id + 1]]
     return np.asarray(people.examples["inputs"])[np.asarray(rows)].mean(axis=0)
 
 

@@ -91,7 +91,7 @@ def test_the_orders_of_two_epochs_are_independent():
     size = 20
     batcher = batching.epochs(num_epochs=2, batch_size=size, preprocess=preprocess.chain())
     data, _ = client(size, start=0, behind=0)
-    data = data._replace(index=jnp.arange(size, dtype=jnp.int32))
+    data = data._replace(order=jnp.arange(size, dtype=jnp.int32))
 
     def orders(key):
         return [batcher.batch(key, data, jnp.int32(step)).inputs for step in (0, 1)]

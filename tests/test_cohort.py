@@ -24,7 +24,7 @@ AGGREGATORS = {
 def update(key, broadcast, state, data):
     """Send noise of the client's own key; remember how often one took part."""
     noise = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), broadcast.params)
-    points = data.examples["inputs"][data.index[data.start]]
+    points = data.examples["inputs"][data.order[data.start]]
     message = Message(
         fields={
             "delta": noise,

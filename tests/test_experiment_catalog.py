@@ -59,7 +59,7 @@ def test_every_choice_makes_a_round(changes):
 
 def test_the_seed_decides_the_partition():
     first, same, other = (
-        np.asarray(catalog.build(RunConfig(**SMALL, seed=seed)).population.index)
+        np.asarray(catalog.build(RunConfig(**SMALL, seed=seed)).population.order)
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, same)

@@ -150,7 +150,7 @@ def make_parts(trace=lambda: None) -> runner.Parts:
         algorithm=algorithm._replace(stages=stages),
         population=Population(
             examples={"inputs": jnp.asarray(CENTRES), "labels": jnp.asarray(labels)},
-            index=jnp.arange(NUM_CLIENTS, dtype=jnp.int32),
+            order=jnp.arange(NUM_CLIENTS, dtype=jnp.int32),
             offsets=jnp.arange(NUM_CLIENTS + 1, dtype=jnp.int32),
         ),
         test=TestSet(jnp.asarray(CENTRES), jnp.asarray(labels)),

@@ -188,11 +188,11 @@ def test_a_population_keeps_examples_as_stored_and_clients_apart():
     parts = [np.array([4, 1]), np.array([], np.int32), np.array([0, 5, 3], np.int64)]
     population = partitions.population(examples, parts)
     assert population.examples["inputs"].dtype == jnp.uint8
-    assert population.index.dtype == population.offsets.dtype == jnp.int32
+    assert population.order.dtype == population.offsets.dtype == jnp.int32
     for client, part in enumerate(parts):
         data = base.client_data(population, jnp.int32(client))
         assert int(data.size) == part.size
-        held = data.index[int(data.start) : int(data.start) + int(data.size)]
+        held = data.order[int(data.start) : int(data.start) + int(data.size)]
         np.testing.assert_array_equal(held, part)
 
 

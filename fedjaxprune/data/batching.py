@@ -156,7 +156,7 @@ def _gather(
 ) -> Batch:
     """Fetch the client's examples at `positions` ``[B]`` and prepare their inputs."""
     # An empty last client starts behind the end of the index: clip, so that nothing is made up.
-    rows = data.index.at[data.start + positions].get(mode="clip")
+    rows = data.order.at[data.start + positions].get(mode="clip")
 
     def take(leaf: Any) -> jax.Array:
         return leaf.at[rows].get(mode="clip")

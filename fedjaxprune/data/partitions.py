@@ -208,7 +208,7 @@ def population(examples: Examples, parts: Sequence[np.ndarray]) -> Population:
     offsets = np.cumsum([0, *(len(part) for part in parts)])
     return Population(
         examples=jax.tree.map(jnp.asarray, examples),
-        index=jnp.asarray(index.astype(np.int32)),
+        order=jnp.asarray(index.astype(np.int32)),
         offsets=jnp.asarray(offsets.astype(np.int32)),
     )
 

@@ -41,7 +41,7 @@ def proximal(*, mu: float) -> PenaltyFn:
         squares = jax.tree.map(
             lambda local, start: jnp.sum(jnp.square(local - start)), params, broadcast.params
         )
-        return 0.5 * mu * sum(jax.tree.leaves(squares), start=jnp.float32(0.0))
+        return 0.5 * mu * trees.total(squares, dtype=jnp.float32)
 
     return penalty
 
@@ -63,8 +63,8 @@ def layer_norms(*, coefficient: Schedule, prunable: PrunableFn) -> PenaltyFn:
 
     def penalty(params, broadcast):
         norms = trees.map_with_path(norm, params)
-        total = sum(jax.tree.leaves(norms), start=jnp.float32(0.0))
-        return jnp.asarray(coefficient(broadcast.round), jnp.float32) * total
+        factor = jnp.asarray(coefficient(broadcast.round), jnp.float32)
+        return factor * trees.total(norms, dtype=jnp.float32)
 
     return penalty
 
