@@ -1,9 +1,9 @@
 """Local training on CPU: examples per second of fedjaxprune's models against a plain PyTorch loop.
 
 Both sides train the same network with the same batch size, threads and plain SGD on images stored
-as uint8; the repeats alternate, and each side is warmed up first. Ours is one compiled loop with a
-dynamic number of steps, as a client's local training is. The process is bound to as many cores as
-it has threads, since XLA sizes its thread pool by them.
+as uint8; the repeats alternate, and each side is warmed up first. Ours is one client's work as a
+round does it: shuffled, gathered, masked, with a dynamic number of steps. The process is bound to
+as many cores as it has threads, since XLA sizes its thread pool by them.
 
     python -m benchmarks.local_training [--threads 1] [--quick] [--json FILE]
 
@@ -40,45 +40,44 @@ def make_examples() -> tuple[Any, Any]:
 
 
 def make_ours(name: str, batch_size: int) -> tuple[Run, float]:
-    """Compile the loop; give a runner and the seconds that compiling took."""
+    """Compile one client's local work; give a runner and the seconds that compiling took."""
     import jax
     import jax.numpy as jnp
+    import optax
 
-    from fedjaxprune.base import Batch
+    from fedjaxprune import masks
+    from fedjaxprune.base import Broadcast, ClientData
+    from fedjaxprune.data import batching, preprocess
+    from fedjaxprune.federated import clients
     from fedjaxprune.models import zoo
 
     model = getattr(zoo, name)(input_shape=IMAGE, num_classes=NUM_CLASSES)
     params, model_state = jax.jit(model.init)(jax.random.key(0))
     images, labels = jax.tree.map(jnp.asarray, make_examples())
-    order = jax.random.permutation(jax.random.key(1), NUM_EXAMPLES)
+    client = clients.local_sgd(
+        model.loss,
+        batcher=batching.epochs(
+            num_epochs=1, batch_size=batch_size, preprocess=preprocess.scale(max_value=255.0)
+        ),
+        optimizer=optax.sgd(LEARNING_RATE),
+    )
+    broadcast = Broadcast(params, masks.full(params), model_state, jnp.int32(0))
+    examples = {"inputs": images, "labels": labels}
+    order = jnp.arange(100 * NUM_EXAMPLES, dtype=jnp.int32) % NUM_EXAMPLES
 
-    def train(params, model_state, num_steps, key):
-        def step_fn(carry):
-            step, params, model_state = carry
-            first = (step * batch_size) % NUM_EXAMPLES
-            rows = jax.lax.dynamic_slice_in_dim(order, first, batch_size)
-            batch = Batch(
-                inputs=images[rows].astype(jnp.float32) / 255,
-                labels=labels[rows],
-                weights=jnp.ones(batch_size),
-            )
-            (_, (model_state, _)), grads = jax.value_and_grad(model.loss, has_aux=True)(
-                params, model_state, batch, jax.random.fold_in(key, step)
-            )
-            params = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
-            return step + 1, params, model_state
+    def train(broadcast, examples, order, size, key):
+        data = ClientData(examples=examples, order=order, start=jnp.int32(0), size=size)
+        message, _ = client.update(key, broadcast, (), data)
+        return message.fields["delta"]
 
-        start = (jnp.int32(0), params, model_state)
-        return jax.lax.while_loop(lambda carry: carry[0] < num_steps, step_fn, start)
-
+    given = (broadcast, examples, order)
     begin = time.perf_counter()
-    compiled = jax.jit(train).lower(params, model_state, jnp.int32(1), jax.random.key(2)).compile()
+    compiled = jax.jit(train).lower(*given, jnp.int32(1), jax.random.key(2)).compile()
     seconds = time.perf_counter() - begin
 
     def run(num_steps: int) -> None:
-        jax.block_until_ready(
-            compiled(params, model_state, jnp.int32(num_steps), jax.random.key(2))
-        )
+        size = jnp.int32(num_steps * batch_size)
+        jax.block_until_ready(compiled(*given, size, jax.random.key(2)))
 
     return run, seconds
 
