@@ -1,9 +1,11 @@
 """The command as users meet it: what it writes, what it refuses and how it goes on after a kill."""
 
+import errno
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,19 +116,39 @@ def test_options_go_before_the_file_and_the_file_before_the_defaults(capsys, tmp
 BAD = {
     "algorithm": (["--algorithm", "fedipp"], ["algorithm", "fedipp", "fedavg", "'feddip'"]),
     "model": (["--model", "lenet"], ["model", "lenet", "mlp", "did you mean 'lenet5'"]),
-    "dataset": (["--dataset", "digit"], ["dataset", "'digit'", "did you mean digits"]),
+    "dataset": (["--dataset", "Digit"], ["dataset", "'Digit'", "did you mean 'digits'"]),
+    "no data set": (["--dataset", "mnist:"], ["dataset", "'mnist:'", "`name/config`"]),
+    "no data folder": (
+        ["--dataset", "mnist", "--data-dir", "/nowhere"],
+        ["dataset", "/nowhere (named by data_dir)", "does not exist", "prepare it once"],
+    ),
+    "empty data folder": (["--data-dir="], ["data_dir", "not empty", "--data-dir"]),
     "unprepared": (["--dataset", "fashion_mnist"], ["fashion_mnist", "prepare"]),
     "option": (["--round", "3"], ["--round", "did you mean '--rounds'"]),
-    "value missing": (["--rounds"], ["--rounds"]),
+    "value missing": (["--rounds"], ["--rounds", "`fedjaxprune run --help`"]),
     "preset": (["quik"], ["quik", "did you mean 'quick'"]),
     "no yaml": (["missing.yaml"], ["missing.yaml", "No such file"]),
-    "yaml syntax": (["syntax.yaml"], ["syntax.yaml", "line"]),
+    "no yaml name": (["./settings.txt"], ["settings.txt", "a preset", ".yaml file"]),
+    "no yaml name here": (["file"], ["'file' is neither", "a preset", ".yaml file"]),
+    "yaml syntax": (["syntax.yaml"], ["syntax.yaml", "line 2, column"]),
+    "yaml key twice": (["twice.yaml"], ["twice.yaml", "line 2", "'rounds' is set twice"]),
+    "yaml nothing": (["nothing.yaml"], ["rounds", "got nothing", "nothing.yaml"]),
+    "yaml truth": (["truth.yaml"], ["rounds", "an integer", "True", "truth.yaml"]),
     "yaml key": (["key.yaml"], ["learning_rat", "did you mean 'learning_rate'", "key.yaml"]),
     "yaml value": (["value.yaml"], ["rounds", "many", "an integer", "value.yaml"]),
     "yaml list": (["list.yaml"], ["list.yaml", "name: value"]),
     "sparsity": (["--sparsity", "1"], ["sparsity", "'1'", "[0, 1)", "--sparsity"]),
     "negative": (["--sparsity", "-0.1"], ["sparsity", "-0.1", "[0, 1)"]),
     "rounds": (["--rounds", "2.5"], ["rounds", "2.5", "an integer"]),
+    "many rounds": (["--rounds", "9" * 23], ["rounds", "an integer in [1, 2147483647]"]),
+    "endless rounds": (["--rounds", "9" * 5000], ["rounds", "2147483647", "999..."]),
+    "rarely pruned": (["--prune-every", "100"], ["prune_every", "rounds (100)", "got 100"]),
+    "many epochs": (["--local-epochs", "99999999"], ["local_epochs", "99999999", "examples"]),
+    "many steps": (["--local-steps", "999999999"], ["local_steps", "999999999", "batch_size"]),
+    "large batch": (["--batch-size", "2000000000"], ["batch_size", "(1442)", "2000000000"]),
+    "large float": (["--learning-rate", "1e39"], ["learning_rate", "1e+30", "1e39"]),
+    "infinite": (["--max-penalty", "1e400"], ["max_penalty", "1e+30", "1e400"]),
+    "empty out": (["--out="], ["out", "not empty", "--out"]),
     "cohort": (["--cohort-size", "99"], ["cohort_size", "99", "20"]),
     "population": (
         ["--num-clients", "5000", "--cohort-size", "2"],
@@ -143,7 +165,7 @@ BAD = {
     "resume nothing": (["--resume", "nowhere"], ["resume", "nowhere", "no run"]),
     "resume what": (["--resume"], ["resume", "folder"]),
     "two folders": (["--resume", "a", "--out", "b"], ["'a'", "'b'"]),
-    "surplus": (["quick", "slow"], ["slow"]),
+    "surplus": (["quick", "slow"], ["error: got", "slow", "`fedjaxprune run --help`"]),
 }
 
 
@@ -154,6 +176,9 @@ def test_bad_input_is_one_sentence_and_no_folder(capsys, tmp_path, name):
     (tmp_path / "key.yaml").write_text("learning_rat: 1\n")
     (tmp_path / "value.yaml").write_text("rounds: many\n")
     (tmp_path / "list.yaml").write_text("- rounds\n")
+    (tmp_path / "twice.yaml").write_text("rounds: 1\nrounds: 2\n")
+    (tmp_path / "nothing.yaml").write_text("rounds:\n")
+    (tmp_path / "truth.yaml").write_text("rounds: true\n")
     (tmp_path / "file").write_text("")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("")
@@ -205,6 +230,7 @@ def test_an_existing_run_is_resumed_only_on_demand_and_as_it_is(capsys, tmp_path
     [
         ("", "not the whole config"),
         ("rounds: 6\n", "not the whole config"),
+        ("rounds: 6\nversions: {jax: 1}\n", "it lacks algorithm, sparsity"),
         ("rounds: many\n", "many"),
         ("rounds: [", "not valid YAML"),
     ],
@@ -217,6 +243,107 @@ def test_a_run_with_a_broken_config_is_not_resumed_as_another(capsys, tmp_path, 
     assert "config.yaml" in err
     assert words in err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def contents(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_whose_config_was_edited_is_not_resumed(capsys, tmp_path, is_finished):
+    small_run(capsys, "run")
+    if not is_finished:
+        (tmp_path / "run" / "summary.json").unlink()
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.1\n", "learning_rate: 0.2\n"))
+    before = contents(tmp_path)
+    status, _, err = call(capsys, "run", "--resume", "run")
+    assert status == 2
+    assert "config.yaml" in err
+    assert "edited" in err
+    path.write_text(path.read_text().replace("rounds: 6\n", ""))
+    status, _, err = call(capsys, "run", "--resume", "run")
+    assert status == 2
+    assert "it lacks rounds" in err
+    del before[path]
+    after = contents(tmp_path)
+    del after[path]
+    assert after == before
+
+
+def test_a_record_damaged_in_its_middle_is_refused_and_nothing_is_lost(capsys, tmp_path):
+    small_run(capsys, "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"round": 3', '"round": "'))
+    before = contents(tmp_path)
+    status, _, err = call(capsys, "run", "--resume", "run")
+    assert status == 2
+    assert "metrics.jsonl' is damaged in line 3" in err
+    assert contents(tmp_path) == before
+
+
+def test_what_cannot_be_written_is_one_sentence(capsys, tmp_path, monkeypatch):
+    small_run(capsys, "run", "--rounds", "1")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").write_text("")
+    status, _, err = call(capsys, "run", "--resume", "run")
+    assert status == 2
+    assert err.startswith("error: cannot work in the run folder 'run' (")
+    assert err.count("\n") == 1
+    assert "--resume run" in err
+
+    def fail(folder, line):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "metrics.jsonl"))
+
+    monkeypatch.setattr(record, "append", fail)
+    status, _, err = call(capsys, "run", *SMALL, "--out", "other")
+    assert status == 2
+    assert "No space left on device: 'other/metrics.jsonl'" in err
+    assert err.count("\n") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(capsys, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def fail(*args, **options):
+        raise ValueError("the disk is full\nand more")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    status, _, err = call(capsys, "run", *SMALL, "--out", "run")
+    assert status == 2
+    assert "(the disk is full: " in err
+    assert err.count("\n") == 1
+
+
+def test_rejected_and_absent_clients_are_told_of(capsys):
+    status, out, err = call(capsys, "run", *SMALL, "--learning-rate", "1e30", "--out", "run")
+    assert status == 0
+    assert err.count("warning: ") == 1
+    assert "every client's message was not finite" in err
+    status, out, err = call(
+        capsys, "run", *SMALL, "--cohort-size", "1", "--dropout-probability", "0.9", "--out", "few"
+    )
+    assert (status, err) == (0, "")
+    assert "loss - accuracy" in out
+
+
+def test_a_resumed_run_may_be_given_its_own_settings_again(capsys, tmp_path):
+    given = ["--num-clients", "40", "--cohort-size", "30", "--chunk-size", "100"]
+    small_run(capsys, "~/run", "--rounds", "1", *given)
+    folder = tmp_path / "home" / "run"
+    assert record.stored(folder)[0].chunk_size == 30
+    for args in (given[2:4], given[4:], [folder / "config.yaml"]):
+        status, _, err = call(capsys, "run", "--resume", "~/run", *args)
+        assert (status, err) == (0, "")
+
+
+def test_the_target_stands_beside_the_sparsity_that_was_reached(capsys):
+    status, out, _ = call(capsys, "run", *SMALL, "--algorithm", "feddip", "--sparsity", "0.3")
+    assert status == 0
+    assert "(target 30.00%)" in out
+    assert "compiling the first round\nround 1/6" in out
+    assert all(row == row.rstrip() for row in out.splitlines())
 
 
 def test_other_versions_are_warned_of_and_a_damaged_checkpoint_too(capsys, tmp_path):
@@ -268,6 +395,7 @@ def test_prepared_sets_are_listed(capsys, tfds_data_dir):
     status, out, _ = call(capsys, "list", "--data-dir", tfds_data_dir)
     assert status == 0
     assert "fashion_mnist" in out
+    assert f"from {tfds_data_dir}, named by data_dir" in out
 
 
 def python(code: str, *args: str, **options) -> subprocess.Popen:

@@ -147,8 +147,9 @@ def test_configurations_are_read_by_name(tmp_path):
         prepare(tmp_path, f"my_pets/{config}", {"train": pictures(2), "test": pictures(1)})
     assert datasets.prepared(tmp_path) == ["my_pets/big", "my_pets/small"]
     assert datasets.load("my_pets/big", data_dir=tmp_path).name == "my_pets/big"
-    with pytest.raises(datasets.DataError, match=r"prepared in .* are my_pets/big, my_pets/small"):
-        datasets.load("my_pets", data_dir=tmp_path)
+    for name in ("my_pets", "my_pets/tiny"):
+        with pytest.raises(datasets.DataError, match=r"prepared there are my_pets/big, my_pets/sm"):
+            datasets.load(name, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -217,17 +218,32 @@ def test_a_set_that_is_not_prepared_says_how(tmp_path):
     with pytest.raises(datasets.DataError, match=r"builder\('mnist', file_format='array_record'"):
         datasets.load("mnist", data_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(datasets.DataError, match="is not a folder"):
+    absent = r"absent \(named by data_dir\), which does not exist; prepare it once"
+    with pytest.raises(datasets.DataError, match=absent):
         datasets.load("mnist", data_dir=tmp_path / "absent")
     assert datasets.prepared(tmp_path / "absent") == []
 
 
+def test_who_named_the_folder_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file"))
+    with pytest.raises(datasets.DataError, match=r"named by TFDS_DATA_DIR\), which is no folder"):
+        datasets.load("mnist")
+
+
+@pytest.mark.parametrize("name", ["mnist:", "mnist/", "/mnist", "a/b/c", "mnist:1:2", "m nist"])
+def test_a_name_that_is_none_is_refused(tmp_path, name):
+    with pytest.raises(datasets.DataError, match="expected is `name` or `name/config`"):
+        datasets.load(name, data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("name", "near"), [("digit", "digits"), ("cifra10", "cifar10"), ("my_pet", "my_pets")]
+    ("name", "near"),
+    [("digit", "digits"), ("CIFAR10", "cifar10"), ("cifra10", "cifar10"), ("my_pet", "my_pets")],
 )
 def test_an_unknown_name_gets_a_near_miss(tmp_path, name, near):
     prepare(tmp_path, "my_pets", {"train": pictures(1), "test": pictures(1)})
-    with pytest.raises(datasets.DataError, match=f"unknown .*{name}.* did you mean .*{near}"):
+    with pytest.raises(datasets.DataError, match=f"unknown .*{name}.* did you mean .*'{near}'"):
         datasets.load(name, data_dir=tmp_path)
 
 

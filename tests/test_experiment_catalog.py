@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune.algorithms import simulation
-from fedjaxprune.experiment import catalog, config
+from fedjaxprune.experiment import catalog, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment.validation import alternatives
 
 SMALL = {"rounds": 3, "num_clients": 6, "cohort_size": 2, "local_steps": 1, "algorithm": "fedavg"}
 
@@ -17,11 +17,9 @@ CASES = [
         "algorithm": algorithm,
         "error_feedback": True,
         "server_learning_rate": 0.1,
-        **{
-            name: config.alternatives(name)[n % len(config.alternatives(name))] for name in ROTATING
-        },
+        **{name: alternatives(name)[n % len(alternatives(name))] for name in ROTATING},
     }
-    for n, algorithm in enumerate(config.alternatives("algorithm"))
+    for n, algorithm in enumerate(alternatives("algorithm"))
 ]
 CASES += [
     {"algorithm": "feddip", "feddip_mode": "regrow", "rounds": 1},
@@ -33,7 +31,7 @@ CASES += [
 
 def test_the_cases_have_every_name():
     for name in ROTATING:
-        assert {case.get(name) for case in CASES} >= set(config.alternatives(name))
+        assert {case.get(name) for case in CASES} >= set(alternatives(name))
 
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -41,16 +39,10 @@ def test_every_choice_makes_a_round(changes):
     parts = catalog.build(RunConfig(**{**SMALL, **changes}))
     assert len(parts.population.offsets) == 7
 
-    def start(key):
-        params, model_state = parts.model.init(key)
-        return simulation.start(parts.algorithm, params, model_state, num_clients=6)
-
     key = jax.random.key(0)
-    before = jax.eval_shape(start, key)
-    (stage,) = parts.algorithm.stages
-    after, metrics = jax.eval_shape(
-        simulation.advance(stage, parts.participation), key, before, parts.population
-    )
+    before = jax.eval_shape(lambda key: runner.start(parts, key), key)
+    (advance,) = parts.advance
+    after, metrics = jax.eval_shape(advance, key, before, parts.population)
     assert jax.tree.structure(after) == jax.tree.structure(before)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes

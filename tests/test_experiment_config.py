@@ -6,8 +6,9 @@ import typing
 import pytest
 
 from fedjaxprune.algorithms import feddip
-from fedjaxprune.experiment import catalog, config, plots, reading, record
-from fedjaxprune.experiment.config import RunConfig, UserError, validate
+from fedjaxprune.experiment import catalog, config, plots, reading, record, validation
+from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment.validation import validate
 
 
 def test_yaml_round_trip():
@@ -45,7 +46,7 @@ def test_every_setting_has_a_description_and_a_default():
     ],
 )
 def test_every_name_has_a_factory_and_every_factory_a_name(setting, table):
-    assert config.alternatives(setting) == list(table)
+    assert validation.alternatives(setting) == list(table)
 
 
 def test_the_config_knows_where_the_penalty_starts():
@@ -59,12 +60,20 @@ def test_the_config_knows_where_the_penalty_starts():
         ({"sparsity": float("nan")}, ["sparsity", "nan"]),
         ({"rounds": 0}, ["rounds", "at least 1", "0"]),
         ({"rounds": "many"}, ["rounds", "an integer", "many"]),
-        ({"learning_rate": None}, ["learning_rate", "greater than 0", "None"]),
+        ({"learning_rate": None}, ["learning_rate", "greater than 0", "got nothing"]),
         ({"augment": "perhaps"}, ["augment", "true or false", "perhaps"]),
         ({"algorithm": "fed-dip"}, ["algorithm", "fedavg", "fed-dip", "did you mean 'feddip'"]),
         ({"learning_rat": 1}, ["learning_rat", "did you mean 'learning_rate'"]),
         ({"cohort_size": 30, "num_clients": 20}, ["cohort_size", "30", "20"]),
-        ({"sparsity": 0.3}, ["initial_sparsity", "0.5", "0.3"]),
+        ({"sparsity": 0.3, "initial_sparsity": 0.5}, ["initial_sparsity", "0.5", "0.3"]),
+        ({"prune_every": 9, "rounds": 9}, ["prune_every", "rounds (9)", "got 9"]),
+        ({"rounds": True}, ["rounds", "an integer", "True"]),
+        ({"sparsity": False}, ["sparsity", "a number", "False"]),
+        ({"rounds": 2**31}, ["rounds", "an integer in [1, 2147483647]", "2147483648"]),
+        ({"learning_rate": 1e39}, ["learning_rate", "1e+30", "1e+39"]),
+        ({"server_learning_rate": 1e300}, ["server_learning_rate", "1e+30"]),
+        ({"local_steps": 2**20, "batch_size": 2**20}, ["local_steps", "2047", "1048576"]),
+        ({"out": ""}, ["out", "not empty"]),
         ({"server": "fedadam"}, ["server_learning_rate", "fedadam"]),
         ({"max_penalty": 1e-4}, ["max_penalty", "0.0001", "0.0005"]),
     ],
@@ -83,8 +92,8 @@ def test_a_sparsity_that_nothing_uses_is_not_complained_about():
 
 
 def test_differences_name_both_sides_and_leave_places_out():
-    stored = RunConfig(rounds=5, seed=1)
-    values = {"rounds": 6, "seed": 1, "out": "elsewhere", "data_dir": "there"}
+    stored = RunConfig(rounds=5, seed=1, chunk_size=1)
+    values = {"rounds": 6, "seed": 1, "out": "elsewhere", "data_dir": "there", "chunk_size": 0}
     assert reading.differences(stored, values, validate(values)) == [
         "rounds is 5 in the run, 6 was given"
     ]
@@ -115,11 +124,38 @@ def test_a_summary_adds_exactly_and_averages_the_last_ten_tests():
     assert summary["test_accuracy_mean_of_last_10"] == pytest.approx(0.135)
 
 
-def test_a_record_is_read_up_to_the_first_line_out_of_turn(tmp_path):
-    for number in (1, 2, 4):
+def test_a_record_is_read_but_for_a_torn_end(tmp_path):
+    for number in (1, 2, 3):
         record.append(tmp_path, make_line(number))
-    assert [line.round for line in record.read(tmp_path)] == [1, 2]
+    path = tmp_path / record.METRICS
+    assert [line.round for line in record.read(tmp_path)] == [1, 2, 3]
+    for torn in (path.read_text()[:-1], path.read_text()[:-9], path.read_text()[:-9] + "\n"):
+        path.write_text(torn)
+        assert [line.round for line in record.read(tmp_path)] == [1, 2]
     assert record.read(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("{", "("), ('"round": 2', '"round": 3'), ('"num_kept": 10', '"num_kept": "x"'), ("\n", "")],
+)
+def test_a_record_that_is_damaged_before_its_end_is_refused(tmp_path, old, new):
+    for number in (1, 2, 3):
+        record.append(tmp_path, make_line(number))
+    path = tmp_path / record.METRICS
+    first, second, third = path.read_text().splitlines(keepends=True)
+    path.write_text(first + second.replace(old, new) + third + first)
+    with pytest.raises(UserError, match="damaged in line 2"):
+        record.read(tmp_path)
+
+
+def test_defaults_follow_what_they_depend_on():
+    assert validate({"sparsity": 0.3}).initial_sparsity == 0.3
+    assert validate({"num_clients": 5}).cohort_size == 5
+    assert validate({"rounds": 3}).prune_every == 2
+    assert validate({"rounds": 1}).prune_every == 1
+    usual = validate({})
+    assert (usual.initial_sparsity, usual.cohort_size, usual.prune_every) == (0.5, 10, 5)
 
 
 @pytest.mark.parametrize("tested", [True, False])

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
+from fedjaxprune.algorithms import simulation
 from fedjaxprune.base import (
     Algorithm,
     ClientRow,
@@ -114,6 +115,7 @@ def pull() -> Algorithm:
                 present=cohort.present,
                 num_present=num_present,
                 num_rejected=jnp.int32(0),
+                num_personal_masks=jnp.int32(0),
                 num_masks_sent=num_present,
             ),
         )
@@ -145,6 +147,9 @@ def make_parts(trace=lambda: None) -> runner.Parts:
 
     stages = tuple(stage._replace(round=counted(stage.round)) for stage in algorithm.stages)
     labels = np.zeros(NUM_CLIENTS, np.int32)
+    draw = participation.drop_out(
+        participation.uniform(num_clients=NUM_CLIENTS, cohort_size=COHORT_SIZE), probability=0.2
+    )
     return runner.Parts(
         model=quadratic(),
         algorithm=algorithm._replace(stages=stages),
@@ -155,10 +160,7 @@ def make_parts(trace=lambda: None) -> runner.Parts:
         ),
         test=TestSet(jnp.asarray(CENTRES), jnp.asarray(labels)),
         preprocess=lambda key, inputs: inputs,
-        participation=participation.drop_out(
-            participation.uniform(num_clients=NUM_CLIENTS, cohort_size=COHORT_SIZE),
-            probability=0.2,
-        ),
+        advance=tuple(simulation.advance(stage, draw) for stage in stages),
         prunable=lambda path, leaf: True,
     )
 
@@ -177,10 +179,13 @@ def train(folder, *, stop_after=None, trace=lambda: None, seed=3, **changes):
             raise Stop
 
     report = progress.Report(start=lambda lines: None, round=on_round, warn=warnings.append)
-    options = {"eval_every": 5, "checkpoint_every": 2, "keep_checkpoints": 3, **changes}
+    options = {"eval_every": 5, "checkpoint_every": 2, "keep_checkpoints": 3, "fingerprint": 7}
+    options.update(changes)
     state = None
     with contextlib.suppress(Stop):
-        state = runner.train(make_parts(trace), seed=seed, folder=folder, report=report, **options)
+        parts = make_parts(trace)
+        runner.check(parts)  # as the command does before it makes a folder
+        state = runner.train(parts, seed=seed, folder=folder, report=report, **options)
     lines = [line._replace(wall_s=0.0) for line in record.read(folder)]
     return state, lines, warnings
 
@@ -249,7 +254,7 @@ def test_a_resumed_run_traces_the_round_once(tmp_path):
     train(tmp_path / "run", stop_after=7)  # in the second stage
     traces = []
     train(tmp_path / "run", trace=lambda: traces.append(1))
-    assert len(traces) == 1
+    assert len(traces) == 2  # of the first stage in the check, of the second in the run
 
 
 def test_the_seed_decides_everything(tmp_path, whole):
@@ -291,6 +296,7 @@ def test_a_checkpoint_that_the_record_does_not_reach_is_skipped(tmp_path, whole)
     assert_same(state, lines, whole)
     assert len(warnings) == 1
     assert "round 8" in warnings[0]
+    assert len(list((folder / record.SKIPPED / "8").iterdir())) > 0  # whole, so not deleted
 
 
 def damage_remove(folder: pathlib.Path):
@@ -341,6 +347,7 @@ def test_without_any_whole_checkpoint_the_run_starts_again(tmp_path, whole):
     assert_same(state, lines, whole)
     assert len(warnings) == 4
     assert "starts again at round 1" in warnings[-1]
+    assert sorted(entry.name for entry in (folder / record.SKIPPED).iterdir()) == ["4", "6", "8"]
 
 
 def test_only_the_newest_checkpoints_are_kept(whole):
@@ -359,9 +366,12 @@ def test_a_checkpoint_keeps_empty_leaves_and_every_dtype(tmp_path):
         "nothing": {},
     }
     with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
-        checkpoints.save(manager, 1, tree)
+        checkpoints.save(manager, 1, tree, fingerprint=7)
     with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
-        found = checkpoints.restore(manager, tree, usable=lambda step: True, warn=pytest.fail)
+        found = checkpoints.restore(
+            manager, tree, usable=lambda step: True, aside=tmp_path, warn=pytest.fail
+        )
+    assert checkpoints.fingerprints(tmp_path / "saved") == {1: 7}
     assert found is not None
     assert found[0] == 1
     jax.tree.map(np.testing.assert_array_equal, found[1], tree)

@@ -54,6 +54,7 @@ _STATISTICS = {
 }
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+_NAME = re.compile(r"[^/:\s]+(/[^/:\s]+)?(:[^/:\s]+)?")
 _CHUNK = 1000  # examples decoded at a time
 
 
@@ -76,13 +77,16 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
     """
     if name == "digits":
         return _digits()
-    folder = _folder(data_dir)
-    if data_dir is not None and not folder.is_dir():
-        raise DataError(f"data_dir {str(data_dir)!r} is not a folder.")
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            f"data set {name!r} is no name of one: expected is `name` or `name/config`, and "
+            "either may end in `:version`, such as mnist:3.0.1."
+        )
+    folder, named_by = folder_of(data_dir)
     path, _, version = name.partition(":")
     versions = _versions(folder).get(path, {})
     if not versions:
-        raise _missing(path, folder)
+        raise _missing(path, folder, named_by)
     if version and version not in versions:
         raise DataError(
             f"data set {path!r} is prepared in {folder} as version {', '.join(sorted(versions))}, "
@@ -101,7 +105,18 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
 
 def prepared(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
     """List the TFDS sets that are prepared in a folder (see `load`), as ``name[/config]``."""
-    return sorted(_versions(_folder(data_dir)))
+    return sorted(_versions(folder_of(data_dir)[0]))
+
+
+def folder_of(data_dir: str | os.PathLike[str] | None = None) -> tuple[pathlib.Path, str]:
+    """Find the folder of prepared sets (see `load`), which need not exist, and say who named it."""
+    environment = os.environ.get("TFDS_DATA_DIR")
+    chosen, named_by = "~/tensorflow_datasets", "the default"
+    if data_dir:
+        chosen, named_by = data_dir, "named by data_dir"
+    elif environment:
+        chosen, named_by = environment, "named by TFDS_DATA_DIR"
+    return pathlib.Path(os.path.expanduser(chosen)), named_by
 
 
 def _digits() -> Dataset:
@@ -127,12 +142,6 @@ def _digits() -> Dataset:
     )
 
 
-def _folder(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-    """Find the folder of prepared sets, which need not exist."""
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(chosen).expanduser()
-
-
 def _versions(folder: pathlib.Path) -> dict[str, dict[str, pathlib.Path]]:
     """Map the prepared sets to their versions, and these to their folders."""
     found: dict[str, dict[str, pathlib.Path]] = {}
@@ -152,21 +161,28 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
-def _missing(name: str, folder: pathlib.Path) -> DataError:
+def _missing(name: str, folder: pathlib.Path, named_by: str) -> DataError:
     """Say why there is no such set, and what to do."""
     known = set(_tfds().list_builders(with_community_datasets=False))
     here = prepared(folder)
-    configs = [other for other in here if other.startswith(f"{name}/")]
-    if configs:
+    base = name.partition("/")[0]
+    kin = [other for other in here if other.partition("/")[0] == base]
+    if kin:
         return DataError(
-            f"data set {name!r} has configurations; prepared in {folder} are {', '.join(configs)}."
+            f"data set {name!r} is not prepared in {folder}; of its configurations, "
+            f"prepared there are {', '.join(kin)}."
         )
-    if name.partition("/")[0] in known:
-        return DataError(f"data set {name!r} is not prepared in {folder}; {_recipe(name)}")
-    near = difflib.get_close_matches(name, ["digits", *here, *known - set(here)], n=3)
-    advice = f"did you mean {' or '.join(near)}?" if near else "any TFDS name or digits will do."
+    if base in known:
+        state = ""
+        if not folder.is_dir():
+            state = ", which is no folder" if folder.exists() else ", which does not exist"
+        return DataError(
+            f"data set {name!r} is not prepared in {folder} ({named_by}){state}; {_recipe(name)}"
+        )
+    near = difflib.get_close_matches(name.lower(), ["digits", *here, *known - set(here)], n=3)
+    advice = f"did you mean {' or '.join(map(repr, near))}?" if near else "any TFDS name will do."
     have = ", ".join(["digits", *here])
-    return DataError(f"unknown data set {name!r}; ready to use are {have}; {advice}")
+    return DataError(f"unknown data set {name!r}: ready to use are {have}; {advice}")
 
 
 def _recipe(name: str) -> str:

@@ -1,6 +1,5 @@
 """From names to functions: the one place where the config's words become components."""
 
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.algorithms import fedavg, feddip
+from fedjaxprune.algorithms import fedavg, feddip, simulation
 from fedjaxprune.algorithms.compose import Setup
 from fedjaxprune.base import (
     Aggregator,
@@ -22,9 +21,9 @@ from fedjaxprune.base import (
     Uplink,
 )
 from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment import runner
+from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
-from fedjaxprune.experiment.runner import Parts
 from fedjaxprune.federated import aggregators, participation, servers
 from fedjaxprune.federated import uplink as uplinks
 from fedjaxprune.models import zoo
@@ -123,19 +122,27 @@ SERVERS: Mapping[str, Callable[[RunConfig, float], optax.GradientTransformation]
 }
 
 
-def build(config: RunConfig) -> Parts:
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what the machine decides: the number of clients that are trained at once."""
+    chunk_size = config.chunk_size
+    if chunk_size == 0:
+        chunk_size = 1 if jax.default_backend() == "cpu" else config.cohort_size
+    return config.model_copy(update={"chunk_size": min(chunk_size, config.cohort_size)})
+
+
+def build(config: RunConfig) -> runner.Parts:
     """Put a run together: load the data, deal it out, make model and algorithm.
 
     Nothing is trained and nothing is written, so that whatever is wrong is said before a run
     folder is made.
 
     Raises:
-      UserError: the data set is unknown or not prepared, the partition is impossible, or the model
-        does not fit the data.
+      UserError: the data set is unknown or not prepared, the partition is impossible, the model
+        does not fit the data, or the settings do not make a round.
     """
-    data_dir = None if config.data_dir is None else pathlib.Path(config.data_dir)
+    config = resolve(config)
     try:
-        dataset = datasets.load(config.dataset, data_dir=data_dir)
+        dataset = datasets.load(config.dataset, data_dir=config.data_dir)
     except datasets.DataError as error:
         raise UserError(f"dataset: {error}") from None
     rng = np.random.default_rng(config.seed)
@@ -148,21 +155,52 @@ def build(config: RunConfig) -> Parts:
             f"clients is impossible: {error}"
         ) from None
     sizes = np.array([len(part) for part in parts])
+    _check_sizes(config, sizes)
     train_fn, test_fn = _preprocess(dataset, config)
     model = _model(config, dataset, test_fn)
     is_feddip = config.algorithm.startswith("feddip")
-    return Parts(
+    algorithm = _algorithm(config, model, train_fn)
+    draw = _participation(config, sizes)
+    built = runner.Parts(
         model=model,
-        algorithm=_algorithm(config, model, train_fn),
+        algorithm=algorithm,
         population=partitions.population(dataset.train, parts),
         test=TestSet(
             inputs=jnp.asarray(dataset.test["inputs"]),
             labels=jnp.asarray(dataset.test["labels"]),
         ),
         preprocess=test_fn,
-        participation=_participation(config, sizes),
+        advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
         prunable=feddip.prunable_without_shortcuts if is_feddip else masks_lib.kernels,
     )
+    try:
+        runner.check(built)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"the settings do not make a round of {config.algorithm!r} with {config.model!r} on "
+            f"{config.dataset!r}: {_first_line(error)}"
+        ) from None
+    return built
+
+
+def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
+    """Refuse batches that nobody could fill, and more local steps than an int32 can count."""
+    num_examples, largest = int(sizes.sum()), int(sizes.max())
+    if config.batch_size > num_examples:
+        raise UserError(
+            f"batch_size must be at most the number of training examples ({num_examples}), "
+            f"got {config.batch_size}."
+        )
+    if config.local_steps is None and config.local_epochs > INT_MAX // largest:
+        raise UserError(
+            f"local_epochs must be at most {INT_MAX // largest} for clients of up to {largest} "
+            f"examples, got {config.local_epochs}."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    """Shorten what an error says to one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _preprocess(dataset: datasets.Dataset, config: RunConfig) -> tuple[Any, Any]:
@@ -187,18 +225,23 @@ def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> 
     except (ValueError, TypeError) as error:
         raise UserError(
             f"model {config.model!r} does not fit the data set {config.dataset!r} "
-            f"(images {tuple(dataset.image_shape)}): {str(error).splitlines()[0]}"
+            f"(images {tuple(dataset.image_shape)}): {_first_line(error)}"
         ) from None
     return model
 
 
 def _algorithm(config: RunConfig, model: Model, preprocess_fn: Any) -> Algorithm:
     """Make the method and the protocol around it."""
+    try:
+        return ALGORITHMS[config.algorithm](config, model, _setup(config, preprocess_fn))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"algorithm {config.algorithm!r}: {_first_line(error)}") from None
+
+
+def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
+    """Choose the protocol that every method shares."""
     uplink = UPLINKS[config.uplink](config)
-    chunk_size = config.chunk_size
-    if chunk_size == 0:
-        chunk_size = 1 if jax.default_backend() == "cpu" else config.cohort_size
-    setup = Setup(
+    return Setup(
         num_rounds=config.rounds,
         batcher=_batcher(config, preprocess_fn),
         optimizer=optax.chain(
@@ -211,12 +254,8 @@ def _algorithm(config: RunConfig, model: Model, preprocess_fn: Any) -> Algorithm
         uplink=uplinks.error_feedback(uplink) if config.error_feedback else uplink,
         aggregator=AGGREGATORS[config.aggregator](config),
         server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
-        chunk_size=min(chunk_size, config.cohort_size),
+        chunk_size=config.chunk_size,
     )
-    try:
-        return ALGORITHMS[config.algorithm](config, model, setup)
-    except ValueError as error:
-        raise UserError(f"algorithm {config.algorithm!r}: {error}") from None
 
 
 def _learning_rate_scale(config: RunConfig) -> Schedule:

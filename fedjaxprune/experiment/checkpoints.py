@@ -2,12 +2,15 @@
 
 A checkpoint is a tree of arrays and the number of rounds that made it. It is stored as nested
 dicts of names, so that it can be opened without this package. A checksum guards the contents: the
-format itself notices missing and shortened files, but not every flipped bit.
+format itself notices missing and shortened files, but not every flipped bit. A fingerprint of the
+config says whose checkpoint it is. No checkpoint that cannot be used is deleted: it is put aside.
 """
 
 import contextlib
+import errno
+import json
+import os
 import pathlib
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,29 +23,84 @@ import orbax.checkpoint as ocp
 
 @contextlib.contextmanager
 def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Open the checkpoints in `folder`, of which the newest `keep` stay, and wait for writes."""
+    """Open the checkpoints in `folder`, of which the newest `keep` stay, and wait for writes.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():  # orbax would notice at the first save
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    try:
         yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # what happened first is to be told
+            manager.close()
+        raise
+    with _writing(folder):
+        manager.close()
 
 
-def save(manager: ocp.CheckpointManager, num_rounds: int, tree: Any) -> None:
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    """Make an OSError of whatever orbax raises when it cannot write, maybe what it began before."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(None, _reason(error), str(folder)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say briefly what is wrong."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def save(manager: ocp.CheckpointManager, num_rounds: int, tree: Any, *, fingerprint: int) -> None:
     """Copy `tree` to the host now and write it in the background as the state after `num_rounds`.
 
     The copy is our own, since the next round overwrites the donated buffers.
+
+    Args:
+      manager: of the run's checkpoints.
+      num_rounds: how many rounds made the tree.
+      tree: of arrays.
+      fingerprint: of the run's config.
+
+    Raises:
+      OSError: this checkpoint, or the one before it, cannot be written.
     """
     host = [np.array(leaf, copy=True) for leaf in jax.device_get(jax.tree.leaves(tree))]
     names = _names(tree)
-    manager.save(
-        num_rounds,
-        args=ocp.args.Composite(
-            arrays=ocp.args.PyTreeSave(_nest(names, host)),
-            about=ocp.args.JsonSave({"num_rounds": num_rounds, "checksum": _checksum(host)}),
-        ),
-        force=True,
-    )
+    about = {"num_rounds": num_rounds, "checksum": _checksum(host), "fingerprint": fingerprint}
+    with _writing(pathlib.Path(manager.directory)):
+        manager.save(
+            num_rounds,
+            args=ocp.args.Composite(
+                arrays=ocp.args.PyTreeSave(_nest(names, host)), about=ocp.args.JsonSave(about)
+            ),
+            force=True,
+        )
+
+
+def fingerprints(folder: pathlib.Path) -> dict[int, int]:
+    """Read whose the checkpoints in `folder` are: number of rounds to fingerprint.
+
+    Only the small files beside the arrays are read, and nothing is touched. A checkpoint whose file
+    cannot be read is left out: `restore` finds out that it is damaged.
+    """
+    found = {}
+    for step in folder.glob("[0-9]*"):
+        try:
+            about = json.loads((step / "about" / "metadata").read_text(encoding="utf-8"))
+            found[int(step.name)] = about["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def restore(
@@ -50,14 +108,16 @@ def restore(
     like: Any,
     *,
     usable: Callable[[int], bool],
+    aside: pathlib.Path,
     warn: Callable[[str], None],
 ) -> tuple[int, Any] | None:
-    """Read the newest checkpoint that is whole, and remove those that are newer.
+    """Read the newest checkpoint that is whole, and put aside those that are newer.
 
     Args:
       manager: of the run's checkpoints.
       like: tree of arrays or shapes, as was saved.
       usable: whether the record reaches up to that round.
+      aside: folder for the checkpoints that are skipped; made if there are any.
       warn: takes one sentence for every checkpoint that is skipped.
 
     Returns:
@@ -72,12 +132,23 @@ def restore(
                 found = num_rounds, _read(manager, num_rounds, like)
                 break
             except Exception as error:  # whatever orbax makes of a damaged file
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                warn(f"the checkpoint of round {num_rounds} is damaged and skipped ({reason}).")
+                warn(
+                    f"the checkpoint of round {num_rounds} is damaged and skipped "
+                    f"({_reason(error)})."
+                )
         # Else orbax would refuse to write this round again.
-        shutil.rmtree(pathlib.Path(manager.directory) / str(num_rounds), ignore_errors=True)
+        _put_aside(pathlib.Path(manager.directory) / str(num_rounds), aside)
     manager.reload()
     return found
+
+
+def _put_aside(checkpoint: pathlib.Path, aside: pathlib.Path) -> None:
+    """Move a checkpoint to the folder `aside`, under a name that is free there."""
+    aside.mkdir(exist_ok=True)
+    target, number = aside / checkpoint.name, 2
+    while target.exists():
+        target, number = aside / f"{checkpoint.name}-{number}", number + 1
+    checkpoint.rename(target)
 
 
 def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:

@@ -17,9 +17,8 @@ from typing import Any
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment import config as config_lib
-from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment import reading, validation
+from fedjaxprune.experiment.config import PRUNING, RunConfig, Settings, UserError
 
 USAGE, INTERRUPTED = 2, 130  # exit statuses
 
@@ -52,31 +51,34 @@ def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command one option for every field of the config."""
     for name, field in reversed(RunConfig.model_fields.items()):
         option = "--" + name.replace("_", "-")
-        notes = [_extra(field)["unit"], config_lib.limits(name), _default(field.default)]
+        notes = [_extra(field)["unit"], _range(name), f"default: {_default(field)}"]
         text = f"{field.description}  [{'; '.join(note for note in notes if note)}]"
-        if config_lib.is_flag(name):
+        if validation.is_flag(name):
             declaration = f"{option}/--no-{name.replace('_', '-')}"
             decorate = click.option(declaration, name, default=None, help=text)
         else:
-            metavar = "|".join(config_lib.alternatives(name)) or _kind(name)
+            metavar = "|".join(validation.alternatives(name)) or _kind(name)
             decorate = click.option(option, name, default=None, metavar=metavar, help=text)
         command = decorate(command)
     return command
 
 
-def _default(value: Any) -> str:
+def _default(field: Any) -> str:
     """Say what a setting is if nobody sets it."""
-    words = {True: "yes", False: "no"}
-    if value is None:
-        return "default: none"
-    return "default: " + (words[value] if isinstance(value, bool) else f"{value}")
+    words = {True: "yes", False: "no", None: "none"}
+    value = field.default
+    text = words[value] if value is None or isinstance(value, bool) else f"{value}"
+    return _extra(field)["default"] or text
+
+
+def _range(name: str) -> str:
+    """Say between what a number lies."""
+    return validation.limits(name) if _kind(name) != "TEXT" else ""
 
 
 def _kind(name: str) -> str:
     """Name the type of a setting for the help."""
-    allowed = config_lib.allowed(name)
-    kinds = {"an integer": "INTEGER", "a number": "NUMBER"}
-    return next((word for kind, word in kinds.items() if allowed.startswith(kind)), "TEXT")
+    return {"an integer": "INTEGER", "a number": "NUMBER"}.get(validation.kind(name), "TEXT")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -106,18 +108,23 @@ def run(source: str | None, resume: str | None, **options: Any) -> None:
     names the presets.
     """
     values, sources = _given(source, options)
-    config = config_lib.validate(values, sources=sources)
     if resume is None:
-        _start(config)
+        _start(validation.validate(values, sources=sources))
     else:
-        if resume and config.out and pathlib.Path(resume) != pathlib.Path(config.out):
+        given = validation.validate_each(values, sources=sources)
+        if resume and given.out and _path(resume) != _path(given.out):
             raise UserError(
-                f"resume: --resume names the folder {resume!r} and out {config.out!r}; give one."
+                f"resume: --resume names the folder {resume!r} and out {given.out!r}; give one."
             )
-        folder = resume or config.out
+        folder = resume or given.out
         if not folder:
             raise UserError("resume: got no folder; give one as `--resume FOLDER`.")
-        _resume(pathlib.Path(folder), values, config)
+        _resume(_path(folder), values, given)
+
+
+def _path(text: str) -> pathlib.Path:
+    """Read a path, where ``~`` is the user's home."""
+    return pathlib.Path(os.path.expanduser(text))  # pathlib's may raise
 
 
 def _given(source: str | None, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -126,7 +133,7 @@ def _given(source: str | None, options: dict[str, Any]) -> tuple[dict[str, Any],
     sources = {name: str(source) for name in values}
     for name, value in options.items():
         if value is not None:
-            is_unset = config_lib.is_optional(name) and value == "none"
+            is_unset = validation.is_optional(name) and value == "none"
             values[name] = None if is_unset else value
             sources[name] = "--" + name.replace("_", "-")
     return values, sources
@@ -136,17 +143,18 @@ def _start(config: RunConfig) -> None:
     """Begin a new run."""
     from fedjaxprune.experiment import record
 
-    folder = pathlib.Path(config.out) if config.out else record.default_folder(config)
+    folder = _path(config.out) if config.out else record.default_folder(config)
     record.check_free(folder)
     with _jax_set_up():
         from fedjaxprune.experiment import catalog
 
+        config = catalog.resolve(config)
         parts = catalog.build(config)
         record.create(folder, config)
         _train(folder, config, parts)
 
 
-def _resume(folder: pathlib.Path, values: dict[str, Any], given: RunConfig) -> None:
+def _resume(folder: pathlib.Path, values: dict[str, Any], given: Settings) -> None:
     """Continue the run in `folder`, if what was given agrees with it."""
     from fedjaxprune.experiment import record
 
@@ -156,6 +164,7 @@ def _resume(folder: pathlib.Path, values: dict[str, Any], given: RunConfig) -> N
             f"resume: the run in {str(folder)!r} has another config: {'; '.join(different)}. "
             "Leave these out, or start a new run."
         )
+    _check_untouched(folder, config)
     if "data_dir" in values:
         config = config.model_copy(update={"data_dir": given.data_dir})
     with _jax_set_up():
@@ -175,6 +184,34 @@ def _resume(folder: pathlib.Path, values: dict[str, Any], given: RunConfig) -> N
         _train(folder, config, catalog.build(config))
 
 
+def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
+    """Refuse to go on from what another config made, and from a record that is not whole."""
+    from fedjaxprune.experiment import checkpoints, record
+
+    with _said(folder):
+        found = checkpoints.fingerprints(folder / record.CHECKPOINTS)
+        record.read(folder)
+    if other := [n for n, value in found.items() if value != reading.fingerprint(config)]:
+        raise UserError(
+            f"resume: {str(folder / record.CONFIG)!r} is not the config that made the run's "
+            f"checkpoint of round {max(other)}: it was edited or replaced; put it back, or start a "
+            "new run."
+        )
+
+
+@contextlib.contextmanager
+def _said(folder: pathlib.Path) -> Iterator[None]:
+    """Turn what the system says of files into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        of_file = f": {str(error.filename)!r}" if error.filename else ""
+        raise UserError(
+            f"cannot work in the run folder {str(folder)!r} ({error.strerror or error}{of_file}); "
+            f"put that right and continue with `fedjaxprune run --resume {folder}`."
+        ) from None
+
+
 def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
     """Run what is left to run, and tell how it went."""
     from rich.console import Console
@@ -183,8 +220,9 @@ def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
 
     console, errors = Console(), Console(stderr=True)
     title = f"{config.algorithm} on {config.dataset} with {config.model}"
+    target = config.sparsity if config.algorithm in PRUNING else None
     try:
-        with record.hold(folder):
+        with _said(folder), record.hold(folder):
             lines = record.read(folder)
             if len(lines) == config.rounds and (folder / record.SUMMARY).exists():
                 console.print("this run is finished; there is nothing left to do.")
@@ -197,12 +235,14 @@ def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
                         eval_every=config.eval_every,
                         checkpoint_every=config.checkpoint_every,
                         keep_checkpoints=config.keep_checkpoints,
+                        fingerprint=reading.fingerprint(config),
                         report=report,
                     )
                 lines = record.read(folder)
                 plots.accuracy(lines, folder / record.PICTURE, title=title)
                 record.write_summary(folder, record.summarise(lines))
-            console.print(progress.table(record.summarise(lines), title=title))
+            console.print(title, style="italic", highlight=False)
+            console.print(progress.table(record.summarise(lines), target=target))
             console.print(f"results: {folder}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         click.echo(f"interrupted; continue with `fedjaxprune run --resume {folder}`.", err=True)
@@ -239,11 +279,14 @@ def list_(data_dir: str | None) -> None:
         from fedjaxprune.data import datasets
         from fedjaxprune.experiment import catalog
 
-        prepared = datasets.prepared(None if data_dir is None else pathlib.Path(data_dir))
+        if data_dir == "":
+            raise UserError("data_dir must be a text that is not empty, got ''.")
+        prepared = datasets.prepared(data_dir)
+        searched, named_by = datasets.folder_of(data_dir)
     names = {
         "algorithms": {name: catalog.SUMMARIES[name] for name in catalog.ALGORITHMS},
         "models": {name: catalog.SUMMARIES[name] for name in catalog.MODELS},
-        "data sets": {
+        f"data sets (prepared ones from {searched}, {named_by})": {
             "digits": "8x8 scanned digits inside scikit-learn; no download",
             **{name: "prepared TFDS set" for name in prepared if name != "digits"},
             "...": "any TFDS image-classification set, once prepared",
@@ -259,14 +302,18 @@ def list_(data_dir: str | None) -> None:
             click.echo(f"  {name:<{width}}  {summary}")
 
 
-def _sentence(error: click.ClickException) -> str:
-    """Turn click's complaint into one sentence."""
+def _sentence(error: click.ClickException, args: Sequence[str]) -> str:
+    """Turn click's complaint about `args` into one sentence."""
+    context = getattr(error, "ctx", None)
+    command = "fedjaxprune " + args[0] if args and args[0] in cli.commands else "fedjaxprune"
     if isinstance(error, click.NoSuchOption):
-        options = ["--" + name.replace("_", "-") for name in [*RunConfig.model_fields, "resume"]]
+        params = context.command.get_params(context) if context else []
+        options = [option for param in params for option in [*param.opts, *param.secondary_opts]]
         close = difflib.get_close_matches(error.option_name, options, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        return f"unknown option {error.option_name!r}: `fedjaxprune run --help` lists them{hint}"
-    return error.format_message()
+        return f"unknown option {error.option_name!r}: `{command} --help` lists them{hint}"
+    text = error.format_message().rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}: see `{command} --help`."
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -277,7 +324,7 @@ def main(args: Sequence[str] | None = None) -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(USAGE)
     except click.ClickException as error:
-        click.echo(f"error: {_sentence(error)}", err=True)
+        click.echo(f"error: {_sentence(error, sys.argv[1:] if args is None else args)}", err=True)
         sys.exit(USAGE)
     except UserError as error:
         click.echo(f"error: {error}", err=True)

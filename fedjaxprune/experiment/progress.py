@@ -42,7 +42,30 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
         accuracy[:] = accuracy if line.test_accuracy is None else [line.test_accuracy]
         shown = f"{100 * accuracy[0]:.2f}%" if accuracy else "-"
         sparsity = f"{100 * line.sparsity:.2f}%"
-        return f"loss {_number(line.train_loss)} accuracy {shown} sparsity {sparsity}"
+        return f"loss {_loss(line)} accuracy {shown} sparsity {sparsity}"
+
+    warned: set[str] = set()
+
+    def warn_once(kind: str, sentence: str) -> None:
+        if kind not in warned:
+            warned.add(kind)
+            warn(sentence)
+
+    def look(line: RoundRecord) -> None:
+        """Warn of clients that were left out, once, and once more if nobody remained."""
+        if line.num_rejected and line.num_rejected == line.num_present:
+            warn_once(
+                "all",
+                f"in round {line.round} every client's message was not finite: the round changed "
+                "nothing, and nothing is learnt while this goes on; a smaller learning_rate may "
+                "help.",
+            )
+        elif line.num_rejected:
+            warn_once(
+                "some",
+                f"in round {line.round} the messages of {line.num_rejected} of {line.num_present} "
+                "clients were not finite and were left out; the table at the end counts them.",
+            )
 
     if not console.is_terminal:
         stride = max(1, math.ceil(num_rounds / NUM_LINES))
@@ -50,8 +73,11 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
         def start_plain(lines: list[RoundRecord]) -> None:
             if lines:
                 console.print(f"resuming after round {len(lines)}", highlight=False)
+            if len(lines) < num_rounds:
+                console.print("compiling the first round", highlight=False)
 
         def round_plain(line: RoundRecord) -> None:
+            look(line)
             if line.round % stride == 0 or line.round in (1, num_rounds):
                 text = f"round {line.round}/{num_rounds}  {describe(line)}"
                 console.print(text, soft_wrap=True, highlight=False)
@@ -76,18 +102,21 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
                 bar.reset(task, total=num_rounds, completed=len(lines), description="resuming")
 
         def round_bar(line: RoundRecord) -> None:
+            look(line)
             bar.update(task, completed=line.round, description=describe(line))
 
         yield Report(start=start_bar, round=round_bar, warn=warn)
 
 
-def _number(value: float | None) -> str:
-    """Write a loss that may not be finite."""
-    return "not finite" if value is None else f"{value:.3f}"
+def _loss(line: RoundRecord) -> str:
+    """Write a loss that may not be finite, or that nobody reported."""
+    if line.num_present == 0:
+        return "-"
+    return "not finite" if line.train_loss is None else f"{line.train_loss:.3f}"
 
 
-def table(summary: dict[str, Any], *, title: str) -> Table:
-    """Lay out the end of a run for a human."""
+def table(summary: dict[str, Any], *, target: float | None) -> Table:
+    """Lay out the end of a run for a human; `target` is the sparsity that was aimed at, if any."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.2f}%"
@@ -96,7 +125,8 @@ def table(summary: dict[str, Any], *, title: str) -> Table:
         "rounds": str(summary["num_rounds"]),
         "test accuracy, last round": percent(summary["test_accuracy"]),
         "test accuracy, mean of last 10 tests": percent(summary["test_accuracy_mean_of_last_10"]),
-        "sparsity": percent(summary["sparsity"]),
+        "sparsity": percent(summary["sparsity"])
+        + ("" if target is None else f" (target {percent(target)})"),
         "prunable weights kept": f"{summary['num_kept']:,}",
         "sent up": f"{summary['uplink_bits'] / BITS_PER_MIB:,.2f} MiB",
         "sent down, with masks": f"{summary['downlink_bits'] / BITS_PER_MIB:,.2f} MiB",
@@ -106,7 +136,7 @@ def table(summary: dict[str, Any], *, title: str) -> Table:
     if summary["num_rejected"]:
         rows["clients left out (not finite)"] = f"{summary['num_rejected']:,}"
     rows["time"] = f"{summary['wall_s']:,.1f} s"
-    grid = Table(title=title, show_header=False, title_justify="left")
+    grid = Table(show_header=False)
     grid.add_column()
     grid.add_column(justify="right")
     for name, text in rows.items():

@@ -1,17 +1,56 @@
 """Settings as text: YAML files, presets, and what differs between two configs."""
 
-import difflib
 import importlib.resources
+import json
 import pathlib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment.config import RunConfig, Settings, UserError
+from fedjaxprune.experiment.validation import near_miss
 
 VERSIONS = "versions"  # the key of config.yaml that records packages and is no setting
 PLACES = ("out", "data_dir")  # where things lie: they may differ when a run is resumed
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe reader, but a key that comes twice is a mistake."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, unless a key comes twice."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value!r} is set twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str, *, source: str) -> dict[str, Any]:
+    """Read a mapping of names to values."""
+    try:
+        values = yaml.load(text, _Loader)  # as safe as SafeLoader, of which it is one
+    except yaml.constructor.ConstructorError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{source} cannot be used{where}: {error.problem}.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{source} is not valid YAML{where}, or just before.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or ["it cannot be read"])[0]
+        raise UserError(f"{source} is not valid YAML: {reason}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{source} must hold settings as `name: value`, got {str(values)[:80]!r}.")
+    return values
 
 
 def read_yaml(text: str, *, source: str) -> dict[str, Any]:
@@ -20,18 +59,14 @@ def read_yaml(text: str, *, source: str) -> dict[str, Any]:
     Raises:
       UserError: the text is no YAML, or no mapping of names to values.
     """
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{source} is not valid YAML{where}: {problem}.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{source} must hold settings as `name: value`, got {values!r}.")
+    values = _load(text, source=source)
     return {key: value for key, value in values.items() if key != VERSIONS}
+
+
+def read_versions(text: str, *, source: str) -> dict[str, str] | None:
+    """Read the record of versions that a run adds to its config; None where there is none."""
+    found = _load(text, source=source).get(VERSIONS)
+    return found if isinstance(found, dict) else None
 
 
 def read_source(name: str) -> dict[str, Any]:
@@ -41,21 +76,19 @@ def read_source(name: str) -> dict[str, Any]:
       UserError: there is no such preset or file, or it cannot be read.
     """
     path = pathlib.Path(name)
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+    if path.suffix in (".yaml", ".yml"):
         try:
-            return read_yaml(path.read_text(encoding="utf-8"), source=name)
-        except (OSError, UnicodeDecodeError) as error:
+            return read_yaml(path.expanduser().read_text(encoding="utf-8"), source=name)
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"cannot read the YAML file {name!r}: {reason}.") from None
     texts = preset_texts()
-    if name not in texts:
-        close = difflib.get_close_matches(name, texts, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise UserError(
-            f"unknown preset {name!r}: must be one of {', '.join(texts)}, "
-            f"or the path of a .yaml file{hint}"
-        )
-    return read_yaml(texts[name], source=f"preset {name}")
+    if name in texts:
+        return read_yaml(texts[name], source=f"preset {name}")
+    known = f"expected is a preset ({', '.join(texts)}) or the path of a .yaml file"
+    if len(path.parts) != 1 or path.exists():
+        raise UserError(f"{name!r} is neither a preset nor a .yaml file: {known}.")
+    raise UserError(f"unknown preset {name!r}: {known}{near_miss(name, texts)}")
 
 
 def preset_texts() -> dict[str, str]:
@@ -76,10 +109,22 @@ def to_yaml(config: RunConfig, *, versions: Mapping[str, str] | None = None) -> 
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def differences(stored: RunConfig, values: Mapping[str, Any], given: RunConfig) -> list[str]:
-    """List how explicitly given `values` differ from a stored run's, but for where things lie."""
-    return [
-        f"{name} is {getattr(stored, name)!r} in the run, {getattr(given, name)!r} was given"
-        for name in values
-        if name not in PLACES and getattr(stored, name) != getattr(given, name)
-    ]
+def fingerprint(config: RunConfig) -> int:
+    """Sum up all that decides a run's bits, so that a checkpoint can tell whose it is."""
+    values = config.model_dump(exclude=set(PLACES))
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def differences(stored: RunConfig, names: Any, given: Settings) -> list[str]:
+    """List how the explicitly given settings `names` differ from a stored run's.
+
+    Where things lie may differ; and a chunk is compared as the run has it, in clients of a cohort.
+    """
+    different = []
+    for name in names:
+        there, here = getattr(stored, name), getattr(given, name)
+        if name == "chunk_size":
+            here = min(here, stored.cohort_size) or there
+        if name not in PLACES and there != here:
+            different.append(f"{name} is {there!r} in the run, {here!r} was given")
+    return different

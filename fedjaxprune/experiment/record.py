@@ -21,11 +21,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import yaml
-
 from fedjaxprune import __version__
 from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.config import RunConfig, UserError, validate
+from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment.validation import validate
 
 try:
     import fcntl
@@ -34,7 +33,19 @@ except ImportError:  # no POSIX: two processes in one folder go unnoticed
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, PICTURE = "checkpoints", "accuracy.png"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+SKIPPED = "checkpoints-skipped"  # those that could not be used, put aside
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "orbax-checkpoint",
+    "scikit-learn",
+    "tensorflow-datasets",
+    "array_record",
+    "pydantic",
+)
 
 
 class RoundRecord(NamedTuple):
@@ -177,10 +188,14 @@ def stored(folder: pathlib.Path) -> tuple[RunConfig, dict[str, str]]:
         ) from None
     values = reading.read_yaml(text, source=str(path))
     config = validate(values, sources=dict.fromkeys(values, str(path)))
-    made_with = (yaml.safe_load(text) or {}).get(reading.VERSIONS)
-    if not isinstance(made_with, dict):  # defaults must not fill what was lost
+    made_with = reading.read_versions(text, source=str(path))
+    lost = [name for name in RunConfig.model_fields if name not in values and name != "out"]
+    if made_with is None:
+        lost.append(reading.VERSIONS)
+    if made_with is None or lost:  # defaults must not fill what was lost
         raise UserError(
-            f"resume: {str(path)!r} is not the whole config of a run: it has no {reading.VERSIONS}."
+            f"resume: {str(path)!r} is not the whole config of a run: "
+            f"it lacks {', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}."
         )
     return config, made_with
 
@@ -210,21 +225,39 @@ def append(folder: pathlib.Path, line: RoundRecord) -> None:
 
 
 def read(folder: pathlib.Path) -> list[RoundRecord]:
-    """Read the record up to the first line that is torn or out of turn."""
-    lines: list[RoundRecord] = []
+    """Read the record, but for a last line that a kill tore.
+
+    Raises:
+      UserError: a line that others follow is damaged, or the rounds are not in turn.
+    """
+    path = folder / METRICS
     try:
-        text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
+        *rows, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
-        return lines
-    for row in text.splitlines(keepends=True):
-        try:
-            line = RoundRecord(**json.loads(row))
-        except (ValueError, TypeError):
-            break
-        if not row.endswith("\n") or line.round != len(lines) + 1:
-            break
+        return []
+    lines: list[RoundRecord] = []
+    for number, row in enumerate(rows, start=1):
+        line = _parse(row)
+        if line is None or line.round != number:
+            if number == len(rows) and not torn and line is None:
+                break
+            raise UserError(
+                f"the record {str(path)!r} is damaged in line {number}, which should be round "
+                f"{number}; mend it or start a new run (nothing was changed)."
+            )
         lines.append(line)
     return lines
+
+
+def _parse(row: str) -> RoundRecord | None:
+    """Read one line; None if it is none of a record."""
+    try:
+        line = RoundRecord(**json.loads(row))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    kinds = RoundRecord.__annotations__.items()
+    fits = (isinstance(getattr(line, name), kind) for name, kind in kinds)
+    return line if all(fits) else None
 
 
 def cut(folder: pathlib.Path, num_rounds: int) -> list[RoundRecord]:

@@ -16,10 +16,20 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.algorithms import simulation
-from fedjaxprune.algorithms.simulation import ParticipationFn, Simulation
-from fedjaxprune.base import Algorithm, Key, Model, Population, PrunableFn, RoundState
+from fedjaxprune.algorithms.simulation import Simulation
+from fedjaxprune.base import (
+    Algorithm,
+    Key,
+    Model,
+    Population,
+    PrunableFn,
+    RoundMetrics,
+    RoundState,
+)
 from fedjaxprune.experiment import checkpoints, evaluation, progress, record
 from fedjaxprune.experiment.evaluation import TestSet
+
+AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
 
 # What a key is for: folded into the seed's key, so that none is used twice.
 INIT, ROUNDS = range(2)
@@ -34,7 +44,7 @@ class Parts(NamedTuple):
       population: the clients' examples.
       test: the test set.
       preprocess: ``(key, inputs) -> inputs`` for tests.
-      participation: ``key -> (client_ids [C], present [C])``.
+      advance: for each stage the function that plays one of its rounds (`simulation.advance`).
       prunable: what sparsity is reported of.
     """
 
@@ -43,7 +53,7 @@ class Parts(NamedTuple):
     population: Population
     test: TestSet
     preprocess: Callable[[Key, Any], Any]
-    participation: ParticipationFn
+    advance: tuple[AdvanceFn, ...]
     prunable: PrunableFn
 
 
@@ -64,6 +74,7 @@ def train(
     eval_every: int,
     checkpoint_every: int,
     keep_checkpoints: int,
+    fingerprint: int,
     report: progress.Report,
 ) -> RoundState:
     """Run all rounds that the folder does not hold yet, and return the final state.
@@ -78,15 +89,20 @@ def train(
       eval_every: rounds from one test to the next; the last round is always tested.
       checkpoint_every: rounds from one checkpoint to the next; the last is always saved.
       keep_checkpoints: how many of the newest stay.
+      fingerprint: of the config, for the checkpoints.
       report: is told how it goes.
+
+    Raises:
+      UserError: the record is damaged before its end.
+      OSError: something cannot be written.
     """
     algorithm = parts.algorithm
     key = jax.random.key(seed)
     rounds_key = jax.random.fold_in(key, ROUNDS)
     num_rounds = sum(stage.num_rounds for stage in algorithm.stages)
 
-    start = jax.jit(lambda key: _start(parts, key))
-    now = jax.tree.map(_own, start(jax.random.fold_in(key, INIT)))
+    begin_fn = jax.jit(lambda key: start(parts, key))
+    now = jax.tree.map(_own, begin_fn(jax.random.fold_in(key, INIT)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     flags = masks_lib.prunable_leaves(shapes.state.params, parts.prunable)
 
@@ -105,10 +121,14 @@ def train(
         record.append(folder, line)
         report.round(line)
 
+    num_lines = len(record.read(folder))
     with checkpoints.open_manager(folder / record.CHECKPOINTS, keep=keep_checkpoints) as manager:
-        num_lines = len(record.read(folder))
         found = checkpoints.restore(
-            manager, shapes, usable=lambda step: step <= num_lines, warn=report.warn
+            manager,
+            shapes,
+            usable=lambda step: step <= num_lines,
+            aside=folder / record.SKIPPED,
+            warn=report.warn,
         )
         done = 0
         if found is not None:
@@ -119,9 +139,9 @@ def train(
 
         begin, pending = 0, None
         clock = time.perf_counter()
-        for stage in algorithm.stages:
+        for stage, advance in zip(algorithm.stages, parts.advance, strict=True):
             end = begin + stage.num_rounds
-            step = jax.jit(simulation.advance(stage, parts.participation), donate_argnums=1)
+            step = _compiled(advance)
             for index in range(max(begin, done), end):
                 now, metrics = step(rounds_key, now, parts.population)
                 number = index + 1
@@ -134,12 +154,28 @@ def train(
                     note(pending)
                     pending = None
                     record.sync(folder)
-                    checkpoints.save(manager, number, now)
+                    checkpoints.save(manager, number, now, fingerprint=fingerprint)
             begin = end
     return now.state
 
 
-def _start(parts: Parts, key: Key) -> Simulation:
+def check(parts: Parts) -> None:
+    """Trace the first round, with shapes alone; `train` finds this trace and does not make another.
+
+    Whatever the components raise on settings that do not fit goes through.
+    """
+    key = jax.random.key(0)
+    now = jax.eval_shape(lambda key: start(parts, key), key)
+    strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
+    jax.eval_shape(_compiled(parts.advance[0]), key, strong, parts.population)
+
+
+def _compiled(advance: AdvanceFn) -> AdvanceFn:
+    """Let XLA compile the round; it may write the new simulation over the old one."""
+    return jax.jit(advance, donate_argnums=1)
+
+
+def start(parts: Parts, key: Key) -> Simulation:
     """Make the simulation before the first round."""
     params, model_state = parts.model.init(key)
     num_clients = parts.population.offsets.shape[0] - 1
