@@ -285,6 +285,7 @@ class RoundMetrics(NamedTuple):
       num_present: ``[]`` int32, clients that took part.
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
       num_masks_sent: ``[]`` int32, clients that had to be sent the masks in force.
+      num_personal_masks: ``[]`` int32, clients that sent masks of their own.
     """
 
     train: Metrics
@@ -296,6 +297,7 @@ class RoundMetrics(NamedTuple):
     num_present: jax.Array
     num_rejected: jax.Array
     num_masks_sent: jax.Array
+    num_personal_masks: jax.Array
 
 
 class Stage(NamedTuple):

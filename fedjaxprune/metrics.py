@@ -25,6 +25,7 @@ def zero() -> Mean:
 
 def mean(values: jax.Array, weights: jax.Array) -> Mean:
     """Accumulate `values` ``[B]`` with `weights` ``[B]``; a value of weight 0 may be anything."""
+    values = values.astype(jnp.float32)
     return Mean(
         total=jnp.sum(jnp.where(weights > 0, values * weights, jnp.zeros_like(values))),
         weight=jnp.sum(weights),

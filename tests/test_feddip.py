@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks
+from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import compose, feddip
 from fedjaxprune.federated import clients
+from fedjaxprune.models import zoo
 from fedjaxprune.pruning import pruners, schedules
 from tests import quadratic
 from tests.test_algorithms import ROUNDS, STATE, dip, setup, simulate, some
@@ -180,3 +181,18 @@ def test_shortcuts_of_residual_networks_are_exempt():
     leaf = jnp.zeros([1, 1, 4, 8])
     assert not feddip.prunable_without_shortcuts("stage_1/block_0/shortcut/kernel", leaf)
     assert feddip.prunable_without_shortcuts("stage_1/block_0/conv_0/kernel", leaf)
+
+
+def test_the_first_draw_on_a_residual_network_has_the_published_layer_sparsities():
+    model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
+    params, _ = jax.eval_shape(model.init, KEY)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    draw = feddip.erk_start(sparsity=0.5, prunable=feddip.prunable_without_shortcuts)
+    drawn = jax.jit(draw)(KEY, params)
+    found = {
+        path: round(1 - float(jnp.mean(leaf)), 4)
+        for path, leaf in zip(trees.paths(drawn), jax.tree.leaves(drawn), strict=True)
+    }
+    pruned = {path: sparsity for path, sparsity in found.items() if sparsity}
+    assert sorted(pruned.values()) == [0.2836] * 3 + [0.4648] + [0.6439] * 3
+    assert pruned["stage_4_block_1/conv_1/kernel"] == 0.4648

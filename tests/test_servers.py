@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fedjaxprune import masks as masks_lib
@@ -133,3 +134,25 @@ def test_to_forget_everything_is_to_start_anew_but_for_the_count(name):
 def test_options_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        optax.masked(optax.adam(0.1), {"bias": False, "kernel": True}),
+        optax.adafactor(0.1, min_dim_size_to_factor=2),
+        optax.adamw(0.1, weight_decay=0.1),
+        optax.lion(0.01),
+    ],
+    ids=["masked", "adafactor", "adamw", "lion"],
+)
+def test_memory_of_any_optax_server_keeps_its_shape_and_forgets_what_is_pruned(server):
+    params = {"bias": jnp.ones([4]), "kernel": jnp.ones([6, 4])}
+    masks = {"bias": jnp.ones([4], bool), "kernel": jnp.arange(24).reshape(6, 4) % 3 == 0}
+    delta = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    _, state = servers.step(server, delta, servers.init(server, params), params)
+    cleaned = servers.zero_pruned(server, state, masks)
+    chex.assert_trees_all_equal_shapes_and_dtypes(cleaned, state)
+    for leaf in jax.tree.leaves(cleaned):
+        if leaf.shape == (6, 4):
+            assert not np.any(np.asarray(leaf)[~np.asarray(masks["kernel"])])

@@ -17,7 +17,6 @@ from fedjaxprune.base import (
     Broadcast,
     Client,
     ClientRow,
-    Cohort,
     CohortAggregator,
     Key,
     Masks,
@@ -120,7 +119,8 @@ def compose(
     """
     uplink = uplink_lib.identity() if setup.uplink is None else setup.uplink
     server = servers.fedavg() if setup.server is None else setup.server
-    pruner = pruners.keep() if pruner is None else pruners.exempt(pruner, prunable)
+    is_pruning = pruner is not None
+    pruner = pruners.exempt(pruner, prunable) if pruner is not None else pruners.keep()
     travel = masks_in_force() if travel is None else travel
     mean = aggregators_lib.weighted_mean()
     by_field = {
@@ -131,9 +131,15 @@ def compose(
         **(aggregators or {}),
         "uplink_kept": CohortAggregator(reduce=lambda values, masks, weights: values),
         "num_messages": aggregators_lib.total(),
+        "num_personal_masks": aggregators_lib.total(),
     }
 
     def init_fn(params, model_state):
+        if is_pruning and not any(masks_lib.prunable_leaves(params, prunable)):
+            raise ValueError(
+                "the pruner has nothing to prune: none of the leaves "
+                f"{', '.join(trees.paths(params))} is prunable; say which are by `prunable=`."
+            )
         return RoundState(
             round=jnp.int32(0),
             params=params,
@@ -168,7 +174,8 @@ def compose(
             work_key, wire_key = jax.random.split(key)
             message, client_state = client.update(work_key, broadcast, own[0], data)
             sent = sendable
-            if "masks" in message.fields:
+            is_personal = "masks" in message.fields
+            if is_personal:
                 sent = jax.tree.map(jnp.logical_and, sent, message.fields["masks"])
             delta = masks_lib.apply(sent, message.fields["delta"])
             delta, uplink_state = uplink.update(wire_key, delta, own[1], sent)
@@ -176,6 +183,7 @@ def compose(
                 **message.fields,
                 "delta": delta,
                 "uplink_kept": masks_lib.num_kept(sent),
+                "num_personal_masks": jnp.int32(is_personal),
                 "num_messages": jnp.int32(1),
             }
             return Message(fields=fields, weight=message.weight), (client_state, uplink_state)
@@ -186,19 +194,24 @@ def compose(
             update,
             by_field,
             broadcast,
-            Cohort(cohort.client_ids, cohort.present, (rows.client, rows.uplink)),
+            cohort._replace(states=(rows.client, rows.uplink)),
             population,
             chunk_size=setup.chunk_size,
         )
         fields = outcome.fields
 
         stepped = servers.step(server, fields["delta"], state.server, state.params)
-        # A round in which nobody was heard moves nothing, momentum included.
-        params, server_state = trees.select(
-            fields["num_messages"] > 0, stepped, (state.params, state.server)
-        )
+        # A round in which nobody was heard moves nothing, momentum and masks included; nor does one
+        # in which finite messages came to something that is not finite.
+        overflown = (fields["num_messages"] > 0) & ~trees.all_finite(stepped)
+        heard = (fields["num_messages"] > 0) & ~overflown
+        params, server_state = trees.select(heard, stepped, (state.params, state.server))
         inputs = PrunerInputs(params=params, grads=fields.get("grads"), round=state.round)
-        masks, pruner_state = pruner.update(pruner_key, state.masks, state.pruner, inputs)
+        masks, pruner_state = trees.select(
+            heard,
+            pruner.update(pruner_key, state.masks, state.pruner, inputs),
+            (state.masks, state.pruner),
+        )
         if not travel.server_is_dense:
             params = masks_lib.apply(masks, params)
             server_state = servers.zero_pruned(server, server_state, masks)
@@ -209,7 +222,11 @@ def compose(
             params=params,
             masks=masks,
             mask_version=state.mask_version + (num_changed > 0).astype(jnp.int32),
-            model_state=jax.tree.map(jnp.add, state.model_state, fields["model_state"]),
+            model_state=jax.tree.map(
+                lambda before, change: jnp.where(heard, _moved(before, change), before),
+                state.model_state,
+                fields["model_state"],
+            ),
             server=server_state,
             pruner=pruner_state,
         )
@@ -227,8 +244,9 @@ def compose(
             uplink_kept=fields["uplink_kept"],
             present=cohort.present,
             num_present=jnp.sum(cohort.present, dtype=jnp.int32),
-            num_rejected=jnp.sum(outcome.rejected, dtype=jnp.int32),
+            num_rejected=jnp.sum(outcome.rejected | (cohort.present & overflown), dtype=jnp.int32),
             num_masks_sent=jnp.sum(stale, dtype=jnp.int32),
+            num_personal_masks=fields["num_personal_masks"],
         )
         return new_state, new_rows, round_metrics
 
@@ -244,13 +262,21 @@ def compose(
     )
 
 
+def _moved(before: jax.Array, change: jax.Array) -> jax.Array:
+    """Add a mean change to untrained state; a counter takes the nearest integer."""
+    if jnp.issubdtype(before.dtype, jnp.inexact):
+        return before + change.astype(before.dtype)
+    return before + jnp.round(change).astype(before.dtype)
+
+
 def traffic(
     metrics: RoundMetrics, state: RoundState, *, uplink: Uplink, prunable: PrunableFn
 ) -> Traffic:
     """Multiply a round's counts out to bits, in Python integers.
 
     A value is 32 bits. Entries that the masks rule out do not travel, and who is not listed under
-    `num_masks_sent` holds the masks already. Masks that follow from the run's seed cost nothing.
+    `num_masks_sent` holds the masks already. Masks that follow from the run's seed cost nothing. A
+    personal mask travels up whole, with every message.
     """
     sizes = trees.sizes(state.params)
     flags = masks_lib.prunable_leaves(state.params, prunable)
@@ -258,11 +284,12 @@ def traffic(
     sent = np.asarray(metrics.uplink_kept)[np.asarray(metrics.present)]
     rows, counts = np.unique(sent, axis=0, return_counts=True) if len(sent) else (sent, [])
     num_present = int(metrics.num_present)
+    values = sum(
+        int(count) * uplink.num_bits([int(n) for n in row], sizes)
+        for row, count in zip(rows, counts, strict=True)
+    )
     return Traffic(
-        uplink_bits=sum(
-            int(count) * uplink.num_bits([int(n) for n in row], sizes)
-            for row, count in zip(rows, counts, strict=True)
-        ),
+        uplink_bits=values + int(metrics.num_personal_masks) * num_prunable,
         downlink_bits=num_present * VALUE_BITS * sum(int(n) for n in metrics.downlink_kept),
         mask_bits=int(metrics.num_masks_sent) * num_prunable,
         statistics_bits=2 * num_present * VALUE_BITS * sum(trees.sizes(state.model_state)),

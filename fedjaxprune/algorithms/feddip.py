@@ -13,7 +13,8 @@ Three readings of "dynamic pruning" are offered as `mode`:
   penalty); clients send dense deltas in every round.
 
 Where we differ from the public code: the masks of round 0 are one draw for all clients (theirs
-differ by client), BatchNorm statistics come from the masked forward pass, and losses are reported
+differ by client), clients weigh by their numbers of examples (theirs equally under an IID
+partition), BatchNorm statistics come from the masked forward pass, and losses are reported
 of the masked model, without penalty.
 
 References:
@@ -91,20 +92,30 @@ def stepped_penalty(
 def erk_start(*, sparsity: float, prunable: PrunableFn) -> Callable[[Key, Params], Masks]:
     """Draw random masks with ERK layer densities: ``(key, params) -> masks``.
 
-    Clients train under them in round 0, before any magnitude has been learnt. They are drawn from
-    the round's key, which everybody holds, so they do not travel.
+    Clients train under them in round 0, before any magnitude has been learnt. As in the public code
+    the budget is shared out over all kernels and normalisation scales, where the scales are kept
+    whole; afterwards what is not prunable is switched back on. The masks are drawn from the round's
+    key, which everybody holds, so they do not travel.
 
     References:
       Evci et al., `RigL <https://arxiv.org/abs/1911.11134>`_, 2020 (the ERK allocation).
     """
+
+    def is_scale(path, leaf):
+        return path.rsplit("/", 1)[-1] == "scale" and not prunable(path, leaf)
+
+    def shares_budget(path, leaf):
+        return prunable(path, leaf) or masks_lib.kernels(path, leaf) or is_scale(path, leaf)
+
+    shares = allocation.erk(dense=is_scale)
     draw = pruners.exempt(
-        pruners.prune_to(sparsity, score=scores.random, allocation=allocation.erk()), prunable
+        pruners.prune_to(sparsity, score=scores.random, allocation=shares), shares_budget
     )
 
     def start(key, params):
         inputs = PrunerInputs(params=params, grads=None, round=jnp.int32(0))
         masks, _ = draw.update(key, masks_lib.full(params), draw.init(params), inputs)
-        return masks
+        return masks_lib.restrict(masks, prunable)
 
     return start
 

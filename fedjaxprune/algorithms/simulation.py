@@ -1,5 +1,6 @@
 """Rounds over a population whose rows live on the device: sample, gather, run, scatter."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,7 +39,12 @@ class Simulation(NamedTuple):
 def start(
     algorithm: Algorithm, params: Params, model_state: State, *, num_clients: int
 ) -> Simulation:
-    """Make the simulation in which no client has taken part yet."""
+    """Make the simulation in which no client has taken part yet.
+
+    Parameters and state are copied, so that the simulation may be donated.
+    """
+    own = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True))
+    params, model_state = own(params), own(model_state)
     row = algorithm.init_client(params)
     rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_clients, *jnp.shape(leaf))), row)
     return Simulation(state=algorithm.init(params, model_state), rows=rows)

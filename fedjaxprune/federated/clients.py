@@ -38,8 +38,9 @@ def proximal(*, mu: float) -> PenaltyFn:
         raise ValueError(f"mu must not be negative, got {mu}.")
 
     def penalty(params, broadcast):
+        start = masks_lib.apply(broadcast.masks, broadcast.params)
         squares = jax.tree.map(
-            lambda local, start: jnp.sum(jnp.square(local - start)), params, broadcast.params
+            lambda here, there: jnp.sum(jnp.square(here - there), dtype=jnp.float32), params, start
         )
         return 0.5 * mu * trees.total(squares, dtype=jnp.float32)
 
@@ -56,7 +57,7 @@ def layer_norms(*, coefficient: Schedule, prunable: PrunableFn) -> PenaltyFn:
     def norm(path, leaf):
         if not prunable(path, leaf):
             return jnp.float32(0.0)
-        square = jnp.sum(jnp.square(leaf))
+        square = jnp.sum(jnp.square(leaf), dtype=jnp.float32)
         positive = square > 0
         root = jnp.sqrt(jnp.where(positive, square, jnp.ones_like(square)))
         return jnp.where(positive, root, jnp.zeros_like(root))
@@ -94,13 +95,16 @@ def local_sgd(
       loss: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``, as in a
         `Model`.
       batcher: how the client's examples become local steps.
-      optimizer: any optax transformation; its state starts afresh every round.
+      optimizer: any optax transformation; its state starts afresh every round. One that draws
+        random numbers from a key of its own (``optax.add_noise``) therefore draws the same ones for
+        every client and round: add noise in the loss instead.
       learning_rate_scale: factor on the optimiser's updates, by round (an optax schedule fits);
         constant inside a round. Without it updates are taken as they are.
       penalties: terms added to the loss of every step.
       report_grads: if given, the message carries `grads`, the mean over the local steps of the
         gradient with respect to *all* weights, pruned ones included, in the rounds for which this
-        predicate holds (zeros in the others, and then at no cost).
+        predicate holds (zeros in the others, and then at no cost). A pruner that grows by gradient
+        must be due in these rounds only, else it ranks zeros.
 
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
@@ -137,7 +141,7 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
     def objective(params, broadcast, model_state, batch, key):
         value, aux = loss(params, model_state, batch, key)
         for penalty in penalties:
-            value = value + penalty(params, broadcast)
+            value = value.astype(jnp.float32) + penalty(params, broadcast)
         return value, aux
 
     def optimizer_step(grads, state, params, round_index):
@@ -199,7 +203,11 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
         progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
         fields = {
             "delta": jax.tree.map(jnp.subtract, progress.params, start),
-            "model_state": jax.tree.map(jnp.subtract, progress.model_state, broadcast.model_state),
+            "model_state": jax.tree.map(
+                lambda after, before: (after - before).astype(jnp.float32),
+                progress.model_state,
+                broadcast.model_state,
+            ),
             "metrics": progress.metrics,
         }
         if report_grads is not None:

@@ -93,9 +93,8 @@ def random_k(*, fraction: float) -> Uplink:
     bits, once per message.
 
     Args:
-      fraction: of a leaf's entries that may travel, how many are sent: rounded, and at least one.
-      In
-        (0, 1].
+      fraction: of a leaf's entries that may travel, how many are sent: rounded, and at least one;
+        in (0, 1].
 
     Returns:
       An `Uplink`, which costs 32 bits for each entry sent and 32 for the seed.
@@ -190,7 +189,7 @@ def quantise(*, bits: int) -> Uplink:
         zeros = jnp.zeros_like(delta)
         low = jnp.min(delta, where=mask, initial=jnp.inf)
         high = jnp.max(delta, where=mask, initial=-jnp.inf)
-        step = (high - low) / top
+        step = high / top - low / top  # the difference itself could overflow
         constant = ~(step > 0)  # or empty, where it is -inf
         step = jnp.where(constant, jnp.ones_like(step), step)
         position = jnp.clip((delta - low) / step, 0.0, top)
@@ -216,8 +215,9 @@ def error_feedback(inner: Uplink) -> Uplink:
     of a pruned entry is forgotten, and an entry that grows back starts without one.
 
     Args:
-      inner: a contraction, such as `top_k`, `random_k` or `sign`; scaling to be unbiased, as
-        `unbiased_random_k` does, makes the residual grow.
+      inner: a contraction, such as `top_k`, `random_k` or `sign`. Scaling to be unbiased, as
+        `unbiased_random_k` does, makes the residual grow, and so does `quantise` with fewer than
+        three bits, whose error can exceed what it rounds.
 
     Returns:
       An `Uplink` with a `ResidualState` per client; it costs what `inner` costs.
@@ -294,13 +294,13 @@ def _random_k_num_bits(fraction: float) -> Callable:
 
 
 def _map_leaves(function: Callable) -> Callable:
-    """Make an update without state from ``(key, delta, mask) -> delta`` of one leaf."""
+    """Make an update without state from ``(key, delta, mask) -> delta`` of one float32 leaf."""
 
     def update_fn(key: Key, delta: Delta, state: State, masks: Masks) -> tuple[Delta, State]:
         leaves, structure = jax.tree.flatten(delta)
         keys = jax.random.split(key, len(leaves))
         sent = [
-            function(keys[i], leaf, mask)
+            function(keys[i], leaf.astype(jnp.float32), mask).astype(leaf.dtype)
             for i, (leaf, mask) in enumerate(zip(leaves, jax.tree.leaves(masks), strict=True))
         ]
         return jax.tree.unflatten(structure, sent), state

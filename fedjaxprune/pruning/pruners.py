@@ -105,12 +105,13 @@ def grow_to(
     sparsity: Schedule | float,
     *,
     score: scores.ScoreFn,
-    allocation: allocations.AllocationFn = allocations.uniform(),  # noqa: B008
+    allocation: allocations.AllocationFn = allocations.whole_model(),  # noqa: B008
     selection: selections.SelectionFn = selections.top_k,
 ) -> Pruner:
     """Switch on the best-scoring dead weights until no more than `sparsity` is pruned.
 
-    Live weights stay live: a leaf that is denser already is left alone.
+    Live weights stay live: a leaf that holds more than its share already is left alone, so after
+    `prune_to` take the allocation that it had, else the total comes out denser than asked.
 
     Args:
       sparsity: pruned fraction in [0, 1), or a schedule of it.
