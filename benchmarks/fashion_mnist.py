@@ -22,6 +22,7 @@ METHODS = {
     "FedDIP 0.80": ["--algorithm", "feddip", "--sparsity", "0.8"],
     "FedDIP 0.90": ["--algorithm", "feddip", "--sparsity", "0.9"],
     "FedDIP 0.95": ["--algorithm", "feddip", "--sparsity", "0.95"],
+    "FedDIP 0.90 without penalty": ["--algorithm", "feddip_without_penalty", "--sparsity", "0.9"],
 }
 LAUNCH = "from fedjaxprune.experiment.cli import main; main()"
 MIB = 8 * 2**20  # bits
