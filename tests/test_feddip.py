@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, trees
+from fedjaxprune import base, masks, trees
 from fedjaxprune.algorithms import compose, feddip
-from fedjaxprune.federated import clients
+from fedjaxprune.federated import clients, uplink
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import pruners, schedules
 from tests import quadratic
@@ -196,3 +196,65 @@ def test_the_first_draw_on_a_residual_network_has_the_published_layer_sparsities
     pruned = {path: sparsity for path, sparsity in found.items() if sparsity}
     assert sorted(pruned.values()) == [0.2836] * 3 + [0.4648] + [0.6439] * 3
     assert pruned["stage_4_block_1/conv_1/kernel"] == 0.4648
+
+
+@pytest.mark.parametrize(
+    ("network", "classes", "dense", "totals", "with_masks"),
+    [
+        ("lenet5", 10, 2.299, (0.642, 0.471, 0.386), (0.678, 0.507, 0.421)),
+        ("resnet18", 100, 417.98, (120.5, 89.8, 74.4), (126.9, 96.2, 80.9)),
+    ],
+)
+def test_the_traffic_of_a_long_run_is_that_of_the_specification(
+    network, classes, dense, totals, with_masks
+):
+    """1000 rounds, 5 clients, a revision every 5: GiB both ways at final sparsity .8, .9, .95."""
+    shape = {"lenet5": (28, 28, 1), "resnet18": (32, 32, 3)}[network]
+    norm = {} if network == "lenet5" else {"norm": "batch"}
+    model = getattr(zoo, network)(input_shape=shape, num_classes=classes, **norm)
+    params, _ = jax.eval_shape(model.init, KEY)
+    flags = np.array(masks.prunable_leaves(params, feddip.prunable_without_shortcuts))
+    sizes = np.array(trees.sizes(params))
+    num_prunable, num_other = int(sizes[flags].sum()), int(sizes[~flags].sum())
+    blank = dict.fromkeys(base.RoundState._fields, ())
+    state = base.RoundState(**{**blank, "params": params})
+
+    def total_gib(live_at):
+        bits = [0, 0]
+        for index in range(1000):
+            kept = np.array([live_at(index), num_other])  # only sums count for the identity
+            counts = dict.fromkeys(base.RoundMetrics._fields, 0)
+            traffic = compose.traffic(
+                base.RoundMetrics(
+                    **{
+                        **counts,
+                        "downlink_kept": kept,
+                        "uplink_kept": np.tile(kept, (5, 1)),
+                        "present": np.ones(5, bool),
+                        "num_present": 5,
+                        "num_masks_sent": 5 if index else 0,  # the specification's upper bound
+                    }
+                ),
+                state,
+                uplink=uplink.identity(),
+                prunable=feddip.prunable_without_shortcuts,
+            )
+            bits[0] += traffic.uplink_bits + traffic.downlink_bits
+            bits[1] += traffic.mask_bits
+        return bits[0] / 8 / 2**30, sum(bits) / 8 / 2**30
+
+    def live(final):
+        def at(index):
+            if index == 0:
+                return num_prunable
+            due = (index - 1) - (index - 1) % 5  # the last revision before this round
+            sparsity = final + (0.5 - final) * (1 - due / 1000) ** 3
+            return num_prunable - round(sparsity * num_prunable)
+
+        return at
+
+    digits = 3 if network == "lenet5" else 1
+    assert round(total_gib(lambda index: num_prunable)[0], digits if digits == 3 else 2) == dense
+    for final, values, masked in zip((0.8, 0.9, 0.95), totals, with_masks, strict=True):
+        found = total_gib(live(final))
+        assert (round(found[0], digits), round(found[1], digits)) == (values, masked)
