@@ -17,7 +17,7 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedjaxprune.experiment import checkpoints, record
+from fedjaxprune.experiment import checkpoints, record, runner
 from fedjaxprune.experiment.cli import main
 
 # A run of seconds: a dense method compiles fastest.
@@ -313,6 +313,17 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence(capsys, tmp_path, m
     status, _, err = call(capsys, "run", *SMALL, "--out", "run")
     assert status == 2
     assert "(the disk is full: " in err
+    assert err.count("\n") == 1
+
+
+def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
+    def fail(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+
+    monkeypatch.setattr(runner, "train", fail)
+    status, _, err = call(capsys, "run", *SMALL, "--out", "run")
+    assert status == 2
+    assert err.startswith("error: there is not enough memory")
     assert err.count("\n") == 1
 
 

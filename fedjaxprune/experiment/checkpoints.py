@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,7 +57,9 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Say briefly what is wrong."""
+    """Say briefly what is wrong: what the system said, if that is in it, else its first line."""
+    if found := re.search(r"\[OS error \d+: (?:E[A-Z0-9]+ )?([^\]]+)\]", str(error)):
+        return found[1]
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 

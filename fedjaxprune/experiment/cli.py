@@ -214,6 +214,7 @@ def _said(folder: pathlib.Path) -> Iterator[None]:
 
 def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
     """Run what is left to run, and tell how it went."""
+    import jax
     from rich.console import Console
 
     from fedjaxprune.experiment import plots, progress, record, runner
@@ -244,6 +245,14 @@ def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
             console.print(title, style="italic", highlight=False)
             console.print(progress.table(record.summarise(lines), target=target))
             console.print(f"results: {folder}", soft_wrap=True, highlight=False)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"there is not enough memory for the run in {str(folder)!r}; start a new one with a "
+            f"smaller model, batch_size or chunk_size ({config.chunk_size}), or fewer clients if "
+            "each keeps a state, as with error_feedback."
+        ) from None
     except KeyboardInterrupt:
         click.echo(f"interrupted; continue with `fedjaxprune run --resume {folder}`.", err=True)
         raise SystemExit(INTERRUPTED) from None
