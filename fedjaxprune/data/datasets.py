@@ -169,8 +169,7 @@ def _missing(name: str, folder: pathlib.Path, named_by: str) -> DataError:
     kin = [other for other in here if other.partition("/")[0] == base]
     if kin:
         return DataError(
-            f"data set {name!r} is not prepared in {folder}; of its configurations, "
-            f"prepared there are {', '.join(kin)}."
+            f"data set {name!r} is not prepared in {folder}; prepared there are {', '.join(kin)}."
         )
     if base in known:
         state = ""

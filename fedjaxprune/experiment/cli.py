@@ -321,6 +321,9 @@ def _sentence(error: click.ClickException, args: Sequence[str]) -> str:
         close = difflib.get_close_matches(error.option_name, options, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         return f"unknown option {error.option_name!r}: `{command} --help` lists them{hint}"
+    if args and context and context.command is cli:  # click's own hint would be a second sentence
+        hint = validation.near_miss(args[0], cli.commands)
+        return f"unknown command {args[0]!r}: must be one of {', '.join(cli.commands)}{hint}"
     text = error.format_message().rstrip(".")
     return f"{text[:1].lower()}{text[1:]}: see `{command} --help`."
 
