@@ -40,7 +40,7 @@ def test_every_choice_makes_a_round(changes):
     assert len(parts.population.offsets) == 7
 
     key = jax.random.key(0)
-    before = jax.eval_shape(lambda key: runner.start(parts, key), key)
+    before = jax.eval_shape(lambda key: runner.start(key, parts), key)
     (advance,) = parts.advance
     after, metrics = jax.eval_shape(advance, key, before, parts.population)
     assert jax.tree.structure(after) == jax.tree.structure(before)

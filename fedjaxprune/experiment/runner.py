@@ -101,7 +101,7 @@ def train(
     rounds_key = jax.random.fold_in(key, ROUNDS)
     num_rounds = sum(stage.num_rounds for stage in algorithm.stages)
 
-    begin_fn = jax.jit(lambda key: start(parts, key))
+    begin_fn = jax.jit(lambda key: start(key, parts))
     now = jax.tree.map(_own, begin_fn(jax.random.fold_in(key, INIT)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     flags = masks_lib.prunable_leaves(shapes.state.params, parts.prunable)
@@ -165,7 +165,7 @@ def check(parts: Parts) -> None:
     Whatever the components raise on settings that do not fit goes through.
     """
     key = jax.random.key(0)
-    now = jax.eval_shape(lambda key: start(parts, key), key)
+    now = jax.eval_shape(lambda key: start(key, parts), key)
     strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     jax.eval_shape(_compiled(parts.advance[0]), key, strong, parts.population)
 
@@ -175,7 +175,7 @@ def _compiled(advance: AdvanceFn) -> AdvanceFn:
     return jax.jit(advance, donate_argnums=1)
 
 
-def start(parts: Parts, key: Key) -> Simulation:
+def start(key: Key, parts: Parts) -> Simulation:
     """Make the simulation before the first round."""
     params, model_state = parts.model.init(key)
     num_clients = parts.population.offsets.shape[0] - 1
