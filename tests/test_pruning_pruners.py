@@ -68,10 +68,8 @@ PRUNERS = {
     "prune_to_channels": lambda: pruners.prune_to(0.5, selection=selection.channels()),
     "drop": lambda: pruners.drop(0.3),
     "drop_ramp": lambda: pruners.drop(RAMP, score=scores.gradient),
-    "grow_to": lambda: pruners.grow_to(0.2, score=scores.gradient),
-    "grow_to_pool": lambda: pruners.grow_to(
-        0.1, score=scores.random, allocation=allocation.whole_model()
-    ),
+    "grow_to": lambda: pruners.grow_to(0.2, score=scores.gradient, allocation=allocation.uniform()),
+    "grow_to_pool": lambda: pruners.grow_to(0.1, score=scores.random),
     "chain": lambda: pruners.chain(pruners.drop(0.3), pruners.grow_to(RAMP, score=scores.gradient)),
     "chain_of_none": pruners.chain,
     "anew": lambda: anew(RAMP),
@@ -173,7 +171,8 @@ def test_counts_are_exact_where_scores_are_not_finite():
     masks = run(pruners.prune_to(0.75), HALF, params=params)
     assert sum(kept(masks)) == SIZE - round(0.75 * SIZE)
     infinite = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), GRADS)
-    masks = run(pruners.grow_to(0.25, score=scores.gradient), HALF, grads=infinite)
+    grow = pruners.grow_to(0.25, score=scores.gradient, allocation=allocation.uniform())
+    masks = run(grow, HALF, grads=infinite)
     assert kept(masks) == [
         max(n - round(0.25 * n), live)
         for n, live in zip(trees.sizes(PARAMS), kept(HALF), strict=True)
@@ -194,7 +193,8 @@ def test_drop_takes_its_part_of_the_live_weights_of_every_leaf(fraction):
 
 
 def test_grow_to_switches_on_the_best_dead_weights():
-    masks = run(pruners.grow_to(0.25, score=scores.gradient), HALF)
+    grow = pruners.grow_to(0.25, score=scores.gradient, allocation=allocation.uniform())
+    masks = run(grow, HALF)
     assert kept(masks) == [n - round(0.25 * n) for n in trees.sizes(PARAMS)]
     for before, after, values in zip(
         jax.tree.leaves(HALF), jax.tree.leaves(masks), jax.tree.leaves(GRADS), strict=True
@@ -206,8 +206,7 @@ def test_grow_to_switches_on_the_best_dead_weights():
 
 
 def test_grow_to_in_one_pool_fills_the_pool():
-    pruner = pruners.grow_to(0.25, score=scores.gradient, allocation=allocation.whole_model())
-    masks = run(pruner, HALF)
+    masks = run(pruners.grow_to(0.25, score=scores.gradient), HALF)
     assert sum(kept(masks)) == SIZE - round(0.25 * SIZE)
     assert subset(HALF, masks)
 
@@ -219,11 +218,12 @@ def test_growing_everything_first_means_choosing_anew():
 
 
 def test_drop_then_grow_keeps_the_sparsity_and_moves_the_weights():
-    uniform = run(pruners.prune_to(0.8, allocation=allocation.uniform()), FULL)
-    revise = pruners.chain(pruners.drop(0.3), pruners.grow_to(0.8, score=scores.gradient))
-    revised = run(revise, uniform)
-    assert kept(revised) == kept(uniform)
-    assert int(mask_trees.num_changed(uniform, revised)) > 0
+    for shares in (allocation.uniform(), allocation.erk(), allocation.whole_model()):
+        sparse = run(pruners.prune_to(0.8, allocation=shares), FULL)
+        grow = pruners.grow_to(0.8, score=scores.gradient, allocation=shares)
+        revised = run(pruners.chain(pruners.drop(0.3), grow), sparse)
+        assert sum(kept(revised)) == sum(kept(sparse))
+        assert int(mask_trees.num_changed(sparse, revised)) > 0
 
 
 def test_chain_gives_each_pruner_a_key_of_its_own():
