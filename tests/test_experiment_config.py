@@ -65,6 +65,10 @@ def test_the_config_knows_where_the_penalty_starts():
         ({"algorithm": "fed-dip"}, ["algorithm", "fedavg", "fed-dip", "did you mean 'feddip'"]),
         ({"learning_rat": 1}, ["learning_rat", "did you mean 'learning_rate'"]),
         ({"cohort_size": 30, "num_clients": 20}, ["cohort_size", "30", "20"]),
+        (
+            {"uplink": "quantise", "uplink_bits_per_value": 2, "error_feedback": True},
+            ["uplink_bits_per_value", "at least 3", "got 2"],
+        ),
         ({"sparsity": 0.3, "initial_sparsity": 0.5}, ["initial_sparsity", "0.5", "0.3"]),
         ({"prune_every": 9, "rounds": 9}, ["prune_every", "rounds (9)", "got 9"]),
         ({"rounds": True}, ["rounds", "an integer", "True"]),

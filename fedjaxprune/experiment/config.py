@@ -309,6 +309,12 @@ class RunConfig(Settings):
                 f"local_steps must be at most {INT_MAX // self.batch_size} with batch_size "
                 f"{self.batch_size}, got {self.local_steps}."
             )
+        coarse = self.uplink == "quantise" and self.uplink_bits_per_value < 3
+        if self.error_feedback and coarse:
+            raise ValueError(
+                "uplink_bits_per_value must be at least 3 with error_feedback, whose residual grows "
+                f"without bound under coarser rounding, got {self.uplink_bits_per_value}."
+            )
         if self.server in ("fedadam", "fedyogi") and self.server_learning_rate is None:
             raise ValueError(
                 f"server_learning_rate must be set for the server {self.server!r}: a number "
