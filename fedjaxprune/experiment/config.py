@@ -312,8 +312,8 @@ class RunConfig(Settings):
         coarse = self.uplink == "quantise" and self.uplink_bits_per_value < 3
         if self.error_feedback and coarse:
             raise ValueError(
-                "uplink_bits_per_value must be at least 3 with error_feedback, whose residual grows "
-                f"without bound under coarser rounding, got {self.uplink_bits_per_value}."
+                "uplink_bits_per_value must be at least 3 with error_feedback, whose residual "
+                f"grows without bound under coarser rounding, got {self.uplink_bits_per_value}."
             )
         if self.server in ("fedadam", "fedyogi") and self.server_learning_rate is None:
             raise ValueError(
