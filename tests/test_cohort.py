@@ -36,7 +36,16 @@ def update(key, broadcast, state, data):
     return message, {"visits": state["visits"] + 1}
 
 
-def run(client_ids, present=None, chunk_size=1, update=update, visits=None, extra=None):
+def run(
+    client_ids,
+    present=None,
+    chunk_size=1,
+    update=update,
+    visits=None,
+    extra=None,
+    num_devices=None,
+):
+    mesh = None if num_devices is None else cohort.make_mesh(jax.devices()[:num_devices])
     size = len(client_ids)
     members = Cohort(
         client_ids=jnp.asarray(client_ids, jnp.int32),
@@ -52,6 +61,7 @@ def run(client_ids, present=None, chunk_size=1, update=update, visits=None, extr
             members,
             people,
             chunk_size=chunk_size,
+            mesh=mesh,
         )
     )(members, PEOPLE)
 
@@ -60,6 +70,58 @@ def run(client_ids, present=None, chunk_size=1, update=update, visits=None, extr
 def test_every_chunk_size_gives_the_same_result(chunk_size):
     ids = [4, 0, 5, 2, 1, 3]
     chex.assert_trees_all_close(run(ids, chunk_size=chunk_size), run(ids), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "chunk_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (4, 2), (5, 1), (8, 3)]
+)
+def test_every_number_of_devices_gives_the_same_result(num_devices, chunk_size):
+    ids, present = [4, 0, 5, 2, 1], [True, True, False, True, True]
+    visits = [40, 0, 50, 20, 10]
+    extra = {"metrics": aggregators.CohortAggregator(lambda v, m, w: (v, w))}
+    whole = run(ids, present, visits=visits, extra=extra)
+    shared = run(ids, present, chunk_size, visits=visits, extra=extra, num_devices=num_devices)
+    chex.assert_trees_all_close(shared, whole, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(shared.states["visits"], [41, 1, 50, 21, 11])
+
+
+@pytest.mark.parametrize("num_devices", [2, 3, 8])
+def test_a_client_that_is_not_finite_is_left_out_on_any_device(num_devices):
+    def broken(key, broadcast, state, data):
+        message, after = update(key, broadcast, state, data)
+        bad = jnp.where(data.start == PEOPLE.offsets[2], jnp.float32(np.nan), jnp.float32(1.0))
+        return message, {"visits": after["visits"] * bad}
+
+    def run_broken(ids, num_devices):
+        return run(
+            ids, update=broken, visits=np.zeros(len(ids), np.float32), num_devices=num_devices
+        )
+
+    outcome = run_broken([1, 2, 3], num_devices)
+    chex.assert_trees_all_close(outcome.fields, run_broken([1, 3], None).fields, rtol=1e-6)
+    np.testing.assert_array_equal(outcome.rejected, [False, True, False])
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 5])
+def test_a_cohort_is_dealt_out_by_examples_not_by_clients(num_devices):
+    sizes = np.array([7, 0, 900, 30, 31, 400, 200, 250, 3, 0, 88])
+    num_slots = -(-len(sizes) // num_devices)
+    dealt, slots = jax.jit(cohort._deal, static_argnums=(1, 2))(
+        jnp.asarray(sizes), num_devices, num_slots
+    )
+    np.testing.assert_array_equal(np.asarray(dealt)[slots], np.arange(len(sizes)))
+    held = np.append(sizes, 0)[np.asarray(dealt)].reshape(num_devices, num_slots)
+    assert held.sum() == sizes.sum()
+    assert np.all(np.diff(held, axis=1) <= 0)  # a chunk holds clients of like size
+    # No device can have less than the largest client, and the greedy deal stays within a third.
+    assert held.sum(axis=1).max() <= 4 / 3 * max(sizes.max(), sizes.sum() / num_devices)
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    members = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, bool), {"visits": jnp.zeros(1)})
+    with pytest.raises(ValueError, match="must have the one axis 'clients', got"):
+        cohort.run(KEY, update, AGGREGATORS, BROADCAST, members, PEOPLE, chunk_size=1, mesh=mesh)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
@@ -102,9 +164,14 @@ def test_streaming_equals_the_formula_over_gathered_messages():
     chex.assert_trees_all_close(run([0, 1, 2]).fields["delta"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2])
-def test_the_median_sees_all_messages_at_once(chunk_size):
-    outcome = run([0, 1, 2, 3, 4], chunk_size=chunk_size, extra={"delta": aggregators.median()})
+@pytest.mark.parametrize(("chunk_size", "num_devices"), [(1, None), (2, None), (2, 2)])
+def test_the_median_sees_all_messages_at_once(chunk_size, num_devices):
+    outcome = run(
+        [0, 1, 2, 3, 4],
+        chunk_size=chunk_size,
+        extra={"delta": aggregators.median()},
+        num_devices=num_devices,
+    )
     gathered = run(
         [0, 1, 2, 3, 4], extra={"delta": aggregators.CohortAggregator(lambda v, m, w: v)}
     )

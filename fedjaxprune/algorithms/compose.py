@@ -53,6 +53,8 @@ class Setup(NamedTuple):
       server: the server's optimiser, an optax transformation (see `servers`); None takes the
         aggregated delta as it is.
       chunk_size: clients that run side by side; changes nothing but speed and memory.
+      mesh: devices that share the cohort (`cohort.make_mesh`); changes nothing but speed and
+        memory. None uses one device.
     """
 
     num_rounds: int
@@ -63,6 +65,7 @@ class Setup(NamedTuple):
     aggregator: Aggregator | CohortAggregator | None = None
     server: optax.GradientTransformation | None = None
     chunk_size: int = 1
+    mesh: jax.sharding.Mesh | None = None
 
 
 class Travel(NamedTuple):
@@ -170,7 +173,8 @@ def compose(
             round=state.round,
         )
 
-        def update(key, broadcast, own, data):
+        def update(key, given, own, data):
+            broadcast, sendable = given
             work_key, wire_key = jax.random.split(key)
             message, client_state = client.update(work_key, broadcast, own[0], data)
             sent = sendable
@@ -193,10 +197,11 @@ def compose(
             client_key,
             update,
             by_field,
-            broadcast,
+            (broadcast, sendable),
             cohort._replace(states=(rows.client, rows.uplink)),
             population,
             chunk_size=setup.chunk_size,
+            mesh=setup.mesh,
         )
         fields = outcome.fields
 

@@ -1,5 +1,6 @@
 """From names to functions: the one place where the config's words become components."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedjaxprune.data import batching, datasets, partitions, preprocess
 from fedjaxprune.experiment import runner
 from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
-from fedjaxprune.federated import aggregators, participation, servers
+from fedjaxprune.federated import aggregators, cohort, participation, servers
 from fedjaxprune.federated import uplink as uplinks
 from fedjaxprune.models import zoo
 
@@ -123,11 +124,30 @@ SERVERS: Mapping[str, Callable[[RunConfig, float], optax.GradientTransformation]
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in what the machine decides: the number of clients that are trained at once."""
+    """Fill in what the machine decides: devices, and the clients that each trains at once.
+
+    Raises:
+      UserError: there are not so many devices.
+    """
+    devices = config.devices or (num_cores() if jax.default_backend() == "cpu" else INT_MAX)
+    if config.devices > jax.device_count():
+        raise UserError(
+            f"devices must be at most {jax.device_count()}, the number of "
+            f"{jax.default_backend()} devices here, got {config.devices}."
+        )
+    devices = min(devices, config.cohort_size, jax.device_count())
     chunk_size = config.chunk_size
     if chunk_size == 0:
         chunk_size = 1 if jax.default_backend() == "cpu" else config.cohort_size
-    return config.model_copy(update={"chunk_size": min(chunk_size, config.cohort_size)})
+    chunk_size = min(chunk_size, -(-config.cohort_size // devices))
+    return config.model_copy(update={"chunk_size": chunk_size, "devices": devices})
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def build(config: RunConfig) -> runner.Parts:
@@ -172,6 +192,7 @@ def build(config: RunConfig) -> runner.Parts:
         preprocess=test_fn,
         advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
         prunable=feddip.prunable_without_shortcuts if is_feddip else masks_lib.kernels,
+        mesh=_mesh(config),
     )
     try:
         runner.check(built)
@@ -255,7 +276,13 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
         aggregator=AGGREGATORS[config.aggregator](config),
         server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
         chunk_size=config.chunk_size,
+        mesh=_mesh(config),
     )
+
+
+def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
+    """Take the devices that the config wants; one device needs no mesh."""
+    return cohort.make_mesh(jax.devices()[: config.devices]) if config.devices > 1 else None
 
 
 def _learning_rate_scale(config: RunConfig) -> Schedule:

@@ -145,7 +145,7 @@ def _start(config: RunConfig) -> None:
 
     folder = _path(config.out) if config.out else record.default_folder(config)
     record.check_free(folder)
-    with _jax_set_up():
+    with _jax_set_up(config):
         from fedjaxprune.experiment import catalog
 
         config = catalog.resolve(config)
@@ -167,7 +167,7 @@ def _resume(folder: pathlib.Path, values: dict[str, Any], given: Settings) -> No
     _check_untouched(folder, config)
     if "data_dir" in values:
         config = config.model_copy(update={"data_dir": given.data_dir})
-    with _jax_set_up():
+    with _jax_set_up(config):
         from fedjaxprune.experiment import catalog
 
         changed = [
@@ -259,8 +259,10 @@ def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
 
 
 @contextlib.contextmanager
-def _jax_set_up() -> Iterator[None]:
+def _jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
     """Set up JAX for the command: compiled code is kept between runs, other people's logs are not.
+
+    A CPU becomes as many devices as the config asks for, by default one a core.
 
     JAX's cache lies in ``JAX_COMPILATION_CACHE_DIR`` if that is set, else in the user's cache
     folder.
@@ -275,6 +277,12 @@ def _jax_set_up() -> Iterator[None]:
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
+    if config is not None:
+        from fedjaxprune.experiment import catalog
+
+        wanted = config.devices or min(catalog.num_cores(), config.cohort_size)
+        with contextlib.suppress(RuntimeError):  # JAX is in use already, with devices of its own
+            jax.config.update("jax_num_cpu_devices", min(wanted, config.cohort_size))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Error (reading|writing) persistent")
         yield

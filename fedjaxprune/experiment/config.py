@@ -248,6 +248,15 @@ class Settings(pydantic.BaseModel):
         ge=0,
         le=INT_MAX,
     )
+    devices: int = _field(
+        0,
+        "Devices that share the cohort of a round; 0: all there are (a CPU counts as one a core), "
+        "at most the cohort.",
+        group="Run",
+        unit="devices",
+        ge=0,
+        le=INT_MAX,
+    )
     eval_every: Count = _field(
         1,
         "Rounds from one test to the next; the last is always tested.",

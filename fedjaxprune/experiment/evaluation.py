@@ -1,13 +1,16 @@
 """Test the deployed parameters on the whole test set, in batches, inside one jit."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from fedjaxprune.base import Key, Model, Params, State
+from fedjaxprune.federated import cohort
 
 BATCH_SIZE = 500  # examples at once; decides memory, not the result
 
@@ -39,19 +42,25 @@ class TestSet(NamedTuple):
 
 
 def evaluate(
-    model: Model, preprocess: Callable[[Key, Any], Any], *, batch_size: int = BATCH_SIZE
+    model: Model,
+    preprocess: Callable[[Key, Any], Any],
+    *,
+    batch_size: int = BATCH_SIZE,
+    mesh: Mesh | None = None,
 ) -> Callable[[Params, State, TestSet], Evaluation]:
     """Make ``(params, model_state, test) -> Evaluation`` in inference mode.
 
-    The last batch is filled with repeated examples, which count for nothing.
+    The last batch is filled with repeated examples, which count for nothing. The devices of a mesh
+    share the batches; everything else is replicated.
     """
+    num_devices = 1 if mesh is None else mesh.size
 
     def evaluate_fn(params: Params, model_state: State, test: TestSet) -> Evaluation:
         num_examples = test.labels.shape[0]
         size = min(batch_size, num_examples)
         key = jax.random.key(0)  # preprocessing for tests is deterministic and reads no key
 
-        def add(total, start):
+        def add(params, model_state, test, total, start):
             places = start + jnp.arange(size, dtype=jnp.int32)
             counts = places < num_examples
             places = jnp.minimum(places, num_examples - 1)
@@ -66,8 +75,24 @@ def evaluate(
                 num_correct=total.num_correct + jnp.sum(correct, dtype=jnp.int32),
             ), None
 
-        zero = Evaluation(total_loss=jnp.float32(0.0), num_correct=jnp.int32(0))
-        starts = jnp.arange(0, num_examples, size, dtype=jnp.int32)
-        return jax.lax.scan(add, zero, starts)[0]
+        def share(params, model_state, test, starts):
+            zero = Evaluation(total_loss=jnp.float32(0.0), num_correct=jnp.int32(0))
+            step = functools.partial(add, params, model_state, test)
+            sums, _ = jax.lax.scan(step, zero, starts)
+            return sums if mesh is None else jax.lax.psum(sums, cohort.AXIS)
+
+        num_batches = -(-num_examples // size)
+        num_batches += -num_batches % num_devices
+        starts = size * jnp.arange(num_batches, dtype=jnp.int32)
+        if mesh is not None:
+            everybodys = PartitionSpec()
+            share = jax.shard_map(
+                share,
+                mesh=mesh,
+                in_specs=(everybodys, everybodys, everybodys, PartitionSpec(cohort.AXIS)),
+                out_specs=everybodys,
+                check_vma=False,
+            )
+        return share(params, model_state, test, starts)
 
     return evaluate_fn

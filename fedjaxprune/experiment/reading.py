@@ -118,12 +118,13 @@ def fingerprint(config: RunConfig) -> int:
 def differences(stored: RunConfig, names: Any, given: Settings) -> list[str]:
     """List how the explicitly given settings `names` differ from a stored run's.
 
-    Where things lie may differ; and a chunk is compared as the run has it, in clients of a cohort.
+    Where things lie may differ; chunks and devices are compared as the run has them, at most the
+    cohort, and 0 leaves them to the run.
     """
     different = []
     for name in names:
         there, here = getattr(stored, name), getattr(given, name)
-        if name == "chunk_size":
+        if name in ("chunk_size", "devices"):
             here = min(here, stored.cohort_size) or there
         if name not in PLACES and there != here:
             different.append(f"{name} is {there!r} in the run, {here!r} was given")

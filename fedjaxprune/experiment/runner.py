@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
@@ -46,6 +47,7 @@ class Parts(NamedTuple):
       preprocess: ``(key, inputs) -> inputs`` for tests.
       advance: for each stage the function that plays one of its rounds (`simulation.advance`).
       prunable: what sparsity is reported of.
+      mesh: the devices that the algorithm shares a cohort out to; None for one device.
     """
 
     model: Model
@@ -55,6 +57,7 @@ class Parts(NamedTuple):
     preprocess: Callable[[Key, Any], Any]
     advance: tuple[AdvanceFn, ...]
     prunable: PrunableFn
+    mesh: Mesh | None = None
 
 
 class _Pending(NamedTuple):
@@ -102,12 +105,15 @@ def train(
     num_rounds = sum(stage.num_rounds for stage in algorithm.stages)
 
     begin_fn = jax.jit(lambda key: start(key, parts))
-    now = jax.tree.map(_own, begin_fn(jax.random.fold_in(key, INIT)))
+    now = _place(jax.tree.map(_own, begin_fn(jax.random.fold_in(key, INIT))), parts.mesh)
+    rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     flags = masks_lib.prunable_leaves(shapes.state.params, parts.prunable)
 
-    test_fn = evaluation.evaluate(parts.model, parts.preprocess)
-    test = jax.jit(lambda state, test: test_fn(algorithm.deployed(state), state.model_state, test))
+    test_fn = evaluation.evaluate(parts.model, parts.preprocess, mesh=parts.mesh)
+    try_out = jax.jit(
+        lambda state, test: test_fn(algorithm.deployed(state), state.model_state, test)
+    )
     clock = 0.0
 
     def note(pending: _Pending) -> None:
@@ -132,7 +138,7 @@ def train(
         )
         done = 0
         if found is not None:
-            done, now = found
+            done, now = found[0], _place(found[1], parts.mesh)
         elif num_lines:
             report.warn("no checkpoint can be used: the run starts again at round 1.")
         report.start(record.cut(folder, done))
@@ -141,12 +147,12 @@ def train(
         clock = time.perf_counter()
         for stage, advance in zip(algorithm.stages, parts.advance, strict=True):
             end = begin + stage.num_rounds
-            step = _compiled(advance)
+            step = _compiled(advance, parts.mesh)
             for index in range(max(begin, done), end):
-                now, metrics = step(rounds_key, now, parts.population)
+                now, metrics = step(rounds_key, now, population)
                 number = index + 1
                 is_tested = number % eval_every == 0 or number == num_rounds
-                tested = test(now.state, parts.test) if is_tested else None
+                tested = try_out(now.state, test) if is_tested else None
                 if pending is not None:
                     note(pending)
                 pending = _Pending(stage.name, number, metrics, tested)
@@ -167,12 +173,18 @@ def check(parts: Parts) -> None:
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
     strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
-    jax.eval_shape(_compiled(parts.advance[0]), key, strong, parts.population)
+    jax.eval_shape(_compiled(parts.advance[0], parts.mesh), key, strong, parts.population)
 
 
-def _compiled(advance: AdvanceFn) -> AdvanceFn:
+def _compiled(advance: AdvanceFn, mesh: Mesh | None) -> AdvanceFn:
     """Let XLA compile the round; it may write the new simulation over the old one."""
-    return jax.jit(advance, donate_argnums=1)
+    placement = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+    return jax.jit(advance, donate_argnums=1, **placement)
+
+
+def _place(tree: Any, mesh: Mesh | None) -> Any:
+    """Put a tree on every device of a mesh."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def start(key: Key, parts: Parts) -> Simulation:

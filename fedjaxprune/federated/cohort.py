@@ -1,21 +1,24 @@
-"""The machine room: maps one client over a cohort, in chunks, and reduces as it goes.
+"""The machine room: maps one client over a cohort, in chunks, over devices, and reduces as it goes.
 
-The only file that knows how a cohort is mapped. Chunks of clients run side by side under ``vmap``,
-chunks follow each other in a ``scan``, and every message is folded into the accumulators as soon as
-it is there: memory holds one chunk, never the cohort. The fold runs in the cohort's order whatever
-the chunk size, so that chunk sizes differ only by what ``vmap`` does to a client's own rounding.
+The only file that knows how a cohort is mapped. Every device of a mesh has its share of the cohort;
+there chunks of clients run side by side under ``vmap``, chunks follow each other in a ``scan``, and
+every message is folded into the accumulators as soon as it is there: memory holds one chunk a
+device, never the cohort. At the end the devices merge their accumulators. Chunk sizes and numbers
+of devices differ only in rounding.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fedjaxprune import trees
 from fedjaxprune.base import (
     Aggregator,
-    Broadcast,
     ClientData,
     Cohort,
     CohortAggregator,
@@ -26,7 +29,9 @@ from fedjaxprune.base import (
     client_data,
 )
 
-ClientUpdate = Callable[[Key, Broadcast, State, ClientData], tuple[Message, State]]
+AXIS = "clients"  # of the mesh
+
+ClientUpdate = Callable[[Key, Any, State, ClientData], tuple[Message, State]]
 
 
 class Outcome(NamedTuple):
@@ -43,15 +48,27 @@ class Outcome(NamedTuple):
     rejected: jax.Array
 
 
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make the mesh that a cohort is sharded over: one axis, `clients`.
+
+    Args:
+      devices: whom to use; all devices of the back end by default. A CPU counts as one device
+        unless ``jax.config.update("jax_num_cpu_devices", n)`` comes before JAX is first used.
+    """
+    chosen = np.array(jax.devices() if devices is None else list(devices))
+    return Mesh(chosen, (AXIS,), axis_types=(AxisType.Auto,))
+
+
 def run(
     key: Key,
     update: ClientUpdate,
     aggregators: Mapping[str, Aggregator | CohortAggregator],
-    broadcast: Broadcast,
+    broadcast: Any,
     cohort: Cohort,
     population: Population,
     *,
     chunk_size: int,
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """Let every client of a cohort work, and aggregate what they say.
 
@@ -60,19 +77,27 @@ def run(
 
     Args:
       key: the round's key for its clients.
-      update: one client's work, ``(key, broadcast, state, data) -> (message, state)``.
+      update: one client's work, ``(key, broadcast, state, data) -> (message, state)``. Whatever
+        changes from round to round reaches it by its arguments, since devices share no closures.
       aggregators: by field of the message; `masks` need none.
-      broadcast: what every client starts from.
+      broadcast: what every client starts from, any tree that `update` understands.
       cohort: who takes part; `states` holds what `update` takes and returns, by row ``[C, ...]``.
       population: everybody's examples.
       chunk_size: clients under one ``vmap``; 1 runs them one by one, without ``vmap``.
+      mesh: devices to share the cohort out to, so that each has about as many examples (see
+        `make_mesh`); it need not divide the cohort. Everything else is replicated. None runs where
+        the arguments are.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if mesh is not None and mesh.axis_names != (AXIS,):
+        raise ValueError(f"the mesh must have the one axis {AXIS!r}, got {mesh.axis_names}.")
     size = cohort.client_ids.shape[0]
-    chunk_size = min(chunk_size, size)
+    num_devices = 1 if mesh is None else mesh.size
+    num_slots = -(-size // num_devices)  # a device
+    chunk_size = min(chunk_size, num_slots)
 
-    def one_client(client_id, present, state):
+    def one_client(key, broadcast, population, client_id, present, state):
         data = client_data(population, client_id)
         # An absent client is seen as one without examples, so that it costs nothing.
         data = data._replace(size=jnp.where(present, data.size, jnp.zeros_like(data.size)))
@@ -85,11 +110,10 @@ def run(
 
     rows = (cohort.client_ids, cohort.present, cohort.states)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
-    shapes, _, _ = jax.eval_shape(one_client, *first)
+    everybodys = (key, broadcast, population)
+    shapes, _, _ = jax.eval_shape(one_client, *everybodys, *first)
     streaming, gathering = _sort(aggregators, shapes.fields)
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    accumulators = {name: streaming[name].init(zeros.fields[name]) for name in streaming}
     needs_masks = bool(gathering) and "masks" in shapes.fields
 
     def fold(accumulators, message):
@@ -105,29 +129,107 @@ def run(
         kept = {name: message.fields[name] for name in gathering}
         return kept, message.fields["masks"] if needs_masks else (), message.weight
 
-    def one_by_one(accumulators, row):
-        message, state, rejected = one_client(*row)
-        return fold(accumulators, message), (state, rejected, keep(message))
+    def share(everybodys, rows):
+        """Let one device's clients work."""
 
-    def side_by_side(accumulators, chunk):
-        messages, states, rejected = jax.vmap(one_client)(*chunk)
-        accumulators, _ = jax.lax.scan(
-            lambda sums, message: (fold(sums, message), None), accumulators, messages
-        )
-        return accumulators, (states, rejected, keep(messages))
+        def one_by_one(accumulators, row):
+            message, state, rejected = one_client(*everybodys, *row)
+            return fold(accumulators, message), (state, rejected, keep(message))
 
-    if chunk_size == 1:
-        accumulators, outputs = jax.lax.scan(one_by_one, accumulators, rows)
+        def side_by_side(accumulators, chunk):
+            messages, states, rejected = jax.vmap(functools.partial(one_client, *everybodys))(
+                *chunk
+            )
+            accumulators, _ = jax.lax.scan(
+                lambda sums, message: (fold(sums, message), None), accumulators, messages
+            )
+            return accumulators, (states, rejected, keep(messages))
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        accumulators = {name: streaming[name].init(zeros.fields[name]) for name in streaming}
+        if chunk_size == 1:
+            accumulators, outputs = jax.lax.scan(one_by_one, accumulators, rows)
+        else:
+            chunks = jax.tree.map(lambda leaf: _split(leaf, chunk_size), rows)
+            accumulators, outputs = jax.lax.scan(side_by_side, accumulators, chunks)
+            outputs = jax.tree.map(lambda leaf: _join(leaf, num_slots), outputs)
+        if num_devices > 1:
+            accumulators = _merge(accumulators, streaming, num_devices)
+        return accumulators, outputs
+
+    if num_devices == chunk_size == 1:
+        accumulators, outputs = share(everybodys, rows)
     else:
-        chunks = jax.tree.map(lambda leaf: _split(leaf, chunk_size), rows)
-        accumulators, outputs = jax.lax.scan(side_by_side, accumulators, chunks)
-        outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], outputs)
+        sizes = population.offsets[cohort.client_ids + 1] - population.offsets[cohort.client_ids]
+        sizes = jnp.where(cohort.present, sizes, jnp.zeros_like(sizes))
+        clients, slots = _deal(sizes, num_devices, num_slots)
+        dealt = jax.tree.map(lambda leaf: _take_or_zero(leaf, clients), rows)
+        if mesh is not None:
+            shared = PartitionSpec(AXIS)
+            share = jax.shard_map(
+                share,
+                mesh=mesh,
+                in_specs=(PartitionSpec(), shared),
+                out_specs=(PartitionSpec(), shared),
+                check_vma=False,  # the merged accumulators are alike on all devices
+            )
+        accumulators, outputs = share(everybodys, dealt)
+        outputs = trees.take(outputs, slots)
 
     states, rejected, (values, masks, weights) = outputs
     fields = {name: streaming[name].finish(accumulators[name]) for name in streaming}
     for name, aggregator in gathering.items():
         fields[name] = aggregator.reduce(values[name], masks if needs_masks else None, weights)
     return Outcome(fields=fields, states=states, rejected=rejected)
+
+
+def _deal(sizes: jax.Array, num_devices: int, num_slots: int) -> tuple[jax.Array, jax.Array]:
+    """Share clients out: the largest first, each to the device with the fewest examples so far.
+
+    Returns:
+      The place in the cohort of the client in each slot, ``[devices * slots]``, the cohort's size
+      where a slot is empty; and the slot of each client of the cohort, ``[C]``. A device's clients
+      come in order of size, so that a chunk holds clients of like size.
+    """
+    size = sizes.shape[0]
+    order = jnp.argsort(-sizes, stable=True).astype(jnp.int32)
+    if num_devices == 1:
+        return order, jnp.zeros_like(order).at[order].set(jnp.arange(size, dtype=jnp.int32))
+
+    def place(carry, examples):
+        load, taken = carry
+        device = jnp.argmin(jnp.where(taken < num_slots, load, jnp.inf))
+        slot = device.astype(jnp.int32) * num_slots + taken[device]
+        return (load.at[device].add(examples), taken.at[device].add(1)), slot
+
+    empty = (jnp.zeros(num_devices, jnp.float32), jnp.zeros(num_devices, jnp.int32))
+    _, slots = jax.lax.scan(place, empty, sizes[order].astype(jnp.float32))
+    clients = jnp.full(num_devices * num_slots, size, jnp.int32).at[slots].set(order)
+    return clients, jnp.zeros_like(order).at[order].set(slots)
+
+
+def _take_or_zero(leaf: jax.Array, rows: jax.Array) -> jax.Array:
+    """Take rows; those that are not there are zeros: an absent client of id 0."""
+    _refuse_keys(leaf)
+    return leaf.at[rows].get(mode="fill", fill_value=0)
+
+
+def _merge(accumulators, streaming, num_devices):
+    """Merge all devices' accumulators; every device gets the same result, bit for bit."""
+
+    def merge(first, second):
+        return {name: streaming[name].merge(first[name], second[name]) for name in streaming}
+
+    if num_devices & (num_devices - 1) == 0:
+        # Pairs at growing distance: both partners compute the same, since merging commutes.
+        distance = 1
+        while distance < num_devices:
+            pairs = [(device, device ^ distance) for device in range(num_devices)]
+            accumulators = merge(accumulators, jax.lax.ppermute(accumulators, AXIS, pairs))
+            distance *= 2
+        return accumulators
+    gathered = jax.lax.all_gather(accumulators, AXIS)
+    return functools.reduce(merge, (trees.take(gathered, i) for i in range(num_devices)))
 
 
 def _sort(aggregators, fields):
@@ -147,7 +249,16 @@ def _sort(aggregators, fields):
 def _split(leaf, chunk_size):
     """Reshape ``[C, ...]`` to chunks, filling the last one with zeros: absent clients of id 0."""
     filling = -leaf.shape[0] % chunk_size
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise ValueError("a client's state must not hold a key: keys are derived from its id.")
     padded = jnp.concatenate([leaf, jnp.zeros((filling, *leaf.shape[1:]), leaf.dtype)])
     return padded.reshape(-1, chunk_size, *leaf.shape[1:])
+
+
+def _join(leaf, size):
+    """Undo `_split`."""
+    return leaf.reshape(-1, *leaf.shape[2:])[:size]
+
+
+def _refuse_keys(leaf):
+    """See that a client's state can be filled up with zeros."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise ValueError("a client's state must not hold a key: keys are derived from its id.")
