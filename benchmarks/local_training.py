@@ -1,215 +1,271 @@
-"""Local training on CPU: examples per second of fedjaxprune's models against a plain PyTorch loop.
+"""Local training: examples per second of a cohort against three other ways to simulate it.
 
-Both sides train the same network with the same batch size, threads and plain SGD on images stored
-as uint8; the repeats alternate, and each side is warmed up first. Ours is one client's work as a
-round does it: shuffled, gathered, masked, with a dynamic number of steps. The process is bound to
-as many cores as it has threads, since XLA sizes its thread pool by them.
+Every contender trains as many clients as there are cores, each for the same local steps, with plain
+SGD on images stored as uint8.
 
-    python -m benchmarks.local_training [--threads 1] [--quick] [--json FILE]
+- *fedjaxprune*: a cohort as a round runs it: shuffled, gathered, masked, a dynamic number of steps,
+  one client a core, folded into a weighted mean.
+- *PyTorch loop*: one client after another, every operation on all cores: how published code works.
+- *Python loop*: a jitted step of the plain flax network, called from Python (what FedJAX does).
+- *obvious JAX round*: the plain flax network, clients under ``vmap``, steps in ``lax.scan``.
 
-PyTorch is an extra: ``pip install -e '.[torch]'``.
+    python -m benchmarks.local_training [--threads 2] [--quick] [--only cnn] [--json FILE]
+
+PyTorch is an extra: ``pip install -e '.[torch]'``; without it the loop is left out, and said so.
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
+import functools
 import pathlib
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-IMAGE = (28, 28, 1)
-NUM_CLASSES = 10
-NUM_EXAMPLES = 2048
-LEARNING_RATE = 0.01
-NETWORKS = {"lenet5": (128, 60), "cnn": (32, 25)}  # name -> batch size, steps per repeat
+from benchmarks import harness, networks
+from benchmarks.harness import Contender
+from benchmarks.networks import LEARNING_RATE, NUM_EXAMPLES
 
-Run = Callable[[int], None]  # train so many steps, to the end
-
-
-def make_examples() -> tuple[Any, Any]:
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (NUM_EXAMPLES, *IMAGE), dtype=np.uint8)
-    return images, generator.integers(0, NUM_CLASSES, NUM_EXAMPLES, dtype=np.int32)
+OURS = "fedjaxprune"
+TORCH, LOOP, OBVIOUS = "PyTorch loop", "Python loop", "obvious JAX round"
+TARGETS = {
+    "lenet5": {TORCH: 1.2, LOOP: 1.2, OBVIOUS: 10.0},
+    "cnn": {TORCH: 1.3, LOOP: 1.2, OBVIOUS: 10.0},
+    "resnet20": {TORCH: 1.0, LOOP: 1.2, OBVIOUS: 10.0},
+    "resnet18": {TORCH: 1.0, LOOP: 1.2, OBVIOUS: 10.0},
+}
 
 
-def make_ours(name: str, batch_size: int) -> tuple[Run, float]:
-    """Compile one client's local work; give a runner and the seconds that compiling took."""
+def make_ours(
+    name: str, num_clients: int, num_steps: int, *, model: Any = None, chunk_size: int = 1
+) -> Contender:
+    """Let a cohort work as `cohort.run` runs it, one client a device."""
     import jax
     import jax.numpy as jnp
     import optax
 
     from fedjaxprune import masks
-    from fedjaxprune.base import Broadcast, ClientData
+    from fedjaxprune.base import Broadcast, Cohort, Population
     from fedjaxprune.data import batching, preprocess
-    from fedjaxprune.federated import clients
-    from fedjaxprune.models import zoo
+    from fedjaxprune.federated import aggregators, clients, cohort
 
-    model = getattr(zoo, name)(input_shape=IMAGE, num_classes=NUM_CLASSES)
+    case = networks.CASES[name]
+    model = networks.ours(name) if model is None else model
     params, model_state = jax.jit(model.init)(jax.random.key(0))
-    images, labels = jax.tree.map(jnp.asarray, make_examples())
+    images, labels = networks.examples(case)
     client = clients.local_sgd(
         model.loss,
-        batcher=batching.epochs(
-            num_epochs=1, batch_size=batch_size, preprocess=preprocess.scale(max_value=255.0)
+        batcher=batching.steps(
+            num_steps=num_steps,
+            batch_size=case.batch_size,
+            preprocess=preprocess.scale(max_value=255.0),
         ),
         optimizer=optax.sgd(LEARNING_RATE),
     )
+    mesh = cohort.make_mesh() if jax.device_count() > 1 else None
+    population = Population(
+        examples={"inputs": jnp.asarray(images), "labels": jnp.asarray(labels)},
+        order=jnp.tile(jnp.arange(NUM_EXAMPLES, dtype=jnp.int32), num_clients),
+        offsets=jnp.arange(num_clients + 1, dtype=jnp.int32) * NUM_EXAMPLES,
+    )
+    members = Cohort(jnp.arange(num_clients, dtype=jnp.int32), jnp.ones(num_clients, bool), ())
+    mean = aggregators.weighted_mean()
+
+    def train(key, broadcast, population):
+        outcome = cohort.run(
+            key,
+            client.update,
+            {"delta": mean, "model_state": mean, "metrics": aggregators.total()},
+            broadcast,
+            members,
+            population,
+            chunk_size=chunk_size,
+            mesh=mesh,
+        )
+        return outcome.fields
+
     broadcast = Broadcast(params, masks.full(params), model_state, jnp.int32(0))
-    examples = {"inputs": images, "labels": labels}
-    order = jnp.arange(100 * NUM_EXAMPLES, dtype=jnp.int32) % NUM_EXAMPLES
-
-    def train(broadcast, examples, order, size, key):
-        data = ClientData(examples=examples, order=order, start=jnp.int32(0), size=size)
-        message, _ = client.update(key, broadcast, (), data)
-        return message.fields["delta"]
-
-    given = (broadcast, examples, order)
-    begin = time.perf_counter()
-    compiled = jax.jit(train).lower(*given, jnp.int32(1), jax.random.key(2)).compile()
-    seconds = time.perf_counter() - begin
-
-    def run(num_steps: int) -> None:
-        size = jnp.int32(num_steps * batch_size)
-        jax.block_until_ready(compiled(*given, size, jax.random.key(2)))
-
-    return run, seconds
+    given = (jax.random.key(2), broadcast, population)
+    if mesh is not None:
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        given = jax.device_put(given, everywhere)
+    run, seconds = harness.compiled(train, *given)
+    return Contender(
+        lambda: jax.block_until_ready(run(*given)),
+        num_clients * num_steps * case.batch_size,
+        seconds,
+    )
 
 
-def make_torch(name: str, batch_size: int) -> Run:
+def _plain_step(name: str, module: Any) -> tuple[Any, Any]:
+    """Write a step of plain SGD as a flax user does: ``(variables, images, labels) -> variables``."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    case = networks.CASES[name]
+    variables = jax.jit(functools.partial(module.init, train=True))(
+        jax.random.key(0), jnp.zeros([1, *case.image])
+    )
+
+    def loss(params, state, images, labels):
+        logits, state = module.apply(
+            {"params": params, **state},
+            images.astype(jnp.float32) / 255,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), state
+
+    def step(variables, images, labels):
+        state = {key: value for key, value in variables.items() if key != "params"}
+        grads, state = jax.grad(loss, has_aux=True)(variables["params"], state, images, labels)
+        params = jax.tree.map(lambda w, g: w - LEARNING_RATE * g, variables["params"], grads)
+        return {"params": params, **state}
+
+    return variables, step
+
+
+def make_loop(name: str, num_clients: int, num_steps: int) -> Contender:
+    """Call a jitted step from Python, client by client."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    case = networks.CASES[name]
+    variables, step = _plain_step(name, networks.plain_flax(name))
+    images, labels = networks.examples(case)
+    batch = case.batch_size
+    run, seconds = harness.compiled(
+        step, variables, jnp.asarray(images[:batch]), jnp.asarray(labels[:batch])
+    )
+
+    def work():
+        for _ in range(num_clients):
+            now = variables
+            order = np.random.default_rng(1).permutation(NUM_EXAMPLES)
+            for i in range(num_steps):
+                rows = np.take(order, np.arange(i * batch, (i + 1) * batch), mode="wrap")
+                now = run(now, images[rows], labels[rows])
+            jax.block_until_ready(now)
+
+    return Contender(work, num_clients * num_steps * batch, seconds)
+
+
+def make_obvious(name: str, num_clients: int, num_steps: int) -> Contender:
+    """Scan over steps and ``vmap`` over clients, with flax's own layers."""
+    import jax
+    import jax.numpy as jnp
+
+    case = networks.CASES[name]
+    variables, step = _plain_step(name, networks.plain_flax(name))
+    images, labels = map(jnp.asarray, networks.examples(case))
+
+    def train(variables, images, labels, key):
+        def one_client(key):
+            order = jax.random.permutation(key, NUM_EXAMPLES)
+
+            def one_step(variables, i):
+                rows = jnp.take(
+                    order, i * case.batch_size + jnp.arange(case.batch_size), mode="wrap"
+                )
+                return step(variables, images[rows], labels[rows]), None
+
+            trained, _ = jax.lax.scan(one_step, variables, jnp.arange(num_steps))
+            return trained
+
+        trained = jax.vmap(one_client)(jax.random.split(key, num_clients))
+        return jax.tree.map(lambda leaf: leaf.mean(axis=0), trained)
+
+    given = (variables, images, labels, jax.random.key(2))
+    run, seconds = harness.compiled(train, *given)
+    return Contender(
+        lambda: jax.block_until_ready(run(*given)),
+        num_clients * num_steps * case.batch_size,
+        seconds,
+    )
+
+
+def make_torch(name: str, num_clients: int, num_steps: int) -> Contender:
+    """Train client by client in PyTorch, on all cores."""
+    import copy
+
     import torch
-    from torch import nn
 
-    padding, channels, hidden = {
-        "lenet5": ((2, 0), (6, 16), (400, 120, 84)),
-        "cnn": ((2, 2), (32, 64), (3136, 512)),
-    }[name]
-    layers: list[nn.Module] = []
-    for i in range(2):
-        in_channels = IMAGE[-1] if i == 0 else channels[0]
-        layers.append(nn.Conv2d(in_channels, channels[i], 5, padding=padding[i]))
-        layers += [nn.ReLU(), nn.MaxPool2d(2)]
-    layers.append(nn.Flatten())
-    for i in range(1, len(hidden)):
-        layers += [nn.Linear(hidden[i - 1], hidden[i]), nn.ReLU()]
-    network = nn.Sequential(*layers, nn.Linear(hidden[-1], NUM_CLASSES))
-    optimiser = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
-    loss_fn = nn.CrossEntropyLoss()
-    raw_images, raw_labels = make_examples()
+    case = networks.CASES[name]
+    start = networks.plain_torch(name)
+    raw_images, raw_labels = networks.examples(case)
     images = torch.from_numpy(raw_images.transpose(0, 3, 1, 2).copy())
     labels = torch.from_numpy(raw_labels).long()
-    order = torch.randperm(NUM_EXAMPLES, generator=torch.Generator().manual_seed(1))
+    loss_fn = torch.nn.CrossEntropyLoss()
 
-    def run(num_steps: int) -> None:
-        for step in range(num_steps):
-            first = (step * batch_size) % NUM_EXAMPLES
-            rows = order[first : first + batch_size]
-            optimiser.zero_grad()
-            loss_fn(network(images[rows].float() / 255), labels[rows]).backward()
-            optimiser.step()
+    def work():
+        for client in range(num_clients):
+            network = copy.deepcopy(start)
+            optimiser = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+            order = torch.randperm(
+                NUM_EXAMPLES, generator=torch.Generator().manual_seed(client)
+            ).repeat(2)
+            for step in range(num_steps):
+                first = step * case.batch_size % NUM_EXAMPLES
+                rows = order[first : first + case.batch_size]
+                optimiser.zero_grad()
+                loss_fn(network(images[rows].float() / 255), labels[rows]).backward()
+                optimiser.step()
 
-    return run
-
-
-def measure(runs: dict[str, Run], num_steps: int, repeats: int) -> dict[str, list[float]]:
-    """Time every runner `repeats` times, in turns: seconds per repeat."""
-    seconds: dict[str, list[float]] = {side: [] for side in runs}
-    for run in runs.values():
-        run(max(2, num_steps // 4))
-    for _ in range(repeats):
-        for side, run in runs.items():
-            time.sleep(0.05)  # let the other side's idle threads stop spinning
-            begin = time.perf_counter()
-            run(num_steps)
-            seconds[side].append(time.perf_counter() - begin)
-    return seconds
+    return Contender(work, num_clients * num_steps * case.batch_size)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.local_training",
-        description="Local training on CPU: fedjaxprune against a plain PyTorch loop.",
-    )
-    parser.add_argument("--threads", type=int, default=2, help="cores for either side (2)")
-    parser.add_argument("--repeats", type=int, default=9, help="timed repeats of each side (9)")
-    parser.add_argument("--quick", action="store_true", help="3 short repeats: seconds, but noisy")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
-    options = parser.parse_args(arguments)
-    for field in ("threads", "repeats"):
-        if getattr(options, field) < 1:
-            parser.error(f"--{field} must be at least 1, got {getattr(options, field)}.")
-    return options
+def contest(name: str, *, threads: int, quick: bool, rivals: Sequence[str]) -> Any:
+    """Measure one network; timings by contender."""
+    num_steps = networks.CASES[name].num_steps
+    num_steps = max(1, num_steps // 4) if quick else num_steps
+    contenders = {OURS: make_ours(name, threads, num_steps)}
+    if TORCH in rivals:
+        contenders[TORCH] = make_torch(name, threads, num_steps)
+    if LOOP in rivals:
+        contenders[LOOP] = make_loop(name, threads, num_steps)
+    timings = harness.compete(contenders, repeats=3 if quick else 7)
+    if OBVIOUS in rivals:  # so slow that it gets few steps, and its turn at the end
+        obvious = make_obvious(name, threads, 2 if num_steps > 1 else 1)
+        timings |= harness.compete({OBVIOUS: obvious}, repeats=1 if quick else 3)
+    return timings
 
 
-def bind(threads: int) -> None:
-    """Bind the process to so many cores; must come before JAX and PyTorch start their threads."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < threads:
-            sys.exit(f"--threads {threads} needs as many cores, but there are {len(cores)}.")
-        os.sched_setaffinity(0, cores[-threads:])
+def available_rivals() -> list[str]:
+    """List whom to measure against; says so if PyTorch is missing."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        print("PyTorch is not installed (pip install -e '.[torch]'): its loop is left out.")
+        return [LOOP, OBVIOUS]
+    return [TORCH, LOOP, OBVIOUS]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    bind(options.threads)
-    try:
-        import torch
-    except ImportError:
-        sys.exit("This benchmark needs PyTorch: pip install -e '.[torch]'")
-    import jax
-
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    result: dict[str, Any] = {
-        "threads": options.threads,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "torch": torch.__version__,
-        "networks": {},
-    }
-    print(
-        f"Python {result['python']}, JAX {result['jax']} (jaxlib {result['jaxlib']}), "
-        f"PyTorch {result['torch']}, {options.threads} thread(s); examples per second, "
-        "median (least to most)"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.local_training", description=__doc__.splitlines()[0]
     )
-    print(f"{'network':8} {'B':>4}  {'fedjaxprune':>24}  {'PyTorch':>24}  ratio  compile s")
-    for name, (batch_size, num_steps) in NETWORKS.items():
-        repeats = 3 if options.quick else options.repeats
-        num_steps = max(3, num_steps // 6) if options.quick else num_steps
-        ours, compile_seconds = make_ours(name, batch_size)
-        runs = {"ours": ours, "torch": make_torch(name, batch_size)}
-        seconds = measure(runs, num_steps, repeats)
-        rates = {
-            side: [num_steps * batch_size / one for one in times] for side, times in seconds.items()
-        }
-        medians = {side: statistics.median(rate) for side, rate in rates.items()}
-        ratio = medians["ours"] / medians["torch"]
-        result["networks"][name] = {
-            "batch_size": batch_size,
-            "examples_per_second": rates,
-            "median": medians,
-            "ratio": ratio,
-            "compile_s": compile_seconds,
-        }
-        cells = [
-            f"{medians[side]:>8,.0f} ({min(rate):,.0f} to {max(rate):,.0f})"
-            for side, rate in rates.items()
-        ]
-        print(
-            f"{name:8} {batch_size:>4}  {cells[0]:>24}  {cells[1]:>24}  {ratio:>5.2f}  "
-            f"{compile_seconds:>9.1f}"
-        )
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    parser.add_argument("--threads", type=int, default=2, help="cores, and clients (2)")
+    parser.add_argument("--only", action="append", metavar="NETWORK", help="one of the networks")
+    parser.add_argument("--against", action="append", metavar="RIVAL", help="one of the rivals")
+    parser.add_argument("--quick", action="store_true", help="short and few repeats: noisy")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}.")
+    harness.bind(options.threads)
+    rivals = harness.names(options.against, available_rivals())
+    if TORCH in rivals:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {"threads": options.threads, "machine": harness.machine(), "cases": {}}
+    print(f"examples per second, median (least to most); {result['machine']}")
+    for name in harness.names(options.only, list(networks.CASES)):
+        timings = contest(name, threads=options.threads, quick=options.quick, rivals=rivals)
+        result["cases"][name] = harness.as_json(timings)
+        print(harness.line(name, OURS, timings, TARGETS[name]), flush=True)
+    harness.write(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """A two-dimensional convolution that stays fast in loops and under ``vmap`` on CPU.
 
-XLA's CPU back end has one fast convolution, the plain forward form; inside a loop it takes the
-gradients for something else and runs them up to a hundred times slower, and under ``vmap`` over
-kernels it makes a grouped convolution. So here both gradients are written in the plain forward
-form: the input's with the kernel flipped, the kernel's with batch and channels swapped (for every
-shape of the built-in networks the fastest of those measured, next to one matrix product per tap,
-per row of taps and over patches). Under ``vmap`` clients follow each other. Elsewhere than on CPU
-this is XLA's own convolution.
+XLA's CPU back end has one fast convolution, the plain forward form; inside a loop it may take the
+gradients for something else and run them up to a hundred times slower, and under ``vmap`` over
+kernels it makes a grouped convolution. So here both gradients are written in forward forms. The
+input's is a convolution with the flipped kernel; under a stride one such convolution for each
+place in a stride, with the taps that reach it, and nothing is multiplied by the zeros of a dilated
+image. The kernel's is a convolution with batch and channels swapped, a few images at a time where
+that keeps them in the cache; for wide layers with a stride one matrix product per tap. Which form
+serves which shape was measured (docs/performance.md). Under ``vmap`` clients follow each other.
+Elsewhere than on CPU this is XLA's own convolution.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+# Where the forms of the kernel's gradient change over, as measured on CPU.
+_SOME_WEIGHTS, _SOME_PIXELS = 2048, 64  # per tap, of an image: above, a few images at a time
+_GROUP, _MAX_GROUPS = 16, 4  # images at a time; groups at most
+_MANY_WEIGHTS = 2**15  # per tap, with a stride: above, one product per tap
+
 _Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -102,61 +110,133 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding:
 
 def _backward(strides: tuple[int, int], padding: _Pads, residuals: Any, cotangent: Any) -> Any:
     x, kernel = residuals
-    height, width = cotangent.shape[1:3]
-    if strides == (1, 1):
-        return (
-            _input_gradient(kernel, cotangent, x.shape[1:3], padding),
-            _kernel_gradient(x, cotangent, kernel.shape[:2], padding),
-        )
-    # A stride makes pixels into channels; what is left has stride 1 and no padding.
-    sides = (
-        (height - 1 + -(-kernel.shape[0] // strides[0])) * strides[0],
-        (width - 1 + -(-kernel.shape[1] // strides[1])) * strides[1],
+    return (
+        _input_gradient(kernel, cotangent, x.shape[1:3], strides, padding),
+        # Without the barrier XLA computes the images again while it transposes them.
+        _kernel_gradient(
+            lax.optimization_barrier(x), cotangent, kernel.shape[:2], strides, padding
+        ),
     )
-    no_padding = ((0, 0), (0, 0))
-    images, pull_back_x = jax.vjp(lambda x: _gather_strides(x, strides, padding, sides), x)
-    kernels, pull_back_kernel = jax.vjp(lambda k: _gather_taps(k, strides), kernel)
-    d_images = _input_gradient(kernels, cotangent, images.shape[1:3], no_padding)
-    d_kernels = _kernel_gradient(images, cotangent, kernels.shape[:2], no_padding)
-    return *pull_back_x(d_images), *pull_back_kernel(d_kernels)
 
 
 _conv.defvjp(_forward, _backward)
 
 
 def _input_gradient(
-    kernel: jax.Array, cotangent: jax.Array, size: tuple[int, ...], padding: _Pads
+    kernel: jax.Array,
+    cotangent: jax.Array,
+    size: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: _Pads,
 ) -> jax.Array:
-    """Convolve the cotangent with the flipped kernel; stride 1."""
-    pads = []
-    for i in range(2):
-        before = kernel.shape[i] - 1 - padding[i][0]
-        pads.append((before, size[i] - cotangent.shape[i + 1] + kernel.shape[i] - 1 - before))
-    flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    return _plain(cotangent, flipped, (1, 1), (pads[0], pads[1]))
+    """Convolve the cotangent with the taps that reach each place in a stride, flipped."""
+    batch, *_, channels = *cotangent.shape[:3], kernel.shape[2]
+    blocks = [-(-size[i] // strides[i]) for i in range(2)]
+    down, across = (
+        [
+            _reaching_taps(place, kernel.shape[i], cotangent.shape[i + 1], blocks[i], strides[i], p)
+            for place in range(strides[i])
+        ]
+        for i, (p, _) in enumerate(padding)
+    )
+
+    def at_place(row, column):
+        (taps_down, pads_down), (taps_across, pads_across) = row, column
+        if not taps_down or not taps_across:
+            return jnp.zeros((batch, *blocks, channels), cotangent.dtype)
+        taps = kernel[taps_down[0] :: strides[0], taps_across[0] :: strides[1]]
+        flipped = jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2)
+        return _plain(cotangent, flipped, (1, 1), (pads_down, pads_across))
+
+    if strides == (1, 1):
+        return at_place(down[0], across[0])
+    rows = [jnp.stack([at_place(row, column) for column in across], axis=3) for row in down]
+    images = jnp.stack(rows, axis=2)  # [B, H / s, s, W / s, s, C]
+    images = images.reshape(batch, blocks[0] * strides[0], blocks[1] * strides[1], channels)
+    return images[:, : size[0], : size[1]]
+
+
+def _reaching_taps(
+    place: int, num_taps: int, num_outputs: int, num_blocks: int, stride: int, pad: int
+) -> tuple[range, tuple[int, int]]:
+    """Find the taps that reach pixels ``stride * m + place``, and how far to pad the cotangent."""
+    first = (place + pad) % stride
+    taps = range(first, num_taps, stride)
+    offset = (place + pad - first) // stride  # pixel m meets output m + offset at the first tap
+    before = len(taps) - 1 - offset
+    return taps, (before, num_blocks + offset - num_outputs)
 
 
 def _kernel_gradient(
-    x: jax.Array, cotangent: jax.Array, size: tuple[int, ...], padding: _Pads
+    x: jax.Array,
+    cotangent: jax.Array,
+    size: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: _Pads,
 ) -> jax.Array:
-    """Convolve the images with the cotangent, channels as batch and batch as channels; stride 1."""
-    pads = []
-    for i in range(2):
-        # Crop what no tap of the kernel reaches.
-        before = padding[i][0]
-        after = size[i] - 1 + cotangent.shape[i + 1] - x.shape[i + 1] - before
-        pads.append((before, after))
-    swapped = _plain(
-        x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), (1, 1), (pads[0], pads[1])
-    )
-    return swapped.transpose(1, 2, 0, 3)
+    """Convolve the images with the cotangent, channels as batch and batch as channels."""
+    batch, height, width, out_channels = cotangent.shape
+    weights_per_tap = x.shape[3] * out_channels
+    if strides != (1, 1) and weights_per_tap >= _MANY_WEIGHTS:
+        return _kernel_gradient_by_taps(x, cotangent, size, strides, padding)
+    # Crop what no tap of the kernel reaches.
+    pads = [
+        (before, size[i] + strides[i] * (cotangent.shape[i + 1] - 1) - x.shape[i + 1] - before)
+        for i, (before, _) in enumerate(padding)
+    ]
+    is_large = weights_per_tap >= _SOME_WEIGHTS and height * width >= _SOME_PIXELS
+    num_groups = max(1, min(_MAX_GROUPS, batch // _GROUP)) if is_large else 1
+    ends = [batch * i // num_groups for i in range(num_groups + 1)]
+    total = None
+    for begin, end in itertools.pairwise(ends):
+        part = _plain(
+            x[begin:end].transpose(3, 1, 2, 0),
+            cotangent[begin:end].transpose(1, 2, 0, 3),
+            (1, 1),
+            (pads[0], pads[1]),
+            dilation=strides,
+        )
+        total = part if total is None else total + part
+    return total.transpose(1, 2, 0, 3)
 
 
-def _plain(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any) -> jax.Array:
+def _kernel_gradient_by_taps(
+    x: jax.Array,
+    cotangent: jax.Array,
+    size: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: _Pads,
+) -> jax.Array:
+    """Multiply for each tap the pixels that it meets with the cotangent."""
+    height, width = cotangent.shape[1:3]
+    reach = [size[i] + strides[i] * (cotangent.shape[i + 1] - 1) for i in range(2)]
+    pads = [(p, reach[i] - x.shape[i + 1] - p) for i, (p, _) in enumerate(padding)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), _image((pads[0], pads[1])))
+    flat = cotangent.reshape(-1, cotangent.shape[3])
+    rows = []
+    for i in range(size[0]):
+        row = []
+        for j in range(size[1]):
+            met = x[:, i :: strides[0], j :: strides[1]][:, :height, :width]
+            row.append(met.reshape(-1, x.shape[3]).T @ flat)
+        rows.append(jnp.stack(row))
+    return jnp.stack(rows)
+
+
+def _plain(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Any,
+    *,
+    dilation: tuple[int, int] = (1, 1),
+) -> jax.Array:
     """Run XLA's forward convolution; under ``vmap`` over kernels one after the other."""
 
     def convolve(x, kernel):
-        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
+        return lax.conv_general_dilated(
+            x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=_LAYOUT
+        )
 
     def rule(axis_size, in_batched, x, kernel):
         x_batched, kernel_batched = in_batched
@@ -174,29 +254,3 @@ def _plain(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: A
 
 def _image(padding: _Pads) -> list[tuple[int, int, int]]:
     return [(0, 0, 0), (*padding[0], 0), (*padding[1], 0), (0, 0, 0)]
-
-
-def _gather_strides(
-    x: jax.Array, strides: tuple[int, int], padding: _Pads, sides: tuple[int, int]
-) -> jax.Array:
-    """Pad or crop the images to `sides`, then make the pixels of a stride into channels."""
-    pads = [(padding[i][0], sides[i] - x.shape[i + 1] - padding[i][0]) for i in range(2)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), _image((pads[0], pads[1])))
-    batch, height, width, channels = x.shape
-    down, across = strides
-    x = x.reshape(batch, height // down, down, width // across, across, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, height // down, width // across, down * across * channels
-    )
-
-
-def _gather_taps(kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
-    """Make the taps of a stride into input channels, in the order of `_gather_strides`."""
-    kh, kw, in_channels, out_channels = kernel.shape
-    down, across = strides
-    kernel = jnp.pad(kernel, ((0, -kh % down), (0, -kw % across), (0, 0), (0, 0)))
-    rows, columns = kernel.shape[0] // down, kernel.shape[1] // across
-    kernel = kernel.reshape(rows, down, columns, across, in_channels, out_channels)
-    return kernel.transpose(0, 2, 1, 3, 4, 5).reshape(
-        rows, columns, down * across * in_channels, out_channels
-    )
