@@ -21,6 +21,24 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     return init_fn
 
 
+@jax.custom_vjp
+def computed_once(x: jax.Array) -> jax.Array:
+    """Pass ``[B, ...]`` on, as an array that XLA stores and does not compute again.
+
+    XLA takes additions and maxima for so cheap that it repeats them wherever their result is used.
+    In a residual network each block then repeats all blocks before it, and every kernel's gradient
+    does so while it transposes. A division counts as dear, so this one, by a 1 that the compiler
+    cannot know, has it done once. Elsewhere than on CPU nothing is done.
+    """
+    if jax.default_backend() != "cpu":
+        return x
+    one = jnp.ones((), x.dtype)
+    return x / lax.clamp(one, x, one)
+
+
+computed_once.defvjp(lambda x: (computed_once(x), None), lambda _, cotangent: (cotangent,))
+
+
 class Dense(nn.Module):
     """A dense layer with PyTorch's initialisation.
 

@@ -61,10 +61,10 @@ class Block(nn.Module):
                     ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)),
                 )
         x = layers.Conv(self.features, 3, self.stride, name="conv_1")(x)
-        x = nn.relu(NormLayer(self.norm, name="norm_1")(x, train, mask))
+        x = layers.computed_once(nn.relu(NormLayer(self.norm, name="norm_1")(x, train, mask)))
         x = layers.Conv(self.features, 3, name="conv_2")(x)
         x = NormLayer(self.norm, name="norm_2")(x, train, mask)
-        return nn.relu(x + shortcut)
+        return layers.computed_once(nn.relu(x + shortcut))
 
 
 class ResNet(nn.Module):
@@ -88,7 +88,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Map ``[B, H, W, C]`` to logits ``[B, num_classes]``."""
         x = layers.Conv(self.widths[0], 3, name="conv_1")(x)
-        x = nn.relu(NormLayer(self.norm, name="norm_1")(x, train, mask))
+        x = layers.computed_once(nn.relu(NormLayer(self.norm, name="norm_1")(x, train, mask)))
         for i, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
