@@ -16,11 +16,12 @@ BELOW = {
     "masks": {"base", "trees"},
     "metrics": {"base", "trees"},
     "ranking": {"base", "trees"},
+    "gating": {"base", "metrics"},
     "pruning": {"base", "trees", "masks", "metrics", "ranking"},
-    "federated": {"base", "trees", "masks", "metrics", "ranking"},
+    "federated": {"base", "trees", "masks", "metrics", "ranking", "gating"},
     "data": {"base", "trees"},
-    "models": {"base", "trees", "metrics"},
-    "algorithms": {"base", "trees", "masks", "metrics", "pruning", "federated"},
+    "models": {"base", "trees", "metrics", "gating"},
+    "algorithms": {"base", "trees", "masks", "metrics", "gating", "pruning", "federated"},
 }
 
 
