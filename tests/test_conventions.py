@@ -17,11 +17,21 @@ BELOW = {
     "metrics": {"base", "trees"},
     "ranking": {"base", "trees"},
     "gating": {"base", "metrics"},
-    "pruning": {"base", "trees", "masks", "metrics", "ranking"},
+    "channels": {"base", "trees", "masks"},
+    "pruning": {"base", "trees", "masks", "metrics", "ranking", "channels"},
     "federated": {"base", "trees", "masks", "metrics", "ranking", "gating"},
     "data": {"base", "trees"},
     "models": {"base", "trees", "metrics", "gating"},
-    "algorithms": {"base", "trees", "masks", "metrics", "gating", "pruning", "federated"},
+    "algorithms": {
+        "base",
+        "trees",
+        "masks",
+        "metrics",
+        "gating",
+        "channels",
+        "pruning",
+        "federated",
+    },
 }
 
 
