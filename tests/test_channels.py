@@ -61,6 +61,24 @@ class Nnx(nnx.Module):
         return self.last(jnp.mean(nnx.relu(self.norm(self.conv(x))), axis=(1, 2)))
 
 
+def init_plain(key):
+    shapes = {"embed": (3, 8), "query": (8, 4), "key": (8, 4), "value": (8, 6), "last": (6, 3)}
+    return {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+
+def apply_plain(params, x):
+    """Attend to pixels; with a branch, bounds and a loop over rows."""
+    is_bright = jnp.sum(x) > 0
+    x = jnp.clip(x.reshape(x.shape[0], -1, 3) @ params["embed"], 0.0, 6.0)
+    x = jax.lax.cond(is_bright, jnp.tanh, lambda x: x * 2.0, x)
+    query, key = x @ params["query"], x @ params["key"]
+    weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", query, key), axis=-1)
+    value = jnp.einsum("bqk,bkc->bqc", weights, x @ params["value"])
+    steps = jnp.swapaxes(value, 0, 1)
+    total, _ = jax.lax.scan(lambda sum, row: (sum + row, None), jnp.zeros_like(steps[0]), steps)
+    return total @ params["last"]
+
+
 def linen(module, shape=(6, 7, 3)):
     return adapters.from_linen(module, input_shape=shape), shape
 
@@ -88,11 +106,24 @@ NETWORKS = {
     "resnet_bottleneck": lambda: tiny_resnet("batch", "bottleneck", stem="imagenet"),
     "gated_resnet": lambda: linen(
         gated.GatedResNet(
-            widths=(4, 8), depth=1, num_classes=3, norm="batch", density=0.5, choice="salient"
+            widths=(4, 8),
+            depth=1,
+            num_classes=3,
+            norm="batch",
+            density=0.5,
+            choice="salient",
+            gate_scale=1.0,
         )
     ),
     "gated_vgg": lambda: linen(
-        gated.GatedVgg(plan=((4,), (6,)), head=HEAD, norm="batch", density=0.5, choice="salient")
+        gated.GatedVgg(
+            plan=((4,), (6,)),
+            head=HEAD,
+            norm="batch",
+            density=0.5,
+            choice="salient",
+            gate_scale=1.0,
+        )
     ),
     "char_lstm": lambda: (
         lstm.char_lstm(
@@ -103,6 +134,7 @@ NETWORKS = {
     "own": lambda: linen(Own()),
     "squashed": lambda: linen(Squashed()),
     "attentive": lambda: linen(Attentive()),
+    "functions": lambda: (adapters.from_functions(init_plain, apply_plain), (6, 7, 3)),
     "nnx": lambda: (adapters.from_nnx(lambda rngs: Nnx(rngs)), (6, 7, 3)),
 }
 
@@ -275,7 +307,17 @@ def test_what_cannot_be_said_or_removed_is_named():
     normalised = own.groups[-1]  # by flax, whose sums are of squares, not of deviations
     assert normalised.size == 7
     assert normalised.mixes == ("reduce_sum mixes channels, to which a pruned one adds zero",)
-    for name in ("resnet_plain", "resnet_bottleneck", "vgg_batch", "cnn", "char_lstm", "nnx"):
+    *_, plain = network("functions")  # queries and keys multiply one another
+    attention = ("dot_general mixes channels, to which a pruned one adds zero",)
+    assert {group.size: group.mixes for group in plain.groups} == {8: (), 4: attention, 6: ()}
+    for name in (
+        "resnet_plain",
+        "resnet_bottleneck",
+        "vgg_batch",
+        "cnn",
+        "char_lstm",
+        "nnx",
+    ):
         *_, analysis = network(name)
         assert not any(group.leaks or group.mixes for group in analysis.groups), name
 

@@ -24,7 +24,12 @@ def compiled(choice):
     """Make one network and its step for all laws; the density is an argument of the step."""
     head = vgg.Head(pool=1, hidden_sizes=(), num_classes=3, dropout=0.0)
     module = gated.GatedVgg(
-        plan=(WIDTHS[:1], WIDTHS[1:]), head=head, norm="batch", density=0.5, choice=choice
+        plan=(WIDTHS[:1], WIDTHS[1:]),
+        head=head,
+        norm="batch",
+        density=0.5,
+        choice=choice,
+        gate_scale=1.0,
     )
     model = adapters.from_linen(module, input_shape=SHAPE)
     params, state = jax.jit(model.init)(KEY)
@@ -211,6 +216,20 @@ def test_an_unknown_choice_is_refused():
             norm="batch",
             density=0.5,
             choice="best",  # pyright: ignore[reportArgumentType]
+        )
+
+
+def test_a_gated_resnet_starts_where_it_can_learn():
+    model = gated.gated_resnet32(input_shape=SHAPE, num_classes=3, norm="batch", density=0.7)
+    params, state = jax.jit(model.init)(KEY)
+    loss, _ = jax.jit(model.loss)(params, state, batch_of(np.ones(SIZE)), KEY)
+    assert loss < 10.0  # log 3 and what a network of random weights adds
+
+
+def test_an_impossible_scale_is_refused():
+    with pytest.raises(ValueError, match="gate_scale must be positive and finite, got 0"):
+        gated.gated_resnet32(
+            input_shape=SHAPE, num_classes=3, norm="batch", density=0.7, gate_scale=0.0
         )
 
 

@@ -62,7 +62,12 @@ def tiny_vgg():
 
 def tiny_gated_vgg():
     module = gated.GatedVgg(
-        plan=((4,), (8,)), head=TINY_HEAD, norm="batch", density=0.5, choice="random"
+        plan=((4,), (8,)),
+        head=TINY_HEAD,
+        norm="batch",
+        density=0.5,
+        choice="random",
+        gate_scale=1.0,
     )
     return adapters.from_linen(module, input_shape=(4, 5, 2))
 

@@ -103,6 +103,8 @@ def contract(
             if this.varies and not (label.zero.ravel() | (match.zero.ravel() & other.varies)).all():
                 why = f"a pruned channel is not zero where {name} reads it"
                 labels_lib.note(book.leaks, label.ids, why)
+            if this.varies and other.varies:
+                _note_mix(book, label, name)
             if not this.varies and other.varies:
                 labels_lib.set_role(book, label, "input")
 

@@ -111,7 +111,12 @@ def _closed(book: Book, inner: Any, values: Sequence[Value]) -> list[Value]:
 def _scan(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     """Walk the body until what it carries has the labels that it leaves."""
     params = equation.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    # By shapes, since the parameters that count are not the same in every JAX: what is stacked has
+    # an axis more outside than inside, what is carried has not.
+    inner = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+    num_slices = _num_stacked(equation.invars, inner.invars)
+    num_carry = len(equation.outvars) - _num_stacked(equation.outvars, inner.outvars)
+    num_consts = len(values) - num_carry - num_slices
     consts = list(values[:num_consts])
     carry = list(values[num_consts : num_consts + num_carry])
     slices = []
@@ -144,6 +149,11 @@ def _scan(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     for value, var in zip(outputs[num_carry:], equation.outvars[num_carry:], strict=True):
         stacked.append(labels_lib.map_labels(value, var.aval.shape, lambda x: x[None]))
     return [*outputs[:num_carry], *stacked]
+
+
+def _num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(1 for a, b in pairs if len(a.aval.shape) != len(b.aval.shape))
 
 
 def _cond(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
