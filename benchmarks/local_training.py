@@ -96,7 +96,7 @@ def make_ours(
 
 
 def _plain_step(name: str, module: Any) -> tuple[Any, Any]:
-    """Write a step of plain SGD as a flax user does: ``(variables, images, labels) -> variables``."""
+    """Write a step of plain SGD as a flax user does: ``(variables, images, labels) -> same``."""
     import jax
     import jax.numpy as jnp
     import optax

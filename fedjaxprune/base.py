@@ -27,7 +27,8 @@ class Batch(NamedTuple):
 
     Attributes:
       inputs: ``[B, ...]``.
-      labels: ``[B]`` integer classes.
+      labels: ``[B]`` integer classes; ``[B, T]`` for one at each position of a sequence, negative
+        where there is none.
       weights: ``[B]`` float32; 0 marks filling (a client's last batch may be partly filled with
         repeated examples, which count for nothing in losses and statistics).
     """
@@ -44,8 +45,10 @@ class Model(NamedTuple):
       init: ``key -> (params, state)``; `state` is what is not trained (BatchNorm statistics),
         ``{}`` where there is none.
       loss: ``(params, state, batch, key) -> (loss, (state, metrics))``: the weighted mean loss over
-        the batch in training mode; metrics is a dict of accumulators with at least ``loss``.
-      predict: ``(params, state, inputs [B, ...]) -> logits [B, classes]`` in inference mode.
+        the batch's labels in training mode; metrics is a dict of accumulators with at least
+        ``loss``.
+      predict: ``(params, state, inputs [B, ...]) -> logits [B, classes]``, or ``[B, T, classes]``,
+        in inference mode.
     """
 
     init: Callable[[Key], tuple[Params, State]]

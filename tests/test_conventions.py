@@ -16,11 +16,22 @@ BELOW = {
     "masks": {"base", "trees"},
     "metrics": {"base", "trees"},
     "ranking": {"base", "trees"},
-    "pruning": {"base", "trees", "masks", "metrics", "ranking"},
-    "federated": {"base", "trees", "masks", "metrics", "ranking"},
+    "gating": {"base", "metrics"},
+    "channels": {"base", "trees", "masks"},
+    "pruning": {"base", "trees", "masks", "metrics", "ranking", "channels"},
+    "federated": {"base", "trees", "masks", "metrics", "ranking", "gating"},
     "data": {"base", "trees"},
-    "models": {"base", "trees", "metrics"},
-    "algorithms": {"base", "trees", "masks", "metrics", "pruning", "federated"},
+    "models": {"base", "trees", "metrics", "gating"},
+    "algorithms": {
+        "base",
+        "trees",
+        "masks",
+        "metrics",
+        "gating",
+        "channels",
+        "pruning",
+        "federated",
+    },
 }
 
 

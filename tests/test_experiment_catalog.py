@@ -58,7 +58,10 @@ def test_the_seed_decides_the_partition():
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("model", ["cnn", "resnet18", "resnet20", "resnet32"])
+@pytest.mark.parametrize(
+    "model",
+    ["cnn", "pooled_cnn", "two_cnn", "resnet18", "resnet20", "resnet32", "gated_resnet32"],
+)
 def test_a_model_that_fits_the_data_is_built(model):
     catalog.build(RunConfig(**SMALL, model=model))
 
@@ -69,6 +72,8 @@ def test_a_model_that_does_not_fit_the_data_is_one_sentence():
     ) as caught:
         catalog.build(RunConfig(**SMALL, model="lenet5"))
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="char_lstm takes sequences of tokens"):
+        catalog.build(RunConfig(**SMALL, model="char_lstm"))
 
 
 def test_a_preset_builds_on_its_own_data(tfds_data_dir):

@@ -9,15 +9,22 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.base import Batch
-from fedjaxprune.models import adapters, resnet, zoo
+from fedjaxprune.models import adapters, cnns, gated, resnet, vgg, zoo
 
 KEY = jax.random.key(0)
 SMALL = {
     "mlp": lambda: zoo.mlp(input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(8,)),
     "lenet5": lambda: zoo.lenet5(input_shape=(13, 12, 2), num_classes=3),
     "cnn": lambda: zoo.cnn(input_shape=(8, 9, 1), num_classes=3),
-    "resnet_batch": lambda: tiny_resnet("batch", projection=True),
-    "resnet_group": lambda: tiny_resnet("group", projection=False),
+    "resnet_batch": lambda: tiny_resnet("batch", "projection"),
+    "resnet_group": lambda: tiny_resnet("group", "plain"),
+    "resnet_bottleneck": lambda: tiny_resnet("batch", "bottleneck"),
+    "vgg": lambda: tiny_vgg(),
+    "two_cnn": lambda: cnns.two_cnn(input_shape=(6, 9, 1), num_classes=3, width=2),
+    "pooled_cnn": lambda: cnns.pooled_cnn(
+        input_shape=(4, 5, 3), num_classes=3, channels=(4, 8), hidden_size=6
+    ),
+    "gated_vgg": lambda: tiny_gated_vgg(),
 }
 SHAPES = {
     "mlp": (4, 4, 1),
@@ -25,14 +32,44 @@ SHAPES = {
     "cnn": (8, 9, 1),
     "resnet_batch": (5, 6, 2),
     "resnet_group": (5, 6, 2),
+    "resnet_bottleneck": (9, 11, 2),
+    "vgg": (4, 5, 2),
+    "two_cnn": (6, 9, 1),
+    "pooled_cnn": (4, 5, 3),
+    "gated_vgg": (4, 5, 2),
 }
+TINY_HEAD = vgg.Head(pool=2, hidden_sizes=(5,), num_classes=3, dropout=0.5)
 
 
-def tiny_resnet(norm, projection):
+def tiny_resnet(norm, block):
+    stem = "imagenet" if block == "bottleneck" else "cifar"
+    widths = (4,) if block == "bottleneck" else (4, 8)
     module = resnet.ResNet(
-        widths=(4, 8), depths=(1, 1), num_classes=3, norm=norm, projection=projection
+        widths=widths,
+        depths=(1,) * len(widths),
+        num_classes=3,
+        norm=norm,
+        block=block,
+        stem=stem,
     )
     return adapters.from_linen(module, input_shape=(5, 6, 2))
+
+
+def tiny_vgg():
+    module = vgg.Vgg(plan=((4,), (8,)), head=TINY_HEAD, norm="none")
+    return adapters.from_linen(module, input_shape=(4, 5, 2))
+
+
+def tiny_gated_vgg():
+    module = gated.GatedVgg(
+        plan=((4,), (8,)),
+        head=TINY_HEAD,
+        norm="batch",
+        density=0.5,
+        choice="random",
+        gate_scale=1.0,
+    )
+    return adapters.from_linen(module, input_shape=(4, 5, 2))
 
 
 @functools.cache
@@ -171,6 +208,37 @@ def test_batch_statistics_move_by_a_tenth_and_only_in_training():
             lambda: zoo.resnet18(input_shape=(32, 32, 3), num_classes=2, norm="layer"),  # pyright: ignore[reportArgumentType]
             "norm must be .*'layer'",
         ),
+        (
+            lambda: zoo.resnet34(
+                input_shape=(32, 32, 3),
+                num_classes=2,
+                norm="batch",
+                stem="7x7",  # pyright: ignore[reportArgumentType]
+            ),
+            "stem must be .*'7x7'",
+        ),
+        (
+            lambda: vgg.vgg11(input_shape=(28, 28, 1), num_classes=10, norm="none"),
+            "vgg11 takes .* at least 32x32.*got 28x28",
+        ),
+        (
+            lambda: vgg.vgg16(
+                input_shape=(32, 32, 3),
+                num_classes=10,
+                norm="layer",  # pyright: ignore[reportArgumentType]
+            ),
+            "norm must be .*'layer'",
+        ),
+        (
+            lambda: vgg.vgg11(input_shape=(32, 32, 3), num_classes=10, norm="none", dropout=1.0),
+            r"dropout must lie in \[0, 1\), got 1.0",
+        ),
+        (
+            lambda: cnns.alexnet(input_shape=(14, 15, 3), num_classes=10),
+            "at least 15x15.*got 14x15",
+        ),
+        (lambda: cnns.two_cnn(input_shape=(5, 9, 1), num_classes=10), "at least 6x6.*got 5x9"),
+        (lambda: cnns.pooled_cnn(input_shape=(7, 9, 1), num_classes=10), "at least 8x8.*got 7x9"),
         (lambda: zoo.mlp(input_shape=(4,), num_classes=0), "num_classes must be .*got 0"),
         (lambda: zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(0,)), "hidden_sizes"),
     ],

@@ -27,15 +27,31 @@ from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, participation, servers
 from fedjaxprune.federated import uplink as uplinks
-from fedjaxprune.models import zoo
+from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
 
 MODELS: Mapping[str, Callable[..., Model]] = {
     "mlp": lambda config, **sizes: zoo.mlp(**sizes),
     "lenet5": lambda config, **sizes: zoo.lenet5(**sizes),
     "cnn": lambda config, **sizes: zoo.cnn(**sizes),
+    "two_cnn": lambda config, **sizes: cnns.two_cnn(**sizes),
+    "femnist_cnn": lambda config, **sizes: cnns.femnist_cnn(**sizes),
+    "pooled_cnn": lambda config, **sizes: cnns.pooled_cnn(**sizes),
+    "alexnet": lambda config, **sizes: cnns.alexnet(**sizes),
+    "vgg11": lambda config, **sizes: vgg.vgg11(norm="none", **sizes),
+    "vgg11_bn": lambda config, **sizes: vgg.vgg11(norm=config.norm, **sizes),
+    "vgg16_bn": lambda config, **sizes: vgg.vgg16(norm=config.norm, **sizes),
     "resnet18": lambda config, **sizes: zoo.resnet18(norm=config.norm, **sizes),
     "resnet20": lambda config, **sizes: zoo.resnet20(norm=config.norm, **sizes),
     "resnet32": lambda config, **sizes: zoo.resnet32(norm=config.norm, **sizes),
+    "resnet34": lambda config, **sizes: zoo.resnet34(norm=config.norm, **sizes),
+    "resnet50": lambda config, **sizes: zoo.resnet50(norm=config.norm, **sizes),
+    "gated_resnet32": lambda config, **sizes: gated.gated_resnet32(
+        norm=config.norm, density=config.gate_density, **sizes
+    ),
+    "gated_vgg16": lambda config, **sizes: gated.gated_vgg16(
+        norm=config.norm, density=config.gate_density, **sizes
+    ),
+    "char_lstm": lambda config, **sizes: lstm.char_lstm(**sizes),
 }
 
 
@@ -74,9 +90,21 @@ SUMMARIES: Mapping[str, str] = {
     "mlp": "two hidden layers; any input",
     "lenet5": "two convolutions, three dense layers",
     "cnn": "two 5x5 convolutions, 512 hidden units",
+    "two_cnn": "two 5x5 convolutions averaged to 7x7, 512 hidden units (AutoFLIP)",
+    "femnist_cnn": "the same, twice as wide, 2,048 hidden units and dropout (AutoFLIP)",
+    "pooled_cnn": "three 3x3 convolutions, 128 hidden units (FedTiny's small dense network)",
+    "alexnet": "CIFAR form, 23 million weights (FedDIP)",
+    "vgg11": "8 convolutions without normalisation, 9.2 million weights",
+    "vgg11_bn": "8 convolutions with normalisation, 9.2 million weights",
+    "vgg16_bn": "13 convolutions with normalisation, 14.7 million weights",
     "resnet18": "CIFAR form, 11 million weights",
     "resnet20": "CIFAR form, 0.27 million weights",
     "resnet32": "CIFAR form, 0.46 million weights",
+    "resnet34": "CIFAR form, 21 million weights",
+    "resnet50": "CIFAR form, bottlenecks, 24 million weights",
+    "gated_resnet32": "resnet32 whose layers choose their channels for every example",
+    "gated_vgg16": "vgg16_bn whose layers choose their channels for every example",
+    "char_lstm": "two LSTM layers of 256 over characters; sequences of tokens",
 }
 
 PARTITIONS: Mapping[str, Callable[[RunConfig, np.random.Generator, Any], list[Any]]] = {
@@ -282,7 +310,7 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
 
 def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
     """Take the devices that the config wants; one device needs no mesh."""
-    return cohort.make_mesh(jax.devices()[: config.devices]) if config.devices > 1 else None
+    return cohort.make_mesh(devices=jax.devices()[: config.devices]) if config.devices > 1 else None
 
 
 def _learning_rate_scale(config: RunConfig) -> Schedule:

@@ -16,7 +16,26 @@ AlgorithmName = Literal[
 ]
 PRUNING = ("feddip", "feddip_without_penalty")  # the algorithms that have a sparsity
 MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
-ModelName = Literal["mlp", "lenet5", "cnn", "resnet18", "resnet20", "resnet32"]
+ModelName = Literal[
+    "mlp",
+    "lenet5",
+    "cnn",
+    "two_cnn",
+    "femnist_cnn",
+    "pooled_cnn",
+    "alexnet",
+    "vgg11",
+    "vgg11_bn",
+    "vgg16_bn",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet50",
+    "gated_resnet32",
+    "gated_vgg16",
+    "char_lstm",
+]
 
 # Bounds of the machine's numbers, int32 and float32; a setting's own bounds are narrower or none.
 INT_MAX, FLOAT_MAX = 2**31 - 1, 1e30
@@ -130,7 +149,15 @@ class Settings(pydantic.BaseModel):
 
     model: ModelName = _field("mlp", "Network.", group="Model")
     norm: Literal["batch", "group"] = _field(
-        "batch", "Normalisation layers (resnets).", group="Model"
+        "batch", "Normalisation layers (resnets, vgg*_bn, gated networks).", group="Model"
+    )
+    gate_density: float = _field(
+        0.7,
+        "Channels that every gate keeps for an example (gated networks).",
+        group="Model",
+        unit="fraction",
+        gt=0,
+        le=1,
     )
 
     num_clients: Count = _field(20, "Population.", group="Federation", unit="clients")

@@ -10,33 +10,44 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedjaxprune import metrics
-from fedjaxprune.base import Batch, Key, Model, Params, State
+from fedjaxprune.base import Batch, Key, Metrics, Model, Params, State
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
 
+_SOWN = "metrics"  # collection in which a linen module's layers leave accumulators
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Compute the softmax cross-entropy of every example, in nats: ``[B]``."""
-    chosen = labels[:, None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)[None]
+    """Compute the softmax cross-entropy of every label, in nats: labels' shape, ``[B]`` or more."""
+    classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
+    chosen = labels[..., None] == classes.reshape(*[1] * labels.ndim, -1)
     picked = jnp.sum(jnp.where(chosen, logits, jnp.zeros_like(logits)), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def from_linen(
-    module: nn.Module, *, input_shape: Sequence[int], loss: LossFn = cross_entropy
+    module: nn.Module,
+    *,
+    input_shape: Sequence[int],
+    input_dtype: Any = jnp.float32,
+    loss: LossFn = cross_entropy,
 ) -> Model:
     """Make a model from a flax linen module.
 
-    Its `params` collection becomes the parameters, all other collections become the state. The loss
+    Its `params` collection becomes the parameters, all other collections become the state, but for
+    `metrics`: what layers sow there (accumulators, one a name) joins the loss's metrics as
+    ``metrics["layers"]``, by path. The loss
     calls the module in training mode and predictions in inference mode, told by whichever of the
     arguments ``train``, ``training`` or ``deterministic`` its ``__call__`` has. If it has one named
     ``mask``, the loss passes ``[B]`` booleans there that are False for filling, so that statistics
     leave it out. The key of the loss feeds the `dropout` stream.
 
     Args:
-      module: takes ``[B, *input_shape]`` and gives logits ``[B, classes]``.
+      module: takes ``[B, *input_shape]`` and gives logits ``[B, classes]``, or ``[B, T, classes]``
+        for a label at each of ``T`` positions.
       input_shape: of one example.
-      loss: of each example, from logits and labels.
+      input_dtype: of the inputs, an integer one for tokens.
+      loss: of each label, from logits and labels.
     """
     names = inspect.signature(type(module).__call__).parameters
     has_mask = "mask" in names
@@ -47,13 +58,14 @@ def from_linen(
 
     def init_fn(key: Key) -> tuple[Params, State]:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            state = module.init(key, jnp.zeros((1, *input_shape), jnp.float32), **mode(False))
+            state = module.init(key, jnp.zeros((1, *input_shape), input_dtype), **mode(False))
         state = dict(state)
+        state.pop(_SOWN, None)
         return state.pop("params"), state
 
     def apply_fn(
         params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
-    ) -> tuple[jax.Array, State]:
+    ) -> tuple[jax.Array, State, Metrics]:
         options: dict[str, Any] = mode(True)
         if has_mask:
             options["mask"] = mask
@@ -62,10 +74,11 @@ def from_linen(
                 {"params": params, **state},
                 inputs,
                 rngs={"dropout": key},
-                mutable=list(state),
+                mutable=[*state, _SOWN],
                 **options,
             )
-        return logits, dict(new_state)
+        new_state = dict(new_state)
+        return logits, new_state, _by_path(new_state.pop(_SOWN, {}))
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -114,12 +127,12 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn = cross_ent
 
     def apply_fn(
         params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
-    ) -> tuple[jax.Array, State]:
+    ) -> tuple[jax.Array, State, Metrics]:
         module = assemble(params, state, key)
         module.train()
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             logits = module(inputs, mask=mask) if has_mask else module(inputs)
-        return logits, nnx.to_pure_dict(split(module)[3])
+        return logits, nnx.to_pure_dict(split(module)[3]), {}
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
         module = assemble(params, state, jax.random.key(0))  # inference draws nothing
@@ -149,9 +162,9 @@ def from_functions(
 
     def apply_fn(
         params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
-    ) -> tuple[jax.Array, State]:
+    ) -> tuple[jax.Array, State, Metrics]:
         del mask, key  # nothing here is random or shared between examples
-        return apply(params, inputs), state
+        return apply(params, inputs), state, {}
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
         del state
@@ -180,16 +193,33 @@ def _make_streams(like: Any, key: Key) -> Any:
     return jax.tree.unflatten(structure, started)
 
 
-def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State]], loss: LossFn) -> Any:
-    """Make a model's loss: the weighted mean over the batch, and its metrics."""
+def _by_path(sown: Any) -> dict[str, Any]:
+    """Flatten nested dictionaries to one, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        sown, is_leaf=lambda node: not isinstance(node, dict)
+    )
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], loss: LossFn) -> Any:
+    """Make a model's loss: the weighted mean over the batch's labels, and its metrics.
+
+    With several labels an example (``[B, T]``) every one has the example's weight, and a negative
+    one, which marks the filling of a short sequence, has none.
+    """
 
     def loss_fn(params: Params, state: State, batch: Batch, key: Key) -> Any:
-        logits, state = apply_fn(params, state, batch.inputs, batch.weights > 0, key)
-        losses = metrics.mean(loss(logits, batch.labels), batch.weights)
-        correct = jnp.argmax(logits, axis=-1).astype(batch.labels.dtype) == batch.labels
-        accuracy = metrics.mean(correct.astype(jnp.float32), batch.weights)
+        logits, state, layers = apply_fn(params, state, batch.inputs, batch.weights > 0, key)
+        labels, weights = batch.labels, batch.weights
+        if labels.ndim > 1:
+            weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
+            weights = jnp.where(labels >= 0, weights, jnp.zeros_like(weights))
+        losses = metrics.mean(loss(logits, labels), weights)
+        correct = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
+        accuracy = metrics.mean(correct.astype(jnp.float32), weights)
         # Zero, with zero gradients, for a batch that is all filling.
         mean = losses.total / jnp.where(losses.weight > 0, losses.weight, 1)
-        return mean, (state, {"loss": losses, "accuracy": accuracy})
+        report = {"loss": losses, "accuracy": accuracy}
+        return mean, (state, {**report, "layers": layers} if layers else report)
 
     return loss_fn

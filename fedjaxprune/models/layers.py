@@ -1,5 +1,7 @@
 """Layers of the built-in networks, as flax modules whose convolutions stay fast on CPU."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,22 +41,36 @@ def computed_once(x: jax.Array) -> jax.Array:
 computed_once.defvjp(lambda x: (computed_once(x), None), lambda _, cotangent: (cotangent,))
 
 
+Start = Literal["he", "torch", "xavier"]
+
+
+def _start(kind: Start, fan_in: int) -> tuple[nn.initializers.Initializer, ...]:
+    """Choose how kernel and bias start: He's normal by fan-out, PyTorch's or Xavier's normal."""
+    if kind == "torch":
+        return uniform_kernel, uniform_bias(fan_in)
+    he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    return he if kind == "he" else nn.initializers.xavier_normal(), nn.initializers.zeros
+
+
 class Dense(nn.Module):
-    """A dense layer with PyTorch's initialisation.
+    """A dense layer.
 
     Attributes:
       features: width of the output.
+      start: as in `Conv`.
     """
 
     features: int
+    start: Start = "torch"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[B, F]`` to ``[B, features]``."""
+        """Map ``[..., F]`` to ``[..., features]``."""
         fan_in = x.shape[-1]
-        kernel = self.param("kernel", uniform_kernel, (fan_in, self.features))
-        bias = self.param("bias", uniform_bias(fan_in), (self.features,))
-        return x @ kernel + bias[None]
+        kernel_start, bias_start = _start(self.start, fan_in)
+        kernel = self.param("kernel", kernel_start, (fan_in, self.features))
+        bias = self.param("bias", bias_start, (self.features,))
+        return x @ kernel + bias.reshape(*[1] * (x.ndim - 1), -1)
 
 
 class ConvReluMaxPool(nn.Module):
@@ -93,34 +109,42 @@ class ConvReluMaxPool(nn.Module):
 
 
 class Conv(nn.Module):
-    """A square convolution without bias, its padding half its kernel; He's initialisation.
+    """A square convolution.
 
     Attributes:
       features: channels of the output.
-      kernel_size: side of the kernel, odd.
+      kernel_size: side of the kernel.
       stride: both down and across.
+      padding: zeros on each side; None takes half the kernel, which keeps the image's size.
+      bias: ``"none"`` where normalisation follows, ``"channel"`` for one a channel.
+      start: initialisation: ``"he"`` draws He's normal by fan-out and ``"xavier"`` Xavier's normal,
+        both with biases of zero, ``"torch"`` what PyTorch does by default.
     """
 
     features: int
     kernel_size: int = 3
     stride: int = 1
+    padding: int | None = None
+    bias: Literal["none", "channel"] = "none"
+    start: Start = "he"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[B, H, W, C]`` to ``[B, ceil(H / stride), ceil(W / stride), features]``."""
-        kernel = self.param(
-            "kernel",
-            nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            (self.kernel_size, self.kernel_size, x.shape[-1], self.features),
-        )
-        half = self.kernel_size // 2
-        return convolution.conv_general_dilated(
+        """Map ``[B, H, W, C]`` to ``[B, H', W', features]``."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel_start, bias_start = _start(self.start, self.kernel_size**2 * x.shape[-1])
+        kernel = self.param("kernel", kernel_start, shape)
+        padding = self.kernel_size // 2 if self.padding is None else self.padding
+        x = convolution.conv_general_dilated(
             x,
             kernel,
             window_strides=(self.stride, self.stride),
-            padding=[(half, half)] * 2,
+            padding=[(padding, padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        if self.bias == "none":
+            return x
+        return x + self.param("bias", bias_start, (self.features,))[None, None, None]
 
 
 class BatchNorm(nn.Module):
@@ -161,13 +185,14 @@ class BatchNorm(nn.Module):
         mean = jnp.sum(x * share, axis=(0, 1, 2))
         centred = x - mean[None, None, None]
         var = jnp.sum(jnp.square(centred) * share, axis=(0, 1, 2))
+        any_counts = count > 0
         if not self.is_initializing():
-            any_counts = count > 0
             unbiased = var * (count / jnp.maximum(count - 1, 1))
             for running, value in ((running_mean, mean), (running_var, unbiased)):
                 moved = self.momentum * running.value + (1 - self.momentum) * value
                 running.value = jnp.where(any_counts, moved, running.value)
-        factor = scale * lax.rsqrt(var + self.epsilon)
+        # A batch that is all filling has no variance, and must not grow from layer to layer.
+        factor = jnp.where(any_counts, scale * lax.rsqrt(var + self.epsilon), 0)
         return centred * factor[None, None, None] + bias[None, None, None]
 
 

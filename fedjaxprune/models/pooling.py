@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.custom_vjp
@@ -54,3 +55,41 @@ max_pool.defvjp(_forward, _backward)
 def global_average_pool(x: jax.Array) -> jax.Array:
     """Average ``[B, H, W, C]`` over the image: ``[B, C]``."""
     return jnp.mean(x, axis=(1, 2))
+
+
+def max_pool_3(x: jax.Array) -> jax.Array:
+    """Take the maximum of 3×3 windows at stride 2 of ``[B, H, W, C]``, with a border of one.
+
+    The border never wins. Where entries of a window tie, they share the gradient. The image comes
+    out at ``ceil(H / 2) × ceil(W / 2)``.
+    """
+    for axis in (1, 2):
+        size = x.shape[axis]
+        out = -(-size // 2)
+        pads = [(0, 0, 0)] * x.ndim
+        pads[axis] = (1, 2 * out - size, 0)
+        padded = jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), pads)
+        first, second, third = (
+            jax.lax.slice_in_dim(padded, i, i + 2 * out - 1, stride=2, axis=axis) for i in range(3)
+        )
+        x = jnp.maximum(jnp.maximum(first, second), third)
+    return x
+
+
+def adaptive_average_pool(x: jax.Array, *, size: int) -> jax.Array:
+    """Average ``[B, H, W, C]`` over ``size × size`` windows that cover the image: ``[B, n, n, C]``.
+
+    Window `i` runs from ``floor(i H / n)`` to ``ceil((i + 1) H / n)``, as in PyTorch: windows
+    overlap where `n` does not divide the side, and repeat pixels where it exceeds it.
+    """
+    for axis in (1, 2):
+        side = x.shape[axis]
+        if side == size:
+            continue
+        weights = np.zeros((side, size))
+        for i in range(size):
+            start, stop = i * side // size, -(-(i + 1) * side // size)
+            weights[start:stop, i] = 1.0 / (stop - start)
+        x = jax.lax.dot_general(x, jnp.asarray(weights, x.dtype), (((axis,), (0,)), ((), ())))
+        x = jnp.moveaxis(x, -1, axis)
+    return x

@@ -6,7 +6,9 @@ import flax.linen as nn
 import jax
 
 from fedjaxprune.base import Model
-from fedjaxprune.models import adapters, layers, resnet
+from fedjaxprune.models import adapters, layers, resnet, shapes
+
+_WIDE = (64, 128, 256, 512)  # channels of the four stages of the larger ResNets
 
 
 class Mlp(nn.Module):
@@ -70,7 +72,7 @@ def mlp(
     Raises:
       ValueError: if a size is not positive.
     """
-    _check_sizes(num_classes, input_shape=input_shape, hidden_sizes=hidden_sizes)
+    shapes.check_sizes(num_classes, input_shape=input_shape, hidden_sizes=hidden_sizes)
     module = Mlp(hidden_sizes=tuple(hidden_sizes), num_classes=num_classes)
     return adapters.from_linen(module, input_shape=input_shape)
 
@@ -91,8 +93,8 @@ def lenet5(*, input_shape: Sequence[int], num_classes: int) -> Model:
     References:
       LeCun et al., Gradient-based learning applied to document recognition, 1998.
     """
-    _check_sizes(num_classes, input_shape=input_shape)
-    _check_image("lenet5", input_shape, smallest=12)
+    shapes.check_sizes(num_classes, input_shape=input_shape)
+    shapes.check_image("lenet5", input_shape, smallest=12)
     module = SmallCnn(
         channels=(6, 16), paddings=(2, 0), hidden_sizes=(120, 84), num_classes=num_classes
     )
@@ -116,35 +118,66 @@ def cnn(*, input_shape: Sequence[int], num_classes: int) -> Model:
       McMahan et al., `Communication-efficient learning of deep networks from decentralized data
       <https://arxiv.org/abs/1602.05629>`_, 2017.
     """
-    _check_sizes(num_classes, input_shape=input_shape)
-    _check_image("cnn", input_shape, smallest=4)
+    shapes.check_sizes(num_classes, input_shape=input_shape)
+    shapes.check_image("cnn", input_shape, smallest=4)
     module = SmallCnn(
         channels=(32, 64), paddings=(2, 2), hidden_sizes=(512,), num_classes=num_classes
     )
     return adapters.from_linen(module, input_shape=input_shape)
 
 
-def resnet18(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
-    """Make ResNet-18 in its CIFAR form: 3×3 stem without pooling, widths 64 to 512.
+def resnet18(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    stem: resnet.Stem = "cifar",
+) -> Model:
+    """Make ResNet-18, by default in its CIFAR form: 3×3 stem without pooling, widths 64 to 512.
 
     11,220,132 parameters for 100 classes. Shortcuts that change shape are 1×1 convolutions with
     normalisation; their kernels' paths end in ``shortcut/kernel``, for those who exempt them.
     Convolutions start as He's normal by fan-out, the dense layer as in PyTorch.
 
     Args:
-      input_shape: height, width and channels of one example; at least 8×8.
+      input_shape: height, width and channels of one example; at least 8×8, 32×32 with the ImageNet
+        stem.
       num_classes: width of the output.
       norm: ``"batch"`` or ``"group"``.
+      stem: ``"cifar"``, or ``"imagenet"`` for a 7×7 convolution of stride 2 and a max-pooling,
+        which leave a sixteenth of the pixels.
 
     Raises:
-      ValueError: if the examples are no images, or too small, or `norm` is neither.
+      ValueError: if the examples are no images, or too small, or an option is unknown.
 
     References:
       He et al., `Deep residual learning for image recognition
       <https://arxiv.org/abs/1512.03385>`_, 2016.
     """
+    return _resnet("resnet18", input_shape, num_classes, norm, _WIDE, (2, 2, 2, 2), stem=stem)
+
+
+def resnet34(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    stem: resnet.Stem = "cifar",
+) -> Model:
+    """Make ResNet-34: `resnet18` with 3, 4, 6 and 3 blocks, 21 million kernel weights."""
+    return _resnet("resnet34", input_shape, num_classes, norm, _WIDE, (3, 4, 6, 3), stem=stem)
+
+
+def resnet50(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    stem: resnet.Stem = "cifar",
+) -> Model:
+    """Make ResNet-50: `resnet34` with bottlenecks; 23,705,252 parameters for 100 classes."""
     return _resnet(
-        "resnet18", input_shape, num_classes, norm, (64, 128, 256, 512), (2, 2, 2, 2), True
+        "resnet50", input_shape, num_classes, norm, _WIDE, (3, 4, 6, 3), "bottleneck", stem=stem
     )
 
 
@@ -165,7 +198,7 @@ def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm)
       He et al., `Deep residual learning for image recognition
       <https://arxiv.org/abs/1512.03385>`_, 2016.
     """
-    return _resnet("resnet20", input_shape, num_classes, norm, (16, 32, 64), (3, 3, 3), False)
+    return _resnet("resnet20", input_shape, num_classes, norm, (16, 32, 64), (3, 3, 3), "plain")
 
 
 def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
@@ -183,7 +216,7 @@ def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm)
       He et al., `Deep residual learning for image recognition
       <https://arxiv.org/abs/1512.03385>`_, 2016.
     """
-    return _resnet("resnet32", input_shape, num_classes, norm, (16, 32, 64), (5, 5, 5), False)
+    return _resnet("resnet32", input_shape, num_classes, norm, (16, 32, 64), (5, 5, 5), "plain")
 
 
 def _resnet(
@@ -193,38 +226,17 @@ def _resnet(
     norm: resnet.Norm,
     widths: tuple[int, ...],
     depths: tuple[int, ...],
-    projection: bool,
+    block: resnet.BlockKind = "projection",
+    *,
+    stem: resnet.Stem = "cifar",
 ) -> Model:
-    _check_sizes(num_classes, input_shape=input_shape)
-    _check_image(name, input_shape, smallest=2 ** (len(widths) - 1))
-    if norm not in ("batch", "group"):
-        raise ValueError(f'norm must be "batch" or "group", got {norm!r}.')
+    shapes.check_sizes(num_classes, input_shape=input_shape)
+    resnet.check_norm(norm)
+    if stem not in ("cifar", "imagenet"):
+        raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}.')
+    smallest = 32 if stem == "imagenet" else 2 ** (len(widths) - 1)
+    shapes.check_image(name, input_shape, smallest=smallest)
     module = resnet.ResNet(
-        widths=widths,
-        depths=depths,
-        num_classes=num_classes,
-        norm=norm,
-        projection=projection,
+        widths=widths, depths=depths, num_classes=num_classes, norm=norm, block=block, stem=stem
     )
     return adapters.from_linen(module, input_shape=input_shape)
-
-
-def _check_sizes(num_classes: int, **shapes: Sequence[int]) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
-    for name, shape in shapes.items():
-        if any(size < 1 for size in shape):
-            raise ValueError(f"{name} must be positive throughout, got {tuple(shape)}.")
-
-
-def _check_image(name: str, input_shape: Sequence[int], *, smallest: int) -> None:
-    if len(input_shape) != 3:
-        raise ValueError(
-            f"{name} takes images of shape (height, width, channels), got examples of shape "
-            f"{tuple(input_shape)}."
-        )
-    if min(input_shape[:2]) < smallest:
-        raise ValueError(
-            f"{name} takes images of at least {smallest}x{smallest} pixels, got "
-            f"{input_shape[0]}x{input_shape[1]}."
-        )

@@ -1,0 +1,208 @@
+"""The walk through a jaxpr, and which rule a primitive has; one without is noted as unknown."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedjaxprune.channels import contractions, moves, pointwise
+from fedjaxprune.channels import labels as labels_lib
+from fedjaxprune.channels.labels import Book, Label, Value
+
+Rule = Callable[[Book, Any, Sequence[Value]], list[Value]]
+
+_CALLS = frozenset(
+    (
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+        "custom_vmap_call",
+    )
+)
+_RESHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"))
+
+
+def walk(
+    book: Book, jaxpr: Any, consts: Sequence[Value], arguments: Sequence[Value]
+) -> list[Value]:
+    """Pass labels through a jaxpr; writes to `book`."""
+    environment: dict[Any, Value] = {}
+    environment.update(zip(jaxpr.constvars, consts, strict=True))
+    environment.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Value:
+        if hasattr(atom, "val"):
+            return constant(atom.val)
+        return environment[atom]
+
+    for equation in jaxpr.eqns:
+        values = [read(atom) for atom in equation.invars]
+        outputs = [
+            value._replace(labels=tuple(labels_lib.shrink(each) for each in value.labels))
+            for value in _apply(book, equation, values)
+        ]
+        environment.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def constant(array: Any) -> Value:
+    """Describe a constant of the network."""
+    shape = tuple(np.shape(array))
+    if getattr(array, "dtype", None) is not None and not _is_number(array.dtype):
+        return Value(shape)
+    array = np.asarray(array)
+    uniform = array.size > 0 and bool(np.all(array == array.flat[0]))
+    return Value(shape, const=float(array.flat[0]) if uniform else None)
+
+
+def _is_number(dtype: Any) -> bool:
+    try:
+        return np.dtype(dtype).kind in "biuf"
+    except TypeError:  # a key, for instance
+        return False
+
+
+def _apply(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
+    name = equation.primitive.name
+    shapes = [tuple(getattr(var.aval, "shape", ())) for var in equation.outvars]
+    if name in _CALLS:
+        return _call(book, equation, values)
+    rule = _RULES.get(name)
+    if rule is None and name in pointwise.KEEPS_ZERO | pointwise.LOSES_ZERO:
+        return [pointwise.unary(name, value) for value in values]
+    if (
+        rule is None
+        and name in pointwise.SUMS | pointwise.PRODUCTS | pointwise.FIRST | pointwise.COMPARES
+    ):
+        return [pointwise.elementwise(book, name, values, shapes[0])]
+    varies = any(value.varies for value in values)
+    if rule is None or not any(value.labels for value in values):
+        for value in values:
+            labels_lib.give_up(book, value.labels, f"{name} is not understood")
+        if name in _RESHAPES:
+            return [Value(shapes[0], varies=varies, const=values[0].const)]
+        return [
+            Value(shape, varies=varies, sources=labels_lib.sources_of(values)) for shape in shapes
+        ]
+    return rule(book, equation, values)
+
+
+def _call(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
+    for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
+        inner = equation.params.get(key)
+        if inner is not None:
+            return _closed(book, inner, values)
+    raise NotImplementedError(f"{equation.primitive.name} has no jaxpr to walk.")
+
+
+def _closed(book: Book, inner: Any, values: Sequence[Value]) -> list[Value]:
+    if hasattr(inner, "consts"):
+        return walk(book, inner.jaxpr, [constant(const) for const in inner.consts], values)
+    return walk(book, inner, [], values)
+
+
+def _scan(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
+    """Walk the body until what it carries has the labels that it leaves."""
+    params = equation.params
+    # By shapes, since the parameters that count are not the same in every JAX: what is stacked has
+    # an axis more outside than inside, what is carried has not.
+    inner = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+    num_slices = _num_stacked(equation.invars, inner.invars)
+    num_carry = len(equation.outvars) - _num_stacked(equation.outvars, inner.outvars)
+    num_consts = len(values) - num_carry - num_slices
+    consts = list(values[:num_consts])
+    carry = list(values[num_consts : num_consts + num_carry])
+    slices = []
+    for value in values[num_consts + num_carry :]:
+        for label in value.labels:
+            if 0 in labels_lib.varying(label):
+                labels_lib.note(book.fixed, label.ids, "steps of a loop")
+        labels = [x for x in value.labels if 0 not in labels_lib.varying(x)]
+        labels = tuple(Label(*(x[0] for x in each)) for each in labels)
+        slices.append(value._replace(shape=value.shape[1:], labels=labels))
+    starts, outputs = carry, []
+    varies = any(value.varies for value in values)
+    # Labels go in, come back, and bring others about; what is written down on the way is not final.
+    trial = book._replace(leaks=set(), mixes=set(), fixed=set())
+    for page in (trial, trial, trial, book):
+        carry = [value._replace(varies=varies) for value in carry]
+        outputs = _closed(page, params["jaxpr"], [*consts, *carry, *slices])
+        carry = [
+            # A state of zeros to begin with is zero as long as the body leaves it so.
+            end._replace(const=None)
+            if start.const == 0.0
+            else Value(
+                start.shape,
+                tuple(labels_lib.join(page, [start, end], start.shape, needs_all=True)),
+                sources=labels_lib.sources_of([start, end]),
+            )
+            for start, end in zip(starts, outputs[:num_carry], strict=True)
+        ]
+    stacked = []
+    for value, var in zip(outputs[num_carry:], equation.outvars[num_carry:], strict=True):
+        stacked.append(labels_lib.map_labels(value, var.aval.shape, lambda x: x[None]))
+    return [*outputs[:num_carry], *stacked]
+
+
+def _num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(1 for a, b in pairs if len(a.aval.shape) != len(b.aval.shape))
+
+
+def _cond(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
+    which, *arguments = values
+    ends = [_closed(book, branch, arguments) for branch in equation.params["branches"]]
+    return [
+        Value(
+            cases[0].shape,
+            tuple(labels_lib.join(book, cases, cases[0].shape, needs_all=True)),
+            which.varies or any(case.varies for case in cases),
+            sources=labels_lib.sources_of(cases),
+        )
+        for cases in zip(*ends, strict=True)
+    ]
+
+
+_RULES: dict[str, Rule] = {
+    "dot_general": contractions.dot_general,
+    "conv_general_dilated": contractions.conv,
+    "broadcast_in_dim": moves.broadcast,
+    "reshape": moves.reshape,
+    "squeeze": moves.reshape,
+    "expand_dims": moves.reshape,
+    "transpose": moves.reindex(lambda params, x, value: x.transpose(params["permutation"])),
+    "slice": moves.reindex(moves.cut),
+    "rev": moves.reindex(moves.reverse),
+    "tile": moves.reindex(moves.tile),
+    "pad": moves.pad,
+    "concatenate": moves.concatenate,
+    "split": moves.split,
+    "select_n": pointwise.select,
+    "clamp": pointwise.clamp,
+    "gather": contractions.gather,
+    "scan": _scan,
+    "cond": _cond,
+    "reduce_sum": contractions.reduce,
+    "reduce_max": contractions.reduce,
+    "reduce_min": contractions.reduce,
+    "reduce_prod": contractions.reduce,
+    "reduce_and": contractions.reduce,
+    "reduce_or": contractions.reduce,
+    "argmax": contractions.reduce,
+    "argmin": contractions.reduce,
+    "reduce_window_max": contractions.window,
+    "reduce_window_min": contractions.window,
+    "reduce_window_sum": contractions.window,
+    "cumsum": contractions.window,
+    "cumprod": contractions.window,
+    "cummax": contractions.window,
+    "cummin": contractions.window,
+    "sort": contractions.window,
+}

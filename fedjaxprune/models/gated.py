@@ -1,0 +1,325 @@
+"""Networks whose layers choose, for every example, which of their channels it needs.
+
+The gate of a layer looks at the layer's input, averaged over the image, and gives each output
+channel a saliency; the most salient ones are kept and scaled by it, the others are zero for this
+example. So the gradient reaches only what an example kept. How many are kept and how a method reads
+and steers that is the business of `fedjaxprune.gating`.
+
+There is no penalty on the saliencies, as in the public code (and unlike in the paper of the gates).
+
+References:
+  Yu, Nguyen, Anwar and Jannesari, `Adaptive dynamic pruning <https://arxiv.org/abs/2106.06921>`_,
+  2021, and its public code; where that code starts the gates of ResNets at a bias of 0 by accident,
+  they start at 1 here. Gao et al., `Dynamic channel pruning: feature boosting and suppression
+  <https://arxiv.org/abs/1810.05331>`_, 2019, for the gate.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune import gating, metrics
+from fedjaxprune.base import Model
+from fedjaxprune.metrics import Mean
+from fedjaxprune.models import adapters, layers, pooling, resnet, shapes, vgg
+
+Choice = Literal["salient", "random"]
+
+
+class GatedConv(nn.Module):
+    """A convolution, normalisation and a gate: ``norm(conv(x)) * saliency`` on the kept channels.
+
+    Exactly `gating.num_kept` channels are kept for every example; of equal saliencies
+    the lower channel goes first. The choice has no gradient, the saliencies of kept channels have.
+    In training, how many examples kept each channel is sown as ``kept`` (see `gating.kept`).
+
+    Attributes:
+      features: channels of the output.
+      norm: kind of normalisation.
+      stride: of the 3×3 convolution.
+      squash: ``"sigmoid"`` squashes the gate's view of the input, ``"none"`` does not.
+      choice: ``"salient"``, or ``"random"`` for the control that keeps as many channels, drawn
+        anew for every example and scaled all the same.
+      gate_scale: of the gate's kernel at the start, as a multiple of He's normal by fan-in; the
+        gate's bias starts at 1, so that a small one begins close to the network without gates.
+    """
+
+    features: int
+    norm: resnet.Norm
+    stride: int = 1
+    squash: Literal["none", "sigmoid"] = "none"
+    choice: Choice = "salient"
+    gate_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, density: jax.Array, train: bool, mask: jax.Array | None
+    ) -> jax.Array:
+        """Map ``[B, H, W, C]`` to ``[B, H', W', features]``; `density` is ``[]``."""
+        shape = (x.shape[-1], self.features)
+        start = nn.initializers.variance_scaling(2.0 * self.gate_scale**2, "fan_in", "normal")
+        kernel = self.param("gate_kernel", start, shape)
+        bias = self.param("gate_bias", nn.initializers.ones, shape[1:])
+        summary = pooling.global_average_pool(x)
+        if self.squash == "sigmoid":
+            summary = nn.sigmoid(summary)
+        saliency = nn.relu(summary @ kernel + bias[None])
+        scores = jax.lax.stop_gradient(saliency)
+        if self.choice == "random":
+            key = self.make_rng("dropout") if train else jax.random.key(0)
+            scores = _draw(key, jax.lax.stop_gradient(summary), self.features)
+        kept = _rank(scores) < gating.num_kept(density, self.features)
+        counts = jnp.ones(x.shape[:1], jnp.bool_) if mask is None else mask
+        self.sow(
+            "metrics",
+            gating.KEPT,
+            Mean(
+                total=jnp.sum(kept & counts[:, None], axis=0).astype(jnp.float32),
+                weight=jnp.sum(counts).astype(jnp.float32),
+            ),
+            init_fn=metrics.zero,
+            reduce_fn=metrics.merge,
+        )
+        factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))[:, None, None]
+        x = layers.Conv(self.features, 3, self.stride, name="conv")(x)
+        return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor
+
+
+def _rank(scores: jax.Array) -> jax.Array:
+    """Count, for each entry of ``[B, C]``, the entries of its row that go before it: int32.
+
+    The greater goes first, of equals the former. Rows are short: all pairs cost less than a sort.
+    """
+    first, second = scores[:, :, None], scores[:, None, :]
+    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    former = place[None, None, :] < place[None, :, None]
+    return jnp.sum((second > first) | ((second == first) & former), axis=-1, dtype=jnp.int32)
+
+
+def _draw(key: jax.Array, summary: jax.Array, features: int) -> jax.Array:
+    """Draw scores ``[B, features]`` for each example from its own content.
+
+    So that a prediction, which has no key of its own, depends neither on the example's place in the
+    batch nor on its neighbours.
+    """
+    content = jax.lax.bitcast_convert_type(summary.astype(jnp.float32), jnp.uint32)
+    places = jnp.arange(1, summary.shape[-1] + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
+    seeds = jnp.sum(content * places[None], axis=-1, dtype=jnp.uint32)  # modulo 2^32
+
+    def draw(seed):
+        return jax.random.uniform(jax.random.fold_in(key, seed), (features,))
+
+    return jax.vmap(draw)(seeds)
+
+
+class GatedBlock(nn.Module):
+    """Two gated 3×3 convolutions around a shortcut without parameters.
+
+    Attributes:
+      features: channels of the output.
+      stride: of the first convolution.
+      norm: kind of normalisation.
+      choice: as in `GatedConv`.
+      gate_scale: as in `GatedConv`.
+    """
+
+    features: int
+    stride: int
+    norm: resnet.Norm
+    choice: Choice
+    gate_scale: float
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, density: jax.Array, train: bool, mask: jax.Array | None
+    ) -> jax.Array:
+        """Map ``[B, H, W, C]`` to ``[B, H', W', features]``."""
+        shortcut = x
+        if self.stride != 1 or x.shape[-1] != self.features:
+            shortcut = resnet.subsample(x, features=self.features, stride=self.stride)
+        for i, stride in enumerate((self.stride, 1), start=1):
+            conv = GatedConv(
+                self.features,
+                self.norm,
+                stride,
+                "none",
+                self.choice,
+                self.gate_scale,
+                name=f"conv_{i}",
+            )
+            x = conv(x, density, train, mask)
+            x = layers.computed_once(nn.relu(x + shortcut if i == 2 else x))
+        return x
+
+
+class GatedResNet(nn.Module):
+    """He's ResNet for CIFAR with a gate on every convolution of its blocks, but not on the first.
+
+    Attributes:
+      widths: channels of each stage.
+      depth: blocks of each stage.
+      num_classes: width of the output.
+      norm: kind of normalisation.
+      density: fraction of channels kept, to begin with.
+      choice: as in `GatedConv`.
+      gate_scale: as in `GatedConv`.
+    """
+
+    widths: Sequence[int]
+    depth: int
+    num_classes: int
+    norm: resnet.Norm
+    density: float
+    choice: Choice
+    gate_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Map ``[B, H, W, C]`` to logits ``[B, num_classes]``."""
+        density = _density(self, self.density)
+        x = layers.Conv(self.widths[0], 3, name="conv_1")(x)
+        x = layers.computed_once(
+            nn.relu(resnet.NormLayer(self.norm, name="norm_1")(x, train, mask))
+        )
+        for i, width in enumerate(self.widths):
+            for j in range(self.depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                name = f"stage_{i + 1}_block_{j + 1}"
+                block = GatedBlock(
+                    width, stride, self.norm, self.choice, self.gate_scale, name=name
+                )
+                x = block(x, density, train, mask)
+        return layers.Dense(self.num_classes, name="dense_1")(pooling.global_average_pool(x))
+
+
+class GatedVgg(nn.Module):
+    """VGG with a gate on every convolution, the first included.
+
+    Attributes:
+      plan: as in `vgg.Vgg`.
+      head: dense layers at the end.
+      norm: kind of normalisation.
+      density: fraction of channels kept, to begin with.
+      choice: as in `GatedConv`.
+      gate_scale: as in `GatedConv`.
+    """
+
+    plan: Sequence[Sequence[int]]
+    head: vgg.Head
+    norm: resnet.Norm
+    density: float
+    choice: Choice
+    gate_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Map ``[B, H, W, C]`` to logits ``[B, classes]``."""
+        density = _density(self, self.density)
+        number = 0
+        for stage in self.plan:
+            for width in stage:
+                number += 1
+                name = f"conv_{number}"
+                conv = GatedConv(
+                    width, self.norm, 1, "sigmoid", self.choice, self.gate_scale, name=name
+                )
+                x = nn.relu(conv(x, density, train, mask))
+            x = pooling.max_pool(x)
+        return vgg.apply_head(self.head, x, train)
+
+
+def _density(module: nn.Module, density: float) -> jax.Array:
+    """Keep the density in the state."""
+    return module.variable(gating.COLLECTION, "density", lambda: jnp.float32(density)).value
+
+
+def gated_resnet32(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    density: float,
+    choice: Choice = "salient",
+    gate_scale: float = 0.1,
+) -> Model:
+    """Make ResNet-32 with gates on the 30 convolutions of its blocks.
+
+    For 10 classes 461,872 weights of convolutions and the dense layer, 2,272 of normalisation,
+    52,320 of gates. A density of 1 keeps all channels: a squeeze-and-excitation network.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 4×4.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+      density: fraction of channels that each gate keeps (rho), in (0, 1]; a method may change it
+        later, by `gating.with_density`.
+      choice: ``"salient"`` channels, or ``"random"`` ones for a control.
+      gate_scale: of the gates' kernels at the start, as a multiple of He's normal. The public code
+        has 1, with which saliencies and residual stream multiply one another up from block to
+        block: on 8×8 digits the loss starts above ten million and the second step is not a number.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or an option is out of range.
+    """
+    shapes.check_sizes(num_classes, input_shape=input_shape)
+    shapes.check_image("gated_resnet32", input_shape, smallest=4)
+    _check(norm, density, choice, gate_scale)
+    module = GatedResNet(
+        widths=(16, 32, 64),
+        depth=5,
+        num_classes=num_classes,
+        norm=norm,
+        density=density,
+        choice=choice,
+        gate_scale=gate_scale,
+    )
+    return adapters.from_linen(module, input_shape=input_shape)
+
+
+def gated_vgg16(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    density: float,
+    choice: Choice = "salient",
+    hidden_sizes: Sequence[int] = (),
+    dropout: float = 0.5,
+    gate_scale: float = 1.0,
+) -> Model:
+    """Make VGG-16 with normalisation and gates on its 13 convolutions.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 32×32.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+      density: as in `gated_resnet32`.
+      choice: as in `gated_resnet32`.
+      hidden_sizes: as in `vgg.vgg16`; the paper's code has (4096, 4096).
+      dropout: as in `vgg.vgg16`.
+      gate_scale: as in `gated_resnet32`; here the gates see a sigmoid, and the code's 1 is sound.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or an option is out of range.
+    """
+    head = vgg.make_head(
+        "gated_vgg16", input_shape, num_classes, hidden_sizes, pool=1, dropout=dropout
+    )
+    _check(norm, density, choice, gate_scale)
+    module = GatedVgg(
+        plan=vgg.VGG16, head=head, norm=norm, density=density, choice=choice, gate_scale=gate_scale
+    )
+    return adapters.from_linen(module, input_shape=input_shape)
+
+
+def _check(norm: str, density: float, choice: str, gate_scale: float) -> None:
+    resnet.check_norm(norm)
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must lie in (0, 1], got {density}.")
+    if choice not in ("salient", "random"):
+        raise ValueError(f'choice must be "salient" or "random", got {choice!r}.')
+    if not 0.0 < gate_scale < float("inf"):
+        raise ValueError(f"gate_scale must be positive and finite, got {gate_scale}.")

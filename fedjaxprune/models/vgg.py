@@ -1,0 +1,162 @@
+"""VGG networks, with and without normalisation, and with heads from small to the papers'."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from fedjaxprune.base import Model
+from fedjaxprune.models import adapters, layers, pooling, resnet, shapes
+
+VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+Norm = Literal["none", "batch", "group"]
+
+
+class Head(NamedTuple):
+    """Dense layers at the end of a network of images.
+
+    Attributes:
+      pool: side of the image that they see, by adaptive average pooling.
+      hidden_sizes: widths of the hidden layers, each with ReLU and dropout.
+      num_classes: width of the output.
+      dropout: rate after each hidden layer.
+    """
+
+    pool: int
+    hidden_sizes: tuple[int, ...]
+    num_classes: int
+    dropout: float
+
+
+class Vgg(nn.Module):
+    """3×3 convolutions in stages, 2×2 max-pooling after each, and dense layers.
+
+    Convolutions start as He's normal by fan-out. They have a bias only where no normalisation
+    follows, which would cancel it.
+
+    Attributes:
+      plan: channels of the convolutions, by stage.
+      head: dense layers at the end.
+      norm: kind of normalisation, or ``"none"``.
+    """
+
+    plan: Sequence[Sequence[int]]
+    head: Head
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Map ``[B, H, W, C]`` to logits ``[B, classes]``."""
+        number = 0
+        for stage in self.plan:
+            for width in stage:
+                number += 1
+                bias = "channel" if self.norm == "none" else "none"
+                x = layers.Conv(width, 3, bias=bias, name=f"conv_{number}")(x)
+                if self.norm != "none":
+                    x = resnet.NormLayer(self.norm, name=f"norm_{number}")(x, train, mask)
+                x = nn.relu(x)
+            x = pooling.max_pool(x)
+        return apply_head(self.head, x, train)
+
+
+def apply_head(head: Head, x: jax.Array, train: bool) -> jax.Array:
+    """Map images ``[B, H, W, C]`` to logits; to be called inside a module."""
+    x = pooling.adaptive_average_pool(x, size=head.pool)
+    x = x.reshape(x.shape[0], -1)
+    for i, size in enumerate(head.hidden_sizes, start=1):
+        x = nn.relu(layers.Dense(size, name=f"dense_{i}")(x))
+        x = nn.Dropout(head.dropout, deterministic=not train)(x)
+    return layers.Dense(head.num_classes, name=f"dense_{len(head.hidden_sizes) + 1}")(x)
+
+
+def make_head(
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    hidden_sizes: Sequence[int],
+    *,
+    pool: int,
+    dropout: float,
+) -> Head:
+    """Check what a VGG is asked for, and describe its head.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or an option is out of range.
+    """
+    shapes.check_sizes(
+        num_classes, input_shape=input_shape, hidden_sizes=hidden_sizes, pool=(pool,)
+    )
+    shapes.check_image(name, input_shape, smallest=32)
+    shapes.check_rate("dropout", dropout)
+    return Head(
+        pool=pool, hidden_sizes=tuple(hidden_sizes), num_classes=num_classes, dropout=dropout
+    )
+
+
+def vgg11(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: Norm,
+    hidden_sizes: Sequence[int] = (),
+    pool: int = 1,
+    dropout: float = 0.5,
+) -> Model:
+    """Make VGG-11: eight convolutions, 9,217,728 kernel weights, and by default one dense layer.
+
+    The papers' dense layers outweigh their convolutions many times, and sparse convolutions then
+    save little traffic; so the default is none hidden, and theirs are options:
+    ``hidden_sizes=(4096, 4096), pool=7`` is torchvision's, which FedDIP, FedTiny and MPFL take
+    (129,176,036 parameters for 100 classes without normalisation); ``hidden_sizes=(512, 512)`` the
+    dense reference of adaptive dynamic pruning.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 32×32.
+      num_classes: width of the output.
+      norm: ``"none"``, ``"batch"`` or ``"group"``.
+      hidden_sizes: widths of the hidden dense layers.
+      pool: side of the image that the dense layers see.
+      dropout: rate after each hidden layer.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or an option is out of range.
+
+    References:
+      Simonyan and Zisserman, `Very deep convolutional networks
+      <https://arxiv.org/abs/1409.1556>`_, 2015.
+    """
+    return _vgg("vgg11", VGG11, input_shape, num_classes, norm, hidden_sizes, pool, dropout)
+
+
+def vgg16(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: Norm,
+    hidden_sizes: Sequence[int] = (),
+    pool: int = 1,
+    dropout: float = 0.5,
+) -> Model:
+    """Make VGG-16, with 13 convolutions; all else as in `vgg11`."""
+    return _vgg("vgg16", VGG16, input_shape, num_classes, norm, hidden_sizes, pool, dropout)
+
+
+def _vgg(
+    name: str,
+    plan: Sequence[Sequence[int]],
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: Norm,
+    hidden_sizes: Sequence[int],
+    pool: int,
+    dropout: float,
+) -> Model:
+    head = make_head(name, input_shape, num_classes, hidden_sizes, pool=pool, dropout=dropout)
+    if norm not in ("none", "batch", "group"):
+        raise ValueError(f'norm must be "none", "batch" or "group", got {norm!r}.')
+    module = Vgg(plan=plan, head=head, norm=norm)
+    return adapters.from_linen(module, input_shape=input_shape)
