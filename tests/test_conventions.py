@@ -16,10 +16,12 @@ BELOW = {
     "masks": {"base", "trees"},
     "metrics": {"base", "trees"},
     "ranking": {"base", "trees"},
+    "forms": set(),
     "pruning": {"base", "trees", "masks", "metrics", "ranking"},
     "federated": {"base", "trees", "masks", "metrics", "ranking"},
     "data": {"base", "trees"},
-    "models": {"base", "trees", "metrics"},
+    "models": {"base", "trees", "metrics", "forms"},
+    "costs": {"base", "trees", "masks", "metrics", "forms"},
     "algorithms": {"base", "trees", "masks", "metrics", "pruning", "federated"},
 }
 

@@ -1,0 +1,1 @@
+"""What it costs: arithmetic, memory and coverage, counted from the graph and the masks."""
