@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 
 from fedjaxprune import forms, masks, trees
 from fedjaxprune.base import Batch
-from fedjaxprune.costs import flops, formulas
+from fedjaxprune.costs import flop_formulas as formulas
+from fedjaxprune.costs import flops
 from fedjaxprune.models import adapters, zoo
 
 KEY = jax.random.key(0)

@@ -1,1 +1,1 @@
-"""What it costs: arithmetic, memory and coverage, counted from the graph and the masks."""
+"""What a run really costs: bits on the wire, written and counted."""

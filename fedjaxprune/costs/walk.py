@@ -89,6 +89,11 @@ def products(graph: Any, inputs: Sequence[Value], rules: Rules) -> list[Product]
     return found
 
 
+def outputs(graph: Any, inputs: Sequence[Value], rules: Rules) -> list[Value]:
+    """Say what the outputs of a closed jaxpr are; arguments as in `products`."""
+    return _walk(graph, inputs, rules, 1, [], None)
+
+
 def _walk(graph: Any, inputs: Any, rules: Rules, times: int, found: list, live: Any) -> list[Value]:
     """Walk a jaxpr, closed or not; what it finds goes into `found`, the outputs are returned."""
     inner = getattr(graph, "jaxpr", graph)
