@@ -80,19 +80,18 @@ def main():
     print(f"predicted in {time.perf_counter() - begin:.1f} s")
     step = jax.jit(advance, donate_argnums=1).lower(key, jax.eval_shape(make, key), population)
     compiled = step.compile()
-    analysis = compiled.memory_analysis()
+    used = liveness.of_compiled(compiled)
     state = jax.block_until_ready(make(key))
     before = resident("VmRSS")
     forget()
     jax.block_until_ready(compiled(key, state, population))
     grown = resident("VmHWM") - before
     print(
-        f"arguments: predicted {predicted.arguments / MIB:.1f} MiB, "
-        f"XLA {analysis.argument_size_in_bytes / MIB:.1f}"
+        f"arguments: predicted {predicted.arguments / MIB:.1f} MiB, XLA {used.arguments / MIB:.1f}"
     )
     print(
         f"temporaries: predicted {predicted.temporaries / MIB:.1f} MiB, "
-        f"XLA {analysis.temp_size_in_bytes / MIB:.1f}"
+        f"XLA {used.temporaries / MIB:.1f}"
     )
     print(f"peak resident growth in the round: {grown / MIB:.1f} MiB")
 

@@ -47,7 +47,7 @@ def test_coverage_counts_clients_by_weight():
     total = coverage.zero(quadratic.PARAMS)
     for one, num_clients in rounds:
         total = jax.jit(coverage.add)(total, one, jnp.int32(num_clients))
-    expected = sum(n * prunable(one).astype(int) for one, n in rounds)
+    expected = np.sum([n * prunable(one).astype(int) for one, n in rounds], axis=0)
     np.testing.assert_array_equal(prunable(total.counts), expected)
     assert total.num_clients == 8
     report = coverage.report(total, KERNELS)

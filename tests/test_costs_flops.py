@@ -78,6 +78,15 @@ def test_dense_networks_have_the_published_counts(name):
     assert flops.dense(layers).input_gradient == count - layers[0].dense.forward
 
 
+@pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])
+def test_counts_do_not_depend_on_the_back_end(name, monkeypatch):
+    model, image = network(name, 28)
+    here = flops.of_model(model, None, batch_of(2, image))
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert flops.of_model(model, None, batch_of(2, image)) == here
+
+
 def test_resnets_agree_with_the_papers_to_the_digits_they_give():
     for name, millions in (("resnet18", 555.42), ("resnet32", 68.86), ("resnet20", 40.55)):
         assert round(COUNTS[name][1] / 1e6, 2) == millions

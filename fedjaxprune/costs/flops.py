@@ -151,17 +151,20 @@ def reweigh(
       sizes: entries of the parameters, by path.
     """
 
-    def density(paths: tuple[str, ...]) -> Fraction:
-        total = sum(sizes[path] for path in paths)
-        return Fraction(sum(int(kept[path]) for path in paths), max(1, total))
-
     def weigh(layer: Layer) -> Layer:
-        share = Fraction(1)
+        live = total = 1  # a layer is weighed every round: Fractions would be slower
         for paths in layer.weights:
-            share *= density(paths)
-        return layer._replace(sparse=Cost(*(round(count * share) for count in layer.dense)))
+            live *= sum(int(kept[path]) for path in paths)
+            total *= max(1, sum(sizes[path] for path in paths))
+        return layer._replace(sparse=Cost(*(_divide(n * live, total) for n in layer.dense)))
 
     return tuple(weigh(layer) for layer in layers)
+
+
+def _divide(numerator: int, denominator: int) -> int:
+    """Divide to the nearest integer, half to even, exactly."""
+    quotient, rest = divmod(numerator, denominator)
+    return quotient + (2 * rest + quotient % 2 > denominator)
 
 
 def gate_share(inputs: Any, outputs: Any) -> float:

@@ -80,7 +80,15 @@ def used(function: Callable[..., Any], *args: Any) -> ProgramMemory:
 
     Of donated arguments the memory is counted on both sides.
     """
-    compiled = getattr(function, "lower", jax.jit(function).lower)(*args).compile()
+    return of_compiled(getattr(function, "lower", jax.jit(function).lower)(*args).compile())
+
+
+def of_compiled(compiled: jax.stages.Compiled) -> ProgramMemory:
+    """Ask XLA what a compiled program holds.
+
+    Raises:
+      ValueError: if XLA does not tell.
+    """
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise ValueError(f"XLA does not tell the memory of programs on {jax.default_backend()!r}.")
