@@ -113,7 +113,8 @@ def make_line(number: int, **changes: typing.Any) -> record.RoundRecord:
     line = record.RoundRecord(
         stage="train", round=number, train_loss=1.0, test_loss=1.0, test_accuracy=0.5,
         sparsity=0.5, num_kept=10, num_changed=0, uplink_bits=2**40, downlink_bits=2**41,
-        mask_bits=3, statistics_bits=0, num_present=2, num_rejected=1, wall_s=0.5,
+        mask_bits=3, statistics_bits=0, num_present=2, num_rejected=1,
+        modelled_flops={"forward": 2**60}, mean_coverage=0.5, mask_stability=0.75, wall_s=0.5,
     )  # fmt: skip
     return line._replace(**changes)
 
@@ -124,6 +125,9 @@ def test_a_summary_adds_exactly_and_averages_the_last_ten_tests():
     summary = record.summarise(lines)
     assert summary["uplink_bits"] == 20 * 2**40
     assert summary["num_rejected"] == 20
+    assert summary["modelled_flops"] == {"forward": 20 * 2**60}
+    assert summary["mean_coverage"] == 10.0
+    assert summary["mask_stability"] == 0.75
     assert summary["test_accuracy"] == 0.18
     assert summary["test_accuracy_mean_of_last_10"] == pytest.approx(0.135)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import trees
+from fedjaxprune import forms, trees
 from fedjaxprune.base import Masks, Params, State
 from fedjaxprune.channels import labels, rules
 
@@ -94,7 +94,7 @@ def analyse(
       An `Analysis`. A primitive that it does not know is no error: it stands in `leaks` and `mixes`
       of the channels that pass through it.
     """
-    closed = jax.make_jaxpr(predict)(params, state, inputs)
+    closed = jax.make_jaxpr(forms.plain(predict))(params, state, inputs)
     book = labels.new_book()
     param_leaves, state_leaves = jax.tree.leaves(params), jax.tree.leaves(state)
     values = [

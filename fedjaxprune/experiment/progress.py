@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedjaxprune.experiment import costs_record
 from fedjaxprune.experiment.record import RoundRecord
 
 NUM_LINES = 20  # plain lines of a whole run, about
@@ -135,6 +136,7 @@ def table(summary: dict[str, Any], *, target: float | None) -> Table:
         rows["statistics, both ways"] = f"{summary['statistics_bits'] / BITS_PER_MIB:,.2f} MiB"
     if summary["num_rejected"]:
         rows["clients left out (not finite)"] = f"{summary['num_rejected']:,}"
+    rows |= costs_record.rows(summary)
     rows["time"] = f"{summary['wall_s']:,.1f} s"
     grid = Table(show_header=False)
     grid.add_column()

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment import reading
+from fedjaxprune.experiment import costs_record, reading
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import validate
 
@@ -66,6 +66,9 @@ class RoundRecord(NamedTuple):
       statistics_bits: untrained statistics (BatchNorm), both ways together, beside the others.
       num_present: clients that took part.
       num_rejected: of those, clients left out because their message was not finite.
+      modelled_flops: modelled, of the clients' training; see `costs_record.RoundCosts`.
+      mean_coverage: measured; see `costs_record.RoundCosts`.
+      mask_stability: measured; see `costs_record.RoundCosts`.
       wall_s: seconds that the round took, with its test.
     """
 
@@ -83,6 +86,9 @@ class RoundRecord(NamedTuple):
     statistics_bits: int
     num_present: int
     num_rejected: int
+    modelled_flops: dict | None
+    mean_coverage: float
+    mask_stability: float
     wall_s: float
 
 
@@ -292,6 +298,7 @@ def summarise(lines: Sequence[RoundRecord]) -> dict[str, Any]:
         "mask_bits": sum(line.mask_bits for line in lines),
         "statistics_bits": sum(line.statistics_bits for line in lines),
         "num_rejected": sum(line.num_rejected for line in lines),
+        **costs_record.summarise(lines),
         "wall_s": round(math.fsum(line.wall_s for line in lines), 3),
     }
 

@@ -27,7 +27,7 @@ from fedjaxprune.base import (
     RoundMetrics,
     RoundState,
 )
-from fedjaxprune.experiment import checkpoints, evaluation, progress, record
+from fedjaxprune.experiment import checkpoints, costs_record, evaluation, progress, record
 from fedjaxprune.experiment.evaluation import TestSet
 
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
@@ -110,6 +110,15 @@ def train(
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     flags = masks_lib.prunable_leaves(shapes.state.params, parts.prunable)
 
+    profile = costs_record.profile(
+        parts.model,
+        shapes.state.params,
+        parts.test.inputs,
+        preprocess=parts.preprocess,
+        prunable=parts.prunable,
+        warn=report.warn,
+    )
+
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, mesh=parts.mesh)
     try_out = jax.jit(
         lambda state, test: test_fn(algorithm.deployed(state), state.model_state, test)
@@ -121,7 +130,7 @@ def train(
         nonlocal clock
         metrics, tested = jax.device_get((pending.metrics, pending.tested))
         pending = pending._replace(metrics=metrics, tested=tested)
-        line = _line(pending, parts, shapes.state, flags)
+        line = _line(pending, parts, shapes.state, flags, profile)
         before, clock = clock, time.perf_counter()
         line = line._replace(wall_s=round(clock - before, 6))
         record.append(folder, line)
@@ -200,7 +209,11 @@ def _own(leaf: jax.Array) -> jax.Array:
 
 
 def _line(
-    pending: _Pending, parts: Parts, shapes: RoundState, flags: list[bool]
+    pending: _Pending,
+    parts: Parts,
+    shapes: RoundState,
+    flags: list[bool],
+    profile: costs_record.Profile,
 ) -> record.RoundRecord:
     """Turn a round's metrics, read to the host, into a line of the record."""
     metrics, tested = pending.metrics, pending.tested
@@ -226,5 +239,6 @@ def _line(
         statistics_bits=traffic.statistics_bits,
         num_present=int(metrics.num_present),
         num_rejected=int(metrics.num_rejected),
+        **costs_record.of_round(profile, metrics)._asdict(),
         wall_s=0.0,
     )

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fedjaxprune import forms
+from fedjaxprune.models import pooling
+
 _POOL = 2  # pooling windows are 2 × 2
 
 
@@ -43,7 +46,15 @@ def conv_relu_max_pool(
     """
     if block <= 0 or block % _POOL:
         raise ValueError(f"block must be a positive multiple of {_POOL}, got {block}.")
-    return _conv_relu_max_pool(x, kernel, bias, padding, block)
+
+    def plain(x, kernel, bias):
+        pads = [(padding, padding)] * 2
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=layout)
+        return jax.nn.relu(pooling.max_pool(x) + bias[None, None, None])
+
+    output = _conv_relu_max_pool(x, kernel, bias, padding, block)
+    return forms.stands_for(output, plain, x, kernel, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fedjaxprune import forms
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Where the forms of the kernel's gradient change over, as measured on CPU.
 _SOME_WEIGHTS, _SOME_PIXELS = 2048, 64  # per tap, of an image: above, a few images at a time
@@ -94,9 +96,18 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: 
       ``[B, H', W', O]``.
     """
     if kernel.shape[:2] == (1, 1):
-        x = lax.pad(x, jnp.zeros((), x.dtype), _image(padding))[:, :: strides[0], :: strides[1]]
-        return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-    return _conv(x, kernel, strides, padding)
+        pixels = lax.pad(x, jnp.zeros((), x.dtype), _image(padding))
+        pixels = pixels[:, :: strides[0], :: strides[1]]
+        output = lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
+    else:
+        output = _conv(x, kernel, strides, padding)
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
+        dimension_numbers=_LAYOUT,
+    )
+    return forms.stands_for(output, plain, x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -1,0 +1,112 @@
+"""Count the built-in networks' multiply-adds, and set XLA's own count beside them.
+
+python -m benchmarks.flops --models lenet5 cnn resnet20
+"""
+
+import argparse
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import forms, masks, metrics
+from fedjaxprune.base import Batch
+from fedjaxprune.costs import coverage, flops
+from fedjaxprune.experiment import costs_record
+from fedjaxprune.models import zoo
+
+GRAY, COLOUR = (28, 28, 1), (32, 32, 3)
+MODELS = {
+    "lenet5": (GRAY, lambda: zoo.lenet5(input_shape=GRAY, num_classes=10)),
+    "cnn": (GRAY, lambda: zoo.cnn(input_shape=GRAY, num_classes=10)),
+    "resnet20": (COLOUR, lambda: zoo.resnet20(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "resnet32": (COLOUR, lambda: zoo.resnet32(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "resnet18": (COLOUR, lambda: zoo.resnet18(input_shape=COLOUR, num_classes=10, norm="batch")),
+}
+BATCH = 8
+
+
+def overhead(model, params, image, repeats=20):
+    """Time what a run pays for its accounts: once, per round, and for coverage by weight."""
+    begin = time.perf_counter()
+    profile = costs_record.profile(
+        model,
+        params,
+        np.zeros((1, *image), np.uint8),
+        preprocess=lambda key, x: x.astype(jnp.float32),
+        prunable=masks.kernels,
+        warn=print,
+    )
+    once = time.perf_counter() - begin
+    kept = np.array(profile.sizes) // 2
+    reported = types.SimpleNamespace(
+        uplink_kept=np.tile(kept, (20, 1)),
+        downlink_kept=kept,
+        present=np.ones(20, bool),
+        num_changed=0,
+        train={"loss": metrics.Mean(total=np.float32(1), weight=np.float32(6000))},  # pyright: ignore[reportArgumentType]
+    )
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        costs_record.of_round(profile, reported)  # pyright: ignore[reportArgumentType]
+    per_round = (time.perf_counter() - begin) / repeats
+    add = jax.jit(coverage.add, donate_argnums=0)
+    full, three = masks.full(params), jnp.int32(3)
+    covered = jax.block_until_ready(add(coverage.zero(params), full, three))
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        covered = add(covered, full, three)
+    jax.block_until_ready(covered)
+    per_add = (time.perf_counter() - begin) / repeats
+    return (
+        f"{once:.2f} s once, {1e3 * per_round:.2f} ms a round, coverage.add {1e3 * per_add:.1f} ms"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    options = parser.parse_args()
+    print("multiply-adds of one example")
+    print(
+        "| network | forward | input gradient | weight gradient | forward without padding "
+        "| XLA's FLOPs, forward | XLA's FLOPs, step | step as it runs |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.models:
+        image, make = MODELS[name]
+        model = make()
+        params, state = jax.eval_shape(model.init, jax.random.key(0))
+        batch = Batch(
+            inputs=jax.ShapeDtypeStruct((BATCH, *image), jnp.float32),
+            labels=jax.ShapeDtypeStruct((BATCH,), jnp.int32),  # pyright: ignore[reportArgumentType]
+            weights=jax.ShapeDtypeStruct((BATCH,), jnp.float32),  # pyright: ignore[reportArgumentType]
+        )
+
+        def loss(params, state, batch, model=model):
+            return model.loss(params, state, batch, jax.random.key(0))[0]
+
+        layers = flops.of_model(model, None, batch)
+        counts = [f"{count // BATCH:,}" for count in flops.dense(layers)]
+        inside = sum(layer.inside for layer in layers)
+        plain = forms.plain(loss)
+        _, step = flops.executed(jax.grad(plain), params, state, batch)
+        _, fast = flops.executed(jax.grad(loss), params, state, batch)
+        forward_ratio = flops.by_xla(plain, params, state, batch) / (2 * inside)
+        step_ratio = flops.by_xla(jax.grad(plain), params, state, batch) / (2 * step)
+        print(
+            f"| {name} | {' | '.join(counts)} | {inside // BATCH:,} | {forward_ratio:.4f} of ours "
+            f"| {step_ratio:.4f} of ours | {fast / step:.2f} of the plain form's |",
+            flush=True,
+        )
+    for name in options.models:
+        image, make = MODELS[name]
+        model = make()
+        params, _ = jax.eval_shape(model.init, jax.random.key(0))
+        print(f"{name}: accounts take {overhead(model, params, image)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Multiply-adds of any function of parameters, by layer, counted from the graph that is traced.
+
+A multiply-add is one multiplication with the addition of its result: two FLOPs. Only products of
+arrays and convolutions count, as everywhere in the field: no normalisation, activation, pooling or
+loss. A convolution counts every output with every tap of its kernel, those that fall on padding
+too, which is how published numbers count; `inside` leaves those out, as XLA does.
+
+For each product the gradient of either operand takes the same number of multiply-adds again. One
+that a gradient needs for a weight is the layer's weight gradient; one for an activation is its
+input gradient, and is not needed where nothing trained lies before it (the first layer).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import trees
+from fedjaxprune.base import Batch, Masks, Model
+from fedjaxprune.costs import support, walk
+
+FLOPS_PER_MULTIPLY_ADD = 2
+BETWEEN = "(between activations)"  # the layer of a product without weights
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of one pass over what was fed in.
+
+    Attributes:
+      forward: of the function itself.
+      input_gradient: of the gradients with respect to activations.
+      weight_gradient: of the gradients with respect to weights.
+    """
+
+    forward: int
+    input_gradient: int
+    weight_gradient: int
+
+
+class Layer(NamedTuple):
+    """All products with the same weights.
+
+    Attributes:
+      path: of the parameter; ``a + b`` for a weight made of two, ``a x b`` for a product of two
+        weights, `BETWEEN` for a product of activations.
+      weights: paths of the parameters, for each operand that is a weight.
+      dense: as if nothing were pruned.
+      sparse: with every multiply-add left out that masks (or gates) make needless.
+      inside: dense forward multiply-adds that meet no padding.
+    """
+
+    path: str
+    weights: tuple[tuple[str, ...], ...]
+    dense: Cost
+    sparse: Cost
+    inside: int
+
+
+def of_function(
+    function: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    masks: Masks | None = None,
+    gates: Mapping[str, float] | None = None,
+    while_trips: int | None = None,
+) -> tuple[Layer, ...]:
+    """Count the multiply-adds of ``function(params, *args)``, forward and both gradients, by layer.
+
+    Nothing is computed: the function is traced and its graph walked, loops by their number of
+    steps, the branches of a condition by the most expensive one, products that no output needs not
+    at all, and the plain form in the place of a fast one (`forms.stands_for`). A mask is followed
+    through whatever moves, scales or joins entries; an entry counts unless it is surely zero.
+
+    Args:
+      function: any function that JAX can trace; the gradient is meant with respect to `params`.
+      params: tree of arrays or of their shapes; leaves that are neither (an Equinox module's
+        functions) are passed on as they are.
+      *args: trees of arrays or of their shapes: examples, state, keys.
+      masks: what is kept, matched to `params` by path: bool arrays, or for each leaf the share of
+        it that is kept, as a number; leaves that are missing are dense.
+      gates: by a layer's path, the share of its multiply-adds that its gates let through, measured
+        as the mean over examples of (live inputs) times (live outputs), see `gate_share`.
+      while_trips: how often a loop runs whose number of steps the graph does not tell.
+
+    Returns:
+      The layers, in the order of their first product; counts are of all examples in `args`.
+
+    Raises:
+      ValueError: if the graph does not tell what is computed, or `masks` or `gates` do not fit.
+    """
+    graph, inputs = _trace(function, params, args, masks)
+    found = walk.products(graph, inputs, walk.Rules(while_trips=while_trips, plain=True))
+    return _by_layer(found, {} if gates is None else gates)
+
+
+def of_model(
+    model: Model,
+    masks: Masks | None,
+    example: Any,
+    *,
+    gates: Mapping[str, float] | None = None,
+    while_trips: int | None = None,
+) -> tuple[Layer, ...]:
+    """Count the multiply-adds of a model on an example, as `of_function` does.
+
+    Args:
+      model: any `Model`.
+      masks: as in `of_function`; None for the dense network.
+      example: inputs ``[B, ...]``, arrays or shapes, for the network in inference; or a `Batch`,
+        for the loss in training.
+      gates: as in `of_function`.
+      while_trips: as in `of_function`.
+    """
+    key = jax.random.key(0)
+    params, state = jax.eval_shape(model.init, key)
+    if isinstance(example, Batch):
+        function, args = _scalar_loss(model), (state, example, key)
+    else:
+        function, args = model.predict, (state, example)
+    return of_function(function, params, *args, masks=masks, gates=gates, while_trips=while_trips)
+
+
+def _scalar_loss(model: Model) -> Callable[..., Any]:
+    return lambda params, state, batch, key: model.loss(params, state, batch, key)[0]
+
+
+def dense(layers: Sequence[Layer]) -> Cost:
+    """Add up the layers as if nothing were pruned."""
+    return _sum([layer.dense for layer in layers])
+
+
+def sparse(layers: Sequence[Layer]) -> Cost:
+    """Add up what masks and gates leave over."""
+    return _sum([layer.sparse for layer in layers])
+
+
+def reweigh(
+    layers: Sequence[Layer], kept: Mapping[str, int], sizes: Mapping[str, int]
+) -> tuple[Layer, ...]:
+    """Put other masks on counted layers, by counts alone: a few operations on the host.
+
+    It is exact where a layer's weight is one whole parameter. Of a weight joined from several, or a
+    slice of one, it takes the mean density; gates are forgotten.
+
+    Args:
+      layers: as `of_function` counted them.
+      kept: live entries of the parameters, by path.
+      sizes: entries of the parameters, by path.
+    """
+
+    def weigh(layer: Layer) -> Layer:
+        live = total = 1  # a layer is weighed every round: Fractions would be slower
+        for paths in layer.weights:
+            live *= sum(int(kept[path]) for path in paths)
+            total *= max(1, sum(sizes[path] for path in paths))
+        return layer._replace(sparse=Cost(*(_divide(n * live, total) for n in layer.dense)))
+
+    return tuple(weigh(layer) for layer in layers)
+
+
+def _divide(numerator: int, denominator: int) -> int:
+    """Divide to the nearest integer, half to even, exactly."""
+    quotient, rest = divmod(numerator, denominator)
+    return quotient + (2 * rest + quotient % 2 > denominator)
+
+
+def gate_share(inputs: Any, outputs: Any) -> float:
+    """Turn measured gates into the share of multiply-adds that they let through.
+
+    The mean over examples of (share of live input channels) times (share of live output channels):
+    the mean of the products, as both depend on the example.
+
+    Args:
+      inputs: ``[B, C]``, nonzero where a channel of the layer's input is live.
+      outputs: ``[B, O]``, the same of its output.
+    """
+    live_in = np.mean(np.asarray(inputs) != 0, axis=1)
+    live_out = np.mean(np.asarray(outputs) != 0, axis=1)
+    return float(np.mean(live_in * live_out))
+
+
+def executed(function: Callable[..., Any], *args: Any, while_trips: int | None = None) -> Any:
+    """Count the multiply-adds that the graph of ``function(*args)`` really executes.
+
+    Fast forms count with all the arithmetic that they do, and whatever the graph computes twice
+    counts twice. Hand over the gradient to see a training step.
+
+    Returns:
+      ``(multiply_adds, inside)``: with taps on padding, and without.
+    """
+    graph, inputs = _trace(lambda _, *args: function(*args), (), args, None)
+    found = walk.products(graph, inputs, walk.Rules(while_trips=while_trips, plain=False))
+    return walk.total(found), sum(product.inside * product.times for product in found)
+
+
+def by_xla(function: Callable[..., Any], *args: Any) -> float:
+    """Compile ``function(*args)`` and ask XLA for its FLOPs, everything included.
+
+    XLA counts taps on padding out, elementwise operations in, and the body of a loop once.
+    """
+    analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+    return float((analysis or {}).get("flops", float("nan")))
+
+
+def table(layers: Sequence[Layer]) -> str:
+    """Lay out the layers as a Markdown table, in multiply-adds."""
+    rows = [
+        "| layer | forward | input gradient | weight gradient | density | sparse forward |",
+        "|---|---|---|---|---|---|",
+    ]
+    whole = Layer("all", (), dense(layers), sparse(layers), 0)
+    for layer in (*layers, whole):
+        counts = " | ".join(f"{count:,}" for count in layer.dense)
+        share = layer.sparse.forward / layer.dense.forward if layer.dense.forward else 0.0
+        rows.append(f"| {layer.path} | {counts} | {share:.4f} | {layer.sparse.forward:,} |")
+    return "\n".join(rows)
+
+
+def _trace(function: Any, params: Any, args: Any, masks: Any) -> tuple[Any, list[walk.Value]]:
+    """Trace a function of whatever leaves are arrays, and say what its inputs are."""
+    leaves, structure = jax.tree.flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    paths = [trees.paths(params)[i] for i in places]
+    arg_leaves, arg_structure = jax.tree.flatten(args)
+    arg_places = [i for i, leaf in enumerate(arg_leaves) if _is_array(leaf)]
+
+    def flat(arrays: Sequence[Any], others: Sequence[Any]) -> Any:
+        full, full_args = list(leaves), list(arg_leaves)
+        for place, array in zip(places, arrays, strict=True):
+            full[place] = array
+        for place, array in zip(arg_places, others, strict=True):
+            full_args[place] = array
+        return jax.tree.leaves(
+            function(
+                jax.tree.unflatten(structure, full), *jax.tree.unflatten(arg_structure, full_args)
+            )
+        )
+
+    arrays = [_shape(leaves[i]) for i in places]
+    others = [_shape(arg_leaves[i]) for i in arg_places]
+    graph = jax.make_jaxpr(flat)(arrays, others)
+    supports = _supports(masks, paths, arrays)
+    inputs = [
+        walk.Value(
+            params=(path,),
+            is_fed=False,
+            is_active=bool(jnp.issubdtype(leaf.dtype, jnp.inexact)),
+            support=kept,
+        )
+        for path, leaf, kept in zip(paths, arrays, supports, strict=True)
+    ]
+    keys = (jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in others)
+    inputs += [walk.CONSTANT if is_key else walk.FED for is_key in keys]  # noise is no data
+    return graph, inputs
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _supports(masks: Any, paths: list[str], leaves: list[Any]) -> list[support.Support]:
+    """Match masks to parameters by path."""
+    given = dict(zip(trees.paths(masks), jax.tree.leaves(masks), strict=True))
+    unknown = sorted(set(given) - set(paths))
+    if unknown:
+        raise ValueError(
+            f"there are masks for {', '.join(unknown)}, but the parameters are {', '.join(paths)}."
+        )
+
+    def one(path: str, leaf: Any) -> support.Support:
+        mask = given.get(path)
+        if mask is None:
+            return support.DENSE
+        if _is_array(mask) and mask.dtype == jnp.bool_ and mask.shape == leaf.shape:
+            return np.asarray(mask)
+        if np.ndim(mask) == 0 and 0 <= mask <= 1:
+            return Fraction(mask) if isinstance(mask, (int, Fraction)) else Fraction(float(mask))
+        raise ValueError(
+            f"the mask of {path!r} must be bool {tuple(leaf.shape)} or a share in [0, 1], got "
+            f"{mask if np.ndim(mask) == 0 else f'{mask.dtype} {tuple(mask.shape)}'}."
+        )
+
+    return [one(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def _by_layer(found: Sequence[walk.Product], gates: Mapping[str, float]) -> tuple[Layer, ...]:
+    """Gather products by their weights; rounding comes last."""
+    sums: dict[str, tuple[Any, list[int], list[Fraction], list[int]]] = {}
+    for product in found:
+        weights = tuple(value.params for value in product.operands if value.params)
+        path = " x ".join(" + ".join(paths) for paths in weights) or BETWEEN
+        _, counts, live, inside = sums.setdefault(path, (weights, [0] * 3, [Fraction(0)] * 3, [0]))
+        size = product.multiply_adds * product.times
+        new = [size, 0, 0]
+        for value in product.operands:
+            if value.is_active:
+                new[2 if value.params else 1] += size
+        share = walk.share(product) * _gate(path, gates)
+        for i, count in enumerate(new):
+            counts[i] += count
+            live[i] += count * share
+        inside[0] += product.inside * product.times
+    unknown = sorted(set(gates) - set(sums))
+    if unknown:
+        raise ValueError(
+            f"there are gates for {', '.join(unknown)}, but the layers are {', '.join(sums)}."
+        )
+    return tuple(
+        Layer(
+            path=path,
+            weights=weights,
+            dense=Cost(*counts),
+            sparse=Cost(*map(round, live)),
+            inside=inside[0],
+        )
+        for path, (weights, counts, live, inside) in sums.items()
+    )
+
+
+def _gate(path: str, gates: Mapping[str, float]) -> Fraction:
+    share = gates.get(path, 1)
+    if not 0 <= share <= 1:
+        raise ValueError(f"the gate of {path!r} must be a share in [0, 1], got {share}.")
+    return Fraction(share)
+
+
+def _sum(costs: Sequence[Cost]) -> Cost:
+    return Cost(*(sum(column) for column in zip(*costs, strict=True))) if costs else Cost(0, 0, 0)

@@ -1,0 +1,148 @@
+"""What a run's rounds cost in arithmetic, and who trained what: figures for the record.
+
+The network is counted once, before the first round; a round's figures are a few sums over its
+layers on the host.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.base import Model, Params, PrunableFn, RoundMetrics
+from fedjaxprune.costs import flops
+
+PARTS = flops.Cost._fields  # forward, input_gradient, weight_gradient
+
+
+class RoundCosts(NamedTuple):
+    """Figures of one round, as fields of the record.
+
+    Attributes:
+      modelled_flops: two per multiply-add of the clients' training, all together, by pass:
+        `forward`, `input_gradient` and `weight_gradient` under the masks, and the same with
+        ``dense_`` before it as if nothing were pruned; None if the network cannot be counted.
+      mean_coverage: measured: how many clients trained a prunable weight, on average.
+      mask_stability: measured: share of the prunable mask bits that the round left as they were.
+    """
+
+    modelled_flops: dict[str, int] | None
+    mean_coverage: float
+    mask_stability: float
+
+
+class Profile(NamedTuple):
+    """What is known of the network before the run.
+
+    Attributes:
+      layers: multiply-adds of one example, by layer; None if it cannot be counted.
+      paths: of the parameters.
+      sizes: of the parameters.
+      flags: which of them are prunable.
+    """
+
+    layers: tuple[flops.Layer, ...] | None
+    paths: Sequence[str]
+    sizes: Sequence[int]
+    flags: Sequence[bool]
+
+
+def profile(
+    model: Model,
+    params: Params,
+    inputs: Any,
+    *,
+    preprocess: Callable[..., Any],
+    prunable: PrunableFn,
+    warn: Callable[[str], None],
+) -> Profile:
+    """Count a network once.
+
+    Args:
+      model: the network.
+      params: its parameters, or their shapes.
+      inputs: ``[E, ...]`` as stored; one of them is the example.
+      preprocess: ``(key, inputs) -> inputs`` of tests.
+      prunable: what coverage and stability are reported of.
+      warn: is told if the network cannot be counted.
+    """
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), inputs)
+    example = jax.eval_shape(preprocess, jax.random.key(0), one)
+    try:
+        layers = flops.of_model(model, None, example)
+    except ValueError as error:
+        warn(f"the network's multiply-adds are not in the record: {error}")
+        layers = None
+    return Profile(
+        layers=layers,
+        paths=trees.paths(params),
+        sizes=trees.sizes(params),
+        flags=masks_lib.prunable_leaves(params, prunable),
+    )
+
+
+def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
+    """Make a round's figures from its metrics, read to the host.
+
+    FLOPs are of the examples that count (no filling) of the clients that were heard, under the
+    masks that the round began with; under personal masks, if those leave fewer weights.
+    """
+    flags = np.asarray(profile.flags, bool)
+    sizes = np.asarray(profile.sizes, np.int64)
+    num_prunable = max(1, int(sizes[flags].sum()))
+    trained = np.asarray(metrics.uplink_kept, np.int64)[np.asarray(metrics.present)]
+    kept = np.asarray(metrics.downlink_kept, np.int64)
+    if len(trained):
+        kept = np.minimum(kept, np.round(trained.mean(axis=0)).astype(np.int64))
+    return RoundCosts(
+        modelled_flops=_flops(profile, kept, float(metrics.train["loss"].weight)),
+        mean_coverage=int(trained[:, flags].sum()) / num_prunable,
+        mask_stability=1.0 - int(metrics.num_changed) / num_prunable,
+    )
+
+
+def _flops(profile: Profile, kept: np.ndarray, num_examples: float) -> dict[str, int] | None:
+    if profile.layers is None:
+        return None
+    by_path = dict(zip(profile.paths, map(int, kept), strict=True))
+    layers = flops.reweigh(
+        profile.layers, by_path, dict(zip(profile.paths, profile.sizes, strict=True))
+    )
+    scale = flops.FLOPS_PER_MULTIPLY_ADD * (round(num_examples) if num_examples > 0 else 0)
+    sparse = {part: scale * count for part, count in flops.sparse(layers)._asdict().items()}
+    dense = {f"dense_{p}": scale * count for p, count in flops.dense(layers)._asdict().items()}
+    return sparse | dense
+
+
+def summarise(lines: Sequence[Any]) -> dict[str, Any]:
+    """Sum up the figures of a record's lines, as fields of the summary.
+
+    `modelled_flops` and `mean_coverage` are totals over the rounds (so the latter is how many
+    clients trained a prunable weight, on average, in the whole run), `mask_stability` is the mean.
+    """
+    flops_of_rounds = [line.modelled_flops for line in lines]
+    total = None
+    if all(entry is not None for entry in flops_of_rounds):
+        names = flops_of_rounds[0] if flops_of_rounds else {}
+        total = {name: sum(entry[name] for entry in flops_of_rounds) for name in names}
+    return {
+        "modelled_flops": total,
+        "mean_coverage": math.fsum(line.mean_coverage for line in lines),
+        "mask_stability": math.fsum(line.mask_stability for line in lines) / len(lines),
+    }
+
+
+def rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Make the lines of the table at the end of a run."""
+    modelled = summary["modelled_flops"]
+    shown = {"clients that trained a weight, mean": f"{summary['mean_coverage']:,.1f}"}
+    if modelled:
+        sparse = sum(modelled[part] for part in PARTS)
+        dense = sum(modelled[f"dense_{part}"] for part in PARTS)
+        share = f" ({100 * sparse / dense:.1f}% of dense)" if dense else ""
+        shown["training FLOPs under masks, modelled"] = f"{sparse:.3g}{share}"
+    return shown

@@ -1,0 +1,104 @@
+"""What a round costs, in the record: by hand, for a network and masks of known size."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjaxprune import masks, metrics, trees
+from fedjaxprune.base import Model
+from fedjaxprune.experiment import costs_record
+from fedjaxprune.models import zoo
+
+MODEL = zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(6,))
+PARAMS, _ = jax.eval_shape(MODEL.init, jax.random.key(0))
+SIZES = trees.sizes(PARAMS)  # biases and kernels in turn: 6, 24, 2, 12
+
+
+def profile(model=MODEL, warn=print):
+    return costs_record.profile(
+        model,
+        PARAMS,
+        np.zeros((9, 4), np.uint8),
+        preprocess=lambda key, x: x.astype(jnp.float32),
+        prunable=masks.kernels,
+        warn=warn,
+    )
+
+
+def a_round(kept, rows, present, num_examples, num_changed=0):
+    """Make what a round reports, as far as costs need it."""
+    loss = metrics.Mean(total=jnp.float32(1.0), weight=jnp.float32(num_examples))
+    made = types.SimpleNamespace(
+        downlink_kept=np.array(kept),
+        uplink_kept=np.array(rows),
+        present=np.array(present),
+        num_changed=np.int32(num_changed),
+        train={"loss": loss},
+    )
+    return made
+
+
+def test_a_round_is_charged_for_its_examples_under_its_masks():
+    kept = [6, 12, 2, 4]
+    made = a_round(kept, [kept, kept, SIZES], [True, True, False], 50, num_changed=9)
+    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modelled_flops == {
+        "forward": 2 * 50 * (12 + 4),
+        "input_gradient": 2 * 50 * 4,
+        "weight_gradient": 2 * 50 * (12 + 4),
+        "dense_forward": 2 * 50 * 36,
+        "dense_input_gradient": 2 * 50 * 12,
+        "dense_weight_gradient": 2 * 50 * 36,
+    }
+    assert costs.mean_coverage == 2 * (12 + 4) / 36
+    assert costs.mask_stability == 1 - 9 / 36
+
+
+def test_personal_masks_that_leave_less_are_cheaper():
+    rows = [[6, 12, 2, 2], [6, 6, 2, 4]]
+    made = a_round([6, 24, 2, 12], rows, [True, True], 10)
+    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modelled_flops is not None
+    assert costs.modelled_flops["forward"] == 2 * 10 * (9 + 3)
+    assert costs.mean_coverage == (14 + 10) / 36
+
+
+def test_a_round_that_nobody_took_part_in_costs_nothing():
+    made = a_round(SIZES, [SIZES], [False], 0)
+    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modelled_flops is not None
+    assert set(costs.modelled_flops.values()) == {0}
+    assert costs.mean_coverage == 0.0
+
+
+def test_a_network_that_cannot_be_counted_is_told_of_and_left_out():
+    def predict(params, state, inputs):
+        def halve(x):
+            return 0.5 * (x @ jnp.eye(4))
+
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, halve, inputs)
+
+    said = []
+    found = profile(Model(init=MODEL.init, loss=MODEL.loss, predict=predict), said.append)
+    assert len(said) == 1
+    assert "while_trips" in said[0]
+    made = a_round(SIZES, [SIZES], [True], 5)
+    costs = costs_record.of_round(found, made)  # pyright: ignore[reportArgumentType]
+    assert costs.modelled_flops is None
+    summary = costs_record.summarise([costs, costs])
+    assert summary == {"modelled_flops": None, "mean_coverage": 2.0, "mask_stability": 1.0}
+    assert list(costs_record.rows(summary)) == ["clients that trained a weight, mean"]
+
+
+def test_a_summary_adds_up_and_the_table_says_modelled():
+    kept = [6, 12, 2, 6]
+    made = a_round(kept, [kept], [True], 10)
+    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    summary = costs_record.summarise([costs] * 3)
+    assert summary["modelled_flops"]["forward"] == 3 * 2 * 10 * 18
+    assert summary["mean_coverage"] == pytest.approx(1.5)
+    shown = costs_record.rows(summary)["training FLOPs under masks, modelled"]
+    assert shown == "2.52e+03 (50.0% of dense)"
