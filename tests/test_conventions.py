@@ -18,6 +18,7 @@ BELOW = {
     "ranking": {"base", "trees"},
     "pruning": {"base", "trees", "masks", "metrics", "ranking"},
     "federated": {"base", "trees", "masks", "metrics", "ranking"},
+    "costs": {"base", "trees", "masks"},
     "data": {"base", "trees"},
     "models": {"base", "trees", "metrics"},
     "algorithms": {"base", "trees", "masks", "metrics", "pruning", "federated"},

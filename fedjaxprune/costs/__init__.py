@@ -1,0 +1,1 @@
+"""What a run really costs: bits on the wire, written and counted."""
