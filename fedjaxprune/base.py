@@ -5,8 +5,8 @@ Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of the whole p
 transformation); a tuple of arrays is state or data. No component keeps anything mutable.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -150,6 +150,23 @@ class Client(NamedTuple):
     update: Callable[[Key, Broadcast, State, ClientData], tuple[Message, State]]
 
 
+class Payload(NamedTuple):
+    """What an uplink sends of one leaf, in counts; from it the ledger knows the message's length.
+
+    Attributes:
+      num_values: entries that are sent.
+      positions: how the receiver knows which: they are all that may travel (`known`), they follow
+        from the message's seed (`seed`), or their positions are `sent`.
+      level_bits: bits of a quantised value; 0 for values as they are.
+      num_scales: float32 numbers that say what the levels mean.
+    """
+
+    num_values: int
+    positions: Literal["known", "seed", "sent"] = "known"
+    level_bits: int = 0
+    num_scales: int = 0
+
+
 class Uplink(NamedTuple):
     """What a delta looks like after the wire.
 
@@ -157,13 +174,13 @@ class Uplink(NamedTuple):
       init: ``params -> state`` of one client.
       update: ``(key, delta, state, masks) -> (delta, state)``; `masks` marks the entries that may
         travel, the others are zero and the receiver knows it.
-      num_bits: ``(kept, sizes) -> int`` on the host, in Python integers: bits that one client sends
-        when `kept` of the `sizes` entries of each leaf travel.
+      payload: ``num_kept -> Payload`` on the host, in Python integers: what one client sends of a
+        leaf of which `num_kept` entries may travel.
     """
 
     init: Callable[[Params], State]
     update: Callable[[Key, Delta, State, Masks], tuple[Delta, State]]
-    num_bits: Callable[[Sequence[int], Sequence[int]], int]
+    payload: Callable[[int], Payload]
 
 
 class Aggregator(NamedTuple):
@@ -225,7 +242,8 @@ class Cohort(NamedTuple):
 
     Attributes:
       client_ids: ``[C]`` int32, distinct where present.
-      present: ``[C]`` bool; False for a client that dropped out (or for filling).
+      present: ``[C]`` bool; False for a client that dropped out after it had received the
+        broadcast, and for filling, which is told by an id below 0 or one that another slot has.
       states: tree of ``[C, ...]``, the clients' own rows.
     """
 
@@ -271,6 +289,32 @@ class ClientRow(NamedTuple):
     mask_version: jax.Array
 
 
+class Sent(NamedTuple):
+    """What a round's messages were, as far as their length depends on it.
+
+    Attributes:
+      round: ``[]`` int32, the round's index.
+      client_ids: ``[C]`` int32.
+      stale: ``[C]`` bool, clients that held other masks than those in force.
+      packed_masks: tuple of ``[ceil(size / 8)]`` uint8, the masks in force of the prunable leaves
+        as `masks.pack` gives them, anything where nobody was stale; () where nothing is pruned.
+      personal_kept: ``[C, L]`` int32, live entries of the personal masks; () where there are none.
+      fields: ``[C]`` bool by field of the messages: whether it travelled. A field that may stay
+        away in some rounds (dense gradients) travels where any of it is not zero.
+      like: by field of the messages, its tree with leaves ``[0, ...]``: their shapes and types.
+      reports: by name, ``[C, ...]`` that the simulator was told and that does not travel.
+    """
+
+    round: jax.Array
+    client_ids: jax.Array
+    stale: jax.Array
+    packed_masks: Any
+    personal_kept: Any
+    fields: Mapping[str, jax.Array]
+    like: Mapping[str, Any]
+    reports: Mapping[str, Any]
+
+
 class RoundMetrics(NamedTuple):
     """What a human wants to know of a round; counts are of elements, never of bits.
 
@@ -286,6 +330,7 @@ class RoundMetrics(NamedTuple):
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
       num_masks_sent: ``[]`` int32, clients that had to be sent the masks in force.
       num_personal_masks: ``[]`` int32, clients that sent masks of their own.
+      sent: what else the ledger needs.
     """
 
     train: Metrics
@@ -298,6 +343,7 @@ class RoundMetrics(NamedTuple):
     num_rejected: jax.Array
     num_masks_sent: jax.Array
     num_personal_masks: jax.Array
+    sent: Sent
 
 
 class Stage(NamedTuple):
@@ -336,17 +382,65 @@ class Algorithm(NamedTuple):
     num_bits: Callable[[RoundMetrics, RoundState], "Traffic"]
 
 
-class Traffic(NamedTuple):
-    """Bits that one round put on the wire, all clients together.
+class LinkBits(NamedTuple):
+    """Bits in one direction, by kind; together they are the messages' length.
 
     Attributes:
-      uplink_bits: values sent by the clients, with the positions that the receiver cannot know.
-      downlink_bits: values sent by the server.
-      mask_bits: masks sent by the server, one bit per prunable weight.
-      statistics_bits: what is not trained (BatchNorm statistics), both ways together.
+      values: weights, deltas, gradients, quantised or not, with their scales.
+      positions: which weights they are, where the receiver cannot know; seeds.
+      masks: masks.
+      statistics: what is not trained (BatchNorm statistics).
+      framing: names, shapes, checksums, and the client's number of examples.
+    """
+
+    values: int
+    positions: int
+    masks: int
+    statistics: int
+    framing: int
+
+
+class ClientBits(NamedTuple):
+    """What each of some clients sent and received in a round.
+
+    Attributes:
+      uplink_bits: sent by each.
+      downlink_bits: received by each.
+      client_ids: whom it is about, ascending.
     """
 
     uplink_bits: int
     downlink_bits: int
-    mask_bits: int
-    statistics_bits: int
+    client_ids: tuple[int, ...]
+
+
+class ModelledBits(NamedTuple):
+    """What a published formula charges for a round, all clients together.
+
+    Attributes:
+      uplink: from the clients.
+      downlink: to the clients.
+    """
+
+    uplink: int
+    downlink: int
+
+
+class Traffic(NamedTuple):
+    """Bits of one round, in Python integers.
+
+    Attributes:
+      uplink_bits: length of all messages from the clients.
+      downlink_bits: length of all messages to the clients, those that dropped out afterwards too.
+      uplink: `uplink_bits` by kind.
+      downlink: `downlink_bits` by kind.
+      clients: the same by client; clients with the same bits share an entry.
+      modelled: by name, what published formulas charge instead.
+    """
+
+    uplink_bits: int
+    downlink_bits: int
+    uplink: LinkBits
+    downlink: LinkBits
+    clients: tuple[ClientBits, ...]
+    modelled: Mapping[str, ModelledBits]

@@ -21,7 +21,7 @@ BELOW = {
     "costs": {"base", "trees", "masks"},
     "data": {"base", "trees"},
     "models": {"base", "trees", "metrics"},
-    "algorithms": {"base", "trees", "masks", "metrics", "pruning", "federated"},
+    "algorithms": {"base", "trees", "masks", "metrics", "pruning", "federated", "costs"},
 }
 
 

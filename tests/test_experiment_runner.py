@@ -18,10 +18,12 @@ from fedjaxprune.algorithms import simulation
 from fedjaxprune.base import (
     Algorithm,
     ClientRow,
+    LinkBits,
     Model,
     Population,
     RoundMetrics,
     RoundState,
+    Sent,
     Stage,
     Traffic,
 )
@@ -117,13 +119,25 @@ def pull() -> Algorithm:
                 num_rejected=jnp.int32(0),
                 num_personal_masks=jnp.int32(0),
                 num_masks_sent=num_present,
+                sent=Sent(
+                    round=state.round,
+                    client_ids=cohort.client_ids,
+                    stale=cohort.present,
+                    packed_masks=(),
+                    personal_kept=(),
+                    fields={},
+                    like={},
+                    reports={},
+                ),
             ),
         )
 
     def num_bits(metrics, state):
         del state
         bits = 32 * int(metrics.num_present) * int(metrics.kept[0])
-        return Traffic(uplink_bits=bits, downlink_bits=bits, mask_bits=7, statistics_bits=0)
+        uplink = LinkBits(values=bits, positions=0, masks=0, statistics=0, framing=0)
+        downlink = uplink._replace(masks=7)
+        return Traffic(sum(uplink), sum(downlink), uplink, downlink, clients=(), modelled={})
 
     return Algorithm(
         init=init,
