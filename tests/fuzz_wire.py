@@ -1,6 +1,6 @@
 """Fuzz the decoder of the wire format, guided by coverage.
 
-    pip install atheris
+    pip install -e '.[fuzz]'
     python tests/fuzz_wire.py -max_total_time=600 -max_len=512 FINDINGS tests/corpus/wire
 
 New inputs go to the folder FINDINGS, which must be there. The checksum is taken for right here, so

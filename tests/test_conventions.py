@@ -11,17 +11,27 @@ WINGS = ("pruning", "federated", "algorithms")
 
 # Which rooms a room may import from: downwards only, and the two wings meet in `algorithms`.
 BELOW = {
-    "base": set(),
-    "trees": {"base"},
-    "masks": {"base", "trees"},
-    "metrics": {"base", "trees"},
-    "ranking": {"base", "trees"},
-    "pruning": {"base", "trees", "masks", "metrics", "ranking"},
-    "federated": {"base", "trees", "masks", "metrics", "ranking"},
-    "costs": {"base", "trees", "masks"},
-    "data": {"base", "trees"},
-    "models": {"base", "trees", "metrics"},
-    "algorithms": {"base", "trees", "masks", "metrics", "pruning", "federated", "costs"},
+    "accounts": set(),
+    "base": {"accounts"},
+    "trees": {"accounts", "base"},
+    "masks": {"accounts", "base", "trees"},
+    "metrics": {"accounts", "base", "trees"},
+    "ranking": {"accounts", "base", "trees"},
+    "pruning": {"accounts", "base", "trees", "masks", "metrics", "ranking"},
+    "federated": {"accounts", "base", "trees", "masks", "metrics", "ranking"},
+    "costs": {"accounts", "base", "trees", "masks"},
+    "data": {"accounts", "base", "trees"},
+    "models": {"accounts", "base", "trees", "metrics"},
+    "algorithms": {
+        "accounts",
+        "base",
+        "trees",
+        "masks",
+        "metrics",
+        "pruning",
+        "federated",
+        "costs",
+    },
 }
 
 

@@ -14,18 +14,16 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
+from fedjaxprune.accounts import LinkBits, Sent, Traffic
 from fedjaxprune.algorithms import simulation
 from fedjaxprune.base import (
     Algorithm,
     ClientRow,
-    LinkBits,
     Model,
     Population,
     RoundMetrics,
     RoundState,
-    Sent,
     Stage,
-    Traffic,
 )
 from fedjaxprune.experiment import checkpoints, progress, record, runner
 from fedjaxprune.experiment.evaluation import TestSet, evaluate

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import base, masks, trees
+from fedjaxprune import accounts, masks, trees
 from fedjaxprune.algorithms import compose, feddip
 from fedjaxprune.costs import formulas, ledger, messages, wire
 from fedjaxprune.experiment import record
@@ -175,9 +175,9 @@ def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():
     }
     size = sum(trees.sizes(pruned))
     sparsity = 0.8 * sum(sizes) / size  # of what may be pruned, for a density of 0.2 in all
-    densities = dict(
-        zip(pruned, np.asarray(allocation.erk_densities(pruned, np.float64(sparsity))), strict=True)
-    )
+    with jax.enable_x64(True):
+        shares = np.asarray(allocation.erk_densities(pruned, jnp.float64(sparsity)))
+    densities = dict(zip(pruned, shares, strict=True))
 
     def megabytes(name, density):
         kept = [
@@ -234,6 +234,6 @@ def test_feddip_reports_zeros_and_charges_nothing_for_it():
     algorithm = ALGORITHMS["feddip"](setup())
     _, _, history = simulate(algorithm, cohorts, num_rounds=1)
     sent = history[0].sent
-    assert isinstance(sent, base.Sent)
+    assert isinstance(sent, accounts.Sent)
     assert feddip.ZEROS not in sent.fields
     assert np.asarray(sent.reports[feddip.ZEROS]).shape == (4, len(FLAGS))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.base import Payload
+from fedjaxprune.accounts import Payload
 from fedjaxprune.federated import uplink
 
 KEY = jax.random.key(0)

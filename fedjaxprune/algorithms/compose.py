@@ -9,6 +9,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
+from fedjaxprune.accounts import Sent
 from fedjaxprune.base import (
     Aggregator,
     Algorithm,
@@ -26,7 +27,6 @@ from fedjaxprune.base import (
     RoundMetrics,
     RoundState,
     Schedule,
-    Sent,
     Stage,
     Uplink,
 )

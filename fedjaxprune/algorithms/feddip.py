@@ -31,6 +31,7 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
+from fedjaxprune.accounts import ModelledBits
 from fedjaxprune.algorithms.compose import Setup, Travel, compose
 from fedjaxprune.algorithms.fedavg import fedavg
 from fedjaxprune.base import (
@@ -39,7 +40,6 @@ from fedjaxprune.base import (
     Key,
     Masks,
     Model,
-    ModelledBits,
     Params,
     PrunableFn,
     PrunerInputs,

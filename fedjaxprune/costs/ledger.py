@@ -19,16 +19,8 @@ import jax
 import numpy as np
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.base import (
-    ClientBits,
-    LinkBits,
-    ModelledBits,
-    Payload,
-    PrunableFn,
-    RoundMetrics,
-    RoundState,
-    Traffic,
-)
+from fedjaxprune.accounts import ClientBits, LinkBits, ModelledBits, Payload, Traffic
+from fedjaxprune.base import PrunableFn, RoundMetrics, RoundState
 from fedjaxprune.costs import formulas, headers, messages, wire
 from fedjaxprune.costs.headers import Plan
 from fedjaxprune.costs.messages import Spec

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from fedjaxprune import trees
-from fedjaxprune.base import Payload
+from fedjaxprune.accounts import Payload
 from fedjaxprune.costs import codings, headers, wire
 from fedjaxprune.costs.headers import Plan
 
@@ -89,7 +89,7 @@ def plan_personal_masks(leaves: Sequence[Spec], kept: Sequence[int]) -> list[Pla
     ]
 
 
-def values(field: str, tree: Any, masks: Any) -> wire.Message:
+def values(field: str, tree: Any, masks: Any) -> dict[str, wire.Part]:
     """Make the part of a message that `plan_values` plans."""
     return {
         name: wire.kept(leaf, _known_mask(mask))
@@ -98,8 +98,8 @@ def values(field: str, tree: Any, masks: Any) -> wire.Message:
 
 
 def delta(
-    tree: Any, masks: Any, payloads: Sequence[Payload], *, seed: int | None = None
-) -> wire.Message:
+    tree: Any, masks: Any, payloads: Sequence[Payload], *, seed: int | None
+) -> dict[str, wire.Part]:
     """Make the part of a message that `plan_delta` plans, from a delta that left an uplink.
 
     Positions are those of the entries that are not zero, filled up with the first zeros where an
@@ -110,7 +110,7 @@ def delta(
       tree: the delta, zero where nothing was sent.
       masks: entries that may travel, which the receiver knows.
       payloads: what the uplink says it sends of each leaf.
-      seed: of the positions, for uplinks that draw them.
+      seed: of the positions, for uplinks that draw them; None for others.
     """
     message = {}
     rows = zip(_named("delta", tree), _leaves(masks), payloads, strict=True)
@@ -133,17 +133,17 @@ def delta(
     return message
 
 
-def whole(field: str, tree: Any) -> wire.Message:
+def whole(field: str, tree: Any) -> dict[str, wire.Part]:
     """Make the part of a message that `plan_whole` plans."""
     return {name: wire.kept(leaf, None) for name, leaf in _named(field, tree)}
 
 
-def weight(value: Any) -> wire.Message:
+def weight(value: Any) -> dict[str, wire.Part]:
     """Make the part of a message that `plan_weight` plans."""
     return {WEIGHT: wire.kept(np.asarray(value, np.float32), None)}
 
 
-def personal_masks(masks: Any, flags: Sequence[bool]) -> wire.Message:
+def personal_masks(masks: Any, flags: Sequence[bool]) -> dict[str, wire.Part]:
     """Make the message that `plan_personal_masks` plans, of the prunable leaves."""
     return {
         name: wire.counted(leaf)
@@ -152,7 +152,7 @@ def personal_masks(masks: Any, flags: Sequence[bool]) -> wire.Message:
     }
 
 
-def masks_in_force(masks: Any, flags: Sequence[bool]) -> wire.Message:
+def masks_in_force(masks: Any, flags: Sequence[bool]) -> dict[str, np.ndarray]:
     """Make the message that brings a client the masks of the prunable leaves, as short as can be.
 
     Its length depends on the positions, so that there is no plan of it without the data.

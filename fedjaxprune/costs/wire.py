@@ -7,7 +7,7 @@ length must follow from counts alone. Everything is NumPy on the host.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ class Levels(NamedTuple):
     level_bits: int
 
 
-Message = Mapping[str, np.ndarray | Part]
+Message = Mapping[str, np.ndarray] | Mapping[str, Part] | Mapping[str, np.ndarray | Part]
 
 
 def kept(values: np.ndarray, mask: np.ndarray | None) -> Part:
@@ -144,7 +144,7 @@ def num_bits(message: Message) -> int:
     return 8 * (frame_bytes(len(plans)) + sum(sum(length) for length in measure(plans)))
 
 
-def measure(plans: list[Plan]) -> list[Lengths]:
+def measure(plans: Sequence[Plan]) -> list[Lengths]:
     """Tell the bytes of every tensor of a message."""
     return [headers.lengths(item, old) for item, old in zip(plans, _before(plans), strict=True)]
 
@@ -375,6 +375,6 @@ def _inflate(body: memoryview, max_bytes: int) -> memoryview:
     return memoryview(raw)
 
 
-def _before(plans: list[Plan]) -> list[str]:
+def _before(plans: Sequence[Plan]) -> list[str]:
     """Give the name before each, from which its own is told."""
     return ["", *(plan.name for plan in plans)][: len(plans)]

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import ranking
-from fedjaxprune.base import Delta, Key, Masks, Payload, State, Uplink
+from fedjaxprune.accounts import Payload
+from fedjaxprune.base import Delta, Key, Masks, State, Uplink
 
 
 class ResidualState(NamedTuple):
