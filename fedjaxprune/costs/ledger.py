@@ -161,13 +161,16 @@ def _uplinks(
     if len(sent.personal_kept):
         mine = np.asarray(sent.personal_kept)[:, np.asarray(flags)]
         personal = _rows(mine, everyone)
-    bits = []
+    bits, seen = [], {}
     for slot, row in enumerate(kept):
-        extras = tuple(whole[name] for name in sorted(fields) if fields[name][slot])
-        here = _delta(delta, row, tuple(map(payload, row)), extras)
-        if personal:
-            here = _sum([here, _personal(_prunable(leaves, flags), personal[slot])])
-        bits.append(here)
+        case = row, tuple(fields[name][slot] for name in fields), tuple(personal[slot : slot + 1])
+        if case not in seen:
+            extras = tuple(whole[name] for name in sorted(fields) if fields[name][slot])
+            seen[case] = _delta(delta, row, tuple(map(payload, row)), extras)
+            if personal:
+                masks = _personal(_prunable(leaves, flags), personal[slot])
+                seen[case] = _sum([seen[case], masks])
+        bits.append(seen[case])
     return bits
 
 
