@@ -63,8 +63,8 @@ def row(name, folders):
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     accuracies = [last_ten(folder) for folder in folders]
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
-    up = statistics.fmean(s["uplink_bits"] for s in summaries) / MIB
-    down = statistics.fmean(s["downlink_bits"] - s["mask_bits"] for s in summaries) / MIB
+    up = statistics.fmean(s["uplink_parts"]["values"] for s in summaries) / MIB
+    down = statistics.fmean(s["downlink_parts"]["values"] for s in summaries) / MIB
     masks = statistics.fmean(s["mask_bits"] for s in summaries) / MIB
     final = statistics.fmean(s["sparsity"] for s in summaries)
     each = " ".join(f"{accuracy:.2f}" for accuracy in accuracies)

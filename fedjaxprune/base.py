@@ -5,10 +5,12 @@ Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of the whole p
 transformation); a tuple of arrays is state or data. No component keeps anything mutable.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+
+from fedjaxprune.accounts import Payload, Sent, Traffic
 
 Key = jax.Array  # a typed key, as jax.random.key makes it
 Params = Any  # tree of float arrays
@@ -160,13 +162,13 @@ class Uplink(NamedTuple):
       init: ``params -> state`` of one client.
       update: ``(key, delta, state, masks) -> (delta, state)``; `masks` marks the entries that may
         travel, the others are zero and the receiver knows it.
-      num_bits: ``(kept, sizes) -> int`` on the host, in Python integers: bits that one client sends
-        when `kept` of the `sizes` entries of each leaf travel.
+      payload: ``num_kept -> Payload`` on the host, in Python integers: what one client sends of a
+        leaf of which `num_kept` entries may travel.
     """
 
     init: Callable[[Params], State]
     update: Callable[[Key, Delta, State, Masks], tuple[Delta, State]]
-    num_bits: Callable[[Sequence[int], Sequence[int]], int]
+    payload: Callable[[int], Payload]
 
 
 class Aggregator(NamedTuple):
@@ -228,7 +230,8 @@ class Cohort(NamedTuple):
 
     Attributes:
       client_ids: ``[C]`` int32, distinct where present.
-      present: ``[C]`` bool; False for a client that dropped out (or for filling).
+      present: ``[C]`` bool; False for a client that dropped out after it had received the
+        broadcast, and for filling, which is told by an id below 0 or one that another slot has.
       states: tree of ``[C, ...]``, the clients' own rows.
     """
 
@@ -289,6 +292,7 @@ class RoundMetrics(NamedTuple):
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
       num_masks_sent: ``[]`` int32, clients that had to be sent the masks in force.
       num_personal_masks: ``[]`` int32, clients that sent masks of their own.
+      sent: what else the ledger needs.
     """
 
     train: Metrics
@@ -301,6 +305,7 @@ class RoundMetrics(NamedTuple):
     num_rejected: jax.Array
     num_masks_sent: jax.Array
     num_personal_masks: jax.Array
+    sent: Sent
 
 
 class Stage(NamedTuple):
@@ -336,20 +341,4 @@ class Algorithm(NamedTuple):
     init_client: Callable[[Params], ClientRow]
     stages: tuple[Stage, ...]
     deployed: Callable[[RoundState], Params]
-    num_bits: Callable[[RoundMetrics, RoundState], "Traffic"]
-
-
-class Traffic(NamedTuple):
-    """Bits that one round put on the wire, all clients together.
-
-    Attributes:
-      uplink_bits: values sent by the clients, with the positions that the receiver cannot know.
-      downlink_bits: values sent by the server.
-      mask_bits: masks sent by the server, one bit per prunable weight.
-      statistics_bits: what is not trained (BatchNorm statistics), both ways together.
-    """
-
-    uplink_bits: int
-    downlink_bits: int
-    mask_bits: int
-    statistics_bits: int
+    num_bits: Callable[[RoundMetrics, RoundState], Traffic]

@@ -48,6 +48,13 @@ def all_finite(tree: Any) -> jax.Array:
     return finite
 
 
+def any_nonzero(tree: Any) -> jax.Array:
+    """Tell whether any entry of a tree is not zero; a NaN is not."""
+    return functools.reduce(
+        jnp.logical_or, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)], jnp.bool_(False)
+    )
+
+
 def take(tree: Any, rows: jax.Array) -> Any:
     """Take `rows` of every leaf's leading axis."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)

@@ -11,20 +11,22 @@ WINGS = ("pruning", "federated", "algorithms")
 
 # Which rooms a room may import from: downwards only, and the two wings meet in `algorithms`.
 BELOW = {
-    "base": set(),
-    "trees": {"base"},
-    "masks": {"base", "trees"},
-    "metrics": {"base", "trees"},
-    "ranking": {"base", "trees"},
+    "accounts": set(),
     "forms": set(),
+    "base": {"accounts"},
+    "trees": {"accounts", "base"},
+    "masks": {"accounts", "base", "trees"},
+    "metrics": {"accounts", "base", "trees"},
+    "ranking": {"accounts", "base", "trees"},
     "gating": {"base", "metrics"},
     "channels": {"base", "trees", "masks", "forms"},
-    "pruning": {"base", "trees", "masks", "metrics", "ranking", "channels"},
-    "federated": {"base", "trees", "masks", "metrics", "ranking", "gating"},
-    "costs": {"base", "trees", "masks", "metrics", "forms"},
-    "data": {"base", "trees"},
-    "models": {"base", "trees", "metrics", "gating", "forms"},
+    "pruning": {"accounts", "base", "trees", "masks", "metrics", "ranking", "channels"},
+    "federated": {"accounts", "base", "trees", "masks", "metrics", "ranking", "gating"},
+    "costs": {"accounts", "base", "trees", "masks", "metrics", "forms"},
+    "data": {"accounts", "base", "trees"},
+    "models": {"accounts", "base", "trees", "metrics", "gating", "forms"},
     "algorithms": {
+        "accounts",
         "base",
         "trees",
         "masks",
@@ -33,6 +35,7 @@ BELOW = {
         "channels",
         "pruning",
         "federated",
+        "costs",
     },
 }
 

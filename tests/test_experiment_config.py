@@ -113,7 +113,8 @@ def make_line(number: int, **changes: typing.Any) -> record.RoundRecord:
     line = record.RoundRecord(
         stage="train", round=number, train_loss=1.0, test_loss=1.0, test_accuracy=0.5,
         sparsity=0.5, num_kept=10, num_changed=0, uplink_bits=2**40, downlink_bits=2**41,
-        mask_bits=3, statistics_bits=0, num_present=2, num_rejected=1,
+        mask_bits=3, statistics_bits=0, uplink_parts={}, downlink_parts={}, client_bits=[],
+        modelled_bits={}, num_present=2, num_rejected=1,
         modelled_flops={"forward": 2**60}, mean_coverage=0.5, mask_stability=0.75, wall_s=0.5,
     )  # fmt: skip
     return line._replace(**changes)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
+from fedjaxprune.accounts import LinkBits, Sent, Traffic
 from fedjaxprune.algorithms import simulation
 from fedjaxprune.base import (
     Algorithm,
@@ -23,7 +24,6 @@ from fedjaxprune.base import (
     RoundMetrics,
     RoundState,
     Stage,
-    Traffic,
 )
 from fedjaxprune.experiment import checkpoints, progress, record, runner
 from fedjaxprune.experiment.evaluation import TestSet, evaluate
@@ -117,13 +117,25 @@ def pull() -> Algorithm:
                 num_rejected=jnp.int32(0),
                 num_personal_masks=jnp.int32(0),
                 num_masks_sent=num_present,
+                sent=Sent(
+                    round=state.round,
+                    client_ids=cohort.client_ids,
+                    stale=cohort.present,
+                    packed_masks=(),
+                    personal_kept=(),
+                    fields={},
+                    like={},
+                    reports={},
+                ),
             ),
         )
 
     def num_bits(metrics, state):
         del state
         bits = 32 * int(metrics.num_present) * int(metrics.kept[0])
-        return Traffic(uplink_bits=bits, downlink_bits=bits, mask_bits=7, statistics_bits=0)
+        uplink = LinkBits(values=bits, positions=0, masks=0, statistics=0, framing=0)
+        downlink = uplink._replace(masks=7)
+        return Traffic(sum(uplink), sum(downlink), uplink, downlink, clients=(), modelled={})
 
     return Algorithm(
         init=init,

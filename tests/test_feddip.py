@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import base, masks, trees
+from fedjaxprune import accounts, base, masks, trees
 from fedjaxprune.algorithms import compose, feddip
-from fedjaxprune.federated import clients, uplink
+from fedjaxprune.costs import ledger
+from fedjaxprune.federated import clients
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import pruners, schedules
 from tests import quadratic
@@ -140,10 +141,18 @@ def test_traffic_follows_the_closed_form():
         values = 32 * (live + 6)  # with six biases
         new_masks = index > 0 and (index - 1) % 2 == 0  # revised at the end of rounds 0, 2, 4
         traffic = algorithm.num_bits(metrics, state)
-        assert traffic.uplink_bits == 3 * values
-        assert traffic.downlink_bits == 3 * values
-        assert traffic.mask_bits == (3 * 32 if new_masks else 0)
-        assert traffic.statistics_bits == 2 * 3 * 32
+        assert traffic.uplink.values == traffic.downlink.values == 3 * values
+        assert traffic.uplink.positions == traffic.uplink.masks == 0
+        assert 0 <= traffic.downlink.masks <= (3 * 32 if new_masks else 0)  # a bitmap, or shorter
+        assert traffic.uplink.statistics == traffic.downlink.statistics == 3 * 32
+        specified = traffic.modelled["values_and_bitmaps"]
+        assert specified.uplink == 3 * values
+        assert specified.downlink == 3 * values + (3 * 32 if new_masks else 0)
+        scheduled = 0.75 + (0.25 - 0.75) * (1 - index / ROUNDS) ** 3
+        zeros = np.asarray(metrics.sent.reports[feddip.ZEROS]).sum() / (3 * 38)
+        code = traffic.modelled["feddip_code"]
+        assert code.downlink == 3 * int(32 * (1 - scheduled) * 38)
+        assert code.uplink == 3 * int(32 * (1 - zeros) * 38)
 
 
 @pytest.mark.parametrize("mode", ["regrow", "dense"])
@@ -153,7 +162,7 @@ def test_dense_entries_are_charged_where_they_travel(mode):
     state = algorithm.init(quadratic.PARAMS, STATE)
     dense = 3 * 32 * quadratic.NUM_WEIGHTS
     for index, metrics in enumerate(history):
-        uplink_bits = algorithm.num_bits(metrics, state).uplink_bits
+        uplink_bits = algorithm.num_bits(metrics, state).uplink.values
         if mode == "dense" or index % 2 == 0:
             assert uplink_bits == dense
         else:
@@ -198,6 +207,49 @@ def test_the_first_draw_on_a_residual_network_has_the_published_layer_sparsities
     assert pruned["stage_4_block_1/conv_1/kernel"] == 0.4648
 
 
+def blank(kind, **fields):
+    return kind(**{**dict.fromkeys(kind._fields, 0), **fields})
+
+
+def round_of(index, kept, *, stale):
+    """Make the metrics of a round of five clients, as far as formulas read them."""
+    sent = blank(accounts.Sent, round=index, client_ids=np.arange(5), stale=np.full(5, stale))
+    sent = sent._replace(reports={feddip.ZEROS: np.zeros([5, 1], np.int64)})
+    return blank(
+        base.RoundMetrics,
+        downlink_kept=kept,
+        uplink_kept=np.tile(kept, (5, 1)),
+        present=np.ones(5, bool),
+        num_present=5,
+        sent=sent,
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "classes", "dense", "downloads"),
+    [
+        ("lenet5", 10, 9_416, (2_591, 1_885, 1_532)),
+        ("resnet18", 100, 1_712_056, (471_072, 342_754, 278_595)),
+    ],
+)
+def test_downloads_as_the_public_code_counts_them(network, classes, dense, downloads):
+    """1000 rounds, 5 clients: 2**20 bits down at final sparsity .8, .9, .95, and up if dense."""
+    params = published(network, classes)
+    state = blank(base.RoundState, params=params)
+    for final, expected in zip((0.8, 0.9, 0.95), downloads, strict=True):
+        charge = feddip.code_formula(final_sparsity=final, initial_sparsity=0.5, num_rounds=1000)
+        bits = [charge(round_of(r, np.zeros(1, int), stale=False), state) for r in range(1000)]
+        assert round(sum(b.downlink for b in bits) / 2**20) == expected
+        assert round(sum(b.uplink for b in bits) / 2**20) == dense
+
+
+def published(network, classes):
+    shape = {"lenet5": (28, 28, 1), "resnet18": (32, 32, 3)}[network]
+    norm = {} if network == "lenet5" else {"norm": "batch"}
+    model = getattr(zoo, network)(input_shape=shape, num_classes=classes, **norm)
+    return jax.eval_shape(model.init, KEY)[0]
+
+
 @pytest.mark.parametrize(
     ("network", "classes", "dense", "totals", "with_masks"),
     [
@@ -209,38 +261,24 @@ def test_the_traffic_of_a_long_run_is_that_of_the_specification(
     network, classes, dense, totals, with_masks
 ):
     """1000 rounds, 5 clients, a revision every 5: GiB both ways at final sparsity .8, .9, .95."""
-    shape = {"lenet5": (28, 28, 1), "resnet18": (32, 32, 3)}[network]
-    norm = {} if network == "lenet5" else {"norm": "batch"}
-    model = getattr(zoo, network)(input_shape=shape, num_classes=classes, **norm)
-    params, _ = jax.eval_shape(model.init, KEY)
+    params = published(network, classes)
     flags = np.array(masks.prunable_leaves(params, feddip.prunable_without_shortcuts))
     sizes = np.array(trees.sizes(params))
-    num_prunable, num_other = int(sizes[flags].sum()), int(sizes[~flags].sum())
-    blank = dict.fromkeys(base.RoundState._fields, ())
-    state = base.RoundState(**{**blank, "params": params})
+    num_prunable = int(sizes[flags].sum())
+    state = blank(base.RoundState, params=params)
+    prunable = feddip.prunable_without_shortcuts
 
     def total_gib(live_at):
         bits = [0, 0]
         for index in range(1000):
-            kept = np.array([live_at(index), num_other])  # only sums count for the identity
-            counts = dict.fromkeys(base.RoundMetrics._fields, 0)
-            traffic = compose.traffic(
-                base.RoundMetrics(
-                    **{
-                        **counts,
-                        "downlink_kept": kept,
-                        "uplink_kept": np.tile(kept, (5, 1)),
-                        "present": np.ones(5, bool),
-                        "num_present": 5,
-                        "num_masks_sent": 5 if index else 0,  # the specification's upper bound
-                    }
-                ),
-                state,
-                uplink=uplink.identity(),
-                prunable=feddip.prunable_without_shortcuts,
-            )
-            bits[0] += traffic.uplink_bits + traffic.downlink_bits
-            bits[1] += traffic.mask_bits
+            kept = np.where(flags, 0, sizes)  # only sums count: the first leaves are full
+            room = np.where(flags, sizes, 0)
+            kept += np.clip(live_at(index) - (np.cumsum(room) - room), 0, room)
+            metrics = round_of(index, kept, stale=index > 0)  # the specification's upper bound
+            charged = ledger.charge_by_formula(metrics, state, prunable=prunable)
+            values = sum(charged["values"])
+            bits[0] += values
+            bits[1] += sum(charged["values_and_bitmaps"]) - values
         return bits[0] / 8 / 2**30, sum(bits) / 8 / 2**30
 
     def live(final):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks as masks_lib
+from fedjaxprune.accounts import Payload
 from fedjaxprune.federated import uplink
 
 KEY = jax.random.key(0)
@@ -22,7 +23,6 @@ MASKS = {
     "none_kept": jnp.zeros(6, jnp.bool_),
 }
 KEPT = [int(n) for n in masks_lib.num_kept(MASKS)]
-SIZES = [leaf.size for leaf in jax.tree.leaves(DELTA)]
 
 PLAIN = {
     "identity": uplink.identity(),
@@ -135,8 +135,8 @@ def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
     expected = min(max(round(fraction * 40), 1), 40)
     assert int(jnp.sum(sent["w"] != 0)) == expected
     assert int(jnp.sum(sent["short"] != 0)) == 1
-    charged = make(fraction=fraction).num_bits([1, 40], [1, 61])
-    assert charged >= 32 * (expected + 1)
+    payloads = [make(fraction=fraction).payload(n) for n in (1, 40)]
+    assert [payload.num_values for payload in payloads] == [1, expected]
     if make is uplink.top_k:
         chosen = np.abs(np.where(masks["w"], values["w"], 0.0))
         threshold = np.sort(chosen)[-expected]
@@ -208,33 +208,27 @@ def test_everything_is_sent_by_the_fraction_one():
     for make in (uplink.top_k, uplink.random_k, uplink.unbiased_random_k):
         sent, _ = send(make(fraction=1.0))
         chex.assert_trees_all_equal(sent, expected)
-    dense = uplink.identity().num_bits(KEPT, SIZES)
-    assert uplink.top_k(fraction=1.0).num_bits(KEPT, SIZES) == dense
+        for n in KEPT:
+            assert make(fraction=1.0).payload(n) == uplink.identity().payload(n)
 
 
-def test_bits_are_counted_as_the_doc_strings_say():
-    kept, sizes = [1000, 0, 10], [4000, 50, 10]
-    assert uplink.identity().num_bits(kept, sizes) == 32 * 1010
-    sparse = uplink.top_k(fraction=0.01)  # 10 of 1000 at 10 bits each, 1 of 10 at 4 bits
-    assert sparse.num_bits(kept, sizes) == 10 * (32 + 10) + (32 + 4)
-    dense = uplink.top_k(fraction=0.5)  # bitmaps are shorter
-    assert dense.num_bits(kept, sizes) == (500 * 32 + 1000) + (5 * 32 + 10)
+def test_payloads_are_as_the_doc_strings_say():
+    assert uplink.identity().payload(1000) == Payload(1000)
+    assert uplink.top_k(fraction=0.01).payload(1000) == Payload(10, positions="sent")
     for make in (uplink.random_k, uplink.unbiased_random_k):
-        assert make(fraction=0.01).num_bits(kept, sizes) == 11 * 32 + 32
-    assert uplink.sign().num_bits(kept, sizes) == 1010 + 2 * 32
-    assert uplink.quantise(bits=4).num_bits(kept, sizes) == 4 * 1010 + 2 * 64
+        assert make(fraction=0.01).payload(10) == Payload(1, positions="seed")
+    assert uplink.sign().payload(10) == Payload(10, level_bits=1, num_scales=1)
+    assert uplink.quantise(bits=4).payload(10) == Payload(10, level_bits=4, num_scales=2)
 
 
 @pytest.mark.parametrize("name", sorted(UPLINKS))
-def test_bits_are_python_integers_none_for_nothing(name):
+def test_payloads_are_python_integers_none_for_nothing(name):
     component = UPLINKS[name]
-    assert component.num_bits([0, 0], [5, 5]) == 0
-    many = component.num_bits([2**31 - 1] * 4, [2**31] * 4)
-    assert type(many) is int
-    assert many > 2**31
+    assert component.payload(0).num_values == component.payload(0).num_scales == 0
+    assert type(component.payload(2**31 - 1).num_values) is int
     if name in WITH_FEEDBACK:
         inner = PLAIN[name.removeprefix("error_feedback(").removesuffix(")")]
-        assert component.num_bits(KEPT, SIZES) == inner.num_bits(KEPT, SIZES)
+        assert [component.payload(n) for n in KEPT] == [inner.payload(n) for n in KEPT]
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])

@@ -1,15 +1,15 @@
 """client + uplink + aggregators + server + pruner -> Algorithm: where the two wings meet."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
+from fedjaxprune.accounts import Sent
 from fedjaxprune.base import (
     Aggregator,
     Algorithm,
@@ -28,16 +28,18 @@ from fedjaxprune.base import (
     RoundState,
     Schedule,
     Stage,
-    Traffic,
     Uplink,
 )
+from fedjaxprune.costs import ledger
 from fedjaxprune.federated import aggregators as aggregators_lib
 from fedjaxprune.federated import cohort as cohort_lib
 from fedjaxprune.federated import servers
 from fedjaxprune.federated import uplink as uplink_lib
 from fedjaxprune.pruning import pruners
 
-VALUE_BITS = 32  # a weight travels as a float32
+# Fields of a message that are charged in their own way, or, as metrics, not at all: what a run
+# reports to its reader is no part of the method.
+NOT_WHOLE = ("delta", "masks", "metrics")
 
 
 class Setup(NamedTuple):
@@ -100,6 +102,8 @@ def compose(
     prunable: PrunableFn = masks_lib.kernels,
     aggregators: Mapping[str, Aggregator | CohortAggregator] | None = None,
     travel: Travel | None = None,
+    reports: Sequence[str] = (),
+    modelled: Mapping[str, ledger.FormulaFn] | None = None,
     name: str = "train",
 ) -> Algorithm:
     """Build a federated pruning method of one stage.
@@ -118,6 +122,10 @@ def compose(
       aggregators: by field of the message, beside the defaults: ``setup.aggregator`` for `delta`,
         weighted means of `model_state` and `grads`, the sum of `metrics`.
       travel: where which masks rule; by default the masks in force, everywhere.
+      reports: fields of the message that tell the simulator something of each client, and would
+        not travel; they end up in ``metrics.sent.reports`` and are charged nothing.
+      modelled: by name, what the method's own paper charges for a round, to stand in the ledger
+        beside what is measured.
       name: the stage's name in the record.
     """
     uplink = uplink_lib.identity() if setup.uplink is None else setup.uplink
@@ -126,13 +134,14 @@ def compose(
     pruner = pruners.exempt(pruner, prunable) if pruner is not None else pruners.keep()
     travel = masks_in_force() if travel is None else travel
     mean = aggregators_lib.weighted_mean()
+    by_client = CohortAggregator(reduce=lambda values, masks, weights: values)
     by_field = {
         "delta": mean if setup.aggregator is None else setup.aggregator,
         "model_state": mean,
         "grads": mean,
         "metrics": aggregators_lib.total(),
         **(aggregators or {}),
-        "uplink_kept": CohortAggregator(reduce=lambda values, masks, weights: values),
+        **dict.fromkeys(("uplink_kept", "sent", *reports), by_client),
         "num_messages": aggregators_lib.total(),
         "num_personal_masks": aggregators_lib.total(),
     }
@@ -163,6 +172,14 @@ def compose(
             masks_lib.apply(state.masks, state.params) if travel.server_is_dense else state.params
         )
 
+    def pack_masks(masks, *, needed):
+        """Pack the masks to bits for the ledger, in the rounds in which somebody is sent them."""
+        flags = masks_lib.prunable_leaves(masks, prunable)
+        leaves = zip(jax.tree.leaves(masks), flags, strict=True)
+        own = tuple(leaf for leaf, flag in leaves if flag)
+        blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(masks_lib.pack, own))
+        return jax.lax.cond(needed, masks_lib.pack, lambda own: blank, own)
+
     def round_fn(key, state, cohort, population):
         client_key, train_key, pruner_key = jax.random.split(key, 3)
         sendable = travel.send(state)
@@ -187,6 +204,7 @@ def compose(
                 **message.fields,
                 "delta": delta,
                 "uplink_kept": masks_lib.num_kept(sent),
+                "sent": _describe(message.fields, reports),
                 "num_personal_masks": jnp.int32(is_personal),
                 "num_messages": jnp.int32(1),
             }
@@ -252,11 +270,27 @@ def compose(
             num_rejected=jnp.sum(outcome.rejected | (cohort.present & overflown), dtype=jnp.int32),
             num_masks_sent=jnp.sum(stale, dtype=jnp.int32),
             num_personal_masks=fields["num_personal_masks"],
+            sent=Sent(
+                round=state.round,
+                client_ids=cohort.client_ids,
+                stale=rows.mask_version != state.mask_version,
+                packed_masks=pack_masks(
+                    state.masks, needed=jnp.any(rows.mask_version != state.mask_version)
+                )
+                if is_pruning
+                else (),
+                personal_kept=fields["sent"]["personal_kept"],
+                fields=fields["sent"]["fields"],
+                like=jax.tree.map(lambda leaf: leaf[0], fields["sent"]["like"]),
+                reports={name: fields[name] for name in reports},
+            ),
         )
         return new_state, new_rows, round_metrics
 
     def num_bits_fn(metrics, state):
-        return traffic(metrics, state, uplink=uplink, prunable=prunable)
+        return ledger.account(
+            metrics, state, payload=uplink.payload, prunable=prunable, modelled=modelled or {}
+        )
 
     return Algorithm(
         init=init_fn,
@@ -274,28 +308,14 @@ def _moved(before: jax.Array, change: jax.Array) -> jax.Array:
     return before + jnp.round(change).astype(before.dtype)
 
 
-def traffic(
-    metrics: RoundMetrics, state: RoundState, *, uplink: Uplink, prunable: PrunableFn
-) -> Traffic:
-    """Multiply a round's counts out to bits, in Python integers.
-
-    A value is 32 bits. Entries that the masks rule out do not travel, and who is not listed under
-    `num_masks_sent` holds the masks already. Masks that follow from the run's seed cost nothing. A
-    personal mask travels up whole, with every message.
-    """
-    sizes = trees.sizes(state.params)
-    flags = masks_lib.prunable_leaves(state.params, prunable)
-    num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
-    sent = np.asarray(metrics.uplink_kept)[np.asarray(metrics.present)]
-    rows, counts = np.unique(sent, axis=0, return_counts=True) if len(sent) else (sent, [])
-    num_present = int(metrics.num_present)
-    values = sum(
-        int(count) * uplink.num_bits([int(n) for n in row], sizes)
-        for row, count in zip(rows, counts, strict=True)
-    )
-    return Traffic(
-        uplink_bits=values + int(metrics.num_personal_masks) * num_prunable,
-        downlink_bits=num_present * VALUE_BITS * sum(int(n) for n in metrics.downlink_kept),
-        mask_bits=int(metrics.num_masks_sent) * num_prunable,
-        statistics_bits=2 * num_present * VALUE_BITS * sum(trees.sizes(state.model_state)),
-    )
+def _describe(fields: Mapping[str, Any], reports: Sequence[str]) -> dict[str, Any]:
+    """Note of a client's message what the ledger has to know."""
+    whole = {name: tree for name, tree in fields.items() if name not in (*NOT_WHOLE, *reports)}
+    return {
+        "personal_kept": masks_lib.num_kept(fields["masks"]) if "masks" in fields else (),
+        "fields": {
+            name: jnp.bool_(True) if name == "model_state" else trees.any_nonzero(tree)
+            for name, tree in whole.items()
+        },
+        "like": jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), whole),
+    }

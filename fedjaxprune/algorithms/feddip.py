@@ -27,12 +27,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.accounts import ModelledBits
 from fedjaxprune.algorithms.compose import Setup, Travel, compose
 from fedjaxprune.algorithms.fedavg import fedavg
 from fedjaxprune.base import (
     Algorithm,
+    Client,
     Key,
     Masks,
     Model,
@@ -41,10 +45,12 @@ from fedjaxprune.base import (
     PrunerInputs,
     Schedule,
 )
+from fedjaxprune.costs import formulas, ledger
 from fedjaxprune.federated import clients
 from fedjaxprune.pruning import allocation, pruners, schedules, scores
 
 NUM_SEGMENTS = 20  # of the penalty's staircase, fixed in the public code
+ZEROS = "num_zeros"  # report of a client: exact zeros of its dense model, by leaf
 MIN_PENALTY = 5e-4  # its first step, fixed in the public code
 
 
@@ -201,19 +207,65 @@ def feddip(
             max_penalty=max_penalty, num_rounds=setup.num_rounds, num_segments=num_segments
         )
         penalties = (clients.layer_norms(coefficient=coefficient, prunable=prunable),)
+    client = clients.dense_feedback_sgd(
+        model.loss,
+        batcher=setup.batcher,
+        optimizer=setup.optimizer,
+        learning_rate_scale=setup.learning_rate_scale,
+        penalties=penalties,
+    )
     return compose(
         setup,
-        client=clients.dense_feedback_sgd(
-            model.loss,
-            batcher=setup.batcher,
-            optimizer=setup.optimizer,
-            learning_rate_scale=setup.learning_rate_scale,
-            penalties=penalties,
-        ),
+        client=_count_zeros(client),
         pruner=pruners.when(due, tighten),
         prunable=prunable,
         travel=Travel(train=train_masks, send=sent_masks, server_is_dense=mode == "dense"),
+        reports=(ZEROS,),
+        modelled={
+            "feddip_code": code_formula(
+                final_sparsity=final_sparsity,
+                initial_sparsity=initial_sparsity,
+                num_rounds=setup.num_rounds,
+            )
+        },
     )
+
+
+def code_formula(
+    *, final_sparsity: float, initial_sparsity: float, num_rounds: int
+) -> ledger.FormulaFn:
+    """Make the charge of the public code for a round: nothing for masks, all values alike.
+
+    Down it takes the sparsity that the schedule has in the round, whatever masks are in force (and
+    in round 0, which is dense, the initial one); up it takes the mean fraction of exact zeros in
+    the clients' dense models.
+    """
+
+    def charge(metrics, state):
+        num_params = sum(trees.sizes(state.params))
+        num_clients = int(metrics.num_present)
+        left = 1 - int(metrics.sent.round) / num_rounds
+        scheduled = final_sparsity + (initial_sparsity - final_sparsity) * left**3
+        zeros = np.asarray(metrics.sent.reports[ZEROS])[np.asarray(metrics.present)]
+        measured = int(zeros.sum(dtype=np.int64)) / (num_params * max(num_clients, 1))
+        return ModelledBits(
+            uplink=num_clients * formulas.feddip_code(measured, num_params),
+            downlink=num_clients * formulas.feddip_code(scheduled, num_params),
+        )
+
+    return charge
+
+
+def _count_zeros(inner: Client) -> Client:
+    """Let a client report, leaf by leaf, the exact zeros of the dense model that it ends with."""
+
+    def update_fn(key, broadcast, state, data):
+        message, state = inner.update(key, broadcast, state, data)
+        after = jax.tree.map(jnp.add, broadcast.params, message.fields["delta"])
+        zeros = masks_lib.num_kept(jax.tree.map(lambda leaf: leaf == 0, after))
+        return message._replace(fields={**message.fields, ZEROS: zeros}), state
+
+    return Client(init=inner.init, update=update_fn)
 
 
 def feddip_without_pruning(model: Model, setup: Setup, *, max_penalty: float = 1e-3) -> Algorithm:

@@ -14,9 +14,7 @@ BITS_PER_MIB = 8 * 2**20
 
 def accuracy(lines: Sequence[RoundRecord], path: pathlib.Path, *, title: str) -> None:
     """Draw test accuracy against rounds (with sparsity) and against MiB sent; write a PNG file."""
-    sent = itertools.accumulate(
-        line.uplink_bits + line.downlink_bits + line.statistics_bits for line in lines
-    )
+    sent = itertools.accumulate(line.uplink_bits + line.downlink_bits for line in lines)
     tested = [
         (line.round, mib / BITS_PER_MIB, 100 * line.test_accuracy)
         for line, mib in zip(lines, sent, strict=True)

@@ -122,6 +122,9 @@ def table(summary: dict[str, Any], *, target: float | None) -> Table:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.2f}%"
 
+    def mib(bits: int) -> str:
+        return f"{bits / BITS_PER_MIB:,.2f} MiB"
+
     rows = {
         "rounds": str(summary["num_rounds"]),
         "test accuracy, last round": percent(summary["test_accuracy"]),
@@ -129,11 +132,15 @@ def table(summary: dict[str, Any], *, target: float | None) -> Table:
         "sparsity": percent(summary["sparsity"])
         + ("" if target is None else f" (target {percent(target)})"),
         "prunable weights kept": f"{summary['num_kept']:,}",
-        "sent up": f"{summary['uplink_bits'] / BITS_PER_MIB:,.2f} MiB",
-        "sent down, with masks": f"{summary['downlink_bits'] / BITS_PER_MIB:,.2f} MiB",
+        "sent up, measured": mib(summary["uplink_bits"]),
+        "sent down, measured": mib(summary["downlink_bits"]),
     }
-    if summary["statistics_bits"]:
-        rows["statistics, both ways"] = f"{summary['statistics_bits'] / BITS_PER_MIB:,.2f} MiB"
+    for kind in ("values", "positions", "masks", "statistics", "framing"):
+        bits = summary["uplink_parts"].get(kind, 0) + summary["downlink_parts"].get(kind, 0)
+        if bits:
+            rows[f"  of both: {kind}"] = mib(bits)
+    for name, bits in summary["modelled_bits"].items():
+        rows[f"both, modelled: {name}"] = mib(bits["uplink"] + bits["downlink"])
     if summary["num_rejected"]:
         rows["clients left out (not finite)"] = f"{summary['num_rejected']:,}"
     rows |= costs_record.rows(summary)

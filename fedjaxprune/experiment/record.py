@@ -9,6 +9,7 @@
     accuracy.png    written at the end
 """
 
+import collections
 import contextlib
 import datetime
 import importlib.metadata
@@ -18,7 +19,7 @@ import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fedjaxprune import __version__
@@ -60,10 +61,15 @@ class RoundRecord(NamedTuple):
       sparsity: pruned fraction of the prunable weights after the round.
       num_kept: live prunable weights after the round.
       num_changed: mask entries that the round flipped.
-      uplink_bits: values sent by all clients together.
-      downlink_bits: values and masks sent by the server to all clients together.
-      mask_bits: the masks' part of `downlink_bits`.
-      statistics_bits: untrained statistics (BatchNorm), both ways together, beside the others.
+      uplink_bits: measured: the length of all messages from the clients.
+      downlink_bits: measured: the length of all messages to the clients.
+      mask_bits: measured: the masks' part of both.
+      statistics_bits: measured: the part of untrained statistics (BatchNorm) of both.
+      uplink_parts: measured: `uplink_bits` by kind, as `accounts.LinkBits` has them.
+      downlink_parts: measured: `downlink_bits` by kind.
+      client_bits: measured, by client: entries with `uplink_bits` and `downlink_bits` of each of
+        the clients in `client_ids`.
+      modelled_bits: modelled: `uplink` and `downlink` by the name of a published formula.
       num_present: clients that took part.
       num_rejected: of those, clients left out because their message was not finite.
       modelled_flops: modelled, of the clients' training; see `costs_record.RoundCosts`.
@@ -84,6 +90,10 @@ class RoundRecord(NamedTuple):
     downlink_bits: int
     mask_bits: int
     statistics_bits: int
+    uplink_parts: dict
+    downlink_parts: dict
+    client_bits: list
+    modelled_bits: dict
     num_present: int
     num_rejected: int
     modelled_flops: dict | None
@@ -297,10 +307,54 @@ def summarise(lines: Sequence[RoundRecord]) -> dict[str, Any]:
         "downlink_bits": sum(line.downlink_bits for line in lines),
         "mask_bits": sum(line.mask_bits for line in lines),
         "statistics_bits": sum(line.statistics_bits for line in lines),
+        "uplink_parts": _totals(line.uplink_parts for line in lines),
+        "downlink_parts": _totals(line.downlink_parts for line in lines),
+        "stage_bits": _by_stage(lines),
+        "client_bits": _by_client(lines),
+        "modelled_bits": _modelled(lines),
         "num_rejected": sum(line.num_rejected for line in lines),
         **costs_record.summarise(lines),
         "wall_s": round(math.fsum(line.wall_s for line in lines), 3),
     }
+
+
+def _totals(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Add up numbers by name."""
+    total: collections.Counter[str] = collections.Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
+
+
+def _by_stage(lines: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:
+    """Add up what each stage sent."""
+    stages: dict[str, list[dict[str, int]]] = {}
+    for line in lines:
+        bits = {"uplink_bits": line.uplink_bits, "downlink_bits": line.downlink_bits}
+        stages.setdefault(line.stage, []).append(bits)
+    return {stage: _totals(bits) for stage, bits in stages.items()}
+
+
+def _by_client(lines: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Say how the bits of both directions spread over the clients that were ever reached."""
+    total: collections.Counter[int] = collections.Counter()
+    for line in lines:
+        for entry in line.client_bits:
+            bits = entry["uplink_bits"] + entry["downlink_bits"]
+            total.update(dict.fromkeys(entry["client_ids"], bits))
+    if not total:
+        return {"num_clients": 0, "mean": None, "largest": None}
+    return {
+        "num_clients": len(total),
+        "mean": sum(total.values()) / len(total),
+        "largest": max(total.values()),
+    }
+
+
+def _modelled(lines: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:
+    """Add up what each formula charges."""
+    names = dict.fromkeys(name for line in lines for name in line.modelled_bits)
+    return {name: _totals(line.modelled_bits.get(name, {}) for line in lines) for name in names}
 
 
 def write_summary(folder: pathlib.Path, summary: dict[str, Any]) -> None:

@@ -234,9 +234,15 @@ def _line(
         num_kept=num_kept,
         num_changed=int(metrics.num_changed),
         uplink_bits=traffic.uplink_bits,
-        downlink_bits=traffic.downlink_bits + traffic.mask_bits,
-        mask_bits=traffic.mask_bits,
-        statistics_bits=traffic.statistics_bits,
+        downlink_bits=traffic.downlink_bits,
+        mask_bits=traffic.uplink.masks + traffic.downlink.masks,
+        statistics_bits=traffic.uplink.statistics + traffic.downlink.statistics,
+        uplink_parts=traffic.uplink._asdict(),
+        downlink_parts=traffic.downlink._asdict(),
+        client_bits=[
+            {**entry._asdict(), "client_ids": list(entry.client_ids)} for entry in traffic.clients
+        ],
+        modelled_bits={name: bits._asdict() for name, bits in traffic.modelled.items()},
         num_present=int(metrics.num_present),
         num_rejected=int(metrics.num_rejected),
         **costs_record.of_round(profile, metrics)._asdict(),

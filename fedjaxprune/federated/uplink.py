@@ -1,7 +1,8 @@
 """What a delta looks like after the wire: sparsified, reduced to signs, quantised, with feedback.
 
-Values count 32 bits. An entry that may not travel (outside the masks) is an exact zero that the
-receiver knows, so it costs nothing; positions are numbered among the entries that may travel.
+An entry that may not travel (outside the masks) is an exact zero that the receiver knows, so it
+costs nothing; positions are numbered among the entries that may travel. Each uplink tells by
+`payload` what it sends, and `costs` knows how long that is.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import ranking
+from fedjaxprune.accounts import Payload
 from fedjaxprune.base import Delta, Key, Masks, State, Uplink
 
 
@@ -34,11 +36,7 @@ def identity() -> Uplink:
         del key  # deterministic
         return masks_lib.apply(masks, delta), state
 
-    def num_bits_fn(kept, sizes):
-        del sizes  # what does not travel costs nothing
-        return 32 * sum(int(n) for n in kept)
-
-    return Uplink(init=_init_empty, update=update_fn, num_bits=num_bits_fn)
+    return Uplink(init=_init_empty, update=update_fn, payload=Payload)
 
 
 def top_k(*, fraction: float) -> Uplink:
@@ -51,9 +49,7 @@ def top_k(*, fraction: float) -> Uplink:
         short bias would never be sent at all). In (0, 1].
 
     Returns:
-      An `Uplink`. A leaf of `kept` entries costs 32 bits for each entry sent, and the positions as
-      indices of ``ceil(log2(kept))`` bits or as a bitmap of `kept` bits, whichever is shorter;
-      nothing for the positions where all are sent.
+      An `Uplink`, which sends values and their positions, or values alone where all are sent.
 
     Raises:
       ValueError: if `fraction` is outside (0, 1].
@@ -73,17 +69,11 @@ def top_k(*, fraction: float) -> Uplink:
 
         return jax.tree.map(leaf, delta, masks), state
 
-    def num_bits_fn(kept, sizes):
-        del sizes  # what does not travel costs nothing
-        total = 0
-        for n in map(int, kept):
-            num_sent = _num_sent(fraction, n)
-            total += 32 * num_sent
-            if num_sent < n:
-                total += min(num_sent * (n - 1).bit_length(), n)
-        return total
+    def payload_fn(num_kept):
+        num_sent = _num_sent(fraction, num_kept)
+        return Payload(num_sent, positions="sent" if num_sent < num_kept else "known")
 
-    return Uplink(init=_init_empty, update=update_fn, num_bits=num_bits_fn)
+    return Uplink(init=_init_empty, update=update_fn, payload=payload_fn)
 
 
 def random_k(*, fraction: float) -> Uplink:
@@ -97,7 +87,7 @@ def random_k(*, fraction: float) -> Uplink:
         in (0, 1].
 
     Returns:
-      An `Uplink`, which costs 32 bits for each entry sent and 32 for the seed.
+      An `Uplink`, which sends values and one seed.
 
     Raises:
       ValueError: if `fraction` is outside (0, 1].
@@ -107,7 +97,7 @@ def random_k(*, fraction: float) -> Uplink:
     """
     _check_fraction(fraction)
     update_fn = _map_leaves(lambda key, delta, mask: _pick(key, delta, mask, fraction)[0])
-    return Uplink(init=_init_empty, update=update_fn, num_bits=_random_k_num_bits(fraction))
+    return Uplink(init=_init_empty, update=update_fn, payload=_random_k_payload(fraction))
 
 
 def unbiased_random_k(*, fraction: float) -> Uplink:
@@ -130,7 +120,7 @@ def unbiased_random_k(*, fraction: float) -> Uplink:
         scale = num_kept.astype(delta.dtype) / jnp.maximum(num_sent, 1).astype(delta.dtype)
         return sent * scale
 
-    return Uplink(init=_init_empty, update=_map_leaves(leaf), num_bits=_random_k_num_bits(fraction))
+    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=_random_k_payload(fraction))
 
 
 def sign() -> Uplink:
@@ -140,8 +130,7 @@ def sign() -> Uplink:
     biased: wrap it in `error_feedback`.
 
     Returns:
-      An `Uplink`, which costs a bit for each entry and 32 for the scale of each leaf that is not
-      empty.
+      An `Uplink`, which sends a bit for each entry and the scale of each leaf that is not empty.
 
     References:
       Karimireddy et al., `Error feedback fixes SignSGD <https://arxiv.org/abs/1901.09847>`_, 2019.
@@ -154,11 +143,10 @@ def sign() -> Uplink:
         scale = jnp.sum(jnp.where(mask, jnp.abs(delta), zeros)) / num_kept
         return jnp.where(mask, jnp.where(delta < 0, -scale, scale), zeros)
 
-    def num_bits_fn(kept, sizes):
-        del sizes  # what does not travel costs nothing
-        return sum(int(n) + 32 for n in kept if n > 0)
+    def payload_fn(num_kept):
+        return Payload(num_kept, level_bits=1, num_scales=1 if num_kept else 0)
 
-    return Uplink(init=_init_empty, update=_map_leaves(leaf), num_bits=num_bits_fn)
+    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=payload_fn)
 
 
 def quantise(*, bits: int) -> Uplink:
@@ -172,8 +160,7 @@ def quantise(*, bits: int) -> Uplink:
       bits: per entry, in [1, 16].
 
     Returns:
-      An `Uplink`, which costs `bits` for each entry and 64 for the range of each leaf that is not
-      empty.
+      An `Uplink`, which sends `bits` for each entry and the range of each leaf that is not empty.
 
     Raises:
       ValueError: if `bits` is outside [1, 16].
@@ -200,11 +187,10 @@ def quantise(*, bits: int) -> Uplink:
         value = jnp.where(level >= top, high, low + level * step)
         return jnp.where(mask, jnp.where(constant, delta, value), zeros)
 
-    def num_bits_fn(kept, sizes):
-        del sizes  # what does not travel costs nothing
-        return sum(bits * int(n) + 64 for n in kept if n > 0)
+    def payload_fn(num_kept):
+        return Payload(num_kept, level_bits=bits, num_scales=2 if num_kept else 0)
 
-    return Uplink(init=_init_empty, update=_map_leaves(leaf), num_bits=num_bits_fn)
+    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=payload_fn)
 
 
 def error_feedback(inner: Uplink) -> Uplink:
@@ -220,7 +206,7 @@ def error_feedback(inner: Uplink) -> Uplink:
         three bits, whose error can exceed what it rounds.
 
     Returns:
-      An `Uplink` with a `ResidualState` per client; it costs what `inner` costs.
+      An `Uplink` with a `ResidualState` per client; it sends what `inner` sends.
 
     References:
       Stich et al., `Sparsified SGD with memory <https://arxiv.org/abs/1809.07599>`_, 2018;
@@ -238,7 +224,7 @@ def error_feedback(inner: Uplink) -> Uplink:
         residual = masks_lib.apply(masks, jax.tree.map(jnp.subtract, corrected, sent))
         return sent, ResidualState(residual=residual, inner=inner_state)
 
-    return Uplink(init=init_fn, update=update_fn, num_bits=inner.num_bits)
+    return Uplink(init=init_fn, update=update_fn, payload=inner.payload)
 
 
 def _init_empty(params):
@@ -282,15 +268,14 @@ def _pick(
     return jnp.where(chosen, delta, jnp.zeros_like(delta)), num_kept, num_sent
 
 
-def _random_k_num_bits(fraction: float) -> Callable:
-    """Charge the values and one seed."""
+def _random_k_payload(fraction: float) -> Callable[[int], Payload]:
+    """Send the chosen values; where they stand follows from a seed."""
 
-    def num_bits_fn(kept, sizes):
-        del sizes  # what does not travel costs nothing
-        num_sent = sum(_num_sent(fraction, int(n)) for n in kept)
-        return 32 * num_sent + (32 if num_sent else 0)
+    def payload_fn(num_kept):
+        num_sent = _num_sent(fraction, num_kept)
+        return Payload(num_sent, positions="seed" if num_sent < num_kept else "known")
 
-    return num_bits_fn
+    return payload_fn
 
 
 def _map_leaves(function: Callable) -> Callable:

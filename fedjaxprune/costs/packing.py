@@ -1,0 +1,116 @@
+"""Integers of any width as a bit string, and varints: the bottom of the wire format.
+
+Bit strings are filled from the most significant bit of every byte and end with zero bits.
+"""
+
+import numpy as np
+
+CHUNK = 1 << 16  # integers at a time, a multiple of 8: working memory stays in the cache
+
+
+class WireError(ValueError):
+    """What is to be decoded is no message, or is damaged, or does not fit what is known."""
+
+
+def num_bytes(num_bits: int) -> int:
+    """Round bits up to bytes."""
+    return -(-num_bits // 8)
+
+
+def pack(values: np.ndarray, width: int) -> bytes:
+    """Write the `width` low bits of every integer of `values` ``[m]``, one after the other."""
+    if width == 0 or not values.size:
+        return b""
+    holder = _holder(width)
+    parts = []
+    for begin in range(0, len(values), CHUNK):
+        words = values[begin : begin + CHUNK].astype(holder)
+        bits = np.unpackbits(words.view(np.uint8)).reshape(len(words), -1)
+        parts.append(np.packbits(bits[:, bits.shape[1] - width :]))
+    return b"".join(parts)
+
+
+def unpack(data: memoryview, count: int, width: int) -> np.ndarray:
+    """Read `count` integers of `width` bits: ``[count]`` int64.
+
+    Raises:
+      WireError: if the filling is not zero.
+    """
+    values = np.zeros(count, np.int64)
+    if width == 0 or count == 0:
+        return values
+    check_filling(data, count * width)
+    holder = _holder(width)
+    for begin in range(0, count, CHUNK):
+        size = min(CHUNK, count - begin)
+        first = begin * width // 8
+        chunk = np.frombuffer(data[first : first + num_bytes(size * width)], np.uint8)
+        bits = np.zeros((size, 8 * holder.itemsize), np.uint8)
+        bits[:, bits.shape[1] - width :] = np.unpackbits(chunk, count=size * width).reshape(
+            size, width
+        )
+        values[begin : begin + size] = np.packbits(bits).view(holder)
+    return values
+
+
+def check_filling(data: memoryview, num_bits: int) -> None:
+    """Refuse a bit string whose last byte has ones after its `num_bits` bits.
+
+    Raises:
+      WireError: if it has.
+    """
+    spare = -num_bits % 8
+    if spare and data[num_bytes(num_bits) - 1] & ((1 << spare) - 1):
+        raise WireError("a bit string does not end with zeros.")
+
+
+def varint(number: int) -> bytes:
+    """Write an integer from 0 on, seven bits a byte, low ones first; the top bit says more follows.
+
+    It is the LEB128 of DWARF and of protocol buffers.
+    """
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(0x80 | number & 0x7F)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Read an integer below 2**63 at byte `at`; also give the place after it.
+
+    Raises:
+      WireError: if the data end in it, or it is longer, or longer than it need be.
+    """
+    number = shift = 0
+    while True:
+        byte, at = read_byte(data, at)
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            break
+        if shift == 63:
+            raise WireError("a number has more than 63 bits.")
+    if byte == 0 and shift > 7:
+        raise WireError("a number is written longer than it need be.")
+    return number, at
+
+
+def read_byte(data: memoryview, at: int) -> tuple[int, int]:
+    """Read one byte; also give the place after it.
+
+    Raises:
+      WireError: if the data end there.
+    """
+    if at >= len(data):
+        raise WireError("the message ends too early.")
+    return data[at], at + 1
+
+
+def _holder(width: int) -> np.dtype:
+    """Choose the smallest big-endian type of `width` bits."""
+    for dtype in (">u1", ">u2", ">u4", ">u8"):
+        if width <= 8 * np.dtype(dtype).itemsize:
+            return np.dtype(dtype)
+    raise ValueError(f"width must be at most 64, got {width}.")

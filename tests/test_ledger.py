@@ -1,0 +1,239 @@
+"""The ledger: what it charges is what the encoder writes; formulas are those of the papers."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjaxprune import accounts, masks, trees
+from fedjaxprune.algorithms import compose, feddip
+from fedjaxprune.costs import formulas, ledger, messages, wire
+from fedjaxprune.experiment import record
+from fedjaxprune.federated import clients
+from fedjaxprune.federated import cohort as cohort_lib
+from fedjaxprune.models import zoo
+from fedjaxprune.pruning import allocation
+from tests import quadratic
+from tests.test_algorithms import ALGORITHMS, STATE, UPLINKS, setup, simulate
+from tests.test_experiment_config import make_line
+
+FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+
+
+def cohorts(index):
+    ids = [(index + j) % 6 for j in range(4)]
+    return ids, [True, index % 3 != 1, True, index != 4]
+
+
+def with_personal_masks(inner):
+    def update(key, broadcast, state, data):
+        odd = (data.size % 2) == 1
+        mine = jax.tree.map(
+            lambda leaf: (jnp.arange(leaf.size).reshape(leaf.shape) % 3 == 0) == odd,
+            quadratic.PARAMS,
+        )
+        mine = masks.restrict(mine, masks.kernels)
+        message, state = inner.update(key, broadcast._replace(masks=mine), state, data)
+        return message._replace(fields={**message.fields, "masks": mine}), state
+
+    return inner._replace(update=update)
+
+
+def personal(settings):
+    inner = clients.local_sgd(
+        quadratic.MODEL.loss, batcher=settings.batcher, optimizer=settings.optimizer
+    )
+    return compose.compose(settings, client=with_personal_masks(inner))
+
+
+METHODS = {**ALGORITHMS, "personal_masks": personal}
+CASES = [(name, "identity") for name in sorted(METHODS)]
+CASES += [("feddip", wire_name) for wire_name in sorted(UPLINKS) if wire_name != "identity"]
+
+
+@pytest.mark.parametrize(("name", "wire_name"), CASES)
+def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
+    """Ten rounds: catch every client's message, encode it, and compare lengths by client."""
+    caught = []
+
+    def keep(delta, sent, fields, weight):
+        caught.append((delta, sent, fields, weight))
+
+    inner = UPLINKS[wire_name]
+    last = {}
+
+    def update(key, delta, state, sent):
+        delta, state = inner.update(key, delta, state, sent)
+        last["sent"] = sent
+        return delta, state
+
+    run = cohort_lib.run
+
+    def spy(key, update, *rest, **options):
+        def told(*arguments):
+            message, state = update(*arguments)
+            fields = {
+                name: tree
+                for name, tree in message.fields.items()
+                if name in ("model_state", "grads", "masks")
+            }
+            jax.debug.callback(
+                keep, message.fields["delta"], last["sent"], fields, message.weight, ordered=True
+            )
+            return message, state
+
+        return run(key, told, *rest, **options)
+
+    monkeypatch.setattr(cohort_lib, "run", spy)
+    algorithm = METHODS[name](setup(num_rounds=10, uplink=inner._replace(update=update)))
+    states, _, history = simulate(algorithm, cohorts, num_rounds=10)
+    jax.effects_barrier()
+    assert len(caught) == 10 * 4
+
+    states = [algorithm.init(quadratic.PARAMS, STATE), *states]
+    versions = dict.fromkeys(range(6), 0)
+    for index, metrics in enumerate(history):
+        before = states[index]
+        ids, present = cohorts(index)
+        traffic = algorithm.num_bits(jax.device_get(metrics), before)
+        charged = {
+            client: (entry.uplink_bits, entry.downlink_bits)
+            for entry in traffic.clients
+            for client in entry.client_ids
+        }
+        assert sorted(charged) == sorted(ids)
+        broadcast = messages.values("params", algorithm.deployed(before), before.masks)
+        broadcast |= messages.whole("model_state", before.model_state)
+        down = 8 * len(wire.encode(broadcast))
+        in_force = 8 * len(wire.encode(messages.masks_in_force(before.masks, FLAGS)))
+        for slot, client in enumerate(ids):
+            is_stale = versions[client] != int(before.mask_version)
+            up = 0
+            if present[slot]:
+                versions[client] = int(before.mask_version)
+                up = written(inner, *caught[4 * index + slot])
+            assert charged[client] == (up, down + in_force * is_stale)
+        assert traffic.uplink_bits == sum(traffic.uplink) == sum(u for u, _ in charged.values())
+        assert traffic.downlink_bits == sum(traffic.downlink)
+
+
+def written(uplink, delta, sent, fields, weight):
+    """Encode a client's messages for real, and see that the delta arrives."""
+    kept = [int(leaf.sum()) for leaf in jax.tree.leaves(sent)]
+    payloads = [uplink.payload(n) for n in kept]
+    message = messages.delta(delta, sent, payloads, seed=0)
+    named = dict(zip(trees.paths(delta), jax.tree.leaves(delta), strict=True))
+    known = {
+        name: part.known
+        for name, part in message.items()
+        if isinstance(part, wire.Part) and part.known is not None
+    }
+    for name in sorted(set(fields) - {"masks"}):
+        if name == "model_state" or any(np.any(leaf) for leaf in jax.tree.leaves(fields[name])):
+            message = {**message, **messages.whole(name, fields[name])}
+    data = wire.encode({**message, **messages.weight(weight)})
+    for name, arrived in wire.decode(data, known=known).items():
+        if name.startswith("delta/") and isinstance(arrived, np.ndarray):
+            np.testing.assert_array_equal(arrived, named[name.removeprefix("delta/")])
+        elif name.startswith("delta/"):
+            found = dequantised(arrived)
+            found = np.where(known.get(name, True), found, 0.0)
+            np.testing.assert_allclose(found, named[name.removeprefix("delta/")], atol=1e-6)
+    bits = 8 * len(data)
+    if "masks" in fields:
+        bits += 8 * len(wire.encode(messages.personal_masks(fields["masks"], FLAGS)))
+    return bits
+
+
+def dequantised(arrived):
+    if len(arrived.scales) == 1:
+        return np.where(arrived.levels == 1, arrived.scales[0], -arrived.scales[0])
+    low, high = arrived.scales.astype(np.float64)
+    return low + arrived.levels * (high - low) / (2**arrived.level_bits - 1)
+
+
+def test_who_dropped_out_has_received_and_filling_has_not():
+    present = np.array([True, False, False, False, True, False])
+    ids = np.array([3, 1, 3, 1, 5, -1])  # 1 dropped out; 3, 1 again and -1 are filling
+    reached = ledger.received(present, ids)
+    np.testing.assert_array_equal(reached, [True, True, False, False, True, False])
+
+
+def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():
+    """MB (10^6) a round and client on ResNet-18 for CIFAR-10, density 0.2, both ways."""
+    init = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch").init
+    params, _ = jax.eval_shape(init, jax.random.key(0))
+    paths, sizes = trees.paths(params), trees.sizes(params)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    pruned = {
+        path: leaf
+        for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
+        if len(leaf.shape) == 4  # biases, normalisation and the output layer stay dense
+    }
+    size = sum(trees.sizes(pruned))
+    sparsity = 0.8 * sum(sizes) / size  # of what may be pruned, for a density of 0.2 in all
+    with jax.enable_x64(True):
+        shares = np.asarray(allocation.erk_densities(pruned, jnp.float64(sparsity)))
+    densities = dict(zip(pruned, shares, strict=True))
+
+    def megabytes(name, density):
+        kept = [
+            math.floor(density(path) * n) if path in pruned else n
+            for path, n in zip(paths, sizes, strict=True)
+        ]
+        return 2 * formulas.STORAGE[name](kept, shapes) / 8e6
+
+    erk, uniform = densities.__getitem__, lambda path: 1 - sparsity
+    assert round(megabytes("dense", erk), 1) == 89.4
+    assert round(megabytes("values", erk), 1) == 17.9
+    assert round(megabytes("fedrts_f4", erk), 1) == 26.1
+    assert round(megabytes("fedrts_f4", uniform), 1) == 29.6
+    assert round(megabytes("fedrts_bitmap", erk), 1) == 20.6
+    assert round(megabytes("fedrts_bitmap", uniform), 1) == 20.7
+    assert abs(megabytes("fedrts_bitmap", uniform) / 20.85 - 1) < 0.01  # as published
+
+
+def test_the_rule_of_fedrts_by_hand():
+    shapes = [(10, 100)]
+    by_density = {900: 32_000, 300: 1000 + 32 * 300, 100: 100 * 10 + 3200}
+    by_density[50] = 50 * 4 + 100 * 6 + 1600  # 10 columns: 4 bits; 100 rows, ceil(log2 50) = 6
+    for kept, bits in by_density.items():
+        assert formulas.fedrts_f4([kept], shapes) == bits
+
+
+def test_a_summary_adds_up_the_ledger():
+    clients = [{"uplink_bits": 3, "downlink_bits": 4, "client_ids": [0, 2]}]
+    line = functools.partial(make_line, client_bits=clients, uplink_parts={"values": 5})
+    lines = [
+        line(1, stage="explore", modelled_bits={"f": {"uplink": 1, "downlink": 2}}),
+        line(2, client_bits=[{"uplink_bits": 0, "downlink_bits": 1, "client_ids": [2]}]),
+    ]
+    summary = record.summarise(lines)
+    assert summary["uplink_parts"] == {"values": 10}
+    assert summary["client_bits"] == {"num_clients": 2, "mean": 7.5, "largest": 8}
+    assert summary["modelled_bits"] == {"f": {"uplink": 1, "downlink": 2}}
+    assert summary["stage_bits"] == {
+        stage: {"uplink_bits": 2**40, "downlink_bits": 2**41} for stage in ("explore", "train")
+    }
+
+
+def test_masks_travel_as_the_encoder_would_write_them():
+    rng = np.random.default_rng(0)
+    tree = {"a": {"kernel": rng.random([40, 30]) < 0.1, "bias": np.ones(30, np.bool_)}}
+    packed = jax.device_get(masks.pack((jnp.asarray(tree["a"]["kernel"]),)))
+    spec = messages.Spec("masks/a/kernel", np.dtype(bool), (40, 30))
+    message = messages.unpack_masks([spec], [np.asarray(bits).tobytes() for bits in packed])
+    flags = masks.prunable_leaves(tree, masks.kernels)
+    assert wire.encode(message) == wire.encode(messages.masks_in_force(tree, flags))
+
+
+def test_feddip_reports_zeros_and_charges_nothing_for_it():
+    algorithm = ALGORITHMS["feddip"](setup())
+    _, _, history = simulate(algorithm, cohorts, num_rounds=1)
+    sent = history[0].sent
+    assert isinstance(sent, accounts.Sent)
+    assert feddip.ZEROS not in sent.fields
+    assert np.asarray(sent.reports[feddip.ZEROS]).shape == (4, len(FLAGS))
