@@ -116,12 +116,16 @@ class Broadcast(NamedTuple):
       masks: the masks to train under.
       model_state: what is not trained (BatchNorm statistics).
       round: ``[]`` int32.
+      drift: what the server tells every client against drift (control variates), or ``()``.
+      correction: added to the gradient of every local step, or ``()``; the tree of the parameters.
     """
 
     params: Params
     masks: Masks
     model_state: State
     round: jax.Array
+    drift: State = ()
+    correction: Params = ()
 
 
 class Message(NamedTuple):
@@ -246,6 +250,8 @@ class RoundState(NamedTuple):
       model_state: what is not trained.
       server: state of the server's optimiser.
       pruner: state of the pruner.
+      drift: the server's part of a remedy against client drift (control variates), or ``()``.
+      method: what the method's stages hand on to one another (candidates), or ``()``.
     """
 
     round: jax.Array
@@ -255,6 +261,8 @@ class RoundState(NamedTuple):
     model_state: State
     server: State
     pruner: State
+    drift: State = ()
+    method: State = ()
 
 
 class ClientRow(NamedTuple):
@@ -278,7 +286,8 @@ class RoundMetrics(NamedTuple):
       train: merged accumulators of the clients' training metrics (at least ``loss``).
       kept: ``[L]`` int32, live entries per leaf after the round.
       num_changed: ``[]`` int32, mask entries that the round flipped.
-      downlink_kept: ``[L]`` int32, entries per leaf that one client received.
+      downlink_kept: ``[L]`` int32, entries per leaf that one client received; ``[C, L]`` in stages
+        where clients differ in it.
       uplink_kept: ``[C, L]`` int32, entries per leaf that each client could send; only rows of
         present clients mean anything.
       present: ``[C]`` bool, who took part.
@@ -286,6 +295,13 @@ class RoundMetrics(NamedTuple):
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
       num_masks_sent: ``[]`` int32, clients that had to be sent the masks in force.
       num_personal_masks: ``[]`` int32, clients that sent masks of their own.
+      uplink_pairs: ``[C, L]`` int32, pairs of position and value per leaf that each client sent
+        beside its delta, of entries that are pruned.
+      num_statistics: ``[]`` int32, values of untrained state (BatchNorm statistics) that one client
+        received and sent, together.
+      num_extra_down: ``[]`` int32, values that one client received beside the model.
+      num_extra_up: ``[]`` int32, values that one client sent beside its delta (control variates,
+        losses).
     """
 
     train: Metrics
@@ -298,6 +314,10 @@ class RoundMetrics(NamedTuple):
     num_rejected: jax.Array
     num_masks_sent: jax.Array
     num_personal_masks: jax.Array
+    uplink_pairs: jax.Array
+    num_statistics: jax.Array
+    num_extra_down: jax.Array
+    num_extra_up: jax.Array
 
 
 class Stage(NamedTuple):

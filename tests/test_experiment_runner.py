@@ -117,6 +117,10 @@ def pull() -> Algorithm:
                 num_rejected=jnp.int32(0),
                 num_personal_masks=jnp.int32(0),
                 num_masks_sent=num_present,
+                uplink_pairs=jnp.zeros((COHORT_SIZE, 1), jnp.int32),
+                num_statistics=jnp.int32(0),
+                num_extra_down=jnp.int32(0),
+                num_extra_up=jnp.int32(0),
             ),
         )
 

@@ -1,7 +1,7 @@
 """client + uplink + aggregators + server + pruner -> Algorithm: where the two wings meet."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,12 @@ from fedjaxprune.base import (
     Client,
     ClientRow,
     CohortAggregator,
+    Delta,
     Key,
     Masks,
     Message,
+    Params,
+    Population,
     PrunableFn,
     Pruner,
     PrunerInputs,
@@ -28,6 +31,7 @@ from fedjaxprune.base import (
     RoundState,
     Schedule,
     Stage,
+    State,
     Traffic,
     Uplink,
 )
@@ -38,6 +42,25 @@ from fedjaxprune.federated import uplink as uplink_lib
 from fedjaxprune.pruning import pruners
 
 VALUE_BITS = 32  # a weight travels as a float32
+
+
+class Drift(NamedTuple):
+    """A remedy against client drift that goes around any local client, under any masks.
+
+    Attributes:
+      init: ``params -> state``, the server's part; every client receives it with the model.
+      wrap: ``client -> client``; the result sees the server's part as ``broadcast.drift``.
+      aggregators: by field of the wrapped client's message.
+      update: ``(fields, state, population) -> (delta, state)`` at the server, from the aggregated
+        fields; a round in which nobody was heard must leave the state as it was.
+      num_values: ``masks -> ([], []) int32``, values that one client receives and sends for it.
+    """
+
+    init: Callable[[Params], State]
+    wrap: Callable[[Client], Client]
+    aggregators: Mapping[str, Aggregator | CohortAggregator]
+    update: Callable[[Mapping[str, Any], State, Population], tuple[Delta, State]]
+    num_values: Callable[[Masks], tuple[jax.Array, jax.Array]]
 
 
 class Setup(NamedTuple):
@@ -53,6 +76,7 @@ class Setup(NamedTuple):
       server: the server's optimiser, an optax transformation (see `servers`); None takes the
         aggregated delta as it is.
       chunk_size: clients that run side by side; changes nothing but speed and memory.
+      drift: remedy against client drift (SCAFFOLD, FedNova); None trains and averages plainly.
     """
 
     num_rounds: int
@@ -63,6 +87,7 @@ class Setup(NamedTuple):
     aggregator: Aggregator | CohortAggregator | None = None
     server: optax.GradientTransformation | None = None
     chunk_size: int = 1
+    drift: Drift | None = None
 
 
 class Travel(NamedTuple):
@@ -119,6 +144,8 @@ def compose(
     """
     uplink = uplink_lib.identity() if setup.uplink is None else setup.uplink
     server = servers.fedavg() if setup.server is None else setup.server
+    drift = plain() if setup.drift is None else setup.drift
+    client = drift.wrap(client)
     is_pruning = pruner is not None
     pruner = pruners.exempt(pruner, prunable) if pruner is not None else pruners.keep()
     travel = masks_in_force() if travel is None else travel
@@ -128,8 +155,10 @@ def compose(
         "model_state": mean,
         "grads": mean,
         "metrics": aggregators_lib.total(),
+        **drift.aggregators,
         **(aggregators or {}),
-        "uplink_kept": CohortAggregator(reduce=lambda values, masks, weights: values),
+        "uplink_kept": aggregators_lib.gathered(),
+        "uplink_pairs": aggregators_lib.gathered(),
         "num_messages": aggregators_lib.total(),
         "num_personal_masks": aggregators_lib.total(),
     }
@@ -148,6 +177,7 @@ def compose(
             model_state=model_state,
             server=servers.init(server, params),
             pruner=pruner.init(params),
+            drift=drift.init(params),
         )
 
     def init_client_fn(params):
@@ -168,6 +198,7 @@ def compose(
             masks=travel.train(train_key, state),
             model_state=state.model_state,
             round=state.round,
+            drift=state.drift,
         )
 
         def update(key, broadcast, own, data):
@@ -200,7 +231,8 @@ def compose(
         )
         fields = outcome.fields
 
-        stepped = servers.step(server, fields["delta"], state.server, state.params)
+        delta, drift_state = drift.update(fields, state.drift, population)
+        stepped = servers.step(server, delta, state.server, state.params)
         # A round in which nobody was heard moves nothing, momentum and masks included; nor does one
         # in which finite messages came to something that is not finite.
         overflown = (fields["num_messages"] > 0) & ~trees.all_finite(stepped)
@@ -217,7 +249,7 @@ def compose(
             server_state = servers.zero_pruned(server, server_state, masks)
 
         num_changed = masks_lib.num_changed(state.masks, masks)
-        new_state = RoundState(
+        new_state = state._replace(
             round=state.round + 1,
             params=params,
             masks=masks,
@@ -229,6 +261,7 @@ def compose(
             ),
             server=server_state,
             pruner=pruner_state,
+            drift=trees.select(trees.all_finite(drift_state), drift_state, state.drift),
         )
         stale = cohort.present & (rows.mask_version != state.mask_version)
         new_rows = ClientRow(
@@ -236,6 +269,8 @@ def compose(
             uplink=outcome.states[1],
             mask_version=jnp.where(cohort.present, state.mask_version, rows.mask_version),
         )
+        extra_down, extra_up = drift.num_values(broadcast.masks)
+        no_pairs = jnp.zeros_like(fields["uplink_kept"])
         round_metrics = RoundMetrics(
             train=fields["metrics"],
             kept=masks_lib.num_kept(masks),
@@ -247,6 +282,10 @@ def compose(
             num_rejected=jnp.sum(outcome.rejected | (cohort.present & overflown), dtype=jnp.int32),
             num_masks_sent=jnp.sum(stale, dtype=jnp.int32),
             num_personal_masks=fields["num_personal_masks"],
+            uplink_pairs=fields.get("uplink_pairs", no_pairs),
+            num_statistics=jnp.int32(2 * sum(trees.sizes(state.model_state))),
+            num_extra_down=extra_down,
+            num_extra_up=extra_up,
         )
         return new_state, new_rows, round_metrics
 
@@ -269,6 +308,17 @@ def _moved(before: jax.Array, change: jax.Array) -> jax.Array:
     return before + jnp.round(change).astype(before.dtype)
 
 
+def plain() -> Drift:
+    """Do nothing against drift."""
+    return Drift(
+        init=lambda params: (),
+        wrap=lambda client: client,
+        aggregators={},
+        update=lambda fields, state, population: (fields["delta"], state),
+        num_values=lambda masks: (jnp.int32(0), jnp.int32(0)),
+    )
+
+
 def traffic(
     metrics: RoundMetrics, state: RoundState, *, uplink: Uplink, prunable: PrunableFn
 ) -> Traffic:
@@ -276,21 +326,41 @@ def traffic(
 
     A value is 32 bits. Entries that the masks rule out do not travel, and who is not listed under
     `num_masks_sent` holds the masks already. Masks that follow from the run's seed cost nothing. A
-    personal mask travels up whole, with every message.
+    personal mask travels up whole, with every message. The position of a pair is numbered among the
+    leaf's pruned entries (see `uplink.position_bits`).
     """
     sizes = trees.sizes(state.params)
     flags = masks_lib.prunable_leaves(state.params, prunable)
     num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
-    sent = np.asarray(metrics.uplink_kept)[np.asarray(metrics.present)]
-    rows, counts = np.unique(sent, axis=0, return_counts=True) if len(sent) else (sent, [])
     num_present = int(metrics.num_present)
-    values = sum(
-        int(count) * uplink.num_bits([int(n) for n in row], sizes)
-        for row, count in zip(rows, counts, strict=True)
-    )
+
+    def over_clients(rows: Any, bits_of: Callable[[list[int]], int]) -> int:
+        """Add up what present clients' rows of counts ``[C, ...]`` come to."""
+        rows = np.asarray(rows)[np.asarray(metrics.present)]
+        distinct, counts = np.unique(rows, axis=0, return_counts=True) if len(rows) else (rows, [])
+        return sum(
+            int(count) * bits_of([int(n) for n in row])
+            for row, count in zip(distinct, counts, strict=True)
+        )
+
+    shape = np.shape(metrics.uplink_kept)
+    received = np.broadcast_to(np.asarray(metrics.downlink_kept), shape)
+
+    def pair_bits(row: list[int]) -> int:
+        pairs = zip(row[: len(sizes)], row[len(sizes) :], strict=True)
+        return sum(VALUE_BITS * n + uplink_lib.position_bits(n, room) for n, room in pairs if n)
+
+    paired = 0
+    if np.any(metrics.uplink_pairs):
+        places = np.asarray(sizes, np.int64) - received  # where pairs may lie
+        paired = over_clients(np.concatenate([metrics.uplink_pairs, places], axis=1), pair_bits)
     return Traffic(
-        uplink_bits=values + int(metrics.num_personal_masks) * num_prunable,
-        downlink_bits=num_present * VALUE_BITS * sum(int(n) for n in metrics.downlink_kept),
+        uplink_bits=over_clients(metrics.uplink_kept, lambda row: uplink.num_bits(row, sizes))
+        + paired
+        + int(metrics.num_personal_masks) * num_prunable
+        + num_present * VALUE_BITS * int(metrics.num_extra_up),
+        downlink_bits=over_clients(received, lambda row: VALUE_BITS * sum(row))
+        + num_present * VALUE_BITS * int(metrics.num_extra_down),
         mask_bits=int(metrics.num_masks_sent) * num_prunable,
-        statistics_bits=2 * num_present * VALUE_BITS * sum(trees.sizes(state.model_state)),
+        statistics_bits=num_present * VALUE_BITS * int(metrics.num_statistics),
     )

@@ -177,6 +177,11 @@ def total() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
 
 
+def gathered() -> CohortAggregator:
+    """Keep what every client says, ``[C, ...]``, absent ones included: counts for the record."""
+    return CohortAggregator(reduce=lambda values, masks, weights: values)
+
+
 def median() -> CohortAggregator:
     """Take the median of every coordinate over the present clients, each counted once.
 

@@ -79,11 +79,20 @@ def top_k(*, fraction: float) -> Uplink:
         for n in map(int, kept):
             num_sent = _num_sent(fraction, n)
             total += 32 * num_sent
-            if num_sent < n:
-                total += min(num_sent * (n - 1).bit_length(), n)
+            total += position_bits(num_sent, n)
         return total
 
     return Uplink(init=_init_empty, update=update_fn, num_bits=num_bits_fn)
+
+
+def position_bits(num_sent: int, num_places: int) -> int:
+    """Count the bits that say which `num_sent` of `num_places` entries travel, on the host.
+
+    Indices of ``ceil(log2(num_places))`` bits or a bitmap, whichever is shorter; nothing for all.
+    """
+    if num_sent >= num_places:
+        return 0
+    return min(num_sent * (num_places - 1).bit_length(), num_places)
 
 
 def random_k(*, fraction: float) -> Uplink:
