@@ -28,7 +28,7 @@ def loss(params, state, batch, key):
     errors = 0.5 * jnp.sum(jnp.square(flatten(params)[None] - batch.inputs), axis=1)
     mean = metrics.mean(errors, batch.weights)
     value = mean.total / jnp.maximum(mean.weight, 1.0)
-    new_state = {"steps": state["steps"] + 1.0} if state else state
+    new_state = {**state, "steps": state["steps"] + 1.0} if "steps" in state else state
     return value, (new_state, {"loss": mean})
 
 
