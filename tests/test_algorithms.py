@@ -10,7 +10,17 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedavg, feddip, fedtiny, stages
+from fedjaxprune.algorithms import (
+    compose,
+    fedavg,
+    feddip,
+    fednova,
+    fedtiny,
+    fixed_masks,
+    gradual_magnitude,
+    scaffold,
+    stages,
+)
 from fedjaxprune.base import ClientData
 from fedjaxprune.federated import aggregators, clients, servers, uplink
 from fedjaxprune.pruning import pruners, readjustment, schedules, scores
@@ -71,13 +81,54 @@ def tiny(**options):
 ALGORITHMS = {
     "fedavg": lambda s: fedavg.fedavg(quadratic.MODEL, s),
     "fedprox": lambda s: fedavg.fedprox(quadratic.MODEL, s, mu=0.1),
+    "scaffold": lambda s: scaffold.scaffold(quadratic.MODEL, s),
+    "fednova": lambda s: fednova.fednova(quadratic.MODEL, s),
     "feddip": dip(),
+    "feddip_scaffold": lambda s: dip()(s._replace(drift=scaffold.control_variates())),
+    "dynamic_sparse_scaffold": lambda s: dynamic_sparse(
+        s._replace(drift=scaffold.control_variates())
+    ),
     "feddip_regrow": dip(mode="regrow"),
     "feddip_dense": dip(mode="dense"),
     "feddip_without_penalty": dip(max_penalty=0.0),
     "feddip_without_pruning": lambda s: feddip.feddip_without_pruning(quadratic.MODEL, s),
     "dynamic_sparse": dynamic_sparse,
+    "random_masks": lambda s: fixed_masks.random_masks(quadratic.MODEL, s, sparsity=0.5),
+    "magnitude_masks": lambda s: fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.held_out([0, 1, 2]),
+        pretraining=quadratic.full_batches(1),
+        weights="trained",
+    ),
+    "one_client_masks": lambda s: fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.one_client(2),
+        pretraining=quadratic.full_batches(1),
+        weights="initial",
+        num_guests=1,
+    ),
+    "snip_masks": lambda s: fixed_masks.snip_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.pooled(),
+        batcher=quadratic.full_batches(1),
+        num_steps=2,
+    ),
+    "snip_masks_of_clients": lambda s: fixed_masks.snip_masks_of_clients(
+        quadratic.MODEL, s, sparsity=0.5, batcher=quadratic.full_batches(1)
+    ),
+    "gradual_magnitude": lambda s: gradual_magnitude.gradual_magnitude(
+        quadratic.MODEL, s, final_sparsity=0.75, period=2, end_round=ROUNDS
+    ),
     "fedtiny": tiny(),
+    "fedtiny_fednova": lambda s: tiny()(
+        s._replace(drift=fednova.normalised_averaging(batcher=s.batcher))
+    ),
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
 }
@@ -97,7 +148,7 @@ UPLINKS = {
     "random_k": uplink.random_k(fraction=0.5),
     "quantise": uplink.quantise(bits=4),
 }
-AT_SERVER = ("prepare",)  # stages in which no client takes part
+AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
 every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 
 

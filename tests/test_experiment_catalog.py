@@ -25,6 +25,8 @@ CASES += [
     {"algorithm": "feddip", "feddip_mode": "regrow", "rounds": 1},
     {"algorithm": "feddip", "feddip_mode": "dense", "max_penalty": 0.0},
     {"augment": True, "normalise": False, "dropout_probability": 0.5, "chunk_size": 100},
+    {"algorithm": "feddip", "drift": "scaffold"},
+    {"algorithm": "fedtiny", "drift": "fednova", "local_steps": None},
     {"local_steps": None, "momentum": 0.5, "weight_decay": 1e-3, "chunk_size": 2},
 ]
 

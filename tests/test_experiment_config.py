@@ -43,6 +43,7 @@ def test_every_setting_has_a_description_and_a_default():
         ("uplink", catalog.UPLINKS),
         ("aggregator", catalog.AGGREGATORS),
         ("server", catalog.SERVERS),
+        ("drift", catalog.DRIFTS),
     ],
 )
 def test_every_name_has_a_factory_and_every_factory_a_name(setting, table):

@@ -184,6 +184,21 @@ def test_where_no_draw_comes_close_the_closest_is_taken():
     assert counts.tolist() == [2, 2]
 
 
+def test_erk_candidates_give_small_layers_more():
+    def densities(params):
+        return jnp.asarray(pools.erk(params, 0.25, masks.kernels), jnp.float32)
+
+    dense, head = (float(value) for value in jax.jit(densities)(quadratic.PARAMS))
+    assert head > dense
+    np.testing.assert_allclose(24 * dense + 8 * head, 0.25 * 32, rtol=1e-6)
+    np.testing.assert_allclose(head / dense, (6 / 8) / (10 / 24), rtol=1e-6)
+    algorithm = tiny(layer_densities=pools.erk, noise=1.0)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    everyone = quadratic.cohort(algorithm, range(6))
+    state, _, _ = algorithm.stages[0].round(KEY, state, everyone, PEOPLE)
+    assert np.all(np.asarray(state.method.counts) >= 1)
+
+
 def test_a_candidate_keeps_the_largest_weights_of_each_layer():
     _, states, _ = play()
     state = states[1]
@@ -222,6 +237,21 @@ def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
     chosen = candidate(prepared, int(np.argmin(losses)))
     chex.assert_trees_all_equal(compared.masks, chosen)
     chex.assert_trees_all_equal(compared.params, masks.apply(chosen, prepared.params))
+
+
+def test_the_total_variance_is_that_of_all_the_data():
+    algorithm = tiny(variance="total")
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    everyone = quadratic.cohort(algorithm, range(6))
+    for stage in algorithm.stages[:2]:
+        state, _, _ = stage.round(jax.random.fold_in(KEY, state.round), state, everyone, PEOPLE)
+    mean, var = state.method.statistics
+    every = np.concatenate([points(i) for i in range(6)])
+    for candidate_mean, candidate_var in zip(mean, var, strict=True):
+        np.testing.assert_allclose(candidate_mean, every.mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(candidate_var, every.var(axis=0), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the variance 'norm/var' has no mean beside it"):
+        calibration.add_spread({"norm": {"var": var}}, [var], [var])
 
 
 def test_the_server_trains_on_its_own_examples_alone():
@@ -339,7 +369,7 @@ def test_pairs_are_the_largest_gradients_of_pruned_weights():
     )
     for r, a, b in ((1, [0.0, -5.0, 0.0, 0.0, -2.0], [0.0, 0.0, 9.0]), (0, [0.0] * 5, [0.0] * 3)):
         broadcast = Broadcast(params=grads, masks=live, model_state={}, round=jnp.int32(r))
-        message, _ = client.update(KEY, broadcast, (), None)
+        message, _ = client.update(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
         assert message.fields["grads"]["a"].tolist() == a
         assert message.fields["grads"]["b"].tolist() == b
         assert message.fields["uplink_pairs"].tolist() == [2 * r, r]  # a zero is no pair
@@ -466,6 +496,7 @@ def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
         ({"noise": 1.5}, "noise must lie in"),
         ({"selection": "best"}, "selection must be 'adaptive' or 'vanilla'"),
         ({"order": "random"}, "order must be 'backward' or 'forward'"),
+        ({"variance": "all"}, "variance must be 'within' or 'total'"),
         ({"pool_size": 0}, "pool_size must be at least 1"),
         ({"period": 7}, "period must be at least 1 and at most until"),
     ],

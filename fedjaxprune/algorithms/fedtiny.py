@@ -72,6 +72,7 @@ def fedtiny(
     noise: float = 0.5,
     selection: Literal["adaptive", "vanilla"] = "adaptive",
     calibration_passes: int | None = None,
+    variance: Literal["within", "total"] = "within",
     gradient_weights: Literal["examples", "clients"] = "examples",
     swap_fraction: float = 0.3,
     period: int = 10,
@@ -99,6 +100,8 @@ def fedtiny(
         ``calibrate``: the paper's ablation.
       calibration_passes: None measures statistics exactly in one pass; a number makes so many
         passes by the model's own momentum from the server's statistics (published code: 10).
+      variance: ``"within"`` averages the clients' variances (published); ``"total"`` adds the
+        variance of their means.
       gradient_weights: ``"clients"`` averages gradients equally (published code).
       swap_fraction: share of a layer's live weights that change places in the first readjustments,
         fading along a cosine; 0 keeps the mask.
@@ -116,6 +119,8 @@ def fedtiny(
         raise ValueError(f"noise must lie in [0, 1], got {noise}.")
     if selection not in ("adaptive", "vanilla"):
         raise ValueError(f"selection must be 'adaptive' or 'vanilla', got {selection!r}.")
+    if variance not in ("within", "total"):
+        raise ValueError(f"variance must be 'within' or 'total', got {variance!r}.")
     if gradient_weights not in ("examples", "clients"):
         raise ValueError(
             f"gradient_weights must be 'examples' or 'clients', got {gradient_weights!r}."
@@ -251,6 +256,8 @@ def fedtiny(
     def calibrated(key, state, fields):
         del key  # deterministic
         found = fields["statistics"]
+        if variance == "total":
+            found = calibration.add_spread(state.model_state, found, fields["squares"])
         usable = trees.all_finite(found)
         statistics = trees.select(usable, found, state.method.statistics)
         return state._replace(method=state.method._replace(statistics=statistics))
@@ -280,11 +287,16 @@ def fedtiny(
         measure = calibration.moving_statistics(
             model.loss, batcher=development, num_passes=calibration_passes
         )
+    if variance == "total":
+        measure = calibration.with_squares(measure)
     calibrate = stages.survey(
         setup,
         name="calibrate",
         client=calibration.each_candidate(measure),
-        aggregators={"statistics": aggregators.weighted_mean()},
+        aggregators={
+            "statistics": aggregators.weighted_mean(),
+            "squares": aggregators.weighted_mean(),
+        },
         broadcast=candidates,
         conclude=calibrated,
         sent=calibrate_sent,

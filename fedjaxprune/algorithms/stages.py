@@ -5,7 +5,7 @@ Each is one pure function with the signature of a training round, so that stages
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,7 @@ def survey(
             rows._replace(
                 mask_version=jnp.where(cohort.present, state.mask_version, rows.mask_version)
             ),
+            version_step=1,
             train=jax.tree.map(_sum_candidates, outcome.fields["metrics"]),
             downlink_kept=travelled.downlink_kept,
             uplink_kept=nothing,
@@ -120,6 +121,7 @@ def survey(
             num_present=jnp.sum(cohort.present, dtype=jnp.int32),
             num_rejected=jnp.sum(outcome.rejected, dtype=jnp.int32),
             num_masks_sent=jnp.sum(travelled.num_masks, dtype=jnp.int32),
+            num_personal_masks=jnp.int32(0),
             uplink_pairs=nothing,
             num_statistics=travelled.num_statistics,
             num_extra_down=travelled.num_extra_down,
@@ -130,34 +132,45 @@ def survey(
 
 
 def at_server(
-    name: str, work: Callable[[Key, RoundState, Population], tuple[RoundState, Metrics]]
+    name: str,
+    work: Callable[[Key, RoundState, Population], tuple[RoundState, Metrics]],
+    *,
+    masks_from: Literal["data", "seed"] = "data",
+    num_guests: int = 0,
 ) -> Stage:
     """Make a round in which the server works alone: no client takes part, nothing travels.
 
     Args:
       name: the stage's name in the record.
       work: ``(key, state, population) -> (state, metrics)``.
+      masks_from: masks that follow from the run's seed and the weights that everybody has
+        need not be sent to anybody.
+      num_guests: clients that do the work in truth, for the record: each is sent the dense model
+        and sends a mask back.
     """
 
     def round_fn(key, state, cohort, population):
         after, train = work(key, state, population)
-        nobody = jnp.zeros_like(cohort.present)
-        num_leaves = len(jax.tree.leaves(state.params))
-        nothing = jnp.zeros((nobody.shape[0], num_leaves), jnp.int32)
+        slots = cohort.present.shape[0]
+        sizes = jnp.asarray(trees.sizes(state.params), jnp.int32)
+        guests = jnp.arange(slots, dtype=jnp.int32) < num_guests
+        nothing = jnp.zeros((slots, sizes.shape[0]), jnp.int32)
         none = jnp.int32(0)
         return _finish(
             state,
             after,
             cohort.states,
+            version_step=0 if masks_from == "seed" else 1,
             train=train,
-            downlink_kept=nothing,
+            downlink_kept=jnp.where(guests[:, None], sizes[None], nothing),
             uplink_kept=nothing,
-            present=nobody,
-            num_present=none,
+            present=guests,
+            num_present=jnp.int32(num_guests),
             num_rejected=none,
             num_masks_sent=none,
+            num_personal_masks=jnp.int32(num_guests),
             uplink_pairs=nothing,
-            num_statistics=none,
+            num_statistics=jnp.int32(sum(trees.sizes(state.model_state))),
             num_extra_down=none,
             num_extra_up=none,
         )
@@ -165,17 +178,16 @@ def at_server(
     return Stage(name=name, num_rounds=1, round=round_fn)
 
 
-def _finish(before, after, rows, **counts):
+def _finish(before, after, rows, *, version_step, **counts):
     """Count the round and the masks' version, and report the masks."""
     num_changed = masks_lib.num_changed(before.masks, after.masks)
     state = after._replace(
         round=before.round + 1,
-        mask_version=before.mask_version + (num_changed > 0).astype(jnp.int32),
+        mask_version=before.mask_version + version_step * (num_changed > 0).astype(jnp.int32),
     )
     round_metrics = RoundMetrics(
         kept=masks_lib.num_kept(after.masks),
         num_changed=num_changed,
-        num_personal_masks=jnp.int32(0),
         **counts,
     )
     return state, rows, round_metrics

@@ -9,8 +9,16 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.algorithms import fedavg, feddip, simulation
-from fedjaxprune.algorithms.compose import Setup
+from fedjaxprune.algorithms import (
+    fedavg,
+    feddip,
+    fednova,
+    fixed_masks,
+    scaffold,
+    simulation,
+    stages,
+)
+from fedjaxprune.algorithms.compose import Drift, Setup
 from fedjaxprune.base import (
     Aggregator,
     Algorithm,
@@ -44,6 +52,10 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
     "fedprox": lambda config, model, setup, given: fedavg.fedprox(
         model, setup, mu=config.proximal_mu
     ),
+    "scaffold": lambda config, model, setup, given: scaffold.scaffold(model, setup),
+    "fednova": lambda config, model, setup, given: fednova.fednova(
+        model, setup, momentum=config.momentum
+    ),
     "feddip": lambda config, model, setup, given: recipes.dip(config, model, setup),
     "feddip_without_penalty": lambda config, model, setup, given: recipes.dip(
         config.model_copy(update={"max_penalty": 0.0}), model, setup
@@ -52,6 +64,21 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
         model, setup, max_penalty=config.max_penalty
     ),
     "fedtiny": recipes.tiny,
+    "random_masks": lambda config, model, setup, given: fixed_masks.random_masks(
+        model, setup, sparsity=config.sparsity, allocation=recipes.shares(config)
+    ),
+    "magnitude_masks": lambda config, model, setup, given: recipes.magnitude(
+        config, model, setup, given, stages.held_out(given.held)
+    ),
+    "one_client_masks": lambda config, model, setup, given: recipes.magnitude(
+        config, model, setup, given, stages.one_client(config.mask_client)
+    ),
+    "pooled_masks": lambda config, model, setup, given: recipes.magnitude(
+        config, model, setup, given, stages.pooled()
+    ),
+    "snip_masks": recipes.snip,
+    "snip_masks_of_clients": recipes.snip_of_clients,
+    "gradual_magnitude": recipes.gradual,
 }
 
 ONE_COHORT = ("calibrate", "compare")  # stages whose exchanges are with one and the same cohort
@@ -59,10 +86,19 @@ ONE_COHORT = ("calibrate", "compare")  # stages whose exchanges are with one and
 SUMMARIES: Mapping[str, str] = {
     "fedavg": "federated averaging, dense",
     "fedprox": "FedAvg with a proximal term",
+    "scaffold": "FedAvg with control variates",
+    "fednova": "FedAvg that averages per local step",
     "feddip": "extreme dynamic pruning with an incremental penalty",
     "feddip_without_penalty": "FedDIP's ablation: pruning alone",
     "feddip_without_pruning": "FedDIP's ablation: penalty alone",
     "fedtiny": "sparse start chosen by BatchNorm statistics, then block-wise exchange; BatchNorm",
+    "random_masks": "control: FedAvg under random masks",
+    "magnitude_masks": "control: one-shot magnitude masks after training at the server",
+    "one_client_masks": "control: magnitude masks that one client's data decide",
+    "pooled_masks": "control: magnitude masks that the data of all decide",
+    "snip_masks": "control: connection sensitivity on examples at the server",
+    "snip_masks_of_clients": "control: connection sensitivity averaged over clients",
+    "gradual_magnitude": "control: magnitude pruning along a cubic curve",
     "mlp": "two hidden layers; any input",
     "lenet5": "two convolutions, three dense layers",
     "cnn": "two 5x5 convolutions, 512 hidden units",
@@ -104,6 +140,14 @@ AGGREGATORS: Mapping[str, Callable[[RunConfig], Aggregator | CohortAggregator]] 
     "weighted_mean": lambda config: aggregators.weighted_mean(),
     "median": lambda config: aggregators.median(),
     "trimmed_mean": lambda config: aggregators.trimmed_mean(fraction=config.trim_fraction),
+}
+
+DRIFTS: Mapping[str, Callable[[RunConfig, Batcher], Drift | None]] = {
+    "none": lambda config, batcher: None,
+    "scaffold": lambda config, batcher: scaffold.control_variates(),
+    "fednova": lambda config, batcher: fednova.normalised_averaging(
+        batcher=batcher, momentum=config.momentum
+    ),
 }
 
 SERVERS: Mapping[str, Callable[[RunConfig, float], optax.GradientTransformation]] = {
@@ -254,9 +298,10 @@ def _algorithm(config: RunConfig, model: Model, given: recipes.Given) -> Algorit
 def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
     """Choose the protocol that every method shares."""
     uplink = UPLINKS[config.uplink](config)
+    batcher = _batcher(config, preprocess_fn)
     return Setup(
         num_rounds=config.rounds,
-        batcher=_batcher(config, preprocess_fn),
+        batcher=batcher,
         optimizer=optax.chain(
             optax.add_decayed_weights(config.weight_decay)
             if config.weight_decay
@@ -268,6 +313,7 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
         aggregator=AGGREGATORS[config.aggregator](config),
         server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
         chunk_size=config.chunk_size,
+        drift=DRIFTS[config.drift](config, batcher),
     )
 
 

@@ -58,13 +58,14 @@ class Settings(pydantic.BaseModel):
         0.92,
         "Pruned fraction of the prunable weights. feddip's cubic curve leads to it at the end of "
         "the run; masks follow the curve every prune_every rounds, so the last revision may stop "
-        "a little short of it. fedtiny holds it throughout, as a fraction of all kernels.",
+        "a little short of it, and so do those of gradual_magnitude. fedtiny and the methods of "
+        "fixed masks hold it throughout, fedtiny as a fraction of all kernels.",
         group="Method",
         unit="fraction",
     )
     initial_sparsity: Fraction = _field(
         _at_most(0.5, "sparsity"),
-        "Sparsity of the first masks (feddip); at most the sparsity.",
+        "Sparsity of the first masks (feddip, gradual_magnitude); at most the sparsity.",
         group="Method",
         unit="fraction",
         default_text="0.5, or the sparsity if that is less",
@@ -85,14 +86,19 @@ class Settings(pydantic.BaseModel):
     server_share: float | None = _field(
         None,
         "Share of each class's training examples that the server holds back for itself; unset: 5 "
-        "examples of each class if the method needs any (fedtiny), else none.",
+        "examples of each class if the method needs any (fedtiny, magnitude_masks, snip_masks), "
+        "else none.",
         group="Data",
         unit="fraction",
         gt=0,
         lt=1,
     )
     pretrain_epochs: Count = _field(
-        3, "Passes of the server over its own examples (fedtiny).", group="Method", unit="epochs"
+        3,
+        "Passes over the examples that a start is made from (fedtiny, magnitude_masks, "
+        "one_client_masks, pooled_masks).",
+        group="Method",
+        unit="epochs",
     )
     pool_size: int | None = _field(
         None,
@@ -116,6 +122,20 @@ class Settings(pydantic.BaseModel):
         unit="fraction",
         gt=0,
         le=1,
+    )
+    layer_sparsity: Literal["uniform", "erk", "whole_model"] = _field(
+        "uniform",
+        "How a mask that is fixed at the start shares its weights out: the same share of every "
+        "layer, more of small layers, or one pool (the methods of fixed masks).",
+        group="Method",
+    )
+    mask_client: int = _field(
+        0,
+        "Client whose data decide the mask (one_client_masks).",
+        group="Method",
+        unit="client",
+        ge=0,
+        le=INT_MAX,
     )
     swap_fraction: Fraction = _field(
         0.3,
@@ -196,7 +216,7 @@ class Settings(pydantic.BaseModel):
     rounds: Count = _field(100, "Exchanges with the server.", group="Federation", unit="rounds")
     prune_every: Count = _field(
         methods.default_period,
-        "Rounds from one revision of the masks to the next (feddip, fedtiny).",
+        "Rounds from one revision of the masks to the next (feddip, fedtiny, gradual_magnitude).",
         group="Method",
         unit="rounds",
         default_text="5 (fedtiny: 10), or less in a run of fewer rounds",
@@ -209,6 +229,12 @@ class Settings(pydantic.BaseModel):
         unit="rounds",
         ge=1,
         le=INT_MAX,
+    )
+    drift: Literal["none", "scaffold", "fednova"] = _field(
+        "none",
+        "Remedy against client drift, under any method's masks: control variates, or averaging per "
+        "local step.",
+        group="Federation",
     )
     aggregator: Literal["weighted_mean", "median", "trimmed_mean"] = _field(
         "weighted_mean", "How the server joins the clients' deltas.", group="Federation"

@@ -7,14 +7,14 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.algorithms import feddip, fedtiny, stages
+from fedjaxprune.algorithms import feddip, fedtiny, fixed_masks, gradual_magnitude, stages
 from fedjaxprune.algorithms.compose import Setup
 from fedjaxprune.base import Algorithm, Batcher, Model, PrunableFn
 from fedjaxprune.data import batching
 from fedjaxprune.experiment import methods, runner
 from fedjaxprune.experiment.config import RunConfig
 from fedjaxprune.models import order
-from fedjaxprune.pruning import readjustment
+from fedjaxprune.pruning import allocation, readjustment
 
 
 class Given(NamedTuple):
@@ -71,6 +71,76 @@ def tiny(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorit
         period=config.prune_every,
         until=methods.last_revision(config),
     )
+
+
+def shares(config: RunConfig) -> allocation.AllocationFn:
+    """Choose how a fixed mask shares its weights out."""
+    return {
+        "uniform": allocation.uniform,
+        "erk": allocation.erk,
+        "whole_model": allocation.whole_model,
+    }[config.layer_sparsity]()
+
+
+def magnitude(
+    config: RunConfig, model: Model, setup: Setup, given: Given, source: stages.SourceFn
+) -> Algorithm:
+    """Build one-shot magnitude masks.
+
+    The server goes on from the weights that it has trained; of what is trained at a client, or on
+    the pooled data, nothing but the mask is taken.
+    """
+    own = config.algorithm == "magnitude_masks"
+    return fixed_masks.magnitude_masks(
+        model,
+        setup,
+        sparsity=config.sparsity,
+        source=source,
+        pretraining=_server_epochs(config, given),
+        weights="trained" if own else "initial",
+        num_guests=int(config.algorithm == "one_client_masks"),
+        allocation=shares(config),
+    )
+
+
+def snip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build SNIP on the server's examples."""
+    return fixed_masks.snip_masks(
+        model,
+        setup,
+        sparsity=config.sparsity,
+        source=stages.held_out(given.held),
+        batcher=_one_pass(config, given),
+        allocation=shares(config),
+    )
+
+
+def snip_of_clients(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build SNIP on the clients' gradients."""
+    return fixed_masks.snip_masks_of_clients(
+        model,
+        setup,
+        sparsity=config.sparsity,
+        batcher=_one_pass(config, given),
+        allocation=shares(config),
+    )
+
+
+def gradual(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build gradual magnitude pruning over the whole run."""
+    del given  # needs nothing beside the protocol
+    return gradual_magnitude.gradual_magnitude(
+        model,
+        setup,
+        final_sparsity=config.sparsity,
+        initial_sparsity=config.initial_sparsity,
+        period=config.prune_every,
+        end_round=config.rounds,
+    )
+
+
+def _one_pass(config: RunConfig, given: Given) -> Batcher:
+    return batching.epochs(num_epochs=1, batch_size=config.batch_size, preprocess=given.train)
 
 
 def _server_epochs(config: RunConfig, given: Given) -> Batcher:

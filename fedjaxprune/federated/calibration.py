@@ -193,6 +193,53 @@ def each_candidate(client: Client) -> Client:
     return Client(init=lambda params: (), update=update_fn)
 
 
+def with_squares(client: Client) -> Client:
+    """Add the squares of a client's statistics to its message, as `squares`.
+
+    The server can compute them from what it receives, so nothing more travels; their mean says how
+    much the clients' means differ (see `add_spread`).
+    """
+
+    def update_fn(key, broadcast, state, data):
+        message, state = client.update(key, broadcast, state, data)
+        squares = [jnp.square(leaf) for leaf in message.fields["statistics"]]
+        return message._replace(fields={**message.fields, "squares": squares}), state
+
+    return Client(init=client.init, update=update_fn)
+
+
+def add_spread(
+    model_state: State,
+    statistics: list[jax.Array],
+    squares: list[jax.Array],
+    *,
+    is_statistic: StatisticFn = normalisation,
+) -> list[jax.Array]:
+    """Turn mean variances into the variance of all data: add the variance of the clients' means.
+
+    Args:
+      model_state: tells which mean (``.../mean``) stands beside which variance (``.../var``).
+      statistics: means over the clients, as `pick` lists them; leading axes are welcome.
+      squares: means over the clients of the squares.
+      is_statistic: which leaves of the state are statistics.
+
+    Raises:
+      ValueError: if a variance has no mean beside it.
+    """
+    leaves = zip(trees.paths(model_state), jax.tree.leaves(model_state), strict=True)
+    paths = [path for path, leaf in leaves if is_statistic(path, leaf)]
+    found = []
+    for path, value in zip(paths, statistics, strict=True):
+        if path.endswith("var"):
+            beside = path.removesuffix("var") + "mean"
+            if beside not in paths:
+                raise ValueError(f"the variance {path!r} has no mean beside it ({beside!r}).")
+            mean, square = (tree[paths.index(beside)] for tree in (statistics, squares))
+            value = value + jnp.maximum(square - jnp.square(mean), 0.0)
+        found.append(value)
+    return found
+
+
 def _look(loss, broadcast, is_statistic):
     """Make ``(statistics, batch, key) -> (statistics, metrics)``: one forward pass."""
     params = masks_lib.apply(broadcast.masks, broadcast.params)
