@@ -143,7 +143,7 @@ def test_traffic_follows_the_closed_form():
         assert traffic.uplink_bits == 3 * values
         assert traffic.downlink_bits == 3 * values
         assert traffic.mask_bits == (3 * 32 if new_masks else 0)
-        assert traffic.statistics_bits == 2 * 3 * 32
+        assert traffic.statistics_bits == 2 * 3 * 32 * sum(trees.sizes(STATE))
 
 
 @pytest.mark.parametrize("mode", ["regrow", "dense"])
