@@ -5,6 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+# How a field of a message travels: all of it, its entries under the masks in training, or pairs of
+# position and value among the entries that those masks rule out.
+SentAs = Literal["whole", "live", "pairs"]
+
 
 class Payload(NamedTuple):
     """What an uplink sends of one leaf, in counts; from it the ledger knows the message's length.
@@ -23,29 +27,53 @@ class Payload(NamedTuple):
     num_scales: int = 0
 
 
+class Field(NamedTuple):
+    """What of one field of a message travels, as far as the length depends on it.
+
+    ``L`` counts the leaves of the field's own tree. The default is all of it, to or from everybody.
+
+    Attributes:
+      like: the tree with leaves ``[0, ...]``, their shapes and types (`trees.blank`); () for what
+        the state tells: `model_state` like the model's, `masks` the prunable leaves, anything else
+        like the parameters.
+      slots: ``[C]`` bool, to or from whom it travels; () for all.
+      known: ``[L]`` or ``[C, L]`` int32, entries under masks that the receiver knows, which alone
+        may travel; () where there are no such masks.
+      pairs: ``[L]`` or ``[C, L]`` int32, entries that travel with their positions, which are
+        numbered among those; a leaf without any stays away. () where all travel. Of a mask it is
+        how many entries are live, and every leaf travels.
+    """
+
+    like: Any = ()
+    slots: Any = ()
+    known: Any = ()
+    pairs: Any = ()
+
+
 class Sent(NamedTuple):
     """What a round's messages were, as far as their length depends on it.
 
+    A message is a mapping from names to fields. It travels where any of its fields does.
+
     Attributes:
       round: ``[]`` int32, the round's index.
-      client_ids: ``[C]`` int32.
-      stale: ``[C]`` bool, clients that held other masks than those in force.
+      client_ids: ``[C]`` int32; below 0 where nobody is meant.
+      num_masks: ``[C]`` int32, masks that each slot has to be sent: one where a client holds other
+        masks than those in force.
       packed_masks: tuple of ``[ceil(size / 8)]`` uint8, the masks in force of the prunable leaves
-        as `masks.pack` gives them, anything where nobody was stale; () where nothing is pruned.
-      personal_kept: ``[C, L]`` int32, live entries of the personal masks; () where there are none.
-      fields: ``[C]`` bool by field of the messages: whether it travelled. A field that may stay
-        away in some rounds (dense gradients) travels where any of it is not zero.
-      like: by field of the messages, its tree with leaves ``[0, ...]``: their shapes and types.
+        as `masks.pack` gives them, anything where nobody is sent them; () where they never travel
+        or are fields of a message.
+      down: the server's messages by name, but for the masks in force.
+      up: the clients' messages by name. What the field `delta` takes is the uplink's business.
       reports: by name, ``[C, ...]`` that the simulator was told and that does not travel.
     """
 
     round: jax.Array
     client_ids: jax.Array
-    stale: jax.Array
+    num_masks: jax.Array
     packed_masks: Any
-    personal_kept: Any
-    fields: Mapping[str, jax.Array]
-    like: Mapping[str, Any]
+    down: Mapping[str, Mapping[str, Field]]
+    up: Mapping[str, Mapping[str, Field]]
     reports: Mapping[str, Any]
 
 

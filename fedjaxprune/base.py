@@ -121,12 +121,16 @@ class Broadcast(NamedTuple):
       masks: the masks to train under.
       model_state: what is not trained (BatchNorm statistics).
       round: ``[]`` int32.
+      drift: what the server tells every client against drift (control variates), or ``()``.
+      correction: added to the gradient of every local step, or ``()``; the tree of the parameters.
     """
 
     params: Params
     masks: Masks
     model_state: State
     round: jax.Array
+    drift: State = ()
+    correction: Params = ()
 
 
 class Message(NamedTuple):
@@ -252,6 +256,8 @@ class RoundState(NamedTuple):
       model_state: what is not trained.
       server: state of the server's optimiser.
       pruner: state of the pruner.
+      drift: the server's part of a remedy against client drift (control variates), or ``()``.
+      method: what the method's stages hand on to one another (candidates), or ``()``.
     """
 
     round: jax.Array
@@ -261,6 +267,8 @@ class RoundState(NamedTuple):
     model_state: State
     server: State
     pruner: State
+    drift: State = ()
+    method: State = ()
 
 
 class ClientRow(NamedTuple):
@@ -284,15 +292,16 @@ class RoundMetrics(NamedTuple):
       train: merged accumulators of the clients' training metrics (at least ``loss``).
       kept: ``[L]`` int32, live entries per leaf after the round.
       num_changed: ``[]`` int32, mask entries that the round flipped.
-      downlink_kept: ``[L]`` int32, entries per leaf that one client received.
+      downlink_kept: ``[L]`` int32, entries per leaf that one client received; ``[C, T, L]`` in
+        stages that do not train, where clients differ and may receive several models.
       uplink_kept: ``[C, L]`` int32, entries per leaf that each client could send; only rows of
         present clients mean anything.
       present: ``[C]`` bool, who took part.
       num_present: ``[]`` int32, clients that took part.
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
-      num_masks_sent: ``[]`` int32, clients that had to be sent the masks in force.
+      num_masks_sent: ``[]`` int32, masks that clients which took part had to be sent.
       num_personal_masks: ``[]`` int32, clients that sent masks of their own.
-      sent: what else the ledger needs.
+      sent: the messages, as the ledger needs them.
     """
 
     train: Metrics

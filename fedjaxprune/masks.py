@@ -18,6 +18,15 @@ def kernels(path: str, leaf: jax.Array) -> bool:
     return path.rsplit("/", 1)[-1] in ("kernel", "weight", "w") and leaf.ndim >= 2
 
 
+def but(prunable: PrunableFn, *paths: str) -> PrunableFn:
+    """Exempt the leaves at `paths` (a network's first convolution, say) from what is prunable."""
+
+    def prunable_fn(path: str, leaf: jax.Array) -> bool:
+        return path not in paths and prunable(path, leaf)
+
+    return prunable_fn
+
+
 def full(params: Params) -> Masks:
     """Make the masks that keep everything."""
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.bool_), params)

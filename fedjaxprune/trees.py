@@ -55,6 +55,11 @@ def any_nonzero(tree: Any) -> jax.Array:
     )
 
 
+def blank(tree: Any) -> Any:
+    """Keep nothing of a tree but shapes and types: leaves ``[0, ...]``."""
+    return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), tree)
+
+
 def take(tree: Any, rows: jax.Array) -> Any:
     """Take `rows` of every leaf's leading axis."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)

@@ -28,7 +28,7 @@ def loss(params, state, batch, key):
     errors = 0.5 * jnp.sum(jnp.square(flatten(params)[None] - batch.inputs), axis=1)
     mean = metrics.mean(errors, batch.weights)
     value = mean.total / jnp.maximum(mean.weight, 1.0)
-    new_state = {"steps": state["steps"] + 1.0} if state else state
+    new_state = {**state, "steps": state["steps"] + 1.0} if "steps" in state else state
     return value, (new_state, {"loss": mean})
 
 
@@ -94,3 +94,33 @@ def cohort(algorithm, client_ids, present=None, params=PARAMS):
         present=jnp.ones(size, jnp.bool_) if present is None else jnp.asarray(present),
         states=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), row),
     )
+
+
+def normalised_loss(params, state, batch, key):
+    """Compute the same loss, with moving averages of the points' mean and variance beside it."""
+    value, (_, seen) = loss(params, {}, batch, key)
+    size = jnp.sum(batch.weights)
+    share = (batch.weights / jnp.maximum(size, 1.0))[:, None]
+    mean = jnp.sum(share * batch.inputs, axis=0)
+    var = jnp.sum(share * jnp.square(batch.inputs - mean[None]), axis=0)
+
+    def moved(old, new):
+        return jnp.where(size > 0, 0.9 * old + 0.1 * new, old)
+
+    norm = state["norm"]
+    state = {**state, "norm": {"mean": moved(norm["mean"], mean), "var": moved(norm["var"], var)}}
+    return value, (state, seen)
+
+
+def normalised_predict(params, state, inputs):
+    """Give two logits: weighted sums of normalised inputs."""
+    norm = state["norm"]
+    inputs = (inputs - norm["mean"][None]) / jnp.sqrt(norm["var"] + 0.01)[None]
+    products = inputs * flatten(params)[None]
+    return jnp.stack([jnp.sum(products[:, ::2], axis=1), jnp.sum(products[:, 1::2], axis=1)], 1)
+
+
+NORMALISED_STATE = {"norm": {"mean": jnp.zeros(NUM_WEIGHTS), "var": jnp.ones(NUM_WEIGHTS)}}
+NORMALISED = Model(
+    init=lambda key: (PARAMS, NORMALISED_STATE), loss=normalised_loss, predict=normalised_predict
+)

@@ -10,16 +10,26 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedavg, feddip
+from fedjaxprune.algorithms import (
+    compose,
+    fedavg,
+    feddip,
+    fednova,
+    fedtiny,
+    fixed_masks,
+    gradual_magnitude,
+    scaffold,
+    stages,
+)
 from fedjaxprune.base import ClientData
 from fedjaxprune.federated import aggregators, clients, servers, uplink
-from fedjaxprune.pruning import pruners, schedules, scores
+from fedjaxprune.pruning import pruners, readjustment, schedules, scores
 from tests import quadratic
 
 KEY = jax.random.key(3)
 PEOPLE = quadratic.population()
 ROUNDS = 6
-STATE = {"steps": jnp.float32(0.0)}
+STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALISED_STATE}
 
 
 def setup(**changes):
@@ -52,15 +62,75 @@ def dynamic_sparse(s):
     return compose.compose(s, client=client, pruner=pruners.when(due, revise))
 
 
+def tiny(**options):
+    settings = {
+        "density": 0.4,
+        "source": stages.held_out([0, 1, 2]),
+        "pretraining": quadratic.full_batches(1),
+        "development": quadratic.full_batches(1),
+        "blocks": readjustment.consecutive(["dense/kernel", "head/kernel"], num_blocks=2),
+        "pool_size": 3,
+        "swap_fraction": 0.6,
+        "period": 2,
+        "until": ROUNDS,
+        **options,
+    }
+    return lambda s: fedtiny.fedtiny(quadratic.NORMALISED, s, **settings)
+
+
 ALGORITHMS = {
     "fedavg": lambda s: fedavg.fedavg(quadratic.MODEL, s),
     "fedprox": lambda s: fedavg.fedprox(quadratic.MODEL, s, mu=0.1),
+    "scaffold": lambda s: scaffold.scaffold(quadratic.MODEL, s),
+    "fednova": lambda s: fednova.fednova(quadratic.MODEL, s),
     "feddip": dip(),
+    "feddip_scaffold": lambda s: dip()(s._replace(drift=scaffold.control_variates())),
+    "dynamic_sparse_scaffold": lambda s: dynamic_sparse(
+        s._replace(drift=scaffold.control_variates())
+    ),
     "feddip_regrow": dip(mode="regrow"),
     "feddip_dense": dip(mode="dense"),
     "feddip_without_penalty": dip(max_penalty=0.0),
     "feddip_without_pruning": lambda s: feddip.feddip_without_pruning(quadratic.MODEL, s),
     "dynamic_sparse": dynamic_sparse,
+    "random_masks": lambda s: fixed_masks.random_masks(quadratic.MODEL, s, sparsity=0.5),
+    "magnitude_masks": lambda s: fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.held_out([0, 1, 2]),
+        pretraining=quadratic.full_batches(1),
+        weights="trained",
+    ),
+    "one_client_masks": lambda s: fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.one_client(2),
+        pretraining=quadratic.full_batches(1),
+        weights="initial",
+        guests=(2,),
+    ),
+    "snip_masks": lambda s: fixed_masks.snip_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.pooled(),
+        batcher=quadratic.full_batches(1),
+        num_steps=2,
+    ),
+    "snip_masks_of_clients": lambda s: fixed_masks.snip_masks_of_clients(
+        quadratic.MODEL, s, sparsity=0.5, batcher=quadratic.full_batches(1)
+    ),
+    "gradual_magnitude": lambda s: gradual_magnitude.gradual_magnitude(
+        quadratic.MODEL, s, final_sparsity=0.75, period=2, end_round=ROUNDS
+    ),
+    "fedtiny": tiny(),
+    "fedtiny_fednova": lambda s: tiny()(
+        s._replace(drift=fednova.normalised_averaging(batcher=s.batcher))
+    ),
+    "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
+    "fedtiny_moving": tiny(calibration_passes=2),
 }
 SERVERS = {
     "fedavg": servers.fedavg(),
@@ -78,6 +148,7 @@ UPLINKS = {
     "random_k": uplink.random_k(fraction=0.5),
     "quantise": uplink.quantise(bits=4),
 }
+AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
 every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 
 
@@ -107,13 +178,30 @@ def built(name, *, server="fedavg", wire="identity", chunk_size=1):
     """
     parts = setup(server=SERVERS[server], uplink=UPLINKS[wire], chunk_size=chunk_size)
     algorithm = ALGORITHMS[name](parts)
-    return algorithm, jax.jit(traced_once(algorithm.stages[0].round))
+    return algorithm, player(algorithm, traced_once)
+
+
+def player(algorithm, wrap=lambda function: function):
+    """Play any round of any stage: which one it is, the state knows."""
+    ends = np.cumsum([stage.num_rounds for stage in algorithm.stages])
+    rounds = [jax.jit(wrap(stage.round)) for stage in algorithm.stages]
+
+    def run(key, state, members, people):
+        stage = np.searchsorted(ends, int(state.round), side="right")
+        return rounds[min(stage, len(rounds) - 1)](key, state, members, people)
+
+    return run
 
 
 def simulate(algorithm, cohorts, *, num_rounds=ROUNDS, start=None, run=None):
-    """Run rounds over a population's rows; give all states, the last rows and all metrics."""
-    run = jax.jit(algorithm.stages[0].round) if run is None else run
+    """Run all stages before the last, and `num_rounds` of it; or `num_rounds` from a `start`.
+
+    Gives all states, the last rows and all metrics.
+    """
+    run = player(algorithm) if run is None else run
     state = algorithm.init(quadratic.PARAMS, STATE) if start is None else start
+    if start is None:
+        num_rounds += len(algorithm.stages) - 1
     everyone = quadratic.cohort(algorithm, range(6)).states
     history, states = [], []
     for index in range(num_rounds):
@@ -201,22 +289,32 @@ def test_a_cohort_with_absent_clients_is_the_cohort_without_them(name):
 @each_once("server", SERVERS, "fedavgm")
 def test_a_round_without_anybody_moves_nothing(name, server):
     algorithm, run = built(name, server=server)
-    states, _, _ = simulate(algorithm, some, num_rounds=2, run=run)
+    states, _, _ = simulate(algorithm, some, num_rounds=3, run=run)
     nobody = [0, 1, 2, 3], [False] * 4
-    after, _, history = simulate(
-        algorithm, lambda r: nobody, num_rounds=1, start=states[-1], run=run
-    )
-    chex.assert_trees_all_equal(after[-1]._replace(round=states[-1].round), states[-1])
-    assert history[-1].num_present == 0
-    traffic = algorithm.num_bits(history[-1], after[-1])
-    assert traffic.uplink_bits == 0
-    assert [entry.client_ids for entry in traffic.clients] == [(0, 1, 2, 3)]
-    assert traffic.downlink_bits == 4 * traffic.clients[0].downlink_bits > 0  # received, and lost
+    alone = sum(stage.name in AT_SERVER for stage in algorithm.stages)
+    for before in states[max(alone - 1, 0) :]:
+        after, _, history = simulate(
+            algorithm, lambda r: nobody, num_rounds=1, start=before, run=run
+        )
+        chex.assert_trees_all_equal(after[-1]._replace(round=before.round), before)
+        assert history[-1].num_present == 0
+        traffic = algorithm.num_bits(history[-1], after[-1])
+        assert traffic.uplink_bits == 0
+        if traffic.clients:  # else nothing had to travel to anybody
+            assert [entry.client_ids for entry in traffic.clients] == [(0, 1, 2, 3)]
+            assert traffic.downlink_bits == 4 * traffic.clients[0].downlink_bits  # and lost
 
 
 @pytest.mark.parametrize(
     ("name", "chunk_size"),
-    [("feddip", 2), ("feddip", 3), ("feddip", 4), ("fedavg", 3), ("dynamic_sparse", 3)],
+    [
+        ("feddip", 2),
+        ("feddip", 3),
+        ("feddip", 4),
+        ("fedavg", 3),
+        ("dynamic_sparse", 3),
+        ("fedtiny", 3),
+    ],
 )
 def test_every_chunk_size_gives_the_same_result(name, chunk_size):
     def final(size):

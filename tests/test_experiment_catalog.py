@@ -25,6 +25,8 @@ CASES += [
     {"algorithm": "feddip", "feddip_mode": "regrow", "rounds": 1},
     {"algorithm": "feddip", "feddip_mode": "dense", "max_penalty": 0.0},
     {"augment": True, "normalise": False, "dropout_probability": 0.5, "chunk_size": 100},
+    {"algorithm": "feddip", "drift": "scaffold"},
+    {"algorithm": "fedtiny", "drift": "fednova", "local_steps": None},
     {"local_steps": None, "momentum": 0.5, "weight_decay": 1e-3, "chunk_size": 2},
 ]
 
@@ -41,12 +43,12 @@ def test_every_choice_makes_a_round(changes):
 
     key = jax.random.key(0)
     before = jax.eval_shape(lambda key: runner.start(key, parts), key)
-    (advance,) = parts.advance
-    after, metrics = jax.eval_shape(advance, key, before, parts.population)
-    assert jax.tree.structure(after) == jax.tree.structure(before)
-    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
-    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes
-    assert metrics.present.shape == (2,)
+    for advance in parts.advance:
+        after, metrics = jax.eval_shape(advance, key, before, parts.population)
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
+        assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes
+        assert metrics.present.shape == (2,)
 
 
 def test_the_seed_decides_the_partition():
@@ -74,6 +76,31 @@ def test_a_model_that_does_not_fit_the_data_is_one_sentence():
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="char_lstm takes sequences of tokens"):
         catalog.build(RunConfig(**SMALL, model="char_lstm"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "mlp"}, "the network has none: take one with BatchNorm"),
+        ({"server_share": 0.001}, "a held-out share of 0.001 leaves class 0, .* at the server"),
+        ({"server_share": 0.999}, "leaves class 0, .* without any among the clients"),
+        ({"sparsity": 0.999}, "density must be at least 0.00"),
+    ],
+)
+def test_fedtiny_says_why_it_cannot_run(changes, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        catalog.build(RunConfig(**{**SMALL, "algorithm": "fedtiny", **changes}))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_server_holds_no_client_has():
+    parts = catalog.build(RunConfig(**SMALL, server_share=0.1))
+    order = np.asarray(parts.population.order)
+    assert len(order) == len(np.unique(order))
+    labels = np.asarray(parts.population.examples["labels"])
+    left = np.bincount(np.delete(labels, order))  # by class
+    every = np.bincount(labels)
+    assert left.tolist() == [round(0.1 * n) for n in every]
 
 
 def test_a_preset_builds_on_its_own_data(tfds_data_dir):

@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from fedjaxprune.algorithms import feddip
-from fedjaxprune.experiment import catalog, config, plots, reading, record, validation
+from fedjaxprune.experiment import catalog, methods, plots, reading, record, validation
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import validate
 
@@ -43,6 +43,7 @@ def test_every_setting_has_a_description_and_a_default():
         ("uplink", catalog.UPLINKS),
         ("aggregator", catalog.AGGREGATORS),
         ("server", catalog.SERVERS),
+        ("drift", catalog.DRIFTS),
     ],
 )
 def test_every_name_has_a_factory_and_every_factory_a_name(setting, table):
@@ -50,7 +51,7 @@ def test_every_name_has_a_factory_and_every_factory_a_name(setting, table):
 
 
 def test_the_config_knows_where_the_penalty_starts():
-    assert config.MIN_PENALTY == feddip.MIN_PENALTY
+    assert methods.MIN_PENALTY == feddip.MIN_PENALTY
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,11 @@ def test_traffic_follows_the_closed_form():
         assert traffic.uplink.values == traffic.downlink.values == 3 * values
         assert traffic.uplink.positions == traffic.uplink.masks == 0
         assert 0 <= traffic.downlink.masks <= (3 * 32 if new_masks else 0)  # a bitmap, or shorter
-        assert traffic.uplink.statistics == traffic.downlink.statistics == 3 * 32
+        assert (
+            traffic.uplink.statistics
+            == traffic.downlink.statistics
+            == 3 * 32 * sum(trees.sizes(STATE))
+        )
         specified = traffic.modelled["values_and_bitmaps"]
         assert specified.uplink == 3 * values
         assert specified.downlink == 3 * values + (3 * 32 if new_masks else 0)

@@ -10,6 +10,7 @@ import pytest
 
 from fedjaxprune import accounts, masks, trees
 from fedjaxprune.algorithms import compose, feddip
+from fedjaxprune.base import Broadcast
 from fedjaxprune.costs import formulas, ledger, messages, wire
 from fedjaxprune.experiment import record
 from fedjaxprune.federated import clients
@@ -17,7 +18,7 @@ from fedjaxprune.federated import cohort as cohort_lib
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
 from tests import quadratic
-from tests.test_algorithms import ALGORITHMS, STATE, UPLINKS, setup, simulate
+from tests.test_algorithms import ALGORITHMS, AT_SERVER, STATE, UPLINKS, setup, simulate
 from tests.test_experiment_config import make_line
 
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
@@ -52,18 +53,23 @@ def personal(settings):
 METHODS = {**ALGORITHMS, "personal_masks": personal}
 CASES = [(name, "identity") for name in sorted(METHODS)]
 CASES += [("feddip", wire_name) for wire_name in sorted(UPLINKS) if wire_name != "identity"]
+CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
+
+# What clients send in stages that do not train, and beside their delta in training.
+REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grads",)}
+BESIDE = ("control", "effective_steps", "grads", "model_state")
 
 
 @pytest.mark.parametrize(("name", "wire_name"), CASES)
 def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
-    """Ten rounds: catch every client's message, encode it, and compare lengths by client."""
+    """All stages, and ten rounds of training: catch every client's message, encode it, compare."""
     caught = []
 
-    def keep(delta, sent, fields, weight):
-        caught.append((delta, sent, fields, weight))
+    def keep(fields, sent, masks, weight):
+        caught.append((fields, sent, masks, weight))
 
     inner = UPLINKS[wire_name]
-    last = {}
+    last = {"sent": ()}
 
     def update(key, delta, state, sent):
         delta, state = inner.update(key, delta, state, sent)
@@ -72,79 +78,176 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
 
     run = cohort_lib.run
 
-    def spy(key, update, *rest, **options):
+    def spy(key, update, by_field, broadcast, *rest, **options):
         def told(*arguments):
             message, state = update(*arguments)
-            fields = {
-                name: tree
-                for name, tree in message.fields.items()
-                if name in ("model_state", "grads", "masks")
-            }
-            jax.debug.callback(
-                keep, message.fields["delta"], last["sent"], fields, message.weight, ordered=True
-            )
+            seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
+            wanted = {"delta", "masks", "statistics", "losses", *BESIDE}
+            fields = {key: tree for key, tree in message.fields.items() if key in wanted}
+            masks = () if isinstance(broadcast, Broadcast) else seen.masks
+            jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
             return message, state
 
-        return run(key, told, *rest, **options)
+        last["sent"] = ()
+        return run(key, told, by_field, broadcast, *rest, **options)
 
     monkeypatch.setattr(cohort_lib, "run", spy)
     algorithm = METHODS[name](setup(num_rounds=10, uplink=inner._replace(update=update)))
     states, _, history = simulate(algorithm, cohorts, num_rounds=10)
     jax.effects_barrier()
-    assert len(caught) == 10 * 4
+    names = [stage.name for stage in algorithm.stages for _ in range(stage.num_rounds)]
+    assert len(caught) == 4 * sum(stage not in AT_SERVER for stage in names)
+    caught.reverse()
 
     states = [algorithm.init(quadratic.PARAMS, STATE), *states]
     versions = dict.fromkeys(range(6), 0)
-    for index, metrics in enumerate(history):
-        before = states[index]
-        ids, present = cohorts(index)
+    num_pairs = 0
+    for index, (stage, metrics) in enumerate(zip(names, history, strict=True)):
+        before, after = states[index : index + 2]
         traffic = algorithm.num_bits(jax.device_get(metrics), before)
         charged = {
             client: (entry.uplink_bits, entry.downlink_bits)
             for entry in traffic.clients
             for client in entry.client_ids
         }
+        assert traffic.uplink_bits == sum(traffic.uplink) == sum(u for u, _ in charged.values())
+        assert traffic.downlink_bits == sum(traffic.downlink)
+        if stage in AT_SERVER:
+            assert charged == (guest(before, after) if name == "one_client_masks" else {})
+            continue
+        ids, present = cohorts(index)
         assert sorted(charged) == sorted(ids)
-        broadcast = messages.values("params", algorithm.deployed(before), before.masks)
-        broadcast |= messages.whole("model_state", before.model_state)
-        down = 8 * len(wire.encode(broadcast))
-        in_force = 8 * len(wire.encode(messages.masks_in_force(before.masks, FLAGS)))
         for slot, client in enumerate(ids):
+            fields, sent, masks, weight = caught.pop()
             is_stale = versions[client] != int(before.mask_version)
+            down = received(name, stage, algorithm, before, masks, is_stale)
             up = 0
             if present[slot]:
                 versions[client] = int(before.mask_version)
-                up = written(inner, *caught[4 * index + slot])
-            assert charged[client] == (up, down + in_force * is_stale)
-        assert traffic.uplink_bits == sum(traffic.uplink) == sum(u for u, _ in charged.values())
-        assert traffic.downlink_bits == sum(traffic.downlink)
+                as_pairs = "fedtiny" in name
+                if stage in REPLIES:
+                    message = {}
+                    for field in REPLIES[stage]:
+                        message |= messages.whole(field, fields[field])
+                    up = bits_of(message | messages.weight(weight))
+                else:
+                    up = written(inner, fields, sent, masks, weight, as_pairs=as_pairs)
+                    num_pairs += as_pairs and np.count_nonzero(trees_flat(fields["grads"]))
+            assert charged[client] == (up, down)
+    assert (num_pairs > 0) == ("fedtiny" in name)
 
 
-def written(uplink, delta, sent, fields, weight):
-    """Encode a client's messages for real, and see that the delta arrives."""
+def bits_of(message):
+    return 8 * len(wire.encode(message))
+
+
+def trees_flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def guest(before, after):
+    """Encode what the client that makes the mask for all receives and sends."""
+    down = messages.whole("model_state", before.model_state)
+    down |= messages.whole("params", before.params)
+    return {2: (bits_of(messages.personal_masks(after.masks, FLAGS)), bits_of(down))}
+
+
+def received(name, stage, algorithm, before, masks, is_stale):
+    """Encode what a client receives, in bits."""
+    if stage == "score":  # connection sensitivity is of the dense model
+        model = messages.whole("model_state", before.model_state)
+        return bits_of(model | messages.whole("params", before.params))
+    if stage in ("calibrate", "compare"):
+        statistics = before.method.statistics
+        if stage == "calibrate" or name == "fedtiny_vanilla":
+            statistics = [leaf[0] for leaf in statistics]
+        needs = stage == "compare" or name == "fedtiny_moving"
+        bits = bits_of(messages.whole("statistics", statistics)) if needs else 0
+        return bits + is_stale * bits_of(candidates(before))
+    message = {}
+    if jax.tree.leaves(before.drift):
+        message |= messages.values("drift", before.drift, masks)
+    message |= messages.whole("model_state", before.model_state)
+    message |= messages.values("params", algorithm.deployed(before), before.masks)
+    in_force = messages.masks_in_force(before.masks, FLAGS)
+    return bits_of(message) + is_stale * bits_of(in_force)
+
+
+def candidates(state):
+    """Make the message of FedTiny's pool."""
+    values = [
+        np.asarray(leaf)
+        for leaf, flag in zip(jax.tree.leaves(state.params), FLAGS, strict=True)
+        if flag
+    ]
+    message = {}
+    own = []
+    for counts in np.asarray(state.method.counts):
+        own.append([])
+        for leaf, count in zip(values, counts, strict=True):
+            order = np.argsort(-np.abs(leaf).ravel(), kind="stable")
+            mask = np.zeros(leaf.size, np.bool_)
+            mask[order[:count]] = True
+            own[-1].append(mask.reshape(leaf.shape))
+    for j, masks_of_one in enumerate(own):
+        for i, mask in enumerate(masks_of_one):
+            message[f"masks/{j}/{i}"] = wire.counted(mask)
+    for j, masks_of_one in enumerate(own):
+        for i, mask in enumerate(masks_of_one):
+            message[f"params/{j}/{i}"] = wire.kept(values[i], None if mask.all() else mask)
+    rest = [
+        leaf for leaf, flag in zip(jax.tree.leaves(state.params), FLAGS, strict=True) if not flag
+    ]
+    return message | messages.whole("unpruned", rest)
+
+
+def written(uplink, fields, sent, masks, weight, *, as_pairs):
+    """Encode a client's messages for real, and see that they arrive."""
+    delta = fields["delta"]
     kept = [int(leaf.sum()) for leaf in jax.tree.leaves(sent)]
     payloads = [uplink.payload(n) for n in kept]
-    message = messages.delta(delta, sent, payloads, seed=0)
-    named = dict(zip(trees.paths(delta), jax.tree.leaves(delta), strict=True))
+    parts = {"delta": messages.delta(delta, sent, payloads, seed=0)}
+    for name in BESIDE:
+        if name not in fields:
+            continue
+        if name != "model_state" and not np.any(trees_flat(fields[name])):
+            continue
+        if name == "control":
+            parts[name] = messages.values(name, fields[name], masks)
+        elif name == "grads" and as_pairs:
+            pruned = jax.tree.map(np.logical_not, masks)
+            parts[name] = messages.pairs(name, fields[name], pruned)
+        else:
+            parts[name] = messages.whole(name, fields[name])
+    message = {}
+    for name in sorted(parts):
+        message |= parts[name]
     known = {
         name: part.known
         for name, part in message.items()
         if isinstance(part, wire.Part) and part.known is not None
     }
-    for name in sorted(set(fields) - {"masks"}):
-        if name == "model_state" or any(np.any(leaf) for leaf in jax.tree.leaves(fields[name])):
-            message = {**message, **messages.whole(name, fields[name])}
     data = wire.encode({**message, **messages.weight(weight)})
+    named = {
+        f"{field}/{path}" if path else field: leaf
+        for field in parts
+        for path, leaf in zip(
+            trees.paths(fields[field]), jax.tree.leaves(fields[field]), strict=True
+        )
+    }
     for name, arrived in wire.decode(data, known=known).items():
-        if name.startswith("delta/") and isinstance(arrived, np.ndarray):
-            np.testing.assert_array_equal(arrived, named[name.removeprefix("delta/")])
-        elif name.startswith("delta/"):
+        if name in (messages.SEED, messages.WEIGHT):
+            continue
+        if isinstance(arrived, np.ndarray):
+            np.testing.assert_array_equal(arrived, named.pop(name))
+        else:
             found = dequantised(arrived)
             found = np.where(known.get(name, True), found, 0.0)
-            np.testing.assert_allclose(found, named[name.removeprefix("delta/")], atol=1e-6)
+            np.testing.assert_allclose(found, named.pop(name), atol=1e-6)
+    assert not any(np.any(leaf) for leaf in named.values())  # all that stayed away is zero
     bits = 8 * len(data)
     if "masks" in fields:
-        bits += 8 * len(wire.encode(messages.personal_masks(fields["masks"], FLAGS)))
+        bits += bits_of(messages.personal_masks(fields["masks"], FLAGS))
     return bits
 
 
@@ -235,5 +338,5 @@ def test_feddip_reports_zeros_and_charges_nothing_for_it():
     _, _, history = simulate(algorithm, cohorts, num_rounds=1)
     sent = history[0].sent
     assert isinstance(sent, accounts.Sent)
-    assert feddip.ZEROS not in sent.fields
+    assert feddip.ZEROS not in sent.up["reply"]
     assert np.asarray(sent.reports[feddip.ZEROS]).shape == (4, len(FLAGS))

@@ -9,7 +9,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.accounts import Sent
+from fedjaxprune.accounts import Field, Sent, SentAs
 from fedjaxprune.base import (
     Aggregator,
     Algorithm,
@@ -18,9 +18,12 @@ from fedjaxprune.base import (
     Client,
     ClientRow,
     CohortAggregator,
+    Delta,
     Key,
     Masks,
     Message,
+    Params,
+    Population,
     PrunableFn,
     Pruner,
     PrunerInputs,
@@ -28,6 +31,7 @@ from fedjaxprune.base import (
     RoundState,
     Schedule,
     Stage,
+    State,
     Uplink,
 )
 from fedjaxprune.costs import ledger
@@ -39,7 +43,27 @@ from fedjaxprune.pruning import pruners
 
 # Fields of a message that are charged in their own way, or, as metrics, not at all: what a run
 # reports to its reader is no part of the method.
-NOT_WHOLE = ("delta", "masks", "metrics")
+SPECIAL = ("delta", "masks", "metrics")
+
+
+class Drift(NamedTuple):
+    """A remedy against client drift that goes around any local client, under any masks.
+
+    Attributes:
+      init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
+        client receives, with the model, the entries that it trains.
+      wrap: ``client -> client``; the result sees the server's part as ``broadcast.drift``.
+      aggregators: by field of the wrapped client's message.
+      update: ``(fields, state, population) -> (delta, state)`` at the server, from the aggregated
+        fields; a round in which nobody was heard must leave the state as it was.
+      sent_as: how fields of the wrapped client's message travel, where it is not ``"whole"``.
+    """
+
+    init: Callable[[Params], State]
+    wrap: Callable[[Client], Client]
+    aggregators: Mapping[str, Aggregator | CohortAggregator]
+    update: Callable[[Mapping[str, Any], State, Population], tuple[Delta, State]]
+    sent_as: Mapping[str, SentAs]
 
 
 class Setup(NamedTuple):
@@ -57,6 +81,7 @@ class Setup(NamedTuple):
       chunk_size: clients that run side by side; changes nothing but speed and memory.
       mesh: devices that share the cohort (`cohort.make_mesh`); changes nothing but speed and
         memory. None uses one device.
+      drift: remedy against client drift (SCAFFOLD, FedNova); None trains and averages plainly.
     """
 
     num_rounds: int
@@ -68,6 +93,7 @@ class Setup(NamedTuple):
     server: optax.GradientTransformation | None = None
     chunk_size: int = 1
     mesh: jax.sharding.Mesh | None = None
+    drift: Drift | None = None
 
 
 class Travel(NamedTuple):
@@ -103,6 +129,8 @@ def compose(
     aggregators: Mapping[str, Aggregator | CohortAggregator] | None = None,
     travel: Travel | None = None,
     reports: Sequence[str] = (),
+    sent_as: Mapping[str, SentAs] | None = None,
+    masks_come_first: bool = False,
     modelled: Mapping[str, ledger.FormulaFn] | None = None,
     name: str = "train",
 ) -> Algorithm:
@@ -124,24 +152,32 @@ def compose(
       travel: where which masks rule; by default the masks in force, everywhere.
       reports: fields of the message that tell the simulator something of each client, and would
         not travel; they end up in ``metrics.sent.reports`` and are charged nothing.
+      sent_as: how fields of the message travel, where it is not ``"whole"``: ``"live"`` for the
+        entries that clients train, ``"pairs"`` for pairs of position and value among the others,
+        one for each entry that is not zero. A field of zeros alone does not travel.
+      masks_come_first: whether stages before this one make masks, which clients must be sent even
+        if nothing is pruned here.
       modelled: by name, what the method's own paper charges for a round, to stand in the ledger
         beside what is measured.
       name: the stage's name in the record.
     """
     uplink = uplink_lib.identity() if setup.uplink is None else setup.uplink
     server = servers.fedavg() if setup.server is None else setup.server
+    drift = plain() if setup.drift is None else setup.drift
+    client = drift.wrap(client)
     is_pruning = pruner is not None
     pruner = pruners.exempt(pruner, prunable) if pruner is not None else pruners.keep()
+    codes: Mapping[str, SentAs] = {**drift.sent_as, **(sent_as or {})}
     travel = masks_in_force() if travel is None else travel
     mean = aggregators_lib.weighted_mean()
-    by_client = CohortAggregator(reduce=lambda values, masks, weights: values)
     by_field = {
         "delta": mean if setup.aggregator is None else setup.aggregator,
         "model_state": mean,
         "grads": mean,
         "metrics": aggregators_lib.total(),
+        **drift.aggregators,
         **(aggregators or {}),
-        **dict.fromkeys(("uplink_kept", "sent", *reports), by_client),
+        **dict.fromkeys(("uplink_kept", "told", *reports), aggregators_lib.gathered()),
         "num_messages": aggregators_lib.total(),
         "num_personal_masks": aggregators_lib.total(),
     }
@@ -160,6 +196,7 @@ def compose(
             model_state=model_state,
             server=servers.init(server, params),
             pruner=pruner.init(params),
+            drift=drift.init(params),
         )
 
     def init_client_fn(params):
@@ -180,6 +217,43 @@ def compose(
         blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(masks_lib.pack, own))
         return jax.lax.cond(needed, masks_lib.pack, lambda own: blank, own)
 
+    def sent_fn(state, broadcast, cohort, fields):
+        """Say what the messages of a round were."""
+        num_masks = (cohort.states.mask_version != state.mask_version).astype(jnp.int32)
+        has_masks = is_pruning or masks_come_first
+        trained = masks_lib.num_kept(broadcast.masks)
+        pruned = jnp.asarray(trees.sizes(state.params), jnp.int32) - trained
+        told = fields["told"]
+        reply = {
+            "delta": Field(known=fields["uplink_kept"]),
+            "weight": Field(like=trees.blank(jnp.float32(0.0))),
+        }
+        for name, slots in told["slots"].items():
+            code = codes.get(name, "whole")
+            reply[name] = Field(
+                like=jax.tree.map(lambda leaf: leaf[0], told["like"][name])
+                if code == "whole"
+                else (),
+                slots=slots,
+                known={"whole": (), "live": trained, "pairs": pruned}[code],
+                pairs=told["pairs"].get(name, ()),
+            )
+        own = {"masks": Field(pairs=told["masks"])} if "masks" in told else {}
+        down = {"params": Field(known=masks_lib.num_kept(state.masks)), "model_state": Field()}
+        if jax.tree.leaves(state.drift):
+            down["drift"] = Field(known=trained)
+        return Sent(
+            round=state.round,
+            client_ids=cohort.client_ids,
+            num_masks=num_masks,
+            packed_masks=pack_masks(state.masks, needed=jnp.any(num_masks > 0))
+            if has_masks
+            else (),
+            down={"broadcast": down},
+            up={"reply": reply, **({"masks": own} if own else {})},
+            reports={name: fields[name] for name in reports},
+        )
+
     def round_fn(key, state, cohort, population):
         client_key, train_key, pruner_key = jax.random.split(key, 3)
         sendable = travel.send(state)
@@ -188,6 +262,7 @@ def compose(
             masks=travel.train(train_key, state),
             model_state=state.model_state,
             round=state.round,
+            drift=state.drift,
         )
 
         def update(key, given, own, data):
@@ -204,7 +279,7 @@ def compose(
                 **message.fields,
                 "delta": delta,
                 "uplink_kept": masks_lib.num_kept(sent),
-                "sent": _describe(message.fields, reports),
+                "told": _describe(message.fields, codes, reports),
                 "num_personal_masks": jnp.int32(is_personal),
                 "num_messages": jnp.int32(1),
             }
@@ -223,7 +298,8 @@ def compose(
         )
         fields = outcome.fields
 
-        stepped = servers.step(server, fields["delta"], state.server, state.params)
+        delta, drift_state = drift.update(fields, state.drift, population)
+        stepped = servers.step(server, delta, state.server, state.params)
         # A round in which nobody was heard moves nothing, momentum and masks included; nor does one
         # in which finite messages came to something that is not finite.
         overflown = (fields["num_messages"] > 0) & ~trees.all_finite(stepped)
@@ -240,7 +316,7 @@ def compose(
             server_state = servers.zero_pruned(server, server_state, masks)
 
         num_changed = masks_lib.num_changed(state.masks, masks)
-        new_state = RoundState(
+        new_state = state._replace(
             round=state.round + 1,
             params=params,
             masks=masks,
@@ -252,6 +328,7 @@ def compose(
             ),
             server=server_state,
             pruner=pruner_state,
+            drift=trees.select(trees.all_finite(drift_state), drift_state, state.drift),
         )
         stale = cohort.present & (rows.mask_version != state.mask_version)
         new_rows = ClientRow(
@@ -270,20 +347,7 @@ def compose(
             num_rejected=jnp.sum(outcome.rejected | (cohort.present & overflown), dtype=jnp.int32),
             num_masks_sent=jnp.sum(stale, dtype=jnp.int32),
             num_personal_masks=fields["num_personal_masks"],
-            sent=Sent(
-                round=state.round,
-                client_ids=cohort.client_ids,
-                stale=rows.mask_version != state.mask_version,
-                packed_masks=pack_masks(
-                    state.masks, needed=jnp.any(rows.mask_version != state.mask_version)
-                )
-                if is_pruning
-                else (),
-                personal_kept=fields["sent"]["personal_kept"],
-                fields=fields["sent"]["fields"],
-                like=jax.tree.map(lambda leaf: leaf[0], fields["sent"]["like"]),
-                reports={name: fields[name] for name in reports},
-            ),
+            sent=sent_fn(state, broadcast, cohort, fields),
         )
         return new_state, new_rows, round_metrics
 
@@ -308,14 +372,34 @@ def _moved(before: jax.Array, change: jax.Array) -> jax.Array:
     return before + jnp.round(change).astype(before.dtype)
 
 
-def _describe(fields: Mapping[str, Any], reports: Sequence[str]) -> dict[str, Any]:
+def _describe(
+    fields: Mapping[str, Any], codes: Mapping[str, SentAs], reports: Sequence[str]
+) -> dict[str, Any]:
     """Note of a client's message what the ledger has to know."""
-    whole = {name: tree for name, tree in fields.items() if name not in (*NOT_WHOLE, *reports)}
-    return {
-        "personal_kept": masks_lib.num_kept(fields["masks"]) if "masks" in fields else (),
-        "fields": {
+    others = {name: tree for name, tree in fields.items() if name not in (*SPECIAL, *reports)}
+    told = {
+        "slots": {
             name: jnp.bool_(True) if name == "model_state" else trees.any_nonzero(tree)
-            for name, tree in whole.items()
+            for name, tree in others.items()
         },
-        "like": jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), whole),
+        "like": trees.blank({n: t for n, t in others.items() if codes.get(n, "whole") == "whole"}),
+        "pairs": {
+            name: masks_lib.num_kept(jax.tree.map(lambda leaf: leaf != 0, tree))
+            for name, tree in others.items()
+            if codes.get(name) == "pairs"
+        },
     }
+    if "masks" in fields:
+        told["masks"] = masks_lib.num_kept(fields["masks"])
+    return told
+
+
+def plain() -> Drift:
+    """Do nothing against drift."""
+    return Drift(
+        init=lambda params: (),
+        wrap=lambda client: client,
+        aggregators={},
+        update=lambda fields, state, population: (fields["delta"], state),
+        sent_as={},
+    )

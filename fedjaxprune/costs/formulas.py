@@ -59,6 +59,11 @@ def fedrts_f4(kept: Sequence[int], shapes: Shapes) -> int:
     return total
 
 
+def pairs(num_pairs: int, size: int) -> int:
+    """Charge pairs of a value and its place in a leaf: 32 bits and ``ceil(log2 size)``."""
+    return num_pairs * (32 + _log2(size))
+
+
 STORAGE: Mapping[str, StorageFn] = {
     "dense": dense,
     "values": values,

@@ -17,7 +17,6 @@ from fedjaxprune.costs import codings, headers, wire
 from fedjaxprune.costs.headers import Plan
 
 WEIGHT, SEED = "weight", "seed"
-_WEIGHT_PLAN = Plan(WEIGHT, np.dtype("float32"), (), None, codings.Coding(codings.ALL))
 _SEED_PLAN = Plan(SEED, np.dtype("uint32"), (), None, codings.Coding(codings.ALL))
 
 
@@ -76,12 +75,22 @@ def plan_whole(leaves: Iterable[Spec]) -> list[Plan]:
     return [headers.plan_counts(*leaf) for leaf in leaves]
 
 
-def plan_weight() -> list[Plan]:
-    """Plan the number of examples that a client reports."""
-    return [_WEIGHT_PLAN]
+def plan_pairs(leaves: Sequence[Spec], places: Sequence[int], counts: Sequence[int]) -> list[Plan]:
+    """Plan pairs of position and value, of leaves that have any.
+
+    Args:
+      leaves: what they belong to.
+      places: of each leaf, how many entries the receiver knows that pairs may be of.
+      counts: of each leaf, how many pairs there are.
+    """
+    return [
+        headers.plan_counts(*leaf, num_known=_known(leaf, room), num_chosen=count)
+        for leaf, room, count in zip(leaves, places, counts, strict=True)
+        if count
+    ]
 
 
-def plan_personal_masks(leaves: Sequence[Spec], kept: Sequence[int]) -> list[Plan]:
+def plan_masks(leaves: Sequence[Spec], kept: Sequence[int]) -> list[Plan]:
     """Plan masks in codings whose length follows from how many entries they keep."""
     return [
         headers.plan_counts(leaf.name, headers.BOOL, leaf.shape, num_chosen=n)
@@ -138,13 +147,29 @@ def whole(field: str, tree: Any) -> dict[str, wire.Part]:
     return {name: wire.kept(leaf, None) for name, leaf in _named(field, tree)}
 
 
+def pairs(field: str, tree: Any, places: Any) -> dict[str, wire.Part]:
+    """Make the part of a message that `plan_pairs` plans: entries that are not zero.
+
+    Args:
+      field: the field's name.
+      tree: zero where nothing is sent.
+      places: masks of the entries that pairs may be of.
+    """
+    rows = zip(_named(field, tree), _leaves(places), strict=True)
+    return {
+        name: wire.pairs(leaf, leaf != 0, known=_known_mask(place))
+        for (name, leaf), place in rows
+        if np.any(leaf)
+    }
+
+
 def weight(value: Any) -> dict[str, wire.Part]:
-    """Make the part of a message that `plan_weight` plans."""
+    """Make the number of examples that a client reports: one float32."""
     return {WEIGHT: wire.kept(np.asarray(value, np.float32), None)}
 
 
 def personal_masks(masks: Any, flags: Sequence[bool]) -> dict[str, wire.Part]:
-    """Make the message that `plan_personal_masks` plans, of the prunable leaves."""
+    """Make the message of a client's own masks that `plan_masks` plans, of the prunable leaves."""
     return {
         name: wire.counted(leaf)
         for (name, leaf), flag in zip(_named("masks", masks), flags, strict=True)

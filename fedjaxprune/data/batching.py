@@ -151,6 +151,44 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
 
 
+def development(key: Key, *, share: float, batch_size: int, preprocess: Preprocess) -> Batcher:
+    """Walk once through a fixed random share of the client's examples, the same ones every time.
+
+    It is for looking, not for training: the keys that it is asked with decide nothing but the
+    preprocessing. A client of `size` examples shows ``ceil(share * size)`` of them; a product
+    within a part in 10⁶ above an integer counts as it.
+
+    Args:
+      key: decides which examples, together with the client's place in the population.
+      share: in (0, 1].
+      batch_size: ``B``, at least 1.
+      preprocess: as for `epochs`; usually the one for tests.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share must lie in (0, 1], got {share}.")
+    _check_positive("batch_size", batch_size)
+
+    def shown(data: ClientData) -> jax.Array:
+        exact = share * data.size.astype(jnp.float32)
+        return jnp.minimum(jnp.ceil(exact * (1.0 - 1e-6)).astype(jnp.int32), data.size)
+
+    def num_steps_fn(data: ClientData) -> jax.Array:
+        return _ceil_divide(shown(data), batch_size)
+
+    def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
+        num_shown = shown(data)
+        slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+        own = jax.random.fold_in(key, data.start)
+        positions = permute(own, slots % jnp.maximum(num_shown, 1), data.size)
+        weights = (slots < num_shown).astype(jnp.float32)
+        return _gather(jax.random.fold_in(step_key, step), data, positions, weights, preprocess)
+
+    return Batcher(num_steps=num_steps_fn, batch=batch_fn)
+
+
 def _gather(
     key: Key, data: ClientData, positions: jax.Array, weights: jax.Array, preprocess: Preprocess
 ) -> Batch:

@@ -167,6 +167,44 @@ def dirichlet(
     return [np.sort(part).astype(np.int32) for part in _top_up(rng, parts, min_size)]
 
 
+def hold_out(
+    rng: np.random.Generator, labels: np.ndarray, *, share: float | None = None, num: int = 5
+) -> tuple[np.ndarray, np.ndarray]:
+    """Set some examples of each class aside for the server, before the rest goes to clients.
+
+    Args:
+      rng: decides which.
+      labels: ``[E]`` integers.
+      share: of each class's examples, rounded; None takes `num` of each class.
+      num: examples of each class where no share is given.
+
+    Returns:
+      ``(held, rest)``, int32 rows in ascending order.
+
+    Raises:
+      ValueError: if a class is left without examples at the server or among the clients.
+    """
+    labels = _check(labels, 1)
+    if share is not None and not 0.0 < share < 1.0:
+        raise ValueError(f"share must lie in (0, 1), got {share}.")
+    held, rest = [], []
+    for rows in _by_class(labels):
+        rows, count = rng.permutation(rows), num if share is None else round(share * rows.size)
+        if not 0 < count < rows.size:
+            where, asked = "at the server", f"{count} examples of each class"
+            if count >= rows.size:
+                where = "among the clients"
+            if share is not None:
+                asked = f"a held-out share of {share}"
+            raise ValueError(
+                f"{asked} leaves class {labels[rows[0]]}, which has {rows.size} training "
+                f"examples, without any {where}."
+            )
+        held.append(rows[:count])
+        rest.append(rows[count:])
+    return tuple(np.sort(np.concatenate(part)).astype(np.int32) for part in (held, rest))  # pyright: ignore[reportReturnType]
+
+
 def by_key(keys: np.ndarray | Sequence) -> Partition:
     """Make one client of each distinct key (a writer, a device), in the order of the keys.
 

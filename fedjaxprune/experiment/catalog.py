@@ -10,8 +10,16 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.algorithms import fedavg, feddip, simulation
-from fedjaxprune.algorithms.compose import Setup
+from fedjaxprune.algorithms import (
+    fedavg,
+    feddip,
+    fednova,
+    fixed_masks,
+    scaffold,
+    simulation,
+    stages,
+)
+from fedjaxprune.algorithms.compose import Drift, Setup
 from fedjaxprune.base import (
     Aggregator,
     Algorithm,
@@ -22,7 +30,7 @@ from fedjaxprune.base import (
     Uplink,
 )
 from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.experiment import runner
+from fedjaxprune.experiment import methods, recipes, runner
 from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, participation, servers
@@ -40,6 +48,7 @@ MODELS: Mapping[str, Callable[..., Model]] = {
     "vgg11": lambda config, **sizes: vgg.vgg11(norm="none", **sizes),
     "vgg11_bn": lambda config, **sizes: vgg.vgg11(norm=config.norm, **sizes),
     "vgg16_bn": lambda config, **sizes: vgg.vgg16(norm=config.norm, **sizes),
+    "resnet8": lambda config, **sizes: zoo.resnet8(norm=config.norm, **sizes),
     "resnet18": lambda config, **sizes: zoo.resnet18(norm=config.norm, **sizes),
     "resnet20": lambda config, **sizes: zoo.resnet20(norm=config.norm, **sizes),
     "resnet32": lambda config, **sizes: zoo.resnet32(norm=config.norm, **sizes),
@@ -55,38 +64,58 @@ MODELS: Mapping[str, Callable[..., Model]] = {
 }
 
 
-def _feddip(config: RunConfig, model: Model, setup: Setup) -> Algorithm:
-    """Build FedDIP; a run of fewer rounds than the penalty's 20 steps gets one step a round."""
-    return feddip.feddip(
-        model,
-        setup,
-        final_sparsity=config.sparsity,
-        initial_sparsity=config.initial_sparsity,
-        period=config.prune_every,
-        max_penalty=config.max_penalty if config.rounds > 1 else 0.0,
-        num_segments=max(2, min(feddip.NUM_SEGMENTS, config.rounds)),
-        mode=config.feddip_mode,
-    )
-
-
-ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup], Algorithm]] = {
-    "fedavg": lambda config, model, setup: fedavg.fedavg(model, setup),
-    "fedprox": lambda config, model, setup: fedavg.fedprox(model, setup, mu=config.proximal_mu),
-    "feddip": _feddip,
-    "feddip_without_penalty": lambda config, model, setup: _feddip(
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algorithm]] = {
+    "fedavg": lambda config, model, setup, given: fedavg.fedavg(model, setup),
+    "fedprox": lambda config, model, setup, given: fedavg.fedprox(
+        model, setup, mu=config.proximal_mu
+    ),
+    "scaffold": lambda config, model, setup, given: scaffold.scaffold(model, setup),
+    "fednova": lambda config, model, setup, given: fednova.fednova(
+        model, setup, momentum=config.momentum
+    ),
+    "feddip": lambda config, model, setup, given: recipes.dip(config, model, setup),
+    "feddip_without_penalty": lambda config, model, setup, given: recipes.dip(
         config.model_copy(update={"max_penalty": 0.0}), model, setup
     ),
-    "feddip_without_pruning": lambda config, model, setup: feddip.feddip_without_pruning(
+    "feddip_without_pruning": lambda config, model, setup, given: feddip.feddip_without_pruning(
         model, setup, max_penalty=config.max_penalty
     ),
+    "fedtiny": recipes.tiny,
+    "random_masks": lambda config, model, setup, given: fixed_masks.random_masks(
+        model, setup, sparsity=config.sparsity, allocation=recipes.shares(config)
+    ),
+    "magnitude_masks": lambda config, model, setup, given: recipes.magnitude(
+        config, model, setup, given, stages.held_out(given.held)
+    ),
+    "one_client_masks": lambda config, model, setup, given: recipes.magnitude(
+        config, model, setup, given, stages.one_client(config.mask_client)
+    ),
+    "pooled_masks": lambda config, model, setup, given: recipes.magnitude(
+        config, model, setup, given, stages.pooled()
+    ),
+    "snip_masks": recipes.snip,
+    "snip_masks_of_clients": recipes.snip_of_clients,
+    "gradual_magnitude": recipes.gradual,
 }
+
+ONE_COHORT = ("calibrate", "compare")  # stages whose exchanges are with one and the same cohort
 
 SUMMARIES: Mapping[str, str] = {
     "fedavg": "federated averaging, dense",
     "fedprox": "FedAvg with a proximal term",
+    "scaffold": "FedAvg with control variates",
+    "fednova": "FedAvg that averages per local step",
     "feddip": "extreme dynamic pruning with an incremental penalty",
     "feddip_without_penalty": "FedDIP's ablation: pruning alone",
     "feddip_without_pruning": "FedDIP's ablation: penalty alone",
+    "fedtiny": "sparse start chosen by BatchNorm statistics, then block-wise exchange; BatchNorm",
+    "random_masks": "control: FedAvg under random masks",
+    "magnitude_masks": "control: one-shot magnitude masks after training at the server",
+    "one_client_masks": "control: magnitude masks that one client's data decide",
+    "pooled_masks": "control: magnitude masks that the data of all decide",
+    "snip_masks": "control: connection sensitivity on examples at the server",
+    "snip_masks_of_clients": "control: connection sensitivity averaged over clients",
+    "gradual_magnitude": "control: magnitude pruning along a cubic curve",
     "mlp": "two hidden layers; any input",
     "lenet5": "two convolutions, three dense layers",
     "cnn": "two 5x5 convolutions, 512 hidden units",
@@ -97,6 +126,7 @@ SUMMARIES: Mapping[str, str] = {
     "vgg11": "8 convolutions without normalisation, 9.2 million weights",
     "vgg11_bn": "8 convolutions with normalisation, 9.2 million weights",
     "vgg16_bn": "13 convolutions with normalisation, 14.7 million weights",
+    "resnet8": "CIFAR form, 75 thousand weights",
     "resnet18": "CIFAR form, 11 million weights",
     "resnet20": "CIFAR form, 0.27 million weights",
     "resnet32": "CIFAR form, 0.46 million weights",
@@ -139,6 +169,14 @@ AGGREGATORS: Mapping[str, Callable[[RunConfig], Aggregator | CohortAggregator]] 
     "weighted_mean": lambda config: aggregators.weighted_mean(),
     "median": lambda config: aggregators.median(),
     "trimmed_mean": lambda config: aggregators.trimmed_mean(fraction=config.trim_fraction),
+}
+
+DRIFTS: Mapping[str, Callable[[RunConfig, Batcher], Drift | None]] = {
+    "none": lambda config, batcher: None,
+    "scaffold": lambda config, batcher: scaffold.control_variates(),
+    "fednova": lambda config, batcher: fednova.normalised_averaging(
+        batcher=batcher, momentum=config.momentum
+    ),
 }
 
 SERVERS: Mapping[str, Callable[[RunConfig, float], optax.GradientTransformation]] = {
@@ -193,22 +231,27 @@ def build(config: RunConfig) -> runner.Parts:
         dataset = datasets.load(config.dataset, data_dir=config.data_dir)
     except datasets.DataError as error:
         raise UserError(f"dataset: {error}") from None
-    rng = np.random.default_rng(config.seed)
     labels = np.asarray(dataset.train["labels"])
+    held, rest = _hold_out(config, labels)
+    rng = np.random.default_rng(config.seed)
     try:
-        parts = PARTITIONS[config.partition](config, rng, labels)
+        parts = PARTITIONS[config.partition](config, rng, labels[rest])
     except ValueError as error:
         raise UserError(
             f"partition {config.partition!r} of {config.dataset!r} over {config.num_clients} "
             f"clients is impossible: {error}"
         ) from None
+    parts = [rest[part] for part in parts]
     sizes = np.array([len(part) for part in parts])
     _check_sizes(config, sizes)
     train_fn, test_fn = _preprocess(dataset, config)
     model = _model(config, dataset, test_fn)
     is_feddip = config.algorithm.startswith("feddip")
-    algorithm = _algorithm(config, model, train_fn)
+    given = recipes.Given(held=held, input_shape=dataset.image_shape, train=train_fn, test=test_fn)
+    algorithm = _algorithm(config, model, given)
     draw = _participation(config, sizes)
+    once_key = jax.random.fold_in(jax.random.key(config.seed), runner.COHORT)
+    once = participation.repeat(once_key, draw)
     built = runner.Parts(
         model=model,
         algorithm=algorithm,
@@ -218,7 +261,10 @@ def build(config: RunConfig) -> runner.Parts:
             labels=jnp.asarray(dataset.test["labels"]),
         ),
         preprocess=test_fn,
-        advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
+        advance=tuple(
+            simulation.advance(stage, once if stage.name in ONE_COHORT else draw)
+            for stage in algorithm.stages
+        ),
         prunable=feddip.prunable_without_shortcuts if is_feddip else masks_lib.kernels,
         mesh=_mesh(config),
     )
@@ -230,6 +276,17 @@ def build(config: RunConfig) -> runner.Parts:
             f"{config.dataset!r}: {_first_line(error)}"
         ) from None
     return built
+
+
+def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Set the server's examples aside, where there are to be any: ``(held, rest)``."""
+    if config.server_share is None and config.algorithm not in methods.AT_SERVER:
+        return np.zeros(0, np.int32), np.arange(labels.size, dtype=np.int32)
+    rng = np.random.default_rng([config.seed, 1])  # leaves the partition's draws as they were
+    try:
+        return partitions.hold_out(rng, labels, share=config.server_share)
+    except ValueError as error:
+        raise UserError(f"server_share: {error}") from None
 
 
 def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
@@ -279,10 +336,10 @@ def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> 
     return model
 
 
-def _algorithm(config: RunConfig, model: Model, preprocess_fn: Any) -> Algorithm:
+def _algorithm(config: RunConfig, model: Model, given: recipes.Given) -> Algorithm:
     """Make the method and the protocol around it."""
     try:
-        return ALGORITHMS[config.algorithm](config, model, _setup(config, preprocess_fn))
+        return ALGORITHMS[config.algorithm](config, model, _setup(config, given.train), given)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"algorithm {config.algorithm!r}: {_first_line(error)}") from None
 
@@ -290,9 +347,10 @@ def _algorithm(config: RunConfig, model: Model, preprocess_fn: Any) -> Algorithm
 def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
     """Choose the protocol that every method shares."""
     uplink = UPLINKS[config.uplink](config)
+    batcher = _batcher(config, preprocess_fn)
     return Setup(
         num_rounds=config.rounds,
-        batcher=_batcher(config, preprocess_fn),
+        batcher=batcher,
         optimizer=optax.chain(
             optax.add_decayed_weights(config.weight_decay)
             if config.weight_decay
@@ -305,6 +363,7 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
         server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
         chunk_size=config.chunk_size,
         mesh=_mesh(config),
+        drift=DRIFTS[config.drift](config, batcher),
     )
 
 

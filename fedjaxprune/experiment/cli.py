@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment import reading, validation
-from fedjaxprune.experiment.config import PRUNING, RunConfig, Settings, UserError
+from fedjaxprune.experiment import methods, reading, validation
+from fedjaxprune.experiment.config import RunConfig, Settings, UserError
 
 USAGE, INTERRUPTED = 2, 130  # exit statuses
 
@@ -221,14 +221,15 @@ def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
 
     console, errors = Console(), Console(stderr=True)
     title = f"{config.algorithm} on {config.dataset} with {config.model}"
-    target = config.sparsity if config.algorithm in PRUNING else None
+    num_rounds = sum(stage.num_rounds for stage in parts.algorithm.stages)
+    target = config.sparsity if config.algorithm in methods.PRUNING else None
     try:
         with _said(folder), record.hold(folder):
             lines = record.read(folder)
-            if len(lines) == config.rounds and (folder / record.SUMMARY).exists():
+            if len(lines) == num_rounds and (folder / record.SUMMARY).exists():
                 console.print("this run is finished; there is nothing left to do.")
             else:
-                with progress.report(console, errors, num_rounds=config.rounds) as report:
+                with progress.report(console, errors, num_rounds=num_rounds) as report:
                     runner.train(
                         parts,
                         seed=config.seed,

@@ -11,11 +11,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-AlgorithmName = Literal[
-    "fedavg", "fedprox", "feddip", "feddip_without_penalty", "feddip_without_pruning"
-]
-PRUNING = ("feddip", "feddip_without_penalty")  # the algorithms that have a sparsity
-MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
+from fedjaxprune.experiment import methods
+
 ModelName = Literal[
     "mlp",
     "lenet5",
@@ -27,6 +24,7 @@ ModelName = Literal[
     "vgg11",
     "vgg11_bn",
     "vgg16_bn",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -75,18 +73,19 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    algorithm: AlgorithmName = _field("feddip", "Federated method.", group="Method")
+    algorithm: methods.Name = _field("feddip", "Federated method.", group="Method")
     sparsity: Fraction = _field(
         0.92,
-        "Pruned fraction of the prunable weights that feddip's cubic curve leads to at the end of "
-        "the run. Masks follow the curve every prune_every rounds, so the last revision may stop "
-        "a little short of it.",
+        "Pruned fraction of the prunable weights. feddip's cubic curve leads to it at the end of "
+        "the run; masks follow the curve every prune_every rounds, so the last revision may stop "
+        "a little short of it, and so do those of gradual_magnitude. fedtiny and the methods of "
+        "fixed masks hold it throughout, fedtiny as a fraction of all kernels.",
         group="Method",
         unit="fraction",
     )
     initial_sparsity: Fraction = _field(
         _at_most(0.5, "sparsity"),
-        "Sparsity of the first masks (feddip); at most the sparsity.",
+        "Sparsity of the first masks (feddip, gradual_magnitude); at most the sparsity.",
         group="Method",
         unit="fraction",
         default_text="0.5, or the sparsity if that is less",
@@ -103,6 +102,66 @@ class Settings(pydantic.BaseModel):
         "What feddip ranks: the masked aggregate (published code), the aggregate before masking "
         "(pruned weights may regrow), or a dense server model.",
         group="Method",
+    )
+    server_share: float | None = _field(
+        None,
+        "Share of each class's training examples that the server holds back for itself; unset: 5 "
+        "examples of each class if the method needs any (fedtiny, magnitude_masks, snip_masks), "
+        "else none.",
+        group="Data",
+        unit="fraction",
+        gt=0,
+        lt=1,
+    )
+    pretrain_epochs: Count = _field(
+        3,
+        "Passes over the examples that a start is made from (fedtiny, magnitude_masks, "
+        "one_client_masks, pooled_masks).",
+        group="Method",
+        unit="epochs",
+    )
+    pool_size: int | None = _field(
+        None,
+        "Candidates among which clients choose; unset: a tenth of 1 / density, so that they cost "
+        "as much as a tenth of the dense model (fedtiny).",
+        group="Method",
+        unit="candidates",
+        ge=1,
+        le=10_000,
+    )
+    fedtiny_selection: Literal["adaptive", "vanilla"] = _field(
+        "adaptive",
+        "Whether clients compare candidates under their own BatchNorm statistics or under the "
+        "server's (fedtiny).",
+        group="Method",
+    )
+    development_share: float = _field(
+        0.1,
+        "Share of a client's examples that it compares candidates on (fedtiny).",
+        group="Method",
+        unit="fraction",
+        gt=0,
+        le=1,
+    )
+    layer_sparsity: Literal["uniform", "erk", "whole_model"] = _field(
+        "uniform",
+        "How a mask that is fixed at the start shares its weights out: the same share of every "
+        "layer, more of small layers, or one pool (the methods of fixed masks).",
+        group="Method",
+    )
+    mask_client: int = _field(
+        0,
+        "Client whose data decide the mask (one_client_masks).",
+        group="Method",
+        unit="client",
+        ge=0,
+        le=INT_MAX,
+    )
+    swap_fraction: Fraction = _field(
+        0.3,
+        "Share of a layer's live weights that change places in the first readjustments (fedtiny).",
+        group="Method",
+        unit="fraction",
     )
     proximal_mu: NotNegative = _field(
         0.01,
@@ -147,7 +206,12 @@ class Settings(pydantic.BaseModel):
         group="Data",
     )
 
-    model: ModelName = _field("mlp", "Network.", group="Model")
+    model: ModelName = _field(
+        lambda before: "resnet8" if before["algorithm"] in methods.NORMALISED else "mlp",
+        "Network.",
+        group="Model",
+        default_text="mlp, or resnet8 for a method that needs BatchNorm",
+    )
     norm: Literal["batch", "group"] = _field(
         "batch", "Normalisation layers (resnets, vgg*_bn, gated networks).", group="Model"
     )
@@ -179,11 +243,26 @@ class Settings(pydantic.BaseModel):
     )
     rounds: Count = _field(100, "Exchanges with the server.", group="Federation", unit="rounds")
     prune_every: Count = _field(
-        lambda before: max(1, min(5, before["rounds"] - 1)),
-        "Rounds from one revision of the masks to the next (feddip).",
+        methods.default_period,
+        "Rounds from one revision of the masks to the next (feddip, fedtiny, gradual_magnitude).",
         group="Method",
         unit="rounds",
-        default_text="5, or less in a run of up to 5 rounds",
+        default_text="5 (fedtiny: 10), or less in a run of fewer rounds",
+    )
+    prune_until: int | None = _field(
+        None,
+        "Last round of training in which masks may be revised; unset: 100, or the last round "
+        "(fedtiny).",
+        group="Method",
+        unit="rounds",
+        ge=1,
+        le=INT_MAX,
+    )
+    drift: Literal["none", "scaffold", "fednova"] = _field(
+        "none",
+        "Remedy against client drift, under any method's masks: control variates, or averaging per "
+        "local step.",
+        group="Federation",
     )
     aggregator: Literal["weighted_mean", "median", "trimmed_mean"] = _field(
         "weighted_mean", "How the server joins the clients' deltas.", group="Federation"
@@ -324,22 +403,8 @@ class RunConfig(Settings):
                 f"cohort_size must be at most num_clients ({self.num_clients}), "
                 f"got {self.cohort_size}."
             )
-        if self.algorithm == "feddip" and 0.0 < self.max_penalty < MIN_PENALTY:
-            raise ValueError(
-                f"max_penalty must be 0 or at least {MIN_PENALTY}, where FedDIP's staircase "
-                f"starts, got {self.max_penalty}."
-            )
-        if self.algorithm in PRUNING and self.initial_sparsity > self.sparsity:
-            raise ValueError(
-                f"initial_sparsity must be at most sparsity ({self.sparsity}), "
-                f"got {self.initial_sparsity}."
-            )
-        tightens = self.algorithm in PRUNING and self.initial_sparsity < self.sparsity
-        if tightens and self.prune_every >= self.rounds > 1:
-            raise ValueError(
-                f"prune_every must be less than rounds ({self.rounds}), as FedDIP would never "
-                f"leave initial_sparsity ({self.initial_sparsity}), got {self.prune_every}."
-            )
+        if complaint := methods.complaint(self):
+            raise ValueError(complaint)
         if self.local_steps is not None and self.local_steps * self.batch_size > INT_MAX:
             raise ValueError(
                 f"local_steps must be at most {INT_MAX // self.batch_size} with batch_size "

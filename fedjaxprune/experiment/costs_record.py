@@ -89,17 +89,20 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     """Make a round's figures from its metrics, read to the host.
 
     FLOPs are of the examples that count (no filling) of the clients that were heard, under the
-    masks that the round began with; under personal masks, if those leave fewer weights.
+    masks that the round began with; under personal masks, if those leave fewer weights. Stages in
+    which clients do not train have none.
     """
     flags = np.asarray(profile.flags, bool)
     sizes = np.asarray(profile.sizes, np.int64)
     num_prunable = max(1, int(sizes[flags].sum()))
     trained = np.asarray(metrics.uplink_kept, np.int64)[np.asarray(metrics.present)]
     kept = np.asarray(metrics.downlink_kept, np.int64)
+    trains = kept.ndim == 1
+    kept = kept if trains else np.zeros(len(sizes), np.int64)
     if len(trained):
         kept = np.minimum(kept, np.round(trained.mean(axis=0)).astype(np.int64))
     return RoundCosts(
-        modelled_flops=_flops(profile, kept, float(metrics.train["loss"].weight)),
+        modelled_flops=_flops(profile, kept, trains * float(metrics.train["loss"].weight)),
         mean_coverage=int(trained[:, flags].sum()) / num_prunable,
         mask_stability=1.0 - int(metrics.num_changed) / num_prunable,
     )

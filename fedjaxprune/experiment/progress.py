@@ -111,7 +111,7 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
 
 def _loss(line: RoundRecord) -> str:
     """Write a loss that may not be finite, or that nobody reported."""
-    if line.num_present == 0:
+    if line.num_present == 0 and line.train_loss is None:
         return "-"
     return "not finite" if line.train_loss is None else f"{line.train_loss:.3f}"
 

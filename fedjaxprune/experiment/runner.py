@@ -33,7 +33,7 @@ from fedjaxprune.experiment.evaluation import TestSet
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
 
 # What a key is for: folded into the seed's key, so that none is used twice.
-INIT, ROUNDS = range(2)
+INIT, ROUNDS, COHORT, DEVELOPMENT = range(4)
 
 
 class Parts(NamedTuple):
@@ -175,14 +175,15 @@ def train(
 
 
 def check(parts: Parts) -> None:
-    """Trace the first round, with shapes alone; `train` finds this trace and does not make another.
+    """Trace a round of every stage, with shapes alone; `train` finds these traces.
 
     Whatever the components raise on settings that do not fit goes through.
     """
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
     strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
-    jax.eval_shape(_compiled(parts.advance[0], parts.mesh), key, strong, parts.population)
+    for advance in parts.advance:
+        jax.eval_shape(_compiled(advance, parts.mesh), key, strong, parts.population)
 
 
 def _compiled(advance: AdvanceFn, mesh: Mesh | None) -> AdvanceFn:

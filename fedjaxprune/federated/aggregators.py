@@ -77,6 +77,20 @@ def weighted_mean() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=finish_fn)
 
 
+def weighted_sum() -> Aggregator:
+    """Add up the present clients' values, each times its client's weight.
+
+    Returns:
+      An `Aggregator` from one client's value ``[...]`` and weight ``[]`` to the sum ``[...]``, at
+      least float32. Masks are ignored: what a client does not hold counts as zero.
+
+    Raises:
+      ValueError: while tracing, if a leaf is not of floating point.
+    """
+    mean = weighted_mean()
+    return mean._replace(finish=lambda accumulator: accumulator.total)
+
+
 def holder_mean() -> Aggregator:
     """Average each coordinate over the clients that hold it.
 
@@ -175,6 +189,11 @@ def total() -> Aggregator:
         return jax.tree.map(leaf, accumulator, value)
 
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
+
+
+def gathered() -> CohortAggregator:
+    """Keep what every client says, ``[C, ...]``, absent ones included: counts for the record."""
+    return CohortAggregator(reduce=lambda values, masks, weights: values)
 
 
 def median() -> CohortAggregator:

@@ -24,6 +24,7 @@ from fedjaxprune.base import (
 )
 
 LossFn = Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
+StepPredicate = Callable[[jax.Array, jax.Array], jax.Array]  # (step [], steps []) -> [] bool
 PenaltyFn = Callable[[Params, Broadcast], jax.Array]
 """``(local parameters, broadcast) -> [] `` added to the loss of every local step."""
 
@@ -70,6 +71,11 @@ def layer_norms(*, coefficient: Schedule, prunable: PrunableFn) -> PenaltyFn:
     return penalty
 
 
+def last_step(step: jax.Array, num_steps: jax.Array) -> jax.Array:
+    """Pick the last local step, ``([], []) -> []`` bool: the last batch of the last epoch."""
+    return step == num_steps - 1
+
+
 class _Progress(NamedTuple):
     """Where a client stands between two local steps."""
 
@@ -77,6 +83,8 @@ class _Progress(NamedTuple):
     optimizer: State
     model_state: State
     grads: Params
+    num_reported: jax.Array
+    local_grads: Params
     metrics: Metrics
 
 
@@ -88,6 +96,7 @@ def local_sgd(
     learning_rate_scale: Schedule | None = None,
     penalties: Sequence[PenaltyFn] = (),
     report_grads: Callable[[jax.Array], jax.Array] | None = None,
+    report_steps: StepPredicate | None = None,
 ) -> Client:
     """Train the live weights: gradients are masked, and pruned entries stay exact zeros.
 
@@ -105,13 +114,18 @@ def local_sgd(
         gradient with respect to *all* weights, pruned ones included, in the rounds for which this
         predicate holds (zeros in the others, and then at no cost). A pruner that grows by gradient
         must be due in these rounds only, else it ranks zeros.
+      report_steps: of which local steps `grads` is the mean (`last_step`); all by default. The
+        gradient is the one that the step is about to follow.
 
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
-      delta too), `metrics` and, if asked for, `grads`; its weight is the number of examples.
+      delta too), `metrics` and, if asked for, `grads`; its weight is the number of examples. Where
+      the broadcast has a `correction`, the steps follow the gradient plus the correction, and
+      `local_grads` is the mean over all steps of the gradient without it.
     """
+    reports = _Reports(report_grads, report_steps)
     return _client(
-        loss, batcher, optimizer, learning_rate_scale, penalties, report_grads, dense_updates=False
+        loss, batcher, optimizer, learning_rate_scale, penalties, reports, dense_updates=False
     )
 
 
@@ -123,6 +137,7 @@ def dense_feedback_sgd(
     learning_rate_scale: Schedule | None = None,
     penalties: Sequence[PenaltyFn] = (),
     report_grads: Callable[[jax.Array], jax.Array] | None = None,
+    report_steps: StepPredicate | None = None,
 ) -> Client:
     """Take gradients at the masked weights and apply them to the dense ones.
 
@@ -132,12 +147,20 @@ def dense_feedback_sgd(
     References:
       Lin et al., `Dynamic Model Pruning with Feedback <https://arxiv.org/abs/2006.07253>`_, 2020.
     """
+    reports = _Reports(report_grads, report_steps)
     return _client(
-        loss, batcher, optimizer, learning_rate_scale, penalties, report_grads, dense_updates=True
+        loss, batcher, optimizer, learning_rate_scale, penalties, reports, dense_updates=True
     )
 
 
-def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_updates) -> Client:
+class _Reports(NamedTuple):
+    """In which rounds and of which steps gradients are reported."""
+
+    rounds: Callable[[jax.Array], jax.Array] | None
+    steps: StepPredicate | None
+
+
+def _client(loss, batcher, optimizer, scale, penalties, reports, *, dense_updates) -> Client:
     def objective(params, broadcast, model_state, batch, key):
         value, aux = loss(params, model_state, batch, key)
         for penalty in penalties:
@@ -156,6 +179,27 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
         masks = broadcast.masks
         batch_key, step_key = jax.random.split(key)
         start = broadcast.params if dense_updates else masks_lib.apply(masks, broadcast.params)
+        num_steps = batcher.num_steps(data)
+        is_corrected = bool(jax.tree.leaves(broadcast.correction))
+
+        def report(progress, dense_grads, step):
+            """Add a gradient to the sums that are reported, where it is due."""
+            reported, num_reported = progress.grads, progress.num_reported
+            if reports.rounds is not None:
+                due = reports.rounds(broadcast.round)
+                due = due if reports.steps is None else due & reports.steps(step, num_steps)
+                reported = jax.lax.cond(
+                    due,
+                    lambda sums, new: jax.tree.map(jnp.add, sums, new),
+                    lambda sums, new: sums,
+                    reported,
+                    dense_grads,
+                )
+                num_reported = num_reported + due.astype(jnp.int32)
+            local = progress.local_grads
+            if is_corrected:
+                local = jax.tree.map(jnp.add, local, dense_grads)
+            return {"grads": reported, "num_reported": num_reported, "local_grads": local}
 
         def step_fn(step, progress):
             batch = batcher.batch(batch_key, data, step)
@@ -163,31 +207,24 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
             (_, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
                 objective, has_aux=True
             )(seen, broadcast, progress.model_state, batch, jax.random.fold_in(step_key, step))
-            grads = dense_grads if dense_updates else masks_lib.apply(masks, dense_grads)
+            grads = dense_grads
+            if is_corrected:
+                grads = jax.tree.map(jnp.add, grads, broadcast.correction)
+            grads = grads if dense_updates else masks_lib.apply(masks, grads)
             updates, optimizer_state = optimizer_step(
                 grads, progress.optimizer, progress.params, broadcast.round
             )
             params = optax.apply_updates(progress.params, updates)
             if not dense_updates:
                 params = masks_lib.apply(masks, params)
-            reported = progress.grads
-            if report_grads is not None:
-                reported = jax.lax.cond(
-                    report_grads(broadcast.round),
-                    lambda sums, new: jax.tree.map(jnp.add, sums, new),
-                    lambda sums, new: sums,
-                    reported,
-                    dense_grads,
-                )
             return _Progress(
                 params=params,
                 optimizer=optimizer_state,
                 model_state=model_state,
-                grads=reported,
                 metrics=metrics.merge(progress.metrics, step_metrics),
+                **report(progress, dense_grads, step),
             )
 
-        num_steps = batcher.num_steps(data)
         shapes = jax.eval_shape(
             lambda: loss(
                 start, broadcast.model_state, batcher.batch(batch_key, data, jnp.int32(0)), step_key
@@ -197,7 +234,9 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
             params=start,
             optimizer=optimizer.init(start),
             model_state=broadcast.model_state,
-            grads=() if report_grads is None else jax.tree.map(jnp.zeros_like, start),
+            grads=() if reports.rounds is None else jax.tree.map(jnp.zeros_like, start),
+            num_reported=jnp.int32(0),
+            local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
             metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1]),
         )
         progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
@@ -210,9 +249,16 @@ def _client(loss, batcher, optimizer, scale, penalties, report_grads, *, dense_u
             ),
             "metrics": progress.metrics,
         }
-        if report_grads is not None:
-            count = jnp.maximum(num_steps, 1).astype(jnp.float32)
-            fields["grads"] = jax.tree.map(lambda g: g / count.astype(g.dtype), progress.grads)
+        if reports.rounds is not None:
+            fields["grads"] = _divide(progress.grads, progress.num_reported)
+        if is_corrected:
+            fields["local_grads"] = _divide(progress.local_grads, num_steps)
         return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
 
     return Client(init=lambda params: (), update=update_fn)
+
+
+def _divide(sums: Params, count: jax.Array) -> Params:
+    """Make a mean of sums, zero where nothing was counted."""
+    count = jnp.maximum(count, 1).astype(jnp.float32)
+    return jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), sums)

@@ -48,11 +48,11 @@ class Outcome(NamedTuple):
     rejected: jax.Array
 
 
-def make_mesh(*, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, devices: Sequence[Any] | None = None) -> Mesh:
     """Make the mesh that a cohort is sharded over: one axis, `clients`.
 
     Args:
-      devices: whom to use; all devices of the back end by default. A CPU counts as one device
+      devices: JAX devices to use; all of the back end by default. A CPU counts as one device
         unless ``jax.config.update("jax_num_cpu_devices", n)`` comes before JAX is first used.
     """
     chosen = np.array(jax.devices() if devices is None else list(devices))
@@ -250,12 +250,12 @@ def _split(leaf, chunk_size):
     """Reshape ``[C, ...]`` to chunks, filling the last one with zeros: absent clients of id 0."""
     filling = -leaf.shape[0] % chunk_size
     padded = jnp.concatenate([leaf, jnp.zeros((filling, *leaf.shape[1:]), leaf.dtype)])
-    return padded.reshape(-1, chunk_size, *leaf.shape[1:])
+    return padded.reshape(padded.shape[0] // chunk_size, chunk_size, *leaf.shape[1:])
 
 
 def _join(leaf, size):
     """Undo `_split`."""
-    return leaf.reshape(-1, *leaf.shape[2:])[:size]
+    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])[:size]
 
 
 def _refuse_keys(leaf):

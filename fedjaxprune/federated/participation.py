@@ -87,6 +87,21 @@ def everyone(num_clients: int) -> ParticipationFn:
     return choose_fn
 
 
+def repeat(key: Key, draw: ParticipationFn) -> ParticipationFn:
+    """Draw the same cohort every time, for exchanges that several rounds make with one cohort.
+
+    Args:
+      key: with which it is drawn, in place of the rounds' keys.
+      draw: chooses it, drop-outs included.
+    """
+
+    def choose_fn(round_key):
+        del round_key  # the cohort does not depend on the round
+        return draw(key)
+
+    return choose_fn
+
+
 def drop_out(inner: ParticipationFn, *, probability: float) -> ParticipationFn:
     """Mark each of the clients that `inner` chooses as absent, independently of the others.
 

@@ -181,6 +181,26 @@ def resnet50(
     )
 
 
+def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
+    """Make the smallest of He's ResNets for CIFAR: as `resnet20`, with one block each.
+
+    75,290 parameters for 32×32×3 and 10 classes.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 4×4.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or `norm` is neither.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet("resnet8", input_shape, num_classes, norm, (16, 32, 64), (1, 1, 1), False)
+
+
 def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
     """Make He's ResNet-20 for CIFAR: widths 16, 32 and 64, three blocks each.
 

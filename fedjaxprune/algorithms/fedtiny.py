@@ -1,0 +1,403 @@
+"""FedTiny: choose a sparse start by BatchNorm statistics, then exchange weights block by block.
+
+Four stages of one run:
+
+1. ``prepare``, at the server: a short training on held-out data, and a pool of candidates (layer
+   densities with noise around the target; in each layer the largest weights);
+2. ``calibrate``: clients measure each candidate's BatchNorm statistics on a share of their data, by
+   forward passes only, and the server averages them;
+3. ``compare``: clients report each candidate's loss under these statistics, and the one of lowest
+   loss becomes the start;
+4. ``train``: sparse training; every `period` rounds one block of layers, from output to input,
+   exchanges its smallest weights for pruned ones whose gradients are largest. Clients send only the
+   few largest gradients, from their last local batch.
+
+We follow the paper where the authors' public codes differ from it: statistics are averaged over all
+clients (the first code keeps one client's), gradients weigh by examples (there equally), blocks
+take turns by a counter of readjustments (there by the round modulo four, which skips blocks), only
+the block's pairs travel (there every layer's), and the server's examples come out of the training
+set (there out of the test set). Statistics are exact means of one pass without augmentation;
+`calibration_passes` gives the code's moving averages. The density counts every kernel, the ones
+kept whole included.
+
+References:
+  Huang et al., `Distributed Pruning Towards Tiny Neural Networks in Federated Learning
+  <https://arxiv.org/abs/2212.01977>`_, 2023.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.accounts import Field, ModelledBits
+from fedjaxprune.algorithms import stages
+from fedjaxprune.algorithms.compose import Setup, compose
+from fedjaxprune.base import (
+    Algorithm,
+    Batcher,
+    Broadcast,
+    Model,
+    Params,
+    PrunableFn,
+    RoundMetrics,
+    RoundState,
+    Stage,
+)
+from fedjaxprune.costs import formulas, ledger
+from fedjaxprune.federated import aggregators, calibration, clients, pairs
+from fedjaxprune.pruning import pools, readjustment
+
+
+class Pool(NamedTuple):
+    """The candidates, and what is known of them.
+
+    Attributes:
+      counts: ``[candidates, layers]`` int32, live weights of each prunable leaf.
+      statistics: list of ``[candidates, ...]`` float32, the normalisation statistics.
+      losses: ``[candidates]`` float32, mean losses over the clients; infinite before.
+      chosen: ``[]`` int32, the candidate that training starts from.
+    """
+
+    counts: jax.Array
+    statistics: list[jax.Array]
+    losses: jax.Array
+    chosen: jax.Array
+
+
+def fedtiny(
+    model: Model,
+    setup: Setup,
+    *,
+    density: float,
+    source: stages.SourceFn,
+    pretraining: Batcher,
+    development: Batcher,
+    blocks: readjustment.BlockFn,
+    prunable: PrunableFn = masks_lib.kernels,
+    pool_size: int | None = None,
+    layer_densities: pools.DensityFn = pools.uniform,
+    noise: float = 0.5,
+    selection: Literal["adaptive", "vanilla"] = "adaptive",
+    calibration_passes: int | None = None,
+    variance: Literal["within", "total"] = "within",
+    gradient_weights: Literal["examples", "clients"] = "examples",
+    swap_fraction: float = 0.3,
+    period: int = 10,
+    until: int = 100,
+    order: Literal["backward", "forward"] = "backward",
+) -> Algorithm:
+    """Choose one of several sparse models by all clients' data, and let its mask follow gradients.
+
+    Args:
+      model: a network with BatchNorm.
+      setup: what every method shares (published code: 5 local epochs of batches of 64, Adam);
+        `num_rounds` counts the rounds of training alone.
+      density: live share of all kernels, in (0, 1]; those that are not `prunable` count as live.
+      source: the server's own examples (`stages.held_out`).
+      pretraining: the server's local steps on them (published code: 3 epochs).
+      development: the part of a client's data that chooses, without augmentation, the same in every
+        round (published code: a tenth).
+      blocks: which layers change places together (published: a residual network's stages).
+      prunable: which leaves may be pruned (published: all kernels but the first convolution's).
+      pool_size: number of candidates; None takes `pools.pool_size`.
+      layer_densities: around which candidates are drawn (`pools.uniform`, or `pools.erk` with a
+        noise of 1).
+      noise: largest relative deviation of a layer's density.
+      selection: ``"vanilla"`` compares candidates under the server's statistics, without the stage
+        ``calibrate``: the paper's ablation.
+      calibration_passes: None measures statistics exactly in one pass; a number makes so many
+        passes by the model's own momentum from the server's statistics (published code: 10).
+      variance: ``"within"`` averages the clients' variances (published); ``"total"`` adds the
+        variance of their means.
+      gradient_weights: ``"clients"`` averages gradients equally (published code).
+      swap_fraction: share of a layer's live weights that change places in the first readjustments,
+        fading along a cosine; 0 keeps the mask.
+      period: rounds from one readjustment to the next.
+      until: last round, counted from 1, in which one may fall.
+      order: in which blocks take turns.
+
+    Raises:
+      ValueError: if an option is out of range; in `init`, if the network has no normalisation
+        statistics, or the density leaves nothing for the prunable layers.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must lie in (0, 1], got {density}.")
+    if not 0.0 <= noise <= 1.0:
+        raise ValueError(f"noise must lie in [0, 1], got {noise}.")
+    if selection not in ("adaptive", "vanilla"):
+        raise ValueError(f"selection must be 'adaptive' or 'vanilla', got {selection!r}.")
+    if variance not in ("within", "total"):
+        raise ValueError(f"variance must be 'within' or 'total', got {variance!r}.")
+    if gradient_weights not in ("examples", "clients"):
+        raise ValueError(
+            f"gradient_weights must be 'examples' or 'clients', got {gradient_weights!r}."
+        )
+    num_candidates = pools.pool_size(density) if pool_size is None else pool_size
+    if num_candidates < 1:
+        raise ValueError(f"pool_size must be at least 1, got {num_candidates}.")
+
+    # Training is an ordinary method: what precedes it only decides its start.
+    num_swapped = readjustment.amounts(
+        fraction=readjustment.cosine_decay(initial=swap_fraction, until=until),
+        period=period,
+        until=until,
+        blocks=blocks,
+        order=order,
+        prunable=prunable,
+    )
+    swaps = swap_fraction > 0.0
+    client = clients.local_sgd(
+        model.loss,
+        batcher=setup.batcher,
+        optimizer=setup.optimizer,
+        learning_rate_scale=setup.learning_rate_scale,
+        report_grads=readjustment.due(period=period, until=until) if swaps else None,
+        report_steps=clients.last_step if swaps else None,
+    )
+    if swaps:
+        client = pairs.top_gradients(client, num_pairs=num_swapped)
+    equally = {"grads": aggregators.total()} if gradient_weights == "clients" else {}
+    training = compose(
+        setup,
+        client=client,
+        pruner=readjustment.exchange(num_swapped) if swaps else None,
+        prunable=prunable,
+        aggregators=equally,
+        sent_as={"grads": "pairs"},
+        masks_come_first=True,
+        modelled={"fedtiny": formula},
+    )
+
+    def init_fn(params, model_state):
+        statistics = calibration.pick(model_state, calibration.normalisation)
+        if not statistics:
+            raise ValueError(
+                "FedTiny chooses its start by BatchNorm statistics, but the network has none: "
+                "take one with BatchNorm."
+            )
+        sizes, _ = _share(params, density, prunable)
+        blocks(_paths(params, prunable))  # complains if layers do not fit
+        pool = Pool(
+            counts=jnp.zeros((num_candidates, len(sizes)), jnp.int32),
+            statistics=[
+                jnp.zeros((num_candidates, *leaf.shape), jnp.float32) for leaf in statistics
+            ],
+            losses=jnp.full(num_candidates, jnp.inf),
+            chosen=jnp.int32(0),
+        )
+        return training.init(params, model_state)._replace(method=pool)
+
+    pretrain = stages.train_at(
+        clients.local_sgd(model.loss, batcher=pretraining, optimizer=setup.optimizer), source
+    )
+
+    def prepare_fn(key, state, population):
+        train_key, pool_key = jax.random.split(key)
+        state, train = pretrain(train_key, state, population)
+        sizes, share = _share(state.params, density, prunable)
+        base = layer_densities(state.params, share, prunable)
+
+        def draw(candidate_key):
+            return pools.noisy_counts(
+                candidate_key,
+                sizes,
+                base,
+                noise=noise,
+                num_wanted=share * float(sizes.sum()),
+                tolerance=pools.TOLERANCE * density * _num_weights(state.params, prunable),
+            )
+
+        counts = jax.lax.map(draw, jax.random.split(pool_key, num_candidates))
+        own = calibration.pick(state.model_state, calibration.normalisation)
+        pool = state.method._replace(
+            counts=counts,
+            statistics=[
+                jnp.broadcast_to(leaf[None], (num_candidates, *leaf.shape)).astype(jnp.float32)
+                for leaf in own
+            ],
+        )
+        # Until the clients have spoken, the first candidate is in force; the weights stay dense.
+        masks = pools.magnitude_masks(state.params, counts[0], prunable)
+        return state._replace(masks=masks, method=pool), train
+
+    def candidates(state) -> Broadcast:
+        pool: Pool = state.method
+        return Broadcast(
+            params=state.params,
+            masks=jax.lax.map(
+                lambda counts: pools.magnitude_masks(state.params, counts, prunable), pool.counts
+            ),
+            model_state=jax.vmap(
+                lambda statistics: calibration.put(
+                    state.model_state, statistics, calibration.normalisation
+                )
+            )(pool.statistics),
+            round=state.round,
+        )
+
+    def download(state, stale, statistics) -> stages.Download:
+        """Say what a client receives: statistics, and the candidates if it has not got them.
+
+        Each candidate comes as values and masks of its own; what is never pruned is the same in
+        all of them and comes once.
+        """
+        flags = masks_lib.prunable_leaves(state.params, prunable)
+        leaves = list(zip(jax.tree.leaves(state.params), flags, strict=True))
+        layers = [leaf for leaf, flag in leaves if flag]
+        values = trees.blank([layers] * num_candidates)
+        counts = state.method.counts.reshape(-1)
+        per_layer = iter(range(len(layers)))
+        kept = jnp.stack(
+            [
+                state.method.counts[:, next(per_layer)]
+                if flag
+                else jnp.zeros(num_candidates, jnp.int32).at[0].set(leaf.size)
+                for leaf, flag in leaves
+            ],
+            axis=1,
+        )
+        return stages.Download(
+            messages={
+                **({"broadcast": {"statistics": Field(like=statistics)}} if statistics else {}),
+                "candidates": {
+                    "params": Field(like=values, slots=stale, known=counts),
+                    "masks": Field(
+                        like=jax.tree.map(lambda leaf: leaf.astype(jnp.bool_), values),
+                        slots=stale,
+                        pairs=counts,
+                    ),
+                    "unpruned": Field(
+                        like=trees.blank([leaf for leaf, flag in leaves if not flag]), slots=stale
+                    ),
+                },
+            },
+            kept=jnp.where(stale[:, None, None], kept[None], 0),
+            num_masks=jnp.where(stale, num_candidates, 0),
+        )
+
+    def calibrate_download(state, stale):
+        one = [leaf[:, 0] for leaf in trees.blank(state.method.statistics)]
+        # Exact statistics start from nothing.
+        return download(state, stale, [] if calibration_passes is None else one)
+
+    def compare_download(state, stale):
+        every = trees.blank(state.method.statistics)
+        one = [leaf[:, 0] for leaf in every]
+        return download(state, stale, every if selection == "adaptive" else one)
+
+    def calibrated(key, state, fields):
+        del key  # deterministic
+        found = fields["statistics"]
+        if variance == "total":
+            found = calibration.add_spread(state.model_state, found, fields["squares"])
+        usable = trees.all_finite(found)
+        statistics = trees.select(usable, found, state.method.statistics)
+        return state._replace(method=state.method._replace(statistics=statistics))
+
+    def compared(key, state, fields):
+        del key  # deterministic
+        losses = fields["losses"]
+        chosen = jnp.argmin(losses).astype(jnp.int32)
+        pool = state.method._replace(losses=losses, chosen=chosen)
+        masks = pools.magnitude_masks(state.params, pool.counts[chosen], prunable)
+        statistics = [leaf[chosen] for leaf in pool.statistics]
+        return state._replace(
+            params=masks_lib.apply(masks, state.params),
+            masks=masks,
+            model_state=calibration.put(state.model_state, statistics, calibration.normalisation),
+            method=pool,
+        )
+
+    if calibration_passes is None:
+        measure = calibration.statistics(model.loss, batcher=development)
+    else:
+        measure = calibration.moving_statistics(
+            model.loss, batcher=development, num_passes=calibration_passes
+        )
+    if variance == "total":
+        measure = calibration.with_squares(measure)
+    calibrate = stages.survey(
+        setup,
+        name="calibrate",
+        client=calibration.each_candidate(measure),
+        aggregators={
+            "statistics": aggregators.weighted_mean(),
+            "squares": aggregators.weighted_mean(),
+        },
+        broadcast=candidates,
+        conclude=calibrated,
+        download=calibrate_download,
+        upload=("statistics",),
+    )
+    compare = stages.survey(
+        setup,
+        name="compare",
+        client=calibration.each_candidate(calibration.losses(model.predict, batcher=development)),
+        aggregators={"losses": aggregators.weighted_mean()},
+        broadcast=candidates,
+        conclude=compared,
+        download=compare_download,
+        upload=("losses",),
+    )
+    before: tuple[Stage, ...] = (stages.at_server("prepare", prepare_fn),)
+    before += (calibrate, compare) if selection == "adaptive" else (compare,)
+    (train,) = training.stages
+    return training._replace(
+        init=init_fn,
+        stages=(*before, stages.after(train, len(before))),
+        deployed=lambda state: masks_lib.apply(state.masks, state.params),
+    )
+
+
+def formula(metrics: RoundMetrics, state: RoundState) -> ModelledBits:
+    """Charge what the authors' group charges for FedTiny: sparse models, and pairs going up.
+
+    Models are stored by `formulas.fedrts_f4`, each candidate of the selection too; a pair takes 32
+    bits and ``ceil(log2 n)`` for its place in a leaf of `n` entries. The mask is in the encoding.
+    Statistics and losses are not charged.
+
+    References:
+      Tan et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
+    """
+    stored = ledger.charge_storage(metrics, state, formulas.fedrts_f4)
+    field = metrics.sent.up.get("reply", {}).get("grads")
+    if field is None or isinstance(field.pairs, tuple):
+        return stored
+    counts = np.asarray(field.pairs, np.int64)[np.asarray(metrics.present)].sum(axis=0).tolist()
+    sizes = trees.sizes(state.params)
+    pair_bits = sum(formulas.pairs(n, size) for n, size in zip(counts, sizes, strict=True))
+    return stored._replace(uplink=stored.uplink + pair_bits)
+
+
+def _paths(params: Params, prunable: PrunableFn) -> list[str]:
+    flags = masks_lib.prunable_leaves(params, prunable)
+    return [path for path, flag in zip(trees.paths(params), flags, strict=True) if flag]
+
+
+def _num_weights(params: Params, prunable: PrunableFn) -> int:
+    """Count the weights that the density is a share of: all kernels, prunable or not."""
+    return int(pools.sizes_of(params, _counted(prunable)).sum())
+
+
+def _counted(prunable: PrunableFn) -> PrunableFn:
+    return lambda path, leaf: prunable(path, leaf) or masks_lib.kernels(path, leaf)
+
+
+def _share(params: Params, density: float, prunable: PrunableFn) -> tuple[np.ndarray, float]:
+    """Find the prunable layers' sizes, and the share of them that the density leaves live."""
+    sizes = pools.sizes_of(params, prunable)
+    num_prunable, num_weights = int(sizes.sum()), _num_weights(params, prunable)
+    num_whole = num_weights - num_prunable
+    share = (density * num_weights - num_whole) / max(num_prunable, 1)
+    if num_prunable == 0 or share * num_prunable < len(sizes):
+        least = (num_whole + len(sizes)) / max(num_weights, 1)
+        raise ValueError(
+            f"density must be at least {least:.4g} in this network, whose {num_whole} kernel "
+            f"weights outside the prunable layers stay, with one weight in each of {len(sizes)} "
+            f"prunable layers; got {density}."
+        )
+    return sizes, min(share, 1.0)

@@ -1,0 +1,89 @@
+"""What the config must know of the methods: their names, their kinds, and how their settings fit.
+
+Like `config`, it imports neither JAX nor anything that does.
+"""
+
+from typing import Any, Literal
+
+Name = Literal[
+    "fedavg",
+    "fedprox",
+    "scaffold",
+    "fednova",
+    "feddip",
+    "feddip_without_penalty",
+    "feddip_without_pruning",
+    "fedtiny",
+    "random_masks",
+    "magnitude_masks",
+    "one_client_masks",
+    "pooled_masks",
+    "snip_masks",
+    "snip_masks_of_clients",
+    "gradual_magnitude",
+]
+FIXED = (  # whose masks are fixed before training
+    "random_masks",
+    "magnitude_masks",
+    "one_client_masks",
+    "pooled_masks",
+    "snip_masks",
+    "snip_masks_of_clients",
+)
+GRADUAL = ("feddip", "feddip_without_penalty", "gradual_magnitude")  # whose sparsity climbs
+PRUNING = (*GRADUAL, *FIXED, "fedtiny")  # that have a sparsity
+NORMALISED = ("fedtiny",)  # that need BatchNorm
+AT_SERVER = ("fedtiny", "magnitude_masks", "snip_masks")  # that need examples at the server
+CORRECTED = ("scaffold", "fednova")  # that are FedAvg with a remedy against drift
+MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
+
+
+def default_period(before: dict[str, Any]) -> int:
+    """Choose a `prune_every` that falls into the run, from the settings before it."""
+    if before["algorithm"] == "fedtiny":
+        return min(10, before["rounds"])
+    return max(1, min(5, before["rounds"] - 1))
+
+
+def last_revision(config: Any) -> int:
+    """Tell the last round of training in which the masks may be revised."""
+    return min(config.prune_until or 100, config.rounds)
+
+
+def complaint(config: Any) -> str | None:
+    """Say what does not fit a method's settings together, or None."""
+    name = config.algorithm
+    if name == "feddip" and 0.0 < config.max_penalty < MIN_PENALTY:
+        return (
+            f"max_penalty must be 0 or at least {MIN_PENALTY}, where FedDIP's staircase "
+            f"starts, got {config.max_penalty}."
+        )
+    if name in GRADUAL and config.initial_sparsity > config.sparsity:
+        return (
+            f"initial_sparsity must be at most sparsity ({config.sparsity}), "
+            f"got {config.initial_sparsity}."
+        )
+    tightens = name in GRADUAL and config.initial_sparsity < config.sparsity
+    if tightens and config.prune_every >= config.rounds > 1:
+        return (
+            f"prune_every must be less than rounds ({config.rounds}), as the sparsity would never "
+            f"leave initial_sparsity ({config.initial_sparsity}), got {config.prune_every}."
+        )
+    if name == "fedtiny" and config.swap_fraction and config.prune_every > last_revision(config):
+        return (
+            f"prune_every must be at most {last_revision(config)}, the last round in which fedtiny "
+            f"revises its masks, got {config.prune_every}."
+        )
+    if name == "one_client_masks" and config.mask_client >= config.num_clients:
+        return (
+            f"mask_client must be less than num_clients ({config.num_clients}), "
+            f"got {config.mask_client}."
+        )
+    if name in CORRECTED and config.drift not in ("none", name):
+        return f"drift must be 'none' or {name!r} for the algorithm {name!r}, got {config.drift!r}."
+    if name in NORMALISED and config.norm != "batch":
+        return (
+            f"norm must be 'batch' for {name}, which chooses by BatchNorm statistics, "
+            f"got {config.norm!r}."
+        )
+    return None

@@ -1,0 +1,169 @@
+"""From a config to a method's own arguments: one function for each that takes some thought."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.algorithms import feddip, fedtiny, fixed_masks, gradual_magnitude, stages
+from fedjaxprune.algorithms.compose import Setup
+from fedjaxprune.base import Algorithm, Batcher, Model, PrunableFn
+from fedjaxprune.data import batching
+from fedjaxprune.experiment import methods, runner
+from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.models import order
+from fedjaxprune.pruning import allocation, readjustment
+
+
+class Given(NamedTuple):
+    """What a method may need beside its config, the network and the protocol.
+
+    Attributes:
+      held: ``[S]`` rows of the training examples that the server holds.
+      input_shape: of one example, as the network takes it.
+      train: preprocessing in training.
+      test: preprocessing without augmentation.
+    """
+
+    held: np.ndarray
+    input_shape: tuple[int, ...]
+    train: Any
+    test: Any
+
+
+def dip(config: RunConfig, model: Model, setup: Setup) -> Algorithm:
+    """Build FedDIP; a run of fewer rounds than the penalty's 20 steps gets one step a round."""
+    return feddip.feddip(
+        model,
+        setup,
+        final_sparsity=config.sparsity,
+        initial_sparsity=config.initial_sparsity,
+        period=config.prune_every,
+        max_penalty=config.max_penalty if config.rounds > 1 else 0.0,
+        num_segments=max(2, min(feddip.NUM_SEGMENTS, config.rounds)),
+        mode=config.feddip_mode,
+    )
+
+
+def tiny(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build FedTiny, with the network's stages as blocks, or five blocks where it has none."""
+    layers = order.reading_order(model, input_shape=given.input_shape)
+    prunable = _but_first_convolution(model, layers)
+    return fedtiny.fedtiny(
+        model,
+        setup,
+        density=1.0 - config.sparsity,
+        source=stages.held_out(given.held),
+        pretraining=_server_epochs(config, given),
+        development=batching.development(
+            jax.random.fold_in(jax.random.key(config.seed), runner.DEVELOPMENT),
+            share=config.development_share,
+            batch_size=config.batch_size,
+            preprocess=given.test,
+        ),
+        blocks=_blocks(model, layers, prunable),
+        prunable=prunable,
+        pool_size=config.pool_size,
+        selection=config.fedtiny_selection,
+        swap_fraction=config.swap_fraction,
+        period=config.prune_every,
+        until=methods.last_revision(config),
+    )
+
+
+def shares(config: RunConfig) -> allocation.AllocationFn:
+    """Choose how a fixed mask shares its weights out."""
+    return {
+        "uniform": allocation.uniform,
+        "erk": allocation.erk,
+        "whole_model": allocation.whole_model,
+    }[config.layer_sparsity]()
+
+
+def magnitude(
+    config: RunConfig, model: Model, setup: Setup, given: Given, source: stages.SourceFn
+) -> Algorithm:
+    """Build one-shot magnitude masks.
+
+    The server goes on from the weights that it has trained; of what is trained at a client, or on
+    the pooled data, nothing but the mask is taken.
+    """
+    own = config.algorithm == "magnitude_masks"
+    return fixed_masks.magnitude_masks(
+        model,
+        setup,
+        sparsity=config.sparsity,
+        source=source,
+        pretraining=_server_epochs(config, given),
+        weights="trained" if own else "initial",
+        guests=(config.mask_client,) if config.algorithm == "one_client_masks" else (),
+        allocation=shares(config),
+    )
+
+
+def snip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build SNIP on the server's examples."""
+    return fixed_masks.snip_masks(
+        model,
+        setup,
+        sparsity=config.sparsity,
+        source=stages.held_out(given.held),
+        batcher=_one_pass(config, given),
+        allocation=shares(config),
+    )
+
+
+def snip_of_clients(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build SNIP on the clients' gradients."""
+    return fixed_masks.snip_masks_of_clients(
+        model,
+        setup,
+        sparsity=config.sparsity,
+        batcher=_one_pass(config, given),
+        allocation=shares(config),
+    )
+
+
+def gradual(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build gradual magnitude pruning over the whole run."""
+    del given  # needs nothing beside the protocol
+    return gradual_magnitude.gradual_magnitude(
+        model,
+        setup,
+        final_sparsity=config.sparsity,
+        initial_sparsity=config.initial_sparsity,
+        period=config.prune_every,
+        end_round=config.rounds,
+    )
+
+
+def _one_pass(config: RunConfig, given: Given) -> Batcher:
+    return batching.epochs(num_epochs=1, batch_size=config.batch_size, preprocess=given.train)
+
+
+def _server_epochs(config: RunConfig, given: Given) -> Batcher:
+    """Choose how long the server trains on its own examples."""
+    return batching.epochs(
+        num_epochs=config.pretrain_epochs, batch_size=config.batch_size, preprocess=given.train
+    )
+
+
+def _but_first_convolution(model: Model, layers: list[str]) -> PrunableFn:
+    """Call prunable all kernels but the first one, if it is a convolution's."""
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
+    first = next((path for path in layers if masks_lib.kernels(path, shapes[path])), None)
+    if first is None or shapes[first].ndim < 4:
+        return masks_lib.kernels
+    return masks_lib.but(masks_lib.kernels, first)
+
+
+def _blocks(model: Model, layers: list[str], prunable: PrunableFn) -> readjustment.BlockFn:
+    """Make blocks of a residual network's stages, else five of consecutive layers."""
+    if any("stage_" in path for path in layers):
+        return readjustment.by_stage(layers)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    num_layers = sum(masks_lib.prunable_leaves(params, prunable))
+    return readjustment.consecutive(layers, num_blocks=max(1, min(5, num_layers)))

@@ -1,0 +1,197 @@
+"""SCAFFOLD and FedNova: known answers, and what they come to where clients are alike."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjaxprune import masks, trees
+from fedjaxprune.algorithms import compose, fedavg, feddip, fednova, scaffold
+from fedjaxprune.federated import clients
+from fedjaxprune.pruning import pruners, schedules, scores
+from tests import quadratic
+
+KEY = jax.random.key(11)
+PEOPLE = quadratic.population()
+RATE = 0.1
+
+
+def by_size(max_size=8):
+    """Make a client take as many full-batch steps as it has points."""
+    return quadratic.full_batches(1, max_size)._replace(num_steps=lambda data: data.size)
+
+
+def setup(**changes):
+    base = compose.Setup(num_rounds=4, batcher=quadratic.full_batches(2), optimizer=optax.sgd(RATE))
+    return base._replace(**changes)
+
+
+def play(algorithm, cohorts, people=PEOPLE, num_clients=6):
+    """Play the cohorts in turn; give the states and all clients' rows after each."""
+    run = jax.jit(algorithm.stages[0].round)
+    state = algorithm.init(quadratic.PARAMS, {})
+    rows = quadratic.cohort(algorithm, range(num_clients)).states
+    history = []
+    for index, (ids, present) in enumerate(cohorts):
+        ids = jnp.asarray(ids, jnp.int32)
+        members = quadratic.cohort(algorithm, ids, present)._replace(states=trees.take(rows, ids))
+        state, new, metrics = run(jax.random.fold_in(KEY, index), state, members, people)
+        rows = jax.tree.map(lambda all_, row, ids=ids: all_.at[ids].set(row), rows, new)
+        history.append((state, rows, metrics))
+    return history
+
+
+def alike(num_clients=4):
+    """Make clients that hold the same points."""
+    one = quadratic.population(sizes=(5,))
+    return one._replace(
+        order=jnp.tile(one.order, num_clients),
+        offsets=jnp.arange(num_clients + 1, dtype=jnp.int32) * 5,
+    )
+
+
+DROPPING = [
+    ([0, 1, 2, 3], None),
+    ([2, 3, 4, 5], [True, False, True, True]),
+    ([1, 4], None),
+    ([0, 1, 5], [True, True, False]),
+]
+
+
+def test_scaffold_with_equal_clients_is_fedavg():
+    everyone = [(range(4), None)] * 4
+    plain = play(fedavg.fedavg(quadratic.MODEL, setup()), everyone, alike(), 4)
+    corrected = play(scaffold.scaffold(quadratic.MODEL, setup()), everyone, alike(), 4)
+    chex.assert_trees_all_equal(corrected[0][0].params, plain[0][0].params)  # nothing known yet
+    for (one, _, _), (other, _, _) in zip(corrected, plain, strict=True):
+        chex.assert_trees_all_close(one.params, other.params, rtol=1e-5, atol=1e-6)
+    control = quadratic.flatten(corrected[-1][0].drift)
+    assert np.any(np.asarray(control) != 0.0)
+
+
+def test_scaffold_follows_its_formulas():
+    cohorts = [([0, 3], None), ([3, 4], None)]
+    second, after, metrics = play(scaffold.scaffold(quadratic.MODEL, setup()), cohorts)[-1]
+    sizes = np.diff(np.asarray(PEOPLE.offsets)).astype(float)
+    start = np.asarray(quadratic.flatten(quadratic.PARAMS))
+    centre = {i: quadratic.mean_point(PEOPLE, i) for i in range(6)}
+
+    def work(here, client_id, own, server):
+        """Take two steps; give the end and the new control variate by the paper's option II."""
+        there = here
+        for _ in range(2):
+            there = there - RATE * (there - centre[client_id] - own + server)
+        return there, own - server + (here - there) / (2 * RATE)
+
+    own = dict.fromkeys(range(6), np.zeros_like(start))
+    server = np.zeros_like(start)
+    here = start
+    for ids in ([0, 3], [3, 4]):
+        ends = {i: work(here, i, own[i], server) for i in ids}
+        total = sum(sizes[i] for i in ids)
+        here = sum(sizes[i] * ends[i][0] for i in ids) / total
+        server = server + sum(sizes[i] * (ends[i][1] - own[i]) for i in ids) / sizes.sum()
+        own |= {i: ends[i][1] for i in ids}
+    np.testing.assert_allclose(quadratic.flatten(second.params), here, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(quadratic.flatten(second.drift), server, rtol=1e-4, atol=1e-5)
+    for i in (0, 3, 4):
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], after.client.control)
+        np.testing.assert_allclose(quadratic.flatten(mine), own[i], rtol=1e-4, atol=1e-5)
+    assert metrics.num_extra_up == metrics.num_extra_down == quadratic.NUM_WEIGHTS
+
+
+def masked_methods():
+    revise = pruners.chain(
+        pruners.prune_to(0.5), pruners.drop(0.3), pruners.grow_to(0.5, score=scores.gradient)
+    )
+    due = schedules.every(2)
+
+    def dynamic(s):
+        client = clients.local_sgd(
+            quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer, report_grads=due
+        )
+        return compose.compose(s, client=client, pruner=pruners.when(due, revise))
+
+    def dip(mode):
+        return lambda s: feddip.feddip(
+            quadratic.MODEL,
+            s,
+            final_sparsity=0.75,
+            initial_sparsity=0.25,
+            period=2,
+            num_segments=3,
+            mode=mode,
+        )
+
+    return {"dynamic": dynamic, "masked": dip("masked"), "regrow": dip("regrow")}
+
+
+@pytest.mark.parametrize("name", sorted(masked_methods()))
+def test_the_servers_control_variate_is_the_mean_of_the_clients_under_any_masks(name):
+    algorithm = masked_methods()[name](setup(drift=scaffold.control_variates()))
+    weights = np.diff(np.asarray(PEOPLE.offsets)).astype(np.float32)
+    weights /= weights.sum()
+    changed = 0
+    played = play(algorithm, DROPPING)
+    for state, rows, metrics in played:
+        mean = jax.tree.map(
+            lambda leaf: np.tensordot(weights, np.asarray(leaf), axes=1), rows.client.control
+        )
+        chex.assert_trees_all_close(state.drift, mean, rtol=1e-4, atol=1e-6)
+        pruned = jax.tree.map(jnp.logical_not, state.masks)
+        assert not np.any(quadratic.flatten(masks.apply(pruned, state.params)))
+        changed += int(metrics.num_changed)
+    assert changed > 0
+    plain = play(masked_methods()[name](setup()), DROPPING)
+    corrected, uncorrected = (quadratic.flatten(run[-1][0].params) for run in (played, plain))
+    assert np.any(np.asarray(corrected) != np.asarray(uncorrected))
+
+
+def test_fednova_with_equal_numbers_of_steps_is_fedavg():
+    plain = play(fedavg.fedavg(quadratic.MODEL, setup()), DROPPING)
+    for momentum in (0.0, 0.9):
+        nova = play(fednova.fednova(quadratic.MODEL, setup(), momentum=momentum), DROPPING)
+        for (one, _, _), (other, _, _) in zip(nova, plain, strict=True):
+            chex.assert_trees_all_close(one.params, other.params, rtol=1e-5, atol=1e-6)
+
+
+def test_fednova_averages_directions_when_steps_differ():
+    parts = setup(batcher=by_size())
+    ((after, _, _),) = play(fednova.fednova(quadratic.MODEL, parts), [([0, 3, 2], None)])
+    start = np.asarray(quadratic.flatten(quadratic.PARAMS))
+    sizes = {0: 3, 3: 8, 2: 2}
+    moves = {
+        i: (1.0 - (1.0 - RATE) ** n) * (quadratic.mean_point(PEOPLE, i) - start)
+        for i, n in sizes.items()
+    }
+    direction = sum(n * moves[i] / n for i, n in sizes.items()) / 13
+    steps = sum(n * n for n in sizes.values()) / 13
+    expected = start + steps * direction
+    np.testing.assert_allclose(quadratic.flatten(after.params), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_effective_steps_are_how_far_the_optimizer_goes(momentum):
+    """Under a constant gradient of 1, SGD of rate 1 goes as far as it has effective steps."""
+    optimizer = optax.sgd(1.0, momentum=momentum or None)
+    place, state = jnp.float32(0.0), optimizer.init(jnp.float32(0.0))
+    for count in range(1, 8):
+        update, state = optimizer.update(jnp.float32(1.0), state)
+        place = place + update
+        found = fednova.effective_steps(jnp.int32(count), momentum=momentum)
+        np.testing.assert_allclose(found, -place, rtol=1e-5)
+
+
+def test_a_client_without_examples_changes_nothing():
+    people = quadratic.population(sizes=(3, 0, 4))
+    for drift in (
+        scaffold.control_variates(),
+        fednova.normalised_averaging(batcher=by_size(), momentum=0.5),
+    ):
+        algorithm = fedavg.fedavg(quadratic.MODEL, setup(batcher=by_size(), drift=drift))
+        with_it = play(algorithm, [([0, 1], None)] * 2, people, 3)[-1]
+        without = play(algorithm, [([0, 1], [True, False])] * 2, people, 3)[-1]
+        chex.assert_trees_all_equal(with_it[0], without[0])
+        chex.assert_trees_all_equal(with_it[1].client, without[1].client)

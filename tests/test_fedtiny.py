@@ -1,0 +1,571 @@
+"""FedTiny against its paper: schedules, pool, selection, exchange, and what a run must keep."""
+
+import contextlib
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjaxprune import masks, trees
+from fedjaxprune.algorithms import compose, fedtiny, simulation, stages
+from fedjaxprune.base import Broadcast, Message, PrunerInputs, client_data
+from fedjaxprune.experiment import progress, record, runner
+from fedjaxprune.experiment.evaluation import TestSet
+from fedjaxprune.federated import calibration, clients, pairs, participation
+from fedjaxprune.models import adapters, layers, order, zoo
+from fedjaxprune.pruning import pools, readjustment, schedules
+from tests import quadratic
+
+KEY = jax.random.key(5)
+PEOPLE = quadratic.population()
+LAYERS = ["dense/kernel", "head/kernel"]
+SERVER = [0, 1, 2]
+
+
+def setup(num_rounds=6, **changes):
+    base = compose.Setup(
+        num_rounds=num_rounds, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
+    )
+    return base._replace(**changes)
+
+
+def tiny(**options):
+    settings = {
+        "density": 0.4,
+        "source": stages.held_out(SERVER),
+        "pretraining": quadratic.full_batches(1),
+        "development": quadratic.full_batches(1),
+        "blocks": readjustment.consecutive(LAYERS, num_blocks=2),
+        "pool_size": 4,
+        "swap_fraction": 0.6,
+        "period": 2,
+        "until": 6,
+        **options,
+    }
+    return fedtiny.fedtiny(quadratic.NORMALISED, setup(), **settings)
+
+
+@functools.cache
+def play(ids=(0, 1, 2, 3, 4, 5), **options):
+    """Run all stages with these clients: the states from the start, and the metrics."""
+    algorithm = tiny(**options)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    members = quadratic.cohort(algorithm, ids)
+    states, history = [state], []
+    for stage in algorithm.stages:
+        run = jax.jit(stage.round)
+        for _ in range(stage.num_rounds):
+            key = jax.random.fold_in(KEY, state.round)
+            state, rows, metrics = run(key, state, members, PEOPLE)
+            members = members._replace(states=rows)
+            states.append(state)
+            history.append(metrics)
+    return algorithm, states, history
+
+
+def points(client_id):
+    rows = PEOPLE.order[PEOPLE.offsets[client_id] : PEOPLE.offsets[client_id + 1]]
+    return np.asarray(PEOPLE.examples["inputs"])[np.asarray(rows)]
+
+
+def candidate(state, index):
+    return pools.magnitude_masks(state.params, state.method.counts[index], masks.kernels)
+
+
+# Schedules -----------------------------------------------------------------------------------
+
+
+def test_the_swapped_fractions_are_the_published_ones():
+    fraction = readjustment.cosine_decay(initial=0.3, until=100)
+    due = readjustment.due(period=10, until=100)
+    rounds = [r for r in range(1, 301) if due(jnp.int32(r - 1))]
+    assert rounds == list(range(10, 101, 10))
+    found = [round(float(schedules.evaluate(fraction, jnp.int32(r - 1))), 3) for r in rounds]
+    assert found == [0.293, 0.271, 0.238, 0.196, 0.15, 0.104, 0.062, 0.029, 0.007, 0.0]
+
+
+def test_the_pool_costs_a_tenth_of_a_dense_model():
+    assert [pools.pool_size(d) for d in (0.1, 0.05, 0.01, 0.005, 0.001)] == [1, 2, 10, 20, 100]
+    assert pools.pool_size(1.0) == 1
+
+
+def test_the_blocks_of_resnet18_and_their_turns():
+    model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
+    paths = order.reading_order(model, input_shape=(32, 32, 3))
+    prunable = masks.but(masks.kernels, "conv_1/kernel")
+    params, _ = jax.eval_shape(model.init, KEY)
+    flags = masks.prunable_leaves(params, prunable)
+    kernels = [p for p, flag in zip(trees.paths(params), flags, strict=True) if flag]
+    sizes = dict(zip(trees.paths(params), trees.sizes(params), strict=True))
+    blocks = readjustment.by_stage(paths)(kernels)
+    totals = np.bincount(blocks, weights=[sizes[path] for path in kernels])
+    assert totals.tolist() == [147_456, 524_288, 2_097_152, 8_388_608 + 5_120]
+    assert sizes["conv_1/kernel"] == 1_728
+    assert sum(totals) + 1_728 == 11_164_352
+    assert sum(trees.sizes(params)) == 11_173_962
+
+    counts = readjustment.amounts(
+        fraction=readjustment.cosine_decay(initial=0.3, until=100),
+        period=10,
+        until=100,
+        blocks=readjustment.by_stage(paths),
+        order="backward",
+        prunable=prunable,
+    )
+    # Layers of 100 weights, so that counts are percentages rounded up.
+    small = trees.map_with_path(lambda path, leaf: jnp.ones([10, 10], jnp.bool_), params)
+    turns, swapped = [], []
+    for r in range(1, 101):
+        found = dict(
+            zip(trees.paths(small), jax.tree.leaves(counts(small, jnp.int32(r - 1))), strict=True)
+        )
+        active = {path for path, number in found.items() if number > 0}
+        if active:
+            (block,) = {
+                block for path, block in zip(kernels, blocks, strict=True) if path in active
+            }
+            turns.append(block)
+            swapped.append({int(found[path]) for path in active})
+            assert active == {path for path, b in zip(kernels, blocks, strict=True) if b == block}
+    assert turns == [3, 2, 1, 0, 3, 2, 1, 0, 3]  # from output to input; nine that move anything
+    assert swapped == [{n} for n in (30, 28, 24, 20, 15, 11, 7, 3, 1)]
+
+
+def test_blocks_of_consecutive_layers_are_as_equal_as_can_be():
+    names = [f"layer_{i}/kernel" for i in (10, 9, 8, 2, 1, 0, 3)]
+    assert readjustment.consecutive(names, num_blocks=3)(sorted(names)) == [2, 1, 0, 1, 2, 0, 0]
+    with pytest.raises(ValueError, match="at most the number of prunable layers"):
+        readjustment.consecutive(names, num_blocks=8)(names)
+    with pytest.raises(ValueError, match="lacks other"):
+        readjustment.consecutive(names, num_blocks=1)(["other"])
+
+
+# The pool ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.1, 0.01])
+def test_candidates_keep_near_the_target_and_differ(density):
+    sizes = np.array([9_216, 36_864, 73_728, 294_912, 5_120])
+    draw = jax.jit(
+        lambda key: pools.noisy_counts(
+            key,
+            sizes,
+            np.full(5, density),
+            noise=0.5,
+            num_wanted=density * sizes.sum(),
+            tolerance=0.02 * density * sizes.sum(),
+        )
+    )
+    counts = np.stack([draw(key) for key in jax.random.split(KEY, 20)])
+    assert np.all(np.abs(counts.sum(axis=1) / (density * sizes.sum()) - 1.0) < 0.02)
+    relative = counts / (density * sizes)
+    assert np.all(counts >= np.floor(0.5 * density * sizes))
+    assert np.all(counts <= 1.5 * density * sizes)
+    assert len(np.unique(counts, axis=0)) == 20
+    assert relative[:, 0].std() > 0.2  # of a uniform variate of half width 0.5: 0.29
+
+
+def test_a_layer_keeps_at_least_one_weight_and_at_most_all():
+    densities = jnp.array([1e-9, 0.5, 0.29, 7.0])
+    sizes = jnp.array([100.0, 9.0, 100.0, 8.0])
+    with jax.enable_x64(True):
+        assert pools.counts_of(densities, sizes).tolist() == [1, 4, 29, 8]
+
+
+def test_where_no_draw_comes_close_the_closest_is_taken():
+    counts = pools.noisy_counts(
+        KEY, np.array([4, 4]), np.array([0.5, 0.5]), noise=0.0, num_wanted=7.0, tolerance=0.1
+    )
+    assert counts.tolist() == [2, 2]
+
+
+def test_erk_candidates_give_small_layers_more():
+    def densities(params):
+        return jnp.asarray(pools.erk(params, 0.25, masks.kernels), jnp.float32)
+
+    dense, head = (float(value) for value in jax.jit(densities)(quadratic.PARAMS))
+    assert head > dense
+    np.testing.assert_allclose(24 * dense + 8 * head, 0.25 * 32, rtol=1e-6)
+    np.testing.assert_allclose(head / dense, (6 / 8) / (10 / 24), rtol=1e-6)
+    algorithm = tiny(layer_densities=pools.erk, noise=1.0)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    everyone = quadratic.cohort(algorithm, range(6))
+    state, _, _ = algorithm.stages[0].round(KEY, state, everyone, PEOPLE)
+    assert np.all(np.asarray(state.method.counts) >= 1)
+
+
+def test_a_candidate_keeps_the_largest_weights_of_each_layer():
+    _, states, _ = play()
+    state = states[1]
+    for index in range(4):
+        made = candidate(state, index)
+        for name, count in zip(("dense", "head"), state.method.counts[index], strict=True):
+            values = np.abs(np.asarray(state.params[name]["kernel"]))
+            kept = np.asarray(made[name]["kernel"])
+            assert kept.sum() == count
+            assert values[kept].min() >= values[~kept].max()
+        assert np.all(made["dense"]["bias"])
+
+
+# Selection -----------------------------------------------------------------------------------
+
+
+def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
+    _, states, _ = play()
+    prepared, compared = states[1], states[3]
+    sizes = np.array([len(points(i)) for i in range(6)])
+    mean = sum(n * points(i).mean(axis=0) for i, n in enumerate(sizes)) / sizes.sum()
+    var = sum(n * points(i).var(axis=0) for i, n in enumerate(sizes)) / sizes.sum()
+    norm = compared.model_state["norm"]
+    np.testing.assert_allclose(norm["mean"], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm["var"], var, rtol=1e-4, atol=1e-6)
+
+    def loss(index):
+        params = masks.apply(candidate(prepared, index), prepared.params)
+        inputs = jnp.concatenate([points(i) for i in range(6)])
+        logits = quadratic.normalised_predict(params, compared.model_state, inputs)
+        return float(jnp.mean(calibration.cross_entropy(logits, jnp.zeros(len(inputs), int))))
+
+    losses = [loss(index) for index in range(4)]
+    np.testing.assert_allclose(compared.method.losses, losses, rtol=1e-4)
+    assert compared.method.chosen == np.argmin(losses)
+    chosen = candidate(prepared, int(np.argmin(losses)))
+    chex.assert_trees_all_equal(compared.masks, chosen)
+    chex.assert_trees_all_equal(compared.params, masks.apply(chosen, prepared.params))
+
+
+def test_the_total_variance_is_that_of_all_the_data():
+    algorithm = tiny(variance="total")
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    everyone = quadratic.cohort(algorithm, range(6))
+    for stage in algorithm.stages[:2]:
+        state, _, _ = stage.round(jax.random.fold_in(KEY, state.round), state, everyone, PEOPLE)
+    mean, var = state.method.statistics
+    every = np.concatenate([points(i) for i in range(6)])
+    for candidate_mean, candidate_var in zip(mean, var, strict=True):
+        np.testing.assert_allclose(candidate_mean, every.mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(candidate_var, every.var(axis=0), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the variance 'norm/var' has no mean beside it"):
+        calibration.add_spread({"norm": {"var": var}}, [var], [var])
+
+
+def test_the_server_trains_on_its_own_examples_alone():
+    _, states, history = play()
+    rows = np.asarray(PEOPLE.examples["inputs"])[SERVER]
+    start = np.asarray(quadratic.flatten(quadratic.PARAMS))
+    np.testing.assert_allclose(
+        quadratic.flatten(states[1].params),
+        start + 0.1 * (rows.mean(axis=0) - start),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert history[0].num_present == 0
+
+
+def test_with_one_candidate_the_selection_leaves_the_mask():
+    _, states, _ = play(pool_size=1)
+    chex.assert_trees_all_equal(states[1].masks, states[3].masks)
+    assert states[3].mask_version == states[1].mask_version
+    moved = states[3].model_state["norm"]["mean"] - states[1].model_state["norm"]["mean"]
+    assert np.any(np.asarray(moved) != 0.0)
+
+
+def test_one_candidate_without_readjustment_is_fedavg_under_a_fixed_mask_to_the_bit():
+    _, states, _ = play(pool_size=1, swap_fraction=0.0)
+    plain = compose.compose(
+        setup(),
+        client=clients.local_sgd(
+            quadratic.NORMALISED.loss, batcher=setup().batcher, optimizer=setup().optimizer
+        ),
+    )
+    state = states[3]
+    run = jax.jit(plain.stages[0].round)
+    members = quadratic.cohort(plain, range(6))
+    for expected in states[4:]:
+        key = jax.random.fold_in(KEY, state.round)
+        state, _, _ = run(key, state, members, PEOPLE)
+        chex.assert_trees_all_equal(state, expected)
+
+
+def test_an_unheard_comparison_leaves_the_first_candidate_in_force():
+    algorithm = tiny()
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    nobody = quadratic.cohort(algorithm, range(6), [False] * 6)
+    for stage in algorithm.stages[:3]:
+        state, _, _ = stage.round(jax.random.fold_in(KEY, state.round), state, nobody, PEOPLE)
+    assert state.method.chosen == 0
+    chex.assert_trees_all_equal(state.masks, candidate(state, 0))
+    pruned = jax.tree.map(jnp.logical_not, state.masks)
+    assert not np.any(quadratic.flatten(masks.apply(pruned, algorithm.deployed(state))))
+    everyone = quadratic.cohort(algorithm, range(6))
+    state, _, _ = algorithm.stages[3].round(KEY, state, everyone, PEOPLE)
+    assert not np.any(quadratic.flatten(masks.apply(pruned, state.params)))
+
+
+class Normalised(nn.Module):
+    """BatchNorm alone."""
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        return layers.BatchNorm(name="batch")(x, train, mask).reshape(x.shape[0], -1)[:, :2]
+
+
+def test_statistics_are_exact_means_whatever_the_networks_momentum():
+    model = adapters.from_linen(Normalised(), input_shape=(2, 2, 3))
+    rng = np.random.default_rng(0)
+    inputs = (50.0 + 7.0 * rng.normal(size=(7, 2, 2, 3))).astype(np.float32)
+    people = quadratic.population()._replace(
+        examples={"inputs": jnp.asarray(inputs), "labels": jnp.zeros(7, jnp.int32)},
+        order=jnp.arange(7, dtype=jnp.int32),
+        offsets=jnp.array([0, 7], jnp.int32),
+    )
+
+    def batch(key, data, step):  # 3, 3 and 1 examples
+        del key
+        slots = 3 * step + jnp.arange(3)
+        return quadratic.Batch(
+            inputs=data.examples["inputs"][jnp.minimum(slots, 6)],
+            labels=jnp.zeros(3, jnp.int32),
+            weights=(slots < 7).astype(jnp.float32),
+        )
+
+    batcher = quadratic.Batcher(num_steps=lambda data: jnp.int32(3), batch=batch)
+    params, state = model.init(KEY)
+    broadcast = Broadcast(params, masks.full(params), state, jnp.int32(0))
+    message, _ = calibration.statistics(model.loss, batcher=batcher).update(
+        KEY, broadcast, (), client_data(people, jnp.int32(0))
+    )
+    parts = [inputs[:3], inputs[3:6], inputs[6:]]
+    mean = inputs.reshape(-1, 3).mean(axis=0)
+    var = sum(len(p) * p.reshape(-1, 3).var(axis=0, ddof=1) for p in parts) / 7
+    np.testing.assert_allclose(message.fields["statistics"][0], mean, rtol=1e-5)
+    np.testing.assert_allclose(message.fields["statistics"][1], var, rtol=1e-4)
+    assert message.weight == 7.0
+    moving = calibration.moving_statistics(model.loss, batcher=batcher, num_passes=10)
+    found, _ = moving.update(KEY, broadcast, (), client_data(people, jnp.int32(0)))
+    left = 0.9**30  # of the broadcast's zeros, after three steps in each of ten passes
+    assert np.all(np.abs(found.fields["statistics"][0] / (mean * (1.0 - left)) - 1.0) < 0.1)
+    assert found.weight == 7.0
+
+
+# Exchange ------------------------------------------------------------------------------------
+
+
+def test_pairs_are_the_largest_gradients_of_pruned_weights():
+    grads = {"a": jnp.array([3.0, -5.0, 0.0, 1.0, -2.0]), "b": jnp.array([0.0, 0.0, 9.0])}
+    live = {"a": jnp.array([True, False, False, False, False]), "b": jnp.zeros(3, jnp.bool_)}
+
+    def update(key, broadcast, state, data):
+        return Message(fields={"grads": grads}, weight=jnp.float32(1.0)), state
+
+    client = pairs.top_gradients(
+        clients.Client(init=lambda params: (), update=update),
+        num_pairs=lambda masks, r: {"a": 2 * r, "b": 2 * r},
+    )
+    for r, a, b in ((1, [0.0, -5.0, 0.0, 0.0, -2.0], [0.0, 0.0, 9.0]), (0, [0.0] * 5, [0.0] * 3)):
+        broadcast = Broadcast(params=grads, masks=live, model_state={}, round=jnp.int32(r))
+        message, _ = client.update(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
+        assert message.fields["grads"]["a"].tolist() == a
+        assert message.fields["grads"]["b"].tolist() == b
+        assert message.fields["uplink_pairs"].tolist() == [2 * r, r]  # a zero is no pair
+
+
+def test_an_exchange_takes_both_sets_from_the_old_mask():
+    pruner = readjustment.exchange(lambda masks, r: jax.tree.map(lambda m: jnp.int32(2), masks))
+    params = {"a": jnp.array([5.0, -1.0, 2.0, 0.0, 0.0, 0.0]), "b": jnp.array([1.0, 2.0, 0.0])}
+    grads = {"a": jnp.array([9.0, 9.0, 9.0, 0.0, -3.0, 1.0]), "b": jnp.array([7.0, 7.0, 0.0])}
+    before = jax.tree.map(lambda leaf: leaf != 0, params)
+    after, _ = pruner.update(KEY, before, (), PrunerInputs(params, grads, jnp.int32(0)))
+    assert after["a"].tolist() == [True, False, False, False, True, True]
+    assert after["b"].tolist() == before["b"].tolist()  # nobody sent anything to grow
+
+
+@pytest.mark.parametrize("weights", ["examples", "clients"])
+def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
+    _, states, history = play(gradient_weights=weights)
+    start = 3  # stages before training
+    sizes = np.array([len(points(i)) for i in range(6)], float)
+    grew = 0
+    for r in range(1, 7):
+        before, after, metrics = states[start + r - 1], states[start + r], history[start + r - 1]
+        assert np.array_equal(history[start + r - 1].kept, history[start - 1].kept)
+        adjusts = r % 2 == 0
+        block = {2: "head", 4: "dense", 6: "head"}.get(r)
+        for name in ("dense", "head"):
+            old = np.asarray(before.masks[name]["kernel"]).ravel()
+            new = np.asarray(after.masks[name]["kernel"]).ravel()
+            num_live = old.sum()
+            amount = int(np.ceil(0.3 * (1 + np.cos(np.pi * r / 6)) * num_live - 1e-9))
+            leaf = trees.paths(quadratic.PARAMS).index(f"{name}/kernel")
+            sent = np.asarray(metrics.uplink_pairs)[:, leaf]
+            if not adjusts or name != block:
+                assert np.array_equal(old, new)
+                assert not sent.any()
+                continue
+            assert np.all(sent <= min(amount, (~old).sum()))
+            values = np.asarray(before.params[name]["kernel"]).ravel()
+            place = slice(*_place(name))
+
+            def gradient(client_id, values=values, old=old, place=place):
+                centre = quadratic.mean_point(PEOPLE, client_id)[place]
+                seen = centre + 0.9 * (values - centre)  # after the first of two steps
+                return np.where(old, 0.0, np.where(old, seen, 0.0) - centre)
+
+            total = np.zeros(old.size)
+            for client_id in range(6):
+                grad = gradient(client_id)
+                best = np.argsort(-np.abs(grad), kind="stable")[: min(amount, (~old).sum())]
+                share = sizes[client_id] / sizes.sum() if weights == "examples" else 1.0
+                total[best] += share * grad[best]
+            num = min(amount, np.count_nonzero(total))
+            grown = np.argsort(-np.abs(total), kind="stable")[:num]
+            trained = np.asarray(after.params[name]["kernel"]).ravel()
+            assert np.all(trained[grown] == 0.0)
+            assert set(grown) == set(np.flatnonzero(new & ~old))
+            assert (old & ~new).sum() == num
+            grew += num
+        assert np.all(quadratic.flatten(after.params)[~_flat(after.masks)] == 0.0)
+    assert grew > 0
+
+
+def _flat(tree):
+    return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def _place(name):
+    ends = np.cumsum([0, *trees.sizes(quadratic.PARAMS)])
+    index = trees.paths(quadratic.PARAMS).index(f"{name}/kernel")
+    return ends[index], ends[index + 1]
+
+
+# Traffic -------------------------------------------------------------------------------------
+
+
+def test_every_message_is_counted():
+    algorithm, states, history = play()
+    traffic = [algorithm.num_bits(m, s) for m, s in zip(history, states[1:], strict=True)]
+    counts = np.asarray(states[1].method.counts)
+    num_statistics, biases = 2 * quadratic.NUM_WEIGHTS, 4 + 2
+    assert traffic[0] == (0, 0, 0, 0)
+    # Six clients receive four candidates: values and masks; biases are the same in all.
+    assert traffic[1].downlink_bits == 6 * 32 * (counts.sum() + biases)
+    assert traffic[1].mask_bits == 6 * 4 * 32
+    assert traffic[1].uplink_bits == 0
+    assert traffic[1].statistics_bits == 6 * 32 * 4 * num_statistics  # up
+    # They hold the candidates now, receive the mean statistics, and answer with four losses.
+    assert traffic[2] == (6 * 32 * 4, 0, 0, 6 * 32 * 4 * num_statistics)
+    live = int(np.asarray(history[2].kept).sum())
+    changed = bool(states[3].mask_version != states[1].mask_version)
+    assert traffic[3] == (6 * 32 * live, 6 * 32 * live, changed * 6 * 32, 6 * 64 * num_statistics)
+    # Round 2 of training: pairs of the head's kernel, whose positions lie among its dead weights.
+    sent = np.asarray(history[4].uplink_pairs)
+    leaf = trees.paths(quadratic.PARAMS).index("head/kernel")
+    room = 8 - int(history[3].kept[leaf])
+    width = (room - 1).bit_length()
+    assert sent.sum() == sent[:, leaf].sum() > 0
+    extra = sum(
+        32 * int(n) + (0 if n >= room else min(int(n) * width, room)) for n in sent[:, leaf]
+    )
+    assert traffic[4].uplink_bits == 6 * 32 * live + extra
+
+
+def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
+    algorithm = tiny()
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    history = []
+    for stage, ids in zip(algorithm.stages[:3], ([0, 1], [0, 1], [2, 3]), strict=True):
+        members = quadratic.cohort(algorithm, ids)
+        state, _, metrics = stage.round(KEY, state, members, PEOPLE)
+        history.append(algorithm.num_bits(metrics, state))
+    assert history[2].downlink_bits == history[1].downlink_bits > 0
+    assert history[2].mask_bits == history[1].mask_bits > 0
+
+
+# Errors and resuming -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"density": 0.0}, "density must lie in"),
+        ({"noise": 1.5}, "noise must lie in"),
+        ({"selection": "best"}, "selection must be 'adaptive' or 'vanilla'"),
+        ({"order": "random"}, "order must be 'backward' or 'forward'"),
+        ({"variance": "all"}, "variance must be 'within' or 'total'"),
+        ({"pool_size": 0}, "pool_size must be at least 1"),
+        ({"period": 7}, "period must be at least 1 and at most until"),
+    ],
+)
+def test_wrong_options_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny(**options)
+
+
+def test_what_the_network_lacks_is_said_before_anything_runs():
+    with pytest.raises(ValueError, match="the network has none: take one with BatchNorm"):
+        tiny().init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    with pytest.raises(ValueError, match=r"density must be at least 0.0625 .* got 0.05"):
+        tiny(density=0.05).init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    dense_head = masks.but(masks.kernels, "head/kernel")
+    blocks = readjustment.consecutive(LAYERS, num_blocks=1)
+    with pytest.raises(ValueError, match="whose 8 kernel weights outside"):
+        tiny(density=0.25, prunable=dense_head, blocks=blocks).init(
+            quadratic.PARAMS, quadratic.NORMALISED_STATE
+        )
+
+
+class Stop(Exception):
+    pass
+
+
+def run_in(folder, stop_after=None):
+    """Run in a folder, perhaps only up to a round; give the last state and the record."""
+    algorithm = tiny()
+    draw = participation.drop_out(
+        participation.uniform(num_clients=6, cohort_size=4), probability=0.2
+    )
+    parts = runner.Parts(
+        model=quadratic.NORMALISED,
+        algorithm=algorithm,
+        population=PEOPLE,
+        test=TestSet(PEOPLE.examples["inputs"], PEOPLE.examples["labels"]),
+        preprocess=lambda key, inputs: inputs,
+        advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
+        prunable=masks.kernels,
+    )
+
+    def on_round(line):
+        if line.round == stop_after:
+            raise Stop
+
+    report = progress.Report(start=lambda lines: None, round=on_round, warn=pytest.fail)
+    folder.mkdir(exist_ok=True)
+    state = None
+    with contextlib.suppress(Stop):
+        state = runner.train(
+            parts,
+            seed=3,
+            folder=folder,
+            eval_every=1,
+            checkpoint_every=1,
+            keep_checkpoints=2,
+            fingerprint=7,
+            report=report,
+        )
+    return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
+
+
+def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
+    state, lines = run_in(tmp_path / "whole")
+    assert [line.stage for line in lines] == ["prepare", "calibrate", "compare"] + 6 * ["train"]
+    for stop_after in (2, 3, 5):
+        folder = tmp_path / f"stopped-{stop_after}"
+        run_in(folder, stop_after)
+        again, again_lines = run_in(folder)
+        chex.assert_trees_all_equal(again, state)
+        assert again_lines == lines

@@ -1,0 +1,251 @@
+"""The controls: which weights their masks keep, and what choosing them costs."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjaxprune import masks
+from fedjaxprune.algorithms import compose, fixed_masks, gradual_magnitude, stages
+from fedjaxprune.federated import clients
+from fedjaxprune.pruning import allocation, schedules
+from tests import quadratic
+
+KEY = jax.random.key(2)
+PEOPLE = quadratic.population()
+ONE = quadratic.full_batches(1)
+KERNELS = {"dense": 24, "head": 8}
+
+
+def setup(**changes):
+    base = compose.Setup(num_rounds=3, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1))
+    return base._replace(**changes)
+
+
+def start(algorithm, present=None):
+    """Play the stages before training: the state, and the traffic of each."""
+    state = algorithm.init(quadratic.PARAMS, {})
+    members = quadratic.cohort(algorithm, [0, 1, 2, 3, 4, 5], present)
+    traffic = []
+    for stage in algorithm.stages[:-1]:
+        state, rows, metrics = stage.round(
+            jax.random.fold_in(KEY, state.round), state, members, PEOPLE
+        )
+        members = members._replace(states=rows)
+        traffic.append(algorithm.num_bits(metrics, state))
+    return state, members, traffic
+
+
+def largest(values, count):
+    order = np.argsort(-np.asarray(values).ravel(), kind="stable")
+    kept = np.zeros(order.size, bool)
+    kept[order[:count]] = True
+    return kept.reshape(np.shape(values))
+
+
+def expected(values, sparsity=0.5):
+    """Keep the best of each layer; biases stay."""
+    return {
+        name: {
+            "bias": np.ones_like(values[name]["bias"], bool),
+            "kernel": largest(values[name]["kernel"], size - round(sparsity * size)),
+        }
+        for name, size in KERNELS.items()
+    }
+
+
+def tree(vector):
+    leaves, structure = jax.tree.flatten(quadratic.PARAMS)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    parts = np.split(np.asarray(vector), ends)
+    return jax.tree.unflatten(
+        structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+def pooled_mean():
+    return np.asarray(PEOPLE.examples["inputs"]).mean(axis=0)
+
+
+def small_people(max_size=28):
+    return quadratic.full_batches(1, max_size)
+
+
+SOURCES = {
+    "held_out": (stages.held_out([3, 4]), lambda: PEOPLE.examples["inputs"][3:5].mean(axis=0)),
+    "one_client": (stages.one_client(3), lambda: quadratic.mean_point(PEOPLE, 3)),
+    "pooled": (stages.pooled(), pooled_mean),
+}
+
+
+@pytest.mark.parametrize("weights", ["trained", "initial"])
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_magnitude_masks_keep_the_largest_weights_after_training_where_they_are_made(name, weights):
+    source, mean = SOURCES[name]
+    algorithm = fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        setup(),
+        sparsity=0.5,
+        source=source,
+        pretraining=small_people(),
+        weights=weights,
+    )
+    state, _, traffic = start(algorithm)
+    before = np.asarray(quadratic.flatten(quadratic.PARAMS))
+    trained = tree(before + 0.1 * (np.asarray(mean()) - before))
+    wanted = expected(jax.tree.map(np.abs, trained))
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
+    goes_on = trained if weights == "trained" else quadratic.PARAMS
+    chex.assert_trees_all_close(
+        state.params, masks.apply(state.masks, goes_on), rtol=1e-5, atol=1e-6
+    )
+    assert traffic == [(0, 0, 0, 0)]
+
+
+def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
+    algorithm = fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        setup(),
+        sparsity=0.5,
+        source=stages.one_client(3),
+        pretraining=ONE,
+        weights="initial",
+        guests=(3,),
+    )
+    state, members, traffic = start(algorithm)
+    assert traffic == [(32, 32 * quadratic.NUM_WEIGHTS, 0, 0)]  # 32 prunable weights, a bit each
+    _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
+    assert algorithm.num_bits(metrics, state).mask_bits == 6 * 32  # then everybody is told
+
+
+def test_random_masks_follow_from_the_seed_and_do_not_travel():
+    algorithm = fixed_masks.random_masks(quadratic.MODEL, setup(), sparsity=0.25)
+    state, members, traffic = start(algorithm)
+    kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]
+    assert kept == [18, 6]
+    assert traffic == [(0, 0, 0, 0)]
+    after, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
+    assert algorithm.num_bits(metrics, after).mask_bits == 0
+    chex.assert_trees_all_equal(after.masks, state.masks)
+
+
+def sensitivity(mean, params=quadratic.PARAMS):
+    grads = tree(np.asarray(quadratic.flatten(params)) - np.asarray(mean))
+    return jax.tree.map(lambda w, g: np.abs(np.asarray(w) * g), params, grads)
+
+
+def test_snip_keeps_the_largest_products_of_weight_and_gradient():
+    algorithm = fixed_masks.snip_masks(
+        quadratic.MODEL, setup(), sparsity=0.5, source=stages.pooled(), batcher=small_people()
+    )
+    state, _, traffic = start(algorithm)
+    wanted = expected(sensitivity(pooled_mean()))
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
+    chex.assert_trees_all_equal(state.params, masks.apply(state.masks, quadratic.PARAMS))
+    assert traffic == [(0, 0, 0, 0)]
+
+
+def test_snip_in_several_steps_takes_new_gradients_at_each():
+    algorithm = fixed_masks.snip_masks(
+        quadratic.MODEL,
+        setup(),
+        sparsity=0.75,
+        source=stages.pooled(),
+        batcher=small_people(),
+        num_steps=3,
+    )
+    state, _, _ = start(algorithm)
+    params, live = quadratic.PARAMS, masks.full(quadratic.PARAMS)
+    for sparsity in (0.25, 0.5, 0.75):
+        scores = jax.tree.map(
+            lambda score, mask: np.where(mask, score, -1.0),
+            sensitivity(pooled_mean(), params),
+            live,
+        )
+        live = expected(scores, sparsity)
+        params = masks.apply(live, params)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), live)
+
+
+def test_snip_of_the_clients_is_snip_of_the_pooled_data():
+    algorithm = fixed_masks.snip_masks_of_clients(
+        quadratic.MODEL, setup(), sparsity=0.5, batcher=ONE
+    )
+    state, members, traffic = start(algorithm)
+    wanted = expected(sensitivity(pooled_mean()))
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
+    every = 6 * 32 * quadratic.NUM_WEIGHTS
+    assert traffic == [(0, 0, 0, 0), (every, every, 0, 0)]
+    _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
+    assert algorithm.num_bits(metrics, state).mask_bits == 6 * 32
+
+
+def test_snip_of_clients_that_do_not_answer_falls_back_to_magnitude():
+    algorithm = fixed_masks.snip_masks_of_clients(
+        quadratic.MODEL, setup(), sparsity=0.5, batcher=ONE
+    )
+    state, _, _ = start(algorithm, present=[False] * 6)
+    wanted = expected(jax.tree.map(np.abs, quadratic.PARAMS))
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
+
+
+def test_one_pool_lets_layers_compete():
+    algorithm = fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        setup(),
+        sparsity=0.5,
+        source=stages.pooled(),
+        pretraining=ONE,
+        weights="initial",
+        allocation=allocation.whole_model(),
+    )
+    state, _, _ = start(algorithm)
+    kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]
+    assert sum(kept) == 16
+    assert kept != [12, 4]
+
+
+def test_a_fixed_mask_without_sparsity_is_fedavg_to_the_bit():
+    algorithm = fixed_masks.random_masks(quadratic.MODEL, setup(), sparsity=0.0)
+    state, members, _ = start(algorithm)
+    plain = compose.compose(
+        setup(),
+        client=clients.local_sgd(
+            quadratic.MODEL.loss, batcher=setup().batcher, optimizer=setup().optimizer
+        ),
+    )
+    chex.assert_trees_all_equal(state.params, quadratic.PARAMS)
+    fixed, _, _ = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
+    expected_state, _, _ = plain.stages[0].round(
+        KEY, plain.init(quadratic.PARAMS, {}), quadratic.cohort(plain, range(6)), PEOPLE
+    )
+    chex.assert_trees_all_equal(fixed.params, expected_state.params)
+
+
+def test_gradual_magnitude_follows_its_curve_and_nothing_returns():
+    algorithm = gradual_magnitude.gradual_magnitude(
+        quadratic.MODEL, setup(), final_sparsity=0.75, period=2, end_round=6
+    )
+    curve = schedules.cubic(initial_sparsity=0.0, final_sparsity=0.75, begin_round=0, end_round=6)
+    state = algorithm.init(quadratic.PARAMS, {})
+    run = jax.jit(algorithm.stages[0].round)
+    members = quadratic.cohort(algorithm, range(6))
+    for r in range(8):
+        before = state.masks
+        state, _, metrics = run(jax.random.fold_in(KEY, r), state, members, PEOPLE)
+        due = r - r % 2
+        kept = int(np.asarray(metrics.kept).sum()) - 6  # without biases
+        assert kept == 32 - round(float(curve(jnp.float32(due))) * 32)
+        grown = jax.tree.map(lambda new, old: jnp.any(new & ~old), state.masks, before)
+        assert not any(jax.tree.leaves(grown))
+    with pytest.raises(ValueError, match="final_sparsity must be at least initial_sparsity"):
+        gradual_magnitude.gradual_magnitude(
+            quadratic.MODEL,
+            setup(),
+            final_sparsity=0.5,
+            initial_sparsity=0.75,
+            period=1,
+            end_round=3,
+        )
