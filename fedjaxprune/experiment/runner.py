@@ -172,19 +172,27 @@ def check(parts: Parts) -> None:
     """
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
-    strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
-    jax.eval_shape(_compiled(parts.advance[0], parts.mesh), key, strong, parts.population)
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_everywhere(parts.mesh)),
+        (key, now, parts.population),
+    )
+    jax.eval_shape(_compiled(parts.advance[0], parts.mesh), *placed)
 
 
 def _compiled(advance: AdvanceFn, mesh: Mesh | None) -> AdvanceFn:
     """Let XLA compile the round; it may write the new simulation over the old one."""
-    placement = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+    placement = {} if mesh is None else {"out_shardings": _everywhere(mesh)}
     return jax.jit(advance, donate_argnums=1, **placement)
 
 
 def _place(tree: Any, mesh: Mesh | None) -> Any:
     """Put a tree on every device of a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return tree if mesh is None else jax.device_put(tree, _everywhere(mesh))
+
+
+def _everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """Name the placement of an array that every device holds."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def start(key: Key, parts: Parts) -> Simulation:
