@@ -60,6 +60,6 @@ def blank(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), tree)
 
 
-def take(tree: Any, rows: jax.Array) -> Any:
+def take(tree: Any, rows: jax.Array | int) -> Any:
     """Take `rows` of every leaf's leading axis."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)

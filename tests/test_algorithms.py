@@ -22,7 +22,7 @@ from fedjaxprune.algorithms import (
     stages,
 )
 from fedjaxprune.base import ClientData
-from fedjaxprune.federated import aggregators, clients, servers, uplink
+from fedjaxprune.federated import aggregators, clients, cohort, servers, uplink
 from fedjaxprune.pruning import pruners, readjustment, schedules, scores
 from tests import quadratic
 
@@ -322,6 +322,22 @@ def test_every_chunk_size_gives_the_same_result(name, chunk_size):
         return simulate(algorithm, some, num_rounds=3, run=run)[0][-1]
 
     chex.assert_trees_all_close(final(chunk_size), final(1), rtol=1e-4, atol=1e-5)
+
+
+@every_algorithm
+def test_two_devices_give_the_result_of_one(name):
+    """Whatever a client's work needs from a round reaches it on any device, in every stage."""
+
+    def play(mesh):
+        algorithm = ALGORITHMS[name](setup(mesh=mesh))
+        states, rows, history = simulate(algorithm, some, num_rounds=3)
+        return states[-1], rows, [algorithm.num_bits(metrics, states[-1]) for metrics in history]
+
+    state, rows, charged = play(cohort.make_mesh(devices=jax.devices()[:2]))
+    alone, alone_rows, alone_charged = play(None)
+    chex.assert_trees_all_close(jax.device_get(state), alone, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(rows), alone_rows, rtol=1e-4, atol=1e-5)
+    assert charged == alone_charged
 
 
 @pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])

@@ -340,10 +340,12 @@ def test_rejected_and_absent_clients_are_told_of(capsys):
 
 def test_a_resumed_run_may_be_given_its_own_settings_again(capsys, tmp_path):
     given = ["--num-clients", "40", "--cohort-size", "30", "--chunk-size", "100"]
+    given += ["--devices", "2"]
     small_run(capsys, "~/run", "--rounds", "1", *given)
     folder = tmp_path / "home" / "run"
     assert record.stored(folder)[0].chunk_size == 30
-    for args in (given[2:4], given[4:], [folder / "config.yaml"]):
+    assert record.stored(folder)[0].devices == 2
+    for args in (given[2:4], given[4:], ["--devices", "0"], [folder / "config.yaml"]):
         status, _, err = call(capsys, "run", "--resume", "~/run", *args)
         assert (status, err) == (0, "")
 

@@ -73,7 +73,8 @@ def test_scaffold_with_equal_clients_is_fedavg():
 
 def test_scaffold_follows_its_formulas():
     cohorts = [([0, 3], None), ([3, 4], None)]
-    second, after, metrics = play(scaffold.scaffold(quadratic.MODEL, setup()), cohorts)[-1]
+    algorithm = scaffold.scaffold(quadratic.MODEL, setup())
+    second, after, metrics = play(algorithm, cohorts)[-1]
     sizes = np.diff(np.asarray(PEOPLE.offsets)).astype(float)
     start = np.asarray(quadratic.flatten(quadratic.PARAMS))
     centre = {i: quadratic.mean_point(PEOPLE, i) for i in range(6)}
@@ -99,7 +100,8 @@ def test_scaffold_follows_its_formulas():
     for i in (0, 3, 4):
         mine = jax.tree.map(lambda leaf, i=i: leaf[i], after.client.control)
         np.testing.assert_allclose(quadratic.flatten(mine), own[i], rtol=1e-4, atol=1e-5)
-    assert metrics.num_extra_up == metrics.num_extra_down == quadratic.NUM_WEIGHTS
+    sent = algorithm.num_bits(metrics, second)
+    assert sent.uplink.values == sent.downlink.values == 2 * 2 * 32 * quadratic.NUM_WEIGHTS
 
 
 def masked_methods():

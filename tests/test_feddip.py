@@ -217,7 +217,8 @@ def blank(kind, **fields):
 
 def round_of(index, kept, *, stale):
     """Make the metrics of a round of five clients, as far as formulas read them."""
-    sent = blank(accounts.Sent, round=index, client_ids=np.arange(5), stale=np.full(5, stale))
+    num_masks = np.full(5, stale, np.int32)
+    sent = blank(accounts.Sent, round=index, client_ids=np.arange(5), num_masks=num_masks)
     sent = sent._replace(reports={feddip.ZEROS: np.zeros([5, 1], np.int64)})
     return blank(
         base.RoundMetrics,

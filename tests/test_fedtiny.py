@@ -14,6 +14,7 @@ import pytest
 from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import compose, fedtiny, simulation, stages
 from fedjaxprune.base import Broadcast, Message, PrunerInputs, client_data
+from fedjaxprune.costs import formulas
 from fedjaxprune.experiment import progress, record, runner
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import calibration, clients, pairs, participation
@@ -372,7 +373,6 @@ def test_pairs_are_the_largest_gradients_of_pruned_weights():
         message, _ = client.update(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
         assert message.fields["grads"]["a"].tolist() == a
         assert message.fields["grads"]["b"].tolist() == b
-        assert message.fields["uplink_pairs"].tolist() == [2 * r, r]  # a zero is no pair
 
 
 def test_an_exchange_takes_both_sets_from_the_old_mask():
@@ -402,7 +402,7 @@ def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
             num_live = old.sum()
             amount = int(np.ceil(0.3 * (1 + np.cos(np.pi * r / 6)) * num_live - 1e-9))
             leaf = trees.paths(quadratic.PARAMS).index(f"{name}/kernel")
-            sent = np.asarray(metrics.uplink_pairs)[:, leaf]
+            sent = num_pairs(metrics)[:, leaf]
             if not adjusts or name != block:
                 assert np.array_equal(old, new)
                 assert not sent.any()
@@ -451,27 +451,46 @@ def test_every_message_is_counted():
     traffic = [algorithm.num_bits(m, s) for m, s in zip(history, states[1:], strict=True)]
     counts = np.asarray(states[1].method.counts)
     num_statistics, biases = 2 * quadratic.NUM_WEIGHTS, 4 + 2
-    assert traffic[0] == (0, 0, 0, 0)
+    statistics = 6 * 32 * 4 * num_statistics
+    assert traffic[0].uplink_bits == traffic[0].downlink_bits == 0
     # Six clients receive four candidates: values and masks; biases are the same in all.
-    assert traffic[1].downlink_bits == 6 * 32 * (counts.sum() + biases)
-    assert traffic[1].mask_bits == 6 * 4 * 32
-    assert traffic[1].uplink_bits == 0
-    assert traffic[1].statistics_bits == 6 * 32 * 4 * num_statistics  # up
+    down, up = traffic[1].downlink, traffic[1].uplink
+    assert down.values == 6 * 32 * (counts.sum() + biases)
+    assert 0 < down.masks <= 6 * 4 * 32  # bitmaps, or shorter
+    assert down.statistics == down.positions == 0
+    assert up._replace(framing=0) == (0, 0, 0, statistics, 0)
     # They hold the candidates now, receive the mean statistics, and answer with four losses.
-    assert traffic[2] == (6 * 32 * 4, 0, 0, 6 * 32 * 4 * num_statistics)
+    assert traffic[2].downlink._replace(framing=0) == (0, 0, 0, statistics, 0)
+    assert traffic[2].uplink._replace(framing=0) == (6 * 32 * 4, 0, 0, 0, 0)
     live = int(np.asarray(history[2].kept).sum())
     changed = bool(states[3].mask_version != states[1].mask_version)
-    assert traffic[3] == (6 * 32 * live, 6 * 32 * live, changed * 6 * 32, 6 * 64 * num_statistics)
+    down, up = traffic[3].downlink, traffic[3].uplink
+    assert down.values == up.values == 6 * 32 * live
+    assert down.statistics == up.statistics == 6 * 32 * num_statistics
+    assert up.masks == up.positions == down.positions == 0
+    assert (down.masks > 0) == changed
     # Round 2 of training: pairs of the head's kernel, whose positions lie among its dead weights.
-    sent = np.asarray(history[4].uplink_pairs)
+    sent = num_pairs(history[4])
     leaf = trees.paths(quadratic.PARAMS).index("head/kernel")
     room = 8 - int(history[3].kept[leaf])
-    width = (room - 1).bit_length()
     assert sent.sum() == sent[:, leaf].sum() > 0
-    extra = sum(
-        32 * int(n) + (0 if n >= room else min(int(n) * width, room)) for n in sent[:, leaf]
+    assert traffic[4].uplink.values == 32 * (6 * live + sent.sum())
+    bitmaps = 8 * np.count_nonzero((sent[:, leaf] > 0) & (sent[:, leaf] < room))  # of a byte
+    assert 0 <= traffic[4].uplink.positions <= bitmaps
+    # The published formula: sparse models both ways, and pairs with indices of 3 of 8 weights.
+    stored = [t.modelled["fedrts_f4"] for t in traffic]
+    assert [t.modelled["fedtiny"] for t in traffic[:4]] == stored[:4]
+    extra = (32 + 3) * sent.sum()
+    assert traffic[4].modelled["fedtiny"] == (stored[4].uplink + extra, stored[4].downlink)
+    shapes = [(4,), (6, 4), (2,), (4, 2)]
+    assert stored[1].downlink == 6 * sum(
+        formulas.fedrts_f4([4 * (i == 0), row[0], 2 * (i == 0), row[1]], shapes)
+        for i, row in enumerate(counts.tolist())
     )
-    assert traffic[4].uplink_bits == 6 * 32 * live + extra
+
+
+def num_pairs(metrics):
+    return np.asarray(metrics.sent.up["reply"]["grads"].pairs)
 
 
 def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
@@ -482,8 +501,8 @@ def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
         members = quadratic.cohort(algorithm, ids)
         state, _, metrics = stage.round(KEY, state, members, PEOPLE)
         history.append(algorithm.num_bits(metrics, state))
-    assert history[2].downlink_bits == history[1].downlink_bits > 0
-    assert history[2].mask_bits == history[1].mask_bits > 0
+    assert history[2].downlink.values == history[1].downlink.values > 0
+    assert history[2].downlink.masks == history[1].downlink.masks > 0
 
 
 # Errors and resuming -------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_magnitude_masks_keep_the_largest_weights_after_training_where_they_are_
     chex.assert_trees_all_close(
         state.params, masks.apply(state.masks, goes_on), rtol=1e-5, atol=1e-6
     )
-    assert traffic == [(0, 0, 0, 0)]
+    assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
 
 
 def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
@@ -115,9 +115,14 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
         guests=(3,),
     )
     state, members, traffic = start(algorithm)
-    assert traffic == [(32, 32 * quadratic.NUM_WEIGHTS, 0, 0)]  # 32 prunable weights, a bit each
+    (entry,) = traffic[0].clients
+    assert entry.client_ids == (3,)
+    assert traffic[0].downlink.values == 32 * quadratic.NUM_WEIGHTS
+    assert traffic[0].uplink._replace(framing=0, masks=0) == (0, 0, 0, 0, 0)
+    assert 0 < traffic[0].uplink.masks <= 24 + 8  # prunable weights, a bit each
+    assert traffic[0].modelled["values_and_bitmaps"] == (32, 32 * quadratic.NUM_WEIGHTS)
     _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
-    assert algorithm.num_bits(metrics, state).mask_bits == 6 * 32  # then everybody is told
+    assert 0 < algorithm.num_bits(metrics, state).downlink.masks <= 6 * 32  # then everybody is told
 
 
 def test_random_masks_follow_from_the_seed_and_do_not_travel():
@@ -125,9 +130,9 @@ def test_random_masks_follow_from_the_seed_and_do_not_travel():
     state, members, traffic = start(algorithm)
     kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]
     assert kept == [18, 6]
-    assert traffic == [(0, 0, 0, 0)]
+    assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
     after, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
-    assert algorithm.num_bits(metrics, after).mask_bits == 0
+    assert algorithm.num_bits(metrics, after).downlink.masks == 0
     chex.assert_trees_all_equal(after.masks, state.masks)
 
 
@@ -144,7 +149,7 @@ def test_snip_keeps_the_largest_products_of_weight_and_gradient():
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
     chex.assert_trees_all_equal(state.params, masks.apply(state.masks, quadratic.PARAMS))
-    assert traffic == [(0, 0, 0, 0)]
+    assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
 
 
 def test_snip_in_several_steps_takes_new_gradients_at_each():
@@ -177,9 +182,11 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
     every = 6 * 32 * quadratic.NUM_WEIGHTS
-    assert traffic == [(0, 0, 0, 0), (every, every, 0, 0)]
+    assert (traffic[0].uplink_bits, traffic[0].downlink_bits) == (0, 0)
+    for link in (traffic[1].uplink, traffic[1].downlink):
+        assert link._replace(framing=0) == (every, 0, 0, 0, 0)
     _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
-    assert algorithm.num_bits(metrics, state).mask_bits == 6 * 32
+    assert 0 < algorithm.num_bits(metrics, state).downlink.masks <= 6 * 32
 
 
 def test_snip_of_clients_that_do_not_answer_falls_back_to_magnitude():

@@ -21,13 +21,19 @@ CASES = [
     ((2, 6, 6, 3), (1, 1, 3, 4), 1, "VALID"),
     ((2, 7, 6, 3), (1, 1, 3, 4), 2, "SAME"),
     ((2, 5, 5, 2), (2, 2, 2, 3), 2, [(0, 1), (1, 0)]),
+    ((2, 7, 8, 2), (2, 2, 2, 3), 3, "VALID"),  # places that no tap reaches
+    ((2, 8, 9, 2), (4, 3, 2, 3), (1, 2), [(2, 0), (-1, 1)]),
+    ((32, 8, 8, 32), (3, 2, 32, 64), 1, "SAME"),  # kernel's gradient a few images at a time
+    ((3, 6, 5, 128), (3, 3, 128, 256), 2, "SAME"),  # and by taps
 ]
 
 
 def both_ways(function, x, kernel, stride, padding):
+    strides = stride if isinstance(stride, tuple) else (stride, stride)
+
     def run(x, kernel):
         outputs, pull_back = jax.vjp(
-            lambda x, k: function(x, k, (stride, stride), padding, dimension_numbers=LAYOUT),
+            lambda x, k: function(x, k, strides, padding, dimension_numbers=LAYOUT),
             x,
             kernel,
         )

@@ -130,7 +130,6 @@ def compose(
     travel: Travel | None = None,
     reports: Sequence[str] = (),
     sent_as: Mapping[str, SentAs] | None = None,
-    masks_come_first: bool = False,
     modelled: Mapping[str, ledger.FormulaFn] | None = None,
     name: str = "train",
 ) -> Algorithm:
@@ -155,8 +154,6 @@ def compose(
       sent_as: how fields of the message travel, where it is not ``"whole"``: ``"live"`` for the
         entries that clients train, ``"pairs"`` for pairs of position and value among the others,
         one for each entry that is not zero. A field of zeros alone does not travel.
-      masks_come_first: whether stages before this one make masks, which clients must be sent even
-        if nothing is pruned here.
       modelled: by name, what the method's own paper charges for a round, to stand in the ledger
         beside what is measured.
       name: the stage's name in the record.
@@ -220,7 +217,6 @@ def compose(
     def sent_fn(state, broadcast, cohort, fields):
         """Say what the messages of a round were."""
         num_masks = (cohort.states.mask_version != state.mask_version).astype(jnp.int32)
-        has_masks = is_pruning or masks_come_first
         trained = masks_lib.num_kept(broadcast.masks)
         pruned = jnp.asarray(trees.sizes(state.params), jnp.int32) - trained
         told = fields["told"]
@@ -246,9 +242,7 @@ def compose(
             round=state.round,
             client_ids=cohort.client_ids,
             num_masks=num_masks,
-            packed_masks=pack_masks(state.masks, needed=jnp.any(num_masks > 0))
-            if has_masks
-            else (),
+            packed_masks=pack_masks(state.masks, needed=jnp.any(num_masks > 0)),
             down={"broadcast": down},
             up={"reply": reply, **({"masks": own} if own else {})},
             reports={name: fields[name] for name in reports},

@@ -33,8 +33,7 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.accounts import Field, ModelledBits
-from fedjaxprune.algorithms import stages
+from fedjaxprune.algorithms import fedtiny_traffic, stages
 from fedjaxprune.algorithms.compose import Setup, compose
 from fedjaxprune.base import (
     Algorithm,
@@ -43,11 +42,8 @@ from fedjaxprune.base import (
     Model,
     Params,
     PrunableFn,
-    RoundMetrics,
-    RoundState,
     Stage,
 )
-from fedjaxprune.costs import formulas, ledger
 from fedjaxprune.federated import aggregators, calibration, clients, pairs
 from fedjaxprune.pruning import pools, readjustment
 
@@ -168,8 +164,7 @@ def fedtiny(
         prunable=prunable,
         aggregators=equally,
         sent_as={"grads": "pairs"},
-        masks_come_first=True,
-        modelled={"fedtiny": formula},
+        modelled={"fedtiny": fedtiny_traffic.formula},
     )
 
     def init_fn(params, model_state):
@@ -239,55 +234,19 @@ def fedtiny(
             round=state.round,
         )
 
-    def download(state, stale, statistics) -> stages.Download:
-        """Say what a client receives: statistics, and the candidates if it has not got them.
-
-        Each candidate comes as values and masks of its own; what is never pruned is the same in
-        all of them and comes once.
-        """
-        flags = masks_lib.prunable_leaves(state.params, prunable)
-        leaves = list(zip(jax.tree.leaves(state.params), flags, strict=True))
-        layers = [leaf for leaf, flag in leaves if flag]
-        values = trees.blank([layers] * num_candidates)
-        counts = state.method.counts.reshape(-1)
-        per_layer = iter(range(len(layers)))
-        kept = jnp.stack(
-            [
-                state.method.counts[:, next(per_layer)]
-                if flag
-                else jnp.zeros(num_candidates, jnp.int32).at[0].set(leaf.size)
-                for leaf, flag in leaves
-            ],
-            axis=1,
-        )
-        return stages.Download(
-            messages={
-                **({"broadcast": {"statistics": Field(like=statistics)}} if statistics else {}),
-                "candidates": {
-                    "params": Field(like=values, slots=stale, known=counts),
-                    "masks": Field(
-                        like=jax.tree.map(lambda leaf: leaf.astype(jnp.bool_), values),
-                        slots=stale,
-                        pairs=counts,
-                    ),
-                    "unpruned": Field(
-                        like=trees.blank([leaf for leaf, flag in leaves if not flag]), slots=stale
-                    ),
-                },
-            },
-            kept=jnp.where(stale[:, None, None], kept[None], 0),
-            num_masks=jnp.where(stale, num_candidates, 0),
-        )
-
     def calibrate_download(state, stale):
         one = [leaf[:, 0] for leaf in trees.blank(state.method.statistics)]
         # Exact statistics start from nothing.
-        return download(state, stale, [] if calibration_passes is None else one)
+        return fedtiny_traffic.download(
+            state, stale, [] if calibration_passes is None else one, prunable=prunable
+        )
 
     def compare_download(state, stale):
         every = trees.blank(state.method.statistics)
         one = [leaf[:, 0] for leaf in every]
-        return download(state, stale, every if selection == "adaptive" else one)
+        return fedtiny_traffic.download(
+            state, stale, every if selection == "adaptive" else one, prunable=prunable
+        )
 
     def calibrated(key, state, fields):
         del key  # deterministic
@@ -351,26 +310,6 @@ def fedtiny(
         stages=(*before, stages.after(train, len(before))),
         deployed=lambda state: masks_lib.apply(state.masks, state.params),
     )
-
-
-def formula(metrics: RoundMetrics, state: RoundState) -> ModelledBits:
-    """Charge what the authors' group charges for FedTiny: sparse models, and pairs going up.
-
-    Models are stored by `formulas.fedrts_f4`, each candidate of the selection too; a pair takes 32
-    bits and ``ceil(log2 n)`` for its place in a leaf of `n` entries. The mask is in the encoding.
-    Statistics and losses are not charged.
-
-    References:
-      Tan et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
-    """
-    stored = ledger.charge_storage(metrics, state, formulas.fedrts_f4)
-    field = metrics.sent.up.get("reply", {}).get("grads")
-    if field is None or isinstance(field.pairs, tuple):
-        return stored
-    counts = np.asarray(field.pairs, np.int64)[np.asarray(metrics.present)].sum(axis=0).tolist()
-    sizes = trees.sizes(state.params)
-    pair_bits = sum(formulas.pairs(n, size) for n, size in zip(counts, sizes, strict=True))
-    return stored._replace(uplink=stored.uplink + pair_bits)
 
 
 def _paths(params: Params, prunable: PrunableFn) -> list[str]:

@@ -244,7 +244,6 @@ def _train(
             learning_rate_scale=setup.learning_rate_scale,
         ),
         prunable=prunable,
-        masks_come_first=True,
     )
     before = (start, *further)
     (train,) = training.stages

@@ -196,7 +196,7 @@ def resolve(config: RunConfig) -> RunConfig:
       UserError: there are not so many devices.
     """
     devices = config.devices or (num_cores() if jax.default_backend() == "cpu" else INT_MAX)
-    if config.devices > jax.device_count():
+    if min(config.devices, config.cohort_size) > jax.device_count():
         raise UserError(
             f"devices must be at most {jax.device_count()}, the number of "
             f"{jax.default_backend()} devices here, got {config.devices}."
@@ -205,7 +205,7 @@ def resolve(config: RunConfig) -> RunConfig:
     chunk_size = config.chunk_size
     if chunk_size == 0:
         chunk_size = 1 if jax.default_backend() == "cpu" else config.cohort_size
-    chunk_size = min(chunk_size, -(-config.cohort_size // devices))
+    chunk_size = min(chunk_size, config.cohort_size)
     return config.model_copy(update={"chunk_size": chunk_size, "devices": devices})
 
 

@@ -13,28 +13,6 @@ from pydantic import Field
 
 from fedjaxprune.experiment import methods
 
-ModelName = Literal[
-    "mlp",
-    "lenet5",
-    "cnn",
-    "two_cnn",
-    "femnist_cnn",
-    "pooled_cnn",
-    "alexnet",
-    "vgg11",
-    "vgg11_bn",
-    "vgg16_bn",
-    "resnet8",
-    "resnet18",
-    "resnet20",
-    "resnet32",
-    "resnet34",
-    "resnet50",
-    "gated_resnet32",
-    "gated_vgg16",
-    "char_lstm",
-]
-
 # Bounds of the machine's numbers, int32 and float32; a setting's own bounds are narrower or none.
 INT_MAX, FLOAT_MAX = 2**31 - 1, 1e30
 Count = Annotated[int, Field(ge=1, le=INT_MAX)]
@@ -145,8 +123,7 @@ class Settings(pydantic.BaseModel):
     )
     layer_sparsity: Literal["uniform", "erk", "whole_model"] = _field(
         "uniform",
-        "How a mask that is fixed at the start shares its weights out: the same share of every "
-        "layer, more of small layers, or one pool (the methods of fixed masks).",
+        "Live share of layers under fixed masks: all alike, more of small ones, or one pool.",
         group="Method",
     )
     mask_client: int = _field(
@@ -159,7 +136,7 @@ class Settings(pydantic.BaseModel):
     )
     swap_fraction: Fraction = _field(
         0.3,
-        "Share of a layer's live weights that change places in the first readjustments (fedtiny).",
+        "Share of a layer's weights that change places in the first readjustments (fedtiny).",
         group="Method",
         unit="fraction",
     )
@@ -206,7 +183,7 @@ class Settings(pydantic.BaseModel):
         group="Data",
     )
 
-    model: ModelName = _field(
+    model: methods.Network = _field(
         lambda before: "resnet8" if before["algorithm"] in methods.NORMALISED else "mlp",
         "Network.",
         group="Model",
@@ -251,8 +228,7 @@ class Settings(pydantic.BaseModel):
     )
     prune_until: int | None = _field(
         None,
-        "Last round of training in which masks may be revised; unset: 100, or the last round "
-        "(fedtiny).",
+        "Last round in which masks may be revised; unset: 100, or the last round (fedtiny).",
         group="Method",
         unit="rounds",
         ge=1,

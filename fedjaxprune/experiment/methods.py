@@ -1,4 +1,4 @@
-"""What the config must know of the methods: their names, their kinds, and how their settings fit.
+"""What the config must know of methods and networks: names, kinds, and how their settings fit.
 
 Like `config`, it imports neither JAX nor anything that does.
 """
@@ -21,6 +21,27 @@ Name = Literal[
     "snip_masks",
     "snip_masks_of_clients",
     "gradual_magnitude",
+]
+Network = Literal[
+    "mlp",
+    "lenet5",
+    "cnn",
+    "two_cnn",
+    "femnist_cnn",
+    "pooled_cnn",
+    "alexnet",
+    "vgg11",
+    "vgg11_bn",
+    "vgg16_bn",
+    "resnet8",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet50",
+    "gated_resnet32",
+    "gated_vgg16",
+    "char_lstm",
 ]
 FIXED = (  # whose masks are fixed before training
     "random_masks",

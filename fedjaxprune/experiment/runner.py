@@ -181,20 +181,29 @@ def check(parts: Parts) -> None:
     """
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
-    strong = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_everywhere(parts.mesh)),
+        (key, now, parts.population),
+    )
     for advance in parts.advance:
-        jax.eval_shape(_compiled(advance, parts.mesh), key, strong, parts.population)
+        jax.eval_shape(_compiled(advance, parts.mesh), *placed)
 
 
 def _compiled(advance: AdvanceFn, mesh: Mesh | None) -> AdvanceFn:
     """Let XLA compile the round; it may write the new simulation over the old one."""
-    placement = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
-    return jax.jit(advance, donate_argnums=1, **placement)
+    if mesh is None:
+        return jax.jit(advance, donate_argnums=1)
+    return jax.jit(advance, donate_argnums=1, out_shardings=_everywhere(mesh))
 
 
 def _place(tree: Any, mesh: Mesh | None) -> Any:
     """Put a tree on every device of a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return tree if mesh is None else jax.device_put(tree, _everywhere(mesh))
+
+
+def _everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """Name the placement of an array that every device holds."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def start(key: Key, parts: Parts) -> Simulation:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjaxprune import trees
 from fedjaxprune.base import (
@@ -180,7 +180,11 @@ def run(
     fields = {name: streaming[name].finish(accumulators[name]) for name in streaming}
     for name, aggregator in gathering.items():
         fields[name] = aggregator.reduce(values[name], masks if needs_masks else None, weights)
-    return Outcome(fields=fields, states=states, rejected=rejected)
+    outcome = Outcome(fields=fields, states=states, rejected=rejected)
+    if mesh is not None:  # else XLA may leave the clients' states where they were computed
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        outcome = jax.lax.with_sharding_constraint(outcome, everywhere)
+    return outcome
 
 
 def _deal(sizes: jax.Array, num_devices: int, num_slots: int) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,9 @@ kernels it makes a grouped convolution. So here both gradients are written in fo
 input's is a convolution with the flipped kernel; under a stride one such convolution for each
 place in a stride, with the taps that reach it, and nothing is multiplied by the zeros of a dilated
 image. The kernel's is a convolution with batch and channels swapped, a few images at a time where
-that keeps them in the cache; for wide layers with a stride one matrix product per tap. Which form
-serves which shape was measured (docs/performance.md). Under ``vmap`` clients follow each other.
+that keeps them in the cache; for wide layers with a stride one matrix product per tap. Large
+layers of stride 1 go Winograd's way in all three. Which form serves which shape was measured
+(docs/performance.md). Under ``vmap`` clients follow each other.
 Elsewhere than on CPU this is XLA's own convolution.
 """
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjaxprune import forms
+from fedjaxprune.models import winograd
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Where the forms of the kernel's gradient change over, as measured on CPU.
@@ -123,10 +125,7 @@ def _backward(strides: tuple[int, int], padding: _Pads, residuals: Any, cotangen
     x, kernel = residuals
     return (
         _input_gradient(kernel, cotangent, x.shape[1:3], strides, padding),
-        # Without the barrier XLA computes the images again while it transposes them.
-        _kernel_gradient(
-            lax.optimization_barrier(x), cotangent, kernel.shape[:2], strides, padding
-        ),
+        _kernel_gradient(x, cotangent, kernel.shape[:2], strides, padding),
     )
 
 
@@ -187,6 +186,14 @@ def _kernel_gradient(
 ) -> jax.Array:
     """Convolve the images with the cotangent, channels as batch and batch as channels."""
     batch, height, width, out_channels = cotangent.shape
+    shape = (*size, x.shape[3], out_channels)
+    if strides == (1, 1) and winograd.pays(
+        x.shape, shape, (height, width), fewest_tiles=winograd.GRADIENT_TILES
+    ):
+        return _one_by_one(
+            lambda x, cotangent: winograd.kernel_gradient(x, cotangent, size[0], padding),
+            is_by_image=False,
+        )(x, cotangent)
     weights_per_tap = x.shape[3] * out_channels
     if strides != (1, 1) and weights_per_tap >= _MANY_WEIGHTS:
         return _kernel_gradient_by_taps(x, cotangent, size, strides, padding)
@@ -198,17 +205,17 @@ def _kernel_gradient(
     is_large = weights_per_tap >= _SOME_WEIGHTS and height * width >= _SOME_PIXELS
     num_groups = max(1, min(_MAX_GROUPS, batch // _GROUP)) if is_large else 1
     ends = [batch * i // num_groups for i in range(num_groups + 1)]
-    total = None
-    for begin, end in itertools.pairwise(ends):
-        part = _plain(
+    parts = [
+        _plain(
             x[begin:end].transpose(3, 1, 2, 0),
             cotangent[begin:end].transpose(1, 2, 0, 3),
             (1, 1),
             (pads[0], pads[1]),
             dilation=strides,
         )
-        total = part if total is None else total + part
-    return total.transpose(1, 2, 0, 3)
+        for begin, end in itertools.pairwise(ends)
+    ]
+    return functools.reduce(jnp.add, parts).transpose(1, 2, 0, 3)
 
 
 def _kernel_gradient_by_taps(
@@ -242,25 +249,47 @@ def _plain(
     *,
     dilation: tuple[int, int] = (1, 1),
 ) -> jax.Array:
-    """Run XLA's forward convolution; under ``vmap`` over kernels one after the other."""
+    """Run a forward convolution, Winograd's or XLA's; under ``vmap`` over kernels in sequence."""
 
     def convolve(x, kernel):
+        sides = (
+            x.shape[1] + sum(padding[0]) - kernel.shape[0] + 1,
+            x.shape[2] + sum(padding[1]) - kernel.shape[1] + 1,
+        )
+        if strides == dilation == (1, 1) and winograd.pays(
+            x.shape, kernel.shape, sides, fewest_tiles=winograd.CONVOLVE_TILES
+        ):
+            return winograd.convolve(x, kernel, padding)
         return lax.conv_general_dilated(
             x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=_LAYOUT
         )
 
-    def rule(axis_size, in_batched, x, kernel):
-        x_batched, kernel_batched = in_batched
-        if not kernel_batched:
-            outputs = run(x.reshape(-1, *x.shape[2:]), kernel)
+    return _one_by_one(convolve, is_by_image=True)(x, kernel)
+
+
+def _one_by_one(function: Any, *, is_by_image: bool) -> Any:
+    """Map a function of images and something else under ``vmap`` client by client.
+
+    Args:
+      function: ``(images, other) -> outputs``.
+      is_by_image: whether each image has its own output, so that images alone under ``vmap`` may
+        become one larger batch.
+    """
+
+    def rule(axis_size, in_batched, x, other):
+        x_batched, other_batched = in_batched
+        if not other_batched and is_by_image:
+            outputs = run(x.reshape(-1, *x.shape[2:]), other)
             return outputs.reshape(axis_size, -1, *outputs.shape[1:]), True
         if not x_batched:
-            return lax.map(lambda kernel: run(x, kernel), kernel), True
-        return lax.map(lambda pair: run(*pair), (x, kernel)), True
+            return lax.map(lambda other: run(x, other), other), True
+        if not other_batched:
+            return lax.map(lambda x: run(x, other), x), True
+        return lax.map(lambda pair: run(*pair), (x, other)), True
 
-    run = jax.custom_batching.custom_vmap(convolve)
+    run = jax.custom_batching.custom_vmap(function)
     run.def_vmap(rule)
-    return run(x, kernel)
+    return run
 
 
 def _image(padding: _Pads) -> list[tuple[int, int, int]]:

@@ -198,7 +198,7 @@ def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) 
       He et al., `Deep residual learning for image recognition
       <https://arxiv.org/abs/1512.03385>`_, 2016.
     """
-    return _resnet("resnet8", input_shape, num_classes, norm, (16, 32, 64), (1, 1, 1), False)
+    return _resnet("resnet8", input_shape, num_classes, norm, (16, 32, 64), (1, 1, 1), "plain")
 
 
 def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: resnet.Norm) -> Model:
