@@ -45,7 +45,7 @@ def run(
     extra=None,
     num_devices=None,
 ):
-    mesh = None if num_devices is None else cohort.make_mesh(jax.devices()[:num_devices])
+    mesh = None if num_devices is None else cohort.make_mesh(devices=jax.devices()[:num_devices])
     size = len(client_ids)
     members = Cohort(
         client_ids=jnp.asarray(client_ids, jnp.int32),

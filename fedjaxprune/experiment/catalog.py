@@ -282,7 +282,7 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
 
 def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
     """Take the devices that the config wants; one device needs no mesh."""
-    return cohort.make_mesh(jax.devices()[: config.devices]) if config.devices > 1 else None
+    return cohort.make_mesh(devices=jax.devices()[: config.devices]) if config.devices > 1 else None
 
 
 def _learning_rate_scale(config: RunConfig) -> Schedule:

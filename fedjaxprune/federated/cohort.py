@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
     rejected: jax.Array
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh that a cohort is sharded over: one axis, `clients`.
 
     Args:
