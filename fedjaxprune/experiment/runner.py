@@ -181,8 +181,9 @@ def check(parts: Parts) -> None:
 
 def _compiled(advance: AdvanceFn, mesh: Mesh | None) -> AdvanceFn:
     """Let XLA compile the round; it may write the new simulation over the old one."""
-    placement = {} if mesh is None else {"out_shardings": _everywhere(mesh)}
-    return jax.jit(advance, donate_argnums=1, **placement)
+    if mesh is None:
+        return jax.jit(advance, donate_argnums=1)
+    return jax.jit(advance, donate_argnums=1, out_shardings=_everywhere(mesh))
 
 
 def _place(tree: Any, mesh: Mesh | None) -> Any:

@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
     rejected: jax.Array
 
 
-def make_mesh(*, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, devices: Sequence[Any] | None = None) -> Mesh:
     """Make the mesh that a cohort is sharded over: one axis, `clients`.
 
     Args:
@@ -233,7 +233,7 @@ def _merge(accumulators, streaming, num_devices):
             distance *= 2
         return accumulators
     gathered = jax.lax.all_gather(accumulators, AXIS)
-    return functools.reduce(merge, (trees.take(gathered, i) for i in range(num_devices)))
+    return functools.reduce(merge, (trees.take(gathered, jnp.int32(i)) for i in range(num_devices)))
 
 
 def _sort(aggregators, fields):
