@@ -1,5 +1,6 @@
 """What all benchmarks share: binding to cores, timing in alternation, ceilings, tables, JSON."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -128,10 +129,16 @@ def ceilings() -> dict[str, float]:
         ("matrix_product_gflops", product, matrix, 2 * size**3 / 1e9),
         ("copy_gb_per_s", copy, vector, 2 * vector.nbytes / 1e9),
     ):
-        work = lambda function=function, operand=operand: jax.block_until_ready(function(operand))
+        work = functools.partial(_call, function, operand)
         work()
         figures[name] = max(_rate(work, amount) for _ in range(5))
     return figures
+
+
+def _call(function: Any, operand: Any) -> None:
+    import jax
+
+    jax.block_until_ready(function(operand))
 
 
 def _rate(work: Run, amount: float) -> float:

@@ -1,5 +1,6 @@
 """The four networks of the speed tables, in every contender's own way of writing them."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,7 +174,7 @@ def plain_torch(name: str) -> Any:
             layers += [nn.Conv2d(before, features, 5, padding=pad), nn.ReLU(), nn.MaxPool2d(2)]
             before = features
         layers.append(nn.Flatten())
-        for before, features in zip(hidden, hidden[1:], strict=False):
+        for before, features in itertools.pairwise(hidden):
             layers += [nn.Linear(before, features), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(hidden[-1], case.num_classes))
 

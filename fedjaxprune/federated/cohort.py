@@ -233,7 +233,7 @@ def _merge(accumulators, streaming, num_devices):
             distance *= 2
         return accumulators
     gathered = jax.lax.all_gather(accumulators, AXIS)
-    return functools.reduce(merge, (trees.take(gathered, i) for i in range(num_devices)))
+    return functools.reduce(merge, (trees.take(gathered, jnp.int32(i)) for i in range(num_devices)))
 
 
 def _sort(aggregators, fields):

@@ -1,0 +1,234 @@
+"""Whole rounds, and what one of them spends on selection.
+
+- *scanned*: an MLP on `digits`, cohort 10, one local step: rounds per second, many in one call
+  (``lax.scan``) against one call a round.
+- *feddip*: a FedDIP round (masking, top-k with error feedback, a revision every round) against a
+  FedAvg round, the CNN, the same clients and steps.
+- *skew*: a cohort of very unequal clients (as Dirichlet 0.1 deals them) against an equal one with
+  as many examples, the CNN.
+- *selection*: the exact k largest of 23 million magnitudes against sorting them.
+
+    python -m benchmarks.rounds [--threads 2] [--quick] [--only scanned] [--json FILE]
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import harness, networks
+from benchmarks.harness import Contender
+
+BATCH_SIZE, COHORT_SIZE, NUM_EXAMPLES = 32, 4, 512
+TARGETS = {
+    "scanned": {"a call a round": 3.0},
+    "feddip": {"fedavg": 1 / 1.10},
+    "skew": {"equal clients": 1 / 1.15},
+    "selection": {"jnp.sort": 20.0},
+}
+
+
+def _everywhere(mesh: Any, tree: Any) -> Any:
+    import jax
+
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def _round(algorithm: Any, model: Any, population: Any, mesh: Any, amount: float) -> Contender:
+    """Play rounds of an algorithm over and over, always with the same cohort."""
+    import jax
+    import jax.numpy as jnp
+
+    from fedjaxprune.algorithms import simulation
+
+    num_clients = population.offsets.shape[0] - 1
+    everyone = jnp.arange(num_clients, dtype=jnp.int32)
+    advance = simulation.advance(
+        algorithm.stages[0], lambda key: (everyone, jnp.ones(num_clients, bool))
+    )
+    params, state = jax.jit(model.init)(jax.random.key(0))
+    run = simulation.start(algorithm, params, state, num_clients=num_clients)
+    key, run, population = _everywhere(mesh, (jax.random.key(1), run, population))
+    play, seconds = harness.compiled(advance, key, run, population)
+    for _ in range(2):
+        run, _ = play(key, run, population)
+
+    def work():
+        jax.block_until_ready(play(key, run, population))
+
+    return Contender(work, amount, seconds)
+
+
+def _population(sizes: Sequence[int], image: tuple[int, ...]) -> Any:
+    import jax.numpy as jnp
+    import numpy as np
+
+    from fedjaxprune.base import Population
+
+    total = int(sum(sizes))
+    generator = np.random.default_rng(0)
+    return Population(
+        examples={
+            "inputs": jnp.asarray(generator.integers(0, 256, (total, *image), dtype=np.uint8)),
+            "labels": jnp.asarray(generator.integers(0, 10, total, dtype=np.int32)),
+        },
+        order=jnp.arange(total, dtype=jnp.int32),
+        offsets=jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32),
+    )
+
+
+def _setup(mesh: Any, **changes: Any) -> Any:
+    import optax
+
+    from fedjaxprune.algorithms.compose import Setup
+    from fedjaxprune.data import batching, preprocess
+
+    epochs = batching.epochs(
+        num_epochs=1, batch_size=BATCH_SIZE, preprocess=preprocess.scale(max_value=255.0)
+    )
+    setup = Setup(num_rounds=1000, batcher=epochs, optimizer=optax.sgd(0.01), mesh=mesh)
+    return setup._replace(**changes)
+
+
+def feddip_against_fedavg(mesh: Any) -> dict[str, Contender]:
+    from fedjaxprune.algorithms import fedavg, feddip
+    from fedjaxprune.federated import uplink
+
+    model = networks.ours("cnn")
+    population = _population([NUM_EXAMPLES] * COHORT_SIZE, networks.CASES["cnn"].image)
+    wire = uplink.error_feedback(uplink.top_k(fraction=0.1))
+    dip = feddip.feddip(model, _setup(mesh, uplink=wire), final_sparsity=0.9, period=1)
+    return {
+        "feddip": _round(dip, model, population, mesh, 1.0),
+        "fedavg": _round(fedavg.fedavg(model, _setup(mesh)), model, population, mesh, 1.0),
+    }
+
+
+def skewed_against_equal(mesh: Any) -> dict[str, Contender]:
+    import numpy as np
+
+    from fedjaxprune.algorithms import fedavg
+
+    model = networks.ours("cnn")
+    num_clients, total = 10, 2560
+    # Sizes as Dirichlet(0.1) over ten labels deals them, with a whole batch at least.
+    shares = np.random.default_rng(0).dirichlet(np.full(num_clients, 0.1), 10).sum(axis=0) / 10
+    sizes = np.maximum(np.round(shares * total / BATCH_SIZE), 1).astype(int) * BATCH_SIZE
+    sizes[np.argmax(sizes)] -= sizes.sum() - total
+    algorithm = fedavg.fedavg(model, _setup(mesh))
+    image = networks.CASES["cnn"].image
+    equal = [total // num_clients] * num_clients
+    return {
+        "unequal clients": _round(algorithm, model, _population(sizes, image), mesh, 1.0),
+        "equal clients": _round(algorithm, model, _population(equal, image), mesh, 1.0),
+    }
+
+
+def scanned_against_called(mesh: Any) -> dict[str, Contender]:
+    import jax
+    import optax
+
+    from fedjaxprune.algorithms import fedavg, simulation
+    from fedjaxprune.data import batching, datasets, partitions, preprocess
+    from fedjaxprune.federated import participation
+    from fedjaxprune.models import zoo
+
+    del mesh  # a round of this size is faster on one device
+    num_rounds = 200
+    digits = datasets.load("digits")
+    parts = partitions.iid(_generator(), digits.train["labels"], num_clients=20)
+    population = partitions.population(digits.train, parts)
+    model = zoo.mlp(input_shape=digits.image_shape, num_classes=10)
+    prepare, _ = preprocess.for_dataset(digits, augment=False)
+    batcher = batching.steps(num_steps=1, batch_size=16, preprocess=prepare)
+    setup = _setup(None, batcher=batcher, optimizer=optax.sgd(0.1))
+    algorithm = fedavg.fedavg(model, setup)
+    sample = participation.uniform(num_clients=20, cohort_size=10)
+    advance = simulation.advance(algorithm.stages[0], sample)
+    key = jax.random.key(1)
+    run = simulation.start(algorithm, *model.init(jax.random.key(0)), num_clients=20)
+
+    def many(key, run, population):
+        return jax.lax.scan(lambda run, _: advance(key, run, population), run, length=num_rounds)
+
+    scan, scan_s = harness.compiled(many, key, run, population)
+    play, play_s = harness.compiled(advance, key, run, population)
+
+    def one_by_one():
+        now = run
+        for _ in range(num_rounds):
+            now, metrics = play(key, now, population)
+            jax.device_get(metrics.train["loss"])  # as whoever watches a run does
+        jax.block_until_ready(now)
+
+    return {
+        "one call": Contender(
+            lambda: jax.block_until_ready(scan(key, run, population)), num_rounds, scan_s
+        ),
+        "a call a round": Contender(one_by_one, num_rounds, play_s),
+    }
+
+
+def selection_against_sorting(mesh: Any) -> dict[str, Contender]:
+    import jax
+    import jax.numpy as jnp
+
+    from fedjaxprune.pruning import selection
+
+    del mesh
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), [23_000_000]))
+    count = jnp.int32(230_000)
+    select, select_s = harness.compiled(selection.top_k, scores, count)
+    sort, sort_s = harness.compiled(lambda scores, k: jnp.sort(scores)[-k], scores, count)
+    return {
+        "selection.top_k": Contender(
+            lambda: jax.block_until_ready(select(scores, count)), 1.0, select_s
+        ),
+        "jnp.sort": Contender(lambda: jax.block_until_ready(sort(scores, count)), 1.0, sort_s),
+    }
+
+
+def _generator() -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0)
+
+
+CASES = {
+    "scanned": scanned_against_called,
+    "feddip": feddip_against_fedavg,
+    "skew": skewed_against_equal,
+    "selection": selection_against_sorting,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rounds", description="Whole rounds against simpler ones."
+    )
+    parser.add_argument("--threads", type=int, default=2, help="cores, one device each (2)")
+    parser.add_argument("--only", action="append", metavar="CASE", help="one of the cases")
+    parser.add_argument("--quick", action="store_true", help="few repeats: noisy")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}.")
+    harness.bind(options.threads)
+    import jax
+
+    from fedjaxprune.federated import cohort
+
+    mesh = cohort.make_mesh() if jax.device_count() > 1 else None
+    result: dict[str, Any] = {"threads": options.threads, "machine": harness.machine(), "cases": {}}
+    print(f"per second, median (least to most); {result['machine']}")
+    for name in harness.names(options.only, list(CASES)):
+        timings = harness.compete(CASES[name](mesh), repeats=3 if options.quick else 7)
+        result["cases"][name] = harness.as_json(timings)
+        print(harness.line(name, next(iter(timings)), timings, TARGETS[name]), flush=True)
+    harness.write(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
