@@ -109,6 +109,7 @@ def test_under_vmap_the_gradient_follows_client_by_client(axes):
         ((1024, 5, 5, 64), (3, 3, 64, 64), (5, 5)),  # tiles mostly of filling
         ((1, 16, 16, 512), (3, 3, 512, 512), (16, 16)),  # too few tiles
         ((16, 16, 16, 16), (3, 3, 16, 16), (16, 16)),  # too little work
+        ((64, 4, 4, 64), (3, 3, 64, 64), (-16, -16)),  # cropped to nothing
     ],
 )
 def test_it_does_not_serve_where_it_does_not_pay(x, kernel, outputs):

@@ -95,6 +95,8 @@ def pays(
     taps, across, in_channels, out_channels = kernel
     if taps != across or taps not in (3, 5) or min(in_channels, out_channels) < _FEWEST_CHANNELS:
         return False
+    if min(outputs) < 1:  # cropped to nothing
+        return False
     pixels = outputs[0] * outputs[1]
     tiles = -(-outputs[0] // TILE) * -(-outputs[1] // TILE)
     return (
