@@ -51,12 +51,13 @@ def ours(name: str) -> Any:
     return getattr(zoo, name)(input_shape=case.image, num_classes=case.num_classes, **options)
 
 
-def plain_flax(name: str, **conv_options: Any) -> Any:
+def plain_flax(name: str, *, convolution: Any = None, max_pool: Any = None) -> Any:
     """Write the network as a flax user does, with flax's own layers; a linen module.
 
     Args:
       name: of the case.
-      **conv_options: for every ``nn.Conv``, such as ``conv_general_dilated``.
+      convolution: for ``nn.Conv(conv_general_dilated=...)``; flax's own by default.
+      max_pool: of 2×2 windows; flax's own by default.
     """
     import functools
 
@@ -64,7 +65,8 @@ def plain_flax(name: str, **conv_options: Any) -> Any:
     import jax.numpy as jnp
 
     case = CASES[name]
-    conv = functools.partial(nn.Conv, **conv_options)
+    conv = functools.partial(nn.Conv, conv_general_dilated=convolution)
+    pool = max_pool or functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 
     class Small(nn.Module):
         channels: tuple[int, ...]
@@ -75,7 +77,7 @@ def plain_flax(name: str, **conv_options: Any) -> Any:
         def __call__(self, x, train):
             for features, pad in zip(self.channels, self.padding, strict=True):
                 x = nn.relu(conv(features, (5, 5), padding=pad)(x))
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = pool(x)
             x = x.reshape(x.shape[0], -1)
             for features in self.hidden:
                 x = nn.relu(nn.Dense(features)(x))

@@ -48,12 +48,12 @@ def restrict(masks: Masks, prunable: PrunableFn) -> Masks:
 
 def num_kept(masks: Masks) -> jax.Array:
     """Count the live entries of every leaf: ``[L]`` int32."""
-    return jnp.stack([_count(leaf) for leaf in jax.tree.leaves(masks)])
+    return jnp.stack([trees.count(leaf) for leaf in jax.tree.leaves(masks)])
 
 
 def num_changed(before: Masks, after: Masks) -> jax.Array:
     """Count the entries in which two masks differ: ``[]`` int32."""
-    flips = jax.tree.map(lambda a, b: _count(a != b), before, after)
+    flips = jax.tree.map(lambda a, b: trees.count(a != b), before, after)
     return trees.total(flips, dtype=jnp.int32)
 
 
@@ -77,8 +77,8 @@ def sparsity(masks: Masks, prunable: PrunableFn) -> jax.Array:
 
 def overlap(first: Masks, second: Masks) -> jax.Array:
     """Measure the Jaccard similarity of what two masks keep: ``[]``, 1 if both are empty."""
-    both = jax.tree.map(lambda a, b: jnp.sum(a & b, dtype=jnp.int32), first, second)
-    either = jax.tree.map(lambda a, b: jnp.sum(a | b, dtype=jnp.int32), first, second)
+    both = jax.tree.map(lambda a, b: trees.count(a & b), first, second)
+    either = jax.tree.map(lambda a, b: trees.count(a | b), first, second)
     shared = trees.total(both, dtype=jnp.int32).astype(jnp.float32)
     total = trees.total(either, dtype=jnp.int32).astype(jnp.float32)
     return jnp.where(total > 0, shared / jnp.maximum(total, jnp.float32(1.0)), jnp.float32(1.0))
@@ -98,8 +98,3 @@ def unpack(packed: Any, like: Params) -> Masks:
         packed,
         like,
     )
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    """Count the True entries: ``[]`` int32; packed to bits first, 40 times faster on CPU."""
-    return jnp.sum(jax.lax.population_count(jnp.packbits(mask.ravel())), dtype=jnp.int32)

@@ -1,14 +1,16 @@
 """Exact top-k masks with a traced k, without sorting: both wings stand on this.
 
-The k-th largest score is found by bisection over an order-preserving integer image of the scores,
-with one count over all entries per step: no sort, no gather, no histogram, so it maps over clients,
+The k-th largest score is searched for among the order-preserving integer images of the scores, with
+one count over all entries per step: no sort, no gather, no histogram, so it maps over clients,
 shards, and costs a few passes over the data whatever `k` is.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from fedjaxprune import trees
 
 
 def top_k(scores: jax.Array, k: jax.Array) -> jax.Array:
@@ -85,31 +87,67 @@ def order_keys(scores: jax.Array) -> jax.Array:
     raise ValueError(f"scores must be floats or integers of at most 32 bits, got {dtype}.")
 
 
+class _Bounds(NamedTuple):
+    """Where the threshold lies, and how many keys lie above the ends of that.
+
+    Attributes:
+      low, high: the smallest key with at most `k` keys above it is in ``low .. high``.
+      above_low: keys from `low` on, more than `k` of them.
+      above_high: keys above `high`, at most `k`.
+      halve: whether the step before took off less than half, so that the next one must.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    above_low: jax.Array
+    above_high: jax.Array
+    halve: jax.Array
+
+
 def _threshold(keys: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Find a key with at most `k` keys above it, and their number.
 
     It is one with exactly `k` above it, or else the smallest with at most `k`: then the rest is to
-    be taken from the keys that equal it.
+    be taken from the keys that equal it. Steps go by turns to the middle of the bounds and to where
+    the counts at both ends say that `k` is crossed: 64 at most, about a dozen for random numbers.
     """
 
-    def unfinished(carry):
-        low, high, num_above = carry
-        return (low < high) & (num_above < k)
+    def unfinished(bounds):
+        return (bounds.low < bounds.high) & (bounds.above_high < k)
 
-    def halve(carry):
-        low, high, num_above = carry
-        middle = low + (high - low) // 2
-        count = _count([leaf > middle for leaf in keys])
+    def step(bounds):
+        low, high = bounds.low, bounds.high
+        middle = low + jnp.where(bounds.halve, (high - low) // 2, _crossing(bounds, k))
+        count = sum((trees.count(leaf > middle) for leaf in keys), start=jnp.int32(0))
         enough = count <= k
-        return (
-            jnp.where(enough, low, middle + 1),
-            jnp.where(enough, middle, high),
-            jnp.where(enough, count, num_above),
+        new_low = jnp.where(enough, low, middle + 1)
+        new_high = jnp.where(enough, middle, high)
+        return _Bounds(
+            low=new_low,
+            high=new_high,
+            above_low=jnp.where(enough, bounds.above_low, count),
+            above_high=jnp.where(enough, count, bounds.above_high),
+            halve=~bounds.halve & (new_high - new_low > (high - low) // 2),
         )
 
-    start = (jnp.uint32(0), jnp.uint32(0xFFFFFFFF), jnp.int32(0))
-    _, threshold, num_above = jax.lax.while_loop(unfinished, halve, start)
-    return threshold, num_above
+    start = _Bounds(
+        low=jnp.uint32(0),
+        high=jnp.uint32(0xFFFFFFFF),
+        above_low=jnp.int32(sum(leaf.size for leaf in keys)),
+        above_high=jnp.int32(0),
+        halve=jnp.bool_(True),
+    )
+    found = jax.lax.while_loop(unfinished, step, start)
+    return found.high, found.above_high
+
+
+def _crossing(bounds: _Bounds, k: jax.Array) -> jax.Array:
+    """Say how far above `low` the number of keys above falls to `k`, were they spread evenly."""
+    span = (bounds.high - bounds.low).astype(jnp.float32)
+    excess = (bounds.above_low - k).astype(jnp.float32)
+    share = excess / (bounds.above_low - bounds.above_high).astype(jnp.float32)
+    # Where float32 rounds the span up, the last key that may be looked at is one below `high`.
+    return jnp.minimum((span * share).astype(jnp.uint32), bounds.high - bounds.low - 1)
 
 
 def _stop(keys: list[jax.Array], threshold: jax.Array, num_ties: jax.Array) -> jax.Array:
@@ -123,11 +161,12 @@ def _stop(keys: list[jax.Array], threshold: jax.Array, num_ties: jax.Array) -> j
     def halve(carry):
         low, high = carry
         middle = low + (high - low) // 2
-        before = _count(
-            [
-                (leaf == threshold) & (position < middle)
+        before = sum(
+            (
+                trees.count((leaf == threshold) & (position < middle))
                 for leaf, position in zip(keys, _positions(keys), strict=True)
-            ]
+            ),
+            start=jnp.int32(0),
         )
         return (  # the right count ends the search: low == high
             jnp.where(before < num_ties, middle + 1, jnp.where(before == num_ties, middle, low)),
@@ -146,8 +185,3 @@ def _positions(keys: list[jax.Array]) -> list[jax.Array]:
         positions.append(offset + jax.lax.iota(jnp.int32, leaf.size).reshape(leaf.shape))
         offset += leaf.size
     return positions
-
-
-def _count(marks: list[jax.Array]) -> jax.Array:
-    """Count the True entries of all leaves: ``[]`` int32."""
-    return sum((jnp.sum(leaf, dtype=jnp.int32) for leaf in marks), start=jnp.int32(0))

@@ -55,6 +55,32 @@ def any_nonzero(tree: Any) -> jax.Array:
     )
 
 
+def count(marks: jax.Array) -> jax.Array:
+    """Count the True entries of a leaf: ``[]`` int32.
+
+    On a CPU they are added up in bytes, tile by tile, which fuses with the comparison that made
+    them; as one sum in int32 it takes four to seven times as long.
+    """
+    return jax.lax.platform_dependent(marks, cpu=_count_tiles, default=_count_plainly)
+
+
+_TILE = (64, 128)  # added up along the first axis, in which a byte does not overflow
+
+
+def _count_tiles(marks):
+    size = _TILE[0] * _TILE[1]
+    flat, rest = marks.ravel(), marks.size % size
+    whole, tail = flat[: marks.size - rest], flat[marks.size - rest :]
+    if not whole.size:
+        return _count_plainly(tail)
+    tiles = jnp.sum(whole.reshape(-1, *_TILE).astype(jnp.int8), axis=1, dtype=jnp.int8)
+    return jnp.sum(tiles, dtype=jnp.int32) + _count_plainly(tail)
+
+
+def _count_plainly(marks):
+    return jnp.sum(marks, dtype=jnp.int32)
+
+
 def blank(tree: Any) -> Any:
     """Keep nothing of a tree but shapes and types: leaves ``[0, ...]``."""
     return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), tree)
