@@ -60,8 +60,8 @@ def until_stale(
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
       delta too) and `metrics`, which has beside the training losses of all epochs ``epochs``, how
-      many epochs there were; its weight is the number of examples. A client without examples takes
-      no step and has weight 0.
+      many epochs there were; its weight is the number of examples. A client that has none to
+      train on takes no step and has weight 0.
 
     Raises:
       ValueError: if a number or a name is out of range.
@@ -155,7 +155,8 @@ def until_stale(
                 "epochs": metrics.Mean(end.epoch.astype(jnp.float32), jnp.float32(1.0)),
             },
         }
-        return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
+        weight = jnp.where(num_steps > 0, data.size, jnp.zeros_like(data.size))
+        return Message(fields=fields, weight=weight.astype(jnp.float32)), state
 
     return Client(init=lambda params: (), update=update_fn)
 
