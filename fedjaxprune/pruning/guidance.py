@@ -169,6 +169,6 @@ def guided(sparsity: float, *, scale: ScaleFn = min_max, agreement: Agreement = 
 
 
 def _outvote(kept: jax.Array, guide: jax.Array) -> jax.Array:
-    """Drop what most clients are against, unless the whole leaf would go."""
+    """Drop what most clients are against, but for one weight if the whole leaf would go."""
     wanted = kept & ~jnp.isneginf(guide)
-    return jnp.where(jnp.any(wanted), wanted, kept)
+    return jnp.where(jnp.any(wanted), wanted, kept & ranking.top_k(guide, jnp.int32(1)))
