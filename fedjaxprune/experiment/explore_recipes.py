@@ -89,6 +89,9 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] 
 }
 
 SUMMARIES: Mapping[str, str] = {
-    "autoflip": "what no client had to move in a one-time exploration is pruned, then FedAvg",
-    "explored_start": "control: FedAvg from the mean of models that clients explored alone",
+    "autoflip": "prune what no client had to move while exploring alone, then FedAvg (Internò et "
+    "al., arXiv 2405.10271); sparsity, explore_*, explorers, explorer_weights, guidance_scale, "
+    "agreement, refresh_every, channel_threshold; any network",
+    "explored_start": "its control: FedAvg from the mean of the explored models; explore_*, "
+    "explorers; any network",
 }
