@@ -210,11 +210,13 @@ class PrunerInputs(NamedTuple):
       params: parameters to be ranked.
       grads: mean dense gradient over the cohort, or None if the clients report none.
       round: ``[]`` int32.
+      evidence: what else is known of every weight, by name: trees of the parameters; or ().
     """
 
     params: Params
     grads: Params | None
     round: jax.Array
+    evidence: Any = ()
 
 
 class Pruner(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import (
+    autoflip,
     compose,
     fedavg,
     feddip,
@@ -22,7 +23,8 @@ from fedjaxprune.algorithms import (
     stages,
 )
 from fedjaxprune.base import ClientData
-from fedjaxprune.federated import aggregators, clients, cohort, servers, uplink
+from fedjaxprune.channels.groups import Group, Member
+from fedjaxprune.federated import aggregators, clients, cohort, exploration, servers, uplink
 from fedjaxprune.pruning import pruners, readjustment, schedules, scores
 from tests import quadratic
 
@@ -78,7 +80,40 @@ def tiny(**options):
     return lambda s: fedtiny.fedtiny(quadratic.NORMALISED, s, **settings)
 
 
+EXPLORER = exploration.until_stale(
+    quadratic.MODEL.loss,
+    epoch=quadratic.full_batches(1),
+    optimizer=optax.sgd(0.1),
+    max_epochs=4,
+    patience=2,
+)
+UNITS = Group(  # the units of the layer `dense`
+    size=4,
+    members=(
+        Member("dense/bias", 0, np.arange(4)[:, None], "channel"),
+        Member("dense/kernel", 1, np.arange(4)[:, None], "filter"),
+        Member("head/kernel", 0, np.arange(4)[:, None], "input"),
+    ),
+    leaks=(),
+    mixes=(),
+)
+
+
+def flip(**options):
+    settings = {"sparsity": 0.5, "explorer": EXPLORER, **options}
+    return lambda s: autoflip.autoflip(quadratic.MODEL, s, **settings)
+
+
 ALGORITHMS = {
+    "autoflip": flip(),
+    "autoflip_channels": flip(
+        groups=(UNITS,),
+        channel_threshold=0.6,
+        agreement="majority",
+        refresh_every=2,
+        start="explored",
+    ),
+    "explored_start": lambda s: autoflip.explored_start(quadratic.MODEL, s, explorer=EXPLORER),
     "fedavg": lambda s: fedavg.fedavg(quadratic.MODEL, s),
     "fedprox": lambda s: fedavg.fedprox(quadratic.MODEL, s, mu=0.1),
     "scaffold": lambda s: scaffold.scaffold(quadratic.MODEL, s),
@@ -238,7 +273,7 @@ def test_pruned_entries_are_exact_zeros_in_parameters_and_server_memory(name, se
                 state.server,
                 pruned,
             )
-        assert np.all(state.masks["dense"]["bias"])
+        assert np.all(state.masks["dense"]["bias"]) or name == "autoflip_channels"
 
 
 @every_algorithm
@@ -314,6 +349,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
         ("fedavg", 3),
         ("dynamic_sparse", 3),
         ("fedtiny", 3),
+        ("autoflip_channels", 3),
     ],
 )
 def test_every_chunk_size_gives_the_same_result(name, chunk_size):

@@ -65,3 +65,14 @@ def test_a_client_always_looks_at_the_same_examples():
     assert len(set(second)) == 15  # of 47, 14.1 rounded up
     assert all(value >= 33 for value in second)
     assert seen(2, KEY) == []
+
+    # What is left over is trained on, in a fresh order each time.
+    batcher = batching.undeveloped(
+        KEY, share=0.3, batch_size=4, preprocess=lambda key, inputs: inputs
+    )
+    left = seen(0, KEY)
+    assert sorted([*left, *first]) == list(range(33))
+    again = seen(0, jax.random.key(9))
+    assert left != again
+    assert sorted(left) == sorted(again)
+    assert seen(2, KEY) == []

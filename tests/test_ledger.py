@@ -57,6 +57,7 @@ CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
 
 # What clients send in stages that do not train, and beside their delta in training.
 REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grads",)}
+EXPLORED = ("autoflip_channels", "explored_start")  # that upload how they moved, not the squares
 BESIDE = ("control", "effective_steps", "grads", "model_state")
 
 
@@ -82,7 +83,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         def told(*arguments):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
-            wanted = {"delta", "masks", "statistics", "losses", *BESIDE}
+            wanted = {"delta", "masks", "statistics", "losses", "deviations", "move", *BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
             jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
@@ -125,9 +126,10 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             if present[slot]:
                 versions[client] = int(before.mask_version)
                 as_pairs = "fedtiny" in name
-                if stage in REPLIES:
+                if stage in (*REPLIES, "explore"):
                     message = {}
-                    for field in REPLIES[stage]:
+                    moved = ("model_state", "move") if name in EXPLORED else ("deviations",)
+                    for field in REPLIES.get(stage, moved):
                         message |= messages.whole(field, fields[field])
                     up = bits_of(message | messages.weight(weight))
                 else:
@@ -154,7 +156,7 @@ def guest(before, after):
 
 def received(name, stage, algorithm, before, masks, is_stale):
     """Encode what a client receives, in bits."""
-    if stage == "score":  # connection sensitivity is of the dense model
+    if stage in ("score", "explore"):  # of the dense model
         model = messages.whole("model_state", before.model_state)
         return bits_of(model | messages.whole("params", before.params))
     if stage in ("calibrate", "compare"):
@@ -169,7 +171,8 @@ def received(name, stage, algorithm, before, masks, is_stale):
         message |= messages.values("drift", before.drift, masks)
     message |= messages.whole("model_state", before.model_state)
     message |= messages.values("params", algorithm.deployed(before), before.masks)
-    in_force = messages.masks_in_force(before.masks, FLAGS)
+    flags = [True, True, False, True] if name == "autoflip_channels" else FLAGS
+    in_force = messages.masks_in_force(before.masks, flags)
     return bits_of(message) + is_stale * bits_of(in_force)
 
 

@@ -10,6 +10,7 @@ import optax
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.accounts import Field, Sent, SentAs
+from fedjaxprune.algorithms import replies
 from fedjaxprune.base import (
     Aggregator,
     Algorithm,
@@ -41,9 +42,7 @@ from fedjaxprune.federated import servers
 from fedjaxprune.federated import uplink as uplink_lib
 from fedjaxprune.pruning import pruners
 
-# Fields of a message that are charged in their own way, or, as metrics, not at all: what a run
-# reports to its reader is no part of the method.
-SPECIAL = ("delta", "masks", "metrics")
+EvidenceFn = Callable[[Delta, Broadcast], Params]
 
 
 class Drift(NamedTuple):
@@ -131,6 +130,7 @@ def compose(
     reports: Sequence[str] = (),
     sent_as: Mapping[str, SentAs] | None = None,
     modelled: Mapping[str, ledger.FormulaFn] | None = None,
+    evidence: Mapping[str, EvidenceFn] | None = None,
     name: str = "train",
 ) -> Algorithm:
     """Build a federated pruning method of one stage.
@@ -156,6 +156,9 @@ def compose(
         one for each entry that is not zero. A field of zeros alone does not travel.
       modelled: by name, what the method's own paper charges for a round, to stand in the ledger
         beside what is measured.
+      evidence: by name, what the server reads off each delta as it arrives, a tree of the
+        parameters: the pruner sees it as ``inputs.evidence``, joined by the aggregator of that
+        name. It follows from what travels, and is charged nothing.
       name: the stage's name in the record.
     """
     uplink = uplink_lib.identity() if setup.uplink is None else setup.uplink
@@ -166,6 +169,7 @@ def compose(
     pruner = pruners.exempt(pruner, prunable) if pruner is not None else pruners.keep()
     codes: Mapping[str, SentAs] = {**drift.sent_as, **(sent_as or {})}
     travel = masks_in_force() if travel is None else travel
+    evidence = evidence or {}
     mean = aggregators_lib.weighted_mean()
     by_field = {
         "delta": mean if setup.aggregator is None else setup.aggregator,
@@ -272,8 +276,9 @@ def compose(
             fields = {
                 **message.fields,
                 "delta": delta,
+                **{name: read(delta, broadcast) for name, read in evidence.items()},
                 "uplink_kept": masks_lib.num_kept(sent),
-                "told": _describe(message.fields, codes, reports),
+                "told": replies.describe(message.fields, codes, reports),
                 "num_personal_masks": jnp.int32(is_personal),
                 "num_messages": jnp.int32(1),
             }
@@ -299,7 +304,12 @@ def compose(
         overflown = (fields["num_messages"] > 0) & ~trees.all_finite(stepped)
         heard = (fields["num_messages"] > 0) & ~overflown
         params, server_state = trees.select(heard, stepped, (state.params, state.server))
-        inputs = PrunerInputs(params=params, grads=fields.get("grads"), round=state.round)
+        inputs = PrunerInputs(
+            params=params,
+            grads=fields.get("grads"),
+            round=state.round,
+            evidence={name: fields[name] for name in evidence},
+        )
         masks, pruner_state = trees.select(
             heard,
             pruner.update(pruner_key, state.masks, state.pruner, inputs),
@@ -315,10 +325,10 @@ def compose(
             params=params,
             masks=masks,
             mask_version=state.mask_version + (num_changed > 0).astype(jnp.int32),
-            model_state=jax.tree.map(
-                lambda before, change: jnp.where(heard, _moved(before, change), before),
+            model_state=trees.select(
+                heard,
+                servers.shift(state.model_state, fields["model_state"]),
                 state.model_state,
-                fields["model_state"],
             ),
             server=server_state,
             pruner=pruner_state,
@@ -357,35 +367,6 @@ def compose(
         deployed=deployed_fn,
         num_bits=num_bits_fn,
     )
-
-
-def _moved(before: jax.Array, change: jax.Array) -> jax.Array:
-    """Add a mean change to untrained state; a counter takes the nearest integer."""
-    if jnp.issubdtype(before.dtype, jnp.inexact):
-        return before + change.astype(before.dtype)
-    return before + jnp.round(change).astype(before.dtype)
-
-
-def _describe(
-    fields: Mapping[str, Any], codes: Mapping[str, SentAs], reports: Sequence[str]
-) -> dict[str, Any]:
-    """Note of a client's message what the ledger has to know."""
-    others = {name: tree for name, tree in fields.items() if name not in (*SPECIAL, *reports)}
-    told = {
-        "slots": {
-            name: jnp.bool_(True) if name == "model_state" else trees.any_nonzero(tree)
-            for name, tree in others.items()
-        },
-        "like": trees.blank({n: t for n, t in others.items() if codes.get(n, "whole") == "whole"}),
-        "pairs": {
-            name: masks_lib.num_kept(jax.tree.map(lambda leaf: leaf != 0, tree))
-            for name, tree in others.items()
-            if codes.get(name) == "pairs"
-        },
-    }
-    if "masks" in fields:
-        told["masks"] = masks_lib.num_kept(fields["masks"])
-    return told
 
 
 def plain() -> Drift:

@@ -41,7 +41,8 @@ class Download(NamedTuple):
 
     Attributes:
       messages: by name, the fields of each (see `accounts.Sent`).
-      kept: ``[C, T, L]`` int32, live entries per leaf of the models that each client receives.
+      kept: ``[C, T, L]`` int32, live entries per leaf of the models that each client receives; or
+        ``[L]`` where all receive the same one, train it, and send as many entries back.
       num_masks: ``[C]`` int32, masks among it.
     """
 
@@ -63,8 +64,8 @@ def survey(
 ) -> Stage:
     """Make an exchange in which clients report and the server draws its conclusions.
 
-    Clients keep no state of it but which masks they hold. A round in which nobody was heard
-    changes nothing.
+    Clients keep no state of it but which masks they hold, even if they train for it. A round in
+    which nobody was heard changes nothing.
 
     Args:
       setup: says how the cohort is mapped.
@@ -199,7 +200,9 @@ def at_server(
 def _finish(before, after, rows, *, version_step, **counts):
     """Count the round and the masks' version, and report the masks."""
     num_changed = masks_lib.num_changed(before.masks, after.masks)
-    num_slots, _, num_leaves = counts["downlink_kept"].shape
+    down = counts["downlink_kept"]
+    shape = (counts["present"].shape[0], down.shape[-1])
+    trained = down if down.ndim == 1 else jnp.zeros_like(down[0, 0])
     state = after._replace(
         round=before.round + 1,
         mask_version=before.mask_version + version_step * (num_changed > 0).astype(jnp.int32),
@@ -207,7 +210,7 @@ def _finish(before, after, rows, *, version_step, **counts):
     round_metrics = RoundMetrics(
         kept=masks_lib.num_kept(after.masks),
         num_changed=num_changed,
-        uplink_kept=jnp.zeros((num_slots, num_leaves), jnp.int32),
+        uplink_kept=jnp.broadcast_to(trained[None], shape),
         **counts,
     )
     return state, rows, round_metrics

@@ -21,6 +21,15 @@ def sparse_round(sparse_forward: float, num_steps: int) -> float:
     return 3 * sparse_forward * num_steps
 
 
+def autoflip_run(
+    dense_forward: float, sparse_forward: float, num_explored: float, num_trained: float
+) -> float:
+    """State what AutoFLIP costs with its exploration: ``3 F_d`` and ``3 F_s`` a step of each."""
+    return dense_round(dense_forward, 1) * num_explored + sparse_round(sparse_forward, 1) * (
+        num_trained
+    )
+
+
 def prunefl_round(sparse_forward: float, dense_forward: float, num_steps: int) -> float:
     """State PruneFL's round, whose weight gradient alone is dense: ``(2 F_s + F_d) E``.
 

@@ -167,19 +167,14 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
     Raises:
       ValueError: if a number is out of range.
     """
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"share must lie in (0, 1], got {share}.")
+    _check_share(share)
     _check_positive("batch_size", batch_size)
 
-    def shown(data: ClientData) -> jax.Array:
-        exact = share * data.size.astype(jnp.float32)
-        return jnp.minimum(jnp.ceil(exact * (1.0 - 1e-6)).astype(jnp.int32), data.size)
-
     def num_steps_fn(data: ClientData) -> jax.Array:
-        return _ceil_divide(shown(data), batch_size)
+        return _ceil_divide(_num_shown(data, share), batch_size)
 
     def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
-        num_shown = shown(data)
+        num_shown = _num_shown(data, share)
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
         own = jax.random.fold_in(key, data.start)
         positions = permute(own, slots % jnp.maximum(num_shown, 1), data.size)
@@ -187,6 +182,55 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
         return _gather(jax.random.fold_in(step_key, step), data, positions, weights, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
+
+
+def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preprocess) -> Batcher:
+    """Walk once, in a fresh order, through the examples that `development` does not show.
+
+    Args:
+      key: the one given to `development`.
+      share: the one given to `development`; a client all of whose examples are shown there takes no
+        steps.
+      batch_size: ``B``, at least 1.
+      preprocess: as for `epochs`.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+    _check_share(share)
+    _check_positive("batch_size", batch_size)
+
+    def num_steps_fn(data: ClientData) -> jax.Array:
+        return _ceil_divide(data.size - _num_shown(data, share), batch_size)
+
+    def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
+        order_key, preprocess_key = jax.random.split(step_key)
+        num_shown = _num_shown(data, share)
+        num_left = data.size - num_shown
+        slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+        shuffled = permute(order_key, slots % jnp.maximum(num_left, 1), num_left)
+        positions = permute(
+            jax.random.fold_in(key, data.start),
+            jnp.minimum(num_shown + shuffled, jnp.maximum(data.size - 1, 0)),
+            data.size,
+        )
+        weights = (slots < num_left).astype(jnp.float32)
+        return _gather(
+            jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
+        )
+
+    return Batcher(num_steps=num_steps_fn, batch=batch_fn)
+
+
+def _num_shown(data: ClientData, share: float) -> jax.Array:
+    """Count the examples that `development` shows."""
+    exact = share * data.size.astype(jnp.float32)
+    return jnp.minimum(jnp.ceil(exact * (1.0 - 1e-6)).astype(jnp.int32), data.size)
+
+
+def _check_share(share: float) -> None:
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share must lie in (0, 1], got {share}.")
 
 
 def _gather(

@@ -30,10 +30,10 @@ from fedjaxprune.base import (
     Uplink,
 )
 from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.experiment import methods, recipes, runner
+from fedjaxprune.experiment import cohorts, explore_recipes, methods, recipes, runner
 from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
-from fedjaxprune.federated import aggregators, cohort, participation, servers
+from fedjaxprune.federated import aggregators, cohort, servers
 from fedjaxprune.federated import uplink as uplinks
 from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
 
@@ -96,9 +96,8 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
     "snip_masks": recipes.snip,
     "snip_masks_of_clients": recipes.snip_of_clients,
     "gradual_magnitude": recipes.gradual,
+    **explore_recipes.ALGORITHMS,
 }
-
-ONE_COHORT = ("calibrate", "compare")  # stages whose exchanges are with one and the same cohort
 
 SUMMARIES: Mapping[str, str] = {
     "fedavg": "federated averaging, dense",
@@ -116,6 +115,7 @@ SUMMARIES: Mapping[str, str] = {
     "snip_masks": "control: connection sensitivity on examples at the server",
     "snip_masks_of_clients": "control: connection sensitivity averaged over clients",
     "gradual_magnitude": "control: magnitude pruning along a cubic curve",
+    **explore_recipes.SUMMARIES,
     "mlp": "two hidden layers; any input",
     "lenet5": "two convolutions, three dense layers",
     "cnn": "two 5x5 convolutions, 512 hidden units",
@@ -249,9 +249,6 @@ def build(config: RunConfig) -> runner.Parts:
     is_feddip = config.algorithm.startswith("feddip")
     given = recipes.Given(held=held, input_shape=dataset.image_shape, train=train_fn, test=test_fn)
     algorithm = _algorithm(config, model, given)
-    draw = _participation(config, sizes)
-    once_key = jax.random.fold_in(jax.random.key(config.seed), runner.COHORT)
-    once = participation.repeat(once_key, draw)
     built = runner.Parts(
         model=model,
         algorithm=algorithm,
@@ -262,7 +259,7 @@ def build(config: RunConfig) -> runner.Parts:
         ),
         preprocess=test_fn,
         advance=tuple(
-            simulation.advance(stage, once if stage.name in ONE_COHORT else draw)
+            simulation.advance(stage, cohorts.draw(config, sizes, stage=stage.name))
             for stage in algorithm.stages
         ),
         prunable=feddip.prunable_without_shortcuts if is_feddip else masks_lib.kernels,
@@ -355,7 +352,7 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
             optax.add_decayed_weights(config.weight_decay)
             if config.weight_decay
             else optax.identity(),
-            optax.sgd(config.learning_rate, momentum=config.momentum or None),
+            recipes.optimizer(config),
         ),
         learning_rate_scale=_learning_rate_scale(config),
         uplink=uplinks.error_feedback(uplink) if config.error_feedback else uplink,
@@ -384,16 +381,3 @@ def _batcher(config: RunConfig, preprocess_fn: Any) -> Batcher:
     if config.local_steps is not None:
         return batching.steps(num_steps=config.local_steps, **common)
     return batching.epochs(num_epochs=config.local_epochs, **common)
-
-
-def _participation(config: RunConfig, sizes: np.ndarray) -> Any:
-    """Choose who takes part."""
-    if config.participation == "weighted":
-        draw = participation.weighted(
-            jnp.asarray(sizes, jnp.float32), cohort_size=config.cohort_size
-        )
-    else:
-        draw = participation.uniform(num_clients=config.num_clients, cohort_size=config.cohort_size)
-    if config.dropout_probability:
-        draw = participation.drop_out(draw, probability=config.dropout_probability)
-    return draw

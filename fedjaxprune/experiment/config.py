@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from fedjaxprune.experiment import methods
+from fedjaxprune.experiment import explore_settings, methods
+from fedjaxprune.experiment.fields import field as _field
 
 # Bounds of the machine's numbers, int32 and float32; a setting's own bounds are narrower or none.
 INT_MAX, FLOAT_MAX = 2**31 - 1, 1e30
@@ -23,22 +24,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 class UserError(ValueError):
     """Say in one sentence what the user gave and what is allowed; the command prints just that."""
-
-
-def _field(
-    default: Any, description: str, *, group: str, unit: str = "", default_text: str = "", **limits
-) -> Any:
-    """Describe one setting; `unit`, `group` and `default_text` are for the help.
-
-    A function as `default` makes it from the settings that stand before this one.
-    """
-    given = {"default_factory": default} if callable(default) else {"default": default}
-    return Field(
-        **given,
-        description=description,
-        json_schema_extra={"group": group, "unit": unit, "default": default_text},
-        **limits,
-    )
 
 
 def _at_most(limit: float, other: str) -> Callable[[dict[str, Any]], Any]:
@@ -53,13 +38,14 @@ class Settings(pydantic.BaseModel):
 
     algorithm: methods.Name = _field("feddip", "Federated method.", group="Method")
     sparsity: Fraction = _field(
-        0.92,
+        methods.default_sparsity,
         "Pruned fraction of the prunable weights. feddip's cubic curve leads to it at the end of "
         "the run; masks follow the curve every prune_every rounds, so the last revision may stop "
         "a little short of it, and so do those of gradual_magnitude. fedtiny and the methods of "
         "fixed masks hold it throughout, fedtiny as a fraction of all kernels.",
         group="Method",
         unit="fraction",
+        default_text="0.92, or 0.3 for autoflip",
     )
     initial_sparsity: Fraction = _field(
         _at_most(0.5, "sparsity"),
@@ -115,7 +101,8 @@ class Settings(pydantic.BaseModel):
     )
     development_share: float = _field(
         0.1,
-        "Share of a client's examples that it compares candidates on (fedtiny).",
+        "Share of a client's examples that it compares candidates on (fedtiny), or that tells an "
+        "explorer when to stop (explore_watch).",
         group="Method",
         unit="fraction",
         gt=0,
@@ -134,6 +121,16 @@ class Settings(pydantic.BaseModel):
         ge=0,
         le=INT_MAX,
     )
+    explore_epochs: int = explore_settings.EPOCHS
+    explore_patience: int = explore_settings.PATIENCE
+    explore_watch: explore_settings.Watch = explore_settings.WATCH
+    explorers: int | None = explore_settings.EXPLORERS
+    explorer_weights: explore_settings.Weights = explore_settings.WEIGHTS
+    explore_start: explore_settings.Start = explore_settings.START
+    guidance_scale: explore_settings.Scale = explore_settings.SCALE
+    agreement: explore_settings.Agreement = explore_settings.AGREEMENT
+    refresh_every: int | None = explore_settings.REFRESH
+    channel_threshold: float | None = explore_settings.CHANNELS
     swap_fraction: Fraction = _field(
         0.3,
         "Share of a layer's weights that change places in the first readjustments (fedtiny).",
@@ -280,6 +277,7 @@ class Settings(pydantic.BaseModel):
     batch_size: Count = _field(
         16, "Examples of one local step.", group="Local training", unit="examples"
     )
+    optimizer: explore_settings.Optimizer = explore_settings.OPTIMIZER
     learning_rate: Positive = _field(
         0.1, "The clients' step size in the first round.", group="Local training", unit="factor"
     )

@@ -21,6 +21,8 @@ Name = Literal[
     "snip_masks",
     "snip_masks_of_clients",
     "gradual_magnitude",
+    "autoflip",
+    "explored_start",
 ]
 Network = Literal[
     "mlp",
@@ -52,11 +54,17 @@ FIXED = (  # whose masks are fixed before training
     "snip_masks_of_clients",
 )
 GRADUAL = ("feddip", "feddip_without_penalty", "gradual_magnitude")  # whose sparsity climbs
-PRUNING = (*GRADUAL, *FIXED, "fedtiny")  # that have a sparsity
+EXPLORING = ("autoflip", "explored_start")  # whose clients explore before they train
+PRUNING = (*GRADUAL, *FIXED, "autoflip", "fedtiny")  # that have a sparsity
 NORMALISED = ("fedtiny",)  # that need BatchNorm
 AT_SERVER = ("fedtiny", "magnitude_masks", "snip_masks")  # that need examples at the server
 CORRECTED = ("scaffold", "fednova")  # that are FedAvg with a remedy against drift
 MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
+
+
+def default_sparsity(before: dict[str, Any]) -> float:
+    """Choose a sparsity for a demonstration; AutoFLIP's is its paper's."""
+    return 0.3 if before["algorithm"] == "autoflip" else 0.92
 
 
 def default_period(before: dict[str, Any]) -> int:
@@ -100,11 +108,38 @@ def complaint(config: Any) -> str | None:
             f"mask_client must be less than num_clients ({config.num_clients}), "
             f"got {config.mask_client}."
         )
+    if name in EXPLORING and (found := _explorers_complaint(config)):
+        return found
+    if config.optimizer == "adam" and config.momentum:
+        return f"momentum must be 0 with the optimizer 'adam', got {config.momentum}."
+    if config.optimizer == "adam" and "fednova" in (name, config.drift):
+        return "optimizer must be 'sgd' for fednova, which counts steps of SGD, got 'adam'."
     if name in CORRECTED and config.drift not in ("none", name):
         return f"drift must be 'none' or {name!r} for the algorithm {name!r}, got {config.drift!r}."
     if name in NORMALISED and config.norm != "batch":
         return (
             f"norm must be 'batch' for {name}, which chooses by BatchNorm statistics, "
             f"got {config.norm!r}."
+        )
+    return None
+
+
+def _explorers_complaint(config: Any) -> str | None:
+    """Say what does not fit together of a method that explores, or None."""
+    if config.explorers is not None and config.explorers > config.num_clients:
+        return (
+            f"explorers must be at most num_clients ({config.num_clients}), got {config.explorers}."
+        )
+    if config.algorithm != "autoflip":
+        return None
+    if config.agreement == "scaled" and config.guidance_scale == "robust":
+        return (
+            "agreement must be 'none' or 'majority' with guidance_scale 'robust', whose guidance "
+            "may be negative, got 'scaled'."
+        )
+    if config.refresh_every is not None and config.refresh_every > config.rounds:
+        return (
+            f"refresh_every must be at most rounds ({config.rounds}), as the mask would never be "
+            f"revised, got {config.refresh_every}."
         )
     return None

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
@@ -137,6 +138,13 @@ def gradual(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algo
         period=config.prune_every,
         end_round=config.rounds,
     )
+
+
+def optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """Choose the clients' optimiser."""
+    if config.optimizer == "adam":
+        return optax.adam(config.learning_rate)
+    return optax.sgd(config.learning_rate, momentum=config.momentum or None)
 
 
 def _one_pass(config: RunConfig, given: Given) -> Batcher:

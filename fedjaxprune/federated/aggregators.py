@@ -77,6 +77,19 @@ def weighted_mean() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=finish_fn)
 
 
+def equal_mean() -> Aggregator:
+    """Average every coordinate over the present clients, each counted once, whatever its weight.
+
+    Otherwise as `weighted_mean`.
+    """
+    mean = weighted_mean()
+
+    def add_fn(accumulator, value, masks, weight):
+        return mean.add(accumulator, value, masks, (weight > 0).astype(jnp.float32))
+
+    return mean._replace(add=add_fn)
+
+
 def weighted_sum() -> Aggregator:
     """Add up the present clients' values, each times its client's weight.
 

@@ -111,6 +111,17 @@ def step(
         return optax.apply_updates(params, updates), state
 
 
+def shift(model_state: State, change: State) -> State:
+    """Add a mean change to what is not trained; a counter takes the nearest integer."""
+
+    def leaf(before: jax.Array, change: jax.Array) -> jax.Array:
+        if jnp.issubdtype(before.dtype, jnp.inexact):
+            return before + change.astype(before.dtype)
+        return before + jnp.round(change).astype(before.dtype)
+
+    return jax.tree.map(leaf, model_state, change)
+
+
 def zero_pruned(server: optax.GradientTransformation, state: State, masks: Masks) -> State:
     """Set what the server remembers about pruned entries to exact zeros, whatever it was.
 

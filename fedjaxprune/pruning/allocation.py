@@ -34,15 +34,28 @@ def uniform() -> AllocationFn:
     return allocate
 
 
-def whole_model() -> AllocationFn:
+def whole_model(*, least: int = 0) -> AllocationFn:
     """Let all leaves compete in one pool: a leaf keeps as many as are among the best of the model.
 
-    The pool keeps exactly ``size - round(sparsity * size)``. Nothing protects a layer from being
-    pruned away.
+    The pool keeps exactly ``size - round(sparsity * size)``. Unless `least` says so, nothing
+    protects a layer from being pruned away.
+
+    Args:
+      least: entries of every leaf that come before all others, its best ones.
+
+    Raises:
+      ValueError: if `least` is negative.
     """
+    if least < 0:
+        raise ValueError(f"least must not be negative, got {least}.")
+
+    def first(leaf: jax.Array) -> jax.Array:
+        chosen = ranking.top_k(leaf, jnp.int32(least)) & (leaf > -jnp.inf)
+        return jnp.where(chosen, jnp.inf, leaf)
 
     def allocate(scores: Any, sparsity: jax.Array) -> Any:
-        best = ranking.tree_top_k(scores, schedules.num_kept(sum(trees.sizes(scores)), sparsity))
+        ranked = jax.tree.map(first, scores) if least else scores
+        best = ranking.tree_top_k(ranked, schedules.num_kept(sum(trees.sizes(scores)), sparsity))
         return jax.tree.map(lambda leaf: jnp.sum(leaf, dtype=jnp.int32), best)
 
     return allocate

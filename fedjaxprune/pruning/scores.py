@@ -17,6 +17,12 @@ def magnitude(key: Key, inputs: PrunerInputs) -> Params:
     return jax.tree.map(lambda leaf: jnp.abs(leaf.astype(jnp.float32)), inputs.params)
 
 
+def value(key: Key, inputs: PrunerInputs) -> Params:
+    """Score a weight by what stands in its place: for what is a score already."""
+    del key  # deterministic
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), inputs.params)
+
+
 def random(key: Key, inputs: PrunerInputs) -> Params:
     """Score weights uniformly at random in [0, 1)."""
     leaves, structure = jax.tree.flatten(inputs.params)

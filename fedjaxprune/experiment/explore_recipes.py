@@ -1,0 +1,97 @@
+"""From a config to methods that explore before they train."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune.algorithms import autoflip
+from fedjaxprune.algorithms.compose import Setup
+from fedjaxprune.base import Algorithm, Client, Model
+from fedjaxprune.channels import groups as channel_groups
+from fedjaxprune.data import batching
+from fedjaxprune.experiment import runner
+from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.recipes import Given
+from fedjaxprune.federated import calibration, exploration
+from fedjaxprune.pruning import guidance
+
+SCALES: Mapping[str, guidance.ScaleFn] = {
+    "min_max": guidance.min_max,
+    "ranks": guidance.ranks,
+    "robust": guidance.robust,
+    "plain": guidance.plain,
+}
+
+
+def flip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build AutoFLIP."""
+    threshold = config.channel_threshold
+    return autoflip.autoflip(
+        model,
+        setup,
+        sparsity=config.sparsity,
+        explorer=explorer(config, model, setup, given),
+        scale=SCALES[config.guidance_scale],
+        explorer_weights=config.explorer_weights,
+        agreement=config.agreement,
+        refresh_every=config.refresh_every,
+        groups=() if threshold is None else _groups(config, model, given),
+        channel_threshold=0.3 if threshold is None else threshold,
+        start=config.explore_start,
+    )
+
+
+def explored(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build FedAvg from an explored start."""
+    return autoflip.explored_start(model, setup, explorer=explorer(config, model, setup, given))
+
+
+def explorer(config: RunConfig, model: Model, setup: Setup, given: Given) -> Client:
+    """Choose how a client explores, with the optimiser of its local work."""
+    common = {"batch_size": config.batch_size}
+    epoch = batching.epochs(num_epochs=1, preprocess=given.train, **common)
+    validation = None
+    if config.explore_watch == "validation":
+        key = jax.random.fold_in(jax.random.key(config.seed), runner.DEVELOPMENT)
+        split = {"share": config.development_share, **common}
+        epoch = batching.undeveloped(key, preprocess=given.train, **split)
+        validation = calibration.losses(
+            model.predict, batcher=batching.development(key, preprocess=given.test, **split)
+        )
+    return exploration.until_stale(
+        model.loss,
+        epoch=epoch,
+        optimizer=setup.optimizer,
+        max_epochs=config.explore_epochs,
+        patience=config.explore_patience,
+        watch="last_step" if config.explore_watch == "last_step" else "epoch",
+        validation=validation,
+    )
+
+
+def _groups(config: RunConfig, model: Model, given: Given) -> tuple[channel_groups.Group, ...]:
+    """Find the channels of the network that may go."""
+    params, state = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
+    found = channel_groups.analyse(model.predict, params, state, inputs).groups
+    if not found:
+        raise ValueError(
+            f"channel_threshold must be unset with the network {config.model!r}, which has no "
+            f"channels that could go, got {config.channel_threshold}."
+        )
+    return found
+
+
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] = {
+    "autoflip": flip,
+    "explored_start": explored,
+}
+
+SUMMARIES: Mapping[str, str] = {
+    "autoflip": "prune what no client had to move while exploring alone, then FedAvg (Internò et "
+    "al., arXiv 2405.10271); sparsity, explore_*, explorers, explorer_weights, guidance_scale, "
+    "agreement, refresh_every, channel_threshold; any network",
+    "explored_start": "its control: FedAvg from the mean of the explored models; explore_*, "
+    "explorers; any network",
+}
