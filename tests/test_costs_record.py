@@ -28,7 +28,7 @@ def profile(model=MODEL, warn=print):
     )
 
 
-def a_round(kept, rows, present, num_examples, num_changed=0):
+def a_round(kept, rows, present, num_examples, num_changed=0, **reports):
     """Make what a round reports, as far as costs need it."""
     loss = metrics.Mean(total=jnp.float32(1.0), weight=jnp.float32(num_examples))
     made = types.SimpleNamespace(
@@ -36,6 +36,7 @@ def a_round(kept, rows, present, num_examples, num_changed=0):
         uplink_kept=np.array(rows),
         present=np.array(present),
         num_changed=np.int32(num_changed),
+        sent=types.SimpleNamespace(reports=reports),
         train={"loss": loss},
     )
     return made
