@@ -16,14 +16,16 @@ from fedjaxprune.algorithms import (
     feddip,
     fednova,
     fedtiny,
+    filter_controls,
     fixed_masks,
     gradual_magnitude,
+    mpfl,
     scaffold,
     stages,
 )
 from fedjaxprune.base import ClientData
 from fedjaxprune.federated import aggregators, clients, cohort, servers, uplink
-from fedjaxprune.pruning import pruners, readjustment, schedules, scores
+from fedjaxprune.pruning import consensus, pruners, readjustment, schedules, scores
 from tests import quadratic
 
 KEY = jax.random.key(3)
@@ -76,6 +78,18 @@ def tiny(**options):
         **options,
     }
     return lambda s: fedtiny.fedtiny(quadratic.NORMALISED, s, **settings)
+
+
+def by_filter(make, *, iterations=1, **options):
+    settings = {
+        "channels": quadratic.CHANNELS,
+        "sparsity": 0.5,
+        "prunable": masks.kernels,
+        **options,
+    }
+    if make is not filter_controls.random_filters:
+        settings |= {"iterations": iterations, "agreement": quadratic.full_batches(3)}
+    return lambda s: make(quadratic.MODEL, s, **settings)
 
 
 ALGORITHMS = {
@@ -131,7 +145,15 @@ ALGORITHMS = {
     ),
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
+    "mpfl": by_filter(mpfl.mpfl),
+    "mpfl_started": by_filter(
+        mpfl.mpfl, start_rounds=1, votes="examples", drops="channels", consensus=consensus.top_k
+    ),
+    "random_filters": by_filter(filter_controls.random_filters),
+    "pooled_filters": by_filter(filter_controls.pooled_filters, drops="channels"),
+    "averaged_filters": by_filter(filter_controls.averaged_filters),
 }
+BY_FILTER = [name for name in ALGORITHMS if name.startswith("mpfl") or name.endswith("_filters")]
 SERVERS = {
     "fedavg": servers.fedavg(),
     "fedavgm": servers.fedavgm(learning_rate=0.5, momentum=0.9),
@@ -201,7 +223,7 @@ def simulate(algorithm, cohorts, *, num_rounds=ROUNDS, start=None, run=None):
     run = player(algorithm) if run is None else run
     state = algorithm.init(quadratic.PARAMS, STATE) if start is None else start
     if start is None:
-        num_rounds += len(algorithm.stages) - 1
+        num_rounds += sum(stage.num_rounds for stage in algorithm.stages[:-1])
     everyone = quadratic.cohort(algorithm, range(6)).states
     history, states = [], []
     for index in range(num_rounds):
@@ -238,7 +260,8 @@ def test_pruned_entries_are_exact_zeros_in_parameters_and_server_memory(name, se
                 state.server,
                 pruned,
             )
-        assert np.all(state.masks["dense"]["bias"])
+        if name not in BY_FILTER:  # which prune a filter's bias with it
+            assert np.all(state.masks["dense"]["bias"])
 
 
 @every_algorithm
@@ -291,7 +314,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
     algorithm, run = built(name, server=server)
     states, _, _ = simulate(algorithm, some, num_rounds=3, run=run)
     nobody = [0, 1, 2, 3], [False] * 4
-    alone = sum(stage.name in AT_SERVER for stage in algorithm.stages)
+    alone = sum(stage.num_rounds for stage in algorithm.stages if stage.name in AT_SERVER)
     for before in states[max(alone - 1, 0) :]:
         after, _, history = simulate(
             algorithm, lambda r: nobody, num_rounds=1, start=before, run=run
@@ -314,6 +337,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
         ("fedavg", 3),
         ("dynamic_sparse", 3),
         ("fedtiny", 3),
+        ("mpfl_started", 3),
     ],
 )
 def test_every_chunk_size_gives_the_same_result(name, chunk_size):

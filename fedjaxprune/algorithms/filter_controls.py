@@ -146,7 +146,7 @@ def averaged_filters(
     def update(key, given, state, data):
         broadcast, _ = given
         message, _ = trainer.update(key, broadcast, trainer.init(broadcast.params), data)
-        fields = {"weights": message.fields["delta"], "metrics": message.fields["metrics"]}
+        fields = {"trained": message.fields["delta"], "metrics": message.fields["metrics"]}
         return Message(fields=fields, weight=message.weight), state
 
     def conclude(key, state, fields):
@@ -155,7 +155,7 @@ def averaged_filters(
         mean = jax.tree.map(
             lambda start, total: start + (share * total).astype(start.dtype),
             masks_lib.apply(state.masks, state.params),
-            fields["weights"],
+            fields["trained"],
         )
         keep = state.method.keep
         keep = filter_masks.ranked(the, mean, keep, targets(state.round, keep))
@@ -166,9 +166,9 @@ def averaged_filters(
         the,
         name="average",
         client=update,
-        aggregators={"weights": aggregators.total()},
+        aggregators={"trained": aggregators.total()},
         conclude=conclude,
-        upload="weights",
+        upload="trained",
         start_rounds=start_rounds,
     )
     return filter_stages.federate(model, setup, the, (average,), start_rounds=start_rounds)

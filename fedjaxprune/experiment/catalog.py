@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjaxprune import masks as masks_lib
 from fedjaxprune.algorithms import (
     fedavg,
     feddip,
@@ -30,10 +29,10 @@ from fedjaxprune.base import (
     Uplink,
 )
 from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.experiment import methods, recipes, runner
+from fedjaxprune.experiment import cohorts, filter_recipes, methods, recipes, runner
 from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
-from fedjaxprune.federated import aggregators, cohort, participation, servers
+from fedjaxprune.federated import aggregators, cohort, servers
 from fedjaxprune.federated import uplink as uplinks
 from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
 
@@ -96,9 +95,8 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
     "snip_masks": recipes.snip,
     "snip_masks_of_clients": recipes.snip_of_clients,
     "gradual_magnitude": recipes.gradual,
+    **filter_recipes.ALGORITHMS,
 }
-
-ONE_COHORT = ("calibrate", "compare")  # stages whose exchanges are with one and the same cohort
 
 SUMMARIES: Mapping[str, str] = {
     "fedavg": "federated averaging, dense",
@@ -116,6 +114,7 @@ SUMMARIES: Mapping[str, str] = {
     "snip_masks": "control: connection sensitivity on examples at the server",
     "snip_masks_of_clients": "control: connection sensitivity averaged over clients",
     "gradual_magnitude": "control: magnitude pruning along a cubic curve",
+    **filter_recipes.SUMMARIES,
     "mlp": "two hidden layers; any input",
     "lenet5": "two convolutions, three dense layers",
     "cnn": "two 5x5 convolutions, 512 hidden units",
@@ -246,12 +245,8 @@ def build(config: RunConfig) -> runner.Parts:
     _check_sizes(config, sizes)
     train_fn, test_fn = _preprocess(dataset, config)
     model = _model(config, dataset, test_fn)
-    is_feddip = config.algorithm.startswith("feddip")
     given = recipes.Given(held=held, input_shape=dataset.image_shape, train=train_fn, test=test_fn)
     algorithm = _algorithm(config, model, given)
-    draw = _participation(config, sizes)
-    once_key = jax.random.fold_in(jax.random.key(config.seed), runner.COHORT)
-    once = participation.repeat(once_key, draw)
     built = runner.Parts(
         model=model,
         algorithm=algorithm,
@@ -262,10 +257,10 @@ def build(config: RunConfig) -> runner.Parts:
         ),
         preprocess=test_fn,
         advance=tuple(
-            simulation.advance(stage, once if stage.name in ONE_COHORT else draw)
+            simulation.advance(stage, cohorts.draw(config, sizes, stage=stage.name))
             for stage in algorithm.stages
         ),
-        prunable=feddip.prunable_without_shortcuts if is_feddip else masks_lib.kernels,
+        prunable=recipes.reported(config),
         mesh=_mesh(config),
     )
     try:
@@ -384,16 +379,3 @@ def _batcher(config: RunConfig, preprocess_fn: Any) -> Batcher:
     if config.local_steps is not None:
         return batching.steps(num_steps=config.local_steps, **common)
     return batching.epochs(num_epochs=config.local_epochs, **common)
-
-
-def _participation(config: RunConfig, sizes: np.ndarray) -> Any:
-    """Choose who takes part."""
-    if config.participation == "weighted":
-        draw = participation.weighted(
-            jnp.asarray(sizes, jnp.float32), cohort_size=config.cohort_size
-        )
-    else:
-        draw = participation.uniform(num_clients=config.num_clients, cohort_size=config.cohort_size)
-    if config.dropout_probability:
-        draw = participation.drop_out(draw, probability=config.dropout_probability)
-    return draw

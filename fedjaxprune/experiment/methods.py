@@ -21,6 +21,10 @@ Name = Literal[
     "snip_masks",
     "snip_masks_of_clients",
     "gradual_magnitude",
+    "mpfl",
+    "random_filters",
+    "pooled_filters",
+    "averaged_filters",
 ]
 Network = Literal[
     "mlp",
@@ -52,11 +56,23 @@ FIXED = (  # whose masks are fixed before training
     "snip_masks_of_clients",
 )
 GRADUAL = ("feddip", "feddip_without_penalty", "gradual_magnitude")  # whose sparsity climbs
-PRUNING = (*GRADUAL, *FIXED, "fedtiny")  # that have a sparsity
+BY_FILTER = ("mpfl", "random_filters", "pooled_filters", "averaged_filters")
+PRUNING = (*GRADUAL, *FIXED, *BY_FILTER, "fedtiny")  # that have a sparsity
 NORMALISED = ("fedtiny",)  # that need BatchNorm
+CONVOLUTIONAL = BY_FILTER  # that need convolutions
 AT_SERVER = ("fedtiny", "magnitude_masks", "snip_masks")  # that need examples at the server
 CORRECTED = ("scaffold", "fednova")  # that are FedAvg with a remedy against drift
 MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
+
+
+def default_sparsity(before: dict[str, Any]) -> float:
+    """Choose a sparsity that a small network bears, weight by weight or filter by filter."""
+    return 0.5 if before["algorithm"] in BY_FILTER else 0.92
+
+
+def default_network(before: dict[str, Any]) -> str:
+    """Choose a network of the kind that the algorithm needs."""
+    return "resnet8" if before["algorithm"] in (*NORMALISED, *CONVOLUTIONAL) else "mlp"
 
 
 def default_period(before: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ from fedjaxprune.data import batching
 from fedjaxprune.experiment import methods, runner
 from fedjaxprune.experiment.config import RunConfig
 from fedjaxprune.models import order
-from fedjaxprune.pruning import allocation, readjustment
+from fedjaxprune.pruning import allocation, filters, readjustment
 
 
 class Given(NamedTuple):
@@ -137,6 +137,13 @@ def gradual(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algo
         period=config.prune_every,
         end_round=config.rounds,
     )
+
+
+def reported(config: RunConfig) -> PrunableFn:
+    """Choose the leaves whose sparsity is on record."""
+    if config.algorithm.startswith("feddip"):
+        return feddip.prunable_without_shortcuts
+    return filters.convolutions if config.algorithm in methods.BY_FILTER else masks_lib.kernels
 
 
 def _one_pass(config: RunConfig, given: Given) -> Batcher:
