@@ -171,13 +171,22 @@ UPLINKS = {
     "quantise": uplink.quantise(bits=4),
 }
 AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
-every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
+# Variants and controls that share their parts with others: theirs are the slow cases.
+DEAR = ("mpfl_started", "random_filters", "pooled_filters", "averaged_filters")
+
+
+def case(name, *rest):
+    """Make a case of a table, a slow one of a dear algorithm."""
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in DEAR else [])
+
+
+every_algorithm = pytest.mark.parametrize("name", map(case, sorted(ALGORITHMS)))
 
 
 def each_once(name, others, usual):
     """Pair every algorithm with the usual part, and FedDIP with every part: not the product."""
     pairs = {(algorithm, usual) for algorithm in ALGORITHMS} | {("feddip", o) for o in others}
-    return pytest.mark.parametrize(("name", name), sorted(pairs))
+    return pytest.mark.parametrize(("name", name), [case(*pair) for pair in sorted(pairs)])
 
 
 def traced_once(function):
@@ -337,7 +346,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
         ("fedavg", 3),
         ("dynamic_sparse", 3),
         ("fedtiny", 3),
-        ("mpfl_started", 3),
+        ("mpfl", 3),
     ],
 )
 def test_every_chunk_size_gives_the_same_result(name, chunk_size):

@@ -24,6 +24,7 @@ from tests.test_algorithms import (
     BY_FILTER,
     STATE,
     UPLINKS,
+    case,
     setup,
     simulate,
 )
@@ -59,7 +60,10 @@ def personal(settings):
 
 
 METHODS = {**ALGORITHMS, "personal_masks": personal}
-CASES = [(name, "identity") for name in sorted(METHODS)]
+CASES = [
+    (name, "identity") if name == "mpfl_started" else case(name, "identity")
+    for name in sorted(METHODS)
+]
 CASES += [("feddip", wire_name) for wire_name in sorted(UPLINKS) if wire_name != "identity"]
 CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
 

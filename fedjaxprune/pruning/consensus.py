@@ -70,7 +70,9 @@ def code_dynamic(ballot: Ballot, quota: Quota) -> jax.Array:
     """
     vetoed = unanimous(ballot, quota)
     enough = jnp.sum(~vetoed, dtype=jnp.int32) >= quota.least
-    return jnp.where(enough, vetoed, anybody(ballot, quota))
+    with jax.enable_x64(True):
+        pruned_by_all = ~_at_least(ballot, jnp.float64(1.0))
+    return jnp.where(enough, vetoed, ~pruned_by_all)
 
 
 def top_k(ballot: Ballot, quota: Quota) -> jax.Array:
