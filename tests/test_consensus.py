@@ -169,7 +169,7 @@ def test_ten_nodes_that_agree_prune_vgg11_as_the_public_code(name):
     for j in range(10):
         for shape, live in keep.items():
             count = tables[shape[0]][int(live.sum())] if j else live.sum(dtype=jnp.int32)
-            vote = rank(norms[shape], live, count)
+            vote = rank((norms[shape],), live, count)
             ballot = consensus.Ballot(
                 votes=10 * vote.astype(jnp.int32),
                 weight=jnp.int32(10),

@@ -202,8 +202,8 @@ def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
 
 def test_no_exchange_follows_once_enough_is_pruned():
     algorithm = make(stop=0.1)
-    states, history = run(algorithm)
-    assert [int(m.num_present) for m in history] == [6, 6, 0, 6, 6]  # a quarter goes at first
+    states, history = run(algorithm, num_rounds=ITERATIONS + 1)
+    assert [int(m.num_present) for m in history] == [6, 6, 0]  # a quarter goes at first
     chex.assert_trees_all_equal(states[3]._replace(round=states[2].round), states[2])
     traffic = algorithm.num_bits(history[2], states[3])
     assert (traffic.uplink_bits, traffic.downlink_bits, traffic.clients) == (0, 0, ())
@@ -229,12 +229,7 @@ def test_nothing_pruned_is_fedavg_to_the_bit():
 def test_what_is_pruned_can_be_removed_exactly():
     """Masks by filter and by channel compute the same, whatever stands where channels are gone."""
     module = resnet.ResNet(
-        widths=(4, 8, 16),
-        depths=(1, 1, 1),
-        num_classes=3,
-        norm="batch",
-        block="plain",
-        stem="cifar",
+        widths=(4, 8), depths=(1, 1), num_classes=3, norm="batch", block="plain", stem="cifar"
     )
     model = adapters.from_linen(module, input_shape=(6, 6, 3))
     rng = np.random.default_rng(0)
@@ -276,13 +271,13 @@ def test_what_is_pruned_can_be_removed_exactly():
 
 def test_training_may_leave_out_what_reads_pruned_channels():
     algorithm = make(drops="channels", consensus=consensus.top_k)
-    states, history = run(algorithm)
+    states, history = run(algorithm, num_rounds=ITERATIONS + 1)
     _, by_filter, plain = voted()
-    chex.assert_trees_all_equal(states[-1].method.keep, by_filter[-1].method.keep)
+    chex.assert_trees_all_equal(states[-1].method, by_filter[ITERATIONS + 1].method)
     read = np.asarray(states[-1].masks["head"]["kernel"])
     dense, head = map(np.asarray, states[-1].method.keep)
     np.testing.assert_array_equal(read, np.outer(dense, head))
-    np.testing.assert_array_equal(history[-1].kept, by_filter[-1].method.removed_kept)
+    np.testing.assert_array_equal(history[-1].kept, states[-1].method.removed_kept)
     assert int(plain[-1].kept.sum()) - int(history[-1].kept.sum()) == 2  # 2 pruned, 1 reader
 
 
@@ -398,16 +393,13 @@ class Stop(Exception):
 def run_in(folder, algorithm, advance, stop_after=None):
     """Run in a folder, perhaps only up to a round; give the last state and the record."""
     parts = runner.Parts(
-        model=quadratic.MODEL._replace(predict=quadratic.normalised_predict),
+        model=quadratic.NORMALISED,
         algorithm=algorithm,
         population=PEOPLE,
         test=TestSet(PEOPLE.examples["inputs"], PEOPLE.examples["labels"]),
         preprocess=lambda key, inputs: inputs,
         advance=advance,
         prunable=masks.kernels,
-    )
-    parts = parts._replace(
-        model=parts.model._replace(init=lambda key: (quadratic.PARAMS, quadratic.NORMALISED_STATE))
     )
 
     def on_round(line):
@@ -431,15 +423,29 @@ def run_in(folder, algorithm, advance, stop_after=None):
     return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
 
 
-def test_killed_in_any_round_of_any_stage_it_resumes_to_the_same_bits(tmp_path):
-    algorithm = make(start_rounds=1, iterations=1, votes="examples")
+@pytest.mark.parametrize(
+    ("options", "stages", "stops"),
+    [
+        ({}, ["agree", "agree", "train"], (2, 3)),
+        pytest.param(
+            {"start_rounds": 2, "iterations": 2, "votes": "examples", "drops": "channels"},
+            [*["start"] * 2, *["agree"] * 3, *["train"] * 2],
+            range(2, 8),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path, options, stages, stops):
+    settled = settings(**{"iterations": 1, **options})
+    own = setup(num_rounds=stages.count("train"))
+    algorithm = mpfl.mpfl(quadratic.NORMALISED, own, **settled)
     uniform = participation.uniform(num_clients=6, cohort_size=4)
     draw = participation.drop_out(uniform, probability=0.2)
     advance = tuple(jax.jit(simulation.advance(stage, draw)) for stage in algorithm.stages)
     state, lines = run_in(tmp_path / "whole", algorithm, advance)
-    assert [line.stage for line in lines] == ["start", "agree", "agree", "train", "train"]
-    assert lines[1].modelled_flops == lines[0].modelled_flops or lines[1].modelled_flops is None
-    for stop_after in (1, 2, 3, 4):
+    assert [line.stage for line in lines] == stages
+    assert all(line.mean_coverage > 0 for line in lines)  # the agreement trains, too
+    for stop_after in stops:
         folder = tmp_path / f"stopped-{stop_after}"
         run_in(folder, algorithm, advance, stop_after)
         again, again_lines = run_in(folder, algorithm, advance)

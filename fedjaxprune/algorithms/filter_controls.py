@@ -50,8 +50,10 @@ def random_filters(
         del population  # no data decides
         last, keep = jnp.int32(1), state.method.keep
         drawn = tuple(
-            filters.largest(jax.random.uniform(jax.random.fold_in(key, i), bits.shape), bits, count)
-            for i, (bits, count) in enumerate(zip(keep, targets(last, keep), strict=True))
+            filters.largest((jax.random.uniform(own, bits.shape),), bits, count)
+            for own, bits, count in zip(
+                jax.random.split(key, len(keep)), keep, targets(last, keep), strict=True
+            )
         )
         return filter_masks.settle(the, setup, state, drawn, step=last), stages.unmeasured()
 

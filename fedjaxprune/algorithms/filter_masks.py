@@ -150,7 +150,7 @@ def ranked(
     """Keep, of every layer, so many of the live filters of largest norm."""
     norms = filters.norms(params, the.layers)
     return tuple(
-        filters.largest(norm, bits, count)
+        filters.largest((norm,), bits, count)
         for norm, bits, count in zip(norms, keep, counts, strict=True)
     )
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjaxprune.pruning import filters
 from fedjaxprune.pruning.filters import Quota
 
 
@@ -124,8 +125,4 @@ def _wide(number: jax.Array) -> jax.Array:
 
 def _best(ballot: Ballot, count: jax.Array) -> jax.Array:
     """Keep the `count` best live filters, by votes, then worth, then index."""
-    worst = jnp.full_like(ballot.worth, -jnp.inf)
-    votes = jnp.where(ballot.live, ballot.votes.astype(jnp.float32), worst)
-    order = jnp.lexsort((-ballot.worth, -votes))
-    best = jnp.arange(order.shape[0], dtype=jnp.int32) < count
-    return ballot.live & jnp.zeros_like(ballot.live).at[order].set(best)
+    return filters.largest((ballot.votes, ballot.worth), ballot.live, count)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import ranking, trees
+from fedjaxprune import trees
 from fedjaxprune.base import Masks, Params, PrunableFn
 from fedjaxprune.channels import groups
 
@@ -86,9 +86,24 @@ def norms(params: Params, filters: Sequence[groups.Group]) -> tuple[jax.Array, .
     return tuple(groups.norms(params, group, order=2) for group in filters)
 
 
-def largest(scores: jax.Array, live: jax.Array, num_kept: jax.Array) -> jax.Array:
-    """Keep the `num_kept` ``[]`` best of the live filters ``[F]``; ties keep the lower index."""
-    return live & ranking.top_k(jnp.where(live, scores, -jnp.inf), num_kept)
+def largest(scores: Sequence[jax.Array], live: jax.Array, num_kept: jax.Array) -> jax.Array:
+    """Keep the `num_kept` ``[]`` best of the live filters: ``[F]`` bool.
+
+    Every filter is compared with every other, which for a layer's few hundred is cheaper than to
+    sort.
+
+    Args:
+      scores: ``[F]`` each: the first decides, the next among equals, at last the lower index.
+      live: ``[F]`` bool.
+      num_kept: may be traced.
+    """
+    index = jnp.arange(live.shape[0], dtype=jnp.int32)
+    better = index[None, :] < index[:, None]  # [F, F]: is the other one before this one?
+    for score in reversed(scores):
+        mine, other = score[:, None], score[None, :]
+        better = (other > mine) | ((other == mine) & better)
+    rank = jnp.sum(better & live[None, :], axis=1, dtype=jnp.int32)
+    return live & (rank < num_kept)
 
 
 def quotas(fraction_steps: Sequence[fractions.Fraction], size: int) -> Quota:
