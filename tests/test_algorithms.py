@@ -180,7 +180,7 @@ def case(name, *rest):
     return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in DEAR else [])
 
 
-every_algorithm = pytest.mark.parametrize("name", map(case, sorted(ALGORITHMS)))
+every_algorithm = pytest.mark.parametrize("name", [case(name) for name in sorted(ALGORITHMS)])
 
 
 def each_once(name, others, usual):
