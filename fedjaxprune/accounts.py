@@ -10,6 +10,11 @@ import jax
 SentAs = Literal["whole", "live", "pairs"]
 
 
+# A report ``[C, L]`` int32 of the entries per leaf that each client trained, in stages from which
+# no delta travels.
+TRAINED = "trained"
+
+
 class Payload(NamedTuple):
     """What an uplink sends of one leaf, in counts; from it the ledger knows the message's length.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedjaxprune import metrics
 from fedjaxprune.base import Batch, Batcher, Cohort, Model, Population
+from fedjaxprune.channels.groups import Analysis, Group, Member
 
 PARAMS = {
     "dense": {"bias": jnp.zeros([4]), "kernel": jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)},
@@ -17,6 +18,24 @@ PARAMS = {
 }
 NUM_WEIGHTS = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
 NUM_PRUNABLE = 32
+
+
+def _layer(name, size, *readers):
+    places = np.arange(size)[:, None]
+    own = (
+        Member(f"{name}/bias", 0, places, "channel"),
+        Member(f"{name}/kernel", 1, places, "filter"),
+    )
+    read = tuple(Member(path, 0, places, "input") for path in readers)
+    return Group(size=size, members=own + read, leaks=(), mixes=())
+
+
+# As if these parameters were two layers of filters, of which the second reads the first.
+CHANNELS = Analysis(
+    groups=(_layer("dense", 4, "head/kernel"), _layer("head", 2)),
+    filters=(_layer("dense", 4), _layer("head", 2)),
+    fixed=(),
+)
 
 
 def flatten(params):

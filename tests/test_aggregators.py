@@ -53,11 +53,17 @@ def _direct_total(leaf, mask):
     return np.sum(np.asarray(leaf)[PRESENT], axis=0)
 
 
+def _direct_weighted(leaf, mask):
+    del mask
+    return np.sum(_weights_like(leaf)[PRESENT] * np.asarray(leaf)[PRESENT], axis=0)
+
+
 # name: (aggregator, values [C, ...], the formula of one leaf over all clients)
 MONOIDS = {
     "weighted_mean": (aggregators.weighted_mean(), VALUES, _direct_mean),
     "holder_mean": (aggregators.holder_mean(), VALUES, _direct_holder_mean),
     "votes": (aggregators.votes(), MASKS, _direct_total),
+    "weighted_votes": (aggregators.weighted_votes(), MASKS, _direct_weighted),
     "total": (aggregators.total(), VALUES, _direct_total),
     "total of integers": (aggregators.total(), COUNTS, _direct_total),
     "total of metrics": (aggregators.total(), MEANS, _direct_total),

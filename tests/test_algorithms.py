@@ -17,15 +17,17 @@ from fedjaxprune.algorithms import (
     feddip,
     fednova,
     fedtiny,
+    filter_controls,
     fixed_masks,
     gradual_magnitude,
+    mpfl,
     scaffold,
     stages,
 )
 from fedjaxprune.base import ClientData
 from fedjaxprune.channels.groups import Group, Member
 from fedjaxprune.federated import aggregators, clients, cohort, exploration, servers, uplink
-from fedjaxprune.pruning import pruners, readjustment, schedules, scores
+from fedjaxprune.pruning import consensus, pruners, readjustment, schedules, scores
 from tests import quadratic
 
 KEY = jax.random.key(3)
@@ -104,6 +106,18 @@ def flip(**options):
     return lambda s: autoflip.autoflip(quadratic.MODEL, s, **settings)
 
 
+def by_filter(make, *, iterations=1, **options):
+    settings = {
+        "channels": quadratic.CHANNELS,
+        "sparsity": 0.5,
+        "prunable": masks.kernels,
+        **options,
+    }
+    if make is not filter_controls.random_filters:
+        settings |= {"iterations": iterations, "agreement": quadratic.full_batches(3)}
+    return lambda s: make(quadratic.MODEL, s, **settings)
+
+
 ALGORITHMS = {
     "autoflip": flip(),
     "autoflip_channels": flip(
@@ -166,7 +180,15 @@ ALGORITHMS = {
     ),
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
+    "mpfl": by_filter(mpfl.mpfl),
+    "mpfl_started": by_filter(
+        mpfl.mpfl, start_rounds=1, votes="examples", drops="channels", consensus=consensus.top_k
+    ),
+    "random_filters": by_filter(filter_controls.random_filters),
+    "pooled_filters": by_filter(filter_controls.pooled_filters, drops="channels"),
+    "averaged_filters": by_filter(filter_controls.averaged_filters),
 }
+BY_FILTER = [name for name in ALGORITHMS if name.startswith("mpfl") or name.endswith("_filters")]
 SERVERS = {
     "fedavg": servers.fedavg(),
     "fedavgm": servers.fedavgm(learning_rate=0.5, momentum=0.9),
@@ -184,13 +206,22 @@ UPLINKS = {
     "quantise": uplink.quantise(bits=4),
 }
 AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
-every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
+# Variants and controls that share their parts with others: theirs are the slow cases.
+DEAR = ("mpfl_started", "random_filters", "pooled_filters", "averaged_filters")
+
+
+def case(name, *rest):
+    """Make a case of a table, a slow one of a dear algorithm."""
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in DEAR else [])
+
+
+every_algorithm = pytest.mark.parametrize("name", [case(name) for name in sorted(ALGORITHMS)])
 
 
 def each_once(name, others, usual):
     """Pair every algorithm with the usual part, and FedDIP with every part: not the product."""
     pairs = {(algorithm, usual) for algorithm in ALGORITHMS} | {("feddip", o) for o in others}
-    return pytest.mark.parametrize(("name", name), sorted(pairs))
+    return pytest.mark.parametrize(("name", name), [case(*pair) for pair in sorted(pairs)])
 
 
 def traced_once(function):
@@ -236,7 +267,7 @@ def simulate(algorithm, cohorts, *, num_rounds=ROUNDS, start=None, run=None):
     run = player(algorithm) if run is None else run
     state = algorithm.init(quadratic.PARAMS, STATE) if start is None else start
     if start is None:
-        num_rounds += len(algorithm.stages) - 1
+        num_rounds += sum(stage.num_rounds for stage in algorithm.stages[:-1])
     everyone = quadratic.cohort(algorithm, range(6)).states
     history, states = [], []
     for index in range(num_rounds):
@@ -273,7 +304,8 @@ def test_pruned_entries_are_exact_zeros_in_parameters_and_server_memory(name, se
                 state.server,
                 pruned,
             )
-        assert np.all(state.masks["dense"]["bias"]) or name == "autoflip_channels"
+        if name not in (*BY_FILTER, "autoflip_channels"):  # which prune a filter's bias with it
+            assert np.all(state.masks["dense"]["bias"])
 
 
 @every_algorithm
@@ -326,7 +358,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
     algorithm, run = built(name, server=server)
     states, _, _ = simulate(algorithm, some, num_rounds=3, run=run)
     nobody = [0, 1, 2, 3], [False] * 4
-    alone = sum(stage.name in AT_SERVER for stage in algorithm.stages)
+    alone = sum(stage.num_rounds for stage in algorithm.stages if stage.name in AT_SERVER)
     for before in states[max(alone - 1, 0) :]:
         after, _, history = simulate(
             algorithm, lambda r: nobody, num_rounds=1, start=before, run=run
@@ -350,6 +382,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
         ("dynamic_sparse", 3),
         ("fedtiny", 3),
         ("autoflip_channels", 3),
+        ("mpfl", 3),
     ],
 )
 def test_every_chunk_size_gives_the_same_result(name, chunk_size):

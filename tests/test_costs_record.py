@@ -28,7 +28,7 @@ def profile(model=MODEL, warn=print):
     )
 
 
-def a_round(kept, rows, present, num_examples, num_changed=0):
+def a_round(kept, rows, present, num_examples, num_changed=0, **reports):
     """Make what a round reports, as far as costs need it."""
     loss = metrics.Mean(total=jnp.float32(1.0), weight=jnp.float32(num_examples))
     made = types.SimpleNamespace(
@@ -36,6 +36,7 @@ def a_round(kept, rows, present, num_examples, num_changed=0):
         uplink_kept=np.array(rows),
         present=np.array(present),
         num_changed=np.int32(num_changed),
+        sent=types.SimpleNamespace(reports=reports),
         train={"loss": loss},
     )
     return made
@@ -64,6 +65,17 @@ def test_personal_masks_that_leave_less_are_cheaper():
     assert costs.modelled_flops is not None
     assert costs.modelled_flops["forward"] == 2 * 10 * (9 + 3)
     assert costs.mean_coverage == (14 + 10) / 36
+
+
+def test_clients_that_train_and_send_no_delta_are_charged_for_training():
+    kept = [6, 12, 2, 4]
+    trained = np.array([kept, kept, SIZES])
+    unsent = np.zeros((3, 1, 4))  # nor did they receive a model
+    made = a_round(unsent, np.zeros((3, 4)), [True, True, False], 50, trained=trained)
+    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modelled_flops is not None
+    assert costs.modelled_flops["forward"] == 2 * 50 * (12 + 4)
+    assert costs.mean_coverage == 2 * (12 + 4) / 36
 
 
 def test_a_round_that_nobody_took_part_in_costs_nothing():

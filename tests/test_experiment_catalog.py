@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment import catalog, runner
+from fedjaxprune.experiment import catalog, cohorts, methods, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import alternatives
 
@@ -18,6 +18,7 @@ CASES = [
         "error_feedback": True,
         "server_learning_rate": 0.1,
         **{name: alternatives(name)[n % len(alternatives(name))] for name in ROTATING},
+        **({"model": "pooled_cnn"} if algorithm in methods.BY_FILTER else {}),
     }
     for n, algorithm in enumerate(alternatives("algorithm"))
 ]
@@ -43,12 +44,12 @@ def test_every_choice_makes_a_round(changes):
 
     key = jax.random.key(0)
     before = jax.eval_shape(lambda key: runner.start(key, parts), key)
-    for advance in parts.advance:
+    for stage, advance in zip(parts.algorithm.stages, parts.advance, strict=True):
         after, metrics = jax.eval_shape(advance, key, before, parts.population)
         assert jax.tree.structure(after) == jax.tree.structure(before)
         shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
         assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes
-        assert metrics.present.shape == (2,)
+        assert metrics.present.shape == ((6,) if stage.name in cohorts.EVERYBODY else (2,))
 
 
 def test_the_seed_decides_the_partition():
@@ -90,6 +91,13 @@ def test_a_model_that_does_not_fit_the_data_is_one_sentence():
 def test_fedtiny_says_why_it_cannot_run(changes, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         catalog.build(RunConfig(**{**SMALL, "algorithm": "fedtiny", **changes}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("algorithm", methods.BY_FILTER)
+def test_methods_by_filter_need_convolutions(algorithm):
+    with pytest.raises(UserError, match=r"there are no filters to prune: .* no conv") as caught:
+        catalog.build(RunConfig(**{**SMALL, "algorithm": algorithm, "model": "mlp"}))
     assert "\n" not in str(caught.value)
 
 

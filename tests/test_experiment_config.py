@@ -6,7 +6,15 @@ import typing
 import pytest
 
 from fedjaxprune.algorithms import feddip
-from fedjaxprune.experiment import catalog, methods, plots, reading, record, validation
+from fedjaxprune.experiment import (
+    catalog,
+    filter_recipes,
+    methods,
+    plots,
+    reading,
+    record,
+    validation,
+)
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import validate
 
@@ -44,6 +52,7 @@ def test_every_setting_has_a_description_and_a_default():
         ("aggregator", catalog.AGGREGATORS),
         ("server", catalog.SERVERS),
         ("drift", catalog.DRIFTS),
+        ("consensus", filter_recipes.CONSENSUS),
     ],
 )
 def test_every_name_has_a_factory_and_every_factory_a_name(setting, table):

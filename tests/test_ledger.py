@@ -18,7 +18,16 @@ from fedjaxprune.federated import cohort as cohort_lib
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
 from tests import quadratic
-from tests.test_algorithms import ALGORITHMS, AT_SERVER, STATE, UPLINKS, setup, simulate
+from tests.test_algorithms import (
+    ALGORITHMS,
+    AT_SERVER,
+    BY_FILTER,
+    STATE,
+    UPLINKS,
+    case,
+    setup,
+    simulate,
+)
 from tests.test_experiment_config import make_line
 
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
@@ -51,13 +60,17 @@ def personal(settings):
 
 
 METHODS = {**ALGORITHMS, "personal_masks": personal}
-CASES = [(name, "identity") for name in sorted(METHODS)]
+CASES = [
+    (name, "identity") if name == "mpfl_started" else case(name, "identity")
+    for name in sorted(METHODS)
+]
 CASES += [("feddip", wire_name) for wire_name in sorted(UPLINKS) if wire_name != "identity"]
 CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
 
 # What clients send in stages that do not train, and beside their delta in training.
 REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grads",)}
 EXPLORED = ("autoflip_channels", "explored_start")  # that upload how they moved, not the squares
+REPLIES |= {"agree": ("masks",), "average": ("trained",)}
 BESIDE = ("control", "effective_steps", "grads", "model_state")
 
 
@@ -83,7 +96,8 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         def told(*arguments):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
-            wanted = {"delta", "masks", "statistics", "losses", "deviations", "move", *BESIDE}
+            wanted = {"delta", "masks", "statistics", "losses", "trained"}
+            wanted |= {"deviations", "move", *BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
             jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
@@ -120,17 +134,25 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         assert sorted(charged) == sorted(ids)
         for slot, client in enumerate(ids):
             fields, sent, masks, weight = caught.pop()
-            is_stale = versions[client] != int(before.mask_version)
-            down = received(name, stage, algorithm, before, masks, is_stale)
+            version = int(before.mask_version)
+            if stage == "agree" and name == "mpfl_started":
+                version = max(version, 1)  # of a client that was sent the start
+            is_stale = versions[client] != version
+            if name in BY_FILTER:
+                is_new = versions[client] == 0 and stage == "agree" and name == "mpfl_started"
+                down = received_by_filter(stage, algorithm, before, is_stale, is_new)
+            else:
+                down = received(name, stage, algorithm, before, masks, is_stale)
             up = 0
             if present[slot]:
-                versions[client] = int(before.mask_version)
+                versions[client] = version
                 as_pairs = "fedtiny" in name
                 if stage in (*REPLIES, "explore"):
                     message = {}
                     moved = ("model_state", "move") if name in EXPLORED else ("deviations",)
                     for field in REPLIES.get(stage, moved):
-                        message |= messages.whole(field, fields[field])
+                        write = bits_by_filter if field == "masks" else messages.whole
+                        message |= write(field, fields[field])
                     up = bits_of(message | messages.weight(weight))
                 else:
                     up = written(inner, fields, sent, masks, weight, as_pairs=as_pairs)
@@ -174,6 +196,23 @@ def received(name, stage, algorithm, before, masks, is_stale):
     flags = [True, True, False, True] if name == "autoflip_channels" else FLAGS
     in_force = messages.masks_in_force(before.masks, flags)
     return bits_of(message) + is_stale * bits_of(in_force)
+
+
+def bits_by_filter(field, keep):
+    """Make a message of one bit a filter."""
+    return {f"{field}/{i}": wire.counted(np.asarray(bits)) for i, bits in enumerate(keep)}
+
+
+def received_by_filter(stage, algorithm, before, is_stale, is_new):
+    """Encode what a client receives where filters are pruned, in bits."""
+    keep, bits = before.method.keep, 0
+    if is_stale and not all(np.all(line) for line in keep):
+        bits += bits_of(bits_by_filter("masks", keep))
+    if is_new or stage in ("start", "train"):
+        message = messages.whole("model_state", before.model_state)
+        message |= messages.values("params", algorithm.deployed(before), before.masks)
+        bits += bits_of(message)
+    return bits
 
 
 def candidates(state):

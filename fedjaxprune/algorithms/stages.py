@@ -76,14 +76,15 @@ def survey(
       conclude: ``(key, state, fields) -> state``, from the aggregated fields.
       download: ``(state, stale [C]) -> Download``; `stale` marks the clients that do not hold the
         masks in force.
-      upload: fields of the message that travel, whole; the others follow from them, or are for the
-        record alone.
+      upload: fields of the message that travel, trees of numbers whole, trees of booleans as masks
+        (call the field `masks`, as which it is counted); the others follow from them, or are for
+        the record alone.
     """
     by_field = {
         "metrics": aggregators_lib.total(),
         **aggregators,
         "num_messages": aggregators_lib.total(),
-        "like": aggregators_lib.gathered(),
+        **dict.fromkeys(("like", "num_marked"), aggregators_lib.gathered()),
     }
 
     def round_fn(key, state, cohort, population):
@@ -91,8 +92,13 @@ def survey(
 
         def update(key, broadcast, own, data):
             message, _ = client.update(key, broadcast, (), data)
-            like = trees.blank({name: message.fields[name] for name in upload})
-            fields = {**message.fields, "num_messages": jnp.int32(1), "like": like}
+            sent = {name: message.fields[name] for name in upload}
+            fields = {
+                **message.fields,
+                "num_messages": jnp.int32(1),
+                "like": trees.blank(sent),
+                "num_marked": {n: masks_lib.num_kept(t) for n, t in sent.items() if _is_mask(t)},
+            }
             return Message(fields=fields, weight=message.weight), own
 
         rows = cohort.states
@@ -110,7 +116,8 @@ def survey(
         concluded = trees.select(heard, conclude(own_key, state, outcome.fields), state)
         received = download(state, rows.mask_version != state.mask_version)
         like = jax.tree.map(lambda leaf: leaf[0], outcome.fields["like"])
-        reply = {name: Field(like=like[name]) for name in upload}
+        marked = outcome.fields["num_marked"]
+        reply = {name: Field(like=like[name], pairs=marked.get(name, ())) for name in upload}
         reply["weight"] = Field(like=trees.blank(jnp.float32(0.0)))
         masks_received = jnp.where(cohort.present, received.num_masks, 0)
         return _finish(
@@ -126,7 +133,7 @@ def survey(
             num_present=jnp.sum(cohort.present, dtype=jnp.int32),
             num_rejected=jnp.sum(outcome.rejected, dtype=jnp.int32),
             num_masks_sent=jnp.sum(masks_received, dtype=jnp.int32),
-            num_personal_masks=jnp.int32(0),
+            num_personal_masks=jnp.sum(cohort.present, dtype=jnp.int32) * len(marked),
             sent=Sent(
                 round=state.round,
                 client_ids=cohort.client_ids,
@@ -214,6 +221,11 @@ def _finish(before, after, rows, *, version_step, **counts):
         **counts,
     )
     return state, rows, round_metrics
+
+
+def _is_mask(tree: Any) -> bool:
+    """Tell whether a field is made of booleans."""
+    return all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(tree))
 
 
 def _sum_candidates(leaf: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjaxprune import masks as masks_lib
 from fedjaxprune.algorithms import (
     fedavg,
     feddip,
@@ -30,7 +29,14 @@ from fedjaxprune.base import (
     Uplink,
 )
 from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.experiment import cohorts, explore_recipes, methods, recipes, runner
+from fedjaxprune.experiment import (
+    cohorts,
+    explore_recipes,
+    filter_recipes,
+    methods,
+    recipes,
+    runner,
+)
 from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, servers
@@ -97,6 +103,7 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
     "snip_masks_of_clients": recipes.snip_of_clients,
     "gradual_magnitude": recipes.gradual,
     **explore_recipes.ALGORITHMS,
+    **filter_recipes.ALGORITHMS,
 }
 
 SUMMARIES: Mapping[str, str] = {
@@ -116,6 +123,7 @@ SUMMARIES: Mapping[str, str] = {
     "snip_masks_of_clients": "control: connection sensitivity averaged over clients",
     "gradual_magnitude": "control: magnitude pruning along a cubic curve",
     **explore_recipes.SUMMARIES,
+    **filter_recipes.SUMMARIES,
     "mlp": "two hidden layers; any input",
     "lenet5": "two convolutions, three dense layers",
     "cnn": "two 5x5 convolutions, 512 hidden units",
@@ -246,7 +254,6 @@ def build(config: RunConfig) -> runner.Parts:
     _check_sizes(config, sizes)
     train_fn, test_fn = _preprocess(dataset, config)
     model = _model(config, dataset, test_fn)
-    is_feddip = config.algorithm.startswith("feddip")
     given = recipes.Given(held=held, input_shape=dataset.image_shape, train=train_fn, test=test_fn)
     algorithm = _algorithm(config, model, given)
     built = runner.Parts(
@@ -262,7 +269,7 @@ def build(config: RunConfig) -> runner.Parts:
             simulation.advance(stage, cohorts.draw(config, sizes, stage=stage.name))
             for stage in algorithm.stages
         ),
-        prunable=feddip.prunable_without_shortcuts if is_feddip else masks_lib.kernels,
+        prunable=recipes.reported(config),
         mesh=_mesh(config),
     )
     try:

@@ -12,6 +12,7 @@ from fedjaxprune.federated import participation
 
 ONE_COHORT = ("calibrate", "compare")  # stages whose exchanges are with one and the same cohort
 EXPLORED = ("explore",)  # stages in which all clients are asked, or some that are drawn for it
+EVERYBODY = ("agree", "average")  # stages in which all clients are asked
 
 
 def draw(config: RunConfig, sizes: np.ndarray, *, stage: str) -> participation.ParticipationFn:
@@ -23,6 +24,8 @@ def draw(config: RunConfig, sizes: np.ndarray, *, stage: str) -> participation.P
         chosen: Any = participation.uniform(
             num_clients=config.num_clients, cohort_size=config.explorers or config.num_clients
         )
+    elif stage in EVERYBODY:
+        chosen = participation.everyone(num_clients=config.num_clients)
     elif config.participation == "weighted":
         chosen = participation.weighted(
             jnp.asarray(sizes, jnp.float32), cohort_size=config.cohort_size

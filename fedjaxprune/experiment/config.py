@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from fedjaxprune.experiment import explore_settings, methods
+from fedjaxprune.experiment import explore_settings, mask_settings, methods
 from fedjaxprune.experiment.fields import field as _field
 
 # Bounds of the machine's numbers, int32 and float32; a setting's own bounds are narrower or none.
@@ -42,10 +42,11 @@ class Settings(pydantic.BaseModel):
         "Pruned fraction of the prunable weights. feddip's cubic curve leads to it at the end of "
         "the run; masks follow the curve every prune_every rounds, so the last revision may stop "
         "a little short of it, and so do those of gradual_magnitude. fedtiny and the methods of "
-        "fixed masks hold it throughout, fedtiny as a fraction of all kernels.",
+        "fixed masks hold it throughout, fedtiny as a fraction of all kernels; mpfl and the "
+        "controls by filter take it of each layer's filters.",
         group="Method",
         unit="fraction",
-        default_text="0.92, or 0.3 for autoflip",
+        default_text="0.92, 0.3 for autoflip, 0.5 for methods by filter",
     )
     initial_sparsity: Fraction = _field(
         _at_most(0.5, "sparsity"),
@@ -80,7 +81,7 @@ class Settings(pydantic.BaseModel):
     pretrain_epochs: Count = _field(
         3,
         "Passes over the examples that a start is made from (fedtiny, magnitude_masks, "
-        "one_client_masks, pooled_masks).",
+        "one_client_masks, pooled_masks), or in an exchange of mpfl and the controls by filter.",
         group="Method",
         unit="epochs",
     )
@@ -108,19 +109,6 @@ class Settings(pydantic.BaseModel):
         gt=0,
         le=1,
     )
-    layer_sparsity: Literal["uniform", "erk", "whole_model"] = _field(
-        "uniform",
-        "Live share of layers under fixed masks: all alike, more of small ones, or one pool.",
-        group="Method",
-    )
-    mask_client: int = _field(
-        0,
-        "Client whose data decide the mask (one_client_masks).",
-        group="Method",
-        unit="client",
-        ge=0,
-        le=INT_MAX,
-    )
     explore_epochs: int = explore_settings.EPOCHS
     explore_patience: int = explore_settings.PATIENCE
     explore_watch: explore_settings.Watch = explore_settings.WATCH
@@ -131,6 +119,14 @@ class Settings(pydantic.BaseModel):
     agreement: explore_settings.Agreement = explore_settings.AGREEMENT
     refresh_every: int | None = explore_settings.REFRESH
     channel_threshold: float | None = explore_settings.CHANNELS
+    layer_sparsity: mask_settings.LayerSparsity = mask_settings.LAYER_SPARSITY
+    mask_client: int = mask_settings.MASK_CLIENT
+    mask_iterations: int = mask_settings.ITERATIONS
+    consensus: mask_settings.Consensus = mask_settings.CONSENSUS
+    filter_factor: float | None = mask_settings.FILTER_FACTOR
+    votes: mask_settings.Votes = mask_settings.VOTES
+    start_rounds: int = mask_settings.START_ROUNDS
+    drops: mask_settings.Drops = mask_settings.DROPS
     swap_fraction: Fraction = _field(
         0.3,
         "Share of a layer's weights that change places in the first readjustments (fedtiny).",
@@ -181,10 +177,10 @@ class Settings(pydantic.BaseModel):
     )
 
     model: methods.Network = _field(
-        lambda before: "resnet8" if before["algorithm"] in methods.NORMALISED else "mlp",
+        methods.default_network,
         "Network.",
         group="Model",
-        default_text="mlp, or resnet8 for a method that needs BatchNorm",
+        default_text="mlp, or resnet8 for a method that needs BatchNorm or convolutions",
     )
     norm: Literal["batch", "group"] = _field(
         "batch", "Normalisation layers (resnets, vgg*_bn, gated networks).", group="Model"

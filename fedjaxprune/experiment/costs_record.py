@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjaxprune import accounts, trees
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
 from fedjaxprune.base import Model, Params, PrunableFn, RoundMetrics
 from fedjaxprune.costs import flops
 
@@ -90,15 +90,18 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
 
     FLOPs are of the examples that count (no filling) of the clients that were heard, under the
     masks that the round began with; under personal masks, if those leave fewer weights. Stages in
-    which clients do not train have none.
+    which clients do not train have none; those that train and send no delta say what was trained
+    (`accounts.TRAINED`).
     """
     flags = np.asarray(profile.flags, bool)
     sizes = np.asarray(profile.sizes, np.int64)
     num_prunable = max(1, int(sizes[flags].sum()))
-    trained = np.asarray(metrics.uplink_kept, np.int64)[np.asarray(metrics.present)]
+    told = metrics.sent.reports.get(accounts.TRAINED)
+    counts = metrics.uplink_kept if told is None else told
+    trained = np.asarray(counts, np.int64)[np.asarray(metrics.present)]
     kept = np.asarray(metrics.downlink_kept, np.int64)
-    trains = kept.ndim == 1
-    kept = kept if trains else np.zeros(len(sizes), np.int64)
+    trains = kept.ndim == 1 or told is not None
+    kept = kept if kept.ndim == 1 else sizes * trains
     if len(trained):
         kept = np.minimum(kept, np.round(trained.mean(axis=0)).astype(np.int64))
     return RoundCosts(

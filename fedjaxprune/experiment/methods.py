@@ -23,6 +23,10 @@ Name = Literal[
     "gradual_magnitude",
     "autoflip",
     "explored_start",
+    "mpfl",
+    "random_filters",
+    "pooled_filters",
+    "averaged_filters",
 ]
 Network = Literal[
     "mlp",
@@ -55,16 +59,28 @@ FIXED = (  # whose masks are fixed before training
 )
 GRADUAL = ("feddip", "feddip_without_penalty", "gradual_magnitude")  # whose sparsity climbs
 EXPLORING = ("autoflip", "explored_start")  # whose clients explore before they train
-PRUNING = (*GRADUAL, *FIXED, "autoflip", "fedtiny")  # that have a sparsity
+BY_FILTER = ("mpfl", "random_filters", "pooled_filters", "averaged_filters")
+PRUNING = (*GRADUAL, *FIXED, *BY_FILTER, "autoflip", "fedtiny")  # that have a sparsity
 NORMALISED = ("fedtiny",)  # that need BatchNorm
+CONVOLUTIONAL = BY_FILTER  # that need convolutions
 AT_SERVER = ("fedtiny", "magnitude_masks", "snip_masks")  # that need examples at the server
 CORRECTED = ("scaffold", "fednova")  # that are FedAvg with a remedy against drift
 MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
 
 
 def default_sparsity(before: dict[str, Any]) -> float:
-    """Choose a sparsity for a demonstration; AutoFLIP's is its paper's."""
-    return 0.3 if before["algorithm"] == "autoflip" else 0.92
+    """Choose a sparsity that a small network bears, weight by weight or filter by filter.
+
+    AutoFLIP's is its paper's.
+    """
+    if before["algorithm"] == "autoflip":
+        return 0.3
+    return 0.5 if before["algorithm"] in BY_FILTER else 0.92
+
+
+def default_network(before: dict[str, Any]) -> str:
+    """Choose a network of the kind that the algorithm needs."""
+    return "resnet8" if before["algorithm"] in (*NORMALISED, *CONVOLUTIONAL) else "mlp"
 
 
 def default_period(before: dict[str, Any]) -> int:

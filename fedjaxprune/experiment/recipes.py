@@ -15,7 +15,7 @@ from fedjaxprune.data import batching
 from fedjaxprune.experiment import methods, runner
 from fedjaxprune.experiment.config import RunConfig
 from fedjaxprune.models import order
-from fedjaxprune.pruning import allocation, readjustment
+from fedjaxprune.pruning import allocation, filters, readjustment
 
 
 class Given(NamedTuple):
@@ -145,6 +145,13 @@ def optimizer(config: RunConfig) -> optax.GradientTransformation:
     if config.optimizer == "adam":
         return optax.adam(config.learning_rate)
     return optax.sgd(config.learning_rate, momentum=config.momentum or None)
+
+
+def reported(config: RunConfig) -> PrunableFn:
+    """Choose the leaves whose sparsity is on record."""
+    if config.algorithm.startswith("feddip"):
+        return feddip.prunable_without_shortcuts
+    return filters.convolutions if config.algorithm in methods.BY_FILTER else masks_lib.kernels
 
 
 def _one_pass(config: RunConfig, given: Given) -> Batcher:

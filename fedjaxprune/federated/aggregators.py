@@ -181,6 +181,33 @@ def votes() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda counts: counts)
 
 
+def weighted_votes() -> Aggregator:
+    """Sum for each coordinate the weights of the present clients that keep it.
+
+    Returns:
+      An `Aggregator` from one client's bool masks ``[...]`` and weight ``[]`` to sums ``[...]``
+      float32, exact for numbers of examples that add up to less than 2²⁴.
+
+    Raises:
+      ValueError: while tracing, if a leaf is not bool.
+    """
+
+    def init_fn(like):
+        _require_bool(like)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
+
+    def add_fn(accumulator, value, masks, weight):
+        del masks  # the votes are the value
+        _require_bool(value)
+        return jax.tree.map(
+            lambda sums, mask: sums + _weigh(mask & (weight > 0), jnp.ones_like(sums), weight),
+            accumulator,
+            value,
+        )
+
+    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
+
+
 def total() -> Aggregator:
     """Sum the present clients' values, unweighted: what accumulators (`metrics.Mean`) want.
 

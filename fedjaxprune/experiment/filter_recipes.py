@@ -1,0 +1,96 @@
+"""From a config to methods that prune whole filters before training."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune.algorithms import filter_controls, mpfl
+from fedjaxprune.algorithms.compose import Setup
+from fedjaxprune.base import Algorithm, Model
+from fedjaxprune.channels import groups
+from fedjaxprune.data import batching
+from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.recipes import Given
+from fedjaxprune.pruning import consensus
+
+CONSENSUS: Mapping[str, consensus.ConsensusFn] = {
+    "ascending": consensus.ascending,
+    "top_k": consensus.top_k,
+    "majority": consensus.majority,
+    "unanimous": consensus.unanimous,
+    "anybody": consensus.anybody,
+    "histogram": consensus.histogram,
+    "code_dynamic": consensus.code_dynamic,
+}
+
+
+def by_vote(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build MPFL."""
+    return mpfl.mpfl(
+        model,
+        setup,
+        consensus=CONSENSUS[config.consensus],
+        votes=config.votes,
+        **_common(config, model, given),
+        **_iterative(config, given),
+    )
+
+
+def pooled(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build the control of filters that the data of all decide."""
+    return filter_controls.pooled_filters(
+        model, setup, **_common(config, model, given), **_iterative(config, given)
+    )
+
+
+def averaged(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build the control of filters that averaged weights decide."""
+    return filter_controls.averaged_filters(
+        model, setup, **_common(config, model, given), **_iterative(config, given)
+    )
+
+
+def random(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build the control of random filters."""
+    return filter_controls.random_filters(model, setup, **_common(config, model, given))
+
+
+def _common(config: RunConfig, model: Model, given: Given) -> dict[str, Any]:
+    params, state = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
+    return {
+        "channels": groups.analyse(model.predict, params, state, inputs),
+        "sparsity": config.sparsity,
+        "start_rounds": config.start_rounds,
+        "drops": config.drops,
+    }
+
+
+def _iterative(config: RunConfig, given: Given) -> dict[str, Any]:
+    return {
+        "iterations": config.mask_iterations,
+        "factor": config.filter_factor,
+        "agreement": batching.epochs(
+            num_epochs=config.pretrain_epochs,
+            batch_size=config.batch_size,
+            preprocess=given.train,
+        ),
+    }
+
+
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] = {
+    "mpfl": by_vote,
+    "random_filters": random,
+    "pooled_filters": pooled,
+    "averaged_filters": averaged,
+}
+SUMMARIES: Mapping[str, str] = {
+    "mpfl": "clients vote on filters, then train what stays (Gez and Cohen, arXiv 2312.03889); "
+    "sparsity, consensus, mask_iterations, filter_factor, votes, pretrain_epochs, start_rounds, "
+    "drops; networks with convolutions",
+    "random_filters": "its control: filters drawn at random; sparsity, start_rounds, drops",
+    "pooled_filters": "its control: filters that the data of all decide; its knobs but for votes",
+    "averaged_filters": "its control: filters that averaged weights decide; the same knobs",
+}

@@ -1,0 +1,67 @@
+"""Settings of methods whose masks are fixed before training: MPFL and the controls.
+
+They stand in `config` by name. Like it, this imports neither JAX nor anything that does.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+LayerSparsity = Literal["uniform", "erk", "whole_model"]
+Consensus = Literal[
+    "ascending", "top_k", "majority", "unanimous", "anybody", "histogram", "code_dynamic"
+]
+Votes = Literal["clients", "examples"]
+Drops = Literal["filters", "channels"]
+
+
+def _method(default: Any, description: str, *, unit: str = "", **limits) -> Any:
+    extra: dict[str, Any] = {"group": "Method", "unit": unit, "default": ""}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+LAYER_SPARSITY = _method(
+    "uniform", "Live share of layers under fixed masks: all alike, more of small ones, or one pool."
+)
+MASK_CLIENT = _method(
+    0,
+    "Client whose data decide the mask (one_client_masks).",
+    unit="client",
+    ge=0,
+    le=2**31 - 1,
+)
+ITERATIONS = _method(
+    9,
+    "Exchanges that prune filters, each an equal share of the sparsity further; one that does not "
+    "comes before them (mpfl, pooled_filters, averaged_filters).",
+    unit="exchanges",
+    ge=1,
+    le=10_000,
+)
+CONSENSUS = _method(
+    "ascending",
+    "How votes become one mask (mpfl): the lowest threshold that prunes enough, just as many as "
+    "wanted, more than half, all, any, the percentile of the votes, or the public code's rule.",
+)
+FILTER_FACTOR = _method(
+    None,
+    "Share of the filters left that a ranking prunes in an exchange; unset: as many as are wanted "
+    "by then (mpfl, pooled_filters, averaged_filters).",
+    unit="fraction",
+    gt=0,
+    lt=1,
+)
+VOTES = _method("clients", "Whether every client has one vote, or every example (mpfl).")
+START_ROUNDS = _method(
+    0,
+    "Rounds of dense FedAvg that lead to the weights which are pruned and rewound to (mpfl and the "
+    "controls by filter).",
+    unit="rounds",
+    ge=0,
+    le=2**31 - 1,
+)
+DROPS = _method(
+    "filters",
+    "What training leaves out (mpfl and the controls by filter): pruned filters, or also the "
+    "weights that read their channels.",
+)
