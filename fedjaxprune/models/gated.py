@@ -84,8 +84,24 @@ class GatedConv(nn.Module):
             reduce_fn=metrics.merge,
         )
         factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))[:, None, None]
+        if not train:
+            self.sow(
+                "metrics",
+                gating.THROUGH,
+                metrics.mean(_share_through(x, factor), counts.astype(jnp.float32)),
+                init_fn=metrics.zero,
+                reduce_fn=metrics.merge,
+            )
         x = layers.Conv(self.features, 3, self.stride, name="conv")(x)
         return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor
+
+
+def _share_through(inputs: jax.Array, factor: jax.Array) -> jax.Array:
+    """Measure the share of a layer's products that an example needs: ``[B]`` float32."""
+    live_in = jnp.any(inputs != 0, axis=(1, 2))
+    live_out = jnp.any(factor != 0, axis=(1, 2))
+    share_in, share_out = (jnp.mean(x.astype(jnp.float32), axis=1) for x in (live_in, live_out))
+    return share_in * share_out
 
 
 def _rank(scores: jax.Array) -> jax.Array:
@@ -264,12 +280,36 @@ def gated_resnet32(
     Raises:
       ValueError: if the examples are no images, or too small, or an option is out of range.
     """
+    return _residual(
+        "gated_resnet32", 5, input_shape, num_classes, norm, density, choice, gate_scale
+    )
+
+
+def gated_resnet8(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    density: float,
+    choice: Choice = "salient",
+    gate_scale: float = 0.1,
+) -> Model:
+    """Make ResNet-8 with gates on the 6 convolutions of its blocks, for small images and CPUs.
+
+    Arguments and errors are those of `gated_resnet32`.
+    """
+    return _residual(
+        "gated_resnet8", 1, input_shape, num_classes, norm, density, choice, gate_scale
+    )
+
+
+def _residual(name, depth, input_shape, num_classes, norm, density, choice, gate_scale) -> Model:
     shapes.check_sizes(num_classes, input_shape=input_shape)
-    shapes.check_image("gated_resnet32", input_shape, smallest=4)
+    shapes.check_image(name, input_shape, smallest=4)
     _check(norm, density, choice, gate_scale)
     module = GatedResNet(
         widths=(16, 32, 64),
-        depth=5,
+        depth=depth,
         num_classes=num_classes,
         norm=norm,
         density=density,
