@@ -22,7 +22,7 @@ from fedjaxprune.metrics import Mean
 COLLECTION = "gating"  # of the state
 LAYERS = "layers"  # of the loss's metrics
 KEPT = "kept"  # last part of the path of a layer's metric
-THROUGH = "through"  # the same, of one that only inference has
+THROUGH = "through"  # the same, of another
 GATE = ("gate_kernel", "gate_bias")  # last parts of the paths of a gate's own parameters
 
 
@@ -81,7 +81,7 @@ def kept(metrics: Metrics) -> dict[str, Mean]:
 
 
 def through(metrics: Metrics) -> dict[str, Mean]:
-    """Pick from what a model says in inference the share of its products that gates let through.
+    """Pick from the metrics of a loss, or of `Model.inspect`, what gates let through.
 
     Returns:
       By path of the layer, the mean over examples of (share of input channels that are not zero)

@@ -21,6 +21,10 @@ Name = Literal[
     "snip_masks",
     "snip_masks_of_clients",
     "gradual_magnitude",
+    "adaptive_dynamic_pruning",
+    "squeeze_excitation",
+    "random_channels",
+    "feddp_threshold",
 ]
 Network = Literal[
     "mlp",
@@ -39,6 +43,7 @@ Network = Literal[
     "resnet32",
     "resnet34",
     "resnet50",
+    "gated_resnet8",
     "gated_resnet32",
     "gated_vgg16",
     "char_lstm",
@@ -54,9 +59,19 @@ FIXED = (  # whose masks are fixed before training
 GRADUAL = ("feddip", "feddip_without_penalty", "gradual_magnitude")  # whose sparsity climbs
 PRUNING = (*GRADUAL, *FIXED, "fedtiny")  # that have a sparsity
 NORMALISED = ("fedtiny",)  # that need BatchNorm
+GATED = ("adaptive_dynamic_pruning", "squeeze_excitation", "random_channels")  # that need gates
+GATED_NETWORKS = ("gated_resnet8", "gated_resnet32", "gated_vgg16")
+CONVOLUTIONAL = ("feddp_threshold",)  # that need convolutions
 AT_SERVER = ("fedtiny", "magnitude_masks", "snip_masks")  # that need examples at the server
 CORRECTED = ("scaffold", "fednova")  # that are FedAvg with a remedy against drift
 MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
+
+
+def default_network(before: dict[str, Any]) -> str:
+    """Choose a network of the kind that the algorithm needs."""
+    if before["algorithm"] in GATED:
+        return "gated_resnet8"
+    return "resnet8" if before["algorithm"] in (*NORMALISED, *CONVOLUTIONAL) else "mlp"
 
 
 def default_period(before: dict[str, Any]) -> int:
@@ -99,6 +114,11 @@ def complaint(config: Any) -> str | None:
         return (
             f"mask_client must be less than num_clients ({config.num_clients}), "
             f"got {config.mask_client}."
+        )
+    if name in GATED and config.model not in GATED_NETWORKS:
+        return (
+            f"model must be one of {', '.join(GATED_NETWORKS)} for {name}, which needs gates, "
+            f"got {config.model!r}."
         )
     if name in CORRECTED and config.drift not in ("none", name):
         return f"drift must be 'none' or {name!r} for the algorithm {name!r}, got {config.drift!r}."

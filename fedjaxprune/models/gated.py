@@ -34,7 +34,8 @@ class GatedConv(nn.Module):
 
     Exactly `gating.num_kept` channels are kept for every example; of equal saliencies
     the lower channel goes first. The choice has no gradient, the saliencies of kept channels have.
-    In training, how many examples kept each channel is sown as ``kept`` (see `gating.kept`).
+    How many examples kept each channel is sown as ``kept``, and what share of the layer's products
+    they need as ``through`` (see `gating`).
 
     Attributes:
       features: channels of the output.
@@ -63,9 +64,8 @@ class GatedConv(nn.Module):
         start = nn.initializers.variance_scaling(2.0 * self.gate_scale**2, "fan_in", "normal")
         kernel = self.param("gate_kernel", start, shape)
         bias = self.param("gate_bias", nn.initializers.ones, shape[1:])
-        summary = pooling.global_average_pool(x)
-        if self.squash == "sigmoid":
-            summary = nn.sigmoid(summary)
+        channels = pooling.global_average_pool(x)
+        summary = nn.sigmoid(channels) if self.squash == "sigmoid" else channels
         saliency = nn.relu(summary @ kernel + bias[None])
         scores = jax.lax.stop_gradient(saliency)
         if self.choice == "random":
@@ -83,24 +83,30 @@ class GatedConv(nn.Module):
             init_fn=metrics.zero,
             reduce_fn=metrics.merge,
         )
-        factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))[:, None, None]
-        if not train:
-            self.sow(
-                "metrics",
-                gating.THROUGH,
-                metrics.mean(_share_through(x, factor), counts.astype(jnp.float32)),
-                init_fn=metrics.zero,
-                reduce_fn=metrics.merge,
-            )
+        factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))
+        self.sow(
+            "metrics",
+            gating.THROUGH,
+            metrics.mean(_share_through(channels, factor), counts.astype(jnp.float32)),
+            init_fn=metrics.zero,
+            reduce_fn=metrics.merge,
+        )
         x = layers.Conv(self.features, 3, self.stride, name="conv")(x)
-        return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor
+        return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor[:, None, None]
 
 
-def _share_through(inputs: jax.Array, factor: jax.Array) -> jax.Array:
-    """Measure the share of a layer's products that an example needs: ``[B]`` float32."""
-    live_in = jnp.any(inputs != 0, axis=(1, 2))
-    live_out = jnp.any(factor != 0, axis=(1, 2))
-    share_in, share_out = (jnp.mean(x.astype(jnp.float32), axis=1) for x in (live_in, live_out))
+def _share_through(channels: jax.Array, factor: jax.Array) -> jax.Array:
+    """Measure the share of a layer's products that an example needs: ``[B]`` float32.
+
+    Args:
+      channels: ``[B, C]``, means of the input, which is not negative behind a ReLU: zero where a
+        channel is zero everywhere.
+      factor: ``[B, features]``, zero where a channel of the output is.
+    """
+    live_in, live_out = jax.lax.stop_gradient((channels, factor))
+    share_in, share_out = (
+        jnp.mean((x != 0).astype(jnp.float32), axis=1) for x in (live_in, live_out)
+    )
     return share_in * share_out
 
 
