@@ -11,9 +11,11 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import (
+    adaptive_dynamic_pruning,
     compose,
     fedavg,
     feddip,
+    feddp_threshold,
     fednova,
     fedtiny,
     fixed_masks,
@@ -22,14 +24,14 @@ from fedjaxprune.algorithms import (
     stages,
 )
 from fedjaxprune.base import ClientData
-from fedjaxprune.federated import aggregators, clients, cohort, servers, uplink
+from fedjaxprune.federated import aggregators, clients, cohort, personal, servers, uplink
 from fedjaxprune.pruning import pruners, readjustment, schedules, scores
 from tests import quadratic
 
 KEY = jax.random.key(3)
 PEOPLE = quadratic.population()
 ROUNDS = 6
-STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALISED_STATE}
+STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALISED_STATE, **quadratic.GATED_STATE}
 
 
 def setup(**changes):
@@ -76,6 +78,37 @@ def tiny(**options):
         **options,
     }
     return lambda s: fedtiny.fedtiny(quadratic.NORMALISED, s, **settings)
+
+
+def dynamic(**options):
+    def build(s):
+        warm_up = adaptive_dynamic_pruning.warm_up(density=0.5, num_rounds=ROUNDS, hold=0.3)
+        return adaptive_dynamic_pruning.adaptive_dynamic_pruning(
+            quadratic.GATED,
+            s._replace(optimizer=optax.sgd(0.1, momentum=0.9)),
+            density=warm_up,
+            readers=quadratic.READERS,
+            **options,
+        )
+
+    return build
+
+
+def is_own(path, leaf):
+    del leaf
+    return path == "head/bias"
+
+
+def personal_parameters(s):
+    def travelling(state):
+        return personal.shared(state.masks, is_own=is_own)
+
+    client = clients.local_sgd(quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer)
+    return compose.compose(
+        s,
+        client=personal.keep_own(client, is_own=is_own),
+        travel=compose.masks_in_force()._replace(send=travelling, receive=travelling),
+    )
 
 
 ALGORITHMS = {
@@ -131,6 +164,14 @@ ALGORITHMS = {
     ),
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
+    "adaptive_dynamic_pruning": dynamic(),
+    "dynamic_touched_scaffold": lambda s: dynamic(upload="touched")(
+        s._replace(drift=scaffold.control_variates())
+    ),
+    "feddp_threshold": lambda s: feddp_threshold.feddp_threshold(
+        quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.kernels
+    ),
+    "personal_parameters": personal_parameters,
 }
 SERVERS = {
     "fedavg": servers.fedavg(),
