@@ -24,7 +24,7 @@ from fedjaxprune.algorithms import (
     stages,
 )
 from fedjaxprune.base import ClientData
-from fedjaxprune.federated import aggregators, clients, cohort, personal, servers, uplink
+from fedjaxprune.federated import aggregators, clients, cohort, servers, uplink
 from fedjaxprune.pruning import pruners, readjustment, schedules, scores
 from tests import quadratic
 
@@ -94,23 +94,6 @@ def dynamic(**options):
     return build
 
 
-def is_own(path, leaf):
-    del leaf
-    return path == "head/bias"
-
-
-def personal_parameters(s):
-    def travelling(state):
-        return personal.shared(state.masks, is_own=is_own)
-
-    client = clients.local_sgd(quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer)
-    return compose.compose(
-        s,
-        client=personal.keep_own(client, is_own=is_own),
-        travel=compose.masks_in_force()._replace(send=travelling, receive=travelling),
-    )
-
-
 ALGORITHMS = {
     "fedavg": lambda s: fedavg.fedavg(quadratic.MODEL, s),
     "fedprox": lambda s: fedavg.fedprox(quadratic.MODEL, s, mu=0.1),
@@ -165,13 +148,9 @@ ALGORITHMS = {
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
     "adaptive_dynamic_pruning": dynamic(),
-    "dynamic_touched_scaffold": lambda s: dynamic(upload="touched")(
-        s._replace(drift=scaffold.control_variates())
-    ),
     "feddp_threshold": lambda s: feddp_threshold.feddp_threshold(
         quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.kernels
     ),
-    "personal_parameters": personal_parameters,
 }
 SERVERS = {
     "fedavg": servers.fedavg(),

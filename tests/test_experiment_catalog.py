@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from fedjaxprune import gating
 from fedjaxprune.experiment import catalog, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import alternatives
@@ -27,6 +28,7 @@ CASES += [
     {"augment": True, "normalise": False, "dropout_probability": 0.5, "chunk_size": 100},
     {"algorithm": "feddip", "drift": "scaffold"},
     {"algorithm": "fedtiny", "drift": "fednova", "local_steps": None},
+    {"algorithm": "random_channels", "gates": "personal", "gate_warm_up": 0.1},
     {"local_steps": None, "momentum": 0.5, "weight_decay": 1e-3, "chunk_size": 2},
 ]
 
@@ -91,6 +93,24 @@ def test_fedtiny_says_why_it_cannot_run(changes, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         catalog.build(RunConfig(**{**SMALL, "algorithm": "fedtiny", **changes}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_threshold_for_convolutions_says_that_there_are_none():
+    with pytest.raises(UserError, match="kernels of convolutions, and the network has none"):
+        catalog.build(RunConfig(**{**SMALL, "algorithm": "feddp_threshold", "model": "mlp"}))
+
+
+def test_the_control_differs_from_the_method_by_its_networks_choice():
+    inputs = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    found = []
+    for name in ("adaptive_dynamic_pruning", "random_channels", "squeeze_excitation"):
+        config = RunConfig(**{**SMALL, "algorithm": name})
+        model = catalog.MODELS[config.model](config, input_shape=(8, 8, 1), num_classes=10)
+        params, state = jax.jit(model.init)(jax.random.key(0))
+        found.append((float(gating.density(state)), model.predict(params, state, inputs)))
+    (density, chosen), (same, drawn), (opened, _) = found
+    assert (round(density, 2), round(same, 2), opened) == (0.7, 0.7, 1.0)
+    assert np.any(np.asarray(chosen != drawn))
 
 
 def test_what_the_server_holds_no_client_has():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import accounts, masks, trees
-from fedjaxprune.algorithms import compose, feddip
+from fedjaxprune.algorithms import compose, feddip, scaffold
 from fedjaxprune.base import Broadcast
 from fedjaxprune.costs import formulas, ledger, messages, wire
 from fedjaxprune.experiment import record
@@ -19,7 +19,7 @@ from fedjaxprune.federated import personal as personal_lib
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
 from tests import quadratic
-from tests.test_algorithms import ALGORITHMS, AT_SERVER, STATE, UPLINKS, is_own, setup, simulate
+from tests.test_algorithms import ALGORITHMS, AT_SERVER, STATE, UPLINKS, dynamic, setup, simulate
 from tests.test_experiment_config import make_line
 
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
@@ -51,7 +51,31 @@ def personal(settings):
     return compose.compose(settings, client=with_personal_masks(inner))
 
 
-METHODS = {**ALGORITHMS, "personal_masks": personal}
+def is_own(path, leaf):
+    del leaf
+    return path == "head/bias"
+
+
+def personal_parameters(s):
+    def travelling(state):
+        return personal_lib.shared(state.masks, is_own=is_own)
+
+    client = clients.local_sgd(quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer)
+    return compose.compose(
+        s,
+        client=personal_lib.keep_own(client, is_own=is_own),
+        travel=compose.masks_in_force()._replace(send=travelling, receive=travelling),
+    )
+
+
+METHODS = {
+    **ALGORITHMS,
+    "personal_masks": personal,
+    "personal_parameters": personal_parameters,
+    "touched_channels_scaffold": lambda s: dynamic(upload="touched")(
+        s._replace(drift=scaffold.control_variates())
+    ),
+}
 CASES = [(name, "identity") for name in sorted(METHODS)]
 CASES += [("feddip", wire_name) for wire_name in sorted(UPLINKS) if wire_name != "identity"]
 CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
