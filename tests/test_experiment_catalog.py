@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune import gating
 from fedjaxprune.experiment import catalog, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import alternatives
@@ -101,16 +100,15 @@ def test_a_threshold_for_convolutions_says_that_there_are_none():
 
 
 def test_the_control_differs_from_the_method_by_its_networks_choice():
-    inputs = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-    found = []
+    inputs = jax.ShapeDtypeStruct((2, 8, 8, 1), np.float32)
+    draws = {}
     for name in ("adaptive_dynamic_pruning", "random_channels", "squeeze_excitation"):
         config = RunConfig(**{**SMALL, "algorithm": name})
         model = catalog.MODELS[config.model](config, input_shape=(8, 8, 1), num_classes=10)
-        params, state = jax.jit(model.init)(jax.random.key(0))
-        found.append((float(gating.density(state)), model.predict(params, state, inputs)))
-    (density, chosen), (same, drawn), (opened, _) = found
-    assert (round(density, 2), round(same, 2), opened) == (0.7, 0.7, 1.0)
-    assert np.any(np.asarray(chosen != drawn))
+        params, state = jax.eval_shape(model.init, jax.random.key(0))
+        graph = jax.make_jaxpr(model.predict)(params, state, inputs)
+        draws[name] = "random_bits" in str(graph)
+    assert draws == {name: name == "random_channels" for name in draws}
 
 
 def test_what_the_server_holds_no_client_has():
