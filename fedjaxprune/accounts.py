@@ -5,9 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-# How a field of a message travels: all of it, its entries under the masks in training, or pairs of
-# position and value among the entries that those masks rule out.
-SentAs = Literal["whole", "live", "pairs"]
+# How a field of a message travels: all of it, its entries under the masks in training, pairs of
+# position and value among the entries that those masks rule out, or bits in a counted coding.
+SentAs = Literal["whole", "live", "pairs", "bits"]
 
 
 # A report ``[C, L]`` int32 of the entries per leaf that each client trained, in stages from which

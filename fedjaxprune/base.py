@@ -51,11 +51,15 @@ class Model(NamedTuple):
         ``loss``.
       predict: ``(params, state, inputs [B, ...]) -> logits [B, classes]``, or ``[B, T, classes]``,
         in inference mode.
+      inspect: ``(params, state, inputs [B, ...], counts [B] bool) -> metrics``: what the layers say
+        of a prediction (what gates let through), over the examples that count; None where they say
+        nothing.
     """
 
     init: Callable[[Key], tuple[Params, State]]
     loss: Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
     predict: Callable[[Params, State, Any], jax.Array]
+    inspect: Callable[[Params, State, Any, jax.Array], Metrics] | None = None
 
 
 class Population(NamedTuple):

@@ -15,12 +15,15 @@ layer's output channels on their last axis: ``conv/kernel``, the normalisation a
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Metrics, State
+from fedjaxprune import trees
+from fedjaxprune.base import Metrics, Params, State
 from fedjaxprune.metrics import Mean
 
 COLLECTION = "gating"  # of the state
 LAYERS = "layers"  # of the loss's metrics
 KEPT = "kept"  # last part of the path of a layer's metric
+THROUGH = "through"  # the same, of another
+GATE = ("gate_kernel", "gate_bias")  # last parts of the paths of a gate's own parameters
 
 
 def has_gates(state: State) -> bool:
@@ -74,7 +77,33 @@ def kept(metrics: Metrics) -> dict[str, Mean]:
       By path of the layer: `total` ``[C_out]``, the examples that kept the channel, and `weight`
       ``[]``, the examples seen; filling counts in neither. Empty where the network has no gates.
     """
-    ending = f"/{KEPT}"
+    return _of_layers(metrics, KEPT)
+
+
+def through(metrics: Metrics) -> dict[str, Mean]:
+    """Pick from the metrics of a loss, or of `Model.inspect`, what gates let through.
+
+    Returns:
+      By path of the layer, the mean over examples of (share of input channels that are not zero)
+      times (share of output channels that are kept and not scaled by zero).
+    """
+    return _of_layers(metrics, THROUGH)
+
+
+def is_gate(path: str, leaf: jax.Array) -> bool:
+    """Tell a gate's own parameters, by path."""
+    del leaf  # its path says it
+    return path.rsplit("/", 1)[-1] in GATE
+
+
+def layers_of(params: Params) -> list[str]:
+    """List the paths of the gated layers: those with a gate of their own."""
+    ending = f"/{GATE[0]}"
+    return [path.removesuffix(ending) for path in trees.paths(params) if path.endswith(ending)]
+
+
+def _of_layers(metrics: Metrics, name: str) -> dict[str, Mean]:
+    ending = f"/{name}"
     return {
         path.removesuffix(ending): value
         for path, value in metrics.get(LAYERS, {}).items()

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import metrics
+from fedjaxprune import gating, metrics
 from fedjaxprune.base import Batch, Batcher, Cohort, Model, Population
 from fedjaxprune.channels.groups import Analysis, Group, Member
+from fedjaxprune.federated import salience
 
 PARAMS = {
     "dense": {"bias": jnp.zeros([4]), "kernel": jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)},
@@ -143,3 +144,39 @@ NORMALISED_STATE = {"norm": {"mean": jnp.zeros(NUM_WEIGHTS), "var": jnp.ones(NUM
 NORMALISED = Model(
     init=lambda key: (PARAMS, NORMALISED_STATE), loss=normalised_loss, predict=normalised_predict
 )
+
+
+def gated_loss(params, state, batch, key):
+    """Compute the same loss of what an example keeps: the dense layer's channels of largest points.
+
+    Channel `c` is column `c` of ``dense/kernel`` with its bias; dropped ones are at no distance.
+    """
+    del key
+    density = state["gating"]["density"]
+    points = batch.inputs[:, 4:28].reshape(-1, 6, 4)
+    rank = jnp.argsort(jnp.argsort(-jnp.sum(jnp.abs(points), axis=1), axis=1), axis=1)
+    keeps = rank.astype(jnp.int32) < gating.num_kept(density, 4)
+    one = jnp.ones([batch.inputs.shape[0], 10], jnp.bool_)
+    kept = jnp.concatenate([keeps, jnp.tile(keeps, (1, 6)), one], axis=1)
+    distance = jnp.where(kept, flatten(params)[None] - batch.inputs, 0.0)
+    mean = metrics.mean(0.5 * jnp.sum(jnp.square(distance), axis=1), batch.weights)
+    counted = jnp.sum(jnp.where(keeps, batch.weights[:, None], 0.0), axis=0)
+    layers = {
+        "dense/kept": metrics.Mean(total=counted, weight=jnp.sum(batch.weights)),
+        "dense/through": metrics.mean(jnp.mean(keeps.astype(jnp.float32), axis=1), batch.weights),
+    }
+    seen = {"dense": {"count": state["seen"]["dense"]["count"] + counted}}
+    report = {"loss": mean, "layers": layers}
+    return mean.total / jnp.maximum(mean.weight, 1.0), ({**state, "seen": seen}, report)
+
+
+GATED_STATE = {
+    "gating": {"density": jnp.float32(0.5)},
+    "seen": {"dense": {"count": jnp.zeros(4)}},
+}
+GATED = Model(
+    init=lambda key: (PARAMS, GATED_STATE),
+    loss=gated_loss,
+    predict=lambda params, state, inputs: inputs[:, :2],
+)
+READERS = (salience.Reader("head/kernel", 0, "dense"),)

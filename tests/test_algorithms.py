@@ -12,9 +12,11 @@ import pytest
 from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import (
     autoflip,
+    adaptive_dynamic_pruning,
     compose,
     fedavg,
     feddip,
+    feddp_threshold,
     fednova,
     fedtiny,
     filter_controls,
@@ -33,7 +35,7 @@ from tests import quadratic
 KEY = jax.random.key(3)
 PEOPLE = quadratic.population()
 ROUNDS = 6
-STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALISED_STATE}
+STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALISED_STATE, **quadratic.GATED_STATE}
 
 
 def setup(**changes):
@@ -118,6 +120,20 @@ def by_filter(make, *, iterations=1, **options):
     return lambda s: make(quadratic.MODEL, s, **settings)
 
 
+def dynamic(**options):
+    def build(s):
+        warm_up = adaptive_dynamic_pruning.warm_up(density=0.5, num_rounds=ROUNDS, hold=0.3)
+        return adaptive_dynamic_pruning.adaptive_dynamic_pruning(
+            quadratic.GATED,
+            s._replace(optimizer=optax.sgd(0.1, momentum=0.9)),
+            density=warm_up,
+            readers=quadratic.READERS,
+            **options,
+        )
+
+    return build
+
+
 ALGORITHMS = {
     "autoflip": flip(),
     "autoflip_channels": flip(
@@ -187,6 +203,10 @@ ALGORITHMS = {
     "random_filters": by_filter(filter_controls.random_filters),
     "pooled_filters": by_filter(filter_controls.pooled_filters, drops="channels"),
     "averaged_filters": by_filter(filter_controls.averaged_filters),
+    "adaptive_dynamic_pruning": dynamic(),
+    "feddp_threshold": lambda s: feddp_threshold.feddp_threshold(
+        quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.kernels
+    ),
 }
 BY_FILTER = [name for name in ALGORITHMS if name.startswith("mpfl") or name.endswith("_filters")]
 SERVERS = {

@@ -18,7 +18,7 @@ BELOW = {
     "masks": {"accounts", "base", "trees"},
     "metrics": {"accounts", "base", "trees"},
     "ranking": {"accounts", "base", "trees"},
-    "gating": {"base", "metrics"},
+    "gating": {"base", "trees", "metrics"},
     "channels": {"base", "trees", "masks", "forms"},
     "pruning": {"accounts", "base", "trees", "masks", "metrics", "ranking", "channels"},
     "federated": {"accounts", "base", "trees", "masks", "metrics", "ranking", "gating"},

@@ -28,6 +28,7 @@ CASES += [
     {"augment": True, "normalise": False, "dropout_probability": 0.5, "chunk_size": 100},
     {"algorithm": "feddip", "drift": "scaffold"},
     {"algorithm": "fedtiny", "drift": "fednova", "local_steps": None},
+    {"algorithm": "random_channels", "gates": "personal", "gate_warm_up": 0.1},
     {"local_steps": None, "momentum": 0.5, "weight_decay": 1e-3, "chunk_size": 2},
 ]
 
@@ -99,6 +100,23 @@ def test_methods_by_filter_need_convolutions(algorithm):
     with pytest.raises(UserError, match=r"there are no filters to prune: .* no conv") as caught:
         catalog.build(RunConfig(**{**SMALL, "algorithm": algorithm, "model": "mlp"}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_threshold_for_convolutions_says_that_there_are_none():
+    with pytest.raises(UserError, match="kernels of convolutions, and the network has none"):
+        catalog.build(RunConfig(**{**SMALL, "algorithm": "feddp_threshold", "model": "mlp"}))
+
+
+def test_the_control_differs_from_the_method_by_its_networks_choice():
+    inputs = jax.ShapeDtypeStruct((2, 8, 8, 1), np.float32)
+    draws = {}
+    for name in ("adaptive_dynamic_pruning", "random_channels", "squeeze_excitation"):
+        config = RunConfig(**{**SMALL, "algorithm": name})
+        model = catalog.MODELS[config.model](config, input_shape=(8, 8, 1), num_classes=10)
+        params, state = jax.eval_shape(model.init, jax.random.key(0))
+        graph = jax.make_jaxpr(model.predict)(params, state, inputs)
+        draws[name] = "random_bits" in str(graph)
+    assert draws == {name: name == "random_channels" for name in draws}
 
 
 def test_what_the_server_holds_no_client_has():

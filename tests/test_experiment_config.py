@@ -90,6 +90,12 @@ def test_the_config_knows_where_the_penalty_starts():
         ({"out": ""}, ["out", "not empty"]),
         ({"server": "fedadam"}, ["server_learning_rate", "fedadam"]),
         ({"max_penalty": 1e-4}, ["max_penalty", "0.0001", "0.0005"]),
+        (
+            {"algorithm": "adaptive_dynamic_pruning", "model": "resnet8"},
+            ["model", "gated_resnet8", "needs gates", "'resnet8'"],
+        ),
+        ({"gate_warm_up": 0.6}, ["gate_warm_up", "[0, 0.5]", "0.6"]),
+        ({"gate_upload": "some"}, ["gate_upload", "salient, touched, dense", "some"]),
     ],
 )
 def test_a_wrong_value_is_one_sentence(values, words):
@@ -173,6 +179,9 @@ def test_defaults_follow_what_they_depend_on():
     assert validate({"num_clients": 5}).cohort_size == 5
     assert validate({"rounds": 3}).prune_every == 2
     assert validate({"rounds": 1}).prune_every == 1
+    for name in methods.GATED:
+        assert validate({"algorithm": name}).model in methods.GATED_NETWORKS
+    assert validate({"algorithm": "feddp_threshold"}).model == "resnet8"
     usual = validate({})
     assert (usual.initial_sparsity, usual.cohort_size, usual.prune_every) == (0.5, 10, 5)
 

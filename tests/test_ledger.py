@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from fedjaxprune import accounts, masks, trees
-from fedjaxprune.algorithms import compose, feddip
+from fedjaxprune.algorithms import compose, feddip, scaffold
 from fedjaxprune.base import Broadcast
 from fedjaxprune.costs import formulas, ledger, messages, wire
 from fedjaxprune.experiment import record
-from fedjaxprune.federated import clients
+from fedjaxprune.federated import clients, salience
 from fedjaxprune.federated import cohort as cohort_lib
+from fedjaxprune.federated import personal as personal_lib
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
 from tests import quadratic
@@ -25,6 +26,7 @@ from tests.test_algorithms import (
     STATE,
     UPLINKS,
     case,
+    dynamic,
     setup,
     simulate,
 )
@@ -59,13 +61,38 @@ def personal(settings):
     return compose.compose(settings, client=with_personal_masks(inner))
 
 
-METHODS = {**ALGORITHMS, "personal_masks": personal}
+def is_own(path, leaf):
+    del leaf
+    return path == "head/bias"
+
+
+def personal_parameters(s):
+    def travelling(state):
+        return personal_lib.shared(state.masks, is_own=is_own)
+
+    client = clients.local_sgd(quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer)
+    return compose.compose(
+        s,
+        client=personal_lib.keep_own(client, is_own=is_own),
+        travel=compose.masks_in_force()._replace(send=travelling, receive=travelling),
+    )
+
+
+METHODS = {
+    **ALGORITHMS,
+    "personal_masks": personal,
+    "personal_parameters": personal_parameters,
+    "touched_channels_scaffold": lambda s: dynamic(upload="touched")(
+        s._replace(drift=scaffold.control_variates())
+    ),
+}
 CASES = [
     (name, "identity") if name == "mpfl_started" else case(name, "identity")
     for name in sorted(METHODS)
 ]
 CASES += [("feddip", wire_name) for wire_name in sorted(UPLINKS) if wire_name != "identity"]
 CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
+CASES += [("adaptive_dynamic_pruning", "feedback_top_k")]
 
 # What clients send in stages that do not train, and beside their delta in training.
 REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grads",)}
@@ -97,7 +124,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
             wanted = {"delta", "masks", "statistics", "losses", "trained"}
-            wanted |= {"deviations", "move", *BESIDE}
+            wanted |= {"deviations", "move", salience.SALIENT, *BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
             jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
@@ -192,7 +219,10 @@ def received(name, stage, algorithm, before, masks, is_stale):
     if jax.tree.leaves(before.drift):
         message |= messages.values("drift", before.drift, masks)
     message |= messages.whole("model_state", before.model_state)
-    message |= messages.values("params", algorithm.deployed(before), before.masks)
+    sees = before.masks
+    if name == "personal_parameters":
+        sees = personal_lib.shared(sees, is_own=is_own)
+    message |= messages.values("params", algorithm.deployed(before), sees)
     flags = [True, True, False, True] if name == "autoflip_channels" else FLAGS
     in_force = messages.masks_in_force(before.masks, flags)
     return bits_of(message) + is_stale * bits_of(in_force)
@@ -254,7 +284,10 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             continue
         if name != "model_state" and not np.any(trees_flat(fields[name])):
             continue
-        if name == "control":
+        if name == "model_state" and salience.SALIENT in fields:
+            known = jax.device_get(salience.of_state(fields[salience.SALIENT], fields[name]))
+            parts[name] = messages.values(name, fields[name], known)
+        elif name == "control":
             parts[name] = messages.values(name, fields[name], masks)
         elif name == "grads" and as_pairs:
             pruned = jax.tree.map(np.logical_not, masks)
@@ -288,6 +321,12 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             np.testing.assert_allclose(found, named.pop(name), atol=1e-6)
     assert not any(np.any(leaf) for leaf in named.values())  # all that stayed away is zero
     bits = 8 * len(data)
+    if salience.SALIENT in fields:
+        layers = fields[salience.SALIENT]
+        marks = {
+            f"{salience.SALIENT}/{name}": wire.counted(layers[name]) for name in sorted(layers)
+        }
+        bits += bits_of(marks)
     if "masks" in fields:
         bits += bits_of(messages.personal_masks(fields["masks"], FLAGS))
     return bits

@@ -103,11 +103,17 @@ class Travel(NamedTuple):
       send: ``state -> masks`` of the entries that a client sends.
       server_is_dense: whether the server keeps the values of pruned entries to itself (what it
         broadcasts and deploys is masked all the same).
+      receive: ``state -> masks`` of the entries that a client receives; None for those in force.
     """
 
     train: Callable[[Key, RoundState], Masks]
     send: Callable[[RoundState], Masks]
     server_is_dense: bool
+    receive: Callable[[RoundState], Masks] | None = None
+
+
+# From the fields of a client's message, what it sends of others: masks by field.
+NarrowFn = Callable[[Mapping[str, Any]], Mapping[str, Masks]]
 
 
 def masks_in_force() -> Travel:
@@ -129,6 +135,7 @@ def compose(
     travel: Travel | None = None,
     reports: Sequence[str] = (),
     sent_as: Mapping[str, SentAs] | None = None,
+    narrow: NarrowFn | None = None,
     modelled: Mapping[str, ledger.FormulaFn] | None = None,
     evidence: Mapping[str, EvidenceFn] | None = None,
     name: str = "train",
@@ -153,7 +160,11 @@ def compose(
         not travel; they end up in ``metrics.sent.reports`` and are charged nothing.
       sent_as: how fields of the message travel, where it is not ``"whole"``: ``"live"`` for the
         entries that clients train, ``"pairs"`` for pairs of position and value among the others,
-        one for each entry that is not zero. A field of zeros alone does not travel.
+        one for each entry that is not zero, ``"bits"`` for booleans, in a message of their own
+        that comes first. A field of zeros alone does not travel.
+      narrow: ``fields -> masks by field``: what a client sends of its `delta` and other fields,
+        where that follows from its bits. What does not travel counts as zero; a
+        ``setup.aggregator`` that counts holders sees who sent an entry.
       modelled: by name, what the method's own paper charges for a round, to stand in the ledger
         beside what is measured.
       evidence: by name, what the server reads off each delta as it arrives, a tree of the
@@ -210,6 +221,9 @@ def compose(
             masks_lib.apply(state.masks, state.params) if travel.server_is_dense else state.params
         )
 
+    def received(state):
+        return state.masks if travel.receive is None else travel.receive(state)
+
     def pack_masks(masks, *, needed):
         """Pack the masks to bits for the ledger, in the rounds in which somebody is sent them."""
         flags = masks_lib.prunable_leaves(masks, prunable)
@@ -228,18 +242,14 @@ def compose(
             "delta": Field(known=fields["uplink_kept"]),
             "weight": Field(like=trees.blank(jnp.float32(0.0))),
         }
-        for name, slots in told["slots"].items():
-            code = codes.get(name, "whole")
-            reply[name] = Field(
-                like=jax.tree.map(lambda leaf: leaf[0], told["like"][name])
-                if code == "whole"
-                else (),
-                slots=slots,
-                known={"whole": (), "live": trained, "pairs": pruned}[code],
-                pairs=told["pairs"].get(name, ()),
-            )
+        alone = {}  # messages of their own, which say how the reply is to be read
+        for name, field in replies.read(told, codes, trained=trained, pruned=pruned).items():
+            if codes.get(name) == "bits":
+                alone[name] = {name: field}
+            else:
+                reply[name] = field
         own = {"masks": Field(pairs=told["masks"])} if "masks" in told else {}
-        down = {"params": Field(known=masks_lib.num_kept(state.masks)), "model_state": Field()}
+        down = {"params": Field(known=masks_lib.num_kept(received(state))), "model_state": Field()}
         if jax.tree.leaves(state.drift):
             down["drift"] = Field(known=trained)
         return Sent(
@@ -248,7 +258,7 @@ def compose(
             num_masks=num_masks,
             packed_masks=pack_masks(state.masks, needed=jnp.any(num_masks > 0)),
             down={"broadcast": down},
-            up={"reply": reply, **({"masks": own} if own else {})},
+            up={"reply": reply, **alone, **({"masks": own} if own else {})},
             reports={name: fields[name] for name in reports},
         )
 
@@ -271,14 +281,22 @@ def compose(
             is_personal = "masks" in message.fields
             if is_personal:
                 sent = jax.tree.map(jnp.logical_and, sent, message.fields["masks"])
+            narrowed = dict(narrow(message.fields)) if narrow is not None else {}
+            holders = {}
+            if "delta" in narrowed:
+                sent = jax.tree.map(jnp.logical_and, sent, narrowed.pop("delta"))
+                holders = {} if setup.aggregator is None else {"masks": sent}
+            parts = {n: masks_lib.apply(m, message.fields[n]) for n, m in narrowed.items()}
             delta = masks_lib.apply(sent, message.fields["delta"])
             delta, uplink_state = uplink.update(wire_key, delta, own[1], sent)
             fields = {
                 **message.fields,
+                **parts,
+                **holders,
                 "delta": delta,
                 **{name: read(delta, broadcast) for name, read in evidence.items()},
                 "uplink_kept": masks_lib.num_kept(sent),
-                "told": replies.describe(message.fields, codes, reports),
+                "told": replies.describe(message.fields, codes, reports, narrowed),
                 "num_personal_masks": jnp.int32(is_personal),
                 "num_messages": jnp.int32(1),
             }
@@ -344,7 +362,7 @@ def compose(
             train=fields["metrics"],
             kept=masks_lib.num_kept(masks),
             num_changed=num_changed,
-            downlink_kept=masks_lib.num_kept(state.masks),
+            downlink_kept=masks_lib.num_kept(received(state)),
             uplink_kept=fields["uplink_kept"],
             present=cohort.present,
             num_present=jnp.sum(cohort.present, dtype=jnp.int32),

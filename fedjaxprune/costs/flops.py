@@ -161,6 +161,25 @@ def reweigh(
     return tuple(weigh(layer) for layer in layers)
 
 
+def gated(layers: Sequence[Layer], gates: Mapping[str, float]) -> tuple[Layer, ...]:
+    """Put measured gates on counted layers, on top of what masks leave over.
+
+    Args:
+      layers: as `of_function` counted them, or `reweigh` weighed them.
+      gates: by a layer's path, the share of its multiply-adds that its gates let through.
+
+    Raises:
+      ValueError: if `gates` does not fit.
+    """
+    _check_gates(gates, [layer.path for layer in layers])
+
+    def weigh(layer: Layer) -> Layer:
+        share = _gate(layer.path, gates)
+        return layer._replace(sparse=Cost(*(round(count * share) for count in layer.sparse)))
+
+    return tuple(map(weigh, layers))
+
+
 def _divide(numerator: int, denominator: int) -> int:
     """Divide to the nearest integer, half to even, exactly."""
     quotient, rest = divmod(numerator, denominator)
@@ -307,11 +326,7 @@ def _by_layer(found: Sequence[walk.Product], gates: Mapping[str, float]) -> tupl
             counts[i] += count
             live[i] += count * share
         inside[0] += product.inside * product.times
-    unknown = sorted(set(gates) - set(sums))
-    if unknown:
-        raise ValueError(
-            f"there are gates for {', '.join(unknown)}, but the layers are {', '.join(sums)}."
-        )
+    _check_gates(gates, list(sums))
     return tuple(
         Layer(
             path=path,
@@ -322,6 +337,14 @@ def _by_layer(found: Sequence[walk.Product], gates: Mapping[str, float]) -> tupl
         )
         for path, (weights, counts, live, inside) in sums.items()
     )
+
+
+def _check_gates(gates: Mapping[str, float], paths: Sequence[str]) -> None:
+    unknown = sorted(set(gates) - set(paths))
+    if unknown:
+        raise ValueError(
+            f"there are gates for {', '.join(unknown)}, but the layers are {', '.join(paths)}."
+        )
 
 
 def _gate(path: str, gates: Mapping[str, float]) -> Fraction:

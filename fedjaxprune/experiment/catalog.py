@@ -33,6 +33,7 @@ from fedjaxprune.experiment import (
     cohorts,
     explore_recipes,
     filter_recipes,
+    gated_recipes,
     methods,
     recipes,
     runner,
@@ -41,7 +42,7 @@ from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, servers
 from fedjaxprune.federated import uplink as uplinks
-from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
+from fedjaxprune.models import cnns, lstm, vgg, zoo
 
 MODELS: Mapping[str, Callable[..., Model]] = {
     "mlp": lambda config, **sizes: zoo.mlp(**sizes),
@@ -60,12 +61,7 @@ MODELS: Mapping[str, Callable[..., Model]] = {
     "resnet32": lambda config, **sizes: zoo.resnet32(norm=config.norm, **sizes),
     "resnet34": lambda config, **sizes: zoo.resnet34(norm=config.norm, **sizes),
     "resnet50": lambda config, **sizes: zoo.resnet50(norm=config.norm, **sizes),
-    "gated_resnet32": lambda config, **sizes: gated.gated_resnet32(
-        norm=config.norm, density=config.gate_density, **sizes
-    ),
-    "gated_vgg16": lambda config, **sizes: gated.gated_vgg16(
-        norm=config.norm, density=config.gate_density, **sizes
-    ),
+    **gated_recipes.MODELS,
     "char_lstm": lambda config, **sizes: lstm.char_lstm(**sizes),
 }
 
@@ -104,6 +100,7 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
     "gradual_magnitude": recipes.gradual,
     **explore_recipes.ALGORITHMS,
     **filter_recipes.ALGORITHMS,
+    **gated_recipes.ALGORITHMS,
 }
 
 SUMMARIES: Mapping[str, str] = {
@@ -140,8 +137,7 @@ SUMMARIES: Mapping[str, str] = {
     "resnet32": "CIFAR form, 0.46 million weights",
     "resnet34": "CIFAR form, 21 million weights",
     "resnet50": "CIFAR form, bottlenecks, 24 million weights",
-    "gated_resnet32": "resnet32 whose layers choose their channels for every example",
-    "gated_vgg16": "vgg16_bn whose layers choose their channels for every example",
+    **gated_recipes.SUMMARIES,
     "char_lstm": "two LSTM layers of 256 over characters; sequences of tokens",
 }
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from fedjaxprune.experiment import explore_settings, mask_settings, methods
+from fedjaxprune.experiment import explore_settings, gate_settings, mask_settings, methods
 from fedjaxprune.experiment.fields import field as _field
 
 # Bounds of the machine's numbers, int32 and float32; a setting's own bounds are narrower or none.
@@ -180,19 +180,17 @@ class Settings(pydantic.BaseModel):
         methods.default_network,
         "Network.",
         group="Model",
-        default_text="mlp, or resnet8 for a method that needs BatchNorm or convolutions",
+        default_text="mlp, or resnet8 or gated_resnet8 for a method that needs such a one",
     )
     norm: Literal["batch", "group"] = _field(
         "batch", "Normalisation layers (resnets, vgg*_bn, gated networks).", group="Model"
     )
-    gate_density: float = _field(
-        0.7,
-        "Channels that every gate keeps for an example (gated networks).",
-        group="Model",
-        unit="fraction",
-        gt=0,
-        le=1,
-    )
+    gate_density: float = gate_settings.DENSITY
+    gate_warm_up: float = gate_settings.WARM_UP
+    gate_gradient: gate_settings.Gradient = gate_settings.GRADIENT
+    gate_upload: gate_settings.Upload = gate_settings.UPLOAD
+    gates: gate_settings.Owner = gate_settings.OWNER
+    weight_threshold: float = gate_settings.THRESHOLD
 
     num_clients: Count = _field(20, "Population.", group="Federation", unit="clients")
     cohort_size: Count = _field(

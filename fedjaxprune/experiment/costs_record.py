@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjaxprune import accounts, trees
+from fedjaxprune import accounts, gating, trees
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.base import Model, Params, PrunableFn, RoundMetrics
 from fedjaxprune.costs import flops
@@ -91,7 +91,8 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     FLOPs are of the examples that count (no filling) of the clients that were heard, under the
     masks that the round began with; under personal masks, if those leave fewer weights. Stages in
     which clients do not train have none; those that train and send no delta say what was trained
-    (`accounts.TRAINED`).
+    (`accounts.TRAINED`). Where there are gates, FLOPs are of what these let through, forward and
+    backward.
     """
     flags = np.asarray(profile.flags, bool)
     sizes = np.asarray(profile.sizes, np.int64)
@@ -102,41 +103,99 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     kept = np.asarray(metrics.downlink_kept, np.int64)
     trains = kept.ndim == 1 or told is not None
     kept = kept if kept.ndim == 1 else sizes * trains
-    if len(trained):
+    through = gating.through(metrics.train)
+    if through:
+        kept = np.asarray(metrics.kept, np.int64)
+    elif len(trained):
         kept = np.minimum(kept, np.round(trained.mean(axis=0)).astype(np.int64))
     return RoundCosts(
-        modelled_flops=_flops(profile, kept, trains * float(metrics.train["loss"].weight)),
+        modelled_flops=_flops(profile, kept, trains * float(metrics.train["loss"].weight), through),
         mean_coverage=int(trained[:, flags].sum()) / num_prunable,
         mask_stability=1.0 - int(metrics.num_changed) / num_prunable,
     )
 
 
-def _flops(profile: Profile, kept: np.ndarray, num_examples: float) -> dict[str, int] | None:
-    if profile.layers is None:
+def _flops(
+    profile: Profile, kept: np.ndarray, num_examples: float, through: Mapping[str, Any]
+) -> dict[str, int] | None:
+    layers = _masked(profile, kept)
+    if layers is None:
         return None
-    by_path = dict(zip(profile.paths, map(int, kept), strict=True))
-    layers = flops.reweigh(
-        profile.layers, by_path, dict(zip(profile.paths, profile.sizes, strict=True))
-    )
+    layers = flops.gated(layers, _shares(layers, through))
     scale = flops.FLOPS_PER_MULTIPLY_ADD * (round(num_examples) if num_examples > 0 else 0)
     sparse = {part: scale * count for part, count in flops.sparse(layers)._asdict().items()}
     dense = {f"dense_{p}": scale * count for p, count in flops.dense(layers)._asdict().items()}
     return sparse | dense
 
 
+def of_inference(
+    profile: Profile, metrics: RoundMetrics, through: Mapping[str, Any]
+) -> dict[str, int] | None:
+    """Count the FLOPs of a prediction, an example, by what the gates let through in the test.
+
+    Args:
+      profile: of the network.
+      metrics: of the round before the test, read to the host, for its masks.
+      through: `evaluation.Evaluation.through`.
+
+    Returns:
+      `gated`: under masks, with what gates close left out; `open`: under masks, with all channels
+      open; `without_gates`: the network without masks, gates, and what these compute. None if the
+      network has no gates or cannot be counted.
+    """
+    masked = _masked(profile, np.asarray(metrics.kept))
+    if masked is None or not through:
+        return None
+    own = [layer for layer in masked if any(map(_is_gate, layer.weights))]
+    counts = {
+        "gated": flops.sparse(flops.gated(masked, _shares(masked, through))).forward,
+        "open": flops.sparse(masked).forward,
+        "without_gates": flops.dense([layer for layer in masked if layer not in own]).forward,
+    }
+    return {name: flops.FLOPS_PER_MULTIPLY_ADD * count for name, count in counts.items()}
+
+
+def _masked(profile: Profile, kept: np.ndarray) -> tuple[flops.Layer, ...] | None:
+    """Put masks on the network, by counts; None if it cannot be counted."""
+    if profile.layers is None:
+        return None
+    by_path = dict(zip(profile.paths, map(int, kept), strict=True))
+    sizes = dict(zip(profile.paths, profile.sizes, strict=True))
+    return flops.reweigh(profile.layers, by_path, sizes)
+
+
+def _shares(layers: Sequence[flops.Layer], through: Mapping[str, Any]) -> dict[str, float]:
+    """Match what gates let through to the layers whose output they choose from."""
+    return {
+        layer.path: min(1.0, float(value.total) / float(value.weight))
+        for layer in layers
+        for name, value in through.items()
+        if layer.path.startswith(f"{name}/")
+        and not any(map(_is_gate, layer.weights))
+        and float(value.weight) > 0
+    }
+
+
+def _is_gate(paths: Sequence[str]) -> bool:
+    return any(path.rsplit("/", 1)[-1] in gating.GATE for path in paths)
+
+
 def summarise(lines: Sequence[Any]) -> dict[str, Any]:
     """Sum up the figures of a record's lines, as fields of the summary.
 
     `modelled_flops` and `mean_coverage` are totals over the rounds (so the latter is how many
-    clients trained a prunable weight, on average, in the whole run), `mask_stability` is the mean.
+    clients trained a prunable weight, on average, in the whole run), `mask_stability` is the mean,
+    `inference_flops`, where there are gates, those of the last test.
     """
     flops_of_rounds = [line.modelled_flops for line in lines]
     total = None
     if all(entry is not None for entry in flops_of_rounds):
         names = flops_of_rounds[0] if flops_of_rounds else {}
         total = {name: sum(entry[name] for entry in flops_of_rounds) for name in names}
+    inference = [flops for line in lines if (flops := getattr(line, "inference_flops", None))]
     return {
         "modelled_flops": total,
+        **({"inference_flops": inference[-1]} if inference else {}),
         "mean_coverage": math.fsum(line.mean_coverage for line in lines),
         "mask_stability": math.fsum(line.mask_stability for line in lines) / len(lines),
     }
@@ -151,4 +210,7 @@ def rows(summary: Mapping[str, Any]) -> dict[str, str]:
         dense = sum(modelled[f"dense_{part}"] for part in PARTS)
         share = f" ({100 * sparse / dense:.1f}% of dense)" if dense else ""
         shown["training FLOPs under masks, modelled"] = f"{sparse:.3g}{share}"
+    if found := summary.get("inference_flops"):
+        share = f" ({100 * found['gated'] / found['without_gates']:.1f}% of no gates)"
+        shown["inference FLOPs, gates as measured"] = f"{found['gated']:.3g}{share}"
     return shown

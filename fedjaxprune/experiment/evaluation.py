@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from fedjaxprune import gating, metrics
 from fedjaxprune.base import Key, Model, Params, State
 from fedjaxprune.federated import cohort
 
@@ -21,10 +22,12 @@ class Evaluation(NamedTuple):
     Attributes:
       total_loss: ``[]`` float32, summed cross-entropy, nats.
       num_correct: ``[]`` int32.
+      through: by gated layer, what its gates let through (`gating.through`); {} without gates.
     """
 
     total_loss: jax.Array
     num_correct: jax.Array
+    through: dict[str, metrics.Mean] = {}  # noqa: RUF012 never written to
 
 
 class TestSet(NamedTuple):
@@ -70,13 +73,29 @@ def evaluate(
                 logits.astype(jnp.float32), labels
             )
             correct = counts & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels)
+            through = gates(params, model_state, test.inputs[places], counts)
             return Evaluation(
                 total_loss=total.total_loss + jnp.sum(jnp.where(counts, losses, 0.0)),
                 num_correct=total.num_correct + jnp.sum(correct, dtype=jnp.int32),
+                through=metrics.merge(total.through, through),
             ), None
 
+        def gates(params, model_state, inputs, counts):
+            if model.inspect is None:
+                return {}
+            return gating.through(
+                model.inspect(params, model_state, preprocess(key, inputs), counts)
+            )
+
         def share(params, model_state, test, starts):
-            zero = Evaluation(total_loss=jnp.float32(0.0), num_correct=jnp.int32(0))
+            layers = jax.eval_shape(
+                gates, params, model_state, test.inputs[:size], jnp.ones(size, jnp.bool_)
+            )
+            zero = Evaluation(
+                total_loss=jnp.float32(0.0),
+                num_correct=jnp.int32(0),
+                through={name: metrics.zero() for name in layers},
+            )
             step = functools.partial(add, params, model_state, test)
             sums, _ = jax.lax.scan(step, zero, starts)
             return sums if mesh is None else jax.lax.psum(sums, cohort.AXIS)

@@ -27,6 +27,10 @@ Name = Literal[
     "random_filters",
     "pooled_filters",
     "averaged_filters",
+    "adaptive_dynamic_pruning",
+    "squeeze_excitation",
+    "random_channels",
+    "feddp_threshold",
 ]
 Network = Literal[
     "mlp",
@@ -45,6 +49,7 @@ Network = Literal[
     "resnet32",
     "resnet34",
     "resnet50",
+    "gated_resnet8",
     "gated_resnet32",
     "gated_vgg16",
     "char_lstm",
@@ -62,7 +67,9 @@ EXPLORING = ("autoflip", "explored_start")  # whose clients explore before they 
 BY_FILTER = ("mpfl", "random_filters", "pooled_filters", "averaged_filters")
 PRUNING = (*GRADUAL, *FIXED, *BY_FILTER, "autoflip", "fedtiny")  # that have a sparsity
 NORMALISED = ("fedtiny",)  # that need BatchNorm
-CONVOLUTIONAL = BY_FILTER  # that need convolutions
+GATED = ("adaptive_dynamic_pruning", "squeeze_excitation", "random_channels")  # that need gates
+GATED_NETWORKS = ("gated_resnet8", "gated_resnet32", "gated_vgg16")
+CONVOLUTIONAL = (*BY_FILTER, "feddp_threshold")  # that need convolutions
 AT_SERVER = ("fedtiny", "magnitude_masks", "snip_masks")  # that need examples at the server
 CORRECTED = ("scaffold", "fednova")  # that are FedAvg with a remedy against drift
 MIN_PENALTY = 5e-4  # first step of FedDIP's penalty, as algorithms.feddip has it
@@ -80,6 +87,8 @@ def default_sparsity(before: dict[str, Any]) -> float:
 
 def default_network(before: dict[str, Any]) -> str:
     """Choose a network of the kind that the algorithm needs."""
+    if before["algorithm"] in GATED:
+        return "gated_resnet8"
     return "resnet8" if before["algorithm"] in (*NORMALISED, *CONVOLUTIONAL) else "mlp"
 
 
@@ -130,6 +139,11 @@ def complaint(config: Any) -> str | None:
         return f"momentum must be 0 with the optimizer 'adam', got {config.momentum}."
     if config.optimizer == "adam" and "fednova" in (name, config.drift):
         return "optimizer must be 'sgd' for fednova, which counts steps of SGD, got 'adam'."
+    if name in GATED and config.model not in GATED_NETWORKS:
+        return (
+            f"model must be one of {', '.join(GATED_NETWORKS)} for {name}, which needs gates, "
+            f"got {config.model!r}."
+        )
     if name in CORRECTED and config.drift not in ("none", name):
         return f"drift must be 'none' or {name!r} for the algorithm {name!r}, got {config.drift!r}."
     if name in NORMALISED and config.norm != "batch":

@@ -76,6 +76,8 @@ class RoundRecord(NamedTuple):
       mean_coverage: measured; see `costs_record.RoundCosts`.
       mask_stability: measured; see `costs_record.RoundCosts`.
       wall_s: seconds that the round took, with its test.
+      inference_flops: of a prediction, an example, with gates as the test measured them (see
+        `costs_record.of_inference`); None without gates or without a test.
     """
 
     stage: str
@@ -100,6 +102,7 @@ class RoundRecord(NamedTuple):
     mean_coverage: float
     mask_stability: float
     wall_s: float
+    inference_flops: dict | None = None
 
 
 def finite(value: Any) -> float | None:

@@ -257,4 +257,7 @@ def _line(
         num_rejected=int(metrics.num_rejected),
         **costs_record.of_round(profile, metrics)._asdict(),
         wall_s=0.0,
+        inference_flops=costs_record.of_inference(profile, metrics, tested.through)
+        if tested
+        else None,
     )

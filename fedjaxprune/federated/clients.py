@@ -76,6 +76,41 @@ def last_step(step: jax.Array, num_steps: jax.Array) -> jax.Array:
     return step == num_steps - 1
 
 
+class Local(NamedTuple):
+    """What a local step changes.
+
+    Attributes:
+      params: local parameters.
+      optimizer: the optimiser's state.
+      model_state: what is not trained.
+    """
+
+    params: Params
+    optimizer: State
+    model_state: State
+
+
+class LocalStep(NamedTuple):
+    """A local step that has been taken, for those who have a say in it.
+
+    Attributes:
+      before: what the step started from.
+      after: where it led.
+      metrics: the loss's, of the step's batch.
+      step: ``[]`` int32.
+      num_steps: ``[]`` int32, of the client in this round.
+    """
+
+    before: Local
+    after: Local
+    metrics: Metrics
+    step: jax.Array
+    num_steps: jax.Array
+
+
+SettleFn = Callable[[LocalStep], Local]  # decides what of a step holds
+
+
 class _Progress(NamedTuple):
     """Where a client stands between two local steps."""
 
@@ -97,6 +132,7 @@ def local_sgd(
     penalties: Sequence[PenaltyFn] = (),
     report_grads: Callable[[jax.Array], jax.Array] | None = None,
     report_steps: StepPredicate | None = None,
+    settle: SettleFn | None = None,
 ) -> Client:
     """Train the live weights: gradients are masked, and pruned entries stay exact zeros.
 
@@ -116,6 +152,8 @@ def local_sgd(
         must be due in these rounds only, else it ranks zeros.
       report_steps: of which local steps `grads` is the mean (`last_step`); all by default. The
         gradient is the one that the step is about to follow.
+      settle: decides after each step what of it holds (a part may be taken back, small weights
+        become zero); the masks have the last word. All of it holds by default.
 
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
@@ -125,7 +163,14 @@ def local_sgd(
     """
     reports = _Reports(report_grads, report_steps)
     return _client(
-        loss, batcher, optimizer, learning_rate_scale, penalties, reports, dense_updates=False
+        loss,
+        batcher,
+        optimizer,
+        learning_rate_scale,
+        penalties,
+        reports,
+        settle,
+        dense_updates=False,
     )
 
 
@@ -149,7 +194,7 @@ def dense_feedback_sgd(
     """
     reports = _Reports(report_grads, report_steps)
     return _client(
-        loss, batcher, optimizer, learning_rate_scale, penalties, reports, dense_updates=True
+        loss, batcher, optimizer, learning_rate_scale, penalties, reports, None, dense_updates=True
     )
 
 
@@ -160,7 +205,9 @@ class _Reports(NamedTuple):
     steps: StepPredicate | None
 
 
-def _client(loss, batcher, optimizer, scale, penalties, reports, *, dense_updates) -> Client:
+def _client(
+    loss, batcher, optimizer, scale, penalties, reports, settle, *, dense_updates
+) -> Client:
     def objective(params, broadcast, model_state, batch, key):
         value, aux = loss(params, model_state, batch, key)
         for penalty in penalties:
@@ -214,13 +261,19 @@ def _client(loss, batcher, optimizer, scale, penalties, reports, *, dense_update
             updates, optimizer_state = optimizer_step(
                 grads, progress.optimizer, progress.params, broadcast.round
             )
-            params = optax.apply_updates(progress.params, updates)
-            if not dense_updates:
-                params = masks_lib.apply(masks, params)
-            return _Progress(
-                params=params,
+            now = Local(
+                params=optax.apply_updates(progress.params, updates),
                 optimizer=optimizer_state,
                 model_state=model_state,
+            )
+            if settle is not None:
+                before = Local(progress.params, progress.optimizer, progress.model_state)
+                now = settle(LocalStep(before, now, step_metrics, step, num_steps))
+            params = now.params if dense_updates else masks_lib.apply(masks, now.params)
+            return _Progress(
+                params=params,
+                optimizer=now.optimizer,
+                model_state=now.model_state,
                 metrics=metrics.merge(progress.metrics, step_metrics),
                 **report(progress, dense_grads, step),
             )

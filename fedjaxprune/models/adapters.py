@@ -84,7 +84,20 @@ def from_linen(
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return module.apply({"params": params, **state}, inputs, **mode(False))  # pyright: ignore[reportReturnType]
 
-    return Model(init=init_fn, loss=_training_loss(apply_fn, loss), predict=predict_fn)
+    def inspect_fn(params: Params, state: State, inputs: Any, counts: jax.Array) -> Metrics:
+        options: dict[str, Any] = mode(False)
+        if has_mask:
+            options["mask"] = counts
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            _, said = module.apply({"params": params, **state}, inputs, mutable=[_SOWN], **options)
+        return {"layers": _by_path(dict(said).pop(_SOWN, {}))}
+
+    return Model(
+        init=init_fn,
+        loss=_training_loss(apply_fn, loss),
+        predict=predict_fn,
+        inspect=inspect_fn,
+    )
 
 
 def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn = cross_entropy) -> Model:

@@ -34,7 +34,8 @@ class GatedConv(nn.Module):
 
     Exactly `gating.num_kept` channels are kept for every example; of equal saliencies
     the lower channel goes first. The choice has no gradient, the saliencies of kept channels have.
-    In training, how many examples kept each channel is sown as ``kept`` (see `gating.kept`).
+    How many examples kept each channel is sown as ``kept``, and what share of the layer's products
+    they need as ``through`` (see `gating`).
 
     Attributes:
       features: channels of the output.
@@ -63,9 +64,8 @@ class GatedConv(nn.Module):
         start = nn.initializers.variance_scaling(2.0 * self.gate_scale**2, "fan_in", "normal")
         kernel = self.param("gate_kernel", start, shape)
         bias = self.param("gate_bias", nn.initializers.ones, shape[1:])
-        summary = pooling.global_average_pool(x)
-        if self.squash == "sigmoid":
-            summary = nn.sigmoid(summary)
+        channels = pooling.global_average_pool(x)
+        summary = nn.sigmoid(channels) if self.squash == "sigmoid" else channels
         saliency = nn.relu(summary @ kernel + bias[None])
         scores = jax.lax.stop_gradient(saliency)
         if self.choice == "random":
@@ -83,9 +83,31 @@ class GatedConv(nn.Module):
             init_fn=metrics.zero,
             reduce_fn=metrics.merge,
         )
-        factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))[:, None, None]
+        factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))
+        self.sow(
+            "metrics",
+            gating.THROUGH,
+            metrics.mean(_share_through(channels, factor), counts.astype(jnp.float32)),
+            init_fn=metrics.zero,
+            reduce_fn=metrics.merge,
+        )
         x = layers.Conv(self.features, 3, self.stride, name="conv")(x)
-        return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor
+        return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor[:, None, None]
+
+
+def _share_through(channels: jax.Array, factor: jax.Array) -> jax.Array:
+    """Measure the share of a layer's products that an example needs: ``[B]`` float32.
+
+    Args:
+      channels: ``[B, C]``, means of the input, which is not negative behind a ReLU: zero where a
+        channel is zero everywhere.
+      factor: ``[B, features]``, zero where a channel of the output is.
+    """
+    live_in, live_out = jax.lax.stop_gradient((channels, factor))
+    share_in, share_out = (
+        jnp.mean((x != 0).astype(jnp.float32), axis=1) for x in (live_in, live_out)
+    )
+    return share_in * share_out
 
 
 def _rank(scores: jax.Array) -> jax.Array:
@@ -264,12 +286,36 @@ def gated_resnet32(
     Raises:
       ValueError: if the examples are no images, or too small, or an option is out of range.
     """
+    return _residual(
+        "gated_resnet32", 5, input_shape, num_classes, norm, density, choice, gate_scale
+    )
+
+
+def gated_resnet8(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: resnet.Norm,
+    density: float,
+    choice: Choice = "salient",
+    gate_scale: float = 0.1,
+) -> Model:
+    """Make ResNet-8 with gates on the 6 convolutions of its blocks, for small images and CPUs.
+
+    Arguments and errors are those of `gated_resnet32`.
+    """
+    return _residual(
+        "gated_resnet8", 1, input_shape, num_classes, norm, density, choice, gate_scale
+    )
+
+
+def _residual(name, depth, input_shape, num_classes, norm, density, choice, gate_scale) -> Model:
     shapes.check_sizes(num_classes, input_shape=input_shape)
-    shapes.check_image("gated_resnet32", input_shape, smallest=4)
+    shapes.check_image(name, input_shape, smallest=4)
     _check(norm, density, choice, gate_scale)
     module = GatedResNet(
         widths=(16, 32, 64),
-        depth=5,
+        depth=depth,
         num_classes=num_classes,
         norm=norm,
         density=density,

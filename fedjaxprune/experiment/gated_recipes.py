@@ -1,0 +1,88 @@
+"""Gated networks and the methods for them: what `catalog` knows of these, in one place."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune.algorithms import adaptive_dynamic_pruning as adp
+from fedjaxprune.algorithms import feddp_threshold
+from fedjaxprune.algorithms.compose import Setup
+from fedjaxprune.base import Algorithm, Model
+from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.recipes import Given
+from fedjaxprune.models import gated
+
+
+def _options(config: RunConfig) -> tuple[float, Literal["salient", "random"]]:
+    """Choose what the gates of a network do from the method that it is for."""
+    density = 1.0 if config.algorithm == "squeeze_excitation" else config.gate_density
+    return density, "random" if config.algorithm == "random_channels" else "salient"
+
+
+def _resnet8(config: RunConfig, **sizes) -> Model:
+    density, choice = _options(config)
+    return gated.gated_resnet8(norm=config.norm, density=density, choice=choice, **sizes)
+
+
+def _resnet32(config: RunConfig, **sizes) -> Model:
+    density, choice = _options(config)
+    return gated.gated_resnet32(norm=config.norm, density=density, choice=choice, **sizes)
+
+
+def _vgg16(config: RunConfig, **sizes) -> Model:
+    density, choice = _options(config)
+    return gated.gated_vgg16(norm=config.norm, density=density, choice=choice, **sizes)
+
+
+def _dynamic(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build adaptive dynamic pruning; its control differs from it by the network's choice alone."""
+    density = config.gate_density
+    inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
+    return adp.adaptive_dynamic_pruning(
+        model,
+        setup,
+        density=adp.warm_up(density=density, num_rounds=config.rounds, hold=config.gate_warm_up)
+        if config.gate_warm_up
+        else density,
+        readers=adp.readers_of(model, inputs),
+        gradient=config.gate_gradient,
+        upload=config.gate_upload,
+        gates=config.gates,
+    )
+
+
+def _threshold(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+    """Build FedDP's threshold; local steps that are no epochs are taken for one."""
+    del given  # needs nothing beside the protocol
+    return feddp_threshold.feddp_threshold(
+        model,
+        setup,
+        num_epochs=1 if config.local_steps is not None else config.local_epochs,
+        threshold=config.weight_threshold,
+    )
+
+
+MODELS: Mapping[str, Callable[..., Model]] = {
+    "gated_resnet8": _resnet8,
+    "gated_resnet32": _resnet32,
+    "gated_vgg16": _vgg16,
+}
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] = {
+    "adaptive_dynamic_pruning": _dynamic,
+    "squeeze_excitation": lambda config, model, setup, given: adp.squeeze_excitation(model, setup),
+    "random_channels": _dynamic,
+    "feddp_threshold": _threshold,
+}
+SUMMARIES: Mapping[str, str] = {
+    "adaptive_dynamic_pruning": "channels chosen for every example (Yu et al., arXiv 2106.06921); "
+    "gate_density, gate_warm_up, gate_gradient, gate_upload, gates; gated_* networks",
+    "squeeze_excitation": "its reference: all channels open, nothing pruned; gated_* networks",
+    "random_channels": "its control: channels drawn for every example; its knobs and networks",
+    "feddp_threshold": "its authors' second code: small weights become zero after each epoch; "
+    "weight_threshold; networks with convolutions",
+    "gated_resnet8": "resnet8 whose layers choose their channels for every example",
+    "gated_resnet32": "resnet32 whose layers choose their channels for every example",
+    "gated_vgg16": "vgg16_bn whose layers choose their channels for every example",
+}

@@ -1,0 +1,656 @@
+"""Adaptive dynamic pruning against its specification: gates, strict steps, uploads, FLOPs."""
+
+import contextlib
+import functools
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjaxprune import gating, masks, metrics, trees
+from fedjaxprune.algorithms import adaptive_dynamic_pruning as adp
+from fedjaxprune.algorithms import compose, fedavg, feddp_threshold, simulation
+from fedjaxprune.base import Broadcast, Population, client_data
+from fedjaxprune.costs import flops
+from fedjaxprune.experiment import costs_record, evaluation, progress, record, runner
+from fedjaxprune.federated import aggregators, clients, participation, personal, salience
+from fedjaxprune.models import adapters, gated, layers, pooling, resnet, vgg
+from tests import quadratic
+
+KEY = jax.random.key(11)
+SHAPE = (4, 4, 3)
+WIDTHS = (4, 6)  # of two gated layers in a chain
+OPTIMIZER = optax.chain(optax.add_decayed_weights(0.05), optax.sgd(0.1, momentum=0.9))
+SIZES = (5, 9, 3)  # of the clients
+GATES = [f"conv_{i}/gate_{part}" for i in (1, 2) for part in ("bias", "kernel")]
+
+
+def chain(module, **options):
+    head = vgg.Head(pool=1, hidden_sizes=(), num_classes=3, dropout=0.0)
+    made = module(plan=(WIDTHS[:1], WIDTHS[1:]), head=head, norm="batch", **options)
+    return adapters.from_linen(made, input_shape=SHAPE)
+
+
+GATED = chain(gated.GatedVgg, density=0.5, choice="salient", gate_scale=1.0)
+READERS = adp.readers_of(GATED, jnp.zeros((2, *SHAPE)))
+
+
+def population(seed=0):
+    rng = np.random.default_rng(seed)
+    total = sum(SIZES)
+    return Population(
+        examples={
+            "inputs": jnp.asarray(rng.normal(size=(total, *SHAPE)), jnp.float32),
+            "labels": jnp.asarray(rng.integers(3, size=total), jnp.int32),
+        },
+        order=jnp.arange(total, dtype=jnp.int32),
+        offsets=jnp.asarray(np.concatenate([[0], np.cumsum(SIZES)]), jnp.int32),
+    )
+
+
+PEOPLE = population()
+
+
+def setup(num_rounds=2, **changes):
+    batcher = quadratic.full_batches(2, max_size=max(SIZES))
+    return compose.Setup(num_rounds, batcher, OPTIMIZER)._replace(**changes)
+
+
+def play(algorithm, model=GATED, num_rounds=2):
+    """Play rounds with all clients; give the last simulation and the metrics of every round."""
+    params, state = jax.jit(model.init)(KEY)
+    now = simulation.start(algorithm, params, state, num_clients=3)
+    ids = jnp.arange(3, dtype=jnp.int32)
+    everybody = jnp.ones(3, jnp.bool_)
+    advance = jax.jit(simulation.advance(algorithm.stages[0], lambda key: (ids, everybody)))
+    history = []
+    for _ in range(num_rounds):
+        now, told = advance(KEY, now, PEOPLE)
+        history.append(jax.device_get(told))
+    return now, history
+
+
+@functools.cache
+def played(**options):
+    """Play a variant once for all laws."""
+    settings: Any = {"density": 0.5, "readers": READERS, **options}
+    algorithm = adp.adaptive_dynamic_pruning(GATED, setup(), **settings)
+    return algorithm, *play(algorithm)
+
+
+# Degenerate settings -------------------------------------------------------------------------
+
+
+class SqueezeConv(nn.Module):
+    """Squeeze-and-excitation as its own formula: no choice, nothing kept or counted."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, train, mask):
+        start = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        kernel = self.param("gate_kernel", start, (x.shape[-1], self.features))
+        bias = self.param("gate_bias", nn.initializers.ones, (self.features,))
+        saliency = nn.relu(nn.sigmoid(pooling.global_average_pool(x)) @ kernel + bias[None])
+        x = layers.Conv(self.features, 3, 1, name="conv")(x)
+        return resnet.NormLayer("batch", name="norm")(x, train, mask) * saliency[:, None, None]
+
+
+class SqueezeVgg(nn.Module):
+    plan: Any
+    head: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        for i, (width,) in enumerate(self.plan, start=1):
+            x = pooling.max_pool(nn.relu(SqueezeConv(width, name=f"conv_{i}")(x, train, mask)))
+        return vgg.apply_head(self.head, x, train)
+
+
+@functools.cache
+def squeezed():
+    squeeze = chain(SqueezeVgg)
+    return play(fedavg.fedavg(squeeze, setup()), squeeze)[0].state
+
+
+def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
+    """With strict steps and salient uploads: then all is touched, and all is salient."""
+    _, now, history = played(density=1.0)
+    chex.assert_trees_all_equal(now.state.params, squeezed().params)
+    assert gating.density(now.state.model_state) == 1.0
+    sizes = trees.sizes(now.state.params)
+    assert history[-1].uplink_kept.tolist() == [sizes] * 3
+
+
+def test_the_reference_is_fedavg_of_the_squeeze_excitation_network_to_the_bit():
+    now, _ = play(adp.squeeze_excitation(GATED, setup()))
+    chex.assert_trees_all_equal(now.state.params, squeezed().params)
+    statistics = {k: v for k, v in now.state.model_state.items() if k != gating.COLLECTION}
+    chex.assert_trees_all_equal(statistics, squeezed().model_state)
+
+
+def test_what_is_not_touched_did_not_change_so_that_sending_the_rest_is_sending_all():
+    """To the bit, with momentum and weight decay: absent entries are dense averaging's zeros."""
+    _, touched, history = played(density=0.25, upload="touched")
+    _, dense, _ = played(density=0.25, upload="dense")
+    chex.assert_trees_all_equal(touched.state.params, dense.state.params)
+    chex.assert_trees_all_equal(touched.state.model_state, dense.state.model_state)
+    assert history[0].uplink_kept.sum() < 3 * sum(trees.sizes(dense.state.params))
+
+
+# The strict step -----------------------------------------------------------------------------
+
+
+def close(path, leaf):
+    """Make every gate keep its upper channels, whatever it sees."""
+    if path.endswith("gate_kernel"):
+        return jnp.zeros_like(leaf)
+    return jnp.arange(1.0, leaf.size + 1) if path.endswith("gate_bias") else leaf
+
+
+@pytest.mark.parametrize("gradient", ["strict", "plain"])
+def test_a_strict_step_leaves_alone_what_the_whole_batch_dropped(gradient):
+    params, state = jax.jit(GATED.init)(KEY)
+    params = trees.map_with_path(close, params)
+    start = jax.tree.map(lambda leaf: leaf + 0.25, OPTIMIZER.init(params))  # momentum from before
+    batch = setup().batcher.batch(KEY, client_data(PEOPLE, jnp.int32(2)), jnp.int32(0))
+
+    def step(params, state, memory):
+        grads, (after, seen) = jax.grad(GATED.loss, has_aux=True)(params, state, batch, KEY)
+        updates, now = OPTIMIZER.update(grads, memory, params)
+        taken = clients.LocalStep(
+            before=clients.Local(params, memory, state),
+            after=clients.Local(optax.apply_updates(params, updates), now, after),
+            metrics=seen,
+            step=jnp.int32(0),
+            num_steps=jnp.int32(1),
+        )
+        return salience.strict(OPTIMIZER)(taken), taken.after, seen
+
+    strict, plain, seen = jax.jit(step)(params, state, start)
+    now = strict if gradient == "strict" else plain
+    for layer, width in zip(gating.layers_of(params), WIDTHS, strict=True):
+        dropped = np.arange(width) < width // 2
+        np.testing.assert_array_equal(~dropped, gating.kept(seen)[layer].total > 0)
+        compared = [
+            *moved(params, now.params, f"{layer}/"),
+            *moved(start[1][0].trace, now.optimizer[1][0].trace, f"{layer}/"),
+            *moved(state["batch_stats"], now.model_state["batch_stats"], f"{layer}/"),
+        ]
+        assert len(compared) == 5 + 5 + 2
+        for path, change in compared:
+            assert np.any(change[..., ~dropped]), path
+            is_still = not np.any(change[..., dropped])
+            # What strictness is about: momentum, decay and statistics move it.
+            assert is_still == (gradient == "strict"), path
+
+
+def moved(before, after, prefix):
+    paths = trees.paths(before)
+    pairs = zip(paths, jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return [(p, np.asarray(b - a)) for p, a, b in pairs if p.startswith(prefix)]
+
+
+# Uploads -------------------------------------------------------------------------------------
+
+
+LARGE = {"input_shape": (32, 32, 3), "num_classes": 10, "norm": "batch", "density": 0.7}
+
+
+def wide_chain():
+    head = vgg.Head(pool=1, hidden_sizes=(), num_classes=3, dropout=0.0)
+    options = {"norm": "batch", "density": 0.7, "choice": "salient", "gate_scale": 1.0}
+    module = gated.GatedVgg(plan=((64, 128), (256, 512)), head=head, **options)
+    return adapters.from_linen(module, input_shape=SHAPE)
+
+
+def test_readers_are_kernels_with_one_gated_maker():
+    (only,) = READERS
+    assert only == ("conv_2/conv/kernel", 2, "conv_1")
+    model = gated.gated_resnet8(input_shape=(8, 8, 1), num_classes=3, norm="batch", density=0.7)
+    residual = adp.readers_of(model, jnp.zeros((2, 8, 8, 1)))
+    blocks = [f"stage_{i}_block_1" for i in (1, 2, 3)]
+    assert sorted(residual) == [(f"{b}/conv_2/conv/kernel", 2, f"{b}/conv_1") for b in blocks]
+
+
+def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
+    algorithm, now, history = played()
+    (bits,) = [dict(told.sent.up[salience.SALIENT]) for told in history[:1]]
+    np.testing.assert_array_equal(bits[salience.SALIENT].pairs, [[2, 3]] * 3)  # round(rho C)
+    by_path = dict(zip(trees.paths(now.state.params), history[0].uplink_kept.T, strict=True))
+    expected = {
+        "conv_1/conv/kernel": 9 * 3 * 2,  # the image's channels are not gated
+        "conv_2/conv/kernel": 9 * 2 * 3,
+        "conv_1/gate_kernel": 3 * 2,  # all inputs of a salient channel's gate
+        "conv_2/gate_kernel": 4 * 3,
+        "conv_1/gate_bias": 2,
+        "conv_2/gate_bias": 3,
+        "conv_1/norm/batch/scale": 2,
+        "conv_1/norm/batch/bias": 2,
+        "conv_2/norm/batch/scale": 3,
+        "conv_2/norm/batch/bias": 3,
+        "dense_1/kernel": 6 * 3,
+        "dense_1/bias": 3,
+    }
+    assert {path: counts.tolist() for path, counts in by_path.items()} == {
+        path: [count] * 3 for path, count in expected.items()
+    }
+    values = sum(expected.values())
+    statistics = 2 * (2 + 3) + 1  # means, variances, and the density
+    all_statistics = 2 * sum(WIDTHS) + 1
+    charged = algorithm.num_bits(history[0], now.state)
+    assert charged.uplink.values == 3 * 32 * values
+    assert charged.uplink.statistics == 3 * 32 * statistics
+    assert charged.uplink.positions == 3 * 2 * 8  # a bit a channel; each layer fills a byte
+    assert charged.modelled[adp.NAME].uplink == 3 * (32 * (values + statistics) + sum(WIDTHS))
+    everything = sum(trees.sizes(now.state.params)) + all_statistics
+    assert charged.modelled[adp.NAME].downlink == 3 * 32 * everything
+
+
+def test_the_most_kept_are_counted_over_the_round():
+    report = {
+        "layers": {
+            "a/kept": metrics.Mean(total=jnp.array([3.0, 0.0, 5.0, 3.0]), weight=jnp.float32(5.0)),
+            "a/through": metrics.zero(),
+        }
+    }
+    for density, kept in ((0.5, [1, 0, 1, 0]), (0.7, [1, 0, 1, 1]), (0.01, [0, 0, 1, 0])):
+        bits = salience.most_kept(report, jnp.float32(density))
+        np.testing.assert_array_equal(bits["a"], np.array(kept, bool))
+    np.testing.assert_array_equal(salience.touched(report)["a"], [True, False, True, True])
+
+
+@pytest.mark.parametrize(("density", "share"), [(0.7, 0.49), (0.656, 0.43)])
+def test_a_plain_chain_sends_the_square_of_the_density(density, share):
+    model = wide_chain()
+    params, _ = jax.eval_shape(model.init, KEY)
+    read = adp.readers_of(model, jnp.zeros((2, *SHAPE)))
+    wide = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
+    bits = {}
+    for layer in gating.layers_of(params):
+        size = wide[f"{layer}/gate_bias"].shape[0]
+        bits[layer] = np.arange(size) < int(gating.num_kept(jnp.float32(density), size))
+    sent = jax.tree.map(
+        jnp.logical_and, salience.of_params(bits, params), salience.of_readers(bits, read, params)
+    )
+    counts = dict(zip(trees.paths(params), np.asarray(masks.num_kept(sent)), strict=True))
+    behind_others = [f"conv_{i}/conv/kernel" for i in range(2, 5)]
+    for path in behind_others:
+        _, _, inputs, outputs = wide[path].shape
+        kept = [round(density * n) for n in (inputs, outputs)]
+        assert counts[path] == 9 * kept[0] * kept[1]
+    total = sum(int(counts[path]) for path in behind_others)
+    assert total / sum(wide[path].size for path in behind_others) == pytest.approx(share, abs=2e-3)
+
+
+def test_absent_entries_count_as_no_change_or_for_nobody():
+    """Of two clients with known answers, one keeps the first channels, the other the last."""
+    points = np.zeros((8, quadratic.NUM_WEIGHTS), np.float32)
+    points[:4, 4:28].reshape(4, 6, 4)[:, :, :2] = 1.0
+    points[4:, 4:28].reshape(4, 6, 4)[:, :, 2:] = 3.0
+    people = Population(
+        examples={"inputs": jnp.asarray(points), "labels": jnp.zeros(8, jnp.int32)},
+        order=jnp.arange(8, dtype=jnp.int32),
+        offsets=jnp.array([0, 4, 8], jnp.int32),
+    )
+    shared = compose.Setup(1, quadratic.full_batches(1), optax.sgd(0.5))
+    zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
+    found = {}
+    for name, rule in (("mean", None), ("holders", aggregators.holder_mean())):
+        algorithm = adp.adaptive_dynamic_pruning(
+            quadratic.GATED, shared._replace(aggregator=rule), density=0.5, readers=()
+        )
+        state, _, _ = jax.jit(algorithm.stages[0].round)(
+            KEY,
+            algorithm.init(zero, quadratic.GATED_STATE),
+            quadratic.cohort(algorithm, [0, 1], params=zero),
+            people,
+        )
+        found[name] = np.asarray(state.params["dense"]["kernel"])[0]
+    np.testing.assert_allclose(found["mean"], [0.25, 0.25, 0.75, 0.75])  # half a step, two clients
+    np.testing.assert_allclose(found["holders"], [0.5, 0.5, 1.5, 1.5])
+
+
+# Density over the rounds, personal gates -----------------------------------------------------
+
+
+def test_the_warm_up_holds_and_then_follows_a_line():
+    schedule = adp.warm_up(density=0.6, num_rounds=100, hold=0.1, until=0.5)
+    found = [round(float(schedule(jnp.int32(r))), 4) for r in (0, 9, 10, 20, 30, 49, 50, 99)]
+    assert found == [1.0, 1.0, 1.0, 0.9, 0.8, 0.61, 0.6, 0.6]
+    sudden = adp.warm_up(density=0.6, num_rounds=10, hold=0.2, until=0.2)
+    assert [round(float(sudden(jnp.int32(r))), 4) for r in (1, 2)] == [1.0, 0.6]
+
+
+def test_the_density_follows_its_schedule_and_waits_where_nobody_is_heard():
+    def halves(round_index):
+        return jnp.where(round_index == 0, 1.0, 0.5)
+
+    algorithm = adp.adaptive_dynamic_pruning(
+        quadratic.GATED, setup_of_points(), density=halves, readers=quadratic.READERS
+    )
+    run = jax.jit(algorithm.stages[0].round)
+    state = algorithm.init(quadratic.PARAMS, quadratic.GATED_STATE)
+    members = quadratic.cohort(algorithm, [0, 3])
+    found = []
+    for present in ([True, True], [False, False], [True, False]):
+        state, _, told = run(
+            KEY, state, members._replace(present=jnp.array(present)), quadratic.population()
+        )
+        kept = gating.kept(told.train)["dense"]
+        found.append((float(gating.density(state.model_state)), float(jnp.sum(kept.total))))
+    # Two steps of 3 + 8 examples with 4 channels; nobody; two steps of 3 examples with 2.
+    assert found == [(1.0, 2 * 11 * 4.0), (1.0, 0.0), (0.5, 2 * 3 * 2.0)]
+
+
+def setup_of_points(**changes):
+    return compose.Setup(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
+
+
+def test_personal_gates_stay_at_home():
+    _, now, history = played(gates="personal")
+    start, _ = jax.jit(GATED.init)(KEY)
+    flags = masks.prunable_leaves(start, gating.is_gate)
+    paths = trees.paths(start)
+    assert [p for p, flag in zip(paths, flags, strict=True) if flag] == sorted(GATES)
+    first, last = (
+        [leaf for leaf, flag in zip(jax.tree.leaves(tree), flags, strict=True) if flag]
+        for tree in (start, now.state.params)
+    )
+    chex.assert_trees_all_equal(first, last)  # the server knows those of the start
+    for leaf, begun in zip(now.rows.client.own, first, strict=True):
+        assert all(np.any(np.asarray(row - begun)) for row in leaf)  # each client has its own
+        assert np.any(np.asarray(leaf[0] - leaf[1]))
+    counts = zip(
+        history[0].uplink_kept.T, history[0].downlink_kept, trees.sizes(start), strict=True
+    )
+    for (up, down, size), flag in zip(counts, flags, strict=True):
+        assert down == (0 if flag else size)
+        assert np.all(up == 0) if flag else np.all(up > 0)
+    _, others, _ = played()
+    assert any(
+        np.any(np.asarray(a - b))
+        for a, b in zip(*map(jax.tree.leaves, (others.state.params, now.state.params)), strict=True)
+    )
+
+
+def test_personal_parameters_go_on_where_their_client_left_them():
+    inner = clients.local_sgd(
+        quadratic.MODEL.loss, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.5)
+    )
+    client = personal.keep_own(inner, is_own=lambda path, leaf: path == "head/bias")
+    people = quadratic.population()
+    broadcast = Broadcast(quadratic.PARAMS, masks.full(quadratic.PARAMS), {}, jnp.int32(0))
+    state = client.init(quadratic.PARAMS)
+    mean = quadratic.mean_point(people, 3)[28:30]  # where the bias lies
+    for expected in (0.5, 0.75):  # halfway, and halfway again, from a broadcast that stays
+        message, state = client.update(KEY, broadcast, state, client_data(people, jnp.int32(3)))
+        np.testing.assert_allclose(state.own[0], expected * mean, rtol=1e-5)
+        assert not np.any(message.fields["delta"]["head"]["bias"])
+        assert np.any(message.fields["delta"]["head"]["kernel"])
+
+
+# FLOPs ---------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_gated_resnet_are_those_of_the_specification():
+    model = gated.gated_resnet32(**LARGE)
+    counted = flops.of_model(model, None, jnp.zeros((1, 32, 32, 3)))
+    own = [layer for layer in counted if "gate_kernel" in layer.path]
+    rest = [layer for layer in counted if layer not in own]
+    assert flops.dense(rest).forward == 68_862_592
+    assert flops.dense(own).forward == 52_320 - 1_120  # the gates without their biases
+    assert flops.dense(own).forward / 68_862_592 < 0.0008
+    firsts = [n.path for n in rest if n.path.endswith("conv_1/conv/kernel")]
+    seconds = [n.path for n in rest if n.path.endswith("conv_2/conv/kernel")]
+    expected = {0.9: 0.855, 0.8: 0.72, 0.7: 0.595, 0.62: 0.50, 0.6: 0.48, 0.5: 0.375}
+    alike = [n for n in rest if n.path in (*firsts, *seconds) and "block_1" not in n.path]
+    for density, share in expected.items():
+        gates = dict.fromkeys(firsts, density) | dict.fromkeys(seconds, density**2)
+        weighed = flops.gated(counted, gates)
+        blocks = [layer for layer in weighed if layer.path in {n.path for n in alike}]
+        ratio = flops.sparse(blocks).forward / flops.dense(blocks).forward
+        assert ratio == pytest.approx((density + density**2) / 2, abs=1e-6)
+        assert abs(ratio - share) <= 0.0025  # as printed there
+        # All of the network, its first layers and gates included: within two parts in a hundred.
+        assert flops.sparse(weighed).forward / 68_862_592 == pytest.approx(share, abs=0.02)
+
+
+def test_the_record_counts_inference_by_what_the_gates_let_through():
+    """Gates that keep the upper half, whatever they see, and images with one channel of three."""
+    params, state = jax.jit(GATED.init)(KEY)
+    params = trees.map_with_path(close, params)
+    inputs = jnp.asarray(PEOPLE.examples["inputs"]) * jnp.array([1.0, 0.0, 0.0])[None, None, None]
+    test = evaluation.TestSet(inputs=inputs, labels=PEOPLE.examples["labels"])
+    look = jax.jit(evaluation.evaluate(GATED, lambda key, inputs: inputs, batch_size=5))
+    tested = look(params, state, test)
+    shares = {name: float(metrics.value(value)) for name, value in tested.through.items()}
+    assert shares["conv_1"] == pytest.approx(1 / 3 * 2 / 4)
+    assert 0.0 < shares["conv_2"] <= 0.5 * 0.5 + 1e-6  # a kept channel may be zero after its ReLU
+    assert all(value.weight == sum(SIZES) for value in tested.through.values())
+    profile = costs_record.profile(
+        GATED,
+        params,
+        inputs,
+        preprocess=lambda key, inputs: inputs,
+        prunable=masks.kernels,
+        warn=pytest.fail,
+    )
+    told: Any = type("Told", (), {"kept": np.array(trees.sizes(params))})
+    found = costs_record.of_inference(profile, told, tested.through)
+    first, second, head = 16 * 9 * 3 * 4, 4 * 9 * 4 * 6, 6 * 3
+    own = 3 * 4 + 4 * 6
+    assert found == {
+        "gated": 2 * (round(first / 6) + round(second * shares["conv_2"]) + head + own),
+        "open": 2 * (first + second + head + own),
+        "without_gates": 2 * (first + second + head),
+    }
+    assert costs_record.of_inference(profile, told, {}) is None
+
+
+def test_the_record_counts_training_by_what_the_gates_let_through():
+    _, now, history = played()
+    profile = costs_record.profile(
+        GATED,
+        now.state.params,
+        PEOPLE.examples["inputs"],
+        preprocess=lambda key, inputs: inputs,
+        prunable=masks.kernels,
+        warn=pytest.fail,
+    )
+    found = costs_record.of_round(profile, history[0]).modelled_flops
+    assert found is not None
+    through = gating.through(history[0].train)
+    assert [float(value.weight) for value in through.values()] == [2.0 * sum(SIZES)] * 2
+    shares = [float(value.total / value.weight) for value in through.values()]
+    assert shares[0] == pytest.approx(0.5)  # of an image whose channels are all there
+    assert 0.0 < shares[1] <= 0.25
+    first, second, rest = 16 * 9 * 3 * 4, 4 * 9 * 4 * 6, 6 * 3 + 3 * 4 + 4 * 6
+    examples = 2 * 2 * sum(SIZES)  # two steps, two FLOPs each
+    assert found["forward"] == examples * (round(first * 0.5) + round(second * shares[1]) + rest)
+    assert found["dense_forward"] == examples * (first + second + rest)
+    assert found["weight_gradient"] == found["forward"]
+
+
+# FedDP's threshold ---------------------------------------------------------------------------
+
+
+def test_small_weights_become_zero_after_each_epoch_and_may_return():
+    """One client, steps of known length: an entry at w goes half of the way to its point."""
+    target = np.zeros(quadratic.NUM_WEIGHTS, np.float32)
+    target[4:28] = np.linspace(0.1, 2.4, 24)
+    people = Population(
+        examples={"inputs": jnp.asarray(target)[None], "labels": jnp.zeros(1, jnp.int32)},
+        order=jnp.zeros(1, jnp.int32),
+        offsets=jnp.array([0, 1], jnp.int32),
+    )
+    zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
+    algorithm = feddp_threshold.feddp_threshold(
+        quadratic.MODEL,
+        compose.Setup(1, quadratic.full_batches(4), optax.sgd(0.5)),
+        num_epochs=2,
+        threshold=0.9,
+        prunable=lambda path, leaf: path == "dense/kernel",
+    )
+    state, _, told = jax.jit(algorithm.stages[0].round)(
+        KEY,
+        algorithm.init(zero, {"steps": jnp.float32(0.0)}),
+        quadratic.cohort(algorithm, [0], params=zero),
+        people,
+    )
+    points = target[4:28]
+    after = np.where(0.75 * points > 0.9, 0.75 * points, 0.0)  # two steps
+    after = points + 0.25 * (after - points)
+    after = np.where(after > 0.9, after, 0.0)
+    np.testing.assert_allclose(state.params["dense"]["kernel"].ravel(), after, rtol=1e-6)
+    assert 0 < np.sum(after == 0) < np.sum(0.75 * points <= 0.9) + 1
+    share = told.train[feddp_threshold.SPARSITY]
+    assert float(metrics.value(share)) == pytest.approx(np.mean(after == 0))
+    assert told.kept.tolist()[trees.paths(zero).index("dense/kernel")] == np.sum(after != 0)
+
+
+def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_fedavg():
+    people = quadratic.population()
+    ends, sparsity = {}, {}
+    for name, algorithm in {
+        "fedavg": fedavg.fedavg(quadratic.MODEL, setup_of_points()),
+        "none": feddp_threshold.feddp_threshold(
+            quadratic.MODEL, setup_of_points(), num_epochs=1, threshold=0.0, prunable=masks.kernels
+        ),
+        "all": feddp_threshold.feddp_threshold(
+            quadratic.MODEL, setup_of_points(), num_epochs=1, threshold=9.0, prunable=masks.kernels
+        ),
+    }.items():
+        state, _, told = jax.jit(algorithm.stages[0].round)(
+            KEY,
+            algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)}),
+            quadratic.cohort(algorithm, [0, 1, 3]),
+            people,
+        )
+        ends[name] = state.params
+        sparsity[name] = told.train.get(feddp_threshold.SPARSITY)
+    chex.assert_trees_all_equal(ends["none"], ends["fedavg"])
+    for layer in ("dense", "head"):
+        assert not np.any(ends["all"][layer]["kernel"])
+        np.testing.assert_array_equal(ends["all"][layer]["bias"], ends["fedavg"][layer]["bias"])
+    assert metrics.value(sparsity["all"]) == 1.0
+
+
+def test_layers_count_alike_in_the_sparsity_of_the_threshold():
+    params = {"a": {"kernel": jnp.array([[[0.0, 1.0]]])}, "b": {"kernel": jnp.ones((1, 2, 4))}}
+    assert feddp_threshold.layer_sparsity(params, feddp_threshold.convolutions) == 0.25
+    assert not feddp_threshold.convolutions("dense/kernel", jnp.ones((2, 2)))
+
+
+# Errors and resuming -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"density": 0.0}, r"density must lie in \(0, 1\], got 0.0"),
+        ({"gradient": "lazy"}, "gradient must be 'strict' or 'plain', got 'lazy'"),
+        ({"upload": "all"}, "upload must be 'salient', 'touched' or 'dense', got 'all'"),
+        ({"gates": "mine"}, "gates must be 'global' or 'personal', got 'mine'"),
+    ],
+)
+def test_wrong_options_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        adp.adaptive_dynamic_pruning(GATED, setup(), **{"density": 0.5, "readers": (), **options})
+
+
+def test_other_wrong_options_are_refused():
+    for hold, until in ((0.6, 0.5), (1.0, 1.0), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match="hold and until must be in order"):
+            adp.warm_up(density=0.5, num_rounds=10, hold=hold, until=until)
+    with pytest.raises(ValueError, match="rule must be 'salient' or 'touched', got 'best'"):
+        salience.report(clients.Client(init=tuple, update=clients.local_sgd), rule="best")  # pyright: ignore
+    for options, sentence in (
+        ({"threshold": -1.0}, "threshold must not be negative or infinite, got -1.0"),
+        ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            feddp_threshold.feddp_threshold(GATED, setup(), **{"num_epochs": 1, **options})
+
+
+def test_networks_that_lack_what_is_needed_are_refused_before_anything_runs():
+    algorithm = adp.adaptive_dynamic_pruning(GATED, setup(), density=0.5, readers=())
+    with pytest.raises(ValueError, match="the network has no gates"):
+        algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    threshold = feddp_threshold.feddp_threshold(quadratic.MODEL, setup(), num_epochs=1)
+    with pytest.raises(ValueError, match="kernels of convolutions, and the network has none"):
+        threshold.init(quadratic.PARAMS, {})
+
+
+class Stop(Exception):
+    pass
+
+
+def run_in(folder, model, people, stop_after=None, **options):
+    """Run with all that a round may carry over: momentum, schedule, personal gates, drop-outs."""
+    algorithm = adp.adaptive_dynamic_pruning(
+        model,
+        setup(num_rounds=4),
+        density=adp.warm_up(density=0.5, num_rounds=4, hold=0.25, until=0.75),
+        **options,
+    )
+    draw = participation.drop_out(
+        participation.uniform(num_clients=3, cohort_size=2), probability=0.2
+    )
+    parts = runner.Parts(
+        model=model,
+        algorithm=algorithm,
+        population=people,
+        test=evaluation.TestSet(people.examples["inputs"], people.examples["labels"]),
+        preprocess=lambda key, inputs: inputs,
+        advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
+        prunable=masks.kernels,
+    )
+
+    def on_round(line):
+        if line.round == stop_after:
+            raise Stop
+
+    report = progress.Report(start=lambda lines: None, round=on_round, warn=pytest.fail)
+    folder.mkdir(exist_ok=True)
+    state = None
+    with contextlib.suppress(Stop):
+        state = runner.train(
+            parts,
+            seed=3,
+            folder=folder,
+            eval_every=1,
+            checkpoint_every=1,
+            keep_checkpoints=2,
+            fingerprint=7,
+            report=report,
+        )
+    return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
+
+
+def resumes(folder, stops, model, people, **options):
+    state, lines = run_in(folder / "whole", model, people, **options)
+    for stop_after in stops:
+        where = folder / f"stopped-{stop_after}"
+        run_in(where, model, people, stop_after, **options)
+        again, again_lines = run_in(where, model, people, **options)
+        chex.assert_trees_all_equal(again, state)
+        assert again_lines == lines
+    return lines
+
+
+def test_killed_it_resumes_to_the_same_bits(tmp_path):
+    people = quadratic.population(sizes=SIZES)
+    resumes(tmp_path, (3,), quadratic.GATED, people, readers=quadratic.READERS)
+
+
+@pytest.mark.slow
+def test_killed_after_any_round_it_resumes_with_personal_gates(tmp_path):
+    lines = resumes(tmp_path, (2, 3, 4), GATED, PEOPLE, readers=READERS, gates="personal")
+    assert all(line.inference_flops is not None for line in lines)
