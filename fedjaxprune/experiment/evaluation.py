@@ -21,10 +21,12 @@ class Evaluation(NamedTuple):
     Attributes:
       total_loss: ``[]`` float32, summed cross-entropy, nats.
       num_correct: ``[]`` int32.
+      class_correct: ``[K]`` int32, by the example's class.
     """
 
     total_loss: jax.Array
     num_correct: jax.Array
+    class_correct: jax.Array
 
 
 class TestSet(NamedTuple):
@@ -73,10 +75,17 @@ def evaluate(
             return Evaluation(
                 total_loss=total.total_loss + jnp.sum(jnp.where(counts, losses, 0.0)),
                 num_correct=total.num_correct + jnp.sum(correct, dtype=jnp.int32),
+                class_correct=total.class_correct.at[labels].add(correct.astype(jnp.int32)),
             ), None
 
         def share(params, model_state, test, starts):
-            zero = Evaluation(total_loss=jnp.float32(0.0), num_correct=jnp.int32(0))
+            one = jax.eval_shape(lambda: preprocess(key, test.inputs[:1]))
+            num_classes = jax.eval_shape(model.predict, params, model_state, one).shape[-1]
+            zero = Evaluation(
+                total_loss=jnp.float32(0.0),
+                num_correct=jnp.int32(0),
+                class_correct=jnp.zeros((num_classes,), jnp.int32),
+            )
             step = functools.partial(add, params, model_state, test)
             sums, _ = jax.lax.scan(step, zero, starts)
             return sums if mesh is None else jax.lax.psum(sums, cohort.AXIS)

@@ -7,6 +7,7 @@
     summary.json    written at the end
     checkpoints/
     accuracy.png    written at the end
+    failed.json     if an error ended the run: see `failure`
 """
 
 import collections
@@ -19,6 +20,7 @@ import os
 import pathlib
 import platform
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +78,8 @@ class RoundRecord(NamedTuple):
       mean_coverage: measured; see `costs_record.RoundCosts`.
       mask_stability: measured; see `costs_record.RoundCosts`.
       wall_s: seconds that the round took, with its test.
+      layer_sparsity: pruned fraction of each prunable leaf after the round, by its path.
+      client_accuracy: how `test_accuracy` spreads over the clients; see `spread`.
     """
 
     stage: str
@@ -100,6 +104,8 @@ class RoundRecord(NamedTuple):
     mean_coverage: float
     mask_stability: float
     wall_s: float
+    layer_sparsity: dict | None = None
+    client_accuracy: dict | None = None
 
 
 def finite(value: Any) -> float | None:
@@ -225,12 +231,16 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     """
     with (folder / CONFIG).open("rb") as file:
         if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another process is running in {str(folder)!r}; wait for its end."
-                ) from None
+            for last in (False, False, True):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if last:
+                        raise UserError(
+                            f"another process is running in {str(folder)!r}; wait for its end."
+                        ) from None
+                    time.sleep(0.05)  # somebody may just be looking whether it runs
         yield
 
 
