@@ -72,6 +72,4 @@ def matters(name: str, config: Mapping[str, Any]) -> bool:
 
 def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the settings that matter, but for the seed."""
-    return {
-        name: value for name, value in config.items() if name != SEED and matters(name, config)
-    }
+    return {name: value for name, value in config.items() if name != SEED and matters(name, config)}

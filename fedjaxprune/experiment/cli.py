@@ -96,9 +96,7 @@ def cli() -> None:
     "number of rounds included.",
 )
 @viewing.TRACK
-def run(
-    source: str | None, resume: str | None, track: tuple[str, ...], **options: Any
-) -> None:
+def run(source: str | None, resume: str | None, track: tuple[str, ...], **options: Any) -> None:
     """Run one experiment and write its folder.
 
     Settings come from the defaults, then from the preset or YAML file, then from the options; with
@@ -119,9 +117,7 @@ def run(
         folder = resume or given.out
         if not folder:
             raise UserError("resume: got no folder; give one as `--resume FOLDER`.")
-        launch.resume(
-            launch.path(folder), values, given, trackers=trackers, show=launch.show_table
-        )
+        launch.resume(launch.path(folder), values, given, trackers=trackers, show=launch.show_table)
 
 
 def _given(source: str | None, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

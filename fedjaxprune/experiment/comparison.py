@@ -207,13 +207,14 @@ def compare(
       groups: what to compare.
       budget: MiB at which accuracies are compared; None for the smallest total of a run.
       target: accuracy to which costs are counted; None for the lowest mean of a group, rounded
-        down to a whole per cent.
+        down to a whole per cent. Neither is taken from runs that have not finished, if any has.
     """
     curves = [[curve(run) for run in counted(members)] for members in groups]
+    done = [members for members in groups if counted(members)[0].state == "finished"] or groups
     if budget is None:
-        budget = min(_total(run) for members in groups for run in counted(members))
+        budget = min(_total(run) for members in done for run in counted(members))
     if target is None:
-        finals = [mean([_final(one) for one in several]) for several in curves]
+        finals = [mean([_final(curve(run)) for run in counted(members)]) for members in done]
         known = [value for value in finals if not math.isnan(value)]
         target = math.floor(100 * min(known)) / 100 if known else math.nan
     measures = [
@@ -223,9 +224,7 @@ def compare(
         )
         for members, several in zip(groups, curves, strict=True)
     ]
-    return Comparison(
-        groups=tuple(groups), measures=tuple(measures), budget=budget, target=target
-    )
+    return Comparison(groups=tuple(groups), measures=tuple(measures), budget=budget, target=target)
 
 
 def _total(run: Run) -> float:

@@ -11,7 +11,7 @@ from rich.table import Table
 from fedjaxprune.experiment import comparison
 from fedjaxprune.experiment.comparison import Comparison, Measures
 
-RUN, BY_SEED, SEEDS = "run", "by seed, %", "seeds"
+RUN, SEEDS, OPEN, BY_SEED = "run", "seeds", "not finished", "by seed, %"
 
 
 class Column(NamedTuple):
@@ -89,15 +89,14 @@ def terminal(compared: Comparison) -> list[Table]:
 def rows(compared: Comparison) -> list[list[str]]:
     """Make one table of texts with everything, its head first."""
     several = [column for part in columns(compared).values() for column in part]
-    made = [[RUN, SEEDS, *(column.title for column in several), BY_SEED, "not finished"]]
+    made = [[RUN, SEEDS, OPEN, *(column.title for column in several), BY_SEED]]
     for members, measures in zip(compared.groups, compared.measures, strict=True):
         cells = [cell(column, measures) for column in several]
         seeds = str(len(measures))
-        made.append(
-            [members.label, seeds, *cells, _by_seed(measures), comparison.states(members)]
-        )
-    if not any(row[-1] for row in made[1:]):
-        made = [row[:-1] for row in made]
+        state = comparison.states(members)
+        made.append([members.label, seeds, state, *cells, _by_seed(measures)])
+    if not any(row[2] for row in made[1:]):
+        made = [[*row[:2], *row[3:]] for row in made]
     return made
 
 
@@ -114,7 +113,7 @@ def comma_separated(compared: Comparison) -> str:
     titles = [t for column in several for t in (column.title, f"{column.title} (deviation)")]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([RUN, SEEDS, *titles, "not finished"])
+    writer.writerow([RUN, SEEDS, *titles, OPEN])
     for members, measures in zip(compared.groups, compared.measures, strict=True):
         numbers = []
         for column in several:
