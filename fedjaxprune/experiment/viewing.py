@@ -146,4 +146,70 @@ def report(runs: tuple[str, ...], mib: float | None, accuracy: float | None, out
     click.echo(f"report: {path}")
 
 
-COMMANDS = (report, compare)
+@click.command()
+@click.argument("file")
+@click.option(
+    "--out",
+    default=None,
+    metavar="FOLDER",
+    help="Folder of the run folders; unset: the file's `out`, or runs/ and the file's name.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="INTEGER",
+    help="Processes that play runs side by side, each on its share of the cores.",
+)
+@TRACK
+@_measured
+@click.option("--member", default=None, hidden=True)  # what a process of --jobs is to play
+def sweep(
+    file: str,
+    out: str | None,
+    jobs: int,
+    track: tuple[str, ...],
+    mib: float | None,
+    accuracy: float | None,
+    member: str | None,
+) -> None:
+    """Make many runs from one FILE and compare them.
+
+    FILE is a YAML file of settings as for `run`, where a list stands for a run with each of its
+    values; docs/report.md explains it. What has been run is not run again, and what was broken off
+    goes on, so the command can be repeated until everything is there. A run that fails does not
+    stop the others.
+    """
+    from fedjaxprune.experiment import playing, sweeps
+
+    plan = sweeps.read(file, out=launch.path(out) if out else None)
+    openers = trackers(track)
+    if member is not None:
+        if (why := playing.only(plan, member, trackers=openers)) is not None:
+            click.echo(f"failed: {member}: {why}", err=True)
+            raise SystemExit(1)
+        return
+    try:
+        if jobs == 1:
+            failed = playing.one_by_one(plan, trackers=openers)
+        else:
+            failed = playing.side_by_side(plan, jobs=jobs, track=track)
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(f"the sweep goes on with `fedjaxprune sweep {file}`.", err=True)
+        raise SystemExit(launch.INTERRUPTED) from None
+    folders = [plan.folder / one.name for one in plan.members]
+    made = [folder for folder in folders if folder.is_dir()]
+    try:
+        if made:
+            show_comparison(made, mib=mib, accuracy=accuracy)
+    except UserError as error:  # different data sets, say: the runs are there all the same
+        click.echo(f"note: {error}", err=True)
+    click.echo(f"results: {plan.folder}")
+    if failed:
+        names = "; ".join(f"{name} ({why})" for name, why in failed.items())
+        click.echo(f"error: {len(failed)} of {len(plan.members)} runs failed: {names}", err=True)
+        raise SystemExit(1)
+
+
+COMMANDS = (report, compare, sweep)
