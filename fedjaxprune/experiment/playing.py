@@ -114,8 +114,10 @@ def side_by_side(sweep: Sweep, *, jobs: int, track: Sequence[str]) -> dict[str, 
             at_work.discard(process)
             if status == 0 or is_over.is_set():
                 return None
-            last = (said.strip().splitlines() or [f"it ended with status {status}"])[-1]
-            return last.removeprefix("error: ").removeprefix(f"failed: {member.name}: ")
+            told = f"failed: {member.name}: "
+            lines = [line for line in said.splitlines() if line.startswith((told, "error: "))]
+            last = lines[-1] if lines else f"it ended with status {status}"
+            return last.removeprefix("error: ").removeprefix(told)
         finally:
             shares.put(share)
 
@@ -147,7 +149,8 @@ def only(sweep: Sweep, name: str, *, trackers: launch.Openers) -> str | None:
         raise UserError(f"the sweep {sweep.source} has no member {name!r}.")
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 4096):  # a buffered reader would hinder Python's end
+            pass
         os._exit(launch.INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()

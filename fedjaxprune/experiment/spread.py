@@ -65,9 +65,12 @@ def of_clients(classes: Classes, class_correct: Any) -> dict[str, float] | None:
     if not len(classes.shares) or len(correct) < num_classes:
         return None
     by_class = (correct / np.maximum(1, classes.num_tested)).astype(np.float32)
-    by_client = classes.shares @ by_class
+    by_client = np.sort(classes.shares @ by_class)
     names = ("lowest", "lower_quartile", "median", "upper_quartile", "highest")
-    values = np.quantile(by_client, [0.0, 0.25, 0.5, 0.75, 1.0])
+    last = len(by_client) - 1
+    values = np.interp(
+        [0.0, 0.25 * last, 0.5 * last, 0.75 * last, last], np.arange(last + 1), by_client
+    )
     spread = {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}
     mean, deviation = float(by_client.mean()), float(by_client.std())
     return spread | {"mean": round(mean, 6), "deviation": round(deviation, 6)}
