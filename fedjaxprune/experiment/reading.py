@@ -153,6 +153,7 @@ def command(config: Mapping[str, Any]) -> str:
                     words.append(f"--{option}" if value else f"--no-{option}")
                 else:
                     words += [f"--{option}", "none" if value is None else str(value)]
+        Settings(**given)
     except ValueError:  # another version's config
         return "fedjaxprune run config.yaml"
     return shlex.join(words)

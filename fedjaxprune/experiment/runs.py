@@ -122,9 +122,11 @@ def _read(folder: pathlib.Path, name: str) -> tuple[Run | None, str | None]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise UserError(f"the config {str(path)!r} cannot be read.") from None
-    config = _complete(reading.read_yaml(text, source=str(path)))
-    if not isinstance(config.get("algorithm"), str) or not isinstance(config.get("dataset"), str):
-        raise UserError(f"{str(folder)!r} is no run: its {record.CONFIG} names no algorithm.")
+    values = reading.read_yaml(text, source=str(path))
+    if not all(isinstance(values.get(name), str) for name in ("algorithm", "dataset")):
+        raise UserError(
+            f"{str(folder)!r} is no run: its {record.CONFIG} names no algorithm or no data set."
+        )
     lines, is_torn = _lines(folder / record.METRICS)
     failed = failure.read(folder)
     held = is_held(folder)
@@ -147,7 +149,7 @@ def _read(folder: pathlib.Path, name: str) -> tuple[Run | None, str | None]:
     run = Run(
         folder=folder,
         name=name,
-        config=config,
+        config=_complete(values),
         versions=reading.read_versions(text, source=str(path)) or {},
         lines=lines,
         state=state,

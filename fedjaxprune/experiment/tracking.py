@@ -26,7 +26,7 @@ from fedjaxprune.experiment.progress import Report
 from fedjaxprune.experiment.record import RoundRecord
 from fedjaxprune.experiment.validation import near_miss
 
-Tracker = Callable[[RoundRecord], None]
+Tracker = Callable[[RoundRecord], object]
 
 
 class Opened(NamedTuple):
@@ -71,7 +71,10 @@ def tensorboard(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Ope
 
     purge = num_rounds + 1 if num_rounds else None  # what a broken-off run wrote after that
     writer = tensorboardX.SummaryWriter(
-        str(folder / "tensorboard"), purge_step=purge, flush_secs=10
+        str(folder / "tensorboard"),
+        purge_step=purge,
+        flush_secs=10,
+        filename_suffix=f".{num_rounds}",  # else a file of the same second is written over
     )
     if not num_rounds:
         rows = [f"| {name} | {value} |" for name, value in config.model_dump().items()]

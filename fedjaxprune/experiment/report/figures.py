@@ -279,7 +279,7 @@ def _front(compared: Comparison) -> Picture | None:
         ("FLOPs", AXES["flops"], lambda m: m.flops),
     ):
         figure = frame.empty(x=axis, y="accuracy, mean of the last tests, %")
-        points = []
+        points, num_drawn = [], 0
         for number, (members, measures) in enumerate(
             zip(compared.groups, compared.measures, strict=True)
         ):
@@ -288,6 +288,7 @@ def _front(compared: Comparison) -> Picture | None:
             cost, final = comparison.mean(costs), comparison.mean(finals)
             if math.isnan(cost) or math.isnan(final):
                 continue
+            num_drawn += 1
             is_done = comparison.counted(members)[0].state == "finished"
             if is_done:
                 points.append((cost, final))
@@ -316,7 +317,7 @@ def _front(compared: Comparison) -> Picture | None:
                 line={"color": frame.LIGHT[-1], "dash": "dot", "width": 1.5, "shape": "hv"},
                 hoverinfo="skip",
             )
-        if len(figure.data) > 1:
+        if num_drawn > 1:
             variants.append((name, figure))
     note = "Above and to the left is better; what lies below the front is beaten in both."
     return Picture("front", "Accuracy for its price", note, variants) if variants else None

@@ -1,6 +1,7 @@
 """Put the page together: tables and configs as HTML, pictures for plotly, all in one file."""
 
 import base64
+import functools
 import gzip
 import html
 import importlib.resources
@@ -70,7 +71,7 @@ def make(
         "BODY": "\n".join(body),
         "FOOT": f"Made with fedjaxprune {__version__} from the run folders.",
         "PICTURES": _pack(json.dumps(data)),
-        "LIBRARY": _pack(plotly.offline.get_plotlyjs()),
+        "LIBRARY": _library(),
         "SCRIPT": _file("page.js"),
     }
     page = _file("page.html").split("@")
@@ -108,6 +109,12 @@ def _file(name: str) -> str:
 def _pack(text: str) -> str:
     """Pack a text for the page, which unpacks it; the library alone is two thirds air."""
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
+
+
+@functools.cache
+def _library() -> str:
+    """Pack the plotting library, once."""
+    return _pack(plotly.offline.get_plotlyjs())
 
 
 def _states(groups: Sequence[Group]) -> str:
