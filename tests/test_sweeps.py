@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import pytest
@@ -137,7 +138,7 @@ def test_what_is_no_file_is_one_sentence(capsys, tmp_path, monkeypatch):
 
 def test_a_folder_of_another_run_is_refused_with_the_field_that_differs(tmp_path):
     sweep = read(tmp_path, {"algorithm": "fedavg", "rounds": 5, "seed": [0, 1]})
-    settings = {"rounds": 6, "num_clients": 20, "cohort_size": 10, "devices": 2}
+    settings: dict[str, Any] = {"rounds": 6, "num_clients": 20, "cohort_size": 10, "devices": 2}
     write(tmp_path / "out" / names(sweep)[1], rising([0.1]), seed=1, **settings)
     with pytest.raises(UserError, match=r"rounds is 6 there and 5 in .*mine.yaml; give the sweep"):
         read(tmp_path, {"algorithm": "fedavg", "rounds": 5, "seed": [0, 1]})

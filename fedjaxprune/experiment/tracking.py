@@ -174,7 +174,7 @@ def follow(
     """Make a report that tells trackers, too; whatever they raise ends them, not the run."""
     at_work: dict[str, Opened] = {}
 
-    def attempt(name: str, act: Callable[[], None]) -> None:
+    def attempt(name: str, act: Callable[[], object]) -> None:
         try:
             act()
         except Exception as error:
