@@ -98,16 +98,18 @@
       buttons[0].setAttribute("aria-pressed", "true");
     }
   }
+  const mark = (name) => root.setAttribute("data-" + name, Math.round(performance.now())); // ms since the page was opened
   for (const place of plots) {
     try {
       await rest();
+      if (place.getBoundingClientRect().top > innerHeight && !root.hasAttribute("data-shown")) mark("shown");
       await draw(place);
     } catch (error) {
       say(place, "This picture cannot be drawn: " + error);
       console.error(error);
     }
   }
-  root.setAttribute("data-drawn", Math.round(performance.now())); // ms since the page was opened
+  mark("drawn");
   const redraw = () => plots.forEach(draw);
   document.getElementById("theme").onclick = () => { setTheme(theme() === "dark" ? "light" : "dark"); redraw(); };
   dark.onchange = () => { setTheme(dark.matches ? "dark" : "light"); redraw(); };
