@@ -11,8 +11,8 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import (
-    autoflip,
     adaptive_dynamic_pruning,
+    autoflip,
     compose,
     fedavg,
     feddip,

@@ -1,26 +1,21 @@
-"""The command ``fedjaxprune``: ``run`` and ``list``.
+"""The command ``fedjaxprune``: ``run`` and ``list``; the others come from modules of their own.
 
 Options are made from the fields of `RunConfig`. Whatever the user gets wrong is one sentence on
 stderr and exit status 2. JAX is imported only when a run is about to be put together.
 """
 
-import contextlib
 import difflib
-import logging
-import os
-import pathlib
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment import methods, reading, validation
-from fedjaxprune.experiment.config import RunConfig, Settings, UserError
+from fedjaxprune.experiment import launch, reading, validation, viewing
+from fedjaxprune.experiment.config import RunConfig, UserError
 
-USAGE, INTERRUPTED = 2, 130  # exit statuses
+USAGE = 2  # exit status
 
 
 class _GroupedCommand(click.Command):
@@ -100,7 +95,8 @@ def cli() -> None:
     "as if it had never stopped. Settings that are given besides must agree with that config, the "
     "number of rounds included.",
 )
-def run(source: str | None, resume: str | None, **options: Any) -> None:
+@viewing.TRACK
+def run(source: str | None, resume: str | None, track: tuple[str, ...], **options: Any) -> None:
     """Run one experiment and write its folder.
 
     Settings come from the defaults, then from the preset or YAML file, then from the options; with
@@ -108,23 +104,20 @@ def run(source: str | None, resume: str | None, **options: Any) -> None:
     names the presets.
     """
     values, sources = _given(source, options)
+    trackers = viewing.trackers(track)
     if resume is None:
-        _start(validation.validate(values, sources=sources))
+        config = validation.validate(values, sources=sources)
+        launch.start(config, trackers=trackers, show=launch.show_table)
     else:
         given = validation.validate_each(values, sources=sources)
-        if resume and given.out and _path(resume) != _path(given.out):
+        if resume and given.out and launch.path(resume) != launch.path(given.out):
             raise UserError(
                 f"resume: --resume names the folder {resume!r} and out {given.out!r}; give one."
             )
         folder = resume or given.out
         if not folder:
             raise UserError("resume: got no folder; give one as `--resume FOLDER`.")
-        _resume(_path(folder), values, given)
-
-
-def _path(text: str) -> pathlib.Path:
-    """Read a path, where ``~`` is the user's home."""
-    return pathlib.Path(os.path.expanduser(text))  # pathlib's may raise
+        launch.resume(launch.path(folder), values, given, trackers=trackers, show=launch.show_table)
 
 
 def _given(source: str | None, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -139,161 +132,11 @@ def _given(source: str | None, options: dict[str, Any]) -> tuple[dict[str, Any],
     return values, sources
 
 
-def _start(config: RunConfig) -> None:
-    """Begin a new run."""
-    from fedjaxprune.experiment import record
-
-    folder = _path(config.out) if config.out else record.default_folder(config)
-    record.check_free(folder)
-    with _jax_set_up(config):
-        from fedjaxprune.experiment import catalog
-
-        config = catalog.resolve(config)
-        parts = catalog.build(config)
-        record.create(folder, config)
-        _train(folder, config, parts)
-
-
-def _resume(folder: pathlib.Path, values: dict[str, Any], given: Settings) -> None:
-    """Continue the run in `folder`, if what was given agrees with it."""
-    from fedjaxprune.experiment import record
-
-    config, made_with = record.stored(folder)
-    if different := reading.differences(config, values, given):
-        raise UserError(
-            f"resume: the run in {str(folder)!r} has another config: {'; '.join(different)}. "
-            "Leave these out, or start a new run."
-        )
-    _check_untouched(folder, config)
-    if "data_dir" in values:
-        config = config.model_copy(update={"data_dir": given.data_dir})
-    with _jax_set_up(config):
-        from fedjaxprune.experiment import catalog
-
-        changed = [
-            f"{name} {made_with[name]} then and {version} now"
-            for name, version in record.versions().items()
-            if made_with.get(name, version) != version
-        ]
-        if changed:
-            click.echo(
-                f"warning: the run was made with other versions ({'; '.join(changed)}): "
-                "the bits may differ.",
-                err=True,
-            )
-        _train(folder, config, catalog.build(config))
-
-
-def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
-    """Refuse to go on from what another config made, and from a record that is not whole."""
-    from fedjaxprune.experiment import checkpoints, record
-
-    with _said(folder):
-        found = checkpoints.fingerprints(folder / record.CHECKPOINTS)
-        record.read(folder)
-    if other := [n for n, value in found.items() if value != reading.fingerprint(config)]:
-        raise UserError(
-            f"resume: {str(folder / record.CONFIG)!r} is not the config that made the run's "
-            f"checkpoint of round {max(other)}: it was edited or replaced; put it back, or start a "
-            "new run."
-        )
-
-
-@contextlib.contextmanager
-def _said(folder: pathlib.Path) -> Iterator[None]:
-    """Turn what the system says of files into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        of_file = f": {str(error.filename)!r}" if error.filename else ""
-        raise UserError(
-            f"cannot work in the run folder {str(folder)!r} ({error.strerror or error}{of_file}); "
-            f"put that right and continue with `fedjaxprune run --resume {folder}`."
-        ) from None
-
-
-def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
-    """Run what is left to run, and tell how it went."""
-    import jax
-    from rich.console import Console
-
-    from fedjaxprune.experiment import plots, progress, record, runner
-
-    console, errors = Console(), Console(stderr=True)
-    title = f"{config.algorithm} on {config.dataset} with {config.model}"
-    num_rounds = sum(stage.num_rounds for stage in parts.algorithm.stages)
-    target = config.sparsity if config.algorithm in methods.PRUNING else None
-    try:
-        with _said(folder), record.hold(folder):
-            lines = record.read(folder)
-            if len(lines) == num_rounds and (folder / record.SUMMARY).exists():
-                console.print("this run is finished; there is nothing left to do.")
-            else:
-                with progress.report(console, errors, num_rounds=num_rounds) as report:
-                    runner.train(
-                        parts,
-                        seed=config.seed,
-                        folder=folder,
-                        eval_every=config.eval_every,
-                        checkpoint_every=config.checkpoint_every,
-                        keep_checkpoints=config.keep_checkpoints,
-                        fingerprint=reading.fingerprint(config),
-                        report=report,
-                    )
-                lines = record.read(folder)
-                plots.accuracy(lines, folder / record.PICTURE, title=title)
-                record.write_summary(folder, record.summarise(lines))
-            console.print(title, style="italic", highlight=False)
-            console.print(progress.table(record.summarise(lines), target=target))
-            console.print(f"results: {folder}", soft_wrap=True, highlight=False)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"there is not enough memory for the run in {str(folder)!r}; start a new one with a "
-            f"smaller model, batch_size or chunk_size ({config.chunk_size}), or fewer clients if "
-            "each keeps a state, as with error_feedback."
-        ) from None
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; continue with `fedjaxprune run --resume {folder}`.", err=True)
-        raise SystemExit(INTERRUPTED) from None
-
-
-@contextlib.contextmanager
-def _jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
-    """Set up JAX for the command: compiled code is kept between runs, other people's logs are not.
-
-    A CPU becomes as many devices as the config asks for, by default one a core.
-
-    JAX's cache lies in ``JAX_COMPILATION_CACHE_DIR`` if that is set, else in the user's cache
-    folder.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        cache = pathlib.Path(base) / "fedjaxprune" / "jax"
-        with contextlib.suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-    if config is not None:
-        from fedjaxprune.experiment import catalog
-
-        wanted = config.devices or min(catalog.num_cores(), config.cohort_size)
-        with contextlib.suppress(RuntimeError):  # JAX is in use already, with devices of its own
-            jax.config.update("jax_num_cpu_devices", min(wanted, config.cohort_size))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Error (reading|writing) persistent")
-        yield
-
-
 @cli.command(name="list")
 @click.option("--data-dir", default=None, metavar="TEXT", help="Folder of prepared TFDS data.")
 def list_(data_dir: str | None) -> None:
     """List algorithms, models, data sets and presets."""
-    with _jax_set_up():
+    with launch.jax_set_up():
         from fedjaxprune.data import datasets
         from fedjaxprune.experiment import catalog
 
@@ -318,6 +161,10 @@ def list_(data_dir: str | None) -> None:
         width = max(len(name) for name in rows)
         for name, summary in rows.items():
             click.echo(f"  {name:<{width}}  {summary}")
+
+
+for _command in viewing.COMMANDS:
+    cli.add_command(_command)
 
 
 def _sentence(error: click.ClickException, args: Sequence[str]) -> str:
@@ -352,4 +199,4 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(USAGE)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted before the run began.", err=True)
-        sys.exit(INTERRUPTED)
+        sys.exit(launch.INTERRUPTED)

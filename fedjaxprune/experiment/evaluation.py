@@ -22,11 +22,13 @@ class Evaluation(NamedTuple):
     Attributes:
       total_loss: ``[]`` float32, summed cross-entropy, nats.
       num_correct: ``[]`` int32.
+      class_correct: ``[K]`` int32, by the example's class.
       through: by gated layer, what its gates let through (`gating.through`); {} without gates.
     """
 
     total_loss: jax.Array
     num_correct: jax.Array
+    class_correct: jax.Array
     through: dict[str, metrics.Mean] = {}  # noqa: RUF012 never written to
 
 
@@ -77,6 +79,7 @@ def evaluate(
             return Evaluation(
                 total_loss=total.total_loss + jnp.sum(jnp.where(counts, losses, 0.0)),
                 num_correct=total.num_correct + jnp.sum(correct, dtype=jnp.int32),
+                class_correct=total.class_correct.at[labels].add(correct.astype(jnp.int32)),
                 through=metrics.merge(total.through, through),
             ), None
 
@@ -91,9 +94,12 @@ def evaluate(
             layers = jax.eval_shape(
                 gates, params, model_state, test.inputs[:size], jnp.ones(size, jnp.bool_)
             )
+            one = jax.eval_shape(lambda: preprocess(key, test.inputs[:1]))
+            num_classes = jax.eval_shape(model.predict, params, model_state, one).shape[-1]
             zero = Evaluation(
                 total_loss=jnp.float32(0.0),
                 num_correct=jnp.int32(0),
+                class_correct=jnp.zeros((num_classes,), jnp.int32),
                 through={name: metrics.zero() for name in layers},
             )
             step = functools.partial(add, params, model_state, test)

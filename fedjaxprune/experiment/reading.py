@@ -3,12 +3,14 @@
 import importlib.resources
 import json
 import pathlib
+import shlex
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from fedjaxprune.experiment import alike
 from fedjaxprune.experiment.config import RunConfig, Settings, UserError
 from fedjaxprune.experiment.validation import near_miss
 
@@ -129,3 +131,29 @@ def differences(stored: RunConfig, names: Any, given: Settings) -> list[str]:
         if name not in PLACES and there != here:
             different.append(f"{name} is {there!r} in the run, {here!r} was given")
     return different
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """Write the shortest command that makes a run with this config.
+
+    What does not matter to its numbers is left out, but for when it is tested.
+    """
+    given: dict[str, Any] = {}
+    words = ["fedjaxprune", "run"]
+    try:
+        for name in Settings.model_fields:
+            is_told = name == "eval_every" or alike.matters(name, config)
+            if name not in config or not is_told:
+                continue
+            value = config[name]
+            if getattr(Settings(**given), name) != value:
+                given[name] = value
+                option = name.replace("_", "-")
+                if isinstance(value, bool):
+                    words.append(f"--{option}" if value else f"--no-{option}")
+                else:
+                    words += [f"--{option}", "none" if value is None else str(value)]
+        Settings(**given)
+    except ValueError:  # another version's config
+        return "fedjaxprune run config.yaml"
+    return shlex.join(words)

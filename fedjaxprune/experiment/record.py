@@ -7,6 +7,7 @@
     summary.json    written at the end
     checkpoints/
     accuracy.png    written at the end
+    failed.json     if an error ended the run: see `failure`
 """
 
 import collections
@@ -19,6 +20,7 @@ import os
 import pathlib
 import platform
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +80,8 @@ class RoundRecord(NamedTuple):
       wall_s: seconds that the round took, with its test.
       inference_flops: of a prediction, an example, with gates as the test measured them (see
         `costs_record.of_inference`); None without gates or without a test.
+      layer_sparsity: pruned fraction of each prunable leaf after the round, by its path.
+      client_accuracy: how `test_accuracy` spreads over the clients; see `spread`.
     """
 
     stage: str
@@ -103,6 +107,8 @@ class RoundRecord(NamedTuple):
     mask_stability: float
     wall_s: float
     inference_flops: dict | None = None
+    layer_sparsity: dict | None = None
+    client_accuracy: dict | None = None
 
 
 def finite(value: Any) -> float | None:
@@ -228,12 +234,16 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     """
     with (folder / CONFIG).open("rb") as file:
         if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another process is running in {str(folder)!r}; wait for its end."
-                ) from None
+            for last in (False, False, True):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if last:
+                        raise UserError(
+                            f"another process is running in {str(folder)!r}; wait for its end."
+                        ) from None
+                    time.sleep(0.05)  # somebody may just be looking whether it runs
         yield
 
 

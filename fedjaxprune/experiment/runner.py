@@ -27,7 +27,7 @@ from fedjaxprune.base import (
     RoundMetrics,
     RoundState,
 )
-from fedjaxprune.experiment import checkpoints, costs_record, evaluation, progress, record
+from fedjaxprune.experiment import checkpoints, costs_record, evaluation, progress, record, spread
 from fedjaxprune.experiment.evaluation import TestSet
 
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
@@ -119,6 +119,7 @@ def train(
         warn=report.warn,
     )
 
+    classes = spread.of_population(parts.population, parts.test.labels)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, mesh=parts.mesh)
     try_out = jax.jit(
         lambda state, test: test_fn(algorithm.deployed(state), state.model_state, test)
@@ -130,7 +131,7 @@ def train(
         nonlocal clock
         metrics, tested = jax.device_get((pending.metrics, pending.tested))
         pending = pending._replace(metrics=metrics, tested=tested)
-        line = _line(pending, parts, shapes.state, flags, profile)
+        line = _line(pending, parts, shapes.state, flags, profile, classes)
         before, clock = clock, time.perf_counter()
         line = line._replace(wall_s=round(clock - before, 6))
         record.append(folder, line)
@@ -158,10 +159,15 @@ def train(
             end = begin + stage.num_rounds
             step = _compiled(advance, parts.mesh)
             for index in range(max(begin, done), end):
-                now, metrics = step(rounds_key, now, population)
                 number = index + 1
                 is_tested = number % eval_every == 0 or number == num_rounds
-                tested = try_out(now.state, test) if is_tested else None
+                try:
+                    now, metrics = step(rounds_key, now, population)
+                    tested = try_out(now.state, test) if is_tested else None
+                except Exception:
+                    if pending is not None:  # so that the record ends where the error came
+                        note(pending)
+                    raise
                 if pending is not None:
                     note(pending)
                 pending = _Pending(stage.name, number, metrics, tested)
@@ -224,6 +230,7 @@ def _line(
     shapes: RoundState,
     flags: list[bool],
     profile: costs_record.Profile,
+    classes: spread.Classes | None,
 ) -> record.RoundRecord:
     """Turn a round's metrics, read to the host, into a line of the record."""
     metrics, tested = pending.metrics, pending.tested
@@ -259,5 +266,15 @@ def _line(
         wall_s=0.0,
         inference_flops=costs_record.of_inference(profile, metrics, tested.through)
         if tested
+        else None,
+        layer_sparsity={
+            path: round(1.0 - int(kept) / max(1, size), 6)
+            for path, kept, size, flag in zip(
+                profile.paths, metrics.kept, sizes, flags, strict=True
+            )
+            if flag
+        },
+        client_accuracy=spread.of_clients(classes, tested.class_correct)
+        if tested and classes
         else None,
     )

@@ -1,0 +1,220 @@
+"""Begin a run or go on with one: set JAX up, train, and leave the folder whole.
+
+This is what ``fedjaxprune run`` does once its options are read, and what a sweep does for each of
+its members. JAX is imported only when a run is about to be put together.
+"""
+
+import contextlib
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from fedjaxprune.experiment import failure, methods, reading
+from fedjaxprune.experiment.config import RunConfig, Settings, UserError
+
+ShowFn = Callable[[pathlib.Path, RunConfig, list[Any]], None]  # (folder, config, lines)
+INTERRUPTED = 130  # exit status
+Openers = Mapping[str, Any]  # trackers by name, as `tracking.find` gives them
+
+
+def path(text: str) -> pathlib.Path:
+    """Read a path, where ``~`` is the user's home."""
+    return pathlib.Path(os.path.expanduser(text))  # pathlib's may raise
+
+
+def start(config: RunConfig, *, trackers: Openers, show: ShowFn) -> pathlib.Path:
+    """Begin a new run, play it to its end and return its folder.
+
+    Raises:
+      UserError: the folder is taken, the settings do not make a run, or it cannot be finished.
+    """
+    from fedjaxprune.experiment import record
+
+    folder = path(config.out) if config.out else record.default_folder(config)
+    record.check_free(folder)
+    with jax_set_up(config):
+        from fedjaxprune.experiment import catalog
+
+        config = catalog.resolve(config)
+        parts = catalog.build(config)
+        record.create(folder, config)
+        _train(folder, config, parts, trackers, show)
+    return folder
+
+
+def resume(
+    folder: pathlib.Path,
+    values: Mapping[str, Any],
+    given: Settings,
+    *,
+    trackers: Openers,
+    show: ShowFn,
+) -> None:
+    """Continue the run in `folder`, if the explicitly given settings agree with it.
+
+    Args:
+      folder: of the run.
+      values: the settings that were given, by name.
+      given: the same, validated.
+      trackers: that follow it.
+      show: tells how it ended.
+
+    Raises:
+      UserError: there is no run, it has another config, or it cannot be finished.
+    """
+    from fedjaxprune.experiment import record
+
+    config, made_with = record.stored(folder)
+    if different := reading.differences(config, values, given):
+        raise UserError(
+            f"resume: the run in {str(folder)!r} has another config: {'; '.join(different)}. "
+            "Leave these out, or start a new run."
+        )
+    _check_untouched(folder, config)
+    if "data_dir" in values:
+        config = config.model_copy(update={"data_dir": given.data_dir})
+    with jax_set_up(config):
+        from fedjaxprune.experiment import catalog
+
+        changed = [
+            f"{name} {made_with[name]} then and {version} now"
+            for name, version in record.versions().items()
+            if made_with.get(name, version) != version
+        ]
+        if changed:
+            click.echo(
+                f"warning: the run was made with other versions ({'; '.join(changed)}): "
+                "the bits may differ.",
+                err=True,
+            )
+        _train(folder, config, catalog.build(config), trackers, show)
+
+
+def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
+    """Refuse to go on from what another config made, and from a record that is not whole."""
+    from fedjaxprune.experiment import checkpoints, record
+
+    with _said(folder):
+        found = checkpoints.fingerprints(folder / record.CHECKPOINTS)
+        record.read(folder)
+    if other := [n for n, value in found.items() if value != reading.fingerprint(config)]:
+        raise UserError(
+            f"resume: {str(folder / record.CONFIG)!r} is not the config that made the run's "
+            f"checkpoint of round {max(other)}: it was edited or replaced; put it back, or start a "
+            "new run."
+        )
+
+
+@contextlib.contextmanager
+def _said(folder: pathlib.Path) -> Iterator[None]:
+    """Turn what the system says of files into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        of_file = f": {str(error.filename)!r}" if error.filename else ""
+        raise UserError(
+            f"cannot work in the run folder {str(folder)!r} ({error.strerror or error}{of_file}); "
+            f"put that right and continue with `fedjaxprune run --resume {folder}`."
+        ) from None
+
+
+def _train(
+    folder: pathlib.Path, config: RunConfig, parts: Any, trackers: Openers, show: ShowFn
+) -> None:
+    """Run what is left to run, and tell how it went; what ends it early is marked in the folder."""
+    import jax
+    from rich.console import Console
+
+    from fedjaxprune.experiment import plots, progress, record, runner, tracking
+
+    console, errors = Console(), Console(stderr=True)
+    num_rounds = sum(stage.num_rounds for stage in parts.algorithm.stages)
+    try:
+        with _said(folder), record.hold(folder):
+            lines = record.read(folder)
+            if len(lines) == num_rounds and (folder / record.SUMMARY).exists():
+                console.print("this run is finished; there is nothing left to do.")
+            else:
+                with (
+                    failure.marked(folder),
+                    progress.report(console, errors, num_rounds=num_rounds) as told,
+                    tracking.follow(told, trackers, folder=folder, config=config) as report,
+                ):
+                    runner.train(
+                        parts,
+                        seed=config.seed,
+                        folder=folder,
+                        eval_every=config.eval_every,
+                        checkpoint_every=config.checkpoint_every,
+                        keep_checkpoints=config.keep_checkpoints,
+                        fingerprint=reading.fingerprint(config),
+                        report=report,
+                    )
+                lines = record.read(folder)
+                plots.accuracy(lines, folder / record.PICTURE, title=title(config))
+                record.write_summary(folder, record.summarise(lines))
+            show(folder, config, lines)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"there is not enough memory for the run in {str(folder)!r}; start a new one with a "
+            f"smaller model, batch_size or chunk_size ({config.chunk_size}), or fewer clients if "
+            "each keeps a state, as with error_feedback."
+        ) from None
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; continue with `fedjaxprune run --resume {folder}`.", err=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def title(config: RunConfig) -> str:
+    """Name a run for a human."""
+    return f"{config.algorithm} on {config.dataset} with {config.model}"
+
+
+def show_table(folder: pathlib.Path, config: RunConfig, lines: list[Any]) -> None:
+    """Print the table at the end of a run, and where its folder is."""
+    from rich.console import Console
+
+    from fedjaxprune.experiment import progress, record
+
+    console = Console()
+    target = config.sparsity if config.algorithm in methods.PRUNING else None
+    console.print(title(config), style="italic", highlight=False)
+    console.print(progress.table(record.summarise(lines), target=target))
+    console.print(f"results: {folder}", soft_wrap=True, highlight=False)
+
+
+@contextlib.contextmanager
+def jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
+    """Set up JAX for the command: compiled code is kept between runs, other people's logs are not.
+
+    A CPU becomes as many devices as the config asks for, by default one a core.
+
+    JAX's cache lies in ``JAX_COMPILATION_CACHE_DIR`` if that is set, else in the user's cache
+    folder.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        cache = pathlib.Path(base) / "fedjaxprune" / "jax"
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+    if config is not None:
+        from fedjaxprune.experiment import catalog
+
+        wanted = config.devices or min(catalog.num_cores(), config.cohort_size)
+        with contextlib.suppress(RuntimeError):  # JAX is in use already, with devices of its own
+            jax.config.update("jax_num_cpu_devices", min(wanted, config.cohort_size))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Error (reading|writing) persistent")
+        yield

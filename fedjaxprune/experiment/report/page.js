@@ -1,0 +1,116 @@
+"use strict";
+(async () => {
+  const root = document.documentElement;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const setTheme = (name) => root.setAttribute("data-theme", name);
+  const theme = () => root.getAttribute("data-theme");
+  setTheme(dark.matches ? "dark" : "light");
+
+  // The table as a file.
+  const csv = document.getElementById("csv");
+  if (csv) csv.onclick = () => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([csv.dataset.text], { type: "text/csv" }));
+    link.download = "comparison.csv";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+
+  // The plotting library and the numbers are packed to keep the page small.
+  const unpack = async (id) => {
+    const packed = Uint8Array.from(atob(document.getElementById(id).textContent.trim()), (c) => c.charCodeAt(0));
+    return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+  const rest = () => new Promise((done) => setTimeout(done)); // the browser may show what there is
+  const plots = [...document.querySelectorAll(".plot")];
+  const say = (place, text) => { place.innerHTML = ""; place.append(Object.assign(document.createElement("p"), { className: "error", textContent: text })); };
+  await rest();
+  try {
+    const library = document.createElement("script");
+    library.textContent = await unpack("library");
+    document.head.append(library);
+  } catch (error) {
+    plots.forEach((place) => say(place, "This browser cannot unpack the pictures (" + error + "); one from 2023 or later can."));
+    return;
+  }
+
+  const { palette, pictures } = JSON.parse(await unpack("pictures"));
+  const rgb = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16)).join(",");
+  const recolour = (text) => {
+    if (theme() === "light") return text;
+    palette.light.forEach((colour, n) => {
+      text = text.replaceAll(colour, palette.dark[n]).replaceAll("rgba(" + rgb(colour) + ",", "rgba(" + rgb(palette.dark[n]) + ",");
+    });
+    return text;
+  };
+  const frame = (figure, place, picture) => {
+    const style = getComputedStyle(root);
+    const of = (name) => style.getPropertyValue("--" + name).trim();
+    const narrow = place.clientWidth < 480;
+    const layout = figure.layout;
+    const shown = figure.data.filter((trace) => trace.showlegend !== false && trace.type !== "heatmap" && trace.name);
+    const longest = Math.max(0, ...shown.map((trace) => trace.name.length));
+    const perRow = Math.max(1, Math.floor(place.clientWidth / (55 + 7 * longest)));
+    const rows = shown.length > 1 ? Math.ceil(shown.length / perRow) : 0;
+    Object.assign(layout, {
+      height: (layout.height || (narrow ? 300 : 360)) + 21 * rows,
+      font: { family: "system-ui, sans-serif", size: narrow ? 11 : 12, color: of("text") },
+      paper_bgcolor: of("card"), plot_bgcolor: of("card"),
+      margin: { l: 10, r: 16, b: 10, t: 34, ...layout.margin },
+      hoverlabel: { bgcolor: of("shade"), bordercolor: of("line"), font: { color: of("text") }, namelength: -1 },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom" },
+      showlegend: shown.length > 1, dragmode: narrow ? false : "zoom", hovermode: "closest",
+    });
+    layout.margin.b = 12;
+    for (const axis of ["xaxis", "yaxis"]) {
+      layout[axis] = { ...layout[axis], gridcolor: of("line"), linecolor: of("line"), zerolinecolor: of("line"), zeroline: false, showline: axis === "xaxis", tickcolor: of("line"), ticks: "outside", ticklen: 4 };
+    }
+    figure.config = {
+      responsive: true, displaylogo: false, scrollZoom: false, showSendToCloud: false,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      toImageButtonOptions: { format: "png", scale: 2, filename: picture.key },
+    };
+    return figure;
+  };
+  const draw = (place) => {
+    const picture = pictures[place.dataset.number];
+    const figure = frame(JSON.parse(recolour(picture.variants[place.dataset.variant || 0])), place, picture);
+    return Plotly.react(place, figure.data, figure.layout, figure.config);
+  };
+  const choose = (place, variant, buttons) => {
+    place.dataset.variant = variant;
+    buttons.forEach((button, n) => button.setAttribute("aria-pressed", n === variant));
+    return draw(place);
+  };
+  for (const place of plots) {
+    const names = pictures[place.dataset.number].names;
+    const choices = place.parentElement.querySelector(".choices");
+    if (names.length > 4) {
+      const select = document.createElement("select");
+      select.setAttribute("aria-label", "what is shown");
+      names.forEach((name, n) => select.append(new Option(name, n)));
+      select.onchange = () => choose(place, +select.value, []);
+      choices.append(select);
+    } else if (names.length > 1) {
+      const buttons = names.map((name) => Object.assign(document.createElement("button"), { type: "button", textContent: name }));
+      buttons.forEach((button, n) => { button.onclick = () => choose(place, n, buttons); });
+      choices.append(...buttons);
+      buttons[0].setAttribute("aria-pressed", "true");
+    }
+  }
+  const mark = (name) => root.setAttribute("data-" + name, Math.round(performance.now())); // ms since the page was opened
+  for (const place of plots) {
+    try {
+      await rest();
+      if (place.getBoundingClientRect().top > innerHeight && !root.hasAttribute("data-shown")) mark("shown");
+      await draw(place);
+    } catch (error) {
+      say(place, "This picture cannot be drawn: " + error);
+      console.error(error);
+    }
+  }
+  mark("drawn");
+  const redraw = () => plots.forEach(draw);
+  document.getElementById("theme").onclick = () => { setTheme(theme() === "dark" ? "light" : "dark"); redraw(); };
+  dark.onchange = () => { setTheme(dark.matches ? "dark" : "light"); redraw(); };
+})();

@@ -1,0 +1,292 @@
+"""The page about runs: what stands on it; in a browser, that it is drawn and asks for nothing."""
+
+import base64
+import gzip
+import html.parser
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+pytest.importorskip("plotly", reason="report needs plotly: pip install 'fedjaxprune[report]'")
+
+from fedjaxprune.experiment import comparison, failure, runs
+from fedjaxprune.experiment.cli import main
+from fedjaxprune.experiment.report import figures, frame, page, series
+from tests.folders import MIB, line, rising, write
+
+
+def make(*folders):
+    return page.make(runs.read_all(folders)[0], budget=None, target=None)[0]
+
+
+def unpack(text, name):
+    packed = re.search(rf'id="{name}">([^<]*)<', text)
+    assert packed is not None
+    return gzip.decompress(base64.b64decode(packed[1])).decode()
+
+
+def pictures(text):
+    """Read the pictures of a page by key: variants by name."""
+    made = json.loads(unpack(text, "pictures"))["pictures"]
+    return {
+        one["key"]: dict(zip(one["names"], map(json.loads, one["variants"]), strict=True))
+        for one in made
+    }
+
+
+def numbers(array):
+    """Read an array as plotly writes it."""
+    if isinstance(array, dict):
+        kinds = {"f4": np.float32, "f8": np.float64, "i4": np.int32, "i1": np.int8, "i2": np.int16}
+        values = np.frombuffer(base64.b64decode(array["bdata"]), kinds[array["dtype"]])
+        return values.reshape([int(n) for n in array.get("shape", str(len(values))).split(",")])
+    return np.array(array)
+
+
+def group(*folders):
+    (members,) = comparison.group(runs.read_all(folders)[0])[0]
+    return members
+
+
+class Reader(html.parser.HTMLParser):
+    """Collect addresses that a browser would ask for, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.texts = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_one_run_has_every_picture_and_asks_for_nothing(tmp_path):
+    lines = [line(1, stage="warm"), *rising([0.1, 0.2, 0.3, 0.4])[1:]]
+    text = make(write(tmp_path / "<b>run</b>", lines, sparsity=0.7, algorithm="feddip"))
+    drawn = pictures(text)
+    assert list(drawn) == ["accuracy", "loss", "sparsity", "layers", "churn", "coverage",
+                           "traffic", "clients", "participation", "cohorts"]  # fmt: skip
+    assert list(drawn["accuracy"]) == ["rounds", "bytes", "FLOPs"]
+    reader = Reader()
+    reader.feed(text)
+    assert reader.addresses == ["data:,"]  # the icon, which is empty
+    assert "<b>run</b>" not in text
+    assert "&lt;b&gt;run&lt;/b&gt;" in text
+    assert "fedjaxprune run --sparsity 0.7 --num-clients 6 --cohort-size 3" in text
+    assert "finished after 4 rounds" in text
+    assert "plotly" in unpack(text, "library")[:2000]
+
+
+def test_curves_say_what_the_record_says(tmp_path):
+    folder = write(tmp_path / "a", rising([0.1, 0.2, 0.4]))
+    drawn = pictures(make(folder))
+    against = drawn["accuracy"]
+    for name, x in {"rounds": [1, 2, 3], "bytes": [2, 4, 6], "FLOPs": [3e9, 6e9, 9e9]}.items():
+        (trace,) = against[name]["data"]
+        np.testing.assert_allclose(numbers(trace["x"]), x)
+        np.testing.assert_allclose(numbers(trace["y"]), [10, 20, 40])
+    (churn,) = drawn["churn"][""]["data"]
+    np.testing.assert_allclose(numbers(churn["y"]), [10, 10, 10], rtol=1e-6)
+
+
+def test_seeds_become_a_mean_with_a_band(tmp_path):
+    write(tmp_path / "s" / "a", rising([0.1, 0.2]), seed=0)
+    write(tmp_path / "s" / "b", rising([0.3, 0.6]), seed=1)
+    band, mean = pictures(make(tmp_path / "s"))["accuracy"]["rounds"]["data"]
+    deviations = 100 * np.std([[0.1, 0.2], [0.3, 0.6]], axis=0, ddof=1)
+    np.testing.assert_allclose(numbers(mean["y"]), [20, 40])
+    low, high = np.array([[20, 40] - deviations, np.add([20, 40], deviations)])
+    np.testing.assert_allclose(numbers(band["y"]), [*high, *low[::-1]], rtol=1e-6)
+    assert band["legendgroup"] == mean["legendgroup"]  # hidden together
+
+
+def test_alike_rounds_of_a_heat_map_are_one_block(tmp_path):
+    members = group(write(tmp_path / "a", rising([0.1] * 6)))
+    found = series.layers(members.runs[0])
+    assert found is not None
+    paths, edges, table = found
+    assert paths == ["a/kernel", "b/kernel"]
+    assert edges.tolist() == [0.5, 2.5, 6.5]
+    assert table.tolist() == [[25, 75], [50, 50]]
+
+
+def test_participation_counts_clients_that_sent_something(tmp_path):
+    members = group(write(tmp_path / "a", rising([0.1] * 4)))
+    # Client 0 always (twice named in round 3), 1 in rounds 1 and 4, 2 in round 2; 5 only received.
+    lines = [line(1), line(2), line(4)]
+    run = members.runs[0]._replace(lines=lines)
+    assert series.participation(run) == {0: 3, 1: 1, 2: 1, 3: 1}
+
+
+def test_traffic_is_by_kind_and_direction(tmp_path):
+    members = group(write(tmp_path / "a", rising([0.1, 0.1])))
+    totals = series.traffic(members.runs[0])
+    assert {name: row.tolist() for name, row in totals.items()} == {
+        "values up": [1, 2],
+        "values down": [0.75, 1.5],
+        "masks down": [0.25, 0.5],
+    }
+    assert MIB == comparison.BITS_PER_MIB
+
+
+def test_the_front_is_what_nobody_beats():
+    points = [(3.0, 0.7), (1.0, 0.5), (2.0, 0.4), (3.0, 0.6), (4.0, 0.7), (5.0, 0.9)]
+    assert figures.front(points) == [(1.0, 0.5), (3.0, 0.7), (5.0, 0.9)]
+
+
+def test_a_failed_and_a_broken_off_run_are_shown_as_such(tmp_path):
+    failed = write(tmp_path / "f", rising([0.1, 0.2]), finished=False)
+    (failed / failure.FAILED).write_text('{"round": 3, "error": "OSError: <full>"}')
+    broken = write(tmp_path / "b", rising([0.1]), finished=False, algorithm="fedprox")
+    text = make(failed, broken)
+    assert "failed in round 3: OSError: &lt;full&gt;" in text
+    marks = [t["text"] for t in pictures(text)["accuracy"]["rounds"]["data"] if "text" in t]
+    assert marks == [["failed in round 3"], ["broken off"]]
+    assert all("Pareto front" not in t["name"] for t in pictures(text)["front"]["bytes"]["data"])
+
+
+def test_stages_are_marked_where_they_begin(tmp_path):
+    lines = [line(1, stage="warm"), line(2, stage="warm"), *rising([0.1, 0.2, 0.3])[2:]]
+    assert series.stages(group(write(tmp_path / "a", lines)).runs[0]) == [
+        series.Mark(1, "warm"),
+        series.Mark(3, "train"),
+    ]
+    layout = pictures(make(tmp_path / "a"))["sparsity"][""]["layout"]
+    assert [a["text"] for a in layout["annotations"]] == ["warm", "train"]
+    assert [shape["x0"] for shape in layout["shapes"]] == [0.5, 2.5]
+
+
+def test_runs_without_the_newer_figures_have_the_other_pictures(tmp_path):
+    lacking = {"client_accuracy": None, "layer_sparsity": None, "modelled_flops": None,
+               "mean_coverage": None, "client_bits": []}  # fmt: skip
+    lines = [one._replace(**lacking) for one in rising([0.1, 0.2])]
+    folder = write(tmp_path / "a", lines)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace('"mean_coverage": null, ', ""))
+    drawn = pictures(make(folder))
+    assert list(drawn) == ["accuracy", "loss", "sparsity", "churn", "traffic", "cohorts"]
+    assert list(drawn["accuracy"]) == ["rounds", "bytes"]
+
+
+def test_colours_stand_out_from_both_pages():
+    def light(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    style = page._file("page.css")
+    cards = re.findall(r"--card: (#\w{6})", style)
+    for card, palette in zip(cards, (frame.LIGHT, frame.DARK), strict=True):
+        for colour in palette:
+            low, high = sorted((light(card), light(colour)))
+            assert (high + 0.05) / (low + 0.05) >= 3, (card, colour)  # WCAG's for graphics
+    assert len(frame.LIGHT) == len(frame.DARK) == len(set(frame.LIGHT))
+
+
+def test_the_command_writes_one_file_and_says_where(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", rising([0.1, 0.2]))
+    main(["report", "a"])
+    assert capsys.readouterr() == ("report: report.html\n", "")
+    before = (tmp_path / "report.html").read_bytes()
+    main(["report", "a"])
+    assert (tmp_path / "report.html").read_bytes() == before  # the same runs, the same page
+    (tmp_path / "folder").mkdir()
+    for out in ("folder", "nowhere/x.html"):
+        with pytest.raises(SystemExit):
+            main(["report", "a", "--out", out])
+        _, err = capsys.readouterr()
+        assert err.startswith(f"error: out: cannot write '{out}'")
+        assert err.count("\n") <= 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder", "report.html"]
+
+
+def many(folder, num_runs):
+    for number in range(num_runs):
+        finals = np.linspace(0.1, 0.5 + 0.01 * number, 30).tolist()
+        write(folder / f"{number}", rising(finals), learning_rate=0.01 * (1 + number))
+    return folder
+
+
+def big(folder):
+    """Make a run of 1,000 rounds of a network of 50 layers that changes in every round."""
+    random = np.random.default_rng(0)
+    paths = [f"stage_{n // 10}/block_{n % 10}/conv/kernel" for n in range(50)]
+    rates = random.uniform(0, 1, size=(1000, 50)).round(6)
+    lines = [
+        one._replace(layer_sparsity=dict(zip(paths, row.tolist(), strict=True)))
+        for one, row in zip(rising(random.uniform(0, 1, 1000).tolist()), rates, strict=True)
+    ]
+    return write(folder, lines, rounds=1000)
+
+
+def test_a_thousand_rounds_of_fifty_layers_stay_small(tmp_path):
+    assert len(make(big(tmp_path / "a"))) < 5_000_000
+
+
+def going(folder):
+    return write(folder, rising([0.1, 0.2]), finished=False)
+
+
+def failed(folder):
+    (going(folder) / failure.FAILED).write_text('{"round": 3, "error": "OSError: full"}')
+    return folder
+
+
+def one(folder):
+    return write(folder, [line(1, stage="warm"), *rising([0.1, 0.2, 0.3])[1:]])
+
+
+CASES = {
+    "one": one,
+    "twenty": lambda folder: many(folder, 20),
+    "going": going,
+    "failed": failed,
+    "big": big,
+}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1300, 400])
+@pytest.mark.parametrize("case", CASES)
+def test_a_browser_draws_every_picture_and_asks_for_nothing(tmp_path, case, width):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium or google-chrome in the PATH")
+    path = tmp_path / "report.html"
+    page.write(path, make(CASES[case](tmp_path / "run")))
+    log = tmp_path / "net.json"
+    process = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-component-update", "--no-first-run", f"--user-data-dir={tmp_path / 'user'}",
+         "--enable-logging=stderr", "--log-level=0", f"--log-net-log={log}",
+         f"--window-size={width},900", "--virtual-time-budget=60000", "--dump-dom",
+         path.as_uri()],
+        capture_output=True, text=True, timeout=180, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in process.stderr, process.stderr
+    head, _, body = process.stdout.partition("<body")
+    assert re.search(r'data-drawn="\d+"', head[:500])
+    num_places = body.count('data-number="')
+    assert num_places >= 10
+    assert len(re.findall(r'class="plot js-plotly-plot"', body)) == num_places
+    assert 'class="error"' not in body
+    assert not asked(log), asked(log)
+
+
+def asked(log: pathlib.Path) -> list[str]:
+    """List what the page asked the network for, from the browser's own log."""
+    events = json.loads(log.read_text())["events"]
+    urls = {str(event.get("params", {}).get("url", "")) for event in events}
+    # The browser's own calls home are kept from the network by the options, or go to its makers.
+    home = ("google.com", "googleapis.com", "gvt1.com")
+    return sorted(
+        url for url in urls if url.startswith(("http", "ws")) and not any(h in url for h in home)
+    )

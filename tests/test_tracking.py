@@ -1,0 +1,176 @@
+"""Trackers follow a run and cannot end it."""
+
+import sys
+import types
+
+import pytest
+
+from fedjaxprune.experiment import progress, tracking
+from fedjaxprune.experiment.config import RunConfig, UserError
+from tests.folders import line, rising
+
+
+class Told:
+    """A report that remembers."""
+
+    def __init__(self):
+        self.warned, self.rounds = [], []
+        self.report = progress.Report(
+            start=lambda lines: None,
+            round=lambda line: self.rounds.append(line.round),
+            warn=self.warned.append,
+        )
+
+
+def play(openers, folder, lines, *, done=0):
+    told = Told()
+    following = tracking.follow(told.report, openers, folder=folder, config=RunConfig())
+    with following as report:
+        report.start(lines[:done])
+        for one in lines[done:]:
+            report.round(one)
+    return told
+
+
+def test_a_function_of_a_line_is_a_tracker(tmp_path, monkeypatch):
+    (tmp_path / "mine_of_tests.py").write_text(
+        "def track(line):\n    LINES.append(line)\nLINES = []"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    lines = rising([0.1, 0.2])
+    told = play(tracking.find(["mine_of_tests:track"]), tmp_path, lines)
+    seen = sys.modules["mine_of_tests"].LINES
+    assert seen == lines
+    assert (told.warned, told.rounds) == ([], [1, 2])
+
+
+@pytest.mark.parametrize("moment", ["open", "round", "close"])
+def test_a_tracker_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path, moment):
+    seen, other = [], []
+
+    def fail(*args):
+        raise OSError("no network\nat all")
+
+    def opener(folder, config, num_rounds):
+        return tracking.Opened(
+            track=fail if moment == "round" else seen.append,
+            close=fail if moment == "close" else lambda: None,
+        )
+
+    openers = {
+        "bad": fail if moment == "open" else opener,
+        "good": lambda *args: tracking.Opened(
+            track=other.append, close=lambda: other.append("end")
+        ),
+    }
+    told = play(openers, tmp_path, rising([0.1, 0.2, 0.3]))
+    assert told.rounds == [1, 2, 3]
+    assert told.warned == [
+        "the tracker 'bad' failed and is left out from here on (OSError: no network); "
+        "the run goes on."
+    ]
+    assert len(seen) == (3 if moment == "close" else 0)
+    assert [getattr(one, "round", one) for one in other] == [1, 2, 3, "end"]
+
+
+def test_an_error_of_the_run_itself_closes_trackers_and_goes_on(tmp_path):
+    closed = []
+    opener = {"one": lambda *args: tracking.Opened(print, lambda: closed.append(True))}
+    following = tracking.follow(Told().report, opener, folder=tmp_path, config=RunConfig())
+
+    def run():
+        with following as report:
+            report.start([])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert closed == [True]
+
+
+def test_numbers_of_a_line_have_names():
+    found = tracking.scalars(line(3, accuracy=0.5))
+    assert found["test_accuracy"] == 0.5
+    assert found["layer_sparsity/a/kernel"] == 0.75
+    assert found["uplink_parts/values"] == found["uplink_bits"]
+    assert found["modelled_flops/dense_forward"] == 4e9
+    assert found["client_accuracy/median"] == 0.5
+    assert not {"round", "stage", "client_bits"} & set(found)
+    assert "test_accuracy" not in tracking.scalars(line(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tensorbord", ["tensorboard, wandb, mlflow", "module:function", "'tensorboard'?"]),
+        ("nowhere_at_all:track", ["nowhere_at_all", "cannot be imported", "ModuleNotFoundError"]),
+        ("json:nothing", ["json:nothing", "cannot be imported"]),
+        ("json:__name__", ["no function"]),
+        (":f", ["module:function"]),
+    ],
+)
+def test_a_tracker_that_cannot_be_found_is_one_sentence(name, words):
+    with pytest.raises(UserError) as caught:
+        tracking.find([name])
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tensorboardX: install .*fedjaxprune\[tensorboard\]"):
+        tracking.find(["tensorboard"])
+
+
+@pytest.mark.filterwarnings("default")  # of the two packages
+def test_tensorboard_reads_what_was_written(tmp_path):
+    pytest.importorskip("tensorboardX", reason="no tensorboardX here")
+    pytest.importorskip("tensorboard", reason="no tensorboard here to read event files")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    lines = rising([0.1, 0.2, 0.3, 0.4])
+    openers = tracking.find(["tensorboard"])
+    assert play(openers, tmp_path, lines[:3]).warned == []
+    # Broken off and gone on with from round 2: what the first part had after that is gone.
+    changed = [one._replace(test_accuracy=0.9) for one in lines]
+    assert play(openers, tmp_path, changed, done=2).warned == []
+    reader = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    found = {event.step: event.value for event in reader.Scalars("test_accuracy")}
+    assert found == {1: pytest.approx(0.1), 2: pytest.approx(0.2), 3: pytest.approx(0.9),
+                     4: pytest.approx(0.9)}  # fmt: skip
+    assert "layer_sparsity/b/kernel" in reader.Tags()["scalars"]
+
+
+def test_wandb_and_mlflow_are_called_as_they_want(tmp_path, monkeypatch):
+    """Against stand-ins: neither package is needed by the suite."""
+    calls = []
+
+    def note(name):
+        return lambda *args, **options: calls.append((name, args, options))
+
+    def init(**options):
+        calls.append(("init", (), options))
+        return types.SimpleNamespace(log=note("log"), finish=note("finish"))
+
+    def start_run(**options):
+        calls.append(("start_run", (), options))
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r"))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    mlflow = types.SimpleNamespace(
+        start_run=start_run, log_params=note("log_params"), log_metrics=note("log_metrics"),
+        end_run=note("end_run"),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    openers = {"wandb": tracking.wandb, "mlflow": tracking.mlflow}
+    assert play(openers, tmp_path / "a", rising([0.1])).warned == []
+    names = [name for name, _, _ in calls]
+    assert names == ["init", "start_run", "log_params", "log", "log_metrics", "finish", "end_run"]
+    assert calls[0][2]["name"] == "a"
+    assert calls[0][2]["config"]["algorithm"] == "feddip"
+    assert calls[3][1][0]["test_accuracy"] == 0.1
+    assert calls[3][2] == {"step": 1}
+    assert calls[4][2] == {"step": 1, "run_id": "r"}
