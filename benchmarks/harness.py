@@ -23,11 +23,14 @@ class Contender(NamedTuple):
       run: does the work once and waits for it.
       amount: how much of the case's unit (examples, rounds) one call does.
       compile_s: seconds that compiling took, apart; None where nothing is compiled.
+      seconds: for a contender in another process: does the work and tells how long it took there;
+        `run` is not called then.
     """
 
     run: Run
     amount: float
     compile_s: float | None = None
+    seconds: Callable[[], float] | None = None
 
 
 class Timing(NamedTuple):
@@ -60,17 +63,32 @@ def compete(contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, T
     """Time every contender `repeats` times, in turns, after a warm-up of each."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
-        contender.run()
+        _seconds(contender)
     for _ in range(repeats):
         for name, contender in contenders.items():
             time.sleep(0.05)  # let the other side's idle threads stop spinning
-            begin = time.perf_counter()
-            contender.run()
-            rates[name].append(contender.amount / (time.perf_counter() - begin))
+            rates[name].append(contender.amount / _seconds(contender))
     return {
         name: Timing(tuple(rates[name]), contender.compile_s)
         for name, contender in contenders.items()
     }
+
+
+def _seconds(contender: Contender) -> float:
+    if contender.seconds is not None:
+        return contender.seconds()
+    begin = time.perf_counter()
+    contender.run()
+    return time.perf_counter() - begin
+
+
+def everywhere(mesh: Any, tree: Any) -> Any:
+    """Put a tree on all devices of a mesh; without one leave it where it is."""
+    import jax
+
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def compiled(function: Any, *arguments: Any) -> tuple[Any, float]:
