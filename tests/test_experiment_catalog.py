@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment import catalog, runner
+from fedjaxprune.experiment import catalog, cohorts, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import alternatives
 
@@ -43,12 +43,12 @@ def test_every_choice_makes_a_round(changes):
 
     key = jax.random.key(0)
     before = jax.eval_shape(lambda key: runner.start(key, parts), key)
-    for advance in parts.advance:
+    for stage, advance in zip(parts.algorithm.stages, parts.advance, strict=True):
         after, metrics = jax.eval_shape(advance, key, before, parts.population)
         assert jax.tree.structure(after) == jax.tree.structure(before)
         shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
         assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes
-        assert metrics.present.shape == (2,)
+        assert metrics.present.shape == ((6,) if stage.name in cohorts.EVERYBODY else (2,))
 
 
 def test_the_seed_decides_the_partition():
