@@ -113,11 +113,13 @@ def test_a_run_on_two_devices_traces_the_round_once(tmp_path, monkeypatch):
         ("fedtiny", ["prepare", "calibrate", "compare", "train", "train"]),
         ("snip_masks_of_clients", ["prepare", "score", "train", "train"]),
         pytest.param("mpfl", ["agree", "agree", "train", "train"], marks=pytest.mark.slow),
+        pytest.param("autoflip", ["explore", "train", "train"], marks=pytest.mark.slow),
     ],
 )
 def test_all_stages_of_a_method_run_on_two_devices(tmp_path, algorithm, stages):
     few = {"num_clients": 4, "cohort_size": 4, "dropout_probability": 0.0, "rounds": 2}
-    few |= {"local_steps": 1, "prune_every": 1, "pool_size": 2, "mask_iterations": 1}
+    few |= {"local_steps": 1, "prune_every": 1, "pool_size": 2}
+    few |= {"mask_iterations": 1, "explore_epochs": 3}
     if algorithm == "mpfl":
         few |= {"model": "pooled_cnn", "pretrain_epochs": 1, "consensus": "top_k"}
     plain = {"uplink": "identity", "error_feedback": False}

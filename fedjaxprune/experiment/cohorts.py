@@ -11,8 +11,7 @@ from fedjaxprune.experiment.config import RunConfig
 from fedjaxprune.federated import participation
 
 ONE_COHORT = ("calibrate", "compare")  # stages whose exchanges are with one and the same cohort
-EXPLORED = ("explore",)  # stages in which all clients are asked, or some that are drawn for it
-EVERYBODY = ("agree", "average")  # stages in which all clients are asked
+EVERYBODY = ("agree", "average", "explore")  # stages in which all clients are asked
 
 
 def draw(config: RunConfig, sizes: np.ndarray, *, stage: str) -> participation.ParticipationFn:
@@ -20,9 +19,9 @@ def draw(config: RunConfig, sizes: np.ndarray, *, stage: str) -> participation.P
 
     Whoever is drawn may drop out.
     """
-    if stage in EXPLORED:
+    if stage == "explore" and config.explorers:
         chosen: Any = participation.uniform(
-            num_clients=config.num_clients, cohort_size=config.explorers or config.num_clients
+            num_clients=config.num_clients, cohort_size=config.explorers
         )
     elif stage in EVERYBODY:
         chosen = participation.everyone(num_clients=config.num_clients)
