@@ -1,0 +1,132 @@
+"""Play a program: as it is, or with what is kept of it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune.compaction import facts
+from fedjaxprune.compaction.facts import Kept, Rule
+from fedjaxprune.compaction.program import Op, Program, at
+
+
+class Step(NamedTuple):
+    """An operation as the smaller network does it.
+
+    Attributes:
+      op: the operation.
+      rule: that plays it.
+      plan: of the rule.
+      operands: what it reads of each operand.
+      outputs: what is kept of each output.
+      constant: name of what the channels that are gone contribute, or None.
+    """
+
+    op: Op
+    rule: Rule
+    plan: Any
+    operands: tuple[Kept, ...]
+    outputs: tuple[Kept, ...]
+    constant: str | None
+
+
+class Folded(NamedTuple):
+    """A constant without its repetitions.
+
+    Attributes:
+      values: ``[...]``, of size 1 along axes where it repeats itself everywhere.
+      places: for each axis which entry of `values` stands where, or None.
+    """
+
+    values: np.ndarray
+    places: tuple[np.ndarray | None, ...]
+
+
+class Plan(NamedTuple):
+    """The smaller network.
+
+    Attributes:
+      program: of the whole network.
+      steps: what is done of it, in order.
+      kept: of each variable.
+      places: of the constants: where the entries that are stored stand.
+      frozen: variables that are constant as a whole: the constants' names.
+    """
+
+    program: Program
+    steps: tuple[Step, ...]
+    kept: dict[int, Kept]
+    places: dict[str, tuple[np.ndarray | None, ...]]
+    frozen: dict[int, str]
+
+
+def smaller(plan: Plan, constants: dict[str, Any], arrays: Sequence[Any], batch: Any) -> list[Any]:
+    """Play what is left of a network.
+
+    Args:
+      plan: of the smaller network.
+      constants: by name, as `fold` compressed them.
+      arrays: the inputs of the program that are kept.
+      batch: number of examples; may be symbolic.
+    """
+    program = plan.program
+    environment: dict[int, Any] = {
+        variable: facts.pick(
+            value if facts.is_opaque(value.dtype) else jnp.asarray(value),
+            (None,) * value.ndim,
+            plan.kept[variable],
+        )
+        for variable, value in program.constants.items()
+        if variable in plan.kept
+    }
+    environment.update(zip(program.inputs, arrays, strict=True))
+    for variable, name in plan.frozen.items():
+        shape = [
+            facts.size(bits, full)
+            for bits, full in zip(
+                plan.kept[variable], at(program.shapes[variable], batch), strict=True
+            )
+        ]
+        spread = unfold(constants[name], plan.places[name])
+        environment[variable] = jnp.broadcast_to(spread, shape)
+    for step in plan.steps:
+        op = step.op
+        read = [
+            facts.pick(environment[variable], plan.kept[variable], wanted)
+            for variable, wanted in zip(op.inputs, step.operands, strict=True)
+        ]
+        constant = None
+        if step.constant is not None:
+            constant = unfold(constants[step.constant], plan.places[step.constant])
+        made = step.rule.run(op, step.plan, step.operands, step.outputs, read, constant, batch)
+        environment.update(zip(op.outputs, made, strict=True))
+    return [environment[variable] for variable in program.outputs]
+
+
+def fold(values: np.ndarray, repeats: Sequence[bool]) -> Folded:
+    """Store every row that repeats itself once; of axes that are said to repeat, one."""
+    places: list[np.ndarray | None] = []
+    for axis in range(values.ndim):
+        if repeats[axis]:
+            values = np.take(values, [0], axis=axis)
+        rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        inverse = inverse.reshape(-1)
+        if len(first) == 1:
+            values = np.take(values, [0], axis=axis)
+            places.append(None)
+        elif len(first) <= values.shape[axis] // 2:
+            values = np.take(values, first, axis=axis)
+            places.append(inverse.astype(np.int32))
+        else:
+            places.append(None)
+    return Folded(values, tuple(places))
+
+
+def unfold(values: Any, places: Sequence[np.ndarray | None]) -> Any:
+    """Undo `fold`, but for axes of size 1."""
+    for axis, where in enumerate(places):
+        if where is not None:
+            values = jnp.take(values, where, axis=axis, mode="clip")
+    return values
