@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjaxprune.compaction.program import FEW, Linear, Op, Program, at
 
-# Of a variable, for each axis: which indices are kept, ``[n]`` bool; None where all are and must be.
+# Of a variable, for each axis: which indices are kept, ``[n]`` bool; None where all must be.
 Kept = tuple[np.ndarray | None, ...]
 
 
@@ -97,7 +97,7 @@ def evaluate(op: Op, values: Sequence[Any]) -> list[Any]:
 
 def is_opaque(dtype: Any) -> bool:
     """Tell a key's type from a number's."""
-    return bool(jax.dtypes.issubdtype(dtype, jax.dtypes.extended))
+    return bool(jnp.issubdtype(dtype, jax.dtypes.extended))
 
 
 def full_size(shape: Sequence[int | Linear]) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ def everything(facts: Facts, variable: int) -> Kept:
 def varying_indices(known: Known, axis: int) -> np.ndarray:
     """Tell which indices of an axis vary anywhere: ``[n]``."""
     others = tuple(i for i in range(known.varies.ndim) if i != axis)
-    return np.any(known.varies, axis=others)
+    return np.asarray(np.any(known.varies, axis=others))
 
 
 def grid(kept: Kept, shape: Sequence[int]) -> tuple[np.ndarray, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedjaxprune.compaction import facts
 from fedjaxprune.compaction.facts import Kept, Rule
-from fedjaxprune.compaction.program import Op, Program, at
+from fedjaxprune.compaction.program import Block, Op, Program, at
 
 
 class Step(NamedTuple):
@@ -29,6 +29,20 @@ class Step(NamedTuple):
     operands: tuple[Kept, ...]
     outputs: tuple[Kept, ...]
     constant: str | None
+
+
+class Fused(NamedTuple):
+    """Steps that a fast form does at once, where the number of examples is known.
+
+    Attributes:
+      block: what the form stands for.
+      steps: the same in plain steps, the convolution first.
+      operands: what it reads of images, kernel and bias.
+    """
+
+    block: Block
+    steps: tuple[Step, ...]
+    operands: tuple[Kept, ...]
 
 
 class Folded(NamedTuple):
@@ -55,7 +69,7 @@ class Plan(NamedTuple):
     """
 
     program: Program
-    steps: tuple[Step, ...]
+    steps: tuple[Step | Fused, ...]
     kept: dict[int, Kept]
     places: dict[str, tuple[np.ndarray | None, ...]]
     frozen: dict[int, str]
@@ -90,17 +104,29 @@ def smaller(plan: Plan, constants: dict[str, Any], arrays: Sequence[Any], batch:
         ]
         spread = unfold(constants[name], plan.places[name])
         environment[variable] = jnp.broadcast_to(spread, shape)
+
+    def look(variable: int, wanted: Kept) -> Any:
+        return facts.pick(environment[variable], plan.kept[variable], wanted)
+
+    def constant(step: Step) -> Any:
+        name = step.constant
+        return None if name is None else unfold(constants[name], plan.places[name])
+
     for step in plan.steps:
-        op = step.op
-        read = [
-            facts.pick(environment[variable], plan.kept[variable], wanted)
-            for variable, wanted in zip(op.inputs, step.operands, strict=True)
-        ]
-        constant = None
-        if step.constant is not None:
-            constant = unfold(constants[step.constant], plan.places[step.constant])
-        made = step.rule.run(op, step.plan, step.operands, step.outputs, read, constant, batch)
-        environment.update(zip(op.outputs, made, strict=True))
+        if isinstance(step, Fused) and isinstance(batch, int):
+            pairs = zip(step.block.inputs, step.operands, strict=True)
+            x, kernel, bias = (look(*pair) for pair in pairs)
+            more = constant(step.steps[0])
+            if more is not None:
+                bias = bias + more.reshape(-1)
+            environment[step.block.output] = step.block.again(x, kernel, bias)
+            continue
+        for each in step.steps if isinstance(step, Fused) else (step,):
+            read = [look(*pair) for pair in zip(each.op.inputs, each.operands, strict=True)]
+            made = each.rule.run(
+                each.op, each.plan, each.operands, each.outputs, read, constant(each), batch
+            )
+            environment.update(zip(each.op.outputs, made, strict=True))
     return [environment[variable] for variable in program.outputs]
 
 

@@ -3,13 +3,15 @@
 `trace` writes down what a network's `predict` does, once with two examples and once with three.
 Sizes that differ between the two are the batch's; so the list can be played for any batch, a
 symbolic one included, without asking the network's own code again. Calls inside it are opened up,
-and fast forms stand in their plain form (`forms.plain`).
+and fast forms (`forms.stands_for`) stand in their plain form; where one can be made again for other
+sizes, it is noted which operations it stands for.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import forms
@@ -17,6 +19,7 @@ from fedjaxprune.base import Params, State
 
 FEW, MORE = 2, 3  # examples of the two traces
 _CALLS = forms.CALLS | {"custom_vjp_call_jaxpr"}
+_NOT_MADE = -1  # an output that nobody needs
 
 
 class Linear(NamedTuple):
@@ -44,6 +47,22 @@ class Op(NamedTuple):
     bodies: tuple["Program", ...]
 
 
+class Block(NamedTuple):
+    """Operations that a fast form can do at once.
+
+    Attributes:
+      again: the form, ``(x, kernel, bias) -> output``.
+      inputs: variables of images, kernel and bias.
+      output: variable.
+      ops: indices of the operations.
+    """
+
+    again: Callable[..., jax.Array]
+    inputs: tuple[int, ...]
+    output: int
+    ops: tuple[int, ...]
+
+
 class Program(NamedTuple):
     """Operations over numbered variables.
 
@@ -54,6 +73,7 @@ class Program(NamedTuple):
       constants: of the network's own: variable to array.
       shapes: of each variable, with `Linear` where the batch enters.
       dtypes: of each variable.
+      blocks: what fast forms can do at once.
     """
 
     ops: tuple[Op, ...]
@@ -62,6 +82,7 @@ class Program(NamedTuple):
     constants: dict[int, Any]
     shapes: dict[int, tuple[int | Linear, ...]]
     dtypes: dict[int, Any]
+    blocks: tuple[Block, ...]
 
 
 def trace(
@@ -83,7 +104,7 @@ def trace(
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), inputs
         )
-        return jax.make_jaxpr(forms.plain(predict))(params, state, shapes)
+        return jax.make_jaxpr(predict)(params, state, shapes)
 
     return _program(graph(FEW), graph(MORE))
 
@@ -109,34 +130,30 @@ class _Draft(NamedTuple):
     constants: dict[int, Any]
     shapes: dict[int, tuple[int | Linear, ...]]
     dtypes: dict[int, Any]
-
-
-_UNLIKE = "the network does something else for {} examples than for {}: {}."
+    blocks: list[Block]
 
 
 def _unlike(what: str) -> ValueError:
-    return ValueError(_UNLIKE.format(MORE, FEW, what))
+    return ValueError(
+        f"the network does something else for {MORE} examples than for {FEW}: {what}."
+    )
 
 
 def _program(few: Any, more: Any) -> Program:
     """Pair the graphs of the two traces, closed or not."""
-    draft = _Draft([], {}, {}, {})
+    draft = _Draft([], {}, {}, {}, [])
     inner = getattr(few, "jaxpr", few)
     twin = getattr(more, "jaxpr", more)
     inputs = [_new(draft, *pair) for pair in zip(inner.invars, twin.invars, strict=True)]
-    outputs = _walk(draft, few, more, inputs)
-    needed, kept = set(outputs), []
-    for op in reversed(draft.ops):
-        if op.equation.effects or needed & set(op.outputs):
-            kept.append(op)
-            needed |= set(op.inputs)
+    outputs = _walk(draft, few, more, inputs, None)
     return Program(
-        tuple(kept[::-1]),
+        tuple(draft.ops),
         tuple(inputs),
         tuple(outputs),
         draft.constants,
         draft.shapes,
         draft.dtypes,
+        tuple(draft.blocks),
     )
 
 
@@ -151,7 +168,7 @@ def _new(draft: _Draft, few: Any, more: Any) -> int:
 def _constant(draft: _Draft, few: Any, more: Any) -> int:
     """Number a constant, which must not depend on the batch."""
     number = len(draft.shapes)
-    if not jax.dtypes.issubdtype(getattr(few, "dtype", None), jax.dtypes.extended):
+    if not (isinstance(few, jax.Array) and jnp.issubdtype(few.dtype, jax.dtypes.extended)):
         few, more = np.asarray(few), np.asarray(more)
         same = few.shape == more.shape and few.dtype == more.dtype
         if not same or few.tobytes() != more.tobytes():
@@ -162,8 +179,8 @@ def _constant(draft: _Draft, few: Any, more: Any) -> int:
     return number
 
 
-def _walk(draft: _Draft, few: Any, more: Any, arguments: Sequence[int]) -> list[int]:
-    """Write down both graphs side by side."""
+def _walk(draft: _Draft, few: Any, more: Any, arguments: Sequence[int], wanted: Any) -> list[int]:
+    """Write down what both graphs do for their wanted outputs, side by side."""
     one, two = (getattr(graph, "jaxpr", graph) for graph in (few, more))
     environments: tuple[dict[Any, int], ...] = ({}, {})
     constants = zip(getattr(few, "consts", ()), getattr(more, "consts", ()), strict=True)
@@ -179,18 +196,28 @@ def _walk(draft: _Draft, few: Any, more: Any, arguments: Sequence[int]) -> list[
             return _constant(
                 draft, np.asarray(a.val, a.aval.dtype), np.asarray(b.val, b.aval.dtype)
             )
-        number = environments[0][a]
-        if environments[1][b] != number:
+        number = environments[0].get(a, _NOT_MADE)
+        if environments[1].get(b, _NOT_MADE) != number:
             raise _unlike("operations have other operands")
         return number
 
-    if [e.primitive.name for e in one.eqns] != [e.primitive.name for e in two.eqns]:
+    needed = [forms.live_equations(graph, wanted, as_plain=True) for graph in (one, two)]
+    names = [[equation.primitive.name for equation, _ in each] for each in needed]
+    if names[0] != names[1]:
         raise _unlike("the operations differ")
-    for a, b in zip(one.eqns, two.eqns, strict=True):
+    for (a, flags), (b, _) in zip(*needed, strict=True):
         inputs = [read(*pair) for pair in zip(a.invars, b.invars, strict=True)]
         graphs, twins = forms.graphs_of(a), forms.graphs_of(b)
-        if a.primitive.name in _CALLS and len(graphs) == 1:
-            outputs = _walk(draft, graphs[0], twins[0], inputs)
+        if a.primitive.name == forms.NAME:
+            start = len(draft.ops)
+            plain, twin = (forms.jaxpr_of_plain(equation) for equation in (a, b))
+            outputs = _walk(draft, plain, twin, inputs[1:], None)
+            if a.params["again"] is not None:
+                made = tuple(range(start, len(draft.ops)))
+                block = Block(a.params["again"], tuple(inputs[1:]), outputs[0], made)
+                draft.blocks.append(block)
+        elif a.primitive.name in _CALLS and len(graphs) == 1:
+            outputs = _walk(draft, graphs[0], twins[0], inputs, flags)
         else:
             outputs = [_new(draft, *pair) for pair in zip(a.outvars, b.outvars, strict=True)]
             bodies = tuple(_program(*pair) for pair in zip(graphs, twins, strict=True))

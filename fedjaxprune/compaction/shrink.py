@@ -16,7 +16,7 @@ from fedjaxprune.channels import labels as labels_lib
 from fedjaxprune.channels import rules as label_rules
 from fedjaxprune.compaction import facts, play, rules
 from fedjaxprune.compaction.facts import Facts, Kept, Known, Rule, Wish
-from fedjaxprune.compaction.play import Plan, Step
+from fedjaxprune.compaction.play import Fused, Plan, Step
 from fedjaxprune.compaction.program import Linear, Program
 
 
@@ -49,11 +49,13 @@ def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shr
     known, chosen, frozen = _look(program, leaves)
     seen = Facts(program, known, _droppable(program, len(params), len(leaves)))
     kept, wishes = _decide(seen, chosen, frozen)
-    steps, constants, places = [], {}, {}
+    steps: dict[int, Step] = {}
+    constants, places = {}, {}
     for number, (op, rule) in enumerate(zip(program.ops, chosen, strict=True)):
-        if wishes[number] is None:
+        found = wishes[number]
+        if found is None:
             continue
-        read, plan = wishes[number]
+        read, plan = found
         operands = tuple(
             tuple(
                 kept[variable][axis] if axis in wish.soft else bits
@@ -67,19 +69,58 @@ def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shr
             name = f"of_operation_{number}"
             dtype, shape = program.dtypes[op.outputs[0]], program.shapes[op.outputs[0]]
             constants[name], places[name] = _store(folded, dtype, shape)
-        steps.append(Step(op, rule, plan, operands, outputs, name))
+        steps[number] = Step(op, rule, plan, operands, outputs, name)
     names = {}
-    for variable in sorted(frozen & {v for step in steps for v in step.op.inputs}):
+    read = {v for step in steps.values() for v in step.op.inputs} | set(program.outputs)
+    for variable in sorted(frozen & read):
         name = names[variable] = f"of_variable_{variable}"
         value = np.asarray(known[variable].value)
         value = value[facts.grid(kept[variable], value.shape)]
         dtype, shape = program.dtypes[variable], program.shapes[variable]
         constants[name], places[name] = _store(value, dtype, shape)
     return Shrunken(
-        Plan(program, tuple(steps), kept, places, names),
+        Plan(program, _fused(program, steps, kept, constants), kept, places, names),
         tuple(kept[variable] for variable in program.inputs[: len(leaves)]),
         constants,
     )
+
+
+def _fused(
+    program: Program, steps: dict[int, Step], kept: dict[int, Kept], constants: dict[str, Any]
+) -> tuple[Step | Fused, ...]:
+    """Put steps together again that a fast form does at once."""
+    left: dict[int, Step | Fused] = dict(steps)
+    for block in program.blocks:
+        own = [steps[number] for number in block.ops if number in steps]
+        if len(own) != len(block.ops) or not own:
+            continue
+        wanted: dict[int, Kept] = {}
+        for step in own:
+            wanted.update(zip(step.op.inputs, step.operands, strict=True))
+        first = own[0]
+        if set(first.op.inputs) != set(block.inputs[:2]) or block.inputs[2] not in wanted:
+            continue
+        if any(step.constant for step in own[1:]):
+            continue
+        names = [step.constant for step in own[:1] if step.constant]
+        if any(np.prod(constants[n].shape) != constants[n].shape[-1] for n in names):
+            continue  # it differs from pixel to pixel
+        operands = tuple(wanted[variable] for variable in block.inputs)
+        output = kept[block.output][-1]
+        made = operands[1][-1], operands[2][-1]
+        if any(not _same(bits, output) for bits in made):
+            continue
+        for number in block.ops:
+            del left[number]
+        left[block.ops[0]] = Fused(block, tuple(own), operands)
+    return tuple(left[number] for number in sorted(left))
+
+
+def _same(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    """Tell whether two keep the same of an axis."""
+    if first is None or second is None:
+        return all(bits is None or bits.all() for bits in (first, second))
+    return bool((first == second).all())
 
 
 def _store(values: np.ndarray, dtype: Any, shape: Any) -> play.Folded:

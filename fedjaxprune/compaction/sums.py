@@ -37,15 +37,13 @@ def _known_conv(op: Op, operands: Sequence[Known]) -> list[Known]:
     shape, dtype = op.equation.outvars[0].aval.shape, op.equation.outvars[0].aval.dtype
     reads = _reads(kernel, inputs, outputs)
     alive = facts.varying_indices(x, features)
-    varies = (alive[:, None] & reads).any(axis=0)
+    varies = np.asarray((alive[:, None] & reads).any(axis=0))
     value = np.zeros(shape, dtype)
     silent = np.where(x.varies, 0, np.asarray(x.value))
     speaks = np.any(silent != 0, axis=tuple(i for i in range(silent.ndim) if i != features))
     if not varies.all() and speaks.any():
         made = _part(op, silent, np.asarray(kernel.value), speaks, ~varies)
-        index = [slice(None)] * len(shape)
-        index[place] = np.flatnonzero(~varies)
-        value[tuple(index)] = made
+        value[(slice(None),) * place + (np.flatnonzero(~varies),)] = made
     shown = np.broadcast_to(_along(varies, place, len(shape)), shape)
     return [Known(shown, value, x.static and kernel.static)]
 
@@ -66,7 +64,7 @@ def _wish_conv(
     features, ins, outs, place = _axes(op)
     made = outputs[0][place]
     reads = _reads(known.known[kernel], ins, outs)
-    read = (reads if made is None else reads[:, made]).any(axis=1)
+    read = np.asarray((reads if made is None else reads[:, made]).any(axis=1))
     images, taps = list(facts.everything(known, x)), list(facts.everything(known, kernel))
     images[features] = read if known.droppable[x][features] else None
     given = operands[0]
@@ -110,7 +108,6 @@ def _run_conv(
     # The house's form, which is the fast one on CPU; it wants to know the sizes.
     is_sized = all(isinstance(n, int) for n in x.shape)
     form = convolution.conv_general_dilated if is_sized else jax.lax.conv_general_dilated
-    params.pop("rhs_shape", None), params.pop("lhs_shape", None)
     params.pop("out_sharding", None)
     return [_plus(form(x, kernel, **params), constant)]
 
@@ -159,7 +156,8 @@ def _wish_depthwise(
     made = outputs[0][place]
     if made is None or not known.droppable[x][features]:
         return [Wish(tuple(images)), Wish(tuple(taps))], None
-    source = made.reshape(op.equation.invars[0].aval.shape[features], -1).any(axis=1)
+    source = made.reshape(op.equation.invars[0].aval.shape[features], -1)
+    source = np.asarray(source.any(axis=1))
     # All filters of a channel stay, or none: what is not wanted of them is taken away afterwards.
     images[features], taps[outs] = source, np.repeat(source, len(made) // len(source))
     return [Wish(tuple(images)), Wish(tuple(taps))], tuple(
@@ -198,11 +196,11 @@ def _known_dot(op: Op, operands: Sequence[Known]) -> list[Known]:
     for side in (0, 1):
         if operands[side].varies.any():
             pair = [operands[i].varies if i == side else speaks[i] for i in (0, 1)]
-            varies |= arithmetic.dot(*pair, numbers) > 0
+            varies |= arithmetic.dot(pair[0], pair[1], numbers) > 0
     value = np.zeros(varies.shape, op.equation.outvars[0].aval.dtype)
     if not varies.all():
         silent = [np.where(each.varies, 0, np.asarray(each.value)) for each in operands]
-        value = arithmetic.dot(*silent, numbers).astype(value.dtype)
+        value = arithmetic.dot(silent[0], silent[1], numbers).astype(value.dtype)
     return [Known(varies, value, all(each.static for each in operands))]
 
 
@@ -281,7 +279,7 @@ def _fold_dot(
     if values is None or not values.any():
         return None
     sides = [values if i == moving else np.asarray(pair[i].value) for i in (0, 1)]
-    total = arithmetic.dot(*sides, numbers)
+    total = arithmetic.dot(sides[0], sides[1], numbers)
     return total[facts.grid(outputs[0], total.shape)]
 
 
@@ -304,9 +302,9 @@ DOT = Rule(_known_dot, _wish_dot, _fold_dot, _run_sum)
 # ---- reductions
 
 _REDUCTIONS = {
-    "reduce_sum": (np.sum, 0.0, _plus),
-    "reduce_max": (np.max, -np.inf, None),
-    "reduce_min": (np.min, np.inf, None),
+    "reduce_sum": (np.sum, 0.0, jnp.add),
+    "reduce_max": (np.max, -np.inf, jnp.maximum),
+    "reduce_min": (np.min, np.inf, jnp.minimum),
 }
 REDUCTIONS = tuple(_REDUCTIONS)
 
@@ -357,12 +355,10 @@ def _run_reduce(
 ) -> list[Any]:
     del plan, kept, outputs
     (reduced,) = facts.bind(op, arrays, batch)
-    name = op.equation.primitive.name
-    if constant is None or name == "reduce_sum":
-        return [_plus(reduced, constant)]
-    combine = jnp.maximum if name == "reduce_max" else jnp.minimum
-    spread = jnp.broadcast_to(constant, reduced.shape).astype(reduced.dtype)
-    return [combine(reduced, spread)]
+    if constant is None:
+        return [reduced]
+    combine = _REDUCTIONS[op.equation.primitive.name][2]
+    return [combine(reduced, jnp.broadcast_to(constant, reduced.shape).astype(reduced.dtype))]
 
 
 REDUCE = Rule(_known_reduce, _wish_reduce, _fold_reduce, _run_reduce)
