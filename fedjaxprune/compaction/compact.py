@@ -68,8 +68,8 @@ class Compacted(NamedTuple):
       masks: its masks.
       state: ``{"state": ..., "constants": ...}``: the network's own, and what the channels that are
         gone contribute; neither is trained.
-      changes: which leaves became smaller; empty if no channel is dead, and then parameters, masks
-        and `predict` are those that were given.
+      changes: which leaves became smaller; empty if no channel is dead, and then the network is
+        left as it is.
       remainders: pruned filters that had to stay, and why.
     """
 
@@ -104,6 +104,8 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
     state_leaves, state_treedef = jax.tree.flatten(state)
     small = shrink.shrink(written, leaves, state_leaves)
     paths, count = trees.paths(pruned), len(leaves)
+    outputs = jax.eval_shape(model.predict, pruned, state, _two(inputs))
+    output_treedef = jax.tree.structure(outputs)
 
     def cut(leaf: Any, kept: facts.Kept) -> jax.Array:
         return jnp.asarray(np.asarray(leaf)[facts.grid(kept, np.shape(leaf))])
@@ -121,24 +123,17 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
         if old.shape != new.shape
     )
     analysis = groups.analyse(model.predict, pruned, state, _two(inputs))
-    remainders = _remainders(analysis, dict(zip(paths, leaves, strict=True)), paths, kept)
-    if not changes:
-        return Compacted(
-            lambda params, state, inputs: model.predict(params, state[STATE], inputs),
-            pruned,
-            masks,
-            {STATE: state, CONSTANTS: {}},
-            (),
-            remainders,
-        )
+    whole = dict(zip(paths, small.whole[:count], strict=True))
+    remainders = _remainders(analysis, dict(zip(paths, leaves, strict=True)), kept, whole)
 
     def predict_fn(params: Params, state: State, inputs: Any) -> Any:
-        arrays = [*jax.tree.leaves(params), *jax.tree.leaves(state[STATE])]
         examples = jax.tree.leaves(inputs)
-        outputs = play.smaller(
-            small.plan, state[CONSTANTS], [*arrays, *examples], examples[0].shape[0]
-        )
-        return outputs[0] if len(outputs) == 1 else outputs
+        batch = examples[0].shape[0]
+        if not changes and isinstance(batch, int):
+            return model.predict(params, state[STATE], inputs)
+        arrays = [*jax.tree.leaves(params), *jax.tree.leaves(state[STATE]), *examples]
+        outputs = play.smaller(small.plan, state[CONSTANTS], arrays, batch)
+        return jax.tree.unflatten(output_treedef, outputs)
 
     return Compacted(
         predict_fn,
@@ -163,11 +158,11 @@ def _two(inputs: Any) -> Any:
 def _remainders(
     analysis: groups.Analysis,
     leaves: dict[str, Any],
-    paths: list[str],
     kept: tuple[facts.Kept, ...],
+    whole: dict[str, tuple[str, ...]],
 ) -> tuple[Remainder, ...]:
     """List filters of zeros that are still there, with the best reason that can be given."""
-    by_path = dict(zip(paths, kept, strict=True))
+    by_path = dict(zip(leaves, kept, strict=True))
     fixed = {(path, axis): why for path, axis, why in analysis.fixed}
     dead: dict[tuple[str, int], np.ndarray] = {}
     for each in analysis.filters:
@@ -177,7 +172,7 @@ def _remainders(
     for (path, axis), bits in dead.items():
         left = by_path[path][axis]
         for index in np.flatnonzero(bits if left is None else bits & left):
-            why = fixed.get((path, axis)) or _why(analysis, dead, path, axis, int(index))
+            why = fixed.get((path, axis)) or _why(analysis, dead, path, axis, int(index), whole)
             found.setdefault((path, axis, why), []).append(int(index))
     return tuple(
         Remainder(path, axis, tuple(indices), why) for (path, axis, why), indices in found.items()
@@ -196,8 +191,12 @@ def _why(
     path: str,
     axis: int,
     index: int,
+    whole: dict[str, tuple[str, ...]],
 ) -> str:
     """Say why a pruned filter cannot go."""
+    said = [f"{name} is left as it is, with all channels" for name in whole[path]]
+    if said:
+        return "; ".join(said)
     for group in analysis.groups:
         for member in group.members:
             rows = np.flatnonzero((member.indices == index).any(axis=1))
@@ -212,5 +211,5 @@ def _why(
             if alive:
                 return f"its channel lives in {', '.join(alive)}"
             if group.mixes or group.leaks:
-                return "; ".join((*group.mixes, *group.leaks))
+                return "; ".join(dict.fromkeys((*group.mixes, *group.leaks)))
     return "what it sends on differs from example to example"

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedjaxprune.channels import labels as labels_lib
 from fedjaxprune.channels import rules as label_rules
-from fedjaxprune.compaction import facts, play, rules
+from fedjaxprune.compaction import facts, others, play, rules, sums
 from fedjaxprune.compaction.facts import Facts, Kept, Known, Rule, Wish
 from fedjaxprune.compaction.play import Fused, Plan, Step
 from fedjaxprune.compaction.program import Linear, Program
@@ -27,11 +27,13 @@ class Shrunken(NamedTuple):
       plan: how it is played.
       kept: of each leaf of params and state.
       constants: what the channels that are gone contribute, by name.
+      whole: for each leaf the operations, by name, that see all of the channels it makes.
     """
 
     plan: Plan
     kept: tuple[Kept, ...]
     constants: dict[str, np.ndarray]
+    whole: tuple[tuple[str, ...], ...]
 
 
 def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shrunken:
@@ -82,7 +84,21 @@ def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shr
         Plan(program, _fused(program, steps, kept, constants), kept, places, names),
         tuple(kept[variable] for variable in program.inputs[: len(leaves)]),
         constants,
+        tuple(_whole(program, chosen, variable) for variable in program.inputs[: len(leaves)]),
     )
+
+
+def _whole(program: Program, chosen: Sequence[Rule], leaf: int) -> tuple[str, ...]:
+    """Name what reads all channels that a leaf makes, before they are added up."""
+    reached, names = {leaf}, []
+    for op, rule in zip(program.ops, chosen, strict=True):
+        if rule in (sums.CONV, sums.DOT) and op.inputs[0] in reached and op.inputs[0] != leaf:
+            continue
+        if reached & set(op.inputs):
+            if rule is others.OTHER:
+                names.append(op.equation.primitive.name)
+            reached |= set(op.outputs)
+    return tuple(dict.fromkeys(names))
 
 
 def _fused(
@@ -208,16 +224,18 @@ def _decide(
     read = set(program.outputs)
     for variable in program.outputs:
         hard[variable] = facts.everything(seen, variable)
+    used = {variable for op in program.ops for variable in op.inputs}
     kept: dict[int, Kept] = {}
     wishes: list[tuple[list[Wish], Any] | None] = [None] * len(program.ops)
 
     def settle(variable: int) -> Kept:
         if variable not in kept:
-            if variable not in read and variable in program.inputs:
-                kept[variable] = facts.everything(seen, variable)
+            if variable in program.inputs and variable not in used:
+                kept[variable] = facts.everything(seen, variable)  # the network never read it
             else:
+                is_read = variable in read or variable in program.inputs
                 kept[variable] = _settle(
-                    seen.known[variable], hard[variable], soft[variable], variable in read
+                    seen.known[variable], hard[variable], soft[variable], is_read
                 )
         return kept[variable]
 

@@ -1,4 +1,4 @@
-"""The command ``fedjaxprune``: ``run`` and ``list``.
+"""The command ``fedjaxprune``: ``run``, ``list`` and ``export``.
 
 Options are made from the fields of `RunConfig`. Whatever the user gets wrong is one sentence on
 stderr and exit status 2. JAX is imported only when a run is about to be put together.
@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment import methods, reading, validation
+from fedjaxprune.experiment import export_command, methods, reading, validation
 from fedjaxprune.experiment.config import RunConfig, Settings, UserError
 
 USAGE, INTERRUPTED = 2, 130  # exit statuses
@@ -145,7 +145,7 @@ def _start(config: RunConfig) -> None:
 
     folder = _path(config.out) if config.out else record.default_folder(config)
     record.check_free(folder)
-    with _jax_set_up(config):
+    with jax_set_up(config):
         from fedjaxprune.experiment import catalog
 
         config = catalog.resolve(config)
@@ -167,7 +167,7 @@ def _resume(folder: pathlib.Path, values: dict[str, Any], given: Settings) -> No
     _check_untouched(folder, config)
     if "data_dir" in values:
         config = config.model_copy(update={"data_dir": given.data_dir})
-    with _jax_set_up(config):
+    with jax_set_up(config):
         from fedjaxprune.experiment import catalog
 
         changed = [
@@ -260,7 +260,7 @@ def _train(folder: pathlib.Path, config: RunConfig, parts: Any) -> None:
 
 
 @contextlib.contextmanager
-def _jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
+def jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
     """Set up JAX for the command: compiled code is kept between runs, other people's logs are not.
 
     A CPU becomes as many devices as the config asks for, by default one a core.
@@ -293,7 +293,7 @@ def _jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
 @click.option("--data-dir", default=None, metavar="TEXT", help="Folder of prepared TFDS data.")
 def list_(data_dir: str | None) -> None:
     """List algorithms, models, data sets and presets."""
-    with _jax_set_up():
+    with jax_set_up():
         from fedjaxprune.data import datasets
         from fedjaxprune.experiment import catalog
 
@@ -318,6 +318,9 @@ def list_(data_dir: str | None) -> None:
         width = max(len(name) for name in rows)
         for name, summary in rows.items():
             click.echo(f"  {name:<{width}}  {summary}")
+
+
+cli.add_command(export_command.export)
 
 
 def _sentence(error: click.ClickException, args: Sequence[str]) -> str:
