@@ -5,7 +5,7 @@ Sums run in float64, so that what is folded is exact to the last bit of float32.
 
 import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,42 @@ def dot(first: np.ndarray, second: np.ndarray, numbers: Any) -> np.ndarray:
     formula = f"{''.join(names[0])},{''.join(names[1])}->{''.join(output)}"
     operands = (first.astype(np.float64), second.astype(np.float64))
     return np.einsum(formula, *operands, optimize=True)
+
+
+def _clamp(low: np.ndarray, x: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(x, low), high)
+
+
+def _divide(x: np.ndarray, by: np.ndarray) -> np.ndarray:
+    if np.issubdtype(x.dtype, np.inexact):
+        return x / by
+    return np.sign(x) * np.sign(by) * (np.abs(x) // np.abs(by))  # towards zero
+
+
+# The commonest operations entry by entry; all others are asked of JAX, which compiles each.
+POINTWISE: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "add_any": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": _divide,
+    "max": np.maximum,
+    "min": np.minimum,
+    "clamp": _clamp,
+    "neg": np.negative,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "rsqrt": lambda x: (1.0 / np.sqrt(x.astype(np.float64))).astype(x.dtype),
+    "exp": np.exp,
+    "tanh": np.tanh,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
 def move(name: str, params: dict[str, Any], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

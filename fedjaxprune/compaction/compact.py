@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.base import Masks, Model, Params, State
 from fedjaxprune.channels import groups
@@ -98,7 +97,7 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
     """
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, masks):
         raise ValueError("the masks do not have the structure and shapes of the parameters.")
-    pruned = masks_lib.apply(masks, params)
+    pruned = jax.tree.map(_pruned, jax.device_get(params), jax.device_get(masks))
     written = program.trace(model.predict, pruned, state, inputs)
     leaves, treedef = jax.tree.flatten(pruned)
     state_leaves, state_treedef = jax.tree.flatten(state)
@@ -108,7 +107,8 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
     output_treedef = jax.tree.structure(outputs)
 
     def cut(leaf: Any, kept: facts.Kept) -> jax.Array:
-        return jnp.asarray(np.asarray(leaf)[facts.grid(kept, np.shape(leaf))])
+        part = np.asarray(leaf)[facts.grid(kept, np.shape(leaf))]
+        return jax.device_put(np.ascontiguousarray(part).reshape(part.shape))
 
     kept = small.kept[:count]
     few = [cut(*pair) for pair in zip(leaves, kept, strict=True)]
@@ -141,11 +141,17 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
         jax.tree.unflatten(treedef, few_masks),
         {
             STATE: jax.tree.unflatten(state_treedef, few_state),
-            CONSTANTS: {name: jnp.asarray(value) for name, value in small.constants.items()},
+            CONSTANTS: jax.device_put(small.constants),
         },
         changes,
         remainders,
     )
+
+
+def _pruned(leaf: Any, mask: Any) -> np.ndarray:
+    """Set pruned entries to zeros, on the host."""
+    leaf = np.asarray(leaf)
+    return np.where(mask, leaf, np.zeros((), leaf.dtype))
 
 
 def _two(inputs: Any) -> Any:
@@ -211,5 +217,6 @@ def _why(
             if alive:
                 return f"its channel lives in {', '.join(alive)}"
             if group.mixes or group.leaks:
-                return "; ".join(dict.fromkeys((*group.mixes, *group.leaks)))
+                notes = dict.fromkeys((*group.mixes, *group.leaks))
+                return f"it counts where channels meet: {'; '.join(notes)}"
     return "what it sends on differs from example to example"

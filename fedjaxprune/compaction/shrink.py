@@ -167,7 +167,8 @@ def _look(program: Program, leaves: Sequence[Any]) -> tuple[dict[int, Known], li
         chosen.append(rule)
         for variable, found in zip(op.outputs, rule.known(op, operands), strict=True):
             found = _alike(found, program.shapes[variable])
-            if not found.static and not found.varies.any():
+            is_known = not found.static and not found.varies.any()
+            if is_known or (found.static and frozen & set(op.inputs)):
                 found = found._replace(static=True)
                 frozen.add(variable)
             known[variable] = found

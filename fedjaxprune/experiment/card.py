@@ -224,9 +224,9 @@ def _compaction(facts: Facts) -> str:
         text += "\nPruned filters that had to stay:\n\n"
         text += "".join(f"- `{r.path}`: {len(r.indices)} ({r.why})\n" for r in facts.remainders)
     return text + (
-        f"\nOn {facts.num_checked} test examples its outputs differ from those of the run's network"
-        f"\nby at most {difference.relative:.1e} of the largest, and {difference.num_changed} change"
-        " their class.\n"
+        f"\nOn {facts.num_checked} test examples its outputs are those of the run's network\n"
+        f"up to {difference.relative:.1e} of the largest; {difference.num_changed} examples "
+        "change their class.\n"
     )
 
 
