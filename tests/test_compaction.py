@@ -13,7 +13,8 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.channels import groups
 from fedjaxprune.compaction import arithmetic, compact, play, program
-from fedjaxprune.models import adapters, layers
+from fedjaxprune.data import datasets, preprocess
+from fedjaxprune.models import adapters, cnns, gated, layers, vgg, zoo
 from tests import test_channels
 from tests.test_channels import KEY, network
 
@@ -319,3 +320,61 @@ def test_a_program_knows_which_sizes_are_the_batch():
     (output,) = written.outputs
     assert written.shapes[output] == (program.Linear(scale=4, offset=0), 2)
     assert program.at(written.shapes[output], 5) == (20, 2)
+
+
+REAL = {
+    "lenet5": ("fashion_mnist", lambda **sizes: zoo.lenet5(**sizes)),
+    "cnn": ("fashion_mnist", lambda **sizes: zoo.cnn(**sizes)),
+    "two_cnn": ("fashion_mnist", lambda **sizes: cnns.two_cnn(**sizes)),
+    "mlp": ("fashion_mnist", lambda **sizes: zoo.mlp(**sizes)),
+    "pooled_cnn": ("cifar10", lambda **sizes: cnns.pooled_cnn(**sizes)),
+    "alexnet": ("cifar10", lambda **sizes: cnns.alexnet(**sizes)),
+    "vgg11": ("cifar10", lambda **sizes: vgg.vgg11(norm="none", **sizes)),
+    "vgg16_bn": ("cifar10", lambda **sizes: vgg.vgg16(norm="batch", **sizes)),
+    "resnet18": ("cifar10", lambda **sizes: zoo.resnet18(norm="batch", **sizes)),
+    "resnet20": ("cifar10", lambda **sizes: zoo.resnet20(norm="batch", **sizes)),
+    "resnet8_group": ("cifar10", lambda **sizes: zoo.resnet8(norm="group", **sizes)),
+    "resnet50": ("cifar10", lambda **sizes: zoo.resnet50(norm="batch", **sizes)),
+    "gated_resnet32": (
+        "cifar10",
+        lambda **sizes: gated.gated_resnet32(norm="batch", density=0.5, **sizes),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_on_real_test_images_half_the_channels_say_the_same(name, tfds_data_dir):
+    dataset_name, make = REAL[name]
+    data = real_data(dataset_name, tfds_data_dir)
+    model = make(input_shape=data.image_shape, num_classes=10)
+    _, prepare = preprocess.for_dataset(data, augment=False)
+    images = prepare(KEY, jnp.asarray(data.test["inputs"][:32]))
+    params, state = jax.jit(model.init)(KEY)
+    rng = np.random.default_rng(0)
+
+    def awake(leaf):  # biases, scales and statistics as after training: nothing is 0 or 1
+        leaf = np.asarray(leaf)
+        return (
+            leaf + np.float32(0.1) * rng.random(leaf.shape, np.float32) if leaf.ndim == 1 else leaf
+        )
+
+    params, state = jax.tree.map(awake, (params, state))
+    analysis = groups.analyse(model.predict, params, state, images)
+    keep = []
+    for group in analysis.groups:
+        bits = np.ones(group.size, bool)
+        bits[rng.permutation(group.size)[: group.size // 2]] = False
+        keep.append(bits)
+    masks = restrict(channel_masks(analysis, keep, params), masks_lib.kernels)
+    small = compact.compact(model, params, masks, state=state, inputs=images)
+    check_same(model, params, masks, state, small, images)
+    if name not in ("resnet8_group", "gated_resnet32"):
+        assert small.remainders == ()
+        assert sum(trees.sizes(small.params)) < sum(trees.sizes(params)) / 1.9
+
+
+@functools.cache
+def real_data(name, folder):
+    return datasets.load(name, data_dir=folder)
