@@ -18,7 +18,12 @@ _stands_for = core.Primitive("stands_for")
 NAME = _stands_for.name
 
 
-def stands_for(output: Any, plain: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+def stands_for(
+    output: Any,
+    plain: Callable[..., jax.Array],
+    *operands: jax.Array,
+    again: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
     """Return `output` unchanged, and note that it is what ``plain(*operands)`` would be.
 
     Derivatives go through `output`, however it was made; `plain` is never run in a program.
@@ -28,24 +33,28 @@ def stands_for(output: Any, plain: Callable[..., jax.Array], *operands: jax.Arra
       plain: a pure function of the operands, in operations that XLA knows; it closes over no
         arrays.
       operands: what both forms take.
+      again: the fast form as a function of ``(x, kernel, bias)``, if those are the operands, for
+        other sizes; adding to every output of the convolution in it must be the same as adding to
+        the bias. So a smaller network may take it.
     """
-    return _stands_for.bind(output, *operands, plain=plain)
+    return _stands_for.bind(output, *operands, plain=plain, again=again)
 
 
-def _batch(values: Any, axes: Any, *, plain: Callable[..., jax.Array]) -> Any:
+def _batch(values: Any, axes: Any, *, plain: Callable[..., jax.Array], again: Any) -> Any:
+    del again  # it knows no further axis
     if axes[0] is None or all(axis is None for axis in axes[1:]):
         return values[0], axes[0]  # the output depends on other things: the mark is lost
     mapped = jax.vmap(plain, in_axes=tuple(axes[1:]), out_axes=axes[0])
-    return _stands_for.bind(*values, plain=mapped), axes[0]
+    return _stands_for.bind(*values, plain=mapped, again=None), axes[0]
 
 
-def _differentiate(primals: Any, tangents: Any, *, plain: Callable[..., jax.Array]) -> Any:
-    return _stands_for.bind(*primals, plain=plain), tangents[0]
+def _differentiate(primals: Any, tangents: Any, **params: Any) -> Any:
+    return _stands_for.bind(*primals, **params), tangents[0]
 
 
-_stands_for.def_impl(lambda output, *operands, plain: output)
-_stands_for.def_abstract_eval(lambda output, *operands, plain: output)
-mlir.register_lowering(_stands_for, lambda context, output, *operands, plain: [output])
+_stands_for.def_impl(lambda output, *operands, plain, again: output)
+_stands_for.def_abstract_eval(lambda output, *operands, plain, again: output)
+mlir.register_lowering(_stands_for, lambda context, output, *operands, plain, again: [output])
 batching.primitive_batchers[_stands_for] = _batch
 ad.primitive_jvps[_stands_for] = _differentiate
 

@@ -20,6 +20,7 @@ BELOW = {
     "ranking": {"accounts", "base", "trees"},
     "gating": {"base", "trees", "metrics"},
     "channels": {"base", "trees", "masks", "forms"},
+    "compaction": {"base", "trees", "masks", "forms", "channels", "models"},
     "pruning": {"accounts", "base", "trees", "masks", "metrics", "ranking", "channels"},
     "federated": {"accounts", "base", "trees", "masks", "metrics", "ranking", "gating"},
     "costs": {"accounts", "base", "trees", "masks", "metrics", "forms"},

@@ -44,12 +44,16 @@ def walk(
 
     for equation in jaxpr.eqns:
         values = [read(atom) for atom in equation.invars]
-        outputs = [
-            value._replace(labels=tuple(labels_lib.shrink(each) for each in value.labels))
-            for value in _apply(book, equation, values)
-        ]
-        environment.update(zip(equation.outvars, outputs, strict=True))
+        environment.update(zip(equation.outvars, apply(book, equation, values), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def apply(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
+    """Pass labels through one equation; writes to `book`."""
+    return [
+        value._replace(labels=tuple(labels_lib.shrink(each) for each in value.labels))
+        for value in _apply(book, equation, values)
+    ]
 
 
 def constant(array: Any) -> Value:

@@ -145,6 +145,29 @@ def restore(
     return found
 
 
+def read_newest(
+    folder: pathlib.Path, like: Any, *, warn: Callable[[str], None]
+) -> tuple[int, Any] | None:
+    """Read the newest checkpoint in `folder` that is whole, and touch nothing.
+
+    Args:
+      folder: of a run's checkpoints.
+      like: tree of arrays or shapes, as was saved.
+      warn: takes one sentence for every checkpoint that cannot be read.
+
+    Returns:
+      The number of rounds and the tree; None where no checkpoint can be used.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        for num_rounds in sorted(manager.all_steps(), reverse=True):
+            try:
+                return num_rounds, _read(manager, num_rounds, like)
+            except Exception as error:  # whatever orbax makes of a damaged file
+                warn(f"the checkpoint of round {num_rounds} cannot be read ({_reason(error)}).")
+    return None
+
+
 def _put_aside(checkpoint: pathlib.Path, aside: pathlib.Path) -> None:
     """Move a checkpoint to the folder `aside`, under a name that is free there."""
     aside.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment import launch, reading, validation, viewing
+from fedjaxprune.experiment import export_command, launch, reading, validation, viewing
 from fedjaxprune.experiment.config import RunConfig, UserError
 
 USAGE = 2  # exit status
@@ -163,7 +163,7 @@ def list_(data_dir: str | None) -> None:
             click.echo(f"  {name:<{width}}  {summary}")
 
 
-for _command in viewing.COMMANDS:
+for _command in (*viewing.COMMANDS, export_command.export):
     cli.add_command(_command)
 
 

@@ -54,7 +54,8 @@ def conv_relu_max_pool(
         return jax.nn.relu(pooling.max_pool(x) + bias[None, None, None])
 
     output = _conv_relu_max_pool(x, kernel, bias, padding, block)
-    return forms.stands_for(output, plain, x, kernel, bias)
+    again = functools.partial(conv_relu_max_pool, padding=padding, block=block)
+    return forms.stands_for(output, plain, x, kernel, bias, again=again)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
