@@ -227,7 +227,24 @@ UPLINKS = {
 }
 AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
 # Variants and controls that share their parts with others: theirs are the slow cases.
-DEAR = ("mpfl_started", "random_filters", "pooled_filters", "averaged_filters")
+DEAR = (
+    "autoflip_channels",
+    "averaged_filters",
+    "dynamic_sparse_scaffold",
+    "explored_start",
+    "feddip_regrow",
+    "feddip_scaffold",
+    "feddip_without_penalty",
+    "feddip_without_pruning",
+    "fedtiny_fednova",
+    "fedtiny_moving",
+    "fedtiny_vanilla",
+    "mpfl_started",
+    "one_client_masks",
+    "pooled_filters",
+    "random_filters",
+    "snip_masks",
+)
 
 
 def case(name, *rest):
@@ -236,6 +253,8 @@ def case(name, *rest):
 
 
 every_algorithm = pytest.mark.parametrize("name", [case(name) for name in sorted(ALGORITHMS)])
+# On a mesh compiling takes longest: by default those whose rounds have most parts of their own.
+MESHED = ("adaptive_dynamic_pruning", "autoflip", "dynamic_sparse", "fedtiny", "mpfl", "scaffold")
 
 
 def each_once(name, others, usual):
@@ -413,7 +432,13 @@ def test_every_chunk_size_gives_the_same_result(name, chunk_size):
     chex.assert_trees_all_close(final(chunk_size), final(1), rtol=1e-4, atol=1e-5)
 
 
-@every_algorithm
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in MESHED else [pytest.mark.slow])
+        for name in sorted(ALGORITHMS)
+    ],
+)
 def test_two_devices_give_the_result_of_one(name):
     """Whatever a client's work needs from a round reaches it on any device, in every stage."""
 
