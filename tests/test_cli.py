@@ -197,7 +197,8 @@ def test_bad_input_is_one_sentence_and_no_folder(capsys, tmp_path, name):
 def test_unknown_commands_are_one_sentence(capsys):
     status, _, err = call(capsys, "rum")
     assert status == 2
-    assert err == "error: unknown command 'rum': must be one of run, list; did you mean 'run'?\n"
+    known = "run, list, export"
+    assert err == f"error: unknown command 'rum': must be one of {known}; did you mean 'run'?\n"
 
 
 def test_a_folder_that_cannot_be_written_to(capsys, tmp_path, monkeypatch):
