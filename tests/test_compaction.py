@@ -174,6 +174,7 @@ def test_what_a_dead_channel_sends_is_less_at_a_padded_border():
     masks["conv_1"]["kernel"] = np.broadcast_to(np.arange(4) == 0, (3, 3, 2, 4))
     small = compact.compact(model, params, masks, state=state, inputs=inputs)
     assert small.params["conv_1"]["kernel"].shape == (3, 3, 2, 1)
+    assert not small.is_constant
     check_same(model, params, masks, state, small, inputs)
     (constant,) = small.state[compact.CONSTANTS].values()
     # ReLU: 0.25, 0 and 2; at stride 2 the first row and column see fewer taps than the others.
@@ -194,6 +195,8 @@ def test_a_network_that_nothing_reaches_becomes_a_constant():
     masks["conv_1"]["kernel"] = np.zeros((3, 3, 2, 4), bool)
     small = compact.compact(model, params, masks, state=state, inputs=inputs)
     check_same(model, params, masks, state, small, inputs)
+    assert small.is_constant
+    assert small.remainders == ()
     assert sum(trees.sizes(small.params)) < sum(trees.sizes(params)) / 4
 
 

@@ -70,6 +70,8 @@ class Compacted(NamedTuple):
       changes: which leaves became smaller; empty if no channel is dead, and then the network is
         left as it is.
       remainders: pruned filters that had to stay, and why.
+      is_constant: whether the outputs are the same for all inputs: the masks cut the network off
+        from them.
     """
 
     predict: Callable[[Params, State, Any], jax.Array]
@@ -78,6 +80,7 @@ class Compacted(NamedTuple):
     state: State
     changes: tuple[Change, ...]
     remainders: tuple[Remainder, ...]
+    is_constant: bool
 
 
 def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs: Any) -> Compacted:
@@ -145,6 +148,7 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
         },
         changes,
         remainders,
+        small.is_constant,
     )
 
 
@@ -165,7 +169,7 @@ def _remainders(
     analysis: groups.Analysis,
     leaves: dict[str, Any],
     kept: tuple[facts.Kept, ...],
-    whole: dict[str, tuple[str, ...]],
+    whole: dict[str, tuple[str, ...] | None],
 ) -> tuple[Remainder, ...]:
     """List filters of zeros that are still there, with the best reason that can be given."""
     by_path = dict(zip(leaves, kept, strict=True))
@@ -176,9 +180,11 @@ def _remainders(
         dead[maker.path, maker.axis] = _dead(leaves[maker.path], maker.axis)
     found: dict[tuple[str, int, str], list[int]] = {}
     for (path, axis), bits in dead.items():
-        left = by_path[path][axis]
+        seen_by, left = whole[path], by_path[path][axis]
+        if seen_by is None:  # one entry of it is left, for the structure's sake
+            continue
         for index in np.flatnonzero(bits if left is None else bits & left):
-            why = fixed.get((path, axis)) or _why(analysis, dead, path, axis, int(index), whole)
+            why = fixed.get((path, axis)) or _why(analysis, dead, path, axis, int(index), seen_by)
             found.setdefault((path, axis, why), []).append(int(index))
     return tuple(
         Remainder(path, axis, tuple(indices), why) for (path, axis, why), indices in found.items()
@@ -197,10 +203,10 @@ def _why(
     path: str,
     axis: int,
     index: int,
-    whole: dict[str, tuple[str, ...]],
+    seen_by: tuple[str, ...],
 ) -> str:
     """Say why a pruned filter cannot go."""
-    said = [f"{name} is left as it is, with all channels" for name in whole[path]]
+    said = [f"{name} is left as it is, with all channels" for name in seen_by]
     if said:
         return "; ".join(said)
     for group in analysis.groups:

@@ -27,13 +27,16 @@ class Shrunken(NamedTuple):
       plan: how it is played.
       kept: of each leaf of params and state.
       constants: what the channels that are gone contribute, by name.
-      whole: for each leaf the operations, by name, that see all of the channels it makes.
+      whole: for each leaf the operations, by name, that see all of the channels it makes; None if
+        nothing reads the leaf any more.
+      is_constant: whether the outputs do not depend on the inputs.
     """
 
     plan: Plan
     kept: tuple[Kept, ...]
     constants: dict[str, np.ndarray]
-    whole: tuple[tuple[str, ...], ...]
+    whole: tuple[tuple[str, ...] | None, ...]
+    is_constant: bool
 
 
 def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shrunken:
@@ -84,7 +87,11 @@ def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shr
         Plan(program, _fused(program, steps, kept, constants), kept, places, names),
         tuple(kept[variable] for variable in program.inputs[: len(leaves)]),
         constants,
-        tuple(_whole(program, chosen, variable) for variable in program.inputs[: len(leaves)]),
+        tuple(
+            _whole(program, chosen, variable) if variable in read else None
+            for variable in program.inputs[: len(leaves)]
+        ),
+        all(known[variable].static for variable in program.outputs),
     )
 
 

@@ -49,6 +49,7 @@ class Facts(NamedTuple):
       sparsity: pruned fraction of the prunable weights of the whole network.
       changes: leaves that became smaller.
       remainders: pruned filters that had to stay.
+      is_constant: whether the network gives the same outputs for all inputs.
       sizes: bytes of the files by name, and ``dense`` of the whole network in float32.
       difference: on test examples.
       num_checked: how many of them.
@@ -65,6 +66,7 @@ class Facts(NamedTuple):
     sparsity: float
     changes: tuple[compact.Change, ...]
     remainders: tuple[compact.Remainder, ...]
+    is_constant: bool
     sizes: Mapping[str, int]
     difference: Difference
     num_checked: int
@@ -93,6 +95,7 @@ def collect(
         sparsity=float(masks_lib.sparsity(found.masks, parts.prunable)),
         changes=small.changes,
         remainders=small.remainders,
+        is_constant=small.is_constant,
         sizes={**sizes, "dense": sum(whole)},
         difference=difference,
         num_checked=num_checked,
@@ -212,6 +215,8 @@ def _training(facts: Facts) -> str:
 def _compaction(facts: Facts) -> str:
     difference = facts.difference
     text = "## Compaction\n\n"
+    if facts.is_constant:
+        text += "**The masks cut this network off from its inputs: its outputs never change.**\n\n"
     if not facts.changes:
         text += "No channel is dead everywhere it appears: the network is left as it is.\n"
     else:

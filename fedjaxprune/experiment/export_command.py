@@ -40,6 +40,11 @@ def export(run: str, out: str | None, data_dir: str | None) -> None:
         click.echo(f"dead channels removed: {before:,} parameters become {after:,}.")
     else:
         click.echo("no channel is dead everywhere it appears: the network is left as it is.")
+    if facts.is_constant:
+        click.echo(
+            "warning: the masks cut the network off from its inputs; its outputs never change.",
+            err=True,
+        )
     for remainder in facts.remainders:
         click.echo(
             f"  {remainder.path}: {len(remainder.indices)} pruned filters stay ({remainder.why})"
