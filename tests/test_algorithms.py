@@ -254,7 +254,7 @@ def case(name, *rest):
 
 every_algorithm = pytest.mark.parametrize("name", [case(name) for name in sorted(ALGORITHMS)])
 # On a mesh compiling takes longest: by default those whose rounds have most parts of their own.
-MESHED = ("adaptive_dynamic_pruning", "autoflip", "dynamic_sparse", "fedtiny", "mpfl", "scaffold")
+MESHED = ("adaptive_dynamic_pruning", "dynamic_sparse", "mpfl")
 
 
 def each_once(name, others, usual):
@@ -414,14 +414,14 @@ def test_a_round_without_anybody_moves_nothing(name, server):
 @pytest.mark.parametrize(
     ("name", "chunk_size"),
     [
-        ("feddip", 2),
         ("feddip", 3),
         ("feddip", 4),
-        ("fedavg", 3),
         ("dynamic_sparse", 3),
-        ("fedtiny", 3),
-        ("autoflip_channels", 3),
-        ("mpfl", 3),
+        pytest.param("feddip", 2, marks=pytest.mark.slow),
+        pytest.param("fedavg", 3, marks=pytest.mark.slow),
+        pytest.param("fedtiny", 3, marks=pytest.mark.slow),
+        pytest.param("autoflip_channels", 3, marks=pytest.mark.slow),
+        pytest.param("mpfl", 3, marks=pytest.mark.slow),
     ],
 )
 def test_every_chunk_size_gives_the_same_result(name, chunk_size):

@@ -63,7 +63,9 @@ def largest_difference(state, other):
     return np.max(np.abs(first - second)) / np.max(np.abs(second))
 
 
-@pytest.mark.parametrize(("devices", "chunk_size"), [(2, 1), (8, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("devices", "chunk_size"), [(8, 1), (3, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
+)
 def test_devices_differ_in_rounding_only(tmp_path, devices, chunk_size):
     # Without top-k, whose choice among all but equal entries rounding may turn.
     plain = {"uplink": "identity", "error_feedback": False, "chunk_size": chunk_size}
@@ -112,10 +114,11 @@ def test_a_run_on_two_devices_traces_the_round_once(tmp_path, monkeypatch):
     [
         ("fedtiny", ["prepare", "calibrate", "compare", "train", "train"]),
         ("snip_masks_of_clients", ["prepare", "score", "train", "train"]),
-        pytest.param("mpfl", ["agree", "agree", "train", "train"], marks=pytest.mark.slow),
-        pytest.param("autoflip", ["explore", "train", "train"], marks=pytest.mark.slow),
+        ("mpfl", ["agree", "agree", "train", "train"]),
+        ("autoflip", ["explore", "train", "train"]),
     ],
 )
+@pytest.mark.slow
 def test_all_stages_of_a_method_run_on_two_devices(tmp_path, algorithm, stages):
     few = {"num_clients": 4, "cohort_size": 4, "dropout_probability": 0.0, "rounds": 2}
     few |= {"local_steps": 1, "prune_every": 1, "pool_size": 2}

@@ -196,6 +196,7 @@ def test_shortcuts_of_residual_networks_are_exempt():
     assert feddip.prunable_without_shortcuts("stage_1/block_0/conv_0/kernel", leaf)
 
 
+@pytest.mark.slow
 def test_the_first_draw_on_a_residual_network_has_the_published_layer_sparsities():
     model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
     params, _ = jax.eval_shape(model.init, KEY)

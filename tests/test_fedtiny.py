@@ -579,6 +579,7 @@ def run_in(folder, stop_after=None):
     return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
 
 
+@pytest.mark.slow
 def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
     state, lines = run_in(tmp_path / "whole")
     assert [line.stage for line in lines] == ["prepare", "calibrate", "compare"] + 6 * ["train"]
