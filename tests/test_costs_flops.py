@@ -162,7 +162,9 @@ def test_networks_of_the_papers_have_the_counts_of_their_layers(name):
 
 def test_resnet18_has_fedtinys_counts_by_stage_and_gated_resnet32_its_own():
     model, image = network("resnet18")
-    stages = dict.fromkeys(("conv_1", "stage_1", "stage_2", "stage_3", "stage_4", "dense_1"), 0)
+    stages: dict[str, int] = dict.fromkeys(
+        ("conv_1", "stage_1", "stage_2", "stage_3", "stage_4", "dense_1"), 0
+    )
     for layer in flops.of_model(model, None, shape(1, *image)):
         (stage,) = (name for name in stages if layer.path.startswith(name))
         stages[stage] += layer.dense.forward
