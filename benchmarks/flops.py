@@ -1,6 +1,7 @@
-"""Count the built-in networks' multiply-adds, and set XLA's own count beside them.
+"""Count the networks' multiply-adds, and set what papers say and XLA's own count beside them.
 
-python -m benchmarks.flops --models lenet5 cnn resnet20
+python -m benchmarks.flops --models lenet5 cnn resnet20    also compiles, and times the accounts
+python -m benchmarks.flops --count-only                    traces only: every network of a paper
 """
 
 import argparse
@@ -15,7 +16,7 @@ from fedjaxprune import forms, masks, metrics
 from fedjaxprune.base import Batch
 from fedjaxprune.costs import coverage, flops
 from fedjaxprune.experiment import costs_record
-from fedjaxprune.models import zoo
+from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
 
 GRAY, COLOUR = (28, 28, 1), (32, 32, 3)
 MODELS = {
@@ -26,6 +27,29 @@ MODELS = {
     "resnet18": (COLOUR, lambda: zoo.resnet18(input_shape=COLOUR, num_classes=10, norm="batch")),
 }
 BATCH = 8
+HEAD = {"hidden_sizes": (4096, 4096), "pool": 7}  # torchvision's
+# Networks that are only counted: to compile them takes minutes.
+COUNTED = {
+    "resnet34": (COLOUR, lambda: zoo.resnet34(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "resnet50": (COLOUR, lambda: zoo.resnet50(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "gated_resnet32": (
+        COLOUR,
+        lambda: gated.gated_resnet32(input_shape=COLOUR, num_classes=10, norm="batch", density=0.7),
+    ),
+    "alexnet": (COLOUR, lambda: cnns.alexnet(input_shape=COLOUR, num_classes=10)),
+    "vgg11": (COLOUR, lambda: vgg.vgg11(input_shape=COLOUR, num_classes=10, norm="none")),
+    "vgg11, torchvision's head": (
+        COLOUR,
+        lambda: vgg.vgg11(input_shape=COLOUR, num_classes=10, norm="none", **HEAD),
+    ),
+    "vgg16": (COLOUR, lambda: vgg.vgg16(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "two_cnn": (GRAY, lambda: cnns.two_cnn(input_shape=GRAY, num_classes=10)),
+    "femnist_cnn": (GRAY, lambda: cnns.femnist_cnn(input_shape=GRAY, num_classes=62)),
+    "char_lstm": ((80,), lambda: lstm.char_lstm(input_shape=(80,), num_classes=80)),
+}
+# Millions of multiply-adds, forward: FedTiny's ResNet-18; adaptive dynamic pruning's ResNets (of
+# the gated one without its gates).
+PUBLISHED = {"resnet18": 555.42, "resnet20": 40.55, "resnet32": 68.86, "gated_resnet32": 68.86}
 
 
 def overhead(model, params, image, repeats=20):
@@ -65,10 +89,26 @@ def overhead(model, params, image, repeats=20):
     )
 
 
+def count():
+    """Print the multiply-adds of every network, beside what papers say."""
+    print("| network | forward | of which gates | published, million |")
+    print("|---|---|---|---|")
+    for name, (shape, make) in {**MODELS, **COUNTED}.items():
+        dtype = jnp.int32 if name == "char_lstm" else jnp.float32
+        layers = flops.of_model(make(), None, jax.ShapeDtypeStruct((1, *shape), dtype))
+        of_gates = [layer for layer in layers if layer.path.endswith("gate_kernel")]
+        counts = [flops.dense(some).forward for some in (layers, of_gates)]
+        print(f"| {name} | {counts[0]:,} | {counts[1]:,} | {PUBLISHED.get(name, '')} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    parser.add_argument("--count-only", action="store_true")
     options = parser.parse_args()
+    if options.count_only:
+        count()
+        return
     print("multiply-adds of one example")
     print(
         "| network | forward | input gradient | weight gradient | forward without padding "

@@ -2,13 +2,19 @@
 
     python benchmarks/ledger.py            LeNet-5, 10 clients, one local epoch of 600 examples
     python benchmarks/ledger.py resnet18   the same with ResNet-18, 2 clients of 32 examples
+    python benchmarks/ledger.py digits     `fedjaxprune run` as it is by default: an MLP on digits
 
 `host` is `Algorithm.num_bits`; in a revision round it also counts new masks, which is `host, new
-masks`. `device` is what the round computes for the ledger alone (it is part of the round).
+masks`. `arithmetic` is `costs_record.of_round`. `device` is what the round computes for the ledger
+alone (it is part of the round). Times are of the processor, of all threads for a round, so that
+other people's work does not count; on `digits` a round has all that the command does.
 """
 
 import argparse
+import itertools
+import pathlib
 import statistics
+import tempfile
 import time
 
 import jax
@@ -19,6 +25,8 @@ import optax
 from fedjaxprune import masks
 from fedjaxprune.algorithms import compose, feddip, simulation
 from fedjaxprune.data import batching, partitions
+from fedjaxprune.experiment import catalog, costs_record, launch
+from fedjaxprune.experiment.config import RunConfig
 from fedjaxprune.federated import participation
 from fedjaxprune.models import zoo
 
@@ -62,38 +70,91 @@ def by_client(state, delta):
 
 
 def timed(function, *arguments):
-    begin = time.perf_counter()
+    begin = time.process_time()
     result = jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - begin, result
+    return time.process_time() - begin, result
+
+
+def of_this_thread(function, times):
+    """Make a function that notes what time of the processor it takes in its thread."""
+
+    def timed_fn(*arguments):
+        begin = time.thread_time()
+        result = function(*arguments)
+        times.append(time.thread_time() - begin)
+        return result
+
+    return timed_fn
+
+
+def report(name, rounds, **parts):
+    middle = statistics.median(rounds)
+    print(f"{name}: a round takes {1e3 * middle:,.1f} ms")
+    for part, times in parts.items():
+        for kind, spent in (("median", statistics.median(times)), ("mean", statistics.mean(times))):
+            print(f"{part}, {kind}: {1e3 * spent:.2f} ms, {100 * spent / middle:.2f} % of a round")
+
+
+def digits():
+    """Run the command's defaults; rounds follow one another by the beginning of their accounts."""
+    host, arithmetic, begins, build = [], [], [], catalog.build
+
+    def built(config):
+        parts = build(config)
+        count = of_this_thread(parts.algorithm.num_bits, host)
+
+        def num_bits(*arguments):
+            begins.append(time.process_time())
+            return count(*arguments)
+
+        return parts._replace(algorithm=parts.algorithm._replace(num_bits=num_bits))
+
+    catalog.build = built
+    costs_record.of_round = of_this_thread(costs_record.of_round, arithmetic)
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig(out=str(pathlib.Path(folder) / "run"))
+        launch.start(config, trackers={}, show=lambda *_: None)
+    rounds = [after - before for before, after in itertools.pairwise(begins[10:])]
+    report("digits", rounds, host=host[10:], arithmetic=arithmetic[10:])
 
 
 def main(*, network="lenet5"):
-    """Print medians over the rounds after the first."""
+    """Print medians and means over the rounds after the first."""
     model, algorithm, population, num_clients = build(network)
     key = jax.random.key(0)
     run = simulation.start(algorithm, *model.init(key), num_clients=num_clients)
     advance = jax.jit(simulation.advance(algorithm.stages[0], participation.everyone(num_clients)))
     once_fn, by_client_fn = jax.jit(once), jax.jit(by_client)
     jax.block_until_ready((once_fn(run.state), by_client_fn(run.state, run.state.params)))
-    rounds, host, renewed, device = [], [], [], []
+    rounds, host, renewed, device, arithmetic = [], [], [], [], []
+    profile = costs_record.profile(
+        model,
+        run.state.params,
+        jax.tree.leaves(population.examples)[0],
+        preprocess=lambda key, inputs: inputs,
+        prunable=feddip.prunable_without_shortcuts,
+        warn=print,
+    )
     for index in range(ROUNDS):
         before = run.state
         seconds, (run, metrics) = timed(advance, key, run, population)
         metrics = jax.device_get(metrics)
         spent, _ = timed(algorithm.num_bits, metrics, run.state)
+        at_once, _ = timed(costs_record.of_round, profile, metrics)
         if index > 0:
+            arithmetic.append(at_once)
             rounds.append(seconds)
-            (renewed if np.any(metrics.sent.stale) else host).append(spent)
+            (renewed if np.any(metrics.sent.num_masks) else host).append(spent)
             here = min(timed(by_client_fn, before, before.params)[0] for _ in range(5))
             device.append(min(timed(once_fn, before)[0] for _ in range(5)) + num_clients * here)
-    middle = statistics.median(rounds)
-    print(f"{network}: a round takes {1e3 * middle:,.1f} ms")
-    for name, times in (("host", host), ("host, new masks", renewed), ("device", device)):
-        spent = statistics.median(times)
-        print(f"{name}: {1e3 * spent:.2f} ms, {100 * spent / middle:.2f} % of a round")
+    parts = {"host": host, "host, new masks": renewed, "arithmetic": arithmetic, "device": device}
+    report(network, rounds, **parts)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time the ledger.")
-    parser.add_argument("network", nargs="?", default="lenet5", choices=["lenet5", "resnet18"])
-    main(network=parser.parse_args().network)
+    parser.add_argument(
+        "network", nargs="?", default="lenet5", choices=["lenet5", "resnet18", "digits"]
+    )
+    network = parser.parse_args().network
+    digits() if network == "digits" else main(network=network)

@@ -16,7 +16,7 @@ from fedjaxprune import forms, masks, trees
 from fedjaxprune.base import Batch
 from fedjaxprune.costs import flop_formulas as formulas
 from fedjaxprune.costs import flops
-from fedjaxprune.models import adapters, zoo
+from fedjaxprune.models import adapters, cnns, gated, lstm, vgg, zoo
 
 KEY = jax.random.key(0)
 IMAGE = ("NHWC", "HWIO", "NHWC")
@@ -76,6 +76,109 @@ def test_dense_networks_have_the_published_counts(name):
     assert sorted(layer.path for layer in layers) == sorted(kernels)
     assert flops.dense(layers).weight_gradient == count
     assert flops.dense(layers).input_gradient == count - layers[0].dense.forward
+
+
+def images(plan, kernel=3):
+    """Count convolutions given as (side of the output, channels in, channels out)."""
+    return sum(side**2 * kernel**2 * before * after for side, before, after in plan)
+
+
+def stack(sides, widths, channels=3):
+    return images(zip(sides, [channels, *widths[:-1]], widths, strict=True))
+
+
+GRAY, COLOUR = (28, 28, 1), (32, 32, 3)
+VGG11 = stack([32, 16, 8, 8, 4, 4, 2, 2], [64, 128, 256, 256, 512, 512, 512, 512])
+VGG16 = stack(
+    [32] * 2 + [16] * 2 + [8] * 3 + [4] * 3 + [2] * 3, [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+)
+# Networks of which the papers give the layers, but no count.
+LAYERS = {
+    "alexnet": (
+        lambda: cnns.alexnet(input_shape=COLOUR, num_classes=10),
+        COLOUR,
+        stack([16, 8, 4, 4, 4], [64, 192, 384, 256, 256]) + 1024 * 4096 + 4096**2 + 4096 * 10,
+    ),
+    "two_cnn": (
+        lambda: cnns.two_cnn(input_shape=GRAY, num_classes=10),
+        GRAY,
+        images([(26, 1, 32), (12, 32, 64)], kernel=5) + 64 * 7**2 * 512 + 512 * 10,
+    ),
+    "two_cnn, colour": (
+        lambda: cnns.two_cnn(input_shape=COLOUR, num_classes=100, width=128),
+        COLOUR,
+        images([(30, 3, 128), (14, 128, 256)], kernel=5) + 256 * 7**2 * 512 + 512 * 100,
+    ),
+    "femnist_cnn": (
+        lambda: cnns.femnist_cnn(input_shape=GRAY, num_classes=62),
+        GRAY,
+        images([(26, 1, 64), (12, 64, 128)], kernel=5) + 128 * 7**2 * 2048 + 2048 * 62,
+    ),
+    "pooled_cnn": (
+        lambda: cnns.pooled_cnn(
+            input_shape=COLOUR, num_classes=10, channels=(32, 64, 32), hidden_size=128
+        ),
+        COLOUR,
+        stack([32, 16, 8], [32, 64, 32]) + 4**2 * 32 * 128 + 128 * 10,
+    ),
+    "vgg11": (
+        lambda: vgg.vgg11(input_shape=COLOUR, num_classes=10, norm="none"),
+        COLOUR,
+        VGG11 + 512 * 10,
+    ),
+    "vgg11, torchvision's head": (
+        lambda: vgg.vgg11(
+            input_shape=COLOUR, num_classes=10, norm="batch", hidden_sizes=(4096, 4096), pool=7
+        ),
+        COLOUR,
+        VGG11 + 512 * 7**2 * 4096 + 4096**2 + 4096 * 10,
+    ),
+    "vgg16": (
+        lambda: vgg.vgg16(input_shape=COLOUR, num_classes=10, norm="batch"),
+        COLOUR,
+        VGG16 + 512 * 10,
+    ),
+    "mlp": (
+        lambda: zoo.mlp(input_shape=(8, 8, 1), num_classes=10, hidden_sizes=(64, 32)),
+        (8, 8, 1),
+        64 * 64 + 64 * 32 + 32 * 10,
+    ),
+    "char_lstm": (
+        lambda: lstm.char_lstm(input_shape=(80,), num_classes=80),
+        (80,),
+        80 * 4 * 256 * (8 + 256 + 256 + 256) + 256 * 80,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_networks_of_the_papers_have_the_counts_of_their_layers(name):
+    make, example, count = LAYERS[name]
+    dtype = jnp.int32 if name == "char_lstm" else jnp.float32
+    layers = flops.of_model(make(), None, shape(1, *example, dtype=dtype))
+    assert flops.dense(layers).forward == count
+    assert flops.BETWEEN not in [layer.path for layer in layers]
+
+
+def test_resnet18_has_fedtinys_counts_by_stage_and_gated_resnet32_its_own():
+    model, image = network("resnet18")
+    stages: dict[str, int] = dict.fromkeys(
+        ("conv_1", "stage_1", "stage_2", "stage_3", "stage_4", "dense_1"), 0
+    )
+    for layer in flops.of_model(model, None, shape(1, *image)):
+        (stage,) = (name for name in stages if layer.path.startswith(name))
+        stages[stage] += layer.dense.forward
+    millions = [round(count / 1e6, 2) for count in stages.values()]
+    assert millions == [1.77, 150.99, 134.22, 134.22, 134.22, 0.01]
+
+    model = gated.gated_resnet32(input_shape=COLOUR, num_classes=10, norm="batch", density=0.7)
+    counts = {
+        layer.path: layer.dense.forward for layer in flops.of_model(model, None, shape(1, *COLOUR))
+    }
+    of_gates = sum(count for path, count in counts.items() if path.endswith("gate_kernel"))
+    assert of_gates == 52_320 - 10 * (16 + 32 + 64)  # their parameters, less the biases
+    assert sum(counts.values()) - of_gates == COUNTS["resnet32"][1]
+    assert round(counts["conv_1/kernel"] / 1e6, 2) == 0.44
 
 
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])

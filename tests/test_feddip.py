@@ -13,7 +13,7 @@ from fedjaxprune import accounts, base, masks, trees
 from fedjaxprune.algorithms import compose, feddip
 from fedjaxprune.costs import ledger
 from fedjaxprune.federated import clients
-from fedjaxprune.models import zoo
+from fedjaxprune.models import cnns, zoo
 from fedjaxprune.pruning import pruners, schedules
 from tests import quadratic
 from tests.test_algorithms import ROUNDS, STATE, dip, setup, simulate, some
@@ -235,6 +235,7 @@ def round_of(index, kept, *, stale):
     ("network", "classes", "dense", "downloads"),
     [
         ("lenet5", 10, 9_416, (2_591, 1_885, 1_532)),
+        ("alexnet", 10, 3_551_066, (977_076, 710_924, 577_848)),
         ("resnet18", 100, 1_712_056, (471_072, 342_754, 278_595)),
     ],
 )
@@ -250,9 +251,10 @@ def test_downloads_as_the_public_code_counts_them(network, classes, dense, downl
 
 
 def published(network, classes):
-    shape = {"lenet5": (28, 28, 1), "resnet18": (32, 32, 3)}[network]
-    norm = {} if network == "lenet5" else {"norm": "batch"}
-    model = getattr(zoo, network)(input_shape=shape, num_classes=classes, **norm)
+    shape = (28, 28, 1) if network == "lenet5" else (32, 32, 3)
+    norm = {"norm": "batch"} if network == "resnet18" else {}
+    make = getattr(cnns if network == "alexnet" else zoo, network)
+    model = make(input_shape=shape, num_classes=classes, **norm)
     return jax.eval_shape(model.init, KEY)[0]
 
 
@@ -260,6 +262,7 @@ def published(network, classes):
     ("network", "classes", "dense", "totals", "with_masks"),
     [
         ("lenet5", 10, 2.299, (0.642, 0.471, 0.386), (0.678, 0.507, 0.421)),
+        ("alexnet", 10, 866.96, (240.0, 175.3, 143.0), (253.5, 188.8, 156.5)),
         ("resnet18", 100, 417.98, (120.5, 89.8, 74.4), (126.9, 96.2, 80.9)),
     ],
 )

@@ -210,6 +210,7 @@ def test_an_array_of_the_device_travels_as_it_is():
         ({"x": np.zeros([1] * 16)}, "16 axes"),
         ({"x": wire.kept(np.zeros(3), np.ones(2, np.bool_))}, "a mask must be bool"),
         ({"x": wire.kept(np.zeros(3, np.bool_), np.ones(3, np.bool_))}, "travels whole"),
+        ({"x": wire.pairs(np.ones(3, np.bool_), np.zeros(3, np.bool_))}, "no values beside"),
     ],
 )
 def test_what_cannot_travel_is_refused(message, sentence):
@@ -219,7 +220,11 @@ def test_what_cannot_travel_is_refused(message, sentence):
 
 @pytest.mark.parametrize(
     ("bits", "grid", "sentence"),
-    [(0, [0], r"\[1, 16\], got 0"), (2, [4], r"\[0, 3\], got \[4, 4\]")],
+    [
+        (0, [0], r"\[1, 16\], got 0"),
+        (2, [4], r"\[0, 3\], got \[4, 4\]"),
+        (2, [1.5], "must be integers, got float64"),
+    ],
 )
 def test_levels_outside_their_range_are_refused(bits, grid, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -41,6 +41,15 @@ KINDS: Mapping[str, str] = {
 NOTHING = LinkBits(values=0, positions=0, masks=0, statistics=0, framing=0)
 
 
+class _Network(NamedTuple):
+    """What of the parameters does not change from round to round."""
+
+    leaves: tuple[Spec, ...]
+    flags: tuple[bool, ...]
+    masks: tuple[Spec, ...]  # those that travel
+    num_prunable: int
+
+
 class _Part(NamedTuple):
     """One field of one message, all in Python integers."""
 
@@ -71,27 +80,28 @@ def account(
     ids = np.asarray(sent.client_ids)
     reached = received(present, ids)
     uninformed = (np.asarray(sent.num_masks) > 0) & reached
-    leaves = messages.specs("params", state.params)
-    flags = masks_lib.prunable_leaves(state.params, prunable)
+    network = _network(state, prunable)
 
     in_force = NOTHING
     if len(sent.packed_masks) and uninformed.any():
-        in_force = _masks_in_force(_prunable(leaves, flags), sent.packed_masks)
-    going_down = _lengths(sent.down, state, flags, payload, reached)
-    going_up = _lengths(sent.up, state, flags, payload, present)
+        in_force = _masks_in_force(network.masks, sent.packed_masks)
+    going_down = _lengths(sent.down, state, network, payload, reached)
+    going_up = _lengths(sent.up, state, network, payload, present)
     informed = {bits: _sum([bits, in_force]) for bits in set(going_down)}
 
-    uplink, downlink = [], []
-    groups: dict[tuple[int, int], list[int]] = {}
+    exchanges: dict[tuple[LinkBits, LinkBits], list[int]] = {}
+    lacks_masks, names = uninformed.tolist(), ids.tolist()
     for slot in np.flatnonzero(reached).tolist():
         here = going_down[slot]
-        here = informed[here] if uninformed[slot] else here
-        there = going_up[slot]
-        uplink.append(there)
-        downlink.append(here)
-        groups.setdefault((sum(there), sum(here)), []).append(int(ids[slot]))
-    up, down = _sum(uplink), _sum(downlink)
-    general = charge_by_formula(metrics, state, prunable=prunable)
+        here = informed[here] if lacks_masks[slot] else here
+        exchanges.setdefault((going_up[slot], here), []).append(names[slot])
+    up, down = (
+        _sum([_times(len(who), both[way]) for both, who in exchanges.items()]) for way in (0, 1)
+    )
+    groups: dict[tuple[int, int], list[int]] = {}
+    for (there, here), who in exchanges.items():
+        groups.setdefault((sum(there), sum(here)), []).extend(who)
+    general = _charge_by_formula(metrics, network, present, reached)
     return Traffic(
         uplink_bits=sum(up),
         downlink_bits=sum(down),
@@ -110,11 +120,12 @@ def received(present: np.ndarray, client_ids: np.ndarray) -> np.ndarray:
 
     Filling is told by an id below 0, or one that a present client or an earlier slot has.
     """
-    _, first = np.unique(client_ids, return_index=True)
-    is_first = np.zeros(len(client_ids), np.bool_)
-    is_first[first] = True
-    own = is_first & (client_ids >= 0) & ~np.isin(client_ids, client_ids[present])
-    return present | own
+    ids, here = np.asarray(client_ids).tolist(), np.asarray(present).tolist()
+    met = {client for client, is_here in zip(ids, here, strict=True) if is_here}
+    for slot, client in enumerate(ids):
+        here[slot] |= client >= 0 and client not in met
+        met.add(client)
+    return np.array(here, np.bool_)
 
 
 def charge_by_formula(
@@ -126,14 +137,20 @@ def charge_by_formula(
     `values_and_bitmaps` charges 32 bits for a live value and one for each prunable weight of a mask
     that travels, and is how FedDIP's specification is charged.
     """
-    reached = received(np.asarray(metrics.present), np.asarray(metrics.sent.client_ids))
-    flags = masks_lib.prunable_leaves(state.params, prunable)
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)]
-    num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+    present = np.asarray(metrics.present)
+    reached = received(present, np.asarray(metrics.sent.client_ids))
+    return _charge_by_formula(metrics, _network(state, prunable), present, reached)
+
+
+def _charge_by_formula(
+    metrics: RoundMetrics, network: _Network, present: np.ndarray, reached: np.ndarray
+) -> dict[str, ModelledBits]:
+    transfers = _transfers(metrics, present, reached)
     charged = {
-        name: charge_storage(metrics, state, storage) for name, storage in formulas.STORAGE.items()
+        name: _charge(transfers, network.leaves, storage)
+        for name, storage in formulas.STORAGE.items()
     }
-    plain = charged["values"]
+    plain, num_prunable = charged["values"], network.num_prunable
     num_masks = int(np.asarray(metrics.sent.num_masks)[reached].sum(dtype=np.int64))
     charged["values_and_bitmaps"] = ModelledBits(
         plain.uplink + int(metrics.num_personal_masks) * num_prunable,
@@ -148,21 +165,32 @@ def charge_storage(
     """Charge every transfer of a model, or of a delta, by a formula of what is live in it."""
     present = np.asarray(metrics.present)
     reached = received(present, np.asarray(metrics.sent.client_ids))
-    shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    up = collections.Counter(_rows(metrics.uplink_kept, present))
-    both = [
-        sum(times * _storage(storage, kept, shapes) for kept, times in transfers.items())
-        for transfers in (up, _downloads(metrics, reached))
-    ]
-    return ModelledBits(*both)
+    leaves = messages.specs("params", state.params)
+    return _charge(_transfers(metrics, present, reached), leaves, storage)
 
 
-def _downloads(metrics: RoundMetrics, reached: np.ndarray) -> collections.Counter[Counts]:
-    """Count the models that were sent to clients, by what is live in them."""
+def _transfers(
+    metrics: RoundMetrics, present: np.ndarray, reached: np.ndarray
+) -> list[collections.Counter[Counts]]:
+    """Count the deltas from clients and the models to them, by what is live in them."""
+    up = collections.Counter(map(tuple, np.asarray(metrics.uplink_kept)[present].tolist()))
     kept = np.asarray(metrics.downlink_kept)
     if kept.ndim == 1:
-        return collections.Counter({tuple(kept.tolist()): int(np.count_nonzero(reached))})
-    return collections.Counter(map(tuple, kept[reached].reshape(-1, kept.shape[-1]).tolist()))
+        return [up, collections.Counter({tuple(kept.tolist()): int(np.count_nonzero(reached))})]
+    return [up, collections.Counter(map(tuple, kept[reached].reshape(-1, kept.shape[-1]).tolist()))]
+
+
+def _charge(
+    transfers: Sequence[collections.Counter[Counts]],
+    leaves: tuple[Spec, ...],
+    storage: formulas.StorageFn,
+) -> ModelledBits:
+    """Charge transfers both ways by a formula."""
+    up, down = (
+        sum(times * _storage(storage, kept, leaves) for kept, times in counter.items())
+        for counter in transfers
+    )
+    return ModelledBits(up, down)
 
 
 def message_bits(plans: Sequence[Plan]) -> LinkBits:
@@ -181,37 +209,37 @@ def message_bits(plans: Sequence[Plan]) -> LinkBits:
 def _lengths(
     sent: Mapping[str, Mapping[str, Field]],
     state: RoundState,
-    flags: Sequence[bool],
+    network: _Network,
     payload: PayloadFn,
     who: np.ndarray,
 ) -> list[LinkBits]:
     """Charge each slot's messages in one direction; nothing for slots that have none."""
     totals = [NOTHING] * len(who)
+    charged = np.flatnonzero(who).tolist()
     for fields in sent.values():
         names = sorted(fields)
-        leaves = [_leaves(name, fields[name], state, flags) for name in names]
-        known = [_by_slot(fields[name].known, len(who)) for name in names]
-        pairs = [_by_slot(_flagged(name, fields[name], flags), len(who)) for name in names]
-        slots = [_by_slot(fields[name].slots, len(who)) for name in names]
+        leaves = [_leaves(name, fields[name], state, network) for name in names]
+        counts = [_by_slot(name, fields[name], network.flags, len(who)) for name in names]
+        cases = list(zip(*counts, strict=True))
         seen: dict[Any, LinkBits] = {}
-        for slot in np.flatnonzero(who).tolist():
-            case = tuple(
-                None if here[slot] is False else (those[slot], chosen[slot])
-                for here, those, chosen in zip(slots, known, pairs, strict=True)
-            )
-            if case not in seen:
-                seen[case] = _message(
+        for slot in charged:
+            case = cases[slot]
+            bits = seen.get(case)
+            if bits is None:
+                bits = seen[case] = _message(
                     tuple(
                         _Part(
-                            specs,
-                            *counts,
-                            tuple(map(payload, counts[0])) if name == "delta" else None,
+                            leaves=specs,
+                            known=here[0],
+                            pairs=here[1],
+                            payloads=tuple(map(payload, here[0])) if name == "delta" else None,
                         )
-                        for name, specs, counts in zip(names, leaves, case, strict=True)
-                        if counts is not None
+                        for name, specs, here in zip(names, leaves, case, strict=True)
+                        if here is not None
                     )
                 )
-            totals[slot] = _sum([totals[slot], seen[case]])
+            before = totals[slot]
+            totals[slot] = bits if before is NOTHING else _sum([before, bits])
     return totals
 
 
@@ -234,33 +262,36 @@ def _message(parts: tuple[_Part, ...]) -> LinkBits:
     return message_bits(plans) if parts else NOTHING
 
 
-def _leaves(name: str, field: Field, state: RoundState, flags: Sequence[bool]) -> tuple[Spec, ...]:
+def _leaves(name: str, field: Field, state: RoundState, network: _Network) -> tuple[Spec, ...]:
     """Describe the tensors of a field."""
     if not isinstance(field.like, tuple) or field.like:
         those = messages.specs(name, field.like)
         return tuple(spec._replace(shape=spec.shape[1:]) for spec in those)
     if name == "masks":
-        return _prunable(messages.specs("params", state.params), flags)
+        return network.masks
     return messages.specs(name, state.model_state if name == "model_state" else state.params)
 
 
-def _flagged(name: str, field: Field, flags: Sequence[bool]) -> Any:
-    """Take the counts of a field's pairs, of masks those of the leaves that travel."""
+def _by_slot(
+    name: str, field: Field, flags: Sequence[bool], num_slots: int
+) -> Sequence[tuple[Any, Any] | None]:
+    """Read `known` and `pairs` of a field for each slot; None for slots that it is not for."""
+    pairs = field.pairs
     if name == "masks" and isinstance(field.like, tuple) and not field.like:
-        return np.asarray(field.pairs)[..., np.asarray(flags)]
-    return field.pairs
+        pairs = np.asarray(pairs)[..., np.asarray(flags)]  # of the leaves that travel
+    both = tuple(zip(_rows(field.known, num_slots), _rows(pairs, num_slots), strict=True))
+    if isinstance(field.slots, tuple):
+        return both
+    here = np.asarray(field.slots).tolist()
+    return [counts if is_here else None for counts, is_here in zip(both, here, strict=True)]
 
 
-def _by_slot(counts: Any, num_slots: int) -> list[Any]:
-    """Read what is said by slot, or for all of them; None where nothing is said."""
+def _rows(counts: Any, num_slots: int) -> Sequence[Counts | None]:
+    """Read counts as Python integers, slot by slot; None where nothing is said."""
     if isinstance(counts, tuple):
         return [None] * num_slots
-    rows = np.asarray(counts)
-    if rows.dtype == np.bool_:
-        return rows.tolist()
-    if rows.ndim == 1:
-        return [tuple(rows.tolist())] * num_slots
-    return [tuple(row) for row in rows.tolist()]
+    rows = np.asarray(counts).tolist()
+    return [tuple(rows)] * num_slots if np.ndim(counts) == 1 else list(map(tuple, rows))
 
 
 def _masks_in_force(leaves: tuple[Spec, ...], packed: Sequence[Any]) -> LinkBits:
@@ -275,23 +306,36 @@ def _count_masks(leaves: tuple[Spec, ...], packed: tuple[bytes, ...]) -> LinkBit
 
 
 @functools.lru_cache(maxsize=4096)
-def _storage(storage: formulas.StorageFn, kept: Counts, shapes: tuple[tuple[int, ...], ...]) -> int:
+def _storage(storage: formulas.StorageFn, kept: Counts, leaves: tuple[Spec, ...]) -> int:
     """Charge one transfer by a formula; what carries no model is none."""
-    return storage(kept, shapes) if any(kept) else 0
+    return storage(kept, [leaf.shape for leaf in leaves]) if any(kept) else 0
 
 
-def _prunable(leaves: Iterable[Spec], flags: Iterable[bool]) -> tuple[Spec, ...]:
-    """Describe the masks that travel."""
-    return tuple(
-        Spec(f"masks/{leaf.name.split('/', 1)[1]}", headers.BOOL, leaf.shape)
+def _network(state: RoundState, prunable: PrunableFn) -> _Network:
+    """Describe the parameters and their masks."""
+    leaves, structure = jax.tree.flatten(state.params)
+    shapes = tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
+    return _describe(structure, shapes, prunable)
+
+
+@functools.lru_cache(maxsize=64)
+def _describe(structure: Any, shapes: tuple[Any, ...], prunable: PrunableFn) -> _Network:
+    """Describe a network once, for all its rounds."""
+    params = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    leaves = messages.specs("params", params)
+    flags = tuple(masks_lib.prunable_leaves(params, prunable))
+    that_travel = tuple(
+        Spec(f"masks{leaf.name.removeprefix('params')}", headers.BOOL, leaf.shape)
         for leaf, flag in zip(leaves, flags, strict=True)
         if flag
     )
+    num_prunable = sum(math.prod(leaf.shape) for leaf in that_travel)
+    return _Network(leaves, flags, that_travel, num_prunable)
 
 
-def _rows(counts: Any, which: np.ndarray) -> list[tuple[int, ...]]:
-    """Read rows of counts as Python integers."""
-    return [tuple(row) for row in np.asarray(counts)[which].tolist()]
+def _times(number: int, bits: LinkBits) -> LinkBits:
+    """Charge the same message several times."""
+    return LinkBits(*(number * count for count in bits))
 
 
 def _sum(parts: Iterable[LinkBits]) -> LinkBits:

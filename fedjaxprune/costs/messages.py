@@ -5,6 +5,7 @@ the data and give what `wire.encode` takes. Both name and order the tensors alik
 lengths are equal; the tests encode the messages of every method and see that they are.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,10 +37,18 @@ class Spec(NamedTuple):
 
 def specs(field: str, tree: Any) -> tuple[Spec, ...]:
     """Describe the leaves of a tree (of arrays or of shapes) as tensors of a message."""
+    leaves, structure = jax.tree.flatten(tree)
     return tuple(
-        Spec(_name(field, path), np.dtype(leaf.dtype), tuple(leaf.shape))
-        for path, leaf in zip(trees.paths(tree), jax.tree.leaves(tree), strict=True)
+        Spec(name, np.dtype(leaf.dtype), tuple(leaf.shape))
+        for name, leaf in zip(_names(field, structure), leaves, strict=True)
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _names(field: str, structure: Any) -> tuple[str, ...]:
+    """Name the leaves of a tree; once, as every round's messages have the same."""
+    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return tuple(_name(field, path) for path in trees.paths(tree))
 
 
 def plan_values(leaves: Sequence[Spec], kept: Sequence[int]) -> list[Plan]:

@@ -87,11 +87,13 @@ def levels(
     """Send quantised values: levels of `bits` bits, and the float32 numbers that give them sense.
 
     Raises:
-      ValueError: if `bits` is outside [1, 16] or a level has more.
+      ValueError: if `bits` is outside [1, 16], a level has more, or levels are no integers.
     """
     if not 1 <= bits <= headers.MAX_LEVEL_BITS:
         raise ValueError(f"bits must lie in [1, {headers.MAX_LEVEL_BITS}], got {bits}.")
     values = np.asarray(values)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"levels must be integers, got {values.dtype}.")
     if values.size and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
         raise ValueError(
             f"levels of {bits} bits must lie in [0, {2**bits - 1}], "
@@ -221,6 +223,8 @@ def _plan(name: str, given: np.ndarray | Part) -> tuple[Plan, "_Work"]:
     is_mask = dtype == headers.BOOL
     if is_mask and part.known is not None:
         raise ValueError(f"{name}: a mask travels whole, not under another one.")
+    if is_mask and part.chosen is not None and part.chosen is not part.values:
+        raise ValueError(f"{name}: a mask has no values beside the positions that are chosen.")
     num_known = None if part.known is None else int(np.count_nonzero(part.known))
     listed = None
     if not isinstance(given, Part):

@@ -4,6 +4,7 @@ The network is counted once, before the first round; a round's figures are a few
 layers on the host.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,9 +47,9 @@ class Profile(NamedTuple):
     """
 
     layers: tuple[flops.Layer, ...] | None
-    paths: Sequence[str]
-    sizes: Sequence[int]
-    flags: Sequence[bool]
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    flags: tuple[bool, ...]
 
 
 def profile(
@@ -79,9 +80,9 @@ def profile(
         layers = None
     return Profile(
         layers=layers,
-        paths=trees.paths(params),
-        sizes=trees.sizes(params),
-        flags=masks_lib.prunable_leaves(params, prunable),
+        paths=tuple(trees.paths(params)),
+        sizes=tuple(trees.sizes(params)),
+        flags=tuple(masks_lib.prunable_leaves(params, prunable)),
     )
 
 
@@ -118,14 +119,20 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
 def _flops(
     profile: Profile, kept: np.ndarray, num_examples: float, through: Mapping[str, Any]
 ) -> dict[str, int] | None:
-    layers = _masked(profile, kept)
+    layers = _masked(profile, tuple(kept.tolist()))
     if layers is None:
         return None
-    layers = flops.gated(layers, _shares(layers, through))
+    if through:
+        layers = flops.gated(layers, _shares(layers, through))
     scale = flops.FLOPS_PER_MULTIPLY_ADD * (round(num_examples) if num_examples > 0 else 0)
-    sparse = {part: scale * count for part, count in flops.sparse(layers)._asdict().items()}
-    dense = {f"dense_{p}": scale * count for p, count in flops.dense(layers)._asdict().items()}
-    return sparse | dense
+    return {name: scale * count for name, count in _totals(layers).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _totals(layers: tuple[flops.Layer, ...]) -> dict[str, int]:
+    """Add the layers up, under the record's names; once for each version of the masks."""
+    dense = {f"dense_{part}": count for part, count in flops.dense(layers)._asdict().items()}
+    return flops.sparse(layers)._asdict() | dense
 
 
 def of_inference(
@@ -143,7 +150,7 @@ def of_inference(
       open; `without_gates`: the network without masks, gates, and what these compute. None if the
       network has no gates or cannot be counted.
     """
-    masked = _masked(profile, np.asarray(metrics.kept))
+    masked = _masked(profile, tuple(np.asarray(metrics.kept).tolist()))
     if masked is None or not through:
         return None
     own = [layer for layer in masked if any(map(_is_gate, layer.weights))]
@@ -155,11 +162,12 @@ def of_inference(
     return {name: flops.FLOPS_PER_MULTIPLY_ADD * count for name, count in counts.items()}
 
 
-def _masked(profile: Profile, kept: np.ndarray) -> tuple[flops.Layer, ...] | None:
-    """Put masks on the network, by counts; None if it cannot be counted."""
+@functools.lru_cache(maxsize=8)
+def _masked(profile: Profile, kept: tuple[int, ...]) -> tuple[flops.Layer, ...] | None:
+    """Put masks on the network, by counts, once for each version; None if it cannot be counted."""
     if profile.layers is None:
         return None
-    by_path = dict(zip(profile.paths, map(int, kept), strict=True))
+    by_path = dict(zip(profile.paths, kept, strict=True))
     sizes = dict(zip(profile.paths, profile.sizes, strict=True))
     return flops.reweigh(profile.layers, by_path, sizes)
 

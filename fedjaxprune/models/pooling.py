@@ -1,8 +1,12 @@
 """Pooling by reshaping, which is far faster on CPU than a window that slides."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fedjaxprune import forms
 
 
 @jax.custom_vjp
@@ -80,16 +84,34 @@ def adaptive_average_pool(x: jax.Array, *, size: int) -> jax.Array:
     """Average ``[B, H, W, C]`` over ``size × size`` windows that cover the image: ``[B, n, n, C]``.
 
     Window `i` runs from ``floor(i H / n)`` to ``ceil((i + 1) H / n)``, as in PyTorch: windows
-    overlap where `n` does not divide the side, and repeat pixels where it exceeds it.
+    overlap where `n` does not divide the side, and repeat pixels where it exceeds it. It runs as
+    two products, and counts as the pooling that it is.
     """
+    pooled = x
     for axis in (1, 2):
         side = x.shape[axis]
         if side == size:
             continue
         weights = np.zeros((side, size))
-        for i in range(size):
-            start, stop = i * side // size, -(-(i + 1) * side // size)
+        for i, (start, stop) in enumerate(_spans(side, size)):
             weights[start:stop, i] = 1.0 / (stop - start)
-        x = jax.lax.dot_general(x, jnp.asarray(weights, x.dtype), (((axis,), (0,)), ((), ())))
-        x = jnp.moveaxis(x, -1, axis)
+        weights = jnp.asarray(weights, x.dtype)
+        pooled = jax.lax.dot_general(pooled, weights, (((axis,), (0,)), ((), ())))
+        pooled = jnp.moveaxis(pooled, -1, axis)
+    if pooled is x:
+        return x
+    return forms.stands_for(pooled, functools.partial(_means, size=size), x)
+
+
+def _means(x: jax.Array, *, size: int) -> jax.Array:
+    """Average window by window, first down, then across."""
+    for axis in (1, 2):
+        spans = _spans(x.shape[axis], size)
+        windows = [jax.lax.slice_in_dim(x, *span, axis=axis) for span in spans]
+        x = jnp.stack([jnp.mean(window, axis=axis) for window in windows], axis=axis)
     return x
+
+
+def _spans(side: int, size: int) -> list[tuple[int, int]]:
+    """List where the windows begin and end."""
+    return [(i * side // size, -(-(i + 1) * side // size)) for i in range(size)]
