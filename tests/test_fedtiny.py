@@ -185,6 +185,15 @@ def test_where_no_draw_comes_close_the_closest_is_taken():
     assert counts.tolist() == [2, 2]
 
 
+def test_a_candidate_that_is_to_keep_all_keeps_all():
+    sizes = np.arange(1_000, 1_020)
+    wanted = float(sizes.sum())
+    counts = pools.noisy_counts(
+        KEY, sizes, np.ones(20), noise=0.5, num_wanted=wanted, tolerance=0.02 * wanted
+    )
+    assert counts.tolist() == sizes.tolist()
+
+
 def test_erk_candidates_give_small_layers_more():
     def densities(params):
         return jnp.asarray(pools.erk(params, 0.25, masks.kernels), jnp.float32)
