@@ -224,8 +224,9 @@ def _finish(before, after, rows, *, version_step, **counts):
 
 
 def _is_mask(tree: Any) -> bool:
-    """Tell whether a field is made of booleans."""
-    return all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(tree))
+    """Tell whether a field is made of booleans; one without leaves is not."""
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(leaf.dtype == jnp.bool_ for leaf in leaves)
 
 
 def _sum_candidates(leaf: jax.Array) -> jax.Array:
