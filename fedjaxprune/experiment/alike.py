@@ -90,6 +90,12 @@ _OF_PARTS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
 }
 
 
+def knobs(algorithm: str) -> tuple[str, ...]:
+    """List the settings that are a method's own."""
+    own = [name for name, methods_of in _OF_METHODS.items() if algorithm in methods_of]
+    return (*own, *(["gate_density"] if algorithm in _STEERED else []))
+
+
 def matters(name: str, config: Mapping[str, Any]) -> bool:
     """Tell whether a setting can change the numbers of a run with this config."""
     if name in NEUTRAL:
