@@ -28,6 +28,7 @@ from fedjaxprune.algorithms import (
 )
 from fedjaxprune.base import ClientData
 from fedjaxprune.channels.groups import Group, Member
+from fedjaxprune.experiment import validation
 from fedjaxprune.federated import aggregators, clients, cohort, exploration, servers, uplink
 from fedjaxprune.pruning import consensus, pruners, readjustment, schedules, scores
 from tests import quadratic
@@ -176,6 +177,14 @@ ALGORITHMS = {
         weights="initial",
         guests=(2,),
     ),
+    "pooled_masks": lambda s: fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.pooled(),
+        pretraining=quadratic.full_batches(1, max_size=28),
+        weights="initial",
+    ),
     "snip_masks": lambda s: fixed_masks.snip_masks(
         quadratic.MODEL,
         s,
@@ -204,6 +213,7 @@ ALGORITHMS = {
     "pooled_filters": by_filter(filter_controls.pooled_filters, drops="channels"),
     "averaged_filters": by_filter(filter_controls.averaged_filters),
     "adaptive_dynamic_pruning": dynamic(),
+    "squeeze_excitation": lambda s: adaptive_dynamic_pruning.squeeze_excitation(quadratic.GATED, s),
     "feddp_threshold": lambda s: feddp_threshold.feddp_threshold(
         quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.kernels
     ),
@@ -227,7 +237,14 @@ UPLINKS = {
 }
 AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
 # Variants and controls that share their parts with others: theirs are the slow cases.
-DEAR = ("mpfl_started", "random_filters", "pooled_filters", "averaged_filters")
+DEAR = (
+    "mpfl_started",
+    "random_filters",
+    "pooled_filters",
+    "averaged_filters",
+    "pooled_masks",
+    "squeeze_excitation",
+)
 
 
 def case(name, *rest):
@@ -301,6 +318,11 @@ def simulate(algorithm, cohorts, *, num_rounds=ROUNDS, start=None, run=None):
         history.append(metrics)
         states.append(state)
     return states, everyone, history
+
+
+def test_every_method_of_the_command_has_a_row():
+    others = {"random_channels"}  # is adaptive_dynamic_pruning of a network that draws
+    assert set(validation.alternatives("algorithm")) - others <= set(ALGORITHMS)
 
 
 def some(index):
