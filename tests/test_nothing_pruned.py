@@ -1,6 +1,7 @@
 """At sparsity 0 every method that has one trains as FedAvg does, to the bit."""
 
 import functools
+from typing import Literal
 
 import chex
 import jax
@@ -26,7 +27,7 @@ MODEL, ONE = quadratic.MODEL, quadratic.full_batches(1)
 SERVER = stages.held_out([0, 1, 2])
 
 
-def magnitude(source, weights="initial"):
+def magnitude(source, weights: Literal["trained", "initial"] = "initial"):
     return lambda s: fixed_masks.magnitude_masks(
         MODEL, s, sparsity=0.0, source=source, pretraining=ONE, weights=weights
     )
