@@ -18,7 +18,7 @@ from fedjaxprune.costs import formulas
 from fedjaxprune.experiment import progress, record, runner
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import calibration, clients, pairs, participation
-from fedjaxprune.models import adapters, layers, order, zoo
+from fedjaxprune.models import adapters, layers, order, vgg, zoo
 from fedjaxprune.pruning import pools, readjustment, schedules
 from tests import quadratic
 
@@ -135,6 +135,16 @@ def test_the_blocks_of_resnet18_and_their_turns():
             assert active == {path for path, b in zip(kernels, blocks, strict=True) if b == block}
     assert turns == [3, 2, 1, 0, 3, 2, 1, 0, 3]  # from output to input; nine that move anything
     assert swapped == [{n} for n in (30, 28, 24, 20, 15, 11, 7, 3, 1)]
+
+
+def test_the_blocks_of_vgg11_are_five_pairs():
+    image = {"input_shape": (32, 32, 3), "num_classes": 10}
+    model = vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **image)
+    paths = order.reading_order(model, input_shape=(32, 32, 3))
+    kernels = [path for path in paths if path.endswith("kernel") and path != "conv_1/kernel"]
+    assert len(kernels) == 7 + 3
+    found = readjustment.consecutive(paths, num_blocks=5)(kernels)
+    assert found == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_blocks_of_consecutive_layers_are_as_equal_as_can_be():
