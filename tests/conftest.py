@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import jax
-import pytest
+import jax  # noqa: E402 after what it reads
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the sharded cohorts; all else uses the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
