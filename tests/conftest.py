@@ -30,3 +30,10 @@ def tfds_data_dir() -> pathlib.Path:
     if not (folder / "fashion_mnist").is_dir():
         pytest.skip(f"no prepared fashion_mnist in {folder}; set TFDS_DATA_DIR to run this case")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_freed():
+    """Let go of what a module compiled: a process may not hold thousands of programs."""
+    yield
+    jax.clear_caches()

@@ -28,6 +28,7 @@ from fedjaxprune.algorithms import (
 )
 from fedjaxprune.base import ClientData
 from fedjaxprune.channels.groups import Group, Member
+from fedjaxprune.experiment import checkpoints, validation
 from fedjaxprune.federated import aggregators, clients, cohort, exploration, servers, uplink
 from fedjaxprune.pruning import consensus, pruners, readjustment, schedules, scores
 from tests import quadratic
@@ -176,6 +177,14 @@ ALGORITHMS = {
         weights="initial",
         guests=(2,),
     ),
+    "pooled_masks": lambda s: fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        s,
+        sparsity=0.5,
+        source=stages.pooled(),
+        pretraining=quadratic.full_batches(1, max_size=28),
+        weights="initial",
+    ),
     "snip_masks": lambda s: fixed_masks.snip_masks(
         quadratic.MODEL,
         s,
@@ -204,6 +213,7 @@ ALGORITHMS = {
     "pooled_filters": by_filter(filter_controls.pooled_filters, drops="channels"),
     "averaged_filters": by_filter(filter_controls.averaged_filters),
     "adaptive_dynamic_pruning": dynamic(),
+    "squeeze_excitation": lambda s: adaptive_dynamic_pruning.squeeze_excitation(quadratic.GATED, s),
     "feddp_threshold": lambda s: feddp_threshold.feddp_threshold(
         quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.kernels
     ),
@@ -242,9 +252,13 @@ DEAR = (
     "mpfl_started",
     "one_client_masks",
     "pooled_filters",
+    "pooled_masks",
     "random_filters",
     "snip_masks",
+    "squeeze_excitation",
 )
+# That have tests of their own in which runs are killed and resumed.
+RESUMED = ("feddip", "fedtiny", "autoflip", "mpfl", "adaptive_dynamic_pruning")
 
 
 def case(name, *rest):
@@ -322,6 +336,11 @@ def simulate(algorithm, cohorts, *, num_rounds=ROUNDS, start=None, run=None):
     return states, everyone, history
 
 
+def test_every_method_of_the_command_has_a_row():
+    others = {"random_channels"}  # is adaptive_dynamic_pruning of a network that draws
+    assert set(validation.alternatives("algorithm")) - others <= set(ALGORITHMS)
+
+
 def some(index):
     ids = [(index + j) % 6 for j in range(4)]
     return ids, [True, index % 3 != 1, True, True]
@@ -353,6 +372,30 @@ def test_a_round_is_traced_once_whatever_changes(name):
     simulate(algorithm, some, run=run)
     with pytest.raises(AssertionError, match="traced again"):  # the counter does count
         simulate(algorithm, lambda r: ([0, 1], None), num_rounds=1, run=run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name.startswith(RESUMED) else case(name).marks
+        )
+        for name in sorted(ALGORITHMS)
+    ],
+)
+def test_the_end_of_every_stage_survives_a_checkpoint_to_the_bit(name, tmp_path):
+    """Rounds are functions of a key, this and the data: so a killed run goes on as it was."""
+    algorithm, run = built(name, wire="feedback_top_k")
+    states, rows, _ = simulate(algorithm, some, num_rounds=2, run=run)
+    ends = np.cumsum([stage.num_rounds for stage in algorithm.stages[:-1]], dtype=int)
+    whole = {"states": [states[end - 1] for end in ends] + [states[-1]], "rows": rows}
+    with checkpoints.open_manager(tmp_path, keep=1) as manager:
+        checkpoints.save(manager, 1, whole, fingerprint=0)
+    with checkpoints.open_manager(tmp_path, keep=1) as manager:
+        options = {"usable": lambda number: True, "aside": tmp_path / "aside", "warn": pytest.fail}
+        found = checkpoints.restore(manager, jax.eval_shape(lambda: whole), **options)
+    assert found is not None
+    chex.assert_trees_all_equal(found[1], jax.device_get(whole))
 
 
 @each_once("wire", UPLINKS, "feedback_top_k")

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-from fedjaxprune.algorithms import autoflip, compose, fedavg, simulation
+from fedjaxprune.algorithms import autoflip, compose, simulation
 from fedjaxprune.base import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
 from fedjaxprune.channels import groups as channel_groups
 from fedjaxprune.costs import flop_formulas, flops, formulas
@@ -244,20 +244,6 @@ def test_the_control_starts_from_the_mean_of_the_explored_models_without_a_mask(
     charged = algorithm.num_bits(found, state)
     assert charged.uplink.values == 6 * 32 * quadratic.NUM_WEIGHTS
     assert charged.uplink.statistics == charged.downlink.statistics == 6 * 32
-
-
-def test_nothing_pruned_is_fedavg_to_the_bit():
-    _, states, _ = play(num_rounds=2, sparsity=0.0)
-    plain = fedavg.fedavg(quadratic.MODEL, setup())
-    state = plain.init(quadratic.PARAMS, {})
-    chex.assert_trees_all_equal(states[1].params, state.params)
-    members = quadratic.cohort(plain, range(6))
-    play_round = jax.jit(plain.stages[0].round)
-    for index, after in enumerate(states[2:]):
-        key = jax.random.fold_in(KEY, index + 1)
-        state, _, _ = play_round(key, state, members, PEOPLE)
-        chex.assert_trees_all_equal(after.params, state.params)
-        chex.assert_trees_all_equal(after.masks, state.masks)
 
 
 def test_an_exploration_that_nobody_answers_leaves_everything_as_it_was():

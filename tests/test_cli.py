@@ -402,6 +402,20 @@ def test_list_names_everything(capsys):
     assert (status, err) == (0, "")
     for name in ("feddip", "lenet5", "digits", "quick"):
         assert f"  {name} " in out
+    rows = " ".join(out.split("models:")[0].split())
+    for name, words in {
+        "fedtiny": "2212.01977) settings: sparsity, prune_every, pretrain_epochs, pool_size, "
+        "fedtiny_selection, development_share, swap_fraction, prune_until needs: BatchNorm, "
+        "examples at the server (server_share) random_masks",
+        "autoflip": "2405.10271) settings: sparsity, development_share, explore_epochs,",
+        "mpfl": "2312.03889) settings: sparsity, pretrain_epochs, mask_iterations, filter_factor, "
+        "consensus, votes, start_rounds, drops needs: convolutions random_filters",
+        "adaptive_dynamic_pruning": "2106.06921) settings: gate_warm_up, gate_gradient, "
+        "gate_upload, gates, gate_density needs: gates (gated_resnet8, gated_resnet32,",
+        "feddip": "2309.06805) settings: sparsity, initial_sparsity, prune_every, max_penalty,",
+    }.items():
+        summary = rows.split(f" {name} ", maxsplit=1)[1]
+        assert words in summary, name
 
 
 def test_prepared_sets_are_listed(capsys, tfds_data_dir):

@@ -8,7 +8,16 @@ import statistics
 
 import pytest
 
-from fedjaxprune.experiment import alike, comparison, failure, reading, record, runs, tables
+from fedjaxprune.experiment import (
+    alike,
+    comparison,
+    failure,
+    reading,
+    record,
+    runs,
+    tables,
+    validation,
+)
 from fedjaxprune.experiment.cli import main
 from fedjaxprune.experiment.config import RunConfig, UserError
 from tests.folders import MIB, line, rising, write
@@ -90,6 +99,17 @@ def test_settings_of_other_methods_tell_no_runs_apart():
     dirichlet = {"algorithm": "fedavg", "partition": "dirichlet"}
     assert config(**dirichlet, alpha=0.1) != config(**dirichlet)
     assert config(seed=1, devices=1, eval_every=5) == config(seed=2)
+    for name in ("mpfl", "pooled_filters", "averaged_filters"):
+        exchange = {"algorithm": name, "pretrain_epochs": 1}
+        assert config(**exchange) != config(**{**exchange, "pretrain_epochs": 2})
+    watching = {"algorithm": "autoflip", "explore_watch": "validation"}
+    assert config(**watching, development_share=0.2) != config(**watching)
+    assert config(algorithm="autoflip", development_share=0.2) == config(algorithm="autoflip")
+    gated = {"algorithm": "squeeze_excitation"}
+    assert config(**gated, sparsity=0.9, gate_density=0.5, gates="personal") == config(**gated)
+    gated = {"algorithm": "random_channels"}
+    assert config(**gated, sparsity=0.9, consensus="top_k") == config(**gated)
+    assert config(**gated, gate_density=0.5) != config(**gated)
     future = {"algorithm": "of tomorrow", "sparsity": 0.5, "out": "x"}
     assert alike.configuration(future) == {"algorithm": "of tomorrow", "sparsity": 0.5}
 
@@ -97,6 +117,14 @@ def test_settings_of_other_methods_tell_no_runs_apart():
 def test_every_setting_that_is_left_out_for_a_method_exists():
     names = {*alike.NEUTRAL, alike.SEED, *alike._OF_METHODS, *alike._OF_PARTS}
     assert names <= set(RunConfig.model_fields)
+    # And none is forgotten: no method, and no setting that is a method's own.
+    assert set(alike._LISTED) == set(validation.alternatives("algorithm"))
+    own = {name for name, field in RunConfig.model_fields.items() if _group(field) == "Method"}
+    assert own - {"algorithm"} <= {*alike._OF_METHODS, *alike._OF_PARTS}
+
+
+def _group(field):
+    return field.json_schema_extra["group"]
 
 
 def test_the_command_of_a_run_makes_its_config_again():

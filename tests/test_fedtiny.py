@@ -18,7 +18,7 @@ from fedjaxprune.costs import formulas
 from fedjaxprune.experiment import progress, record, runner
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import calibration, clients, pairs, participation
-from fedjaxprune.models import adapters, layers, order, zoo
+from fedjaxprune.models import adapters, layers, order, vgg, zoo
 from fedjaxprune.pruning import pools, readjustment, schedules
 from tests import quadratic
 
@@ -137,6 +137,16 @@ def test_the_blocks_of_resnet18_and_their_turns():
     assert swapped == [{n} for n in (30, 28, 24, 20, 15, 11, 7, 3, 1)]
 
 
+def test_the_blocks_of_vgg11_are_five_pairs():
+    image = {"input_shape": (32, 32, 3), "num_classes": 10}
+    model = vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **image)
+    paths = order.reading_order(model, input_shape=(32, 32, 3))
+    kernels = [path for path in paths if path.endswith("kernel") and path != "conv_1/kernel"]
+    assert len(kernels) == 7 + 3
+    found = readjustment.consecutive(paths, num_blocks=5)(kernels)
+    assert found == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
 def test_blocks_of_consecutive_layers_are_as_equal_as_can_be():
     names = [f"layer_{i}/kernel" for i in (10, 9, 8, 2, 1, 0, 3)]
     assert readjustment.consecutive(names, num_blocks=3)(sorted(names)) == [2, 1, 0, 1, 2, 0, 0]
@@ -183,6 +193,15 @@ def test_where_no_draw_comes_close_the_closest_is_taken():
         KEY, np.array([4, 4]), np.array([0.5, 0.5]), noise=0.0, num_wanted=7.0, tolerance=0.1
     )
     assert counts.tolist() == [2, 2]
+
+
+def test_a_candidate_that_is_to_keep_all_keeps_all():
+    sizes = np.arange(1_000, 1_020)
+    wanted = float(sizes.sum())
+    counts = pools.noisy_counts(
+        KEY, sizes, np.ones(20), noise=0.5, num_wanted=wanted, tolerance=0.02 * wanted
+    )
+    assert counts.tolist() == sizes.tolist()
 
 
 def test_erk_candidates_give_small_layers_more():

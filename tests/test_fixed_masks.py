@@ -9,7 +9,6 @@ import pytest
 
 from fedjaxprune import masks
 from fedjaxprune.algorithms import compose, fixed_masks, gradual_magnitude, stages
-from fedjaxprune.federated import clients
 from fedjaxprune.pruning import allocation, schedules
 from tests import quadratic
 
@@ -212,23 +211,6 @@ def test_one_pool_lets_layers_compete():
     kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]
     assert sum(kept) == 16
     assert kept != [12, 4]
-
-
-def test_a_fixed_mask_without_sparsity_is_fedavg_to_the_bit():
-    algorithm = fixed_masks.random_masks(quadratic.MODEL, setup(), sparsity=0.0)
-    state, members, _ = start(algorithm)
-    plain = compose.compose(
-        setup(),
-        client=clients.local_sgd(
-            quadratic.MODEL.loss, batcher=setup().batcher, optimizer=setup().optimizer
-        ),
-    )
-    chex.assert_trees_all_equal(state.params, quadratic.PARAMS)
-    fixed, _, _ = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
-    expected_state, _, _ = plain.stages[0].round(
-        KEY, plain.init(quadratic.PARAMS, {}), quadratic.cohort(plain, range(6)), PEOPLE
-    )
-    chex.assert_trees_all_equal(fixed.params, expected_state.params)
 
 
 def test_gradual_magnitude_follows_its_curve_and_nothing_returns():

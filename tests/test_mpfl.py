@@ -227,13 +227,6 @@ def test_training_is_fedavg_under_the_mask_to_the_bit():
     assert_is_fedavg(states[ITERATIONS + 1 :])
 
 
-@pytest.mark.slow
-def test_nothing_pruned_is_fedavg_to_the_bit():
-    states, _ = run(make(sparsity=0.0))
-    chex.assert_trees_all_equal(states[ITERATIONS + 1].params, quadratic.PARAMS)
-    assert_is_fedavg(states[ITERATIONS + 1 :])
-
-
 # Removal -------------------------------------------------------------------------------------
 
 

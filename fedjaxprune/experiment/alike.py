@@ -22,7 +22,9 @@ NEUTRAL = (
 SEED = "seed"
 
 _DIP = ("feddip", "feddip_without_penalty")
-_TRAINED = ("fedtiny", "magnitude_masks", "one_client_masks", "pooled_masks")
+_ITERATIVE = ("mpfl", "pooled_filters", "averaged_filters")
+_TRAINED = ("fedtiny", "magnitude_masks", "one_client_masks", "pooled_masks", *_ITERATIVE)
+_STEERED = ("adaptive_dynamic_pruning", "random_channels")
 _OF_METHODS: Mapping[str, tuple[str, ...]] = {
     "sparsity": methods.PRUNING,
     "initial_sparsity": methods.GRADUAL,
@@ -35,17 +37,38 @@ _OF_METHODS: Mapping[str, tuple[str, ...]] = {
     "pretrain_epochs": _TRAINED,
     "pool_size": ("fedtiny",),
     "fedtiny_selection": ("fedtiny",),
-    "development_share": ("fedtiny",),
+    "development_share": ("fedtiny", *methods.EXPLORING),
     "swap_fraction": ("fedtiny",),
     "prune_until": ("fedtiny",),
+    **dict.fromkeys(
+        ("explore_epochs", "explore_patience", "explore_watch", "explorers"), methods.EXPLORING
+    ),
+    **dict.fromkeys(
+        (
+            "explorer_weights",
+            "explore_start",
+            "guidance_scale",
+            "agreement",
+            "refresh_every",
+            "channel_threshold",
+        ),
+        ("autoflip",),
+    ),
+    **dict.fromkeys(("mask_iterations", "filter_factor"), _ITERATIVE),
+    **dict.fromkeys(("consensus", "votes"), ("mpfl",)),
+    **dict.fromkeys(("start_rounds", "drops"), methods.BY_FILTER),
+    **dict.fromkeys(("gate_warm_up", "gate_gradient", "gate_upload", "gates"), _STEERED),
+    "weight_threshold": ("feddp_threshold",),
 }
 _LISTED = (
     *methods.PRUNING,
+    *methods.CORRECTED,
+    *methods.GATED,
     "fedavg",
     "fedprox",
-    "scaffold",
-    "fednova",
     "feddip_without_pruning",
+    "explored_start",
+    "feddp_threshold",
 )
 _OF_PARTS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "classes_per_client": lambda config: config.get("partition") == "shards",
@@ -56,8 +79,21 @@ _OF_PARTS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "uplink_fraction": lambda config: config.get("uplink") in ("top_k", "random_k"),
     "uplink_bits_per_value": lambda config: config.get("uplink") == "quantise",
     "local_epochs": lambda config: config.get("local_steps") is None,
-    "gate_density": lambda config: str(config.get("model")).startswith("gated_"),
+    "gate_density": lambda config: (
+        str(config.get("model")).startswith("gated_")
+        and config.get("algorithm") != "squeeze_excitation"  # which opens all channels
+    ),
+    "development_share": lambda config: (
+        config.get("algorithm") not in methods.EXPLORING
+        or config.get("explore_watch") == "validation"
+    ),
 }
+
+
+def knobs(algorithm: str) -> tuple[str, ...]:
+    """List the settings that are a method's own."""
+    own = [name for name, methods_of in _OF_METHODS.items() if algorithm in methods_of]
+    return (*own, *(["gate_density"] if algorithm in _STEERED else []))
 
 
 def matters(name: str, config: Mapping[str, Any]) -> bool:

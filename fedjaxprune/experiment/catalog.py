@@ -104,21 +104,23 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
 }
 
 SUMMARIES: Mapping[str, str] = {
-    "fedavg": "federated averaging, dense",
-    "fedprox": "FedAvg with a proximal term",
-    "scaffold": "FedAvg with control variates",
-    "fednova": "FedAvg that averages per local step",
-    "feddip": "extreme dynamic pruning with an incremental penalty",
+    "fedavg": "federated averaging, dense (McMahan et al., arXiv 1602.05629)",
+    "fedprox": "FedAvg with a proximal term (Li et al., arXiv 1812.06127)",
+    "scaffold": "FedAvg with control variates (Karimireddy et al., arXiv 1910.06378)",
+    "fednova": "FedAvg that averages per local step (Wang et al., arXiv 2007.07481)",
+    "feddip": "extreme dynamic pruning with an incremental penalty (Long et al., arXiv 2309.06805)",
     "feddip_without_penalty": "FedDIP's ablation: pruning alone",
     "feddip_without_pruning": "FedDIP's ablation: penalty alone",
-    "fedtiny": "sparse start chosen by BatchNorm statistics, then block-wise exchange; BatchNorm",
+    "fedtiny": "sparse start chosen by BatchNorm statistics, then block-wise exchange "
+    "(Huang et al., arXiv 2212.01977)",
     "random_masks": "control: FedAvg under random masks",
     "magnitude_masks": "control: one-shot magnitude masks after training at the server",
     "one_client_masks": "control: magnitude masks that one client's data decide",
     "pooled_masks": "control: magnitude masks that the data of all decide",
-    "snip_masks": "control: connection sensitivity on examples at the server",
+    "snip_masks": "control: connection sensitivity at the server (Lee et al., arXiv 1810.02340)",
     "snip_masks_of_clients": "control: connection sensitivity averaged over clients",
-    "gradual_magnitude": "control: magnitude pruning along a cubic curve",
+    "gradual_magnitude": "control: magnitude pruning along a cubic curve "
+    "(Zhu and Gupta, arXiv 1710.01878)",
     **explore_recipes.SUMMARIES,
     **filter_recipes.SUMMARIES,
     "mlp": "two hidden layers; any input",

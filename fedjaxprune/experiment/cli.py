@@ -12,7 +12,15 @@ from typing import Any
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment import export_command, launch, reading, validation, viewing
+from fedjaxprune.experiment import (
+    alike,
+    export_command,
+    launch,
+    methods,
+    reading,
+    validation,
+    viewing,
+)
 from fedjaxprune.experiment.config import RunConfig, UserError
 
 USAGE = 2  # exit status
@@ -161,6 +169,14 @@ def list_(data_dir: str | None) -> None:
         width = max(len(name) for name in rows)
         for name, summary in rows.items():
             click.echo(f"  {name:<{width}}  {summary}")
+            for more in _details(name) if heading == "algorithms" else ():
+                click.echo(f"  {'':<{width}}    {more}")
+
+
+def _details(algorithm: str) -> list[str]:
+    """Say which settings are a method's own, and what it needs."""
+    parts = {"settings": ", ".join(alike.knobs(algorithm)), "needs": methods.needs(algorithm)}
+    return [f"{name}: {text}" for name, text in parts.items() if text]
 
 
 for _command in (*viewing.COMMANDS, export_command.export):

@@ -90,8 +90,6 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] 
 
 SUMMARIES: Mapping[str, str] = {
     "autoflip": "prune what no client had to move while exploring alone, then FedAvg (Internò et "
-    "al., arXiv 2405.10271); sparsity, explore_*, explorers, explorer_weights, guidance_scale, "
-    "agreement, refresh_every, channel_threshold; any network",
-    "explored_start": "its control: FedAvg from the mean of the explored models; explore_*, "
-    "explorers; any network",
+    "al., arXiv 2405.10271)",
+    "explored_start": "its control: FedAvg from the mean of the explored models",
 }

@@ -87,10 +87,8 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] 
     "averaged_filters": averaged,
 }
 SUMMARIES: Mapping[str, str] = {
-    "mpfl": "clients vote on filters, then train what stays (Gez and Cohen, arXiv 2312.03889); "
-    "sparsity, consensus, mask_iterations, filter_factor, votes, pretrain_epochs, start_rounds, "
-    "drops; networks with convolutions",
-    "random_filters": "its control: filters drawn at random; sparsity, start_rounds, drops",
-    "pooled_filters": "its control: filters that the data of all decide; its knobs but for votes",
-    "averaged_filters": "its control: filters that averaged weights decide; the same knobs",
+    "mpfl": "clients vote on filters, then train what stays (Gez and Cohen, arXiv 2312.03889)",
+    "random_filters": "its control: filters drawn at random",
+    "pooled_filters": "its control: filters that the data of all decide",
+    "averaged_filters": "its control: filters that averaged weights decide",
 }

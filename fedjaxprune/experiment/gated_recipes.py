@@ -76,12 +76,10 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] 
     "feddp_threshold": _threshold,
 }
 SUMMARIES: Mapping[str, str] = {
-    "adaptive_dynamic_pruning": "channels chosen for every example (Yu et al., arXiv 2106.06921); "
-    "gate_density, gate_warm_up, gate_gradient, gate_upload, gates; gated_* networks",
-    "squeeze_excitation": "its reference: all channels open, nothing pruned; gated_* networks",
-    "random_channels": "its control: channels drawn for every example; its knobs and networks",
-    "feddp_threshold": "its authors' second code: small weights become zero after each epoch; "
-    "weight_threshold; networks with convolutions",
+    "adaptive_dynamic_pruning": "channels chosen for every example (Yu et al., arXiv 2106.06921)",
+    "squeeze_excitation": "its reference: all channels open, nothing pruned",
+    "random_channels": "its control: channels drawn for every example",
+    "feddp_threshold": "its authors' second code: small weights become zero after each epoch",
     "gated_resnet8": "resnet8 whose layers choose their channels for every example",
     "gated_resnet32": "resnet32 whose layers choose their channels for every example",
     "gated_vgg16": "vgg16_bn whose layers choose their channels for every example",

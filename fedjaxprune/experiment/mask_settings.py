@@ -3,9 +3,10 @@
 They stand in `config` by name. Like it, this imports neither JAX nor anything that does.
 """
 
-from typing import Any, Literal
+import functools
+from typing import Literal
 
-from pydantic import Field
+from fedjaxprune.experiment import fields
 
 LayerSparsity = Literal["uniform", "erk", "whole_model"]
 Consensus = Literal[
@@ -14,11 +15,7 @@ Consensus = Literal[
 Votes = Literal["clients", "examples"]
 Drops = Literal["filters", "channels"]
 
-
-def _method(default: Any, description: str, *, unit: str = "", **limits) -> Any:
-    extra: dict[str, Any] = {"group": "Method", "unit": unit, "default": ""}
-    return Field(default, description=description, json_schema_extra=extra, **limits)
-
+_method = functools.partial(fields.field, group="Method")
 
 LAYER_SPARSITY = _method(
     "uniform", "Live share of layers under fixed masks: all alike, more of small ones, or one pool."

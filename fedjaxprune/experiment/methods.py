@@ -92,6 +92,17 @@ def default_network(before: dict[str, Any]) -> str:
     return "resnet8" if before["algorithm"] in (*NORMALISED, *CONVOLUTIONAL) else "mlp"
 
 
+def needs(algorithm: str) -> str:
+    """Say what a network or the data must have for a method; empty if anything will do."""
+    wanted = [
+        (NORMALISED, "BatchNorm"),
+        (GATED, f"gates ({', '.join(GATED_NETWORKS)})"),
+        (CONVOLUTIONAL, "convolutions"),
+        (AT_SERVER, "examples at the server (server_share)"),
+    ]
+    return ", ".join(words for names, words in wanted if algorithm in names)
+
+
 def default_period(before: dict[str, Any]) -> int:
     """Choose a `prune_every` that falls into the run, from the settings before it."""
     if before["algorithm"] == "fedtiny":

@@ -52,7 +52,7 @@ def noisy_counts(
     Layer `l` keeps ``max(floor(densities[l] * (1 + u) * sizes[l]), 1)`` with ``u`` uniform in
     ``(-noise, noise)``; if the total misses `num_wanted` by more than `tolerance`, all layers are
     drawn again. After 10,000 draws the closest one so far is taken: in a small network no counts
-    may come close enough.
+    may come close enough. Where all weights are wanted, all are kept, without a draw.
 
     Args:
       key: of the draw.
@@ -65,6 +65,8 @@ def noisy_counts(
     Returns:
       ``[layers]`` int32.
     """
+    if num_wanted >= sizes.sum():
+        return jnp.asarray(sizes, jnp.int32)
     with jax.enable_x64(True):
         base = jnp.asarray(densities, jnp.float64)
         whole = jnp.asarray(sizes, jnp.float64)
