@@ -7,10 +7,7 @@ import pathlib
 # `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests the code as it runs in production.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# What was compiled once, by another worker or in an earlier run, is not compiled again.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
-)
+# Where JAX_COMPILATION_CACHE_DIR names a folder, everything that was compiled is kept there.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

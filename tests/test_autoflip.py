@@ -526,9 +526,9 @@ def test_what_explorers_compute_is_counted():
     layers = flops.of_function(predict, quadratic.PARAMS, jnp.ones([1, 6]))
     profile = costs_record.Profile(
         layers=layers,
-        paths=trees.paths(quadratic.PARAMS),
-        sizes=trees.sizes(quadratic.PARAMS),
-        flags=masks.prunable_leaves(quadratic.PARAMS, masks.kernels),
+        paths=tuple(trees.paths(quadratic.PARAMS)),
+        sizes=tuple(trees.sizes(quadratic.PARAMS)),
+        flags=tuple(masks.prunable_leaves(quadratic.PARAMS, masks.kernels)),
     )
     _, _, history = play()
     explore, train = (costs_record.of_round(profile, jax.device_get(m)) for m in history[:2])

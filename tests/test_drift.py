@@ -130,7 +130,10 @@ def masked_methods():
     return {"dynamic": dynamic, "masked": dip("masked"), "regrow": dip("regrow")}
 
 
-@pytest.mark.parametrize("name", sorted(masked_methods()))
+@pytest.mark.parametrize(
+    "name",
+    ["masked", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dynamic", "regrow"))],
+)
 def test_the_servers_control_variate_is_the_mean_of_the_clients_under_any_masks(name):
     algorithm = masked_methods()[name](setup(drift=scaffold.control_variates()))
     weights = np.diff(np.asarray(PEOPLE.offsets)).astype(np.float32)

@@ -90,7 +90,11 @@ CASES = [
     (name, "identity") if name == "mpfl_started" else case(name, "identity")
     for name in sorted(METHODS)
 ]
-CASES += [("feddip", wire_name) for wire_name in sorted(UPLINKS) if wire_name != "identity"]
+CASES += [("feddip", "feedback_top_k"), ("feddip", "quantise")]
+CASES += [
+    pytest.param("feddip", wire_name, marks=pytest.mark.slow)
+    for wire_name in sorted(set(UPLINKS) - {"identity", "feedback_top_k", "quantise"})
+]
 CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
 CASES += [("adaptive_dynamic_pruning", "feedback_top_k")]
 
