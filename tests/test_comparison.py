@@ -4,11 +4,22 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
+from typing import get_args
 
 import pytest
 
-from fedjaxprune.experiment import alike, comparison, failure, reading, record, runs, tables
+from fedjaxprune.experiment import (
+    alike,
+    comparison,
+    failure,
+    methods,
+    reading,
+    record,
+    runs,
+    tables,
+)
 from fedjaxprune.experiment.cli import main
 from fedjaxprune.experiment.config import RunConfig, UserError
 from tests.folders import MIB, line, rising, write
@@ -97,6 +108,22 @@ def test_settings_of_other_methods_tell_no_runs_apart():
 def test_every_setting_that_is_left_out_for_a_method_exists():
     names = {*alike.NEUTRAL, alike.SEED, *alike._OF_METHODS, *alike._OF_PARTS}
     assert names <= set(RunConfig.model_fields)
+
+
+def test_settings_of_methods_matter_to_those_that_their_descriptions_name():
+    named = {*alike._OF_METHODS, "algorithm"}
+    for name, field in RunConfig.model_fields.items():
+        if field.json_schema_extra["group"] != "Method":
+            continue
+        assert name in named, name
+        whole = {"explore_watch": "validation", "partition": "iid"}
+        for method in set(re.findall(r"\w+", field.description)) & set(get_args(methods.Name)):
+            assert alike.matters(name, {**whole, "algorithm": method}), (name, method)
+    assert not alike.matters("consensus", {"algorithm": "fedavg"})
+    assert not alike.matters("development_share", {"algorithm": "autoflip"})
+    gated = {"algorithm": "squeeze_excitation", "model": "gated_resnet8"}
+    assert not alike.matters("gate_density", gated)
+    assert alike.matters("gate_density", {**gated, "algorithm": "random_channels"})
 
 
 def test_the_command_of_a_run_makes_its_config_again():

@@ -1,11 +1,11 @@
 """Which settings matter to a run, and so which runs are seeds of one configuration.
 
 A setting of another method, or of a part that is not in use, tells two runs apart in name only.
-Methods that are not listed here are taken to need every setting.
+Methods of other versions are taken to need every setting.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from fedjaxprune.experiment import methods
 
@@ -22,7 +22,9 @@ NEUTRAL = (
 SEED = "seed"
 
 _DIP = ("feddip", "feddip_without_penalty")
-_TRAINED = ("fedtiny", "magnitude_masks", "one_client_masks", "pooled_masks")
+_AGREED = ("mpfl", "pooled_filters", "averaged_filters")
+_TRAINED = ("fedtiny", "magnitude_masks", "one_client_masks", "pooled_masks", *_AGREED)
+_CHOOSING = ("adaptive_dynamic_pruning", "random_channels")
 _OF_METHODS: Mapping[str, tuple[str, ...]] = {
     "sparsity": methods.PRUNING,
     "initial_sparsity": methods.GRADUAL,
@@ -35,18 +37,32 @@ _OF_METHODS: Mapping[str, tuple[str, ...]] = {
     "pretrain_epochs": _TRAINED,
     "pool_size": ("fedtiny",),
     "fedtiny_selection": ("fedtiny",),
-    "development_share": ("fedtiny",),
+    "development_share": ("fedtiny", *methods.EXPLORING),
     "swap_fraction": ("fedtiny",),
     "prune_until": ("fedtiny",),
+    "explore_epochs": methods.EXPLORING,
+    "explore_patience": methods.EXPLORING,
+    "explore_watch": methods.EXPLORING,
+    "explorers": methods.EXPLORING,
+    "explorer_weights": ("autoflip",),
+    "explore_start": ("autoflip",),
+    "guidance_scale": ("autoflip",),
+    "agreement": ("autoflip",),
+    "refresh_every": ("autoflip",),
+    "channel_threshold": ("autoflip",),
+    "mask_iterations": _AGREED,
+    "consensus": ("mpfl",),
+    "filter_factor": _AGREED,
+    "votes": ("mpfl",),
+    "start_rounds": methods.BY_FILTER,
+    "drops": methods.BY_FILTER,
+    "gate_warm_up": _CHOOSING,
+    "gate_gradient": _CHOOSING,
+    "gate_upload": _CHOOSING,
+    "gates": _CHOOSING,
+    "weight_threshold": ("feddp_threshold",),
 }
-_LISTED = (
-    *methods.PRUNING,
-    "fedavg",
-    "fedprox",
-    "scaffold",
-    "fednova",
-    "feddip_without_pruning",
-)
+_KNOWN = get_args(methods.Name)
 _OF_PARTS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "classes_per_client": lambda config: config.get("partition") == "shards",
     "alpha": lambda config: config.get("partition") == "dirichlet",
@@ -56,7 +72,14 @@ _OF_PARTS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "uplink_fraction": lambda config: config.get("uplink") in ("top_k", "random_k"),
     "uplink_bits_per_value": lambda config: config.get("uplink") == "quantise",
     "local_epochs": lambda config: config.get("local_steps") is None,
-    "gate_density": lambda config: str(config.get("model")).startswith("gated_"),
+    "gate_density": lambda config: (
+        config.get("model") in methods.GATED_NETWORKS
+        and config.get("algorithm") != "squeeze_excitation"
+    ),  # whose channels are all open
+    "development_share": lambda config: (
+        config.get("algorithm") not in methods.EXPLORING
+        or config.get("explore_watch") == "validation"
+    ),
 }
 
 
@@ -65,7 +88,7 @@ def matters(name: str, config: Mapping[str, Any]) -> bool:
     if name in NEUTRAL:
         return False
     algorithm = config.get("algorithm")
-    if algorithm in _LISTED and algorithm not in _OF_METHODS.get(name, (algorithm,)):
+    if algorithm in _KNOWN and algorithm not in _OF_METHODS.get(name, (algorithm,)):
         return False
     return _OF_PARTS.get(name, lambda config: True)(config)
 
