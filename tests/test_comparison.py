@@ -268,6 +268,28 @@ def test_a_torn_last_line_and_runs_without_rounds_are_told_of_and_left_out(capsy
     assert float(row["accuracy, %"]) == pytest.approx(55.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("client_bits", 5),
+        ("client_bits", [{}]),
+        ("modelled_flops", {"forward": "x"}),
+        ("layer_sparsity", {"a": None}),
+        ("uplink_parts", {"values": None}),
+        ("mask_bits", "x"),
+        ("mean_coverage", "x"),
+        ("client_accuracy", 1),
+    ],
+)
+def test_a_line_with_a_field_of_another_kind_is_damaged(tmp_path, name, value):
+    folder = write(tmp_path / "a", rising([0.5, 0.6]))
+    path = folder / record.METRICS
+    first, second = map(json.loads, path.read_text().splitlines())
+    path.write_text(json.dumps({**first, name: value}) + "\n" + json.dumps(second) + "\n")
+    with pytest.raises(UserError, match="damaged in line 1"):
+        runs.read_all([folder])
+
+
 def test_the_table_in_its_three_forms(capsys, tmp_path):
     write(tmp_path / "s" / "a", rising([0.2, 0.4]), seed=0)
     write(tmp_path / "s" / "b", rising([0.4, 0.6]), seed=1)
