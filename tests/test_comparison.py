@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -113,11 +113,12 @@ def test_every_setting_that_is_left_out_for_a_method_exists():
 def test_settings_of_methods_matter_to_those_that_their_descriptions_name():
     named = {*alike._OF_METHODS, "algorithm"}
     for name, field in RunConfig.model_fields.items():
-        if field.json_schema_extra["group"] != "Method":
+        extra: Any = field.json_schema_extra
+        if extra["group"] != "Method":
             continue
         assert name in named, name
         whole = {"explore_watch": "validation", "partition": "iid"}
-        for method in set(re.findall(r"\w+", field.description)) & set(get_args(methods.Name)):
+        for method in set(re.findall(r"\w+", str(field.description))) & set(get_args(methods.Name)):
             assert alike.matters(name, {**whole, "algorithm": method}), (name, method)
     assert not alike.matters("consensus", {"algorithm": "fedavg"})
     assert not alike.matters("development_share", {"algorithm": "autoflip"})

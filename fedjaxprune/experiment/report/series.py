@@ -150,8 +150,8 @@ def participation(run: Run) -> dict[int, int] | None:
 def spread(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
     """Take the clients' accuracies, in per cent, at the rounds that were tested."""
     tested = [line for line in run.lines if line.client_accuracy]
-    if not tested or not all(set(QUANTILES) <= set(line.client_accuracy) for line in tested):
-        return None
     entries: list[Any] = [line.client_accuracy for line in tested]
+    if not entries or not all(set(QUANTILES) <= set(entry) for entry in entries):
+        return None
     rounds = np.array([line.round for line in tested], np.int32)
     return rounds, {name: np.array([100 * entry[name] for entry in entries]) for name in QUANTILES}
