@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
+from typing import Any, get_args
 
 import pytest
 
@@ -12,6 +14,7 @@ from fedjaxprune.experiment import (
     alike,
     comparison,
     failure,
+    methods,
     reading,
     record,
     runs,
@@ -125,6 +128,23 @@ def test_every_setting_that_is_left_out_for_a_method_exists():
 
 def _group(field):
     return field.json_schema_extra["group"]
+
+
+def test_settings_of_methods_matter_to_those_that_their_descriptions_name():
+    named = {*alike._OF_METHODS, "algorithm"}
+    for name, field in RunConfig.model_fields.items():
+        extra: Any = field.json_schema_extra
+        if extra["group"] != "Method":
+            continue
+        assert name in named, name
+        whole = {"explore_watch": "validation", "partition": "iid"}
+        for method in set(re.findall(r"\w+", str(field.description))) & set(get_args(methods.Name)):
+            assert alike.matters(name, {**whole, "algorithm": method}), (name, method)
+    assert not alike.matters("consensus", {"algorithm": "fedavg"})
+    assert not alike.matters("development_share", {"algorithm": "autoflip"})
+    gated = {"algorithm": "squeeze_excitation", "model": "gated_resnet8"}
+    assert not alike.matters("gate_density", gated)
+    assert alike.matters("gate_density", {**gated, "algorithm": "random_channels"})
 
 
 def test_the_command_of_a_run_makes_its_config_again():
@@ -267,6 +287,28 @@ def test_a_torn_last_line_and_runs_without_rounds_are_told_of_and_left_out(capsy
     assert "no rounds on record" in empty
     (row,) = csv.DictReader(io.StringIO(out))
     assert float(row["accuracy, %"]) == pytest.approx(55.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("client_bits", 5),
+        ("client_bits", [{}]),
+        ("modelled_flops", {"forward": "x"}),
+        ("layer_sparsity", {"a": None}),
+        ("uplink_parts", {"values": None}),
+        ("mask_bits", "x"),
+        ("mean_coverage", "x"),
+        ("client_accuracy", 1),
+    ],
+)
+def test_a_line_with_a_field_of_another_kind_is_damaged(tmp_path, name, value):
+    folder = write(tmp_path / "a", rising([0.5, 0.6]))
+    path = folder / record.METRICS
+    first, second = map(json.loads, path.read_text().splitlines())
+    path.write_text(json.dumps({**first, name: value}) + "\n" + json.dumps(second) + "\n")
+    with pytest.raises(UserError, match="damaged in line 1"):
+        runs.read_all([folder])
 
 
 def test_the_table_in_its_three_forms(capsys, tmp_path):

@@ -163,6 +163,14 @@ def test_stages_are_marked_where_they_begin(tmp_path):
     assert [shape["x0"] for shape in layout["shapes"]] == [0.5, 2.5]
 
 
+def test_stages_of_several_methods_are_one_mark_a_round(tmp_path):
+    for name, stage, method in (("a", "warm", "fedavg"), ("b", "agree", "mpfl")):
+        lines = [line(1, stage=stage), *rising([0.1, 0.2, 0.3])[1:]]
+        write(tmp_path / name, lines, algorithm=method)
+    layout = pictures(make(tmp_path / "a", tmp_path / "b"))["sparsity"][""]["layout"]
+    assert [a["text"] for a in layout["annotations"]] == ["warm / agree", "train"]
+
+
 def test_runs_without_the_newer_figures_have_the_other_pictures(tmp_path):
     lacking = {"client_accuracy": None, "layer_sparsity": None, "modelled_flops": None,
                "mean_coverage": None, "client_bits": []}  # fmt: skip
@@ -199,13 +207,14 @@ def test_the_command_writes_one_file_and_says_where(capsys, tmp_path, monkeypatc
     main(["report", "a"])
     assert (tmp_path / "report.html").read_bytes() == before  # the same runs, the same page
     (tmp_path / "folder").mkdir()
-    for out in ("folder", "nowhere/x.html"):
+    (tmp_path / "file").write_text("")
+    for out in ("folder", "nowhere/x.html", ".", "/", "file/x.html", "x" * 300, "a\0b"):
         with pytest.raises(SystemExit):
             main(["report", "a", "--out", out])
         _, err = capsys.readouterr()
-        assert err.startswith(f"error: out: cannot write '{out}'")
-        assert err.count("\n") <= 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder", "report.html"]
+        assert err.startswith(f"error: out: cannot write {out!r}")
+        assert err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "folder", "report.html"]
 
 
 def many(folder, num_runs):

@@ -1,7 +1,7 @@
 """Which settings matter to a run, and so which runs are seeds of one configuration.
 
 A setting of another method, or of a part that is not in use, tells two runs apart in name only.
-Methods that are not listed here are taken to need every setting.
+Methods of other versions are taken to need every setting.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,7 +101,7 @@ def matters(name: str, config: Mapping[str, Any]) -> bool:
     if name in NEUTRAL:
         return False
     algorithm = config.get("algorithm")
-    if algorithm in _LISTED and algorithm not in _OF_METHODS.get(name, (algorithm,)):
+    if algorithm in _KNOWN and algorithm not in _OF_METHODS.get(name, (algorithm,)):
         return False
     return _OF_PARTS.get(name, lambda config: True)(config)
 

@@ -213,13 +213,34 @@ def _parse(row: str) -> RoundRecord | None:
     except (ValueError, TypeError, RecursionError):
         return None
     whole = (line.round, line.num_kept, line.num_changed, line.uplink_bits, line.downlink_bits)
+    whole += (line.mask_bits, line.statistics_bits, line.num_present, line.num_rejected)
     fractions = (line.train_loss, line.test_loss, line.test_accuracy)
-    mappings = (line.uplink_parts, line.downlink_parts, line.modelled_bits)
+    fractions += (line.mean_coverage, line.mask_stability)
+    mappings = (line.uplink_parts, line.downlink_parts)
+    measured = (line.modelled_flops, line.layer_sparsity, line.client_accuracy)
     fits = (
         isinstance(line.stage, str)
-        and all(isinstance(value, int) for value in (*whole, line.num_present))
+        and all(isinstance(value, int) for value in whole)
         and isinstance(line.sparsity, int | float)
         and all(value is None or isinstance(value, int | float) for value in fractions)
-        and all(isinstance(value, dict) for value in mappings)
+        and all(_is_numbers(mapping) for mapping in mappings)
+        and all(mapping is None or _is_numbers(mapping) for mapping in measured)
+        and isinstance(line.modelled_bits, dict)
+        and isinstance(line.client_bits, list)
+        and all(map(_is_entry, line.client_bits))
     )
     return line if fits else None
+
+
+def _is_numbers(mapping: Any) -> bool:
+    """Tell whether something maps names to numbers."""
+    return isinstance(mapping, dict) and all(isinstance(v, int | float) for v in mapping.values())
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether something says what clients sent."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("uplink_bits"), int)
+        and isinstance(entry.get("client_ids"), list)
+    )

@@ -136,6 +136,8 @@ def report(runs: tuple[str, ...], mib: float | None, accuracy: float | None, out
         ) from None
     from fedjaxprune.experiment import runs as runs_
 
+    if not out:
+        raise UserError("out must be a text that is not empty, got ''.")
     path = launch.path(out)
     found, notes = runs_.read_all(runs)
     target = None if accuracy is None else accuracy / 100

@@ -169,6 +169,8 @@ def _layers(run: Run) -> go.Figure | None:
         hovertemplate="%{y}<br>around round %{x:.0f}<br>%{z:.2f} % pruned<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed", title=None)
+    if len(run.lines) <= 10:
+        figure.update_xaxes(dtick=1)
     return figure
 
 

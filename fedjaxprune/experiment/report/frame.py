@@ -138,28 +138,27 @@ def _ended(run: Run) -> str:
 
 
 def mark_stages(figure: go.Figure, groups: Sequence[Group]) -> None:
-    """Mark where stages begin; a stage that some groups lack is named with its group."""
-    found: dict[series.Mark, list[str]] = {}
+    """Mark where stages begin, once for each round; the pointer tells whose they are."""
+    found: dict[int, dict[str, list[str]]] = {}
     for members in groups:
         for mark in series.stages(comparison.counted(members)[0]):
-            found.setdefault(mark, []).append(members.label)
-    rows = 0
-    for mark, labels in found.items():
-        of_whom = "" if len(labels) == len(groups) else f" ({', '.join(labels)})"
+            found.setdefault(mark.round, {}).setdefault(mark.stage, []).append(members.label)
+    for row, (begin, stages) in enumerate(sorted(found.items())):
+        whose = [f"{stage}: {', '.join(labels)}" for stage, labels in stages.items()]
         figure.add_vline(
-            x=mark.round - 0.5,
+            x=begin - 0.5,
             line={"width": 1, "dash": "dot", "color": "#888888"},
             annotation={
-                "text": mark.stage + of_whom,
+                "text": " / ".join(stages),
+                "hovertext": "<br>".join(whose) if len(groups) > 1 else None,
                 "font": {"size": 11},
                 "yanchor": "bottom",
                 "xanchor": "left",
-                "y": 1.0 + 0.055 * (rows % 4),
+                "yshift": 14 * (row % 4),  # pixels: pictures differ in height
             },
         )
-        rows += 1
-    if rows:
-        figure.update_layout(margin={"t": 30 + 16 * min(rows, 4)})
+    if found:
+        figure.update_layout(margin={"t": 30 + 16 * min(len(found), 4)})
 
 
 def bar(values: Sequence[float]) -> dict[str, Any]:

@@ -58,7 +58,7 @@
       paper_bgcolor: of("card"), plot_bgcolor: of("card"),
       margin: { l: 10, r: 16, b: 10, t: 34, ...layout.margin },
       hoverlabel: { bgcolor: of("shade"), bordercolor: of("line"), font: { color: of("text") }, namelength: -1 },
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom" },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", maxheight: 1, tracegroupgap: 0 },
       showlegend: shown.length > 1, dragmode: narrow ? false : "zoom", hovermode: "closest",
     });
     layout.margin.b = 12;

@@ -1,11 +1,14 @@
 """Put the page together: tables and configs as HTML, pictures for plotly, all in one file."""
 
 import base64
+import contextlib
+import errno
 import functools
 import gzip
 import html
 import importlib.resources
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -88,15 +91,21 @@ def write(path: pathlib.Path, text: str) -> None:
     Raises:
       UserError: it cannot be written there.
     """
-    draft = path.with_name(f".{path.name}.new")
+    draft = None
     try:
+        if not path.name or path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        draft = path.with_name(f".{path.name[:200]}.new")
         draft.write_text(text, encoding="utf-8")
         draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # a ValueError: of a name that no file can have
+        if draft is not None:
+            with contextlib.suppress(OSError, ValueError):
+                draft.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"out: cannot write {str(path)!r} ({error.strerror or error}); name a file in a folder "
-            "that exists and can be written to."
+            f"out: cannot write {str(path)!r} ({why}); name a file in a folder that exists and "
+            "can be written to."
         ) from None
 
 

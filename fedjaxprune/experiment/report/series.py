@@ -12,6 +12,8 @@ from fedjaxprune.experiment.comparison import Curve, Group
 from fedjaxprune.experiment.record import RoundRecord
 from fedjaxprune.experiment.runs import Run
 
+QUANTILES = ("lowest", "lower_quartile", "median", "upper_quartile", "highest")
+
 
 class Line(NamedTuple):
     """One curve.
@@ -147,12 +149,9 @@ def participation(run: Run) -> dict[int, int] | None:
 
 def spread(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
     """Take the clients' accuracies, in per cent, at the rounds that were tested."""
-    tested = [line for line in run.lines if isinstance(line.client_accuracy, dict)]
-    if not tested:
-        return None
+    tested = [line for line in run.lines if line.client_accuracy]
     entries: list[Any] = [line.client_accuracy for line in tested]
+    if not entries or not all(set(QUANTILES) <= set(entry) for entry in entries):
+        return None
     rounds = np.array([line.round for line in tested], np.int32)
-    names = list(entries[0])
-    return rounds, {
-        name: np.array([100 * e.get(name, math.nan) for e in entries]) for name in names
-    }
+    return rounds, {name: np.array([100 * entry[name] for entry in entries]) for name in QUANTILES}
