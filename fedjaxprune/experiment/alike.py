@@ -101,7 +101,7 @@ def matters(name: str, config: Mapping[str, Any]) -> bool:
     if name in NEUTRAL:
         return False
     algorithm = config.get("algorithm")
-    if algorithm in _KNOWN and algorithm not in _OF_METHODS.get(name, (algorithm,)):
+    if algorithm in _LISTED and algorithm not in _OF_METHODS.get(name, (algorithm,)):
         return False
     return _OF_PARTS.get(name, lambda config: True)(config)
 
