@@ -73,7 +73,7 @@ def test_all_directions_of_a_large_layer_go_winograds_way():
         return convolution.conv(x, kernel, strides=(1, 1), padding=((2, 2), (2, 2)))
 
     graph = str(jax.make_jaxpr(lambda x, k: run(ours, x, k))(x, kernel))
-    assert "conv_general_dilated" not in graph
+    assert "= conv_general_dilated[" not in graph
     expected = jax.jit(lambda x, k: run(lambda x, k: plain(x, k, ((2, 2), (2, 2))), x, k))(
         x, kernel
     )

@@ -108,7 +108,7 @@ def _means(x: jax.Array, *, size: int) -> jax.Array:
     for axis in (1, 2):
         spans = _spans(x.shape[axis], size)
         windows = [jax.lax.slice_in_dim(x, *span, axis=axis) for span in spans]
-        x = jnp.stack([jnp.mean(window, axis=axis) for window in windows], axis=axis)
+        x = jnp.concatenate([jnp.mean(w, axis=axis, keepdims=True) for w in windows], axis=axis)
     return x
 
 
