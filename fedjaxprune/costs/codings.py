@@ -15,7 +15,6 @@ from fedjaxprune.costs.packing import WireError
 
 ALL, BITMAP, RICE, ELIAS_FANO, SLICES, AXIS = range(6)
 LISTS = (RICE, ELIAS_FANO)  # these list positions; the others draw them
-SAMPLE = 1 << 14  # positions that tell whether a tensor may have dead slices
 MAX_PARAMETER = 40  # low bits of a listed number
 
 
@@ -203,10 +202,13 @@ def _rice(n: int, listed: np.ndarray, complement: bool) -> Coding:
         return Coding(RICE, complement)
     gaps = _gaps(listed)
     guess = max((n // count).bit_length() - 1, 0)
+    first = max(guess - 1, 0)
+    gaps >>= first
     options = []
-    for k in range(max(guess - 1, 0), min(guess + 2, MAX_PARAMETER + 1)):
-        length = packing.num_bytes(int(np.sum(gaps >> k)) + count)
+    for k in range(first, min(guess + 2, MAX_PARAMETER + 1)):
+        length = packing.num_bytes(int(gaps.sum()) + count)
         options.append(Coding(RICE, complement, count, k, length))
+        gaps >>= 1
     return min(options, key=lambda coding: num_bytes(coding, n, ()))
 
 
@@ -269,7 +271,8 @@ def _live(listed: np.ndarray, shape: Sequence[int], axis: int) -> np.ndarray | N
     """Mark the slices along an axis that hold a listed position; None if all of them do."""
     stride = math.prod(shape[axis + 1 :])
     live = np.zeros(shape[axis], np.bool_)
-    for some in (listed[:: len(listed) // SAMPLE + 1], listed):
+    few = 16 * shape[axis]  # positions that tell most often that no slice is dead
+    for some in (listed[:: len(listed) // few + 1], listed):
         live[some // stride % shape[axis]] = True
         if live.all():
             return None

@@ -4,6 +4,7 @@ A `Plan` fixes the length of everything that will be written, so that lengths ca
 writing: from the data (`wire.num_bits`) or from counts alone (`plan_counts`).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -110,10 +111,6 @@ def plan_counts(
 
 def write(plan: Plan, before: str) -> bytes:
     """Write a tensor's header; of its name only what differs from the name `before`."""
-    old, new = before.encode(), plan.name.encode()
-    shared = 0
-    while shared < min(len(old), len(new)) and old[shared] == new[shared]:
-        shared += 1
     coding = plan.coding
     flags = (
         coding.code
@@ -121,12 +118,8 @@ def write(plan: Plan, before: str) -> bytes:
         | KNOWN * (plan.num_known is not None)
         | LEVELS * bool(plan.level_bits)
     )
-    parts = [
-        bytes([shared, len(new) - shared]),
-        new[shared:],
-        bytes([DTYPES.index(plan.dtype) | len(plan.shape) << 4, flags]),
-        *map(packing.varint, plan.shape),
-    ]
+    name, form = _write_name(plan.name, before), _write_form(plan.dtype, plan.shape)
+    parts = [name, form[:1], bytes([flags]), form[1:]]
     if plan.num_known is not None:
         parts.append(packing.varint(plan.num_known))
     if plan.level_bits:
@@ -138,6 +131,23 @@ def write(plan: Plan, before: str) -> bytes:
     if coding.code in WITH_EXTRA:
         parts.append(packing.varint(coding.extra))
     return b"".join(parts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _write_name(name: str, before: str) -> bytes:
+    """Write a name; once, as every round's messages have the same."""
+    old, new = before.encode(), name.encode()
+    shared = 0
+    while shared < min(len(old), len(new)) and old[shared] == new[shared]:
+        shared += 1
+    return bytes([shared, len(new) - shared]) + new[shared:]
+
+
+@functools.lru_cache(maxsize=4096)
+def _write_form(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """Write type and shape, which are the same in every round."""
+    kind = bytes([DTYPES.index(dtype) | len(shape) << 4])
+    return b"".join([kind, *map(packing.varint, shape)])
 
 
 def read(data: memoryview, at: int, before: str) -> tuple[Plan, int]:

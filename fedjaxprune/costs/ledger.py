@@ -59,6 +59,23 @@ class _Part(NamedTuple):
     payloads: tuple[Payload, ...] | None
 
 
+class _Frozen(NamedTuple):
+    """Counts that can be looked up: an array of int64 as bytes."""
+
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class _Column(NamedTuple):
+    """One field of a message to or from every slot."""
+
+    name: str
+    leaves: tuple[Spec, ...]
+    slots: _Frozen | None
+    known: _Frozen | None
+    pairs: _Frozen | None
+
+
 def account(
     metrics: RoundMetrics,
     state: RoundState,
@@ -85,16 +102,17 @@ def account(
     in_force = NOTHING
     if len(sent.packed_masks) and uninformed.any():
         in_force = _masks_in_force(network.masks, sent.packed_masks)
-    going_down = _lengths(sent.down, state, network, payload, reached)
-    going_up = _lengths(sent.up, state, network, payload, present)
+    going_down = _lengths(sent.down, state, network, payload, len(ids))
+    going_up = _lengths(sent.up, state, network, payload, len(ids))
     informed = {bits: _sum([bits, in_force]) for bits in set(going_down)}
 
     exchanges: dict[tuple[LinkBits, LinkBits], list[int]] = {}
-    lacks_masks, names = uninformed.tolist(), ids.tolist()
-    for slot in np.flatnonzero(reached).tolist():
+    is_here, lacks_masks, names = present.tolist(), uninformed.tolist(), ids.tolist()
+    for slot in reached.nonzero()[0].tolist():
         here = going_down[slot]
         here = informed[here] if lacks_masks[slot] else here
-        exchanges.setdefault((going_up[slot], here), []).append(names[slot])
+        there = going_up[slot] if is_here[slot] else NOTHING
+        exchanges.setdefault((there, here), []).append(names[slot])
     up, down = (
         _sum([_times(len(who), both[way]) for both, who in exchanges.items()]) for way in (0, 1)
     )
@@ -145,11 +163,14 @@ def charge_by_formula(
 def _charge_by_formula(
     metrics: RoundMetrics, network: _Network, present: np.ndarray, reached: np.ndarray
 ) -> dict[str, ModelledBits]:
-    transfers = _transfers(metrics, present, reached)
-    charged = {
-        name: _charge(transfers, network.leaves, storage)
-        for name, storage in formulas.STORAGE.items()
-    }
+    storages = tuple(formulas.STORAGE.values())
+    charged = dict(
+        zip(
+            formulas.STORAGE,
+            _charge(_transfers(metrics, present, reached), network.leaves, storages),
+            strict=True,
+        )
+    )
     plain, num_prunable = charged["values"], network.num_prunable
     num_masks = int(np.asarray(metrics.sent.num_masks)[reached].sum(dtype=np.int64))
     charged["values_and_bitmaps"] = ModelledBits(
@@ -166,31 +187,34 @@ def charge_storage(
     present = np.asarray(metrics.present)
     reached = received(present, np.asarray(metrics.sent.client_ids))
     leaves = messages.specs("params", state.params)
-    return _charge(_transfers(metrics, present, reached), leaves, storage)
+    return _charge(_transfers(metrics, present, reached), leaves, (storage,))[0]
 
 
 def _transfers(
     metrics: RoundMetrics, present: np.ndarray, reached: np.ndarray
-) -> list[collections.Counter[Counts]]:
-    """Count the deltas from clients and the models to them, by what is live in them."""
-    up = collections.Counter(map(tuple, np.asarray(metrics.uplink_kept)[present].tolist()))
-    kept = np.asarray(metrics.downlink_kept)
-    if kept.ndim == 1:
-        return [up, collections.Counter({tuple(kept.tolist()): int(np.count_nonzero(reached))})]
-    return [up, collections.Counter(map(tuple, kept[reached].reshape(-1, kept.shape[-1]).tolist()))]
+) -> tuple[_Frozen, _Frozen]:
+    """Tell what is live in each delta from a client and in each model to one: ``[m, L]``."""
+    down = np.asarray(metrics.downlink_kept)
+    if down.ndim == 1:
+        down = np.broadcast_to(down, (len(reached), len(down)))
+    up = np.asarray(metrics.uplink_kept)[present]
+    return _freeze(up), _freeze(down[reached].reshape(-1, down.shape[-1]))
 
 
+@functools.lru_cache(maxsize=256)
 def _charge(
-    transfers: Sequence[collections.Counter[Counts]],
+    transfers: tuple[_Frozen, _Frozen],
     leaves: tuple[Spec, ...],
-    storage: formulas.StorageFn,
-) -> ModelledBits:
-    """Charge transfers both ways by a formula."""
-    up, down = (
-        sum(times * _storage(storage, kept, leaves) for kept, times in counter.items())
-        for counter in transfers
-    )
-    return ModelledBits(up, down)
+    storages: tuple[formulas.StorageFn, ...],
+) -> tuple[ModelledBits, ...]:
+    """Charge transfers both ways by each formula; what carries no model is none."""
+    shapes = [leaf.shape for leaf in leaves]
+    models = [collections.Counter(map(tuple, _thaw(rows).tolist())) for rows in transfers]
+
+    def charge(storage: formulas.StorageFn, models: collections.Counter[Counts]) -> int:
+        return sum(n * storage(kept, shapes) for kept, n in models.items() if any(kept))
+
+    return tuple(ModelledBits(*(charge(fn, both) for both in models)) for fn in storages)
 
 
 def message_bits(plans: Sequence[Plan]) -> LinkBits:
@@ -211,36 +235,46 @@ def _lengths(
     state: RoundState,
     network: _Network,
     payload: PayloadFn,
-    who: np.ndarray,
-) -> list[LinkBits]:
-    """Charge each slot's messages in one direction; nothing for slots that have none."""
-    totals = [NOTHING] * len(who)
-    charged = np.flatnonzero(who).tolist()
-    for fields in sent.values():
-        names = sorted(fields)
-        leaves = [_leaves(name, fields[name], state, network) for name in names]
-        counts = [_by_slot(name, fields[name], network.flags, len(who)) for name in names]
-        cases = list(zip(*counts, strict=True))
-        seen: dict[Any, LinkBits] = {}
-        for slot in charged:
-            case = cases[slot]
-            bits = seen.get(case)
-            if bits is None:
-                bits = seen[case] = _message(
-                    tuple(
-                        _Part(
-                            leaves=specs,
-                            known=here[0],
-                            pairs=here[1],
-                            payloads=tuple(map(payload, here[0])) if name == "delta" else None,
-                        )
-                        for name, specs, here in zip(names, leaves, case, strict=True)
-                        if here is not None
+    num_slots: int,
+) -> Sequence[LinkBits]:
+    """Charge each slot's messages in one direction, whether the slot is present or not."""
+    lengths = [
+        _by_slot(
+            tuple(_column(name, fields[name], state, network) for name in sorted(fields)),
+            payload,
+            num_slots,
+        )
+        for fields in sent.values()
+    ]
+    if len(lengths) == 1:
+        return lengths[0]
+    return [_sum(of_slot) for of_slot in zip([NOTHING] * num_slots, *lengths, strict=True)]
+
+
+@functools.lru_cache(maxsize=256)
+def _by_slot(
+    columns: tuple[_Column, ...], payload: PayloadFn, num_slots: int
+) -> tuple[LinkBits, ...]:
+    """Charge a message to or from every slot; once, as long as none of its counts changes."""
+    cases = zip(*(_cells(column, num_slots) for column in columns), strict=True)
+    seen: dict[Any, LinkBits] = {}
+    lengths = []
+    for case in cases:
+        if case not in seen:
+            seen[case] = _message(
+                tuple(
+                    _Part(
+                        leaves=column.leaves,
+                        known=here[0],
+                        pairs=here[1],
+                        payloads=tuple(map(payload, here[0])) if column.name == "delta" else None,
                     )
+                    for column, here in zip(columns, case, strict=True)
+                    if here is not None
                 )
-            before = totals[slot]
-            totals[slot] = bits if before is NOTHING else _sum([before, bits])
-    return totals
+            )
+        lengths.append(seen[case])
+    return tuple(lengths)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -272,26 +306,43 @@ def _leaves(name: str, field: Field, state: RoundState, network: _Network) -> tu
     return messages.specs(name, state.model_state if name == "model_state" else state.params)
 
 
-def _by_slot(
-    name: str, field: Field, flags: Sequence[bool], num_slots: int
-) -> Sequence[tuple[Any, Any] | None]:
-    """Read `known` and `pairs` of a field for each slot; None for slots that it is not for."""
+def _column(name: str, field: Field, state: RoundState, network: _Network) -> _Column:
+    """Take a field's counts off it."""
     pairs = field.pairs
     if name == "masks" and isinstance(field.like, tuple) and not field.like:
-        pairs = np.asarray(pairs)[..., np.asarray(flags)]  # of the leaves that travel
-    both = tuple(zip(_rows(field.known, num_slots), _rows(pairs, num_slots), strict=True))
-    if isinstance(field.slots, tuple):
+        pairs = np.asarray(pairs)[..., np.asarray(network.flags)]  # of the leaves that travel
+    counts = (
+        None if isinstance(n, tuple) else _freeze(n) for n in (field.slots, field.known, pairs)
+    )
+    return _Column(name, _leaves(name, field, state, network), *counts)
+
+
+def _cells(column: _Column, num_slots: int) -> Sequence[tuple[Counts | None, Counts | None] | None]:
+    """Read `known` and `pairs` of a field for each slot; None for slots that it is not for."""
+    both = tuple(zip(_rows(column.known, num_slots), _rows(column.pairs, num_slots), strict=True))
+    if column.slots is None:
         return both
-    here = np.asarray(field.slots).tolist()
+    here = _thaw(column.slots).tolist()
     return [counts if is_here else None for counts, is_here in zip(both, here, strict=True)]
 
 
-def _rows(counts: Any, num_slots: int) -> Sequence[Counts | None]:
+def _rows(counts: _Frozen | None, num_slots: int) -> Sequence[Counts | None]:
     """Read counts as Python integers, slot by slot; None where nothing is said."""
-    if isinstance(counts, tuple):
+    if counts is None:
         return [None] * num_slots
-    rows = np.asarray(counts).tolist()
-    return [tuple(rows)] * num_slots if np.ndim(counts) == 1 else list(map(tuple, rows))
+    rows = _thaw(counts).tolist()
+    return [tuple(rows)] * num_slots if len(counts.shape) == 1 else list(map(tuple, rows))
+
+
+def _freeze(counts: Any) -> _Frozen:
+    """Make of an array what can be looked up."""
+    array = np.asarray(counts)
+    return _Frozen(array.shape, array.astype(np.int64).tobytes())
+
+
+def _thaw(counts: _Frozen) -> np.ndarray:
+    """Undo `_freeze`."""
+    return np.frombuffer(counts.data, np.int64).reshape(counts.shape)
 
 
 def _masks_in_force(leaves: tuple[Spec, ...], packed: Sequence[Any]) -> LinkBits:
@@ -303,12 +354,6 @@ def _masks_in_force(leaves: tuple[Spec, ...], packed: Sequence[Any]) -> LinkBits
 def _count_masks(leaves: tuple[Spec, ...], packed: tuple[bytes, ...]) -> LinkBits:
     """Plan masks as the encoder would; once for each version, as masks rarely change."""
     return message_bits(wire.plan(messages.unpack_masks(leaves, packed)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _storage(storage: formulas.StorageFn, kept: Counts, leaves: tuple[Spec, ...]) -> int:
-    """Charge one transfer by a formula; what carries no model is none."""
-    return storage(kept, [leaf.shape for leaf in leaves]) if any(kept) else 0
 
 
 def _network(state: RoundState, prunable: PrunableFn) -> _Network:

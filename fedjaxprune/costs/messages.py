@@ -38,17 +38,17 @@ class Spec(NamedTuple):
 def specs(field: str, tree: Any) -> tuple[Spec, ...]:
     """Describe the leaves of a tree (of arrays or of shapes) as tensors of a message."""
     leaves, structure = jax.tree.flatten(tree)
-    return tuple(
-        Spec(name, np.dtype(leaf.dtype), tuple(leaf.shape))
-        for name, leaf in zip(_names(field, structure), leaves, strict=True)
-    )
+    return _specs(field, structure, tuple((leaf.dtype, leaf.shape) for leaf in leaves))
 
 
-@functools.lru_cache(maxsize=256)
-def _names(field: str, structure: Any) -> tuple[str, ...]:
-    """Name the leaves of a tree; once, as every round's messages have the same."""
+@functools.lru_cache(maxsize=1024)
+def _specs(field: str, structure: Any, looks: tuple[Any, ...]) -> tuple[Spec, ...]:
+    """Describe a tree's leaves; once, as every round's messages have the same."""
     tree = jax.tree.unflatten(structure, range(structure.num_leaves))
-    return tuple(_name(field, path) for path in trees.paths(tree))
+    return tuple(
+        Spec(_name(field, path), np.dtype(dtype), tuple(shape))
+        for path, (dtype, shape) in zip(trees.paths(tree), looks, strict=True)
+    )
 
 
 def plan_values(leaves: Sequence[Spec], kept: Sequence[int]) -> list[Plan]:
