@@ -23,6 +23,9 @@ CASES = [
     ((2, 5, 5, 2), (2, 2, 2, 3), 2, [(0, 1), (1, 0)]),
     ((2, 7, 8, 2), (2, 2, 2, 3), 3, "VALID"),  # places that no tap reaches
     ((2, 8, 9, 2), (4, 3, 2, 3), (1, 2), [(2, 0), (-1, 1)]),
+    ((2, 6, 8, 16), (3, 3, 16, 16), 1, "SAME"),  # two outputs of a row as one
+    ((2, 6, 8, 1), (5, 5, 1, 6), 1, "SAME"),  # four
+    ((2, 6, 24, 3), (3, 5, 3, 8), (1, 3), [(0, 1), (2, 0)]),  # four, three pixels apart
     ((32, 8, 8, 32), (3, 2, 32, 64), 1, "SAME"),  # kernel's gradient a few images at a time
     ((3, 6, 5, 128), (3, 3, 128, 256), 2, "SAME"),  # and by taps
 ]

@@ -108,14 +108,22 @@ def test_under_vmap_the_gradient_follows_client_by_client(axes):
         ((64, 16, 16, 3), (3, 3, 3, 64), (16, 16)),  # too few channels
         ((1024, 5, 5, 64), (3, 3, 64, 64), (5, 5)),  # tiles mostly of filling
         ((1, 16, 16, 512), (3, 3, 512, 512), (16, 16)),  # too few tiles
-        ((16, 16, 16, 16), (3, 3, 16, 16), (16, 16)),  # too little work
+        ((16, 16, 16, 32), (3, 3, 32, 32), (16, 16)),  # too little work
+        ((64, 32, 32, 16), (3, 3, 16, 16), (32, 32)),  # so few channels want more work
         ((64, 4, 4, 64), (3, 3, 64, 64), (-16, -16)),  # cropped to nothing
     ],
 )
 def test_it_does_not_serve_where_it_does_not_pay(x, kernel, outputs):
-    assert not winograd.pays(x, kernel, outputs, fewest_tiles=winograd.GRADIENT_TILES)
+    assert not winograd.pays(x, kernel, outputs, fewest=winograd.GRADIENT)
 
 
-def test_it_serves_where_it_pays():
-    tiles = winograd.CONVOLVE_TILES
-    assert winograd.pays((64, 16, 16, 64), (3, 3, 64, 64), (16, 16), fewest_tiles=tiles)
+@pytest.mark.parametrize(
+    ("x", "kernel", "outputs"),
+    [
+        ((64, 16, 16, 64), (3, 3, 64, 64), (16, 16)),
+        ((32, 8, 8, 64), (3, 3, 64, 64), (8, 8)),  # less work, more channels
+        ((64, 32, 32, 16), (5, 5, 16, 32), (32, 32)),  # few channels, much work
+    ],
+)
+def test_it_serves_where_it_pays(x, kernel, outputs):
+    assert winograd.pays(x, kernel, outputs, fewest=winograd.CONVOLVE)

@@ -29,6 +29,8 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _SOME_WEIGHTS, _SOME_PIXELS = 2048, 64  # per tap, of an image: above, a few images at a time
 _GROUP, _MAX_GROUPS = 16, 4  # images at a time; groups at most
 _MANY_WEIGHTS = 2**15  # per tap, with a stride: above, one product per tap
+# XLA's fast convolution wants channels, which few channels get from neighbours in a row.
+_ENOUGH_IN, _ENOUGH_OUT, _ENOUGH_OUT_OF_COLOURS, _FEW_TAPS = 24, 32, 48, 7
 
 _Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -188,7 +190,7 @@ def _kernel_gradient(
     batch, height, width, out_channels = cotangent.shape
     shape = (*size, x.shape[3], out_channels)
     if strides == (1, 1) and winograd.pays(
-        x.shape, shape, (height, width), fewest_tiles=winograd.GRADIENT_TILES
+        x.shape, shape, (height, width), fewest=winograd.GRADIENT
     ):
         return _one_by_one(
             lambda x, cotangent: winograd.kernel_gradient(x, cotangent, size[0], padding),
@@ -252,19 +254,56 @@ def _plain(
     """Run a forward convolution, Winograd's or XLA's; under ``vmap`` over kernels in sequence."""
 
     def convolve(x, kernel):
-        sides = (
-            x.shape[1] + sum(padding[0]) - kernel.shape[0] + 1,
-            x.shape[2] + sum(padding[1]) - kernel.shape[1] + 1,
+        outputs = tuple(
+            max(0, (x.shape[i + 1] + sum(padding[i]) - kernel.shape[i]) // strides[i] + 1)
+            for i in range(2)
         )
         if strides == dilation == (1, 1) and winograd.pays(
-            x.shape, kernel.shape, sides, fewest_tiles=winograd.CONVOLVE_TILES
+            x.shape, kernel.shape, outputs, fewest=winograd.CONVOLVE
         ):
             return winograd.convolve(x, kernel, padding)
+        if dilation == (1, 1) and (number := _neighbours(kernel.shape, outputs[1])) > 1:
+            return _side_by_side(x, kernel, strides, padding, number)
         return lax.conv_general_dilated(
             x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=_LAYOUT
         )
 
     return _one_by_one(convolve, is_by_image=True)(x, kernel)
+
+
+def _neighbours(kernel: tuple[int, ...], width: int) -> int:
+    """Choose how many outputs of a row are computed as one: 1, 2 or 4."""
+    _, taps, in_channels, out_channels = kernel
+    if in_channels >= _ENOUGH_IN or taps > _FEW_TAPS:
+        return 1
+    enough = _ENOUGH_OUT_OF_COLOURS if in_channels in (2, 3) else _ENOUGH_OUT
+    number = next((n for n in (1, 2) if n * out_channels >= enough), 4)
+    while width % number:
+        number //= 2
+    return number
+
+
+def _side_by_side(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, number: int
+) -> jax.Array:
+    """Compute `number` neighbours in a row as channels of one output, by a wider kernel.
+
+    Its copies of the taps are shifted by a stride each, and what they do not reach is zero.
+    """
+    down, across = strides
+    copies = [
+        jnp.pad(kernel, ((0, 0), (i * across, (number - 1 - i) * across), (0, 0), (0, 0)))
+        for i in range(number)
+    ]
+    output = lax.conv_general_dilated(
+        x,
+        jnp.concatenate(copies, axis=3),
+        (down, number * across),
+        padding,
+        dimension_numbers=_LAYOUT,
+    )
+    batch, height, width, _ = output.shape
+    return output.reshape(batch, height, number * width, kernel.shape[3])
 
 
 def _one_by_one(function: Any, *, is_by_image: bool) -> Any:

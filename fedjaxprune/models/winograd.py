@@ -24,10 +24,25 @@ from jax import lax
 TILE = 4  # outputs a side
 _POINTS = tuple(map(fractions.Fraction, ("0", "1", "-1", "2", "-2", "1/2", "-1/2")))
 # Where it was faster than the plain sums on CPU (docs/performance.md).
-CONVOLVE_TILES, GRADIENT_TILES = 128, 64  # of the whole batch
-_FEWEST_CHANNELS, _MOST_FILLING, _FEWEST_MULTIPLICATIONS = 16, 1.5, 2.5e8
+_FEWEST_CHANNELS, _MOST_FILLING = 16, 1.5
+_MANY_MULTIPLICATIONS, _FEWEST_MULTIPLICATIONS = 2.5e8, 6e7
 _MANY_BYTES, _CACHED_BYTES = 6 * 2**20, 2**20  # images above the first are cut into parts of these
 _Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+class Fewest(NamedTuple):
+    """From where on a direction goes Winograd's way.
+
+    Attributes:
+      tiles: of the whole batch.
+      weights: per tap, of a layer that has not very many multiplications.
+    """
+
+    tiles: int
+    weights: int
+
+
+CONVOLVE, GRADIENT = Fewest(tiles=128, weights=2048), Fewest(tiles=64, weights=1024)
 
 
 class Transforms(NamedTuple):
@@ -78,7 +93,7 @@ def transforms(taps: int) -> Transforms:
 
 
 def pays(
-    x: tuple[int, ...], kernel: tuple[int, ...], outputs: tuple[int, int], *, fewest_tiles: int
+    x: tuple[int, ...], kernel: tuple[int, ...], outputs: tuple[int, ...], *, fewest: Fewest
 ) -> bool:
     """Tell whether Winograd's way was faster than the plain sums on CPU.
 
@@ -90,7 +105,7 @@ def pays(
       x: shape of the images.
       kernel: its shape.
       outputs: height and width of the outputs.
-      fewest_tiles: `CONVOLVE_TILES` or `GRADIENT_TILES`.
+      fewest: `CONVOLVE` or `GRADIENT`.
     """
     taps, across, in_channels, out_channels = kernel
     if taps != across or taps not in (3, 5) or min(in_channels, out_channels) < _FEWEST_CHANNELS:
@@ -99,10 +114,12 @@ def pays(
         return False
     pixels = outputs[0] * outputs[1]
     tiles = -(-outputs[0] // TILE) * -(-outputs[1] // TILE)
+    is_wide = in_channels * out_channels >= fewest.weights
+    enough = _FEWEST_MULTIPLICATIONS if is_wide else _MANY_MULTIPLICATIONS
     return (
-        x[0] * tiles >= fewest_tiles
+        x[0] * tiles >= fewest.tiles
         and tiles * TILE**2 <= _MOST_FILLING * pixels
-        and x[0] * pixels * math.prod(kernel) >= _FEWEST_MULTIPLICATIONS
+        and x[0] * pixels * math.prod(kernel) >= enough
     )
 
 
