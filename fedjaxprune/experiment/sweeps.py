@@ -5,7 +5,6 @@
     preset: feddip-fashion-mnist    # or a YAML file; its settings come first
     rounds: 100                     # settings of all runs
     seed: [0, 1, 2]                 # a list stands for a run with each of its values
-    order: [seed]                   # first all runs with the first seed, then those with the next
     cases:                          # one after the other, each with lists of its own
       - {algorithm: fedavg}
       - {algorithm: feddip, sparsity: [0.8, 0.9]}
@@ -18,7 +17,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -26,7 +25,7 @@ import yaml
 from fedjaxprune.experiment import alike, reading, validation
 from fedjaxprune.experiment.config import RunConfig, UserError
 
-PRESET, CASES, ORDER = "preset", "cases", "order"
+PRESET, CASES = "preset", "cases"
 _BARE = ("algorithm", "dataset", "model")  # whose values say what they are
 
 
@@ -77,9 +76,6 @@ def read(source: str, *, out: pathlib.Path | None) -> Sweep:
             f"{CASES} (from {source}) must be a list of settings such as "
             "`- {algorithm: fedavg}`, each as `name: value`."
         )
-    order = values.pop(ORDER, [])
-    if not isinstance(order, list) or not all(name in RunConfig.model_fields for name in order):
-        raise UserError(f"{ORDER} (from {source}) must be a list of settings, got {order!r}.")
     preset = values.pop(PRESET, None)
     if preset is not None and not isinstance(preset, str):
         raise UserError(f"{PRESET} (from {source}) must be a preset or a .yaml file.")
@@ -88,7 +84,7 @@ def read(source: str, *, out: pathlib.Path | None) -> Sweep:
     if named is not None and (not isinstance(named, str) or not named):
         raise UserError(f"out (from {source}) must be a text that is not empty, got {named!r}.")
     folder = out or pathlib.Path(named or pathlib.Path("runs") / path.stem).expanduser()
-    members = _ordered(_members(source, common, values, cases, folder), order)
+    members = tuple(_members(source, common, values, cases, folder))
     for member in members:
         _check_folder(folder / member.name, member, source)
     return Sweep(source=source, folder=folder, members=members)
@@ -132,16 +128,6 @@ def _members(
             names.add(name)
             out = str(folder / name)
             yield Member(name=name, config=config.model_copy(update={"out": out}))
-
-
-def _ordered(members: Iterable[Member], order: list[str]) -> tuple[Member, ...]:
-    """Sort by the settings in `order`, the first of them slowest, values as they come up."""
-    made = list(members)
-    for name in reversed(order):
-        values = [getattr(member.config, name) for member in made]
-        places = {value: place for place, value in reversed(list(enumerate(values)))}
-        made.sort(key=lambda member: places[getattr(member.config, name)])
-    return tuple(made)
 
 
 def _name(varied: list[str], config: Mapping[str, Any]) -> str:
