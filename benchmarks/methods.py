@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -290,13 +291,19 @@ def play(members: Sequence[sweeps.Member], *, jobs: int) -> dict[str, str]:
     failed = {}
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _settle, (shares,)) as pool:
         coming = {pool.submit(_play, one): one.name for one in missing}
-        for number, done in enumerate(concurrent.futures.as_completed(coming), start=1):
-            name, why = coming[done], done.result()
-            print(
-                f"{number} of {len(missing)}: {name}{f': failed: {why}' if why else ''}", flush=True
-            )
-            if why:
-                failed[name] = why
+        try:
+            for number, done in enumerate(concurrent.futures.as_completed(coming), start=1):
+                name, why = coming[done], done.result()
+                print(
+                    f"{number} of {len(missing)}: {name}{f': failed: {why}' if why else ''}",
+                    flush=True,
+                )
+                if why:
+                    failed[name] = why
+        except BaseException:  # else the pool would play all that is left
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return failed
 
 
@@ -304,8 +311,17 @@ def _settle(shares: Any) -> None:
     """Set a process up for many runs."""
     if cores := shares.get():
         os.sched_setaffinity(0, cores)
+    threading.Thread(target=_follow, daemon=True).start()
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     datasets.load = functools.cache(datasets.load)
+
+
+def _follow() -> None:
+    """End with the process that gave the work, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _play(member: sweeps.Member) -> str | None:
