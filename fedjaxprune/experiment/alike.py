@@ -16,6 +16,7 @@ NEUTRAL = (
     "chunk_size",
     "devices",
     "eval_every",
+    "eval_from",
     "checkpoint_every",
     "keep_checkpoints",
 )

@@ -337,6 +337,12 @@ class Settings(pydantic.BaseModel):
         group="Run",
         unit="rounds",
     )
+    eval_from: Count = _field(
+        1,
+        "First round that is tested; the last always is.",
+        group="Run",
+        unit="round",
+    )
     checkpoint_every: Count = _field(
         10,
         "Rounds from one checkpoint to the next; the last is always saved.",

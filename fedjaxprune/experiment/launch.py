@@ -150,6 +150,7 @@ def _train(
                         seed=config.seed,
                         folder=folder,
                         eval_every=config.eval_every,
+                        eval_from=config.eval_from,
                         checkpoint_every=config.checkpoint_every,
                         keep_checkpoints=config.keep_checkpoints,
                         fingerprint=reading.fingerprint(config),

@@ -142,7 +142,7 @@ def command(config: Mapping[str, Any]) -> str:
     words = ["fedjaxprune", "run"]
     try:
         for name in Settings.model_fields:
-            is_told = name == "eval_every" or alike.matters(name, config)
+            is_told = name in ("eval_every", "eval_from") or alike.matters(name, config)
             if name not in config or not is_told:
                 continue
             value = config[name]

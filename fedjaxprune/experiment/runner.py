@@ -75,6 +75,7 @@ def train(
     seed: int,
     folder: pathlib.Path,
     eval_every: int,
+    eval_from: int = 1,
     checkpoint_every: int,
     keep_checkpoints: int,
     fingerprint: int,
@@ -90,6 +91,7 @@ def train(
       seed: of every random choice.
       folder: a run folder; gets ``metrics.jsonl`` and ``checkpoints/``.
       eval_every: rounds from one test to the next; the last round is always tested.
+      eval_from: first round that is tested.
       checkpoint_every: rounds from one checkpoint to the next; the last is always saved.
       keep_checkpoints: how many of the newest stay.
       fingerprint: of the config, for the checkpoints.
@@ -160,7 +162,8 @@ def train(
             step = _compiled(advance, parts.mesh)
             for index in range(max(begin, done), end):
                 number = index + 1
-                is_tested = number % eval_every == 0 or number == num_rounds
+                is_due = number >= eval_from and number % eval_every == 0
+                is_tested = is_due or number == num_rounds
                 try:
                     now, metrics = step(rounds_key, now, population)
                     tested = try_out(now.state, test) if is_tested else None

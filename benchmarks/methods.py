@@ -1,0 +1,334 @@
+"""Every method under one protocol: accuracy against bytes on Fashion-MNIST.
+
+    python -m benchmarks.methods --jobs 2                            # all; goes on where it stopped
+    python -m benchmarks.methods --only feddip-lenet5-sparsity-0.8   # one row
+    python -m benchmarks.methods --table                             # from the runs that are there
+
+``methods.yaml`` beside this file is the protocol; a row is a case of it, with all partitions and
+seeds. Writes ``methods.md`` (the table) and ``methods.svg`` (the picture) beside the run folders.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import pathlib
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from fedjaxprune.data import datasets
+from fedjaxprune.experiment import comparison, playing, runs, sweeps
+from fedjaxprune.experiment.config import UserError
+
+SWEEP = pathlib.Path(__file__).with_suffix(".yaml")
+PARTITIONS = ("iid", "dirichlet")
+TITLES = {"iid": "IID", "dirichlet": "Dirichlet(0.5)"}
+TABLE, PICTURE = "methods.md", "methods.svg"
+
+# Colours that colour-blind people tell apart (Okabe and Ito), one a family; a marker a method.
+_COLOURS = {
+    "black": "fedavg fedprox scaffold fednova feddip_without_pruning explored_start",
+    "#0072B2": "feddip feddip_without_penalty gradual_magnitude",
+    "#D55E00": "autoflip feddp_threshold fedtiny",
+    "#009E73": "random_masks magnitude_masks one_client_masks pooled_masks snip_masks "
+    "snip_masks_of_clients",
+    "#CC79A7": "mpfl random_filters pooled_filters averaged_filters",
+    "#56B4E9": "squeeze_excitation adaptive_dynamic_pruning random_channels",
+}
+_MARKERS = "osD^vP"
+
+NOTES = """\
+Mean ± deviation over seeds of the mean test accuracy of the last ten rounds. MiB are of whole runs,
+all clients, as the ledger has them; what went before training (exploration, votes, masks, chosen
+starts) is in them, and once more apart. Where partitions differ: IID / Dirichlet(0.5).
+
+- Every run of a seed has the same examples at the same clients and the same initial weights of its
+  network; the server's 1,200 examples are nobody else's, whether a method asks for them or not.
+- LeNet-5 for all that can. FedTiny needs BatchNorm (`resnet8`), adaptive dynamic pruning gates
+  (`gated_resnet8`): FedAvg on the one and `squeeze_excitation` on the other, which is FedAvg with
+  all gates open, are their references.
+- Knobs: a sparsity of the prunable weights (of all kernels for FedTiny), of the filters of each
+  layer (of 6 and 16, of which one always stays: 0.99 would be 0.95), the share of channels that
+  gates keep, or the magnitude below which weights become zero. `pruned` is what came out.
+- Clients take equally many steps, so FedNova is FedAvg but for one number a message.
+- FedDIP and gradual pruning tighten until the end: the first of the last ten rounds are denser.
+"""
+
+
+class Point(NamedTuple):
+    """What a row's runs of one partition came to.
+
+    Attributes:
+      accuracies: fractions, by seed.
+      up: MiB from all clients over the whole run, mean over the seeds.
+      down: MiB to all clients, likewise.
+      one_off: MiB, both ways, of the stages before training.
+      sparsity: at the end, mean over the seeds.
+    """
+
+    accuracies: tuple[float, ...]
+    up: float
+    down: float
+    one_off: float
+    sparsity: float
+
+
+class Row(NamedTuple):
+    """A configuration of a method.
+
+    Attributes:
+      name: for ``--only``.
+      config: of one of its runs.
+      points: by partition, where a run has finished.
+      num_seeds: runs of a partition that there should be.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    points: dict[str, Point]
+    num_seeds: int
+
+
+def row_name(member: sweeps.Member) -> str:
+    """Name the row that a member belongs to: its folder without partition and seed."""
+    name = member.name.replace(f"-partition-{member.config.partition}", "")
+    return re.sub(r"-seed-\d+$", "", name)
+
+
+def measure(found: Sequence[runs.Run]) -> Point:
+    """Take the means of a row's finished runs of one partition."""
+    measured = comparison.compare([comparison.Group(label="", runs=tuple(found))]).measures[0]
+    before = [
+        sum(x.uplink_bits + x.downlink_bits for x in run.lines if x.stage != run.lines[-1].stage)
+        for run in found
+    ]
+    return Point(
+        accuracies=tuple(one.accuracy for one in measured),
+        up=comparison.mean([one.up for one in measured]),
+        down=comparison.mean([one.down for one in measured]),
+        one_off=comparison.mean(before) / comparison.BITS_PER_MIB,
+        sparsity=comparison.mean([one.sparsity for one in measured]),
+    )
+
+
+def collect(members: Sequence[sweeps.Member]) -> list[Row]:
+    """Read what has been run, row by row, in the order of the sweep."""
+    by_row: dict[str, dict[str, list[sweeps.Member]]] = {}
+    for member in members:
+        parts = by_row.setdefault(row_name(member), {})
+        parts.setdefault(member.config.partition, []).append(member)
+    rows = []
+    for name, parts in by_row.items():
+        points = {}
+        for partition, several in parts.items():
+            there = [str(one.config.out) for one in several if sweeps.is_finished(one)]
+            if there:
+                points[partition] = measure(runs.read_all(there)[0])
+        first = next(iter(parts.values()))
+        config = first[0].config.model_dump()
+        rows.append(Row(name=name, config=config, points=points, num_seeds=len(first)))
+    return rows
+
+
+def knob(config: Mapping[str, Any]) -> str:
+    """Say where a method's knob stands; empty for a method without one."""
+    algorithm = config["algorithm"]
+    if algorithm == "feddp_threshold":
+        return f"threshold {config['weight_threshold']}"
+    if algorithm in ("adaptive_dynamic_pruning", "random_channels"):
+        return f"gates {config['gate_density']}"
+    from fedjaxprune.experiment import methods
+
+    if algorithm in methods.BY_FILTER:
+        return f"filters {config['sparsity']}"
+    return str(config["sparsity"]) if algorithm in methods.PRUNING else ""
+
+
+def accuracy(point: Point | None, num_seeds: int) -> str:
+    """Write a mean ± deviation in per cent, and how many seeds are there if not all are."""
+    if point is None:
+        return "-"
+    values = [100 * value for value in point.accuracies]
+    text = f"{comparison.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {comparison.deviation(values):.2f}"
+    return text if len(values) == num_seeds else f"{text} ({len(values)} of {num_seeds})"
+
+
+def _both(row: Row, field: str) -> str:
+    """Write a number of both partitions, once if it is the same."""
+    known = [getattr(row.points[one], field) for one in PARTITIONS if one in row.points]
+    texts = [f"{100 * one:.1f}" if field == "sparsity" else f"{one:.2f}" for one in known]
+    return " / ".join(dict.fromkeys(texts))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Write the rows that have a run as a Markdown table."""
+    head = ["network", "method", "knob", "pruned, %", *(f"{TITLES[p]}, %" for p in PARTITIONS)]
+    head += ["up, MiB", "down, MiB", "of both, before training", "`python -m benchmarks.methods`"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        if row.points:
+            cells = [str(row.config["model"]), f"`{row.config['algorithm']}`", knob(row.config)]
+            cells.append(_both(row, "sparsity"))
+            cells += [accuracy(row.points.get(one), row.num_seeds) for one in PARTITIONS]
+            cells += [_both(row, field) for field in ("up", "down", "one_off")]
+            lines.append([*cells, f"`--only {row.name}`"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def look(algorithm: str) -> tuple[str, str]:
+    """Choose a method's colour and marker, which no other has together."""
+    for colour, names in _COLOURS.items():
+        if algorithm in names.split():
+            return colour, _MARKERS[names.split().index(algorithm)]
+    raise ValueError(f"no colour is set for {algorithm!r}.")
+
+
+def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Draw accuracy against the MiB of a whole run, one panel a partition; write an SVG file.
+
+    The ground is white, so that it reads on dark pages, too.
+    """
+    figure = Figure(figsize=(11, 7.5), layout="constrained", facecolor="white")
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, partition in zip(panels, PARTITIONS, strict=True):
+        lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for row in rows:
+            if (point := row.points.get(partition)) is not None:
+                key = (str(row.config["algorithm"]), str(row.config["model"]))
+                place = (point.up + point.down, 100 * comparison.mean(point.accuracies))
+                lines.setdefault(key, []).append(place)
+        for (algorithm, model), places in lines.items():
+            colour, marker = look(algorithm)
+            axes.plot(
+                *zip(*sorted(places), strict=True),
+                color=colour,
+                marker=marker,
+                markerfacecolor=colour if model == "lenet5" else "white",
+                markersize=6,
+                linewidth=0.8,
+                linestyle="-" if model == "lenet5" else ":",
+                label=f"{algorithm}, {model}" if model != "lenet5" else algorithm,
+            )
+        axes.set(xscale="log", title=TITLES[partition], xlabel="MiB sent, both ways, all clients")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy of the last ten rounds, per cent")
+    known = [axes.get_legend_handles_labels() for axes in panels]
+    figure.legend(
+        *max(known, key=lambda one: len(one[1])), loc="outside lower center", ncols=4, fontsize=8
+    )
+    figure.savefig(path, metadata={"Date": None})
+
+
+def write(rows: Sequence[Row], folder: pathlib.Path) -> str:
+    """Write table and picture of what there is; return the table."""
+    text = f"{NOTES}\n{table(rows)}"
+    (folder / TABLE).write_text(text, encoding="utf-8")
+    picture(rows, folder / PICTURE)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods", description="Every method under one protocol."
+    )
+    parser.add_argument("--only", action="append", metavar="ROW", help="as the table names it")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side (1)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("runs/methods"), metavar="FOLDER"
+    )
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}.")
+    try:
+        sweep = sweeps.read(str(SWEEP), out=options.out)
+    except UserError as error:
+        parser.error(str(error))
+    names = list(dict.fromkeys(map(row_name, sweep.members)))
+    if unknown := [name for name in options.only or [] if name not in names]:
+        parser.error(f"--only must be one of {', '.join(names)}, got {unknown[0]}.")
+    chosen = [one for one in sweep.members if row_name(one) in (options.only or names)]
+    failed = {}
+    if not options.table:
+        failed = play(chosen, jobs=options.jobs)
+    if options.out.is_dir():
+        print(write(collect(sweep.members), options.out))
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(f'{name} ({why})' for name, why in failed.items())}")
+
+
+def turn(member: sweeps.Member) -> tuple[bool, int]:
+    """Say when a member's turn is: seed by seed, further seeds of the dear networks last."""
+    seed = member.config.seed
+    return member.config.model != "lenet5" and seed > 0, seed
+
+
+def play(members: Sequence[sweeps.Member], *, jobs: int) -> dict[str, str]:
+    """Play what is missing, each process on cores of its own; return what failed, and why.
+
+    A process plays many runs: starting one for each and reading the data anew would take as long
+    as most of the runs.
+    """
+    missing = sorted((one for one in members if not sweeps.is_finished(one)), key=turn)
+    if not missing:
+        return {}
+    context = multiprocessing.get_context("spawn")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares = context.Queue()
+    for number in range(jobs):
+        shares.put(cores[number::jobs])
+    failed = {}
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _settle, (shares,)) as pool:
+        coming = {pool.submit(_play, one): one.name for one in missing}
+        try:
+            for number, done in enumerate(concurrent.futures.as_completed(coming), start=1):
+                name, why = coming[done], done.result()
+                print(
+                    f"{number} of {len(missing)}: {name}{f': failed: {why}' if why else ''}",
+                    flush=True,
+                )
+                if why:
+                    failed[name] = why
+        except BaseException:  # else the pool would play all that is left
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return failed
+
+
+def _settle(shares: Any) -> None:
+    """Set a process up for many runs."""
+    if cores := shares.get():
+        os.sched_setaffinity(0, cores)
+    threading.Thread(target=_follow, daemon=True).start()
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    datasets.load = functools.cache(datasets.load)
+
+
+def _follow() -> None:
+    """End with the process that gave the work, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _play(member: sweeps.Member) -> str | None:
+    why = playing.attempt(member, trackers={})
+    jax.clear_caches()  # else compiled rounds pile up in memory
+    return why
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The table of all methods: its sweep is whole, and its numbers are those of the runs."""
+
+import typing
+
+import pytest
+
+from benchmarks import methods as benchmark
+from fedjaxprune.experiment import methods, record, sweeps
+from tests.folders import line, write
+
+SHORT = {"rounds": 2, "num_clients": 4, "cohort_size": 2}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return sweeps.read(str(benchmark.SWEEP), out=tmp_path_factory.mktemp("sweep"))
+
+
+def test_every_method_is_in_the_sweep_on_both_partitions_with_three_seeds(sweep):
+    there = {(m.config.algorithm, m.config.partition, m.config.seed) for m in sweep.members}
+    names = typing.get_args(methods.Name)
+    assert there == {(n, p, s) for n in names for p in benchmark.PARTITIONS for s in range(3)}
+
+
+def test_all_methods_do_the_same_local_work_from_the_same_start(sweep):
+    names = ("rounds", "num_clients", "cohort_size", "local_steps", "batch_size", "learning_rate")
+    names += (
+        "learning_rate_decay",
+        "momentum",
+        "weight_decay",
+        "optimizer",
+        "dataset",
+        "normalise",
+        "server_share",
+    )
+    assert len({tuple(getattr(m.config, name) for name in names) for m in sweep.members}) == 1
+
+
+def test_a_sparsity_is_each_of_the_four_where_weights_are_pruned(sweep):
+    by_method = {}
+    for member in sweep.members:
+        by_method.setdefault(member.config.algorithm, set()).add(member.config.sparsity)
+    for name in set(methods.PRUNING) - set(methods.BY_FILTER):
+        assert by_method[name] == {0.8, 0.9, 0.95, 0.99}, name
+
+
+def test_every_other_network_has_fedavg_beside_it(sweep):
+    dense = ("fedavg", "squeeze_excitation")  # the latter is FedAvg on a network with gates
+    references = {m.config.model for m in sweep.members if m.config.algorithm in dense}
+    assert references == {m.config.model for m in sweep.members}
+
+
+def test_all_of_a_seed_comes_before_the_next(sweep):
+    order = sorted(sweep.members, key=benchmark.turn)
+    for networks in ({"lenet5"}, {"resnet8", "gated_resnet8"}):
+        seeds = [one.config.seed for one in order if one.config.model in networks]
+        assert seeds == sorted(seeds)
+    first = order[: next(n for n, one in enumerate(order) if one.config.seed)]
+    assert {one.config.algorithm for one in first} == set(typing.get_args(methods.Name))
+
+
+def test_every_row_has_its_members_alone_and_every_method_a_look_of_its_own(sweep):
+    rows = {}
+    for member in sweep.members:
+        rows.setdefault(benchmark.row_name(member), []).append(member.config)
+    for name, configs in rows.items():
+        assert len(configs) == 6, name
+        assert len({(c.algorithm, c.model, benchmark.knob(c.model_dump())) for c in configs}) == 1
+    looks = [benchmark.look(name) for name in typing.get_args(methods.Name)]
+    assert len(set(looks)) == len(looks)
+
+
+@pytest.fixture
+def played(tmp_path, sweep):
+    """FedAvg with two seeds of one partition and one of the other; AutoFLIP with a stage before."""
+    folder = tmp_path / "out"
+    for member in sweep.members:
+        config, lines = member.config, None
+        if config.algorithm == "fedavg" and config.model == "lenet5" and config.seed < 2:
+            if (config.partition, config.seed) == ("dirichlet", 1):
+                continue
+            final = 0.8 + 0.02 * config.seed if config.partition == "iid" else 0.7
+            early = [line(n, mib=2) for n in (1, 2)]
+            lines = early + [line(n, mib=2, accuracy=final) for n in range(3, 13)]
+        elif config.algorithm == "autoflip" and config.sparsity == 0.9 and config.seed == 0:
+            lines = [line(1, mib=6, stage="explore")]
+            lines += [line(n, mib=1, accuracy=0.6) for n in range(2, 12)]
+        if lines:
+            write(folder / member.name, lines, **config.model_dump(exclude={"out"}))
+    return folder
+
+
+def cells(text, row):
+    return next([c.strip() for c in x.split("|")] for x in text.splitlines() if f"{row}`" in x)
+
+
+def test_the_table_is_of_the_last_ten_rounds_and_counts_stages_before_training(played, capsys):
+    benchmark.main(["--table", "--out", str(played)])
+    text = (played / benchmark.TABLE).read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert text.count("--only") == 2  # the rows that have runs
+    fedavg = cells(text, "--only fedavg-lenet5")
+    assert fedavg[5:10] == ["81.00 ± 1.41 (2 of 3)", "70.00 (1 of 3)", "12.00", "12.00", "0.00"]
+    autoflip = cells(text, "--only autoflip-lenet5-sparsity-0.9")
+    assert autoflip[3:10] == [
+        "0.9",
+        "50.0",
+        "60.00 (1 of 3)",
+        "60.00 (1 of 3)",
+        "8.00",
+        "8.00",
+        "6.00",
+    ]
+    drawn = (played / benchmark.PICTURE).read_text()
+    assert drawn.count("<svg") == 1
+
+
+def test_what_has_not_finished_is_not_in_the_table(played, sweep, capsys):
+    (played / "autoflip-partition-iid-lenet5-sparsity-0.9-seed-0" / record.SUMMARY).unlink()
+    benchmark.main(["--table", "--out", str(played)])
+    found = cells(capsys.readouterr().out, "--only autoflip-lenet5-sparsity-0.9")
+    assert found[5:7] == ["-", "60.00 (1 of 3)"]
+
+
+def test_a_row_plays_its_members_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        benchmark, "play", lambda members, jobs: asked.append((members, jobs)) or {}
+    )
+    benchmark.main(["--only", "feddip-lenet5-sparsity-0.8", "--jobs", "2", "--out", str(tmp_path)])
+    [(members, jobs)] = asked
+    assert jobs == 2
+    assert len(members) == 6
+    assert {(m.config.algorithm, m.config.sparsity) for m in members} == {("feddip", 0.8)}
+
+
+def test_an_unknown_row_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--only", "fedsparse"])
+    assert "--only must be one of" in capsys.readouterr().err
