@@ -140,8 +140,9 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
         first = jnp.where(small, 2 * step, step * batch_size // size)
         begin = jnp.where(small, jnp.int32(0), step * batch_size % size)
         slots = begin + jnp.arange(batch_size, dtype=jnp.int32)
-        here = permute(jax.random.fold_in(order_key, first), slots % size, size)
-        there = permute(jax.random.fold_in(order_key, first + 1), slots % size, size)
+        here, there = jax.vmap(
+            lambda epoch: permute(jax.random.fold_in(order_key, epoch), slots % size, size)
+        )(first + jnp.arange(2, dtype=jnp.int32))
         positions = jnp.where(slots < size, here, there)
         weights = jnp.full(batch_size, data.size > 0).astype(jnp.float32)
         return _gather(
