@@ -24,10 +24,10 @@ from jax import export as jax_export
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.base import Params, State
 from fedjaxprune.compaction import compact
-from fedjaxprune.experiment import card, finished, record, tensors
+from fedjaxprune.experiment import card, finished, record, runs, tensors
 from fedjaxprune.experiment.config import UserError
 
-TENSORS, PROGRAM, CARD, CONFIG = "model.safetensors", "model.stablehlo", "README.md", "config.yaml"
+TENSORS, PROGRAM, CARD, CONFIG = "model.safetensors", runs.EXPORTED, "README.md", "config.yaml"
 NEEDED = ("safetensors", "flatbuffers")  # of the extra `export`
 PLATFORMS = ("cpu", "cuda", "tpu")
 CHECKED = 200  # test examples on which the exported network is compared with the run's
@@ -156,10 +156,7 @@ def load(folder: str | pathlib.Path, *, data_dir: str | None = None) -> Loaded:
     folder = pathlib.Path(folder).expanduser()
     if not (folder / PROGRAM).is_file():
         if not (folder / record.CONFIG).is_file():
-            raise UserError(
-                f"{str(folder)!r} is neither a run nor an exported network: it has neither "
-                f"{record.CONFIG} nor {PROGRAM}."
-            )
+            raise runs.no_run(folder, "run and no exported network")
         found = finished.from_folder(folder, data_dir=data_dir)
         predict = finished.predict_stored(found.parts.model.predict, found.parts.preprocess)
         params = masks_lib.apply(found.masks, found.params)

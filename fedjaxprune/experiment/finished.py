@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fedjaxprune.base import Masks, Params, State
-from fedjaxprune.experiment import catalog, checkpoints, reading, record, runner
+from fedjaxprune.experiment import catalog, checkpoints, reading, record, runner, runs
 from fedjaxprune.experiment.config import RunConfig, UserError
 
 
@@ -95,9 +95,8 @@ def check(folder: pathlib.Path) -> None:
     Raises:
       UserError: in one sentence.
     """
-    if not (folder / record.CONFIG).is_file():
-        what = "is no folder" if not folder.is_dir() else f"there is no {record.CONFIG} in it"
-        raise UserError(f"{str(folder)!r} is no run: {what}.")
+    if not runs.is_run(folder):
+        raise runs.no_run(folder)
     found = folder / record.CHECKPOINTS
     if not found.is_dir() or not any(entry.name.isdigit() for entry in found.iterdir()):
         raise UserError(

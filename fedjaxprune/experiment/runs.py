@@ -18,6 +18,9 @@ try:
 except ImportError:  # no POSIX: a run still going looks like one that was broken off
     fcntl = None
 
+EXPORTED = "model.stablehlo"  # is in the folder of an exported network
+_NAMED = 6  # runs that a message names
+
 # What lines of older versions lack.
 _LACKING: dict[str, Any] = {
     "uplink_parts": {},
@@ -92,17 +95,41 @@ def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[Run], list[str]]
 
 def _expand(folder: pathlib.Path) -> list[pathlib.Path]:
     """List the run folders that `folder` stands for."""
+    found = [folder] if is_run(folder) else inside(folder)
+    if not found:
+        raise no_run(folder)
+    return found
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Tell whether a folder is that of a run, and not of a network that was exported of one."""
+    return (folder / record.CONFIG).is_file() and not (folder / EXPORTED).is_file()
+
+
+def inside(folder: pathlib.Path) -> list[pathlib.Path]:
+    """List the run folders in a folder, by name."""
+    found = sorted(path.parent for path in folder.glob(f"*/{record.CONFIG}"))
+    return [one for one in found if one.name[0] != "." and is_run(one)]
+
+
+def no_run(folder: pathlib.Path, what: str = "run") -> UserError:
+    """Say why a folder is not the one run, or whatever else was looked for, that is needed."""
     if not folder.is_dir():
         reason = "it is a file" if folder.exists() else "there is no such folder"
-        raise UserError(f"{str(folder)!r} is no run: {reason}.")
-    if (folder / record.CONFIG).exists():
-        return [folder]
-    inside = sorted(p.parent for p in folder.glob(f"*/{record.CONFIG}") if p.parent.name[0] != ".")
-    if not inside:
-        raise UserError(
-            f"{str(folder)!r} is no run: there is no {record.CONFIG} in it, nor in a folder in it."
+        return UserError(f"{str(folder)!r} is no {what}: {reason}.")
+    if (folder / EXPORTED).is_file():
+        return UserError(f"{str(folder)!r} is no {what}: it is an exported network.")
+    if found := inside(folder):
+        names = [repr(str(one)) for one in found[:_NAMED]]
+        if len(found) > _NAMED:
+            names.append(f"{len(found) - _NAMED} more")
+        return UserError(
+            f"{str(folder)!r} is no {what} but holds {len(found)}: give one of them "
+            f"({', '.join(names)})."
         )
-    return inside
+    return UserError(
+        f"{str(folder)!r} is no {what}: there is no {record.CONFIG} in it, nor in a folder in it."
+    )
 
 
 def _names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
