@@ -17,7 +17,7 @@ pytest.importorskip("plotly", reason="report needs plotly: pip install 'fedjaxpr
 from fedjaxprune.experiment import comparison, failure, runs
 from fedjaxprune.experiment.cli import main
 from fedjaxprune.experiment.report import figures, frame, page, series
-from tests.folders import MIB, line, rising, write
+from tests.folders import MIB, big, line, rising, write
 
 
 def make(*folders):
@@ -222,18 +222,6 @@ def many(folder, num_runs):
         finals = np.linspace(0.1, 0.5 + 0.01 * number, 30).tolist()
         write(folder / f"{number}", rising(finals), learning_rate=0.01 * (1 + number))
     return folder
-
-
-def big(folder):
-    """Make a run of 1,000 rounds of a network of 50 layers that changes in every round."""
-    random = np.random.default_rng(0)
-    paths = [f"stage_{n // 10}/block_{n % 10}/conv/kernel" for n in range(50)]
-    rates = random.uniform(0, 1, size=(1000, 50)).round(6)
-    lines = [
-        one._replace(layer_sparsity=dict(zip(paths, row.tolist(), strict=True)))
-        for one, row in zip(rising(random.uniform(0, 1, 1000).tolist()), rates, strict=True)
-    ]
-    return write(folder, lines, rounds=1000)
 
 
 def test_a_thousand_rounds_of_fifty_layers_stay_small(tmp_path):

@@ -18,7 +18,9 @@
 
   // The plotting library and the numbers are packed to keep the page small.
   const unpack = async (id) => {
-    const packed = Uint8Array.from(atob(document.getElementById(id).textContent.trim()), (c) => c.charCodeAt(0));
+    const text = atob(document.getElementById(id).textContent);
+    const packed = new Uint8Array(text.length);
+    for (let n = 0; n < text.length; n++) packed[n] = text.charCodeAt(n);
     return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
   const rest = () => new Promise((done) => setTimeout(done)); // the browser may show what there is
@@ -63,7 +65,7 @@
     });
     layout.margin.b = 12;
     for (const axis of ["xaxis", "yaxis"]) {
-      layout[axis] = { ...layout[axis], gridcolor: of("line"), linecolor: of("line"), zerolinecolor: of("line"), zeroline: false, showline: axis === "xaxis", tickcolor: of("line"), ticks: "outside", ticklen: 4 };
+      layout[axis] = { ...layout[axis], gridcolor: of("line"), linecolor: of("line"), zerolinecolor: of("line"), zeroline: false, showline: axis === "xaxis", ticklabeloverflow: "allow", tickcolor: of("line"), ticks: "outside", ticklen: 4 };
     }
     figure.config = {
       responsive: true, displaylogo: false, scrollZoom: false, showSendToCloud: false,
@@ -99,10 +101,18 @@
     }
   }
   const mark = (name) => root.setAttribute("data-" + name, Math.round(performance.now())); // ms since the page was opened
-  for (const place of plots) {
+  // What is on the screen comes first, then what is nearest to it, wherever it has been scrolled to.
+  const away = (place) => {
+    const box = place.getBoundingClientRect();
+    return Math.max(0, box.top - innerHeight, -box.bottom);
+  };
+  for (const left = [...plots]; left.length; ) {
+    await rest();
+    const distances = left.map(away);
+    const nearest = Math.min(...distances);
+    if (nearest > 0 && !root.hasAttribute("data-shown")) mark("shown");
+    const [place] = left.splice(distances.indexOf(nearest), 1);
     try {
-      await rest();
-      if (place.getBoundingClientRect().top > innerHeight && !root.hasAttribute("data-shown")) mark("shown");
       await draw(place);
     } catch (error) {
       say(place, "This picture cannot be drawn: " + error);
