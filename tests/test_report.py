@@ -6,8 +6,8 @@ import html.parser
 import json
 import pathlib
 import re
-import shutil
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ pytest.importorskip("plotly", reason="report needs plotly: pip install 'fedjaxpr
 from fedjaxprune.experiment import comparison, failure, runs
 from fedjaxprune.experiment.cli import main
 from fedjaxprune.experiment.report import figures, frame, page, series
+from tests import browser
 from tests.folders import MIB, big, line, rising, write
 
 
@@ -254,7 +255,7 @@ CASES = {
 @pytest.mark.parametrize("width", [1300, 400])
 @pytest.mark.parametrize("case", CASES)
 def test_a_browser_draws_every_picture_and_asks_for_nothing(tmp_path, case, width):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = browser.find()
     if chromium is None:
         pytest.skip("no chromium or google-chrome in the PATH")
     path = tmp_path / "report.html"
@@ -276,6 +277,43 @@ def test_a_browser_draws_every_picture_and_asks_for_nothing(tmp_path, case, widt
     assert len(re.findall(r'class="plot js-plotly-plot"', body)) == num_places
     assert 'class="error"' not in body
     assert not asked(log), asked(log)
+
+
+PLACES = """JSON.stringify([...document.querySelectorAll(".plot")].map((place) => {
+  const picture = place.querySelector(".main-svg");
+  return [place.clientWidth, place.clientHeight, picture?.clientWidth, picture?.clientHeight];
+}))"""
+
+
+@pytest.mark.browser
+def test_a_turned_phone_has_pictures_of_the_new_width(tmp_path):
+    if browser.find() is None:
+        pytest.skip("no chromium or google-chrome in the PATH")
+    path = tmp_path / "report.html"
+    page.write(path, make(many(tmp_path / "run", 3)))
+    with browser.opened(width=400) as send:
+
+        def wait(expression, is_so):
+            found = None
+            for _ in range(300):
+                found = send("Runtime.evaluate", expression=expression)["result"].get("value")
+                if found and is_so(json.loads(found)):
+                    return
+                time.sleep(0.1)
+            raise AssertionError(found)
+
+        send("Page.navigate", url=path.as_uri())
+        wait("JSON.stringify(document.documentElement.dataset)", lambda noted: "drawn" in noted)
+        for width in (850, 390, 1300):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            send("Emulation.setDeviceMetricsOverride", **size)
+            wait(
+                PLACES,
+                lambda places, width=width: all(
+                    place[:2] == place[2:] and place[0] < width and place[1] > 200
+                    for place in places
+                ),
+            )
 
 
 def asked(log: pathlib.Path) -> list[str]:

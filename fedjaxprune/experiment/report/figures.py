@@ -204,11 +204,11 @@ def _traffic(groups: Sequence[Group]) -> Picture | None:
         frame.mark_stages(figure, [members])
         variants.append((members.label, figure))
     if len(totals) > 1:
-        figure = frame.empty(x="MiB sent", y="", barmode="stack", height=180 + 34 * len(totals))
+        figure = frame.empty(x="MiB sent", y="", barmode="stack")  # its height: see page.js
         kinds = dict.fromkeys(name for _, total in totals for name in total)
         for number, kind in enumerate(kinds):
             figure.add_bar(
-                y=[label.replace(", ", ",<br>") for label, _ in totals],
+                y=[label for label, _ in totals],
                 x=[total.get(kind, 0.0) for _, total in totals],
                 name=kind,
                 orientation="h",
