@@ -179,7 +179,8 @@ def _remainders(
     dead: dict[tuple[str, int], np.ndarray] = {}
     for each in analysis.filters:
         maker = each.members[0]
-        dead[maker.path, maker.axis] = _dead(leaves[maker.path], maker.axis)
+        leaf = np.asarray(leaves[maker.path])
+        dead[maker.path, maker.axis] = ~facts.along(leaf != 0, maker.axis)
     found: dict[tuple[str, int, str], tuple[list[int], dict[str, None]]] = {}
     for (path, axis), bits in dead.items():
         seen_by, left = whole[path], by_path[path][axis]
@@ -196,12 +197,6 @@ def _remainders(
         Remainder(path, axis, tuple(indices), why, tuple(others))
         for (path, axis, why), (indices, others) in found.items()
     )
-
-
-def _dead(leaf: Any, axis: int) -> np.ndarray:
-    """Tell which slices of a leaf are all zeros: ``[n]``."""
-    leaf = np.asarray(leaf)
-    return ~np.any(leaf != 0, axis=tuple(i for i in range(leaf.ndim) if i != axis))
 
 
 def _why(
