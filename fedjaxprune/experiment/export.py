@@ -11,6 +11,7 @@ The folder appears whole or not at all.
 """
 
 import importlib.util
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -153,9 +154,9 @@ def load(folder: str | pathlib.Path, *, data_dir: str | None = None) -> Loaded:
     Raises:
       UserError: there is neither in the folder, or it is damaged.
     """
-    folder = pathlib.Path(folder).expanduser()
-    if not (folder / PROGRAM).is_file():
-        if not (folder / record.CONFIG).is_file():
+    folder = pathlib.Path(os.path.expanduser(folder))
+    if not os.path.isfile(folder / PROGRAM):
+        if not runs.is_run(folder):
             raise runs.no_run(folder, "run and no exported network")
         found = finished.from_folder(folder, data_dir=data_dir)
         predict = finished.predict_stored(found.parts.model.predict, found.parts.preprocess)
@@ -204,5 +205,5 @@ def check_free(out: pathlib.Path) -> None:
     Raises:
       UserError: something is there.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"out: {str(out)!r} exists; give a folder that does not.")

@@ -21,8 +21,8 @@ def export(run: str, out: str | None, data_dir: str | None) -> None:
 
     folder = pathlib.Path(os.path.expanduser(run))
     target = pathlib.Path(os.path.expanduser(out)) if out else folder / "export"
-    if out == "" or data_dir == "":
-        raise config.UserError("--out and --data-dir must not be empty.")
+    if "" in (run, out, data_dir):
+        raise config.UserError("RUN, --out and --data-dir must not be empty.")
     with launch.jax_set_up():
         from fedjaxprune.experiment import card
         from fedjaxprune.experiment import export as exporting

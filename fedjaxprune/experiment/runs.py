@@ -5,6 +5,7 @@ says in a note what it left out.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -78,7 +79,9 @@ def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[Run], list[str]]
     """
     folders: dict[pathlib.Path, pathlib.Path] = {}
     for text in given:
-        for folder in _expand(pathlib.Path(text).expanduser()):
+        if not str(text):
+            raise UserError("got an empty name for a run folder.")
+        for folder in _expand(pathlib.Path(os.path.expanduser(text))):
             folders.setdefault(folder.resolve(), folder)
     names = _names(list(folders))
     found, notes = [], []
@@ -103,33 +106,45 @@ def _expand(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def is_run(folder: pathlib.Path) -> bool:
     """Tell whether a folder is that of a run, and not of a network that was exported of one."""
-    return (folder / record.CONFIG).is_file() and not (folder / EXPORTED).is_file()
+    # Unlike pathlib's, these say no to names that no file can have.
+    return os.path.isfile(folder / record.CONFIG) and not os.path.isfile(folder / EXPORTED)
 
 
 def inside(folder: pathlib.Path) -> list[pathlib.Path]:
     """List the run folders in a folder, by name."""
+    if not os.path.isdir(folder):
+        return []
     found = sorted(path.parent for path in folder.glob(f"*/{record.CONFIG}"))
     return [one for one in found if one.name[0] != "." and is_run(one)]
 
 
 def no_run(folder: pathlib.Path, what: str = "run") -> UserError:
     """Say why a folder is not the one run, or whatever else was looked for, that is needed."""
-    if not folder.is_dir():
-        reason = "it is a file" if folder.exists() else "there is no such folder"
+    if not os.path.isdir(folder):
+        reason = "it is a file" if os.path.exists(folder) else "there is no such folder"
         return UserError(f"{str(folder)!r} is no {what}: {reason}.")
-    if (folder / EXPORTED).is_file():
+    if os.path.isfile(folder / EXPORTED):
         return UserError(f"{str(folder)!r} is no {what}: it is an exported network.")
     if found := inside(folder):
-        names = [repr(str(one)) for one in found[:_NAMED]]
-        if len(found) > _NAMED:
-            names.append(f"{len(found) - _NAMED} more")
         return UserError(
             f"{str(folder)!r} is no {what} but holds {len(found)}: give one of them "
-            f"({', '.join(names)})."
+            f"({_named(found)})."
         )
+    more = ""
+    if found := sorted({path.parent.parent for path in folder.glob(f"*/*/{record.CONFIG}")}):
+        more = f"; there are runs in {_named(found)}"
     return UserError(
-        f"{str(folder)!r} is no {what}: there is no {record.CONFIG} in it, nor in a folder in it."
+        f"{str(folder)!r} is no {what}: there is no {record.CONFIG} in it, nor in a folder in it"
+        f"{more}."
     )
+
+
+def _named(folders: Sequence[pathlib.Path]) -> str:
+    """Name folders, but not too many."""
+    names = [repr(str(one)) for one in folders[:_NAMED]]
+    if len(folders) > _NAMED:
+        names.append(f"{len(folders) - _NAMED} more")
+    return ", ".join(names)
 
 
 def _names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
