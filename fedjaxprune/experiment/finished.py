@@ -99,9 +99,12 @@ def check(folder: pathlib.Path) -> None:
         raise runs.no_run(folder)
     found = folder / record.CHECKPOINTS
     if not found.is_dir() or not any(entry.name.isdigit() for entry in found.iterdir()):
+        what = f"continue it with `fedjaxprune run --resume {folder}`"
+        if runs.is_held(folder):
+            what = "it is still going: wait for one"
         raise UserError(
             f"the run in {str(folder)!r} has no checkpoint, so there is no network to take out of "
-            f"it; continue it with `fedjaxprune run --resume {folder}`."
+            f"it; {what}."
         )
 
 

@@ -80,9 +80,10 @@
       height: (layout.height || (narrow ? 300 : 360)) + below,
       font: { family: "system-ui, sans-serif", size: narrow ? 11 : 12, color: of("text") },
       paper_bgcolor: of("card"), plot_bgcolor: of("card"),
-      margin: { l: 10, r: 16, b: 10, t: 34, ...layout.margin },
+      margin: { l: 10, r: 16, b: 10, t: 46, ...layout.margin },
       hoverlabel: { bgcolor: of("shade"), bordercolor: of("line"), font: { color: of("text") }, namelength: -1 },
-      legend: { orientation: "h", x: 0, xref: "container", xanchor: "left", y: 0, yref: "container", yanchor: "bottom", maxheight: 1, tracegroupgap: 0 },
+      legend: { orientation: "h", x: 0, xref: "container", xanchor: "left", y: 0, yref: "container", yanchor: "bottom", maxheight: 1, tracegroupgap: 0, traceorder: "normal" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: of("quiet"), activecolor: of("text") },
       showlegend: shown.length > 1, dragmode: narrow ? false : "zoom", hovermode: "closest",
     });
     layout.margin.b = 12;

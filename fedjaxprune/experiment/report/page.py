@@ -162,11 +162,11 @@ def _table(compared: Comparison) -> str:
             for name, value in zip(head, body[0], strict=True)
         )
         return f'<div class="scroll tall"><table>{rows}</table></div>{button}'
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    names = "".join(f"<th{_kind(name)}>{html.escape(name)}</th>" for name in head)
     rows = "".join(
         "<tr>"
         + "".join(
-            f"<td{' class=words' if name == tables.OPEN else ''}>{html.escape(value)}</td>"
+            f"<td{_kind(name)}>{html.escape(value)}</td>"
             for name, value in zip(head, row, strict=True)
         )
         + "</tr>"
@@ -178,6 +178,11 @@ def _table(compared: Comparison) -> str:
         f'<div class="scroll many"><table><thead><tr>{names}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>{note}{button}"
     )
+
+
+def _kind(column: str) -> str:
+    """Tell columns of words from those of numbers."""
+    return " class=words" if column == tables.OPEN else ""
 
 
 def _place(number: int, picture: figures.Picture) -> str:
