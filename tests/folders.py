@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+import numpy as np
+
 from fedjaxprune.experiment import reading, record
 from fedjaxprune.experiment.config import RunConfig
 
@@ -78,3 +80,15 @@ def write(folder: pathlib.Path, lines, *, finished=True, **settings) -> pathlib.
 def rising(finals, *, mib=2, **changes):
     """Make lines with these accuracies, one a round."""
     return [line(n, accuracy=a, mib=mib, **changes) for n, a in enumerate(finals, start=1)]
+
+
+def big(folder):
+    """Make a run of 1,000 rounds of a network of 50 layers that changes in every round."""
+    random = np.random.default_rng(0)
+    paths = [f"stage_{n // 10}/block_{n % 10}/conv/kernel" for n in range(50)]
+    rates = random.uniform(0, 1, size=(1000, 50)).round(6)
+    lines = [
+        one._replace(layer_sparsity=dict(zip(paths, row.tolist(), strict=True)))
+        for one, row in zip(rising(random.uniform(0, 1, 1000).tolist()), rates, strict=True)
+    ]
+    return write(folder, lines, rounds=1000)

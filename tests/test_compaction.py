@@ -258,7 +258,8 @@ def test_a_filter_whose_channel_lives_elsewhere_stays():
     small = compact.compact(model, params, masks, state=state, inputs=inputs)
     (left,) = small.remainders
     assert (left.path, left.indices) == ("stage_1_block_1/conv_2/kernel", (1,))
-    assert "its channel lives in conv_1/kernel" in left.why
+    assert "its channel lives in another layer" in left.why
+    assert left.others[0] == "conv_1/kernel"
     assert small.changes == ()
 
 

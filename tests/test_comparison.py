@@ -245,6 +245,9 @@ def test_bad_input_is_one_sentence(capsys, tmp_path, monkeypatch):
     (broken / record.CONFIG).write_text("rounds: [\n")
     crashed = write(tmp_path / "crashed", [])
     (crashed / failure.FAILED).write_text('{"round": 1, "error": "OSError: full"}')
+    write(tmp_path / "deep" / "sweep" / "one", rising([0.5]))
+    exported = write(tmp_path / "exported", [])
+    (exported / runs.EXPORTED).write_text("")
     cases = {
         "nowhere": (["nowhere"], ["'nowhere'", "no such folder"]),
         "file": (["file"], ["'file'", "it is a file"]),
@@ -259,6 +262,15 @@ def test_bad_input_is_one_sentence(capsys, tmp_path, monkeypatch):
             ["good", "other", "dataset is 'digits' in the one and 'mnist' in the other"],
         ),
         "no number": ([good, "--mib", "much"], ["mib", "much"]),
+        "no accuracy": ([good, "--accuracy", "nan"], ["--accuracy", "finite number, got nan"]),
+        "endless": ([good, "--mib", "inf"], ["--mib", "finite number, got inf"]),
+        "too much": ([good, "--accuracy", "101"], ["accuracy", "101", "0<x<=100"]),
+        "less than nothing": ([good, "--mib", "-1"], ["mib", "-1"]),
+        "no name": ([""], ["empty name"]),
+        "too long": (["x" * 300], ["no such folder"]),
+        "no user": (["~nobody_here/x"], ["no such folder"]),
+        "two levels": (["deep"], ["'deep' is no run", "there are runs in 'deep/sweep'"]),
+        "export": ([exported], ["exported", "it is an exported network"]),
     }
     for name in ("compare", "report"):
         if name == "report":

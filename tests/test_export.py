@@ -12,6 +12,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import trees
+from fedjaxprune.compaction import compact
 from fedjaxprune.experiment import card, cli, export, tensors
 from fedjaxprune.experiment.config import UserError
 from fedjaxprune.experiment.record import CHECKPOINTS, CONFIG
@@ -153,9 +154,14 @@ def test_the_command_tells_what_it_did_and_leaves_the_run_alone(capsys, run, tmp
     assert err == f"error: out: {str(tmp_path / 'net')!r} exists; give a folder that does not.\n"
 
 
-def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, tmp_path, monkeypatch):
+def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, exported, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    several = tmp_path / "several"
+    for name in ("a", "b"):
+        (several / name).mkdir(parents=True)
+        shutil.copyfile(run / CONFIG, several / name / CONFIG)
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns(CHECKPOINTS, "export"))
     edited = tmp_path / "edited"
@@ -168,8 +174,11 @@ def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, tmp_path, monkey
         if path.is_file() and "about" not in path.parts:
             path.write_bytes(b"")
     cases = {
-        tmp_path / "nowhere": "is no run: is no folder.",
-        tmp_path / "empty": "is no run: there is no config.yaml in it.",
+        tmp_path / "nowhere": "is no run: there is no such folder.",
+        tmp_path / "file": "is no run: it is a file.",
+        tmp_path / "empty": "is no run: there is no config.yaml in it, nor in a folder in it.",
+        several: f"is no run but holds 2: give one of them ({str(several / 'a')!r}, ",
+        exported[0]: "is no run: it is an exported network.",
         bare: "has no checkpoint, so there is no network to take out of it",
         edited: "is not the config that made the run's checkpoints",
         broken: "no checkpoint of the run in",
@@ -179,8 +188,18 @@ def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, tmp_path, monkey
         assert (status, out) == (2, "")
         assert sentence in err.splitlines()[-1]
         assert not (tmp_path / "net").exists()
-    with pytest.raises(UserError, match="neither a run nor an exported network"):
-        export.load(tmp_path / "empty")
+    for name, sentence in (("empty", "there is no config.yaml"), ("several", "but holds 2: give")):
+        with pytest.raises(UserError, match=f"is no run and no exported network.*{sentence}"):
+            export.load(tmp_path / name)
+
+
+def test_filters_that_stay_are_listed_once_by_reason():
+    left = [
+        compact.Remainder("a", 3, (0, 1), "it counts"),
+        compact.Remainder("b", 3, (2,), "its channel lives", ("a",)),
+        compact.Remainder("c", 3, (4, 5, 6), "it counts"),
+    ]
+    assert card.by_reason(left) == {"it counts": {"a": 2, "c": 3}, "its channel lives": {"b": 1}}
 
 
 def test_nothing_is_left_half_written(run, tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import html.parser
 import json
 import pathlib
 import re
-import shutil
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +17,8 @@ pytest.importorskip("plotly", reason="report needs plotly: pip install 'fedjaxpr
 from fedjaxprune.experiment import comparison, failure, runs
 from fedjaxprune.experiment.cli import main
 from fedjaxprune.experiment.report import figures, frame, page, series
-from tests.folders import MIB, line, rising, write
+from tests import browser
+from tests.folders import MIB, big, line, rising, write
 
 
 def make(*folders):
@@ -224,18 +225,6 @@ def many(folder, num_runs):
     return folder
 
 
-def big(folder):
-    """Make a run of 1,000 rounds of a network of 50 layers that changes in every round."""
-    random = np.random.default_rng(0)
-    paths = [f"stage_{n // 10}/block_{n % 10}/conv/kernel" for n in range(50)]
-    rates = random.uniform(0, 1, size=(1000, 50)).round(6)
-    lines = [
-        one._replace(layer_sparsity=dict(zip(paths, row.tolist(), strict=True)))
-        for one, row in zip(rising(random.uniform(0, 1, 1000).tolist()), rates, strict=True)
-    ]
-    return write(folder, lines, rounds=1000)
-
-
 def test_a_thousand_rounds_of_fifty_layers_stay_small(tmp_path):
     assert len(make(big(tmp_path / "a"))) < 5_000_000
 
@@ -266,7 +255,7 @@ CASES = {
 @pytest.mark.parametrize("width", [1300, 400])
 @pytest.mark.parametrize("case", CASES)
 def test_a_browser_draws_every_picture_and_asks_for_nothing(tmp_path, case, width):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = browser.find()
     if chromium is None:
         pytest.skip("no chromium or google-chrome in the PATH")
     path = tmp_path / "report.html"
@@ -288,6 +277,43 @@ def test_a_browser_draws_every_picture_and_asks_for_nothing(tmp_path, case, widt
     assert len(re.findall(r'class="plot js-plotly-plot"', body)) == num_places
     assert 'class="error"' not in body
     assert not asked(log), asked(log)
+
+
+PLACES = """JSON.stringify([...document.querySelectorAll(".plot")].map((place) => {
+  const picture = place.querySelector(".main-svg");
+  return [place.clientWidth, place.clientHeight, picture?.clientWidth, picture?.clientHeight];
+}))"""
+
+
+@pytest.mark.browser
+def test_a_turned_phone_has_pictures_of_the_new_width(tmp_path):
+    if browser.find() is None:
+        pytest.skip("no chromium or google-chrome in the PATH")
+    path = tmp_path / "report.html"
+    page.write(path, make(many(tmp_path / "run", 3)))
+    with browser.opened(width=400) as send:
+
+        def wait(expression, is_so):
+            found = None
+            for _ in range(300):
+                found = send("Runtime.evaluate", expression=expression)["result"].get("value")
+                if found and is_so(json.loads(found)):
+                    return
+                time.sleep(0.1)
+            raise AssertionError(found)
+
+        send("Page.navigate", url=path.as_uri())
+        wait("JSON.stringify(document.documentElement.dataset)", lambda noted: "drawn" in noted)
+        for width in (850, 390, 1300):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            send("Emulation.setDeviceMetricsOverride", **size)
+            wait(
+                PLACES,
+                lambda places, width=width: all(
+                    place[:2] == place[2:] and place[0] < width and place[1] > 200
+                    for place in places
+                ),
+            )
 
 
 def asked(log: pathlib.Path) -> list[str]:

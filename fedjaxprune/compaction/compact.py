@@ -50,12 +50,14 @@ class Remainder(NamedTuple):
       axis: of the leaf.
       indices: which of its filters.
       why: in words.
+      others: the leaves in which their channels live, if that is why.
     """
 
     path: str
     axis: int
     indices: tuple[int, ...]
     why: str
+    others: tuple[str, ...] = ()
 
 
 class Compacted(NamedTuple):
@@ -177,24 +179,24 @@ def _remainders(
     dead: dict[tuple[str, int], np.ndarray] = {}
     for each in analysis.filters:
         maker = each.members[0]
-        dead[maker.path, maker.axis] = _dead(leaves[maker.path], maker.axis)
-    found: dict[tuple[str, int, str], list[int]] = {}
+        leaf = np.asarray(leaves[maker.path])
+        dead[maker.path, maker.axis] = ~facts.along(leaf != 0, maker.axis)
+    found: dict[tuple[str, int, str], tuple[list[int], dict[str, None]]] = {}
     for (path, axis), bits in dead.items():
         seen_by, left = whole[path], by_path[path][axis]
         if seen_by is None:  # one entry of it is left, for the structure's sake
             continue
         for index in np.flatnonzero(bits if left is None else bits & left):
-            why = fixed.get((path, axis)) or _why(analysis, dead, path, axis, int(index), seen_by)
-            found.setdefault((path, axis, why), []).append(int(index))
+            why, others = fixed.get((path, axis)), ()
+            if why is None:
+                why, others = _why(analysis, dead, path, axis, int(index), seen_by)
+            indices, names = found.setdefault((path, axis, why), ([], {}))
+            indices.append(int(index))
+            names.update(dict.fromkeys(others))
     return tuple(
-        Remainder(path, axis, tuple(indices), why) for (path, axis, why), indices in found.items()
+        Remainder(path, axis, tuple(indices), why, tuple(others))
+        for (path, axis, why), (indices, others) in found.items()
     )
-
-
-def _dead(leaf: Any, axis: int) -> np.ndarray:
-    """Tell which slices of a leaf are all zeros: ``[n]``."""
-    leaf = np.asarray(leaf)
-    return ~np.any(leaf != 0, axis=tuple(i for i in range(leaf.ndim) if i != axis))
 
 
 def _why(
@@ -204,25 +206,25 @@ def _why(
     axis: int,
     index: int,
     seen_by: tuple[str, ...],
-) -> str:
-    """Say why a pruned filter cannot go."""
+) -> tuple[str, tuple[str, ...]]:
+    """Say why a pruned filter cannot go, and in which leaves its channel lives, if in any."""
     said = [f"{name} is left as it is, with all channels" for name in seen_by]
     if said:
-        return "; ".join(said)
+        return "; ".join(said), ()
     for group in analysis.groups:
         for member in group.members:
             rows = np.flatnonzero((member.indices == index).any(axis=1))
             if (member.path, member.axis) != (path, axis) or not len(rows):
                 continue
-            alive = [
+            alive = tuple(
                 other.path
                 for other in group.members
                 if other.role == "filter"
                 and not dead[other.path, other.axis][other.indices[rows[0]]].all()
-            ]
+            )
             if alive:
-                return f"its channel lives in {', '.join(alive)}"
+                return "its channel lives in another layer, as in a residual sum", alive
             if group.mixes or group.leaks:
                 notes = dict.fromkeys((*group.mixes, *group.leaks))
-                return f"it counts where channels meet: {'; '.join(notes)}"
-    return "what it sends on differs from example to example"
+                return f"it counts where channels meet: {'; '.join(notes)}", ()
+    return "what it sends on differs from example to example", ()

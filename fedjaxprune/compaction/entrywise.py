@@ -128,7 +128,7 @@ def _wish_move(
     for variable, number in zip(op.inputs, numbers, strict=True):
         used = read[number]
         kept = tuple(
-            np.any(used, axis=tuple(i for i in range(used.ndim) if i != axis)) if flag else None
+            facts.along(used, axis) if flag else None
             for axis, flag in enumerate(known.droppable[variable])
         )
         wishes.append(Wish(kept))

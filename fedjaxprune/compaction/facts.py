@@ -119,10 +119,14 @@ def everything(facts: Facts, variable: int) -> Kept:
     return tuple(np.ones(n, bool) if flag else None for n, flag in axes)
 
 
-def varying_indices(known: Known, axis: int) -> np.ndarray:
-    """Tell which indices of an axis vary anywhere: ``[n]``."""
-    others = tuple(i for i in range(known.varies.ndim) if i != axis)
-    return np.asarray(np.any(known.varies, axis=others))
+def along(bits: np.ndarray, axis: int) -> np.ndarray:
+    """Tell which indices of an axis have a bit set anywhere: ``[n]``."""
+    return np.asarray(np.any(bits, axis=tuple(i for i in range(bits.ndim) if i != axis)))
+
+
+def silent(known: Known, filling: float = 0) -> np.ndarray:
+    """Give the values of what does not vary, and `filling` in the place of the rest."""
+    return np.where(known.varies, filling, np.asarray(known.value))
 
 
 def grid(kept: Kept, shape: Sequence[int]) -> tuple[np.ndarray, ...]:

@@ -290,7 +290,7 @@ def _settle(known: Known, hard: Kept, soft: Kept, is_read: bool) -> Kept:
         if must is None or may is None:
             kept.append(None)
             continue
-        varying = True if known.static else facts.varying_indices(known, axis)
+        varying = True if known.static else facts.along(known.varies, axis)
         bits = must | (may & varying)
         if is_read and not bits.any():  # one channel has to stay, or there is no array
             bits = np.arange(len(bits)) == 0

@@ -36,11 +36,11 @@ def _known_conv(op: Op, operands: Sequence[Known]) -> list[Known]:
     features, inputs, outputs, place = _axes(op)
     shape, dtype = op.equation.outvars[0].aval.shape, op.equation.outvars[0].aval.dtype
     reads = _reads(kernel, inputs, outputs)
-    alive = facts.varying_indices(x, features)
+    alive = facts.along(x.varies, features)
     varies = np.asarray((alive[:, None] & reads).any(axis=0))
     value = np.zeros(shape, dtype)
-    silent = np.where(x.varies, 0, np.asarray(x.value))
-    speaks = np.any(silent != 0, axis=tuple(i for i in range(silent.ndim) if i != features))
+    silent = facts.silent(x)
+    speaks = facts.along(silent != 0, features)
     if not varies.all() and speaks.any():
         made = _part(op, silent, np.asarray(kernel.value), speaks, ~varies)
         value[(slice(None),) * place + (np.flatnonzero(~varies),)] = made
@@ -81,9 +81,8 @@ def _fold_conv(
     if bits is None or bits.all():
         return None
     x, kernel = (known.known[variable] for variable in op.inputs)
-    silent = np.where(x.varies, 0, np.asarray(x.value))
-    others = tuple(i for i in range(silent.ndim) if i != features)
-    speaks = ~bits & np.any(silent != 0, axis=others)
+    silent = facts.silent(x)
+    speaks = ~bits & facts.along(silent != 0, features)
     outs = np.ones(op.equation.outvars[0].aval.shape[place], bool) if made is None else made
     if not speaks.any() or not outs.any():
         return None
@@ -134,12 +133,11 @@ def _known_depthwise(op: Op, operands: Sequence[Known]) -> list[Known]:
     x, kernel = operands
     features, _, outputs, place = _axes(op)
     shape = op.equation.outvars[0].aval.shape
-    others = tuple(i for i in range(kernel.varies.ndim) if i != outputs)
-    alive = np.any(np.asarray(kernel.value) != 0, axis=others)
-    source = facts.varying_indices(x, features)
+    alive = facts.along(np.asarray(kernel.value) != 0, outputs)
+    source = facts.along(x.varies, features)
     varies = np.repeat(source, len(alive) // len(source)) & alive
     value = np.zeros(shape, op.equation.outvars[0].aval.dtype)
-    silent = np.where(x.varies, 0, np.asarray(x.value))
+    silent = facts.silent(x)
     if not varies.all() and np.any(silent != 0):
         (value,) = facts.evaluate(op, [silent, kernel.value])
     shown = np.broadcast_to(_along(varies, place, len(shape)), shape)
@@ -199,7 +197,7 @@ def _known_dot(op: Op, operands: Sequence[Known]) -> list[Known]:
             varies |= arithmetic.dot(pair[0], pair[1], numbers) > 0
     value = np.zeros(varies.shape, op.equation.outvars[0].aval.dtype)
     if not varies.all():
-        silent = [np.where(each.varies, 0, np.asarray(each.value)) for each in operands]
+        silent = [facts.silent(each) for each in operands]
         value = arithmetic.dot(silent[0], silent[1], numbers).astype(value.dtype)
     return [Known(varies, value, all(each.static for each in operands))]
 
@@ -233,12 +231,9 @@ def _wish_dot(
     silent = [_is_silent(known.known[variable]) for variable in op.inputs]
     if not any(static):  # what varies on both sides: only what is zero on one can go
         for pair in zip(*contracted, strict=True):
-            zero = [
-                np.all(silent[i], axis=tuple(j for j in range(silent[i].ndim) if j != pair[i]))
-                for i in (0, 1)
-            ]
+            speaks = [facts.along(~silent[i], pair[i]) for i in (0, 1)]
             if all(known.droppable[op.inputs[i]][pair[i]] for i in (0, 1)):
-                kept[0][pair[0]] = kept[1][pair[1]] = ~(zero[0] | zero[1])
+                kept[0][pair[0]] = kept[1][pair[1]] = speaks[0] & speaks[1]
         return [Wish(tuple(each)) for each in kept], None
     moving = static.index(False)
     still = 1 - moving
@@ -248,9 +243,8 @@ def _wish_dot(
         used = used if bits is None else np.compress(bits, used, axis=axis)
     given = operands[moving]
     for axis, other in zip(contracted[moving], contracted[still], strict=True):
-        rest = tuple(i for i in range(used.ndim) if i != other)
         is_free = known.droppable[op.inputs[moving]][axis]
-        kept[moving][axis] = np.any(used, axis=rest) if is_free else None
+        kept[moving][axis] = facts.along(used, other) if is_free else None
         kept[still][other] = None if given is None else given[axis]
     wishes = [Wish(tuple(each)) for each in kept]
     wishes[moving] = wishes[moving]._replace(soft=frozenset(contracted[moving]))
@@ -262,7 +256,7 @@ def _left_out(known: Known, kept: Kept, axes: Sequence[int], filling: Any) -> np
     if all(kept[axis] is None or kept[axis].all() for axis in axes):  # pyright: ignore[reportOptionalMemberAccess]
         return None
     own = tuple(bits if axis in axes else None for axis, bits in enumerate(kept))
-    values = np.where(known.varies, filling, np.asarray(known.value)).astype(np.float64)
+    values = facts.silent(known, filling).astype(np.float64)
     values[facts.grid(own, values.shape)] = filling
     return values
 

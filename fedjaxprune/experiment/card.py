@@ -1,7 +1,7 @@
 """The model card of an exported network: what it is, what made it, what it costs and may do."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -227,12 +227,24 @@ def _compaction(facts: Facts) -> str:
         )
     if facts.remainders:
         text += "\nPruned filters that had to stay:\n\n"
-        text += "".join(f"- `{r.path}`: {len(r.indices)} ({r.why})\n" for r in facts.remainders)
+        text += "".join(
+            f"- {', '.join(f'`{path}` ({count})' for path, count in counts.items())}: {why}\n"
+            for why, counts in by_reason(facts.remainders).items()
+        )
     return text + (
         f"\nOn {facts.num_checked} test examples its outputs are those of the run's network\n"
         f"up to {difference.relative:.1e} of the largest; {difference.num_changed} examples "
         "change their class.\n"
     )
+
+
+def by_reason(remainders: Iterable[compact.Remainder]) -> dict[str, dict[str, int]]:
+    """Count the filters that stay by reason, and under each by the leaf that makes them."""
+    counts: dict[str, dict[str, int]] = {}
+    for each in remainders:
+        of_leaves = counts.setdefault(each.why, {})
+        of_leaves[each.path] = of_leaves.get(each.path, 0) + len(each.indices)
+    return counts
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -158,7 +158,8 @@ def read_newest(
     Returns:
       The number of rounds and the tree; None where no checkpoint can be used.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    # Said in full, as orbax warns of what it has to change by itself.
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         for num_rounds in sorted(manager.all_steps(), reverse=True):
             try:

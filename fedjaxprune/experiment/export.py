@@ -11,6 +11,7 @@ The folder appears whole or not at all.
 """
 
 import importlib.util
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -24,10 +25,10 @@ from jax import export as jax_export
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.base import Params, State
 from fedjaxprune.compaction import compact
-from fedjaxprune.experiment import card, finished, record, tensors
+from fedjaxprune.experiment import card, finished, record, runs, tensors
 from fedjaxprune.experiment.config import UserError
 
-TENSORS, PROGRAM, CARD, CONFIG = "model.safetensors", "model.stablehlo", "README.md", "config.yaml"
+TENSORS, PROGRAM, CARD, CONFIG = "model.safetensors", runs.EXPORTED, "README.md", "config.yaml"
 NEEDED = ("safetensors", "flatbuffers")  # of the extra `export`
 PLATFORMS = ("cpu", "cuda", "tpu")
 CHECKED = 200  # test examples on which the exported network is compared with the run's
@@ -153,13 +154,10 @@ def load(folder: str | pathlib.Path, *, data_dir: str | None = None) -> Loaded:
     Raises:
       UserError: there is neither in the folder, or it is damaged.
     """
-    folder = pathlib.Path(folder).expanduser()
-    if not (folder / PROGRAM).is_file():
-        if not (folder / record.CONFIG).is_file():
-            raise UserError(
-                f"{str(folder)!r} is neither a run nor an exported network: it has neither "
-                f"{record.CONFIG} nor {PROGRAM}."
-            )
+    folder = pathlib.Path(os.path.expanduser(folder))
+    if not os.path.isfile(folder / PROGRAM):
+        if not runs.is_run(folder):
+            raise runs.no_run(folder, "run and no exported network")
         found = finished.from_folder(folder, data_dir=data_dir)
         predict = finished.predict_stored(found.parts.model.predict, found.parts.preprocess)
         params = masks_lib.apply(found.masks, found.params)
@@ -207,5 +205,5 @@ def check_free(out: pathlib.Path) -> None:
     Raises:
       UserError: something is there.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"out: {str(out)!r} exists; give a folder that does not.")

@@ -21,9 +21,10 @@ def export(run: str, out: str | None, data_dir: str | None) -> None:
 
     folder = pathlib.Path(os.path.expanduser(run))
     target = pathlib.Path(os.path.expanduser(out)) if out else folder / "export"
-    if out == "" or data_dir == "":
-        raise config.UserError("--out and --data-dir must not be empty.")
+    if "" in (run, out, data_dir):
+        raise config.UserError("RUN, --out and --data-dir must not be empty.")
     with launch.jax_set_up():
+        from fedjaxprune.experiment import card
         from fedjaxprune.experiment import export as exporting
 
         facts = exporting.export(
@@ -45,10 +46,9 @@ def export(run: str, out: str | None, data_dir: str | None) -> None:
             "warning: the masks cut the network off from its inputs; its outputs never change.",
             err=True,
         )
-    for remainder in facts.remainders:
-        click.echo(
-            f"  {remainder.path}: {len(remainder.indices)} pruned filters stay ({remainder.why})"
-        )
+    for why, counts in card.by_reason(facts.remainders).items():
+        places = ", ".join(f"{path} ({count})" for path, count in counts.items())
+        click.echo(f"  pruned filters that stay: {places}: {why}")
     click.echo(
         f"largest difference on {facts.num_checked} test examples: "
         f"{facts.difference.relative:.1e} of the largest output"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fedjaxprune.base import Masks, Params, State
-from fedjaxprune.experiment import catalog, checkpoints, reading, record, runner
+from fedjaxprune.experiment import catalog, checkpoints, reading, record, runner, runs
 from fedjaxprune.experiment.config import RunConfig, UserError
 
 
@@ -95,14 +95,16 @@ def check(folder: pathlib.Path) -> None:
     Raises:
       UserError: in one sentence.
     """
-    if not (folder / record.CONFIG).is_file():
-        what = "is no folder" if not folder.is_dir() else f"there is no {record.CONFIG} in it"
-        raise UserError(f"{str(folder)!r} is no run: {what}.")
+    if not runs.is_run(folder):
+        raise runs.no_run(folder)
     found = folder / record.CHECKPOINTS
     if not found.is_dir() or not any(entry.name.isdigit() for entry in found.iterdir()):
+        what = f"continue it with `fedjaxprune run --resume {folder}`"
+        if runs.is_held(folder):
+            what = "it is still going: wait for one"
         raise UserError(
             f"the run in {str(folder)!r} has no checkpoint, so there is no network to take out of "
-            f"it; continue it with `fedjaxprune run --resume {folder}`."
+            f"it; {what}."
         )
 
 

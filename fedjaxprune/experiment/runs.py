@@ -5,6 +5,7 @@ says in a note what it left out.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,9 @@ try:
     import fcntl
 except ImportError:  # no POSIX: a run still going looks like one that was broken off
     fcntl = None
+
+EXPORTED = "model.stablehlo"  # is in the folder of an exported network
+_NAMED = 6  # runs that a message names
 
 # What lines of older versions lack.
 _LACKING: dict[str, Any] = {
@@ -75,7 +79,9 @@ def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[Run], list[str]]
     """
     folders: dict[pathlib.Path, pathlib.Path] = {}
     for text in given:
-        for folder in _expand(pathlib.Path(text).expanduser()):
+        if not str(text):
+            raise UserError("got an empty name for a run folder.")
+        for folder in _expand(pathlib.Path(os.path.expanduser(text))):
             folders.setdefault(folder.resolve(), folder)
     names = _names(list(folders))
     found, notes = [], []
@@ -92,17 +98,53 @@ def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[Run], list[str]]
 
 def _expand(folder: pathlib.Path) -> list[pathlib.Path]:
     """List the run folders that `folder` stands for."""
-    if not folder.is_dir():
-        reason = "it is a file" if folder.exists() else "there is no such folder"
-        raise UserError(f"{str(folder)!r} is no run: {reason}.")
-    if (folder / record.CONFIG).exists():
-        return [folder]
-    inside = sorted(p.parent for p in folder.glob(f"*/{record.CONFIG}") if p.parent.name[0] != ".")
-    if not inside:
-        raise UserError(
-            f"{str(folder)!r} is no run: there is no {record.CONFIG} in it, nor in a folder in it."
+    found = [folder] if is_run(folder) else inside(folder)
+    if not found:
+        raise no_run(folder)
+    return found
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Tell whether a folder is that of a run, and not of a network that was exported of one."""
+    # Unlike pathlib's, these say no to names that no file can have.
+    return os.path.isfile(folder / record.CONFIG) and not os.path.isfile(folder / EXPORTED)
+
+
+def inside(folder: pathlib.Path) -> list[pathlib.Path]:
+    """List the run folders in a folder, by name."""
+    if not os.path.isdir(folder):
+        return []
+    found = sorted(path.parent for path in folder.glob(f"*/{record.CONFIG}"))
+    return [one for one in found if one.name[0] != "." and is_run(one)]
+
+
+def no_run(folder: pathlib.Path, what: str = "run") -> UserError:
+    """Say why a folder is not the one run, or whatever else was looked for, that is needed."""
+    if not os.path.isdir(folder):
+        reason = "it is a file" if os.path.exists(folder) else "there is no such folder"
+        return UserError(f"{str(folder)!r} is no {what}: {reason}.")
+    if os.path.isfile(folder / EXPORTED):
+        return UserError(f"{str(folder)!r} is no {what}: it is an exported network.")
+    if found := inside(folder):
+        return UserError(
+            f"{str(folder)!r} is no {what} but holds {len(found)}: give one of them "
+            f"({_named(found)})."
         )
-    return inside
+    more = ""
+    if found := sorted({path.parent.parent for path in folder.glob(f"*/*/{record.CONFIG}")}):
+        more = f"; there are runs in {_named(found)}"
+    return UserError(
+        f"{str(folder)!r} is no {what}: there is no {record.CONFIG} in it, nor in a folder in it"
+        f"{more}."
+    )
+
+
+def _named(folders: Sequence[pathlib.Path]) -> str:
+    """Name folders, but not too many."""
+    names = [repr(str(one)) for one in folders[:_NAMED]]
+    if len(folders) > _NAMED:
+        names.append(f"{len(folders) - _NAMED} more")
+    return ", ".join(names)
 
 
 def _names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:

@@ -15,6 +15,7 @@ differ only in what does not matter to them (the sparsity of a dense method) are
 
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -66,7 +67,7 @@ def read(source: str, *, out: pathlib.Path | None) -> Sweep:
       UserError: the file cannot be read, a member is no run that could be made, or a folder holds
         another run.
     """
-    path = pathlib.Path(source).expanduser()
+    path = pathlib.Path(source)
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{source!r} is no sweep: expected is the path of a .yaml file.")
     values = reading.read_source(source)
@@ -83,7 +84,7 @@ def read(source: str, *, out: pathlib.Path | None) -> Sweep:
     named = values.pop("out", None)
     if named is not None and (not isinstance(named, str) or not named):
         raise UserError(f"out (from {source}) must be a text that is not empty, got {named!r}.")
-    folder = out or pathlib.Path(named or pathlib.Path("runs") / path.stem).expanduser()
+    folder = out or pathlib.Path(os.path.expanduser(named or pathlib.Path("runs") / path.stem))
     members = tuple(_members(source, common, values, cases, folder))
     for member in members:
         _check_folder(folder / member.name, member, source)

@@ -3,6 +3,7 @@
 As in `cli`, what is heavy is imported only when a command is at work.
 """
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -32,12 +33,21 @@ def trackers(names: Sequence[str]) -> launch.Openers:
     return tracking.find(names)
 
 
+def _finite(context: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuse what passes as a number, and within limits, but is none: nan and inf."""
+    del context
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"--{param.name} must be a finite number, got {value}.")
+    return value
+
+
 def _measured(command: Any) -> Any:
     """Give a command the options of a comparison."""
     for decorate in (
         click.option(
             "--accuracy",
             type=click.FloatRange(0, 100, min_open=True),
+            callback=_finite,
             metavar="NUMBER",
             help="Accuracy to which bytes and rounds are counted, in per cent; unset: what all "
             "reach, rounded down.",
@@ -45,6 +55,7 @@ def _measured(command: Any) -> Any:
         click.option(
             "--mib",
             type=click.FloatRange(0, min_open=True),
+            callback=_finite,
             metavar="NUMBER",
             help="Traffic at which accuracies are compared, in MiB of both ways and all clients; "
             "unset: the least that a run has sent in all.",

@@ -125,6 +125,8 @@ def _rounds(
     if not figure.data:
         return None
     figure.update_yaxes(rangemode="tozero")
+    if key == "cohorts":
+        frame.whole(figure.update_yaxes, max(np.max(line.mean) for line in lines))
     frame.mark_stages(figure, groups)
     return Picture(key, title, note, [("", figure)])
 
@@ -169,8 +171,7 @@ def _layers(run: Run) -> go.Figure | None:
         hovertemplate="%{y}<br>around round %{x:.0f}<br>%{z:.2f} % pruned<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed", title=None)
-    if len(run.lines) <= 10:
-        figure.update_xaxes(dtick=1)
+    frame.whole(figure.update_xaxes, len(run.lines))
     return figure
 
 
@@ -201,14 +202,15 @@ def _traffic(groups: Sequence[Group]) -> Picture | None:
                 fillcolor=frame.faint(colour),
                 hovertemplate="%{y:.4~g} MiB at round %{x}",
             )
+        frame.whole(figure.update_xaxes, len(run.lines))
         frame.mark_stages(figure, [members])
         variants.append((members.label, figure))
     if len(totals) > 1:
-        figure = frame.empty(x="MiB sent", y="", barmode="stack", height=180 + 34 * len(totals))
+        figure = frame.empty(x="MiB sent", y="", barmode="stack")  # its height: see page.js
         kinds = dict.fromkeys(name for _, total in totals for name in total)
         for number, kind in enumerate(kinds):
             figure.add_bar(
-                y=[label.replace(", ", ",<br>") for label, _ in totals],
+                y=[label for label, _ in totals],
                 x=[total.get(kind, 0.0) for _, total in totals],
                 name=kind,
                 orientation="h",
@@ -230,6 +232,7 @@ def _spread(run: Run) -> go.Figure | None:
         return None
     rounds, rows = found
     figure = frame.empty(x="rounds", y="accuracy, %")
+    frame.whole(figure.update_xaxes, rounds[-1])
     colour = frame.LIGHT[0]
     for low, high, name in (
         ("lowest", "highest", "all clients"),
@@ -269,6 +272,8 @@ def _participation(run: Run) -> go.Figure | None:
         marker={"color": frame.LIGHT[0]},
         hovertemplate="%{y} clients in %{x} rounds<extra></extra>",
     )
+    frame.whole(figure.update_xaxes, max(counts) - min(counts))
+    frame.whole(figure.update_yaxes, max(counts.values()))
     figure.update_yaxes(rangemode="tozero")
     return figure
 

@@ -5,7 +5,7 @@ curve has a dash or a symbol of its own besides. The page exchanges them where i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ DARK = ("#4DA6E0", "#FF8C42", "#2FC99B", "#E59BC8", "#F0C13A", "#8FD0F5", "#B5B5
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
 FEW = 40  # points of a curve that get markers
+MANY = 10  # ticks that an axis has room for
 
 
 def faint(colour: str) -> str:
@@ -38,6 +39,17 @@ def empty(*, x: str, y: str, **layout: Any) -> go.Figure:
     if x == "rounds":
         figure.update_xaxes(tickformat=",d", minallowed=0, dtick=None)
     return figure
+
+
+def whole(axes: Callable[..., Any], highest: float) -> None:
+    """Keep the ticks of an axis that counts to whole numbers, where there are few of them.
+
+    Args:
+      axes: the figure's `update_xaxes` or `update_yaxes`.
+      highest: number on the axis.
+    """
+    if highest <= MANY:
+        axes(dtick=1)
 
 
 def thin(values: np.ndarray) -> np.ndarray:
@@ -112,8 +124,8 @@ def _curve(
         + ("" if line.deviation is None else " ± %{customdata:.3~g}")
         + " at %{x:.6~g}",
     )
-    if figure.layout.xaxis.tickformat == ",d" and end <= 10:
-        figure.update_xaxes(dtick=1)
+    if figure.layout.xaxis.tickformat == ",d":
+        whole(figure.update_xaxes, end)
     ends = [run for run in comparison.counted(members) if run.state != "finished"]
     if ends and known.any():
         failed = next((run.failure for run in ends if run.failure), None)
@@ -158,7 +170,7 @@ def mark_stages(figure: go.Figure, groups: Sequence[Group]) -> None:
             },
         )
     if found:
-        figure.update_layout(margin={"t": 30 + 16 * min(len(found), 4)})
+        figure.update_layout(margin={"t": 42 + 16 * min(len(found), 4)})
 
 
 def bar(values: Sequence[float]) -> dict[str, Any]:

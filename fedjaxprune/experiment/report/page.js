@@ -18,7 +18,9 @@
 
   // The plotting library and the numbers are packed to keep the page small.
   const unpack = async (id) => {
-    const packed = Uint8Array.from(atob(document.getElementById(id).textContent.trim()), (c) => c.charCodeAt(0));
+    const text = atob(document.getElementById(id).textContent);
+    const packed = new Uint8Array(text.length);
+    for (let n = 0; n < text.length; n++) packed[n] = text.charCodeAt(n);
     return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
   const rest = () => new Promise((done) => setTimeout(done)); // the browser may show what there is
@@ -43,30 +45,53 @@
     });
     return text;
   };
+  const wrap = (name, fits) => {
+    const lines = [""];
+    const parts = name.split(/(?<=, )/).flatMap((part) => (part.length > fits ? part.split(/(?<= )/) : [part]));
+    for (const word of parts) {
+      if (lines.at(-1) && (lines.at(-1) + word.trimEnd()).length > fits) lines.push("");
+      lines[lines.length - 1] += word;
+    }
+    return lines.map((line) => line.trimEnd());
+  };
   const frame = (figure, place, picture) => {
     const style = getComputedStyle(root);
     const of = (name) => style.getPropertyValue("--" + name).trim();
     const narrow = place.clientWidth < 480;
     const layout = figure.layout;
     const shown = figure.data.filter((trace) => trace.showlegend !== false && trace.type !== "heatmap" && trace.name);
-    const longest = Math.max(0, ...shown.map((trace) => trace.name.length));
+    const fits = Math.floor((place.clientWidth - 60) / 6.5); // letters beside a line of the legend
+    const lines = shown.map((trace) => wrap(trace.name, fits));
+    shown.forEach((trace, n) => { trace.name = lines[n].join("<br>"); });
+    const longest = Math.max(0, ...lines.flat().map((text) => text.length));
     const perRow = Math.max(1, Math.floor(place.clientWidth / (55 + 7 * longest)));
-    const rows = shown.length > 1 ? Math.ceil(shown.length / perRow) : 0;
+    let below = 0; // what the legend takes
+    for (let n = 0; shown.length > 1 && n < lines.length; n += perRow) {
+      below += 6 + 15 * Math.max(...lines.slice(n, n + perRow).map((several) => several.length));
+    }
+    const bars = figure.data.filter((trace) => trace.orientation === "h");
+    if (bars.length) { // names beside the bars, which are as high as their names
+      const names = bars[0].y.map((name) => wrap(name, Math.floor(place.clientWidth / 16)));
+      bars.forEach((trace) => { trace.y = names.map((several) => several.join("<br>")); });
+      layout.height = 150 + names.length * Math.max(34, 8 + 15 * Math.max(...names.map((several) => several.length)));
+    }
     Object.assign(layout, {
-      height: (layout.height || (narrow ? 300 : 360)) + 21 * rows,
+      width: place.clientWidth,
+      height: (layout.height || (narrow ? 300 : 360)) + below,
       font: { family: "system-ui, sans-serif", size: narrow ? 11 : 12, color: of("text") },
       paper_bgcolor: of("card"), plot_bgcolor: of("card"),
-      margin: { l: 10, r: 16, b: 10, t: 34, ...layout.margin },
+      margin: { l: 10, r: 16, b: 10, t: 46, ...layout.margin },
       hoverlabel: { bgcolor: of("shade"), bordercolor: of("line"), font: { color: of("text") }, namelength: -1 },
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", maxheight: 1, tracegroupgap: 0 },
+      legend: { orientation: "h", x: 0, xref: "container", xanchor: "left", y: 0, yref: "container", yanchor: "bottom", maxheight: 1, tracegroupgap: 0, traceorder: "normal" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: of("quiet"), activecolor: of("text") },
       showlegend: shown.length > 1, dragmode: narrow ? false : "zoom", hovermode: "closest",
     });
     layout.margin.b = 12;
     for (const axis of ["xaxis", "yaxis"]) {
-      layout[axis] = { ...layout[axis], gridcolor: of("line"), linecolor: of("line"), zerolinecolor: of("line"), zeroline: false, showline: axis === "xaxis", tickcolor: of("line"), ticks: "outside", ticklen: 4 };
+      layout[axis] = { ...layout[axis], gridcolor: of("line"), linecolor: of("line"), zerolinecolor: of("line"), zeroline: false, showline: axis === "xaxis", ticklabeloverflow: "allow", tickcolor: of("line"), ticks: "outside", ticklen: 4 };
     }
     figure.config = {
-      responsive: true, displaylogo: false, scrollZoom: false, showSendToCloud: false,
+      displaylogo: false, scrollZoom: false, showSendToCloud: false,
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
       toImageButtonOptions: { format: "png", scale: 2, filename: picture.key },
     };
@@ -99,10 +124,18 @@
     }
   }
   const mark = (name) => root.setAttribute("data-" + name, Math.round(performance.now())); // ms since the page was opened
-  for (const place of plots) {
+  // What is on the screen comes first, then what is nearest to it, wherever it has been scrolled to.
+  const away = (place) => {
+    const box = place.getBoundingClientRect();
+    return Math.max(0, box.top - innerHeight, -box.bottom);
+  };
+  for (const left = [...plots]; left.length; ) {
+    await rest();
+    const distances = left.map(away);
+    const nearest = Math.min(...distances);
+    if (nearest > 0 && !root.hasAttribute("data-shown")) mark("shown");
+    const [place] = left.splice(distances.indexOf(nearest), 1);
     try {
-      await rest();
-      if (place.getBoundingClientRect().top > innerHeight && !root.hasAttribute("data-shown")) mark("shown");
       await draw(place);
     } catch (error) {
       say(place, "This picture cannot be drawn: " + error);
@@ -110,6 +143,12 @@
     }
   }
   mark("drawn");
+  let turned;
+  onresize = () => {
+    clearTimeout(turned);
+    turned = setTimeout(() => plots.filter((place) => place.layout && place.layout.width !== place.clientWidth).forEach(draw), 150);
+  };
+  onresize(); // it may have been turned while it was drawn
   const redraw = () => plots.forEach(draw);
   document.getElementById("theme").onclick = () => { setTheme(theme() === "dark" ? "light" : "dark"); redraw(); };
   dark.onchange = () => { setTheme(dark.matches ? "dark" : "light"); redraw(); };
