@@ -314,13 +314,12 @@ class Settings(pydantic.BaseModel):
     seed: int = _field(
         0, "Seed of every random choice.", group="Run", unit="no unit", ge=0, lt=2**32
     )
-    chunk_size: int = _field(
-        0,
-        "Clients trained at once; 0: one on CPU, the whole cohort elsewhere.",
+    chunk_size: Literal["auto"] | Count = _field(
+        "auto",
+        "Clients that a device trains at once; auto measures which number is fastest, unless the "
+        "run is too short for that, and keeps what it measured for other runs.",
         group="Run",
         unit="clients",
-        ge=0,
-        le=INT_MAX,
     )
     devices: int = _field(
         0,
