@@ -44,7 +44,7 @@ from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, servers
 from fedjaxprune.federated import uplink as uplinks
-from fedjaxprune.models import cnns, lstm, vgg, zoo
+from fedjaxprune.models import cnns, lstm, precision, vgg, zoo
 
 MODELS: Mapping[str, Callable[..., Model]] = {
     "mlp": lambda config, **sizes: zoo.mlp(**sizes),
@@ -346,7 +346,7 @@ def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> 
             f"model {config.model!r} does not fit the data set {config.dataset!r} "
             f"(images {tuple(dataset.image_shape)}): {_first_line(error)}"
         ) from None
-    return model
+    return precision.compute_in(model, config.compute_dtype)
 
 
 def _algorithm(config: RunConfig, model: Model, given: recipes.Given) -> Algorithm:

@@ -31,7 +31,16 @@ _LONG_S = 1.0  # a call that takes longer is timed twice more only
 _ROOM = 0.8  # of the memory that is free: what a trial may take, as a round needs more
 _SLOW_FLOPS, _SLOW_STEP_S = 5e9, 2e-4  # a second of a slow core; what a step takes besides
 # What a trained example costs depends on these settings, and on no others.
-_SETTINGS = ("dataset", "augment", "normalise", "model", "norm", "gate_density", "batch_size")
+_SETTINGS = (
+    "dataset",
+    "augment",
+    "normalise",
+    "model",
+    "norm",
+    "gate_density",
+    "batch_size",
+    "compute_dtype",
+)
 
 
 class DoesNotFit(Exception):

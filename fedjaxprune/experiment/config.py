@@ -185,6 +185,12 @@ class Settings(pydantic.BaseModel):
     norm: Literal["batch", "group"] = _field(
         "batch", "Normalisation layers (resnets, vgg*_bn, gated networks).", group="Model"
     )
+    compute_dtype: Literal["float32", "bfloat16"] = _field(
+        "float32",
+        "Type that clients train in, forward and backward; bfloat16 is for hardware that has it. "
+        "Weights, what is sent, aggregation, statistics and tests stay float32.",
+        group="Model",
+    )
     gate_density: float = gate_settings.DENSITY
     gate_warm_up: float = gate_settings.WARM_UP
     gate_gradient: gate_settings.Gradient = gate_settings.GRADIENT
