@@ -132,7 +132,7 @@ ROUNDS = 4
 
 
 def played(make, model):
-    """Play some rounds; the simulation, the last deltas' residuals and all metrics."""
+    """Play some rounds: the simulation, the last round's metrics and the traffic of all."""
     setup = compose.Setup(
         num_rounds=ROUNDS,
         batcher=quadratic.full_batches(3),
@@ -146,11 +146,11 @@ def played(make, model):
     advance = jax.jit(
         simulation.advance(algorithm.stages[0], participation.uniform(num_clients=6, cohort_size=3))
     )
-    bits = []
+    told = []
     for _ in range(ROUNDS):
         run, metrics = advance(KEY, run, people)
-        bits.append(algorithm.num_bits(jax.device_get(metrics), run.state))
-    return run, metrics, bits
+        told.append(jax.device_get(metrics))
+    return run, told[-1], [algorithm.num_bits(metrics, run.state) for metrics in told]
 
 
 DEAR = ("fedprox", "scaffold", "feddip_regrow", "feddip_dense")
