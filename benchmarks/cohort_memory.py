@@ -2,7 +2,9 @@
 
 Each runs in a process of its own, since a process's highest mark does not come down. `XLA` is what
 the compiled round holds at once, by its own account (arguments, outputs, temporaries); `resident`
-is the most memory that the process had.
+is the most memory that the process had, compiler included. The allocator's share of that grows with
+the work that is done, by whatever program; so all sizes train as many clients, the smaller ones in
+more rounds, and `first` is the mark after one round.
 
     python -m benchmarks.cohort_memory [--cohort-size 10 --cohort-size 1000] [--json FILE]
 """
@@ -23,8 +25,8 @@ TARGET = 1.10  # the larger cohort's memory over the smaller's
 MIB = 2**20
 
 
-def measure(cohort_size: int) -> dict[str, float]:
-    """Play one round in this process; MiB."""
+def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
+    """Play rounds in this process; MiB."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -61,11 +63,16 @@ def measure(cohort_size: int) -> dict[str, float]:
     given = (jax.random.key(1), run, population)
     play, seconds = harness.compiled(simulation.advance(algorithm.stages[0], sample), *given)
     held = play.memory_analysis()
-    jax.block_until_ready(play(*given))
+    marks = []
+    for _ in range(num_rounds):
+        jax.block_until_ready(play(*given))
+        marks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB)
     return {
         "XLA": (held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes)
         / MIB,
-        "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB,
+        "resident": marks[-1],
+        "first": marks[0],
+        "rounds": num_rounds,
         "compile_s": seconds,
     }
 
@@ -75,25 +82,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.cohort_memory", description="Memory of a round by cohort size."
     )
     parser.add_argument("--cohort-size", type=int, action="append", metavar="C")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--here", type=int, metavar="ROUNDS", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
     options = parser.parse_args(arguments)
     sizes = options.cohort_size or [10, NUM_CLIENTS]
     if any(not 1 <= size <= NUM_CLIENTS for size in sizes):
         parser.error(f"--cohort-size must be from 1 to {NUM_CLIENTS}, got {sizes}.")
     if options.here:
-        print(json.dumps(measure(sizes[0])))
+        print(json.dumps(measure(sizes[0], num_rounds=options.here)))
         return
     result: dict[str, Any] = {"cases": {}}
     for size in sizes:
-        command = [sys.executable, "-m", "benchmarks.cohort_memory", "--here"]
+        num_rounds = str(-(-max(sizes) // size))
+        command = [sys.executable, "-m", "benchmarks.cohort_memory", "--here", num_rounds]
         output = subprocess.run(
             [*command, "--cohort-size", str(size)], check=True, stdout=subprocess.PIPE, text=True
         ).stdout
         figures = result["cases"][str(size)] = json.loads(output.splitlines()[-1])
         print(
             f"cohort of {size:>5}: XLA {figures['XLA']:,.0f} MiB, "
-            f"resident at most {figures['resident']:,.0f} MiB",
+            f"resident at most {figures['resident']:,.0f} MiB after {num_rounds} rounds, "
+            f"{figures['first']:,.0f} after the first",
             flush=True,
         )
     first, last = (result["cases"][str(size)] for size in (sizes[0], sizes[-1]))

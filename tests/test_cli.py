@@ -17,7 +17,7 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedjaxprune.experiment import checkpoints, record, runner
+from fedjaxprune.experiment import catalog, checkpoints, record, runner
 from fedjaxprune.experiment.cli import cli, main
 
 # A run of seconds: a dense method compiles fastest.
@@ -72,8 +72,9 @@ def test_a_run_writes_its_folder_and_shows_a_table(capsys, tmp_path):
     status, out, err = call(capsys, "run", *SMALL, "--out", "deep/er/run")
     assert (status, err) == (0, "")
     folder = tmp_path / "deep" / "er" / "run"
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name != "chunk_size.json")
     assert names == ["accuracy.png", "checkpoints", "config.yaml", "metrics.jsonl", "summary.json"]
+    assert "chunk size 1 (auto): a device has one client a round" in out
     assert "test accuracy" in out
     assert "deep/er/run" in out
     stored = yaml.safe_load((folder / "config.yaml").read_text())
@@ -321,10 +322,15 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
 
     monkeypatch.setattr(runner, "train", fail)
-    status, _, err = call(capsys, "run", *SMALL, "--out", "run")
+    status, _, err = call(capsys, "run", *SMALL, "--chunk-size", "2", "--out", "run")
     assert status == 2
     assert err.startswith("error: there is not enough memory")
+    assert "--chunk-size (here 2)" in err
     assert err.count("\n") == 1
+    monkeypatch.setattr(catalog, "build", fail)  # the data may be too large by themselves
+    status, _, err = call(capsys, "run", *SMALL, "--chunk-size", "1", "--out", "other")
+    assert status == 2
+    assert "start a new one with a smaller --batch-size (here 16) or --model" in err
 
 
 def test_rejected_and_absent_clients_are_told_of(capsys):
@@ -346,7 +352,8 @@ def test_a_resumed_run_may_be_given_its_own_settings_again(capsys, tmp_path):
     folder = tmp_path / "home" / "run"
     assert record.stored(folder)[0].chunk_size == 30
     assert record.stored(folder)[0].devices == 2
-    for args in (given[2:4], given[4:], ["--devices", "0"], [folder / "config.yaml"]):
+    automatic = (["--devices", "0"], ["--chunk-size", "auto"])
+    for args in (given[2:4], given[4:], *automatic, [folder / "config.yaml"]):
         status, _, err = call(capsys, "run", "--resume", "~/run", *args)
         assert (status, err) == (0, "")
 

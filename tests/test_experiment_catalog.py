@@ -27,7 +27,7 @@ CASES += [
     {"algorithm": "feddip", "feddip_mode": "dense", "max_penalty": 0.0},
     {"augment": True, "normalise": False, "dropout_probability": 0.5, "chunk_size": 100},
     {"algorithm": "feddip", "drift": "scaffold"},
-    {"algorithm": "fedtiny", "drift": "fednova", "local_steps": None},
+    {"algorithm": "fedtiny", "drift": "fednova", "local_steps": None, "compute_dtype": "bfloat16"},
     {"algorithm": "random_channels", "gates": "personal", "gate_warm_up": 0.1},
     {"local_steps": None, "momentum": 0.5, "weight_decay": 1e-3, "chunk_size": 2},
 ]

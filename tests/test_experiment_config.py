@@ -70,6 +70,9 @@ def test_the_config_knows_where_the_penalty_starts():
         ({"sparsity": float("nan")}, ["sparsity", "nan"]),
         ({"rounds": 0}, ["rounds", "at least 1", "0"]),
         ({"rounds": "many"}, ["rounds", "an integer", "many"]),
+        ({"chunk_size": "many"}, ["chunk_size", "auto or an integer at least 1", "many"]),
+        ({"chunk_size": 0}, ["chunk_size", "auto or an integer at least 1", "0"]),
+        ({"chunk_size": True}, ["chunk_size", "auto or an integer", "True"]),
         ({"learning_rate": None}, ["learning_rate", "greater than 0", "got nothing"]),
         ({"augment": "perhaps"}, ["augment", "true or false", "perhaps"]),
         ({"algorithm": "fed-dip"}, ["algorithm", "fedavg", "fed-dip", "did you mean 'feddip'"]),
@@ -113,7 +116,7 @@ def test_a_sparsity_that_nothing_uses_is_not_complained_about():
 
 def test_differences_name_both_sides_and_leave_places_out():
     stored = RunConfig(rounds=5, seed=1, chunk_size=1)
-    values = {"rounds": 6, "seed": 1, "out": "elsewhere", "data_dir": "there", "chunk_size": 0}
+    values = {"rounds": 6, "seed": 1, "out": "elsewhere", "data_dir": "there", "chunk_size": "auto"}
     assert reading.differences(stored, values, validate(values)) == [
         "rounds is 5 in the run, 6 was given"
     ]

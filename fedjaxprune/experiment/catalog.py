@@ -30,6 +30,8 @@ from fedjaxprune.base import (
 )
 from fedjaxprune.data import batching, datasets, partitions, preprocess
 from fedjaxprune.experiment import (
+    chunk_trial,
+    chunking,
     cohorts,
     explore_recipes,
     filter_recipes,
@@ -42,7 +44,7 @@ from fedjaxprune.experiment.config import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, servers
 from fedjaxprune.federated import uplink as uplinks
-from fedjaxprune.models import cnns, lstm, vgg, zoo
+from fedjaxprune.models import cnns, lstm, precision, vgg, zoo
 
 MODELS: Mapping[str, Callable[..., Model]] = {
     "mlp": lambda config, **sizes: zoo.mlp(**sizes),
@@ -196,7 +198,7 @@ SERVERS: Mapping[str, Callable[[RunConfig, float], optax.GradientTransformation]
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in what the machine decides: devices, and the clients that each trains at once.
+    """Fill in what the machine decides, the devices; a chunk is at most the cohort.
 
     Raises:
       UserError: there are not so many devices.
@@ -208,11 +210,9 @@ def resolve(config: RunConfig) -> RunConfig:
             f"{jax.default_backend()} devices here, got {config.devices}."
         )
     devices = min(devices, config.cohort_size, jax.device_count())
-    chunk_size = config.chunk_size
-    if chunk_size == 0:
-        chunk_size = 1 if jax.default_backend() == "cpu" else config.cohort_size
-    chunk_size = min(chunk_size, config.cohort_size)
-    return config.model_copy(update={"chunk_size": chunk_size, "devices": devices})
+    size = config.chunk_size
+    size = size if size == "auto" else min(size, config.cohort_size)
+    return config.model_copy(update={"chunk_size": size, "devices": devices})
 
 
 def num_cores() -> int:
@@ -222,11 +222,15 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def build(config: RunConfig) -> runner.Parts:
+def build(config: RunConfig, *, warn: chunking.WarnFn | None = None) -> runner.Parts:
     """Put a run together: load the data, deal it out, make model and algorithm.
 
-    Nothing is trained and nothing is written, so that whatever is wrong is said before a run
-    folder is made.
+    No run folder is made, so that whatever is wrong is said before there is one.
+
+    Args:
+      config: of the run.
+      warn: takes a sentence of the trial that chooses a chunk size ``"auto"``. Without it there is
+        no trial, and clients train one by one.
 
     Raises:
       UserError: the data set is unknown or not prepared, the partition is impossible, the model
@@ -253,11 +257,17 @@ def build(config: RunConfig) -> runner.Parts:
     train_fn, test_fn = _preprocess(dataset, config)
     model = _model(config, dataset, test_fn)
     given = recipes.Given(held=held, input_shape=dataset.image_shape, train=train_fn, test=test_fn)
+    population = partitions.population(dataset.train, parts)
+    chunk = None
+    if config.chunk_size == "auto" and warn is not None:
+        batcher, mesh = _batcher(config, train_fn), _mesh(config)
+        chunk = chunk_trial.choose(config, model, batcher, population, mesh=mesh, warn=warn)
+        config = config.model_copy(update={"chunk_size": chunk.size})
     algorithm = _algorithm(config, model, given)
     built = runner.Parts(
         model=model,
         algorithm=algorithm,
-        population=partitions.population(dataset.train, parts),
+        population=population,
         test=TestSet(
             inputs=jnp.asarray(dataset.test["inputs"]),
             labels=jnp.asarray(dataset.test["labels"]),
@@ -269,6 +279,7 @@ def build(config: RunConfig) -> runner.Parts:
         ),
         prunable=recipes.reported(config),
         mesh=_mesh(config),
+        chunk=chunk,
     )
     try:
         runner.check(built)
@@ -335,7 +346,7 @@ def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> 
             f"model {config.model!r} does not fit the data set {config.dataset!r} "
             f"(images {tuple(dataset.image_shape)}): {_first_line(error)}"
         ) from None
-    return model
+    return precision.compute_in(model, config.compute_dtype)
 
 
 def _algorithm(config: RunConfig, model: Model, given: recipes.Given) -> Algorithm:
@@ -363,7 +374,7 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Setup:
         uplink=uplinks.error_feedback(uplink) if config.error_feedback else uplink,
         aggregator=AGGREGATORS[config.aggregator](config),
         server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
-        chunk_size=config.chunk_size,
+        chunk_size=1 if config.chunk_size == "auto" else config.chunk_size,
         mesh=_mesh(config),
         drift=DRIFTS[config.drift](config, batcher),
     )

@@ -60,7 +60,9 @@ def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
             declaration = f"{option}/--no-{name.replace('_', '-')}"
             decorate = click.option(declaration, name, default=None, help=text)
         else:
-            metavar = "|".join(validation.alternatives(name)) or _kind(name)
+            instead = validation.word(name)
+            kind = _kind(name) if instead is None else f"{instead}|{_kind(name)}"
+            metavar = "|".join(validation.alternatives(name)) or kind
             decorate = click.option(option, name, default=None, metavar=metavar, help=text)
         command = decorate(command)
     return command

@@ -185,6 +185,12 @@ class Settings(pydantic.BaseModel):
     norm: Literal["batch", "group"] = _field(
         "batch", "Normalisation layers (resnets, vgg*_bn, gated networks).", group="Model"
     )
+    compute_dtype: Literal["float32", "bfloat16"] = _field(
+        "float32",
+        "Type that clients train in, forward and backward; bfloat16 is for hardware that has it. "
+        "Weights, what is sent, aggregation, statistics and tests stay float32.",
+        group="Model",
+    )
     gate_density: float = gate_settings.DENSITY
     gate_warm_up: float = gate_settings.WARM_UP
     gate_gradient: gate_settings.Gradient = gate_settings.GRADIENT
@@ -314,13 +320,12 @@ class Settings(pydantic.BaseModel):
     seed: int = _field(
         0, "Seed of every random choice.", group="Run", unit="no unit", ge=0, lt=2**32
     )
-    chunk_size: int = _field(
-        0,
-        "Clients trained at once; 0: one on CPU, the whole cohort elsewhere.",
+    chunk_size: Literal["auto"] | Count = _field(
+        "auto",
+        "Clients that a device trains at once; auto measures which number is fastest, unless the "
+        "run is too short for that, and keeps what it measured for other runs.",
         group="Run",
         unit="clients",
-        ge=0,
-        le=INT_MAX,
     )
     devices: int = _field(
         0,

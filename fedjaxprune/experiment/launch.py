@@ -38,11 +38,18 @@ def start(config: RunConfig, *, trackers: Openers, show: ShowFn) -> pathlib.Path
     folder = path(config.out) if config.out else record.default_folder(config)
     record.check_free(folder)
     with jax_set_up(config):
-        from fedjaxprune.experiment import catalog
+        from fedjaxprune.experiment import catalog, chunking
 
         config = catalog.resolve(config)
-        parts = catalog.build(config)
+        with _memory(config):
+            parts = catalog.build(config, warn=_warn)
+        if parts.chunk is not None:
+            click.echo(parts.chunk.sentence)
+            config = config.model_copy(update={"chunk_size": parts.chunk.size})
         record.create(folder, config)
+        if parts.chunk is not None:
+            with _said(folder):
+                chunking.write(parts.chunk, folder)
         _train(folder, config, parts, trackers, show)
     return folder
 
@@ -92,7 +99,32 @@ def resume(
                 "the bits may differ.",
                 err=True,
             )
-        _train(folder, config, catalog.build(config), trackers, show)
+        with _memory(config):
+            parts = catalog.build(config)
+        _train(folder, config, parts, trackers, show)
+
+
+@contextlib.contextmanager
+def _memory(config: RunConfig) -> Iterator[None]:
+    """Turn what JAX and Python say of memory that is not there into a sentence."""
+    import jax
+
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        chunk = f"--chunk-size (here {config.chunk_size}), "
+        raise UserError(
+            "there is not enough memory for this run; start a new one with a smaller "
+            f"{'' if config.chunk_size == 1 else chunk}--batch-size (here {config.batch_size}) or "
+            "--model, or with fewer clients if each keeps a state, as with --error-feedback."
+        ) from None
+
+
+def _warn(sentence: str) -> None:
+    """Warn before there is a run."""
+    click.echo(f"warning: {sentence}", err=True)
 
 
 def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
@@ -127,7 +159,6 @@ def _train(
     folder: pathlib.Path, config: RunConfig, parts: Any, trackers: Openers, show: ShowFn
 ) -> None:
     """Run what is left to run, and tell how it went; what ends it early is marked in the folder."""
-    import jax
     from rich.console import Console
 
     from fedjaxprune.experiment import plots, progress, record, runner, tracking
@@ -135,7 +166,7 @@ def _train(
     console, errors = Console(), Console(stderr=True)
     num_rounds = sum(stage.num_rounds for stage in parts.algorithm.stages)
     try:
-        with _said(folder), record.hold(folder):
+        with _memory(config), _said(folder), record.hold(folder):
             lines = record.read(folder)
             if len(lines) == num_rounds and (folder / record.SUMMARY).exists():
                 console.print("this run is finished; there is nothing left to do.")
@@ -160,14 +191,6 @@ def _train(
                 plots.accuracy(lines, folder / record.PICTURE, title=title(config))
                 record.write_summary(folder, record.summarise(lines))
             show(folder, config, lines)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"there is not enough memory for the run in {str(folder)!r}; start a new one with a "
-            f"smaller model, batch_size or chunk_size ({config.chunk_size}), or fewer clients if "
-            "each keeps a state, as with error_feedback."
-        ) from None
     except KeyboardInterrupt:
         click.echo(f"interrupted; continue with `fedjaxprune run --resume {folder}`.", err=True)
         raise SystemExit(INTERRUPTED) from None
@@ -205,8 +228,9 @@ def jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        cache = pathlib.Path(base) / "fedjaxprune" / "jax"
+        from fedjaxprune.experiment import chunking
+
+        cache = chunking.folder() / "jax"
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))

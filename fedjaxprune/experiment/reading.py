@@ -121,13 +121,13 @@ def differences(stored: RunConfig, names: Any, given: Settings) -> list[str]:
     """List how the explicitly given settings `names` differ from a stored run's.
 
     Where things lie may differ; chunks and devices are compared as the run has them, at most the
-    cohort, and 0 leaves them to the run.
+    cohort, and "auto" and 0 leave them to the run.
     """
     different = []
     for name in names:
         there, here = getattr(stored, name), getattr(given, name)
         if name in ("chunk_size", "devices"):
-            here = min(here, stored.cohort_size) or there
+            here = there if here in ("auto", 0) else min(here, stored.cohort_size)
         if name not in PLACES and there != here:
             different.append(f"{name} is {there!r} in the run, {here!r} was given")
     return different

@@ -27,7 +27,15 @@ from fedjaxprune.base import (
     RoundMetrics,
     RoundState,
 )
-from fedjaxprune.experiment import checkpoints, costs_record, evaluation, progress, record, spread
+from fedjaxprune.experiment import (
+    checkpoints,
+    chunking,
+    costs_record,
+    evaluation,
+    progress,
+    record,
+    spread,
+)
 from fedjaxprune.experiment.evaluation import TestSet
 
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
@@ -48,6 +56,7 @@ class Parts(NamedTuple):
       advance: for each stage the function that plays one of its rounds (`simulation.advance`).
       prunable: what sparsity is reported of.
       mesh: the devices that the algorithm shares a cohort out to; None for one device.
+      chunk: how many clients a device trains at once, if that was left to a trial.
     """
 
     model: Model
@@ -58,6 +67,7 @@ class Parts(NamedTuple):
     advance: tuple[AdvanceFn, ...]
     prunable: PrunableFn
     mesh: Mesh | None = None
+    chunk: chunking.Choice | None = None
 
 
 class _Pending(NamedTuple):

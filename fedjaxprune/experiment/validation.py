@@ -68,6 +68,14 @@ def alternatives(name: str) -> list[str]:
     return list(typing.get_args(annotation)) if typing.get_origin(annotation) is Literal else []
 
 
+def word(name: str) -> str | None:
+    """Give the word that a setting may be in place of a number, such as ``"auto"``."""
+    for one in typing.get_args(RunConfig.model_fields[name].annotation):
+        if typing.get_origin(one) is Literal:
+            return typing.get_args(one)[0]
+    return None
+
+
 def is_flag(name: str) -> bool:
     """Tell whether a setting is true or false."""
     return RunConfig.model_fields[name].annotation is bool
@@ -81,7 +89,7 @@ def is_optional(name: str) -> bool:
 def kind(name: str) -> str:
     """Say what a setting is, such as ``"an integer"`` or ``"true or false"``."""
     kinds = {int: "an integer", float: "a number", bool: "true or false"}
-    return kinds.get(_bare(RunConfig.model_fields[name].annotation), "a text")
+    return kinds.get(_number(name)[0], "a text")
 
 
 def _allowed(name: str, *, is_huge: bool) -> str:
@@ -89,7 +97,19 @@ def _allowed(name: str, *, is_huge: bool) -> str:
     if names := alternatives(name):
         return "one of " + ", ".join(names)
     text = " ".join([kind(name), _limits(name, is_huge=is_huge)]).rstrip()
+    if instead := word(name):
+        text = f"{instead} or {text}"
     return text + (", or none" if is_optional(name) else "")
+
+
+def _number(name: str) -> tuple[Any, list[Any]]:
+    """Find the type of a setting and its limits, beside a word that it may be instead."""
+    field = RunConfig.model_fields[name]
+    for one in typing.get_args(field.annotation):
+        if typing.get_origin(one) is typing.Annotated:
+            bare, *notes = typing.get_args(one)
+            return bare, [limit for note in notes for limit in note.metadata]
+    return _bare(field.annotation), field.metadata
 
 
 def _bare(annotation: Any) -> Any:
@@ -109,7 +129,7 @@ def limits(name: str) -> str:
 
 def _limits(name: str, *, is_huge: bool) -> str:
     low = high = None
-    for limit in RunConfig.model_fields[name].metadata:
+    for limit in _number(name)[1]:
         match limit:
             case annotated_types.MinLen():
                 return "that is not empty"

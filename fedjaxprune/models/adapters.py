@@ -11,6 +11,7 @@ from flax import nnx
 
 from fedjaxprune import metrics
 from fedjaxprune.base import Batch, Key, Metrics, Model, Params, State
+from fedjaxprune.models import precision
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
 
@@ -217,12 +218,15 @@ def _by_path(sown: Any) -> dict[str, Any]:
 def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], loss: LossFn) -> Any:
     """Make a model's loss: the weighted mean over the batch's labels, and its metrics.
 
+    Logits of fewer bits are widened to float32 first.
+
     With several labels an example (``[B, T]``) every one has the example's weight, and a negative
     one, which marks the filling of a short sequence, has none.
     """
 
     def loss_fn(params: Params, state: State, batch: Batch, key: Key) -> Any:
         logits, state, layers = apply_fn(params, state, batch.inputs, batch.weights > 0, key)
+        logits = precision.widen(logits)
         labels, weights = batch.labels, batch.weights
         if labels.ndim > 1:
             weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjaxprune.models import blocked, convolution, pooling
+from fedjaxprune.models import blocked, convolution, pooling, precision
 
 uniform_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch draws, and the papers' code with it."""
@@ -150,6 +150,7 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over the examples that count.
 
+    Statistics are taken in float32, whatever the images are in.
     Filling (weight 0) enters neither the batch's statistics nor the running ones. The running
     statistics start at mean 0 and variance 1, live in the collection ``batch_stats`` and follow the
     batch's with momentum 0.9; like PyTorch's, their variance is the unbiased one.
@@ -173,10 +174,12 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        dtype = x.dtype
+        x, scale, bias = (precision.widen(array) for array in (x, scale, bias))
         if not train:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * factor
-            return x * factor[None, None, None] + shift[None, None, None]
+            return (x * factor[None, None, None] + shift[None, None, None]).astype(dtype)
         if mask is None:
             mask = jnp.ones(x.shape[:1], jnp.bool_)
         count = (jnp.sum(mask, dtype=jnp.int32) * (x.shape[1] * x.shape[2])).astype(x.dtype)
@@ -193,11 +196,13 @@ class BatchNorm(nn.Module):
                 running.value = jnp.where(any_counts, moved, running.value)
         # A batch that is all filling has no variance, and must not grow from layer to layer.
         factor = jnp.where(any_counts, scale * lax.rsqrt(var + self.epsilon), 0)
-        return centred * factor[None, None, None] + bias[None, None, None]
+        return (centred * factor[None, None, None] + bias[None, None, None]).astype(dtype)
 
 
 class GroupNorm(nn.Module):
     """Group normalisation: each example by itself, so that filling and clients cannot leak.
+
+    Statistics are taken in float32, whatever the images are in.
 
     Attributes:
       num_groups: of neighbouring channels; must divide their number.
@@ -216,6 +221,8 @@ class GroupNorm(nn.Module):
         batch, height, width, channels = x.shape
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        dtype = x.dtype
+        x, scale, bias = (precision.widen(array) for array in (x, scale, bias))
         groups = (batch, self.num_groups, channels // self.num_groups)
         size = height * width * groups[-1]
         # Sums over the image first: they keep the channels in their vectors.
@@ -227,4 +234,4 @@ class GroupNorm(nn.Module):
         var = jnp.sum(squares, axis=-1, keepdims=True) / size
         factor = jnp.broadcast_to(lax.rsqrt(var + self.epsilon), groups)
         factor = factor.reshape(batch, 1, 1, channels) * scale[None, None, None]
-        return centred * factor + bias[None, None, None]
+        return (centred * factor + bias[None, None, None]).astype(dtype)

@@ -1,0 +1,279 @@
+"""``--chunk-size auto``: how many clients train side by side, by a short measured trial.
+
+What a chunk costs depends on the network, the batch and the device, and nobody should have to know
+how. So a few steps of local training are timed with 1, 2, 4, ... clients at once (`chunk_trial`)
+until more of them are slower or do not fit, and the fastest is taken. What was measured is kept in
+the user's cache folder: the same network on the same machine is not tried again.
+
+A trial costs compilations, so it is begun, and goes on, only where the run is long enough to win
+them back. Other sizes differ in rounding only; a run keeps the size that it began with.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FILE = "chunk_size.json"  # in the run folder
+CACHED = "chunk_sizes.json"  # in the cache folder
+TIE = 0.04  # sizes whose speeds differ by less are alike, and the smaller is taken
+SHARE = 0.2  # of the time that a run trains: what its trial may take
+FIRST_S = 2.0  # what the first size of a trial takes, about
+_DRAWS = 16  # cohorts that say how well chunks are used
+
+Rate = float | None  # examples per second on all devices; None for what does not fit
+MeasureFn = Callable[[int], Rate]
+WarnFn = Callable[[str], None]
+
+
+class Work(NamedTuple):
+    """What there is to do, as far as the choice depends on it.
+
+    Attributes:
+      steps: ``[N]`` local steps of each client in a round.
+      batch_size: examples of a step.
+      cohort_size: clients of a round.
+      devices: that share a cohort.
+      num_rounds: of the run.
+    """
+
+    steps: np.ndarray
+    batch_size: int
+    cohort_size: int
+    devices: int
+    num_rounds: int
+
+    @property
+    def largest(self) -> int:
+        """The largest chunk: all clients that a device has."""
+        return -(-self.cohort_size // self.devices)
+
+    @property
+    def num_examples(self) -> float:
+        """Examples that the run trains on, about."""
+        per_round = float(np.mean(self.steps)) * self.batch_size * self.cohort_size
+        return per_round * self.num_rounds
+
+
+class Figure(NamedTuple):
+    """What a trial of one size found.
+
+    Attributes:
+      rate: examples per second on all devices; None if it does not fit in memory.
+      cost_s: seconds that the trial took.
+    """
+
+    rate: Rate
+    cost_s: float
+
+
+class Choice(NamedTuple):
+    """The size that was chosen, and why.
+
+    Attributes:
+      size: clients that train at once.
+      figures: what trials found, by chunk size.
+      used: share of a chunk's work that is some client's: the rest is filling, where clients take
+        different numbers of steps or the chunk does not divide the cohort.
+      sentence: for the user.
+    """
+
+    size: int
+    figures: Mapping[int, Figure]
+    used: Mapping[int, float]
+    sentence: str
+
+
+def candidates(largest: int) -> list[int]:
+    """List the sizes that may be tried: powers of 2, and all clients of a device."""
+    powers = [2**i for i in range(largest.bit_length())]
+    return powers if powers[-1] == largest else [*powers, largest]
+
+
+def used(work: Work, size: int) -> float:
+    """Compute what share of the steps of chunks of `size` are some client's own, on average.
+
+    Clients of a chunk wait for the one with most steps. Cohorts are dealt out as `cohort.run` does
+    it: clients of like size share a chunk.
+    """
+    rng = np.random.default_rng(0)
+    own = paid = 0.0
+    for _ in range(_DRAWS):
+        drawn = rng.choice(work.steps.size, work.cohort_size, replace=False)
+        steps = np.sort(work.steps[drawn])[::-1]
+        own += steps.sum()
+        longest = [steps[device :: work.devices][::size].sum() for device in range(work.devices)]
+        paid += max(longest) * size * work.devices
+    return own / paid if paid else 1.0
+
+
+def choose(
+    work: Work,
+    measure: MeasureFn,
+    known: Mapping[int, Figure],
+    *,
+    slow_s: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Choice:
+    """Choose the fastest chunk size, measuring what is not known.
+
+    Sizes are tried in order until one is slower than the best or does not fit, or until trying one
+    more, at the price of the last, would take more than a share of the run's training.
+
+    Args:
+      work: to be done.
+      measure: times one size.
+      known: figures of earlier trials.
+      slow_s: what training takes where it is slow, as long as nothing is known.
+      clock: seconds.
+    """
+    if work.largest == 1:
+        return _one("a device has one client a round, so there is nothing to choose")
+    figures: dict[int, Figure] = {}
+    shares: dict[int, float] = {}
+    speeds: dict[int, float] = {}
+    expected, spent, cost, ending = slow_s, 0.0, FIRST_S, ""
+    for size in candidates(work.largest):
+        if size not in known:
+            if spent + cost > SHARE * expected:
+                ending = f"; more were not tried in a run that trains for {_seconds(expected)}"
+                break
+            before = clock()
+            rate = measure(size)
+            figures[size] = Figure(rate, clock() - before)
+            spent += figures[size].cost_s
+        else:
+            figures[size] = known[size]
+        rate, cost = figures[size]
+        if rate is None:
+            ending = f"; {size} do not fit in memory"
+            break
+        shares[size] = used(work, size)
+        speeds[size] = rate * shares[size]
+        expected = work.num_examples / max(speeds.values())
+        if speeds[size] < (1 - TIE) * max(speeds.values()):
+            break
+    if not figures:
+        return _one(f"no trial, as the run trains for less than about {_seconds(slow_s)}")
+    if not speeds:
+        return _one("not even one client at a time fits in memory")._replace(figures=figures)
+    best = max(speeds.values())
+    size = min(size for size, speed in speeds.items() if speed >= (1 - TIE) * best)
+    told = ", ".join(f"{speed:,.0f} with {size}" for size, speed in speeds.items())
+    when = f"measured in {_seconds(spent)}" if spent else "measured earlier"
+    sentence = f"chunk size {size} (auto): examples/s {told}, {when}{ending}."
+    return Choice(size, figures, shares, sentence)
+
+
+def _one(reason: str) -> Choice:
+    """Let clients train one by one."""
+    return Choice(1, {}, {}, f"chunk size 1 (auto): {reason}.")
+
+
+def _seconds(value: float) -> str:
+    """Write a number of seconds with two digits."""
+    return f"{value:,.1f} s" if value < 9.95 else f"{value:,.0f} s"
+
+
+def folder() -> pathlib.Path:
+    """Find the command's cache folder: in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "fedjaxprune"
+
+
+def load(key: str, *, warn: WarnFn) -> dict[int, Figure]:
+    """Read what earlier trials of `key` found; a file that is not sound is as good as none."""
+    return _figures(_read(warn).get(key, {}))
+
+
+def save(key: str, figures: Mapping[int, Figure]) -> None:
+    """Keep what was found; where a folder cannot be written to, nothing is kept."""
+    with contextlib.suppress(OSError):
+        path = folder() / CACHED
+        path.parent.mkdir(parents=True, exist_ok=True)
+        everything = _read(lambda sentence: None)
+        merged = {**_figures(everything.get(key, {})), **figures}
+        everything[key] = _plain({size: merged[size] for size in sorted(merged)})
+        # In one step, as several runs may do so at a time.
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=CACHED)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(everything, file, indent=1)
+            pathlib.Path(draft).replace(path)
+        except OSError:
+            pathlib.Path(draft).unlink(missing_ok=True)
+            raise
+
+
+def _read(warn: WarnFn) -> dict[str, Any]:
+    path = folder() / CACHED
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for figures in found.values():
+            _figures(figures)
+        return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        warn(
+            f"the file of measured chunk sizes {str(path)!r} is damaged and not used; the next "
+            "trial writes it anew."
+        )
+        return {}
+
+
+def _plain(figures: Mapping[int, Figure]) -> dict[str, Any]:
+    """Write figures for JSON."""
+    return {
+        str(size): {"examples_per_s": figure.rate, "trial_s": round(figure.cost_s, 3)}
+        for size, figure in figures.items()
+    }
+
+
+def _figures(found: Any) -> dict[int, Figure]:
+    """Read what `_plain` wrote; one of Python's errors if it is something else."""
+    figures = {}
+    for size, values in found.items():
+        rate, cost = values["examples_per_s"], float(values["trial_s"])
+        rate = None if rate is None else float(rate)
+        if int(size) < 1 or not (rate is None or 0 < rate < math.inf) or not 0 <= cost < math.inf:
+            raise ValueError(f"no figure: {size}: {values}")
+        figures[int(size)] = Figure(rate, cost)
+    return figures
+
+
+def auto(
+    work: Work, measure: MeasureFn, *, key: str, slow_s: Callable[[], float], warn: WarnFn
+) -> Choice:
+    """Choose by what the cache holds and a trial of the rest, which the cache then holds too."""
+    known = load(key, warn=warn) if work.largest > 1 else {}
+    slow = math.inf if known or work.largest == 1 else slow_s()
+    choice = choose(work, measure, known, slow_s=slow)
+    if found := {size: figure for size, figure in choice.figures.items() if size not in known}:
+        save(key, found)
+    return choice
+
+
+def write(choice: Choice, run_folder: pathlib.Path) -> None:
+    """Put a choice on record in a run folder."""
+    record = {
+        "chunk_size": choice.size,
+        "figures": _plain(choice.figures),
+        "used": {str(size): round(share, 4) for size, share in choice.used.items()},
+        "sentence": choice.sentence,
+    }
+    (run_folder / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def local_steps(sizes: np.ndarray, config: Any) -> np.ndarray:
+    """Count the local steps of clients that hold `sizes` examples, ``[N]``."""
+    if config.local_steps is not None:
+        return np.where(sizes > 0, config.local_steps, 0)
+    return config.local_epochs * -(-sizes // config.batch_size)

@@ -1,0 +1,240 @@
+"""A chunk size is chosen by measurements; these come from a table here, and once from a clock."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjaxprune.experiment import catalog, chunk_trial, chunking, launch, record
+from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.validation import validate
+
+LONG = chunking.Work(
+    steps=np.full(40, 5), batch_size=10, cohort_size=16, devices=2, num_rounds=10**6
+)
+RISING = {1: 100.0, 2: 190.0, 4: 300.0, 8: 350.0}
+SETTINGS = {"algorithm": "fedavg", "rounds": 2, "num_clients": 8, "cohort_size": 8, "devices": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fedjaxprune" / "chunk_sizes.json"
+
+
+class Table:
+    """Measures by looking up, on a clock of its own: every trial takes `cost_s`."""
+
+    def __init__(self, rates, cost_s=1.0):
+        self.rates, self.cost_s = rates, cost_s
+        self.asked, self.now = [], 0.0
+
+    def __call__(self, size):
+        self.asked.append(size)
+        self.now += self.cost_s
+        return self.rates[size]
+
+    def choose(self, work=LONG, known=None, **options):
+        return chunking.choose(work, self, known or {}, clock=lambda: self.now, **options)
+
+
+def never(size):
+    raise AssertionError(f"{size} was measured")
+
+
+def auto(measure, *, work=LONG, key="k", warn=never):
+    return chunking.auto(work, measure, key=key, slow_s=lambda: 1e9, warn=warn)
+
+
+@pytest.mark.parametrize(
+    ("rates", "size", "asked"),
+    [
+        (RISING, 8, [1, 2, 4, 8]),
+        ({**RISING, 8: 301.0}, 4, [1, 2, 4, 8]),  # the smaller of two that are alike
+        ({**RISING, 4: 150.0}, 2, [1, 2, 4]),  # no more once slower
+        ({**RISING, 4: None}, 2, [1, 2, 4]),  # no more once too large
+        ({1: 100.0, 2: 99.0, 4: 300.0, 8: 200.0}, 4, [1, 2, 4, 8]),  # alike is not slower
+        ({1: None}, 1, [1]),
+    ],
+)
+def test_the_fastest_that_fits_is_taken(rates, size, asked):
+    table = Table(rates)
+    choice = table.choose()
+    assert (choice.size, table.asked) == (size, asked)
+    assert choice.sentence.startswith(f"chunk size {size} (auto): ")
+    assert choice.sentence.count("\n") == 0
+
+
+def test_sizes_are_powers_of_two_and_all_clients_of_a_device():
+    assert chunking.candidates(1) == [1]
+    assert chunking.candidates(5) == [1, 2, 4, 5]
+    assert chunking.candidates(8) == [1, 2, 4, 8]
+    assert LONG._replace(cohort_size=9).largest == 5
+
+
+def test_one_candidate_is_no_trial():
+    choice = chunking.choose(LONG._replace(cohort_size=2), never, {})
+    assert choice.size == 1
+    assert "nothing to choose" in choice.sentence
+
+
+def test_a_short_run_has_no_trial_and_a_longer_one_a_part():
+    short = chunking.choose(LONG, never, {}, slow_s=9.0)
+    assert short.size == 1
+    assert "less than about 9.0 s" in short.sentence
+    # 16 clients x 5 steps x 10 examples: 8 s a round with chunks of 1, then 4.2 s.
+    table = Table(RISING)
+    choice = table.choose(LONG._replace(num_rounds=2))
+    assert (choice.size, table.asked) == (2, [1, 2])  # a third second would be over a fifth of 8.4
+    assert "more were not tried in a run that trains for 8.4 s" in choice.sentence
+
+
+def test_known_figures_are_not_measured_and_count_by_what_they_cost():
+    known = {size: chunking.Figure(rate, 1.0) for size, rate in RISING.items()}
+    assert chunking.choose(LONG, never, known).size == 8
+    dear = {1: chunking.Figure(100.0, 60.0)}
+    assert chunking.choose(LONG._replace(num_rounds=2), never, dear).size == 1
+
+
+def test_filling_counts_against_a_chunk():
+    even = LONG._replace(cohort_size=8, devices=1)
+    assert [chunking.used(even, size) for size in (1, 2, 8)] == [1.0, 1.0, 1.0]
+    assert chunking.used(even, 3) == 8 / 9  # three chunks of three for eight clients
+    # One client of a cohort of four has 9 steps, the others 1: chunks of 4 do 36 steps for 12.
+    ragged = chunking.Work(np.array([1, 9, 1, 1]), 10, 4, 1, 1)
+    assert chunking.used(ragged, 4) == 12 / 36
+    assert chunking.used(ragged, 2) == 12 / 20
+    assert chunking.used(ragged._replace(devices=2), 1) == 12 / 20  # 9 + 1 steps beside 2
+    table = Table({1: 100.0, 2: 150.0})
+    assert table.choose(ragged._replace(num_rounds=10**6)).size == 1
+
+
+def test_what_was_measured_is_kept(cache):
+    table = Table(RISING)
+    first = auto(table)
+    again = auto(never)
+    assert again.size == first.size == 8
+    assert "measured earlier" in again.sentence
+    assert auto(Table({1: 9.0, 2: 1.0}), key="other").size == 1
+    assert auto(never).size == 8
+    assert set(json.loads(cache.read_text())) == {"k", "other"}
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]  # no drafts are left
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "\x00",
+        '{"k": 3}',
+        '{"k": {"0": {"examples_per_s": 1, "trial_s": 1}}}',
+        '{"k": {"1": {"examples_per_s": NaN, "trial_s": 1}}}',
+        '{"k": {"1": {"examples_per_s": "fast", "trial_s": 1}}}',
+        '{"k": {"1": {"examples_per_s": 1}}}',
+    ],
+)
+def test_a_damaged_file_is_ignored_with_a_sentence(cache, text):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(text)
+    said = []
+    assert auto(Table(RISING), warn=said.append).size == 8
+    assert len(said) == 1
+    assert "is damaged and not used" in said[0]
+    assert auto(never).size == 8  # it has been put right
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache):
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file where the folder should be")
+    said = []
+    assert auto(Table(RISING), warn=said.append).size == 8
+    assert auto(Table(RISING), warn=said.append).size == 8
+
+
+def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path, capsys):
+    table, played = Table(RISING), []
+    monkeypatch.setattr(chunk_trial, "measure", lambda *args, **options: table)
+    monkeypatch.setattr(chunk_trial, "slow_s", lambda *args, **options: 1e9)
+    monkeypatch.setattr(chunking, "SHARE", 1e9)
+    monkeypatch.setattr(launch, "_train", lambda folder, config, *rest: played.append(config))
+    folder = tmp_path / "run"
+    launch.start(validate({**SETTINGS, "out": str(folder)}), trackers={}, show=print)
+    assert table.asked == [1, 2, 4]
+    assert "chunk size 4 (auto): examples/s 100 with 1, 190 with 2, 300 with 4, measured in" in (
+        capsys.readouterr().out
+    )
+    assert record.stored(folder)[0].chunk_size == 4
+    on_record = json.loads((folder / chunking.FILE).read_text())
+    assert on_record["chunk_size"] == 4
+    assert on_record["figures"]["2"]["examples_per_s"] == 190.0
+
+    monkeypatch.setattr(chunk_trial, "choose", pytest.fail)
+    for given in ({}, {"chunk_size": "auto"}):
+        launch.resume(folder, given, validate(given), trackers={}, show=print)
+    launch.start(
+        validate({**SETTINGS, "chunk_size": 3, "out": str(tmp_path / "other")}),
+        trackers={},
+        show=print,
+    )
+    assert [config.chunk_size for config in played] == [4, 4, 4, 3]
+    assert not (tmp_path / "other" / chunking.FILE).exists()
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = catalog.resolve(RunConfig(**SETTINGS, local_steps=2))
+    parts = catalog.build(config)
+    work = chunking.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
+    batcher = catalog._batcher(config, lambda key, inputs: inputs.astype(jnp.float32) / 16)
+    measure = chunk_trial.measure(
+        parts.model, batcher, parts.population, work=work, mesh=parts.mesh
+    )
+    return config, parts, work, batcher, measure
+
+
+def test_the_estimate_that_spares_short_runs_a_trial(small):
+    config, parts, work, batcher, _ = small
+    params, _ = jax.eval_shape(parts.model.init, jax.random.key(0))
+    # Six operations for each weight of an MLP and example, but none for the inputs' gradient.
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    slow = chunk_trial.slow_s(parts.model, batcher, parts.population, work=work)
+    expected = work.num_examples * (6 * weights / 5e9 + 2e-4 / config.batch_size) / work.devices
+    assert slow == pytest.approx(expected, rel=0.3)
+
+
+def test_a_trial_plays_local_training(small):
+    *_, measure = small
+    assert measure(2) > 0
+
+
+def test_a_size_that_does_not_fit_is_told_from_one_that_fails(monkeypatch, small):
+    *_, measure = small
+    said = ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: something else"]
+
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError(said.pop(0))
+
+    monkeypatch.setattr(chunk_trial, "_time", fail)
+    assert measure(2) is None
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        measure(2)
+    monkeypatch.undo()
+    monkeypatch.setattr(chunk_trial, "_free_bytes", lambda: 1000.0)
+    assert measure(2) is None
+
+
+def test_figures_are_kept_apart_by_what_they_depend_on():
+    config = catalog.resolve(RunConfig(**SETTINGS))
+    work = chunking.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
+
+    def key(work=work, **changes):
+        return chunk_trial.key(config.model_copy(update=changes), work)
+
+    assert key() == key(learning_rate=0.5, seed=3, rounds=9, optimizer="adam")
+    different = [key(), key(model="cnn"), key(batch_size=3), key(dataset="mnist")]
+    different += [key(work._replace(devices=1)), key(work._replace(steps=np.full(8, 1)))]
+    assert len(set(different)) == len(different)

@@ -1,0 +1,228 @@
+"""Training in bfloat16: what is computed is narrow, what is kept is not."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjaxprune import masks
+from fedjaxprune.algorithms import compose, fedavg, feddip, scaffold, simulation
+from fedjaxprune.base import Batch
+from fedjaxprune.costs import flops
+from fedjaxprune.experiment import catalog
+from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.federated import participation, uplink
+from fedjaxprune.models import adapters, convolution, layers, precision, zoo
+from tests import quadratic
+
+KEY = jax.random.key(5)
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
+
+def dtypes(tree):
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)
+
+
+def batch_of(model_name, size=4):
+    if model_name == "char_lstm":
+        inputs = jnp.arange(size * 5, dtype=jnp.int32).reshape(size, 5) % 10
+    else:
+        inputs = jax.random.normal(jax.random.fold_in(KEY, 1), (size, 32, 32, 3))
+    return Batch(inputs, jnp.arange(size, dtype=jnp.int32) % 10, jnp.ones(size))
+
+
+def gradient(model):
+    return jax.value_and_grad(model.loss, has_aux=True)
+
+
+def products(jaxpr):
+    """List the types that products and convolutions of a graph read."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield tuple(variable.aval.dtype for variable in equation.invars)
+        for sub in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from products(sub)
+
+
+DEEP = ("vgg16_bn", "resnet18", "resnet32", "resnet34", "resnet50", "gated_resnet32", "gated_vgg16")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in catalog.MODELS],
+)
+def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
+    shape = (5,) if name == "char_lstm" else (32, 32, 3)
+    norm = "group" if name == "resnet20" else "batch"
+    wide = catalog.MODELS[name](RunConfig(norm=norm), input_shape=shape, num_classes=10)
+    model = precision.compute_in(wide, "bfloat16")
+    params, state = jax.eval_shape(model.init, KEY)
+    batch = batch_of(name)
+
+    graph, seen = jax.make_jaxpr(gradient(model), return_shape=True)(params, state, batch, KEY)
+    (value, (after, metrics)), grads = seen
+    assert value.dtype == jnp.float32
+    assert dtypes((after, grads)) == dtypes((state, params))
+    assert BFLOAT16 not in jax.tree.leaves(dtypes(metrics))
+    found = set(products(graph.jaxpr))
+    assert found == {(BFLOAT16, BFLOAT16)}
+
+
+@pytest.mark.parametrize("name", ["lenet5", pytest.param("resnet8", marks=pytest.mark.slow)])
+def test_losses_and_gradients_are_near_float32(name):
+    wide = catalog.MODELS[name](RunConfig(), input_shape=(32, 32, 3), num_classes=10)
+    params, state = wide.init(KEY)
+    results = [
+        jax.jit(gradient(model))(params, state, batch_of(name), KEY)
+        for model in (wide, precision.compute_in(wide, jnp.bfloat16))
+    ]
+    (exact, (exact_state, _)), exact_grads = results[0]
+    (value, (after, _)), grads = results[1]
+    # A number keeps 8 bits: it is off by 2^-9 at most, and a sum of some of them by little more.
+    np.testing.assert_allclose(value, exact, rtol=2**-6)
+    chex.assert_trees_all_close(after, exact_state, rtol=2**-5, atol=2**-7)
+    here, there = (
+        np.concatenate([g.ravel() for g in jax.tree.leaves(g)]) for g in (grads, exact_grads)
+    )
+    cosine = here @ there / np.linalg.norm(here) / np.linalg.norm(there)
+    assert 0.97 < cosine < 1 - 1e-9  # near, and yet another number
+
+
+@pytest.mark.parametrize("make", [layers.BatchNorm(), layers.GroupNorm(num_groups=1)])
+def test_normalisation_takes_its_statistics_in_float32(make):
+    # Around 100, neighbours in bfloat16 are 0.5 apart: means and squares of it would lose all.
+    x = (100 + jax.random.normal(KEY, (64, 4, 4, 2))).astype(jnp.bfloat16)
+    args = (x, True, None) if isinstance(make, layers.BatchNorm) else (x,)
+    variables = make.init(KEY, *args)
+    narrow = {**variables, "params": jax.tree.map(lambda p: p.astype(x.dtype), variables["params"])}
+    with jax.numpy_dtype_promotion("standard"):
+        output, changed = make.apply(narrow, *args, mutable=["batch_stats"])
+        exact, expected = make.apply(
+            variables, x.astype(jnp.float32), *args[1:], mutable=["batch_stats"]
+        )
+    assert output.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(output, exact.astype(jnp.bfloat16))
+    chex.assert_trees_all_equal(changed, expected)
+
+
+METHODS = {
+    "fedavg": fedavg.fedavg,
+    "fedprox": functools.partial(fedavg.fedprox, mu=0.1),
+    "scaffold": scaffold.scaffold,
+    **{
+        f"feddip_{mode}": functools.partial(
+            feddip.feddip,
+            mode=mode,
+            final_sparsity=0.75,
+            initial_sparsity=0.25,
+            period=2,
+            num_segments=3,
+            max_penalty=0.01,
+        )
+        for mode in ("masked", "regrow", "dense")
+    },
+}
+ROUNDS = 4
+
+
+def played(make, model):
+    """Play some rounds: the simulation, the last round's metrics and the traffic of all."""
+    setup = compose.Setup(
+        num_rounds=ROUNDS,
+        batcher=quadratic.full_batches(3),
+        optimizer=optax.sgd(0.1, momentum=0.5),
+        uplink=uplink.error_feedback(uplink.top_k(fraction=0.5)),
+        chunk_size=2,
+    )
+    algorithm = make(model, setup)
+    people = quadratic.population()
+    run = simulation.start(algorithm, *model.init(KEY), num_clients=6)
+    advance = jax.jit(
+        simulation.advance(algorithm.stages[0], participation.uniform(num_clients=6, cohort_size=3))
+    )
+    told = []
+    for _ in range(ROUNDS):
+        run, metrics = advance(KEY, run, people)
+        told.append(jax.device_get(metrics))
+    return run, told[-1], [algorithm.num_bits(metrics, run.state) for metrics in told]
+
+
+DEAR = ("fedprox", "scaffold", "feddip_regrow", "feddip_dense")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in DEAR else n for n in METHODS]
+)
+def test_methods_keep_float32_exact_zeros_and_counts(name):
+    # The model has a loss of its own, and is strict about types.
+    exact, exact_metrics, exact_bits = played(METHODS[name], quadratic.MODEL)
+    run, metrics, bits = played(METHODS[name], precision.compute_in(quadratic.MODEL, jnp.bfloat16))
+    assert dtypes(run) == dtypes(exact)
+    assert BFLOAT16 not in jax.tree.leaves(dtypes((run, metrics)))
+    for leaf, mask in zip(
+        jax.tree.leaves(run.state.params), jax.tree.leaves(run.state.masks), strict=True
+    ):
+        if name != "feddip_dense":
+            assert not np.asarray(leaf)[~np.asarray(mask)].any()
+    chex.assert_trees_all_equal(metrics.kept, exact_metrics.kept)
+    sums, exact_sums = ([(b.uplink_bits, b.downlink_bits) for b in x] for x in (bits, exact_bits))
+    if name == "fedavg":  # masks that rank otherwise may pack otherwise
+        assert sums == exact_sums
+
+    # Deltas are of float32 parameters: most of them could not be written in bfloat16.
+    values = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(run.state.params)])
+    assert np.mean(values != values.astype(BFLOAT16).astype(np.float32)) > 0.2
+    if "feddip" not in name:  # there, a mask may turn on a rounding
+        moved = [quadratic.flatten(r.state.params) for r in (exact, run)]
+        start = quadratic.flatten(quadratic.PARAMS)
+        distance = jnp.linalg.norm(moved[1] - moved[0]) / jnp.linalg.norm(moved[0] - start)
+        assert 1e-6 < distance < 0.05
+
+
+class OwnNetwork(nn.Module):
+    """As users write it, with flax's own layers and statistics."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        conv = convolution.conv_general_dilated
+        x = nn.Conv(8, (3, 3), conv_general_dilated=conv)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+def test_a_users_network_needs_no_changes():
+    wide = adapters.from_linen(OwnNetwork(), input_shape=(32, 32, 3))
+    model = precision.compute_in(wide, jnp.bfloat16)
+    params, state = jax.eval_shape(model.init, KEY)
+    batch = batch_of("own")
+    graph, seen = jax.make_jaxpr(gradient(model), return_shape=True)(params, state, batch, KEY)
+    assert set(products(graph.jaxpr)) == {(BFLOAT16, BFLOAT16)}
+    (_, (after, _)), grads = seen
+    assert dtypes((after, grads)) == dtypes((state, params))
+    assert set(jax.tree.leaves(dtypes(after))) == {jnp.dtype(jnp.float32)}
+    assert model.predict is wide.predict
+
+
+def test_a_network_costs_the_same_arithmetic():
+    wide = zoo.lenet5(input_shape=(32, 32, 3), num_classes=10)
+    params, _ = jax.eval_shape(wide.init, KEY)
+    example = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    half = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 2 == 0, params)
+    totals = [
+        flops.sparse(flops.of_model(model, masks.restrict(half, masks.kernels), example))
+        for model in (wide, precision.compute_in(wide, jnp.bfloat16))
+    ]
+    assert totals[0] == totals[1]
+
+
+def test_float32_is_the_model_itself_and_other_types_are_refused():
+    assert precision.compute_in(quadratic.MODEL, "float32") is quadratic.MODEL
+    for dtype in (jnp.int8, jnp.float64):
+        with pytest.raises(ValueError, match="a floating type of at most 32 bits, got"):
+            precision.compute_in(quadratic.MODEL, dtype)
