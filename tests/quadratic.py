@@ -4,6 +4,8 @@ The parameters are a small tree with a prunable kernel and a bias; a point is on
 their entries. With full batches and plain SGD of rate η, K steps lead from w to c̄ + (1−η)ᴷ (w − c̄).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,15 +148,25 @@ NORMALISED = Model(
 )
 
 
-def gated_loss(params, state, batch, key):
-    """Compute the same loss of what an example keeps: the dense layer's channels of largest points.
+def salient_channels(batch, key):
+    """Rank the dense layer's channels by the size of an example's points."""
+    del key
+    points = batch.inputs[:, 4:28].reshape(-1, 6, 4)
+    return jnp.sum(jnp.abs(points), axis=1)
+
+
+def random_channels(batch, key):
+    """Rank them at random for every example."""
+    return jax.random.uniform(key, (batch.inputs.shape[0], 4))
+
+
+def gated_loss(params, state, batch, key, salience=salient_channels):
+    """Compute the same loss of what an example keeps: the dense layer's most salient channels.
 
     Channel `c` is column `c` of ``dense/kernel`` with its bias; dropped ones are at no distance.
     """
-    del key
     density = state["gating"]["density"]
-    points = batch.inputs[:, 4:28].reshape(-1, 6, 4)
-    rank = jnp.argsort(jnp.argsort(-jnp.sum(jnp.abs(points), axis=1), axis=1), axis=1)
+    rank = jnp.argsort(jnp.argsort(-salience(batch, key), axis=1), axis=1)
     keeps = rank.astype(jnp.int32) < gating.num_kept(density, 4)
     one = jnp.ones([batch.inputs.shape[0], 10], jnp.bool_)
     kept = jnp.concatenate([keeps, jnp.tile(keeps, (1, 6)), one], axis=1)
@@ -179,4 +191,5 @@ GATED = Model(
     loss=gated_loss,
     predict=lambda params, state, inputs: inputs[:, :2],
 )
+DRAWING = GATED._replace(loss=functools.partial(gated_loss, salience=random_channels))
 READERS = (salience.Reader("head/kernel", 0, "dense"),)

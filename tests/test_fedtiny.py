@@ -1,6 +1,5 @@
 """FedTiny against its paper: schedules, pool, selection, exchange, and what a run must keep."""
 
-import contextlib
 import functools
 
 import chex
@@ -12,15 +11,13 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedtiny, simulation, stages
+from fedjaxprune.algorithms import compose, fedtiny, stages
 from fedjaxprune.base import Broadcast, Message, PrunerInputs, client_data
 from fedjaxprune.costs import formulas
-from fedjaxprune.experiment import progress, record, runner
-from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import calibration, clients, pairs, participation
 from fedjaxprune.models import adapters, layers, order, vgg, zoo
 from fedjaxprune.pruning import pools, readjustment, schedules
-from tests import quadratic
+from tests import quadratic, resuming
 
 KEY = jax.random.key(5)
 PEOPLE = quadratic.population()
@@ -557,54 +554,11 @@ def test_what_the_network_lacks_is_said_before_anything_runs():
         )
 
 
-class Stop(Exception):
-    pass
-
-
-def run_in(folder, stop_after=None):
-    """Run in a folder, perhaps only up to a round; give the last state and the record."""
-    algorithm = tiny()
+@pytest.mark.slow
+def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
     draw = participation.drop_out(
         participation.uniform(num_clients=6, cohort_size=4), probability=0.2
     )
-    parts = runner.Parts(
-        model=quadratic.NORMALISED,
-        algorithm=algorithm,
-        population=PEOPLE,
-        test=TestSet(PEOPLE.examples["inputs"], PEOPLE.examples["labels"]),
-        preprocess=lambda key, inputs: inputs,
-        advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
-        prunable=masks.kernels,
-    )
-
-    def on_round(line):
-        if line.round == stop_after:
-            raise Stop
-
-    report = progress.Report(start=lambda lines: None, round=on_round, warn=pytest.fail)
-    folder.mkdir(exist_ok=True)
-    state = None
-    with contextlib.suppress(Stop):
-        state = runner.train(
-            parts,
-            seed=3,
-            folder=folder,
-            eval_every=1,
-            checkpoint_every=1,
-            keep_checkpoints=2,
-            fingerprint=7,
-            report=report,
-        )
-    return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
-
-
-@pytest.mark.slow
-def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
-    state, lines = run_in(tmp_path / "whole")
+    parts = resuming.parts(quadratic.NORMALISED, tiny(), PEOPLE, draw)
+    lines = resuming.assert_resumes(parts, tmp_path)
     assert [line.stage for line in lines] == ["prepare", "calibrate", "compare"] + 6 * ["train"]
-    for stop_after in (2, 3, 5):
-        folder = tmp_path / f"stopped-{stop_after}"
-        run_in(folder, stop_after)
-        again, again_lines = run_in(folder)
-        chex.assert_trees_all_equal(again, state)
-        assert again_lines == lines
