@@ -14,7 +14,7 @@ from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import compose, fedavg, filter_controls, mpfl
 from fedjaxprune.channels import groups
 from fedjaxprune.costs import formulas
-from fedjaxprune.federated import participation
+from fedjaxprune.federated import participation, servers
 from fedjaxprune.models import adapters, resnet, vgg, zoo
 from fedjaxprune.pruning import consensus, filters
 from tests import quadratic, resuming
@@ -217,6 +217,18 @@ def assert_is_fedavg(states):
         key = jax.random.fold_in(KEY, expected.round - 1)
         state, _, _ = play(key, state, members, PEOPLE)
         chex.assert_trees_all_equal(state.params, expected.params)
+
+
+def test_what_the_server_remembers_of_a_trained_start_is_rewound_too():
+    server = servers.fedavgm(learning_rate=1.0, momentum=0.9)
+    algorithm = mpfl.mpfl(
+        quadratic.MODEL, setup(server=server), **settings(start_rounds=2, consensus=consensus.top_k)
+    )
+    states, _ = run(algorithm, num_rounds=2 + ITERATIONS + 1)
+    started, agreed = states[2], states[-1]
+    assert np.all(quadratic.flatten(optax.tree.get(started.server, "trace")) != 0)
+    chex.assert_trees_all_equal(agreed.server, servers.init(server, agreed.params))
+    chex.assert_trees_all_equal(agreed.params, masks.apply(agreed.masks, started.params))
 
 
 def test_training_is_fedavg_under_the_mask_to_the_bit():
