@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import gating, metrics
+from fedjaxprune import gating, metrics, trees
 from fedjaxprune.base import Batch, Batcher, Cohort, Model, Population
 from fedjaxprune.channels.groups import Analysis, Group, Member
+from fedjaxprune.costs import flops
+from fedjaxprune.experiment import costs_record
 from fedjaxprune.federated import salience
 
 PARAMS = {
@@ -98,6 +100,21 @@ def population(sizes=(3, 5, 2, 8, 4, 6), seed=0):
         },
         order=jnp.asarray(np.argsort(order), jnp.int32),
         offsets=jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32),
+    )
+
+
+def profile():
+    """Count the parameters as if they were two dense layers: 24 and 8 multiply-adds forward."""
+
+    def predict(params, inputs):
+        hidden = inputs @ params["dense"]["kernel"] + params["dense"]["bias"]
+        return hidden @ params["head"]["kernel"] + params["head"]["bias"]
+
+    return costs_record.Profile(
+        layers=flops.of_function(predict, PARAMS, jnp.zeros(6)),
+        paths=tuple(trees.paths(PARAMS)),
+        sizes=tuple(trees.sizes(PARAMS)),
+        flags=(False, True, False, True),
     )
 
 

@@ -14,6 +14,7 @@ from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import compose, fedtiny, stages
 from fedjaxprune.base import Broadcast, Message, PrunerInputs, client_data
 from fedjaxprune.costs import formulas
+from fedjaxprune.experiment import costs_record
 from fedjaxprune.federated import calibration, clients, pairs, participation
 from fedjaxprune.models import adapters, layers, order, vgg, zoo
 from fedjaxprune.pruning import pools, readjustment, schedules
@@ -447,6 +448,25 @@ def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
             grew += num
         assert np.all(quadratic.flatten(after.params)[~_flat(after.masks)] == 0.0)
     assert grew > 0
+
+
+def test_clients_are_charged_for_looking_and_for_dense_gradients_of_the_block():
+    _, states, history = play()
+    costs = [costs_record.of_round(quadratic.profile(), m).modelled_flops for m in history]
+    assert all(cost is not None for cost in costs)
+    assert set(costs[0].values()) == {0}  # the server alone
+    live = np.asarray(states[1].method.counts).sum()  # of all 4 candidates, both layers
+    for cost in costs[1:3]:  # one forward pass over 28 examples, nothing backward
+        assert cost["forward"] == 2 * 28 * live
+        assert cost["dense_forward"] == 2 * 28 * 4 * 32
+        assert cost["input_gradient"] == cost["weight_gradient"] == 0
+    kernels = [1, 3]
+    for r in range(1, 7):
+        cost = costs[2 + r]
+        dense, head = np.asarray(history[2 + r].kept)[kernels].tolist()
+        further = {2: 8 - head, 4: 24 - dense}.get(r, 0)  # in round 6 nothing is left to exchange
+        assert cost["forward"] == 2 * 56 * (dense + head)  # two local steps
+        assert cost["weight_gradient"] == cost["forward"] + 2 * 28 * further  # of which one looks
 
 
 def _flat(tree):

@@ -9,6 +9,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
+from fedjaxprune.accounts import DENSE_GRADIENT
 from fedjaxprune.base import (
     Batch,
     Batcher,
@@ -121,6 +122,7 @@ class _Progress(NamedTuple):
     num_reported: jax.Array
     local_grads: Params
     metrics: Metrics
+    dense: Metrics
 
 
 def local_sgd(
@@ -157,8 +159,9 @@ def local_sgd(
 
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
-      delta too), `metrics` and, if asked for, `grads`; its weight is the number of examples. Where
-      the broadcast has a `correction`, the steps follow the gradient plus the correction, and
+      delta too), `metrics` and, if asked for, `grads` (the metrics then say at how many examples
+      they were taken: `accounts.DENSE_GRADIENT`); its weight is the number of examples. Where the
+      broadcast has a `correction`, the steps follow the gradient plus the correction, and
       `local_grads` is the mean over all steps of the gradient without it.
     """
     reports = _Reports(report_grads, report_steps)
@@ -227,11 +230,13 @@ def _client(
         batch_key, step_key = jax.random.split(key)
         start = broadcast.params if dense_updates else masks_lib.apply(masks, broadcast.params)
         num_steps = batcher.num_steps(data)
+        counts_dense = dense_updates or reports.rounds is not None
         is_corrected = bool(jax.tree.leaves(broadcast.correction))
 
-        def report(progress, dense_grads, step):
+        def report(progress, dense_grads, step, size):
             """Add a gradient to the sums that are reported, where it is due."""
             reported, num_reported = progress.grads, progress.num_reported
+            due = jnp.bool_(dense_updates)
             if reports.rounds is not None:
                 due = reports.rounds(broadcast.round)
                 due = due if reports.steps is None else due & reports.steps(step, num_steps)
@@ -246,7 +251,13 @@ def _client(
             local = progress.local_grads
             if is_corrected:
                 local = jax.tree.map(jnp.add, local, dense_grads)
-            return {"grads": reported, "num_reported": num_reported, "local_grads": local}
+            seen = metrics.Mean(total=jnp.where(due | dense_updates, size, 0.0), weight=size)
+            return {
+                "grads": reported,
+                "num_reported": num_reported,
+                "local_grads": local,
+                "dense": metrics.merge(progress.dense, seen) if counts_dense else (),
+            }
 
         def step_fn(step, progress):
             batch = batcher.batch(batch_key, data, step)
@@ -275,7 +286,7 @@ def _client(
                 optimizer=now.optimizer,
                 model_state=now.model_state,
                 metrics=metrics.merge(progress.metrics, step_metrics),
-                **report(progress, dense_grads, step),
+                **report(progress, dense_grads, step, jnp.sum(batch.weights)),
             )
 
         shapes = jax.eval_shape(
@@ -291,6 +302,7 @@ def _client(
             num_reported=jnp.int32(0),
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
             metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1]),
+            dense=metrics.zero() if counts_dense else (),
         )
         progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
         fields = {
@@ -302,6 +314,8 @@ def _client(
             ),
             "metrics": progress.metrics,
         }
+        if counts_dense:
+            fields["metrics"] = {**progress.metrics, DENSE_GRADIENT: progress.dense}
         if reports.rounds is not None:
             fields["grads"] = _divide(progress.grads, progress.num_reported)
         if is_corrected:
