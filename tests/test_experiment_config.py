@@ -95,6 +95,10 @@ def test_the_config_knows_where_the_penalty_starts():
             {"algorithm": "adaptive_dynamic_pruning", "model": "resnet8"},
             ["model", "gated_resnet8", "needs gates", "'resnet8'"],
         ),
+        (
+            {"algorithm": "autoflip", "explore_watch": "validation", "development_share": 1},
+            ["development_share", "less than 1", "'validation'", "got 1.0"],
+        ),
         ({"gate_warm_up": 0.6}, ["gate_warm_up", "[0, 0.5]", "0.6"]),
         ({"gate_upload": "some"}, ["gate_upload", "salient, touched, dense", "some"]),
     ],

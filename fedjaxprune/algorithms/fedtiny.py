@@ -342,6 +342,6 @@ def _share(params: Params, density: float, prunable: PrunableFn) -> tuple[np.nda
         raise ValueError(
             f"density must be at least {least:.4g} in this network, whose {num_whole} kernel "
             f"weights outside the prunable layers stay, with one weight in each of {len(sizes)} "
-            f"prunable layers; got {density}."
+            f"prunable layers; got {density:.4g}."
         )
     return sizes, min(share, 1.0)
