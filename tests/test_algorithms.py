@@ -371,6 +371,36 @@ def test_pruned_entries_are_exact_zeros_in_parameters_and_server_memory(name, se
             assert np.all(state.masks["dense"]["bias"])
 
 
+def num_live(name, index):
+    """Say by hand what is left of the 32 prunable weights after a round of training."""
+    if name in ("autoflip_channels", "mpfl"):
+        return None  # whose masks have no set size: channels go too, or clients disagree
+    if name.endswith("_filters") or name == "mpfl_started":  # half of the filters, 6 and 4 weights
+        drops_channels = name in ("mpfl_started", "pooled_filters")
+        return 2 * 6 + 1 * 4 - drops_channels * 2
+    if name.startswith("fedtiny"):
+        return round(0.4 * 32)
+    if name.startswith("dynamic_sparse"):
+        return 32 - round(0.6 * 32)
+    if name.endswith("_masks") or name in ("autoflip", "snip_masks_of_clients"):
+        return 32 - round(0.5 * 32)
+    if (name.startswith("feddip") and name != "feddip_without_pruning") or "gradual" in name:
+        initial = 0.0 if "gradual" in name else 0.25
+        due = index - index % 2
+        return 32 - round((0.75 + (initial - 0.75) * (1 - due / ROUNDS) ** 3) * 32)
+    return 32
+
+
+@every_algorithm
+def test_as_much_is_live_as_is_specified_after_every_round(name):
+    algorithm, run = built(name, wire="feedback_top_k")
+    _, _, history = simulate(algorithm, some, run=run)
+    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+    for index, metrics in enumerate(history[-ROUNDS:]):
+        kept = np.asarray(metrics.kept)[kernels].sum()
+        assert kept == num_live(name, index) or (num_live(name, index) is None and 0 < kept < 32)
+
+
 @every_algorithm
 def test_a_round_is_traced_once_whatever_changes(name):
     algorithm, run = built(name, wire="feedback_top_k")

@@ -94,8 +94,9 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     masks that the round began with; under personal masks, if those leave fewer weights. Stages that
     send no delta have none, unless they say what was trained (`accounts.TRAINED`) or only looked at
     (`accounts.LOOKED`, `accounts.DIFFERENTIATED`). Where there are gates, FLOPs are of what these
-    let through, forward and backward. The weight gradient is dense at the examples at which all of
-    it was wanted (`accounts.DENSE_GRADIENT`).
+    let through, forward and backward. The weight gradient is that of all entries that a client may
+    send, where these are more than live ones (error feedback whose residue travels), and dense at
+    the examples of which all of it was wanted (`accounts.DENSE_GRADIENT`).
     """
     flags = np.asarray(profile.flags, bool)
     sizes = np.asarray(profile.sizes, np.int64)
@@ -107,12 +108,15 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     trains = kept.ndim == 1 or told is not None
     kept = kept if kept.ndim == 1 else sizes * trains
     through = gating.through(metrics.train)
+    moved = kept
     if through:
-        kept = np.asarray(metrics.kept, np.int64)
+        kept = moved = np.asarray(metrics.kept, np.int64)
     elif len(trained):
-        kept = np.minimum(kept, np.round(trained.mean(axis=0)).astype(np.int64))
+        moved = np.round(trained.mean(axis=0)).astype(np.int64)
+        kept = np.minimum(kept, moved)
     work = _Work(
         models=kept[None],
+        moved=moved,
         parts=PARTS if trains else (),
         num_examples=float(metrics.train["loss"].weight),
         num_dense=_num_dense(profile, metrics),
@@ -120,7 +124,7 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     for name, parts in {accounts.LOOKED: PARTS[:1], accounts.DIFFERENTIATED: PARTS}.items():
         if name in metrics.sent.reports:  # the same models for all clients
             models = np.asarray(metrics.sent.reports[name], np.int64)[0]
-            work = work._replace(models=models, parts=parts)
+            work = work._replace(models=models, moved=None, parts=parts)
     return RoundCosts(
         modelled_flops=_flops(profile, work, through),
         mean_coverage=int(trained[:, flags].sum()) / num_prunable,
@@ -133,12 +137,14 @@ class _Work(NamedTuple):
 
     Attributes:
       models: ``[T, L]`` live entries per leaf of the models that the examples passed through.
+      moved: ``[L]`` entries per leaf whose gradient was wanted; None for the live ones.
       parts: the passes that were made.
       num_examples: how many, through all models together.
       num_dense: of them, by path, those at which the leaf's weight gradient was dense.
     """
 
     models: np.ndarray
+    moved: np.ndarray | None
     parts: tuple[str, ...]
     num_examples: float
     num_dense: Mapping[str, int]
@@ -165,7 +171,13 @@ def _flops(profile: Profile, work: _Work, through: Mapping[str, Any]) -> dict[st
         for part in work.parts:
             for name in (part, f"dense_{part}"):
                 total[name] += num_each * counts[name]
-        if "weight_gradient" in work.parts and any(work.num_dense.values()):
+        if "weight_gradient" not in work.parts:
+            continue
+        if work.moved is not None and np.any(work.moved > np.asarray(kept)):
+            wider = _masked(profile, tuple(work.moved.tolist())) or ()
+            further = _totals(wider)["weight_gradient"] - counts["weight_gradient"]
+            total["weight_gradient"] += num_each * further
+        if any(work.num_dense.values()):
             total["weight_gradient"] += _further(layers, work.num_dense)
     return {name: flops.FLOPS_PER_MULTIPLY_ADD * count for name, count in total.items()}
 

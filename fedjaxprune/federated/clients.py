@@ -230,13 +230,12 @@ def _client(
         batch_key, step_key = jax.random.split(key)
         start = broadcast.params if dense_updates else masks_lib.apply(masks, broadcast.params)
         num_steps = batcher.num_steps(data)
-        counts_dense = dense_updates or reports.rounds is not None
         is_corrected = bool(jax.tree.leaves(broadcast.correction))
 
         def report(progress, dense_grads, step, size):
             """Add a gradient to the sums that are reported, where it is due."""
             reported, num_reported = progress.grads, progress.num_reported
-            due = jnp.bool_(dense_updates)
+            dense = progress.dense
             if reports.rounds is not None:
                 due = reports.rounds(broadcast.round)
                 due = due if reports.steps is None else due & reports.steps(step, num_steps)
@@ -248,15 +247,16 @@ def _client(
                     dense_grads,
                 )
                 num_reported = num_reported + due.astype(jnp.int32)
+                seen = metrics.Mean(total=jnp.where(due, size, jnp.zeros_like(size)), weight=size)
+                dense = metrics.merge(dense, seen)
             local = progress.local_grads
             if is_corrected:
                 local = jax.tree.map(jnp.add, local, dense_grads)
-            seen = metrics.Mean(total=jnp.where(due | dense_updates, size, 0.0), weight=size)
             return {
                 "grads": reported,
                 "num_reported": num_reported,
                 "local_grads": local,
-                "dense": metrics.merge(progress.dense, seen) if counts_dense else (),
+                "dense": dense,
             }
 
         def step_fn(step, progress):
@@ -302,7 +302,7 @@ def _client(
             num_reported=jnp.int32(0),
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
             metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1]),
-            dense=metrics.zero() if counts_dense else (),
+            dense=() if reports.rounds is None else metrics.zero(),
         )
         progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
         fields = {
@@ -314,9 +314,8 @@ def _client(
             ),
             "metrics": progress.metrics,
         }
-        if counts_dense:
-            fields["metrics"] = {**progress.metrics, DENSE_GRADIENT: progress.dense}
         if reports.rounds is not None:
+            fields["metrics"] = {**progress.metrics, DENSE_GRADIENT: progress.dense}
             fields["grads"] = _divide(progress.grads, progress.num_reported)
         if is_corrected:
             fields["local_grads"] = _divide(progress.local_grads, num_steps)
