@@ -61,7 +61,7 @@ def play(
             raise Stopped
 
     folder.mkdir(exist_ok=True)
-    is_whole = False
+    state = None
     with contextlib.suppress(Stopped):
         state = runner.train(
             parts,
@@ -73,9 +73,8 @@ def play(
             fingerprint=7,
             report=progress.Report(start=lambda lines: None, round=on_round, warn=warn),
         )
-        is_whole = True
     lines = [line._replace(wall_s=0.0) for line in record.read(folder)]
-    if not is_whole:
+    if state is None:
         return None, lines
     like = jax.eval_shape(lambda: runner.start(jax.random.key(0), parts))
     found = checkpoints.read_newest(folder / record.CHECKPOINTS, like, warn=pytest.fail)

@@ -27,7 +27,6 @@ from fedjaxprune.experiment import (
     validation,
 )
 from fedjaxprune.experiment.cli import cli, main
-from fedjaxprune.experiment.config import RunConfig
 
 # A run of seconds: a dense method compiles fastest.
 SMALL = [
@@ -451,7 +450,6 @@ def test_help_explains_every_setting_without_importing_jax():
     code = """
 import sys
 from fedjaxprune.experiment.cli import main
-from fedjaxprune.experiment.config import RunConfig
 try:
     main(["run", "--help"])
 except SystemExit as stop:
@@ -492,7 +490,7 @@ def test_settings_that_nothing_reads_are_named_in_one_sentence(capsys, monkeypat
 @pytest.mark.parametrize("name", validation.alternatives("algorithm"))
 def test_the_settings_that_are_listed_for_a_method_are_read_by_it(name):
     in_use = {"explore_watch": "validation"} if name in methods.EXPLORING else {}
-    settings = RunConfig(algorithm=name, **in_use).model_dump()
+    settings = validation.validate({"algorithm": name, **in_use}).model_dump()
     assert [knob for knob in alike.knobs(name) if not alike.matters(knob, settings)] == []
 
 

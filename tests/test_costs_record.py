@@ -83,7 +83,8 @@ def test_models_that_are_only_looked_at_cost_their_forward_passes():
     unsent = np.zeros((2, 2, 4))  # a client that has the candidates already
     for name, backward in ((accounts.LOOKED, 0), (accounts.DIFFERENTIATED, 1)):
         reports = {name: np.repeat([candidates], 2, axis=0)}
-        made = a_round(unsent, np.zeros((2, 4)), [True, True], 100, **reports)
+        made = a_round(unsent, np.zeros((2, 4)), [True, True], 100)
+        made.sent.reports = reports
         costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
         assert costs.modelled_flops == {  # each candidate sees 50 examples
             "forward": 2 * 50 * (12 + 4 + 6 + 12),

@@ -198,6 +198,8 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
     chosen, scored = computed(algorithm)
+    assert chosen.modelled_flops is not None
+    assert scored.modelled_flops is not None
     assert set(chosen.modelled_flops.values()) == {0}  # by magnitude, in case nobody answers
     assert list(scored.modelled_flops.values()) == 2 * [2 * 28 * 32, 2 * 28 * 8, 2 * 28 * 32]
     assert scored.mean_coverage == 0.0  # gradients move nothing
