@@ -13,6 +13,12 @@ SentAs = Literal["whole", "live", "pairs", "bits"]
 # A report ``[C, L]`` int32 of the entries per leaf that each client trained, in stages from which
 # no delta travels.
 TRAINED = "trained"
+# Reports ``[C, T, L]`` int32, in stages in which nothing is trained: entries per leaf of the T
+# models that each client passes its examples through, forward alone, or for the gradient too.
+LOOKED, DIFFERENTIATED = "looked", "differentiated"
+# Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
+# of them, pruned ones included: ``[]``, or ``[L]`` where it differs by leaf.
+DENSE_GRADIENT = "dense_gradient"
 
 
 class Payload(NamedTuple):

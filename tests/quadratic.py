@@ -4,13 +4,17 @@ The parameters are a small tree with a prunable kernel and a bias; a point is on
 their entries. With full batches and plain SGD of rate η, K steps lead from w to c̄ + (1−η)ᴷ (w − c̄).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import gating, metrics
+from fedjaxprune import gating, metrics, trees
 from fedjaxprune.base import Batch, Batcher, Cohort, Model, Population
 from fedjaxprune.channels.groups import Analysis, Group, Member
+from fedjaxprune.costs import flops
+from fedjaxprune.experiment import costs_record
 from fedjaxprune.federated import salience
 
 PARAMS = {
@@ -99,6 +103,21 @@ def population(sizes=(3, 5, 2, 8, 4, 6), seed=0):
     )
 
 
+def profile():
+    """Count the parameters as if they were two dense layers: 24 and 8 multiply-adds forward."""
+
+    def predict(params, inputs):
+        hidden = inputs @ params["dense"]["kernel"] + params["dense"]["bias"]
+        return hidden @ params["head"]["kernel"] + params["head"]["bias"]
+
+    return costs_record.Profile(
+        layers=flops.of_function(predict, PARAMS, jnp.zeros(6)),
+        paths=tuple(trees.paths(PARAMS)),
+        sizes=tuple(trees.sizes(PARAMS)),
+        flags=(False, True, False, True),
+    )
+
+
 def mean_point(people, client_id):
     """Average one client's points."""
     rows = people.order[people.offsets[client_id] : people.offsets[client_id + 1]]
@@ -146,15 +165,25 @@ NORMALISED = Model(
 )
 
 
-def gated_loss(params, state, batch, key):
-    """Compute the same loss of what an example keeps: the dense layer's channels of largest points.
+def salient_channels(batch, key):
+    """Rank the dense layer's channels by the size of an example's points."""
+    del key
+    points = batch.inputs[:, 4:28].reshape(-1, 6, 4)
+    return jnp.sum(jnp.abs(points), axis=1)
+
+
+def random_channels(batch, key):
+    """Rank them at random for every example."""
+    return jax.random.uniform(key, (batch.inputs.shape[0], 4))
+
+
+def gated_loss(params, state, batch, key, salience=salient_channels):
+    """Compute the same loss of what an example keeps: the dense layer's most salient channels.
 
     Channel `c` is column `c` of ``dense/kernel`` with its bias; dropped ones are at no distance.
     """
-    del key
     density = state["gating"]["density"]
-    points = batch.inputs[:, 4:28].reshape(-1, 6, 4)
-    rank = jnp.argsort(jnp.argsort(-jnp.sum(jnp.abs(points), axis=1), axis=1), axis=1)
+    rank = jnp.argsort(jnp.argsort(-salience(batch, key), axis=1), axis=1)
     keeps = rank.astype(jnp.int32) < gating.num_kept(density, 4)
     one = jnp.ones([batch.inputs.shape[0], 10], jnp.bool_)
     kept = jnp.concatenate([keeps, jnp.tile(keeps, (1, 6)), one], axis=1)
@@ -179,4 +208,5 @@ GATED = Model(
     loss=gated_loss,
     predict=lambda params, state, inputs: inputs[:, :2],
 )
+DRAWING = GATED._replace(loss=functools.partial(gated_loss, salience=random_channels))
 READERS = (salience.Reader("head/kernel", 0, "dense"),)

@@ -1,6 +1,5 @@
 """Adaptive dynamic pruning against its specification: gates, strict steps, uploads, FLOPs."""
 
-import contextlib
 import functools
 from typing import Any
 
@@ -17,10 +16,10 @@ from fedjaxprune.algorithms import adaptive_dynamic_pruning as adp
 from fedjaxprune.algorithms import compose, fedavg, feddp_threshold, simulation
 from fedjaxprune.base import Broadcast, Population, client_data
 from fedjaxprune.costs import flops
-from fedjaxprune.experiment import costs_record, evaluation, progress, record, runner
+from fedjaxprune.experiment import costs_record, evaluation
 from fedjaxprune.federated import aggregators, clients, participation, personal, salience
 from fedjaxprune.models import adapters, gated, layers, pooling, resnet, vgg
-from tests import quadratic
+from tests import quadratic, resuming
 
 KEY = jax.random.key(11)
 SHAPE = (4, 4, 3)
@@ -588,12 +587,8 @@ def test_networks_that_lack_what_is_needed_are_refused_before_anything_runs():
         threshold.init(quadratic.PARAMS, {})
 
 
-class Stop(Exception):
-    pass
-
-
-def run_in(folder, model, people, stop_after=None, **options):
-    """Run with all that a round may carry over: momentum, schedule, personal gates, drop-outs."""
+def resumes(folder, stops, model, people, **options):
+    """Resume with all that a round carries over: momentum, schedule, own gates, drop-outs."""
     algorithm = adp.adaptive_dynamic_pruning(
         model,
         setup(num_rounds=4),
@@ -603,46 +598,9 @@ def run_in(folder, model, people, stop_after=None, **options):
     draw = participation.drop_out(
         participation.uniform(num_clients=3, cohort_size=2), probability=0.2
     )
-    parts = runner.Parts(
-        model=model,
-        algorithm=algorithm,
-        population=people,
-        test=evaluation.TestSet(people.examples["inputs"], people.examples["labels"]),
-        preprocess=lambda key, inputs: inputs,
-        advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
-        prunable=masks.kernels,
+    return resuming.assert_resumes(
+        resuming.parts(model, algorithm, people, draw), folder, stops=stops
     )
-
-    def on_round(line):
-        if line.round == stop_after:
-            raise Stop
-
-    report = progress.Report(start=lambda lines: None, round=on_round, warn=pytest.fail)
-    folder.mkdir(exist_ok=True)
-    state = None
-    with contextlib.suppress(Stop):
-        state = runner.train(
-            parts,
-            seed=3,
-            folder=folder,
-            eval_every=1,
-            checkpoint_every=1,
-            keep_checkpoints=2,
-            fingerprint=7,
-            report=report,
-        )
-    return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
-
-
-def resumes(folder, stops, model, people, **options):
-    state, lines = run_in(folder / "whole", model, people, **options)
-    for stop_after in stops:
-        where = folder / f"stopped-{stop_after}"
-        run_in(where, model, people, stop_after, **options)
-        again, again_lines = run_in(where, model, people, **options)
-        chex.assert_trees_all_equal(again, state)
-        assert again_lines == lines
-    return lines
 
 
 def test_killed_it_resumes_to_the_same_bits(tmp_path):

@@ -1,6 +1,5 @@
 """AutoFLIP against its specification: exploration, guidance, mask, training, costs."""
 
-import contextlib
 import functools
 from typing import Any
 
@@ -12,17 +11,16 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-from fedjaxprune.algorithms import autoflip, compose, simulation
+from fedjaxprune.algorithms import autoflip, compose
 from fedjaxprune.base import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
 from fedjaxprune.channels import groups as channel_groups
 from fedjaxprune.costs import flop_formulas, flops, formulas
-from fedjaxprune.experiment import catalog, cohorts, costs_record, progress, record, runner
+from fedjaxprune.experiment import catalog, cohorts, costs_record
 from fedjaxprune.experiment.config import RunConfig, UserError
-from fedjaxprune.experiment.evaluation import TestSet
 from fedjaxprune.federated import exploration, participation, servers
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, guidance, thinning
-from tests import quadratic
+from tests import quadratic, resuming
 from tests.test_algorithms import UNITS
 
 KEY = jax.random.key(7)
@@ -622,56 +620,18 @@ def test_channels_and_validation_can_be_asked_for_by_setting():
     assert [stage.name for stage in catalog.build(config).algorithm.stages] == ["explore", "train"]
 
 
-class Stop(Exception):
-    pass
-
-
-def train(parts, folder, stop_after=None):
-    """Run in a folder, perhaps only up to a round; give the last state and the record."""
-
-    def on_round(line):
-        if line.round == stop_after:
-            raise Stop
-
-    report = progress.Report(start=lambda lines: None, round=on_round, warn=lambda text: None)
-    folder.mkdir(exist_ok=True)
-    state = None
-    with contextlib.suppress(Stop):
-        state = runner.train(
-            parts,
-            seed=3,
-            folder=folder,
-            eval_every=9,
-            checkpoint_every=1,
-            keep_checkpoints=2,
-            fingerprint=7,
-            report=report,
-        )
-    return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
-
-
 def test_killed_at_any_round_it_resumes_to_the_same_bits(tmp_path):
-    algorithm = flip(setup(2), agreement="majority", refresh_every=2)
     draw = participation.drop_out(
         participation.uniform(num_clients=6, cohort_size=4), probability=0.2
     )
-    parts = runner.Parts(
-        model=quadratic.NORMALISED,
-        algorithm=algorithm,
-        population=PEOPLE,
-        test=TestSet(PEOPLE.examples["inputs"], PEOPLE.examples["labels"]),
-        preprocess=lambda key, inputs: inputs,
-        advance=tuple(
-            simulation.advance(stage, participation.everyone(6) if index == 0 else draw)
-            for index, stage in enumerate(algorithm.stages)
-        ),
-        prunable=masks.kernels,
+    parts = resuming.parts(
+        quadratic.NORMALISED,
+        flip(setup(2), agreement="majority", refresh_every=2),
+        PEOPLE,
+        draw,
+        explore=participation.everyone(6),
     )
-    state, lines = train(parts, tmp_path / "whole")
+    lines = resuming.assert_resumes(
+        parts, tmp_path, stops=(1, 2), eval_every=9, warn=lambda text: None
+    )
     assert [line.stage for line in lines] == ["explore", "train", "train"]
-    for stop_after in (1, 2):
-        folder = tmp_path / f"stopped-{stop_after}"
-        train(parts, folder, stop_after)
-        again, again_lines = train(parts, folder)
-        chex.assert_trees_all_equal(again, state)
-        assert again_lines == lines

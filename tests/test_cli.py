@@ -17,7 +17,16 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedjaxprune.experiment import catalog, checkpoints, record, runner
+from fedjaxprune.experiment import (
+    alike,
+    catalog,
+    checkpoints,
+    launch,
+    methods,
+    record,
+    runner,
+    validation,
+)
 from fedjaxprune.experiment.cli import cli, main
 
 # A run of seconds: a dense method compiles fastest.
@@ -449,7 +458,6 @@ def test_help_explains_every_setting_without_importing_jax():
     code = """
 import sys
 from fedjaxprune.experiment.cli import main
-from fedjaxprune.experiment.config import RunConfig
 try:
     main(["run", "--help"])
 except SystemExit as stop:
@@ -467,6 +475,31 @@ for name in RunConfig.model_fields:
     for name in expected:
         assert f"--{name.replace('_', '-')} " in out
     assert " ".join(out.split()).count("default: ") == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "idle"),
+    [
+        (["--algorithm", "fedavg", "--sparsity", "0.9", "--alpha", "1"], "sparsity, alpha"),
+        (["--algorithm", "autoflip", "--prune-every", "3"], "prune_every"),
+        (["--algorithm", "squeeze_excitation", "--gate-density", "0.5"], "gate_density"),
+        (["--algorithm", "autoflip", "--sparsity", "0.5", "--eval-every", "9"], None),
+        (["--partition", "dirichlet", "--alpha", "1", "--sparsity", "0.9"], None),
+    ],
+)
+def test_settings_that_nothing_reads_are_named_in_one_sentence(capsys, monkeypatch, args, idle):
+    monkeypatch.setattr(launch, "start", lambda *args, **kwargs: None)
+    status, out, err = call(capsys, "run", *args)
+    assert (status, out) == (0, "")
+    assert err.count("\n") == (idle is not None)
+    assert idle is None or f": {idle} (`fedjaxprune list`" in err
+
+
+@pytest.mark.parametrize("name", validation.alternatives("algorithm"))
+def test_the_settings_that_are_listed_for_a_method_are_read_by_it(name):
+    in_use = {"explore_watch": "validation"} if name in methods.EXPLORING else {}
+    settings = validation.validate({"algorithm": name, **in_use}).model_dump()
+    assert [knob for knob in alike.knobs(name) if not alike.matters(knob, settings)] == []
 
 
 def command(*args: str) -> subprocess.Popen:
@@ -543,4 +576,22 @@ def test_feddip_killed_again_and_again_resumes_to_the_same_bits(tmp_path, seed):
         after_rounds=[0, *moments],
         num_rounds=40,
         delay=0.3,
+    )
+
+
+@pytest.mark.slow
+def test_mpfl_killed_in_each_of_its_stages_resumes_to_the_same_bits(tmp_path):
+    settings = [
+        "--algorithm", "mpfl", "--model", "pooled_cnn", "--rounds", "3", "--start-rounds", "2",
+        "--mask-iterations", "2", "--pretrain-epochs", "1", "--num-clients", "4",
+        "--cohort-size", "2", "--local-steps", "2", "--server", "fedavgm", "--uplink", "top_k",
+        "--error-feedback", "--checkpoint-every", "1",
+    ]  # fmt: skip
+    process = command("run", *settings, "--out", str(tmp_path / "whole"))
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    stages = [line.stage for line in lines(tmp_path / "whole")]
+    assert stages == [*["start"] * 2, *["agree"] * 3, *["train"] * 3]
+    assert_killed_and_resumed(
+        tmp_path / "run", tmp_path / "whole", settings, after_rounds=[1, 3, 6], num_rounds=8
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import masks, metrics, trees
+from fedjaxprune import accounts, masks, metrics, trees
 from fedjaxprune.base import Model
 from fedjaxprune.experiment import costs_record
 from fedjaxprune.models import zoo
@@ -76,6 +76,38 @@ def test_clients_that_train_and_send_no_delta_are_charged_for_training():
     assert costs.modelled_flops is not None
     assert costs.modelled_flops["forward"] == 2 * 50 * (12 + 4)
     assert costs.mean_coverage == 2 * (12 + 4) / 36
+
+
+def test_models_that_are_only_looked_at_cost_their_forward_passes():
+    candidates = [[6, 12, 2, 4], [6, 6, 2, 12]]
+    unsent = np.zeros((2, 2, 4))  # a client that has the candidates already
+    for name, backward in ((accounts.LOOKED, 0), (accounts.DIFFERENTIATED, 1)):
+        reports = {name: np.repeat([candidates], 2, axis=0)}
+        made = a_round(unsent, np.zeros((2, 4)), [True, True], 100)
+        made.sent.reports = reports
+        costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+        assert costs.modelled_flops == {  # each candidate sees 50 examples
+            "forward": 2 * 50 * (12 + 4 + 6 + 12),
+            "input_gradient": backward * 2 * 50 * (4 + 12),
+            "weight_gradient": backward * 2 * 50 * (12 + 4 + 6 + 12),
+            "dense_forward": 2 * 100 * 36,
+            "dense_input_gradient": backward * 2 * 100 * 12,
+            "dense_weight_gradient": backward * 2 * 100 * 36,
+        }
+        assert costs.mean_coverage == 0.0  # nobody trained
+
+
+def test_dense_weight_gradients_are_charged_where_and_when_they_are_taken():
+    kept = [6, 12, 2, 4]
+    for total, further in ((50.0, 12 * 50 + 8 * 50), ([0.0, 0.0, 20.0, 20.0], 8 * 20)):
+        made = a_round(kept, [kept], [True], 50)
+        dense = metrics.Mean(total=jnp.asarray(total), weight=jnp.float32(50.0))
+        made.train[accounts.DENSE_GRADIENT] = dense
+        costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+        assert costs.modelled_flops is not None
+        assert costs.modelled_flops["weight_gradient"] == 2 * (50 * (12 + 4) + further)
+        assert costs.modelled_flops["input_gradient"] == 2 * 50 * 4
+        assert costs.modelled_flops["dense_weight_gradient"] == 2 * 50 * 36
 
 
 def test_a_round_that_nobody_took_part_in_costs_nothing():

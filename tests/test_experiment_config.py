@@ -11,6 +11,7 @@ from fedjaxprune.experiment import (
     filter_recipes,
     methods,
     plots,
+    progress,
     reading,
     record,
     validation,
@@ -97,6 +98,10 @@ def test_the_config_knows_where_the_penalty_starts():
             {"algorithm": "adaptive_dynamic_pruning", "model": "resnet8"},
             ["model", "gated_resnet8", "needs gates", "'resnet8'"],
         ),
+        (
+            {"algorithm": "autoflip", "explore_watch": "validation", "development_share": 1},
+            ["development_share", "less than 1", "'validation'", "got 1.0"],
+        ),
         ({"gate_warm_up": 0.6}, ["gate_warm_up", "[0, 0.5]", "0.6"]),
         ({"gate_upload": "some"}, ["gate_upload", "salient, touched, dense", "some"]),
     ],
@@ -150,6 +155,24 @@ def test_a_summary_adds_exactly_and_averages_the_last_ten_tests():
     assert summary["mask_stability"] == 0.75
     assert summary["test_accuracy"] == 0.18
     assert summary["test_accuracy_mean_of_last_10"] == pytest.approx(0.135)
+
+
+def test_the_table_tells_rounds_and_tests_of_the_last_stage_from_those_before_it():
+    stages = ["prepare", "calibrate", "compare", "train", "train"]
+    accuracies = [0.1, 0.1, 0.1, 0.6, 0.8]
+    lines = [
+        make_line(n, stage=stage, test_accuracy=accuracy)
+        for n, (stage, accuracy) in enumerate(zip(stages, accuracies, strict=True), start=1)
+    ]
+    whole = [line._replace(modelled_flops=None) for line in lines]
+    for summed, rounds, tests in (
+        (whole, "2 of train, 5 in all", "mean of last 2 tests of train"),
+        (whole[3:], "2", "mean of last 2 tests"),
+    ):
+        first, second = progress.table(record.summarise(summed), target=None).columns
+        shown = dict(zip(first.cells, second.cells, strict=True))
+        assert shown["rounds"] == rounds
+        assert shown[f"test accuracy, {tests}"] == "70.00%"
 
 
 def test_a_record_is_read_but_for_a_torn_end(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from fedjaxprune import accounts, base, masks, trees
 from fedjaxprune.algorithms import compose, feddip
 from fedjaxprune.costs import ledger
+from fedjaxprune.experiment import costs_record
 from fedjaxprune.federated import clients
 from fedjaxprune.models import cnns, zoo
 from fedjaxprune.pruning import pruners, schedules
@@ -75,6 +76,21 @@ def test_the_number_of_live_weights_follows_the_curve_exactly(mode):
     kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
     for index, metrics in enumerate(history):
         assert np.asarray(metrics.kept)[kernels].sum() == expected_kept(index)
+
+
+@pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
+def test_dense_weight_gradients_are_charged_where_the_pruned_entries_count(mode):
+    """In the published mode nothing depends on them, so a device need not take them."""
+    states, _, history = simulate(dip(mode=mode)(setup()), lambda index: ([0, 3], None))
+    for index, (before, metrics) in enumerate(zip(states[:-1], history[1:], strict=True), start=1):
+        cost = costs_record.of_round(quadratic.profile(), metrics).modelled_flops
+        assert cost is not None
+        live = np.asarray(masks.num_kept(before.masks))[[1, 3]]
+        assert live.sum() < 32
+        assert cost["forward"] == 2 * 22 * live.sum()  # two steps of 3 + 8 examples
+        assert cost["input_gradient"] == 2 * 22 * live[1]
+        is_dense = {"masked": False, "regrow": index % 2 == 0, "dense": True}[mode]
+        assert cost["weight_gradient"] == 2 * 22 * (32 if is_dense else live.sum())
 
 
 def test_masks_are_nested_in_the_published_mode():

@@ -1,6 +1,5 @@
 """FedTiny against its paper: schedules, pool, selection, exchange, and what a run must keep."""
 
-import contextlib
 import functools
 
 import chex
@@ -12,15 +11,14 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedtiny, simulation, stages
+from fedjaxprune.algorithms import compose, fedtiny, stages
 from fedjaxprune.base import Broadcast, Message, PrunerInputs, client_data
 from fedjaxprune.costs import formulas
-from fedjaxprune.experiment import progress, record, runner
-from fedjaxprune.experiment.evaluation import TestSet
+from fedjaxprune.experiment import costs_record
 from fedjaxprune.federated import calibration, clients, pairs, participation
 from fedjaxprune.models import adapters, layers, order, vgg, zoo
 from fedjaxprune.pruning import pools, readjustment, schedules
-from tests import quadratic
+from tests import quadratic, resuming
 
 KEY = jax.random.key(5)
 PEOPLE = quadratic.population()
@@ -452,6 +450,24 @@ def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
     assert grew > 0
 
 
+def test_clients_are_charged_for_looking_and_for_dense_gradients_of_the_block():
+    _, states, history = play()
+    costs = [costs_record.of_round(quadratic.profile(), m).modelled_flops or {} for m in history]
+    assert set(costs[0].values()) == {0}  # the server alone
+    live = np.asarray(states[1].method.counts).sum()  # of all 4 candidates, both layers
+    for cost in costs[1:3]:  # one forward pass over 28 examples, nothing backward
+        assert cost["forward"] == 2 * 28 * live
+        assert cost["dense_forward"] == 2 * 28 * 4 * 32
+        assert cost["input_gradient"] == cost["weight_gradient"] == 0
+    kernels = [1, 3]
+    for r in range(1, 7):
+        cost = costs[2 + r]
+        dense, head = np.asarray(history[2 + r].kept)[kernels].tolist()
+        further = {2: 8 - head, 4: 24 - dense}.get(r, 0)  # in round 6 nothing is left to exchange
+        assert cost["forward"] == 2 * 56 * (dense + head)  # two local steps
+        assert cost["weight_gradient"] == cost["forward"] + 2 * 28 * further  # of which one looks
+
+
 def _flat(tree):
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
@@ -557,54 +573,11 @@ def test_what_the_network_lacks_is_said_before_anything_runs():
         )
 
 
-class Stop(Exception):
-    pass
-
-
-def run_in(folder, stop_after=None):
-    """Run in a folder, perhaps only up to a round; give the last state and the record."""
-    algorithm = tiny()
+@pytest.mark.slow
+def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
     draw = participation.drop_out(
         participation.uniform(num_clients=6, cohort_size=4), probability=0.2
     )
-    parts = runner.Parts(
-        model=quadratic.NORMALISED,
-        algorithm=algorithm,
-        population=PEOPLE,
-        test=TestSet(PEOPLE.examples["inputs"], PEOPLE.examples["labels"]),
-        preprocess=lambda key, inputs: inputs,
-        advance=tuple(simulation.advance(stage, draw) for stage in algorithm.stages),
-        prunable=masks.kernels,
-    )
-
-    def on_round(line):
-        if line.round == stop_after:
-            raise Stop
-
-    report = progress.Report(start=lambda lines: None, round=on_round, warn=pytest.fail)
-    folder.mkdir(exist_ok=True)
-    state = None
-    with contextlib.suppress(Stop):
-        state = runner.train(
-            parts,
-            seed=3,
-            folder=folder,
-            eval_every=1,
-            checkpoint_every=1,
-            keep_checkpoints=2,
-            fingerprint=7,
-            report=report,
-        )
-    return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
-
-
-@pytest.mark.slow
-def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
-    state, lines = run_in(tmp_path / "whole")
+    parts = resuming.parts(quadratic.NORMALISED, tiny(), PEOPLE, draw)
+    lines = resuming.assert_resumes(parts, tmp_path)
     assert [line.stage for line in lines] == ["prepare", "calibrate", "compare"] + 6 * ["train"]
-    for stop_after in (2, 3, 5):
-        folder = tmp_path / f"stopped-{stop_after}"
-        run_in(folder, stop_after)
-        again, again_lines = run_in(folder)
-        chex.assert_trees_all_equal(again, state)
-        assert again_lines == lines

@@ -9,6 +9,7 @@ import pytest
 
 from fedjaxprune import masks
 from fedjaxprune.algorithms import compose, fixed_masks, gradual_magnitude, stages
+from fedjaxprune.experiment import costs_record
 from fedjaxprune.pruning import allocation, schedules
 from tests import quadratic
 
@@ -35,6 +36,18 @@ def start(algorithm, present=None):
         members = members._replace(states=rows)
         traffic.append(algorithm.num_bits(metrics, state))
     return state, members, traffic
+
+
+def computed(algorithm):
+    """Play the stages before training: what the record has of each one's arithmetic."""
+    state = algorithm.init(quadratic.PARAMS, {})
+    members = quadratic.cohort(algorithm, [0, 1, 2, 3, 4, 5])
+    found = []
+    for stage in algorithm.stages[:-1]:
+        key = jax.random.fold_in(KEY, state.round)
+        state, _, metrics = stage.round(key, state, members, PEOPLE)
+        found.append(costs_record.of_round(quadratic.profile(), metrics))
+    return found
 
 
 def largest(values, count):
@@ -114,6 +127,10 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
         guests=(3,),
     )
     state, members, traffic = start(algorithm)
+    (costs,) = computed(algorithm)
+    assert costs.modelled_flops is not None  # of the 8 examples of client 3, in one step
+    assert list(costs.modelled_flops.values()) == 2 * [2 * 8 * 32, 2 * 8 * 8, 2 * 8 * 32]
+    assert costs.mean_coverage == 1.0
     (entry,) = traffic[0].clients
     assert entry.client_ids == (3,)
     assert traffic[0].downlink.values == 32 * quadratic.NUM_WEIGHTS
@@ -180,6 +197,12 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     state, members, traffic = start(algorithm)
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
+    chosen, scored = computed(algorithm)
+    assert chosen.modelled_flops is not None
+    assert scored.modelled_flops is not None
+    assert set(chosen.modelled_flops.values()) == {0}  # by magnitude, in case nobody answers
+    assert list(scored.modelled_flops.values()) == 2 * [2 * 28 * 32, 2 * 28 * 8, 2 * 28 * 32]
+    assert scored.mean_coverage == 0.0  # gradients move nothing
     every = 6 * 32 * quadratic.NUM_WEIGHTS
     assert (traffic[0].uplink_bits, traffic[0].downlink_bits) == (0, 0)
     for link in (traffic[1].uplink, traffic[1].downlink):

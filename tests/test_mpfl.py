@@ -1,6 +1,5 @@
 """MPFL and its controls against the paper's scheme: agreement, rewinding, removal, traffic."""
 
-import contextlib
 import functools
 import itertools
 
@@ -12,15 +11,13 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedavg, filter_controls, mpfl, simulation
+from fedjaxprune.algorithms import compose, fedavg, filter_controls, mpfl
 from fedjaxprune.channels import groups
 from fedjaxprune.costs import formulas
-from fedjaxprune.experiment import progress, record, runner
-from fedjaxprune.experiment.evaluation import TestSet
-from fedjaxprune.federated import participation
+from fedjaxprune.federated import participation, servers
 from fedjaxprune.models import adapters, resnet, vgg, zoo
 from fedjaxprune.pruning import consensus, filters
-from tests import quadratic
+from tests import quadratic, resuming
 
 KEY = jax.random.key(4)
 PEOPLE = quadratic.population()
@@ -222,6 +219,18 @@ def assert_is_fedavg(states):
         chex.assert_trees_all_equal(state.params, expected.params)
 
 
+def test_what_the_server_remembers_of_a_trained_start_is_rewound_too():
+    server = servers.fedavgm(learning_rate=1.0, momentum=0.9)
+    algorithm = mpfl.mpfl(
+        quadratic.MODEL, setup(server=server), **settings(start_rounds=2, consensus=consensus.top_k)
+    )
+    states, _ = run(algorithm, num_rounds=2 + ITERATIONS + 1)
+    started, agreed = states[2], states[-1]
+    assert np.all(quadratic.flatten(optax.tree.get(started.server, "trace")) != 0)
+    chex.assert_trees_all_equal(agreed.server, servers.init(server, agreed.params))
+    chex.assert_trees_all_equal(agreed.params, masks.apply(agreed.masks, started.params))
+
+
 def test_training_is_fedavg_under_the_mask_to_the_bit():
     _, states, _ = voted()
     assert_is_fedavg(states[ITERATIONS + 1 :])
@@ -389,68 +398,27 @@ def test_wrong_options_are_refused(options, sentence):
         make(**options)
 
 
-class Stop(Exception):
-    pass
-
-
-def run_in(folder, algorithm, advance, stop_after=None):
-    """Run in a folder, perhaps only up to a round; give the last state and the record."""
-    parts = runner.Parts(
-        model=quadratic.NORMALISED,
-        algorithm=algorithm,
-        population=PEOPLE,
-        test=TestSet(PEOPLE.examples["inputs"], PEOPLE.examples["labels"]),
-        preprocess=lambda key, inputs: inputs,
-        advance=advance,
-        prunable=masks.kernels,
-    )
-
-    def on_round(line):
-        if line.round == stop_after:
-            raise Stop
-
-    report = progress.Report(start=lambda lines: None, round=on_round, warn=pytest.fail)
-    folder.mkdir(exist_ok=True)
-    state = None
-    with contextlib.suppress(Stop):
-        state = runner.train(
-            parts,
-            seed=3,
-            folder=folder,
-            eval_every=5,
-            checkpoint_every=1,
-            keep_checkpoints=2,
-            fingerprint=7,
-            report=report,
-        )
-    return state, [line._replace(wall_s=0.0) for line in record.read(folder)]
-
-
 @pytest.mark.parametrize(
-    ("options", "stages", "stops"),
+    ("options", "stages"),
     [
-        ({}, ["agree", "agree", "train"], [2]),
+        ({}, ["agree", "agree", "train"]),
         pytest.param(
             {"start_rounds": 2, "iterations": 2, "votes": "examples", "drops": "channels"},
             [*["start"] * 2, *["agree"] * 3, *["train"] * 2],
-            range(2, 8),
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path, options, stages, stops):
+def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path, options, stages):
     settled = settings(**{"iterations": 1, **options})
     own = setup(num_rounds=stages.count("train"))
-    algorithm = mpfl.mpfl(quadratic.NORMALISED, own, **settled)
     uniform = participation.uniform(num_clients=6, cohort_size=4)
-    draw = participation.drop_out(uniform, probability=0.2)
-    advance = tuple(jax.jit(simulation.advance(stage, draw)) for stage in algorithm.stages)
-    state, lines = run_in(tmp_path / "whole", algorithm, advance)
+    parts = resuming.parts(
+        quadratic.NORMALISED,
+        mpfl.mpfl(quadratic.NORMALISED, own, **settled),
+        PEOPLE,
+        participation.drop_out(uniform, probability=0.2),
+    )
+    lines = resuming.assert_resumes(parts, tmp_path, stops=range(2, len(stages) + 1), eval_every=9)
     assert [line.stage for line in lines] == stages
     assert all(line.mean_coverage > 0 for line in lines)  # the agreement trains, too
-    for stop_after in stops:
-        folder = tmp_path / f"stopped-{stop_after}"
-        run_in(folder, algorithm, advance, stop_after)
-        again, again_lines = run_in(folder, algorithm, advance)
-        chex.assert_trees_all_equal(again, state)
-        assert again_lines == lines

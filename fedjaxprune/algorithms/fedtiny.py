@@ -248,6 +248,9 @@ def fedtiny(
             state, stale, every if selection == "adaptive" else one, prunable=prunable
         )
 
+    def look(state):
+        return fedtiny_traffic.looked(state, prunable=prunable)
+
     def calibrated(key, state, fields):
         del key  # deterministic
         found = fields["statistics"]
@@ -291,6 +294,7 @@ def fedtiny(
         conclude=calibrated,
         download=calibrate_download,
         upload=("statistics",),
+        work=look,
     )
     compare = stages.survey(
         setup,
@@ -301,6 +305,7 @@ def fedtiny(
         conclude=compared,
         download=compare_download,
         upload=("losses",),
+        work=look,
     )
     before: tuple[Stage, ...] = (stages.at_server("prepare", prepare_fn),)
     before += (calibrate, compare) if selection == "adaptive" else (compare,)
@@ -337,6 +342,6 @@ def _share(params: Params, density: float, prunable: PrunableFn) -> tuple[np.nda
         raise ValueError(
             f"density must be at least {least:.4g} in this network, whose {num_whole} kernel "
             f"weights outside the prunable layers stay, with one weight in each of {len(sizes)} "
-            f"prunable layers; got {density}."
+            f"prunable layers; got {density:.4g}."
         )
     return sizes, min(share, 1.0)

@@ -1,4 +1,4 @@
-"""What FedTiny's selection puts on the wire, and what its authors charge."""
+"""What FedTiny's selection puts on the wire and computes, and what its authors charge."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.accounts import Field, ModelledBits
+from fedjaxprune.accounts import LOOKED, Field, ModelledBits
 from fedjaxprune.algorithms import stages
 from fedjaxprune.base import PrunableFn, RoundMetrics, RoundState
 from fedjaxprune.costs import formulas, ledger
@@ -54,6 +54,18 @@ def download(
         kept=jnp.where(stale[:, None, None], jnp.stack(kept, axis=1)[None], 0),
         num_masks=jnp.where(stale, num_candidates, 0),
     )
+
+
+def looked(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
+    """Say which models a client passes its examples through: all candidates, forward alone."""
+    counts = state.method.counts
+    flags = masks_lib.prunable_leaves(state.params, prunable)
+    layers = iter(range(counts.shape[1]))
+    kept = [
+        counts[:, next(layers)] if flag else jnp.full_like(counts[:, 0], size)
+        for size, flag in zip(trees.sizes(state.params), flags, strict=True)
+    ]
+    return {LOOKED: jnp.stack(kept, axis=1)}
 
 
 def formula(metrics: RoundMetrics, state: RoundState) -> ModelledBits:

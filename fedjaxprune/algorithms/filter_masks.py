@@ -168,11 +168,12 @@ def is_over(the: Plan, keep: filters.Keep) -> jax.Array:
 def settle(
     the: Plan, setup: Setup, state: RoundState, keep: filters.Keep, *, step: jax.Array
 ) -> RoundState:
-    """Put new filters in force: masks, and exact zeros in the weights and the server's memory.
+    """Put new filters in force: masks, exact zeros in the weights, and a server without memory.
 
     Weights that stay are those of the start, since no stage before training moves them; so what
-    comes next is rewound. What reads removed channels is cleared at the last exchange only, since
-    it counts in the norms that filters are ranked by.
+    comes next is rewound, and the server forgets the momentum that led to the start. What reads
+    removed channels is cleared at the last exchange only, since it counts in the norms that filters
+    are ranked by.
     """
     server = servers.fedavg() if setup.server is None else setup.server
     masks, removed = (
@@ -185,7 +186,7 @@ def settle(
     return state._replace(
         params=masks_lib.apply(masks, state.params),
         masks=masks,
-        server=servers.zero_pruned(server, state.server, masks),
+        server=servers.init(server, state.params),
         method=state.method._replace(keep=keep, removed_kept=counts),
     )
 

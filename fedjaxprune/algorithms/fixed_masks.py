@@ -24,7 +24,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.accounts import Field
+from fedjaxprune.accounts import DIFFERENTIATED, Field
 from fedjaxprune.algorithms import stages
 from fedjaxprune.algorithms.compose import Setup, compose
 from fedjaxprune.base import (
@@ -215,6 +215,9 @@ def snip_masks_of_clients(
         conclude=conclude,
         download=download,
         upload=("grads",),
+        work=lambda state: {
+            DIFFERENTIATED: jnp.asarray(trees.sizes(state.params), jnp.int32)[None]
+        },
     )
     return _train(
         model,

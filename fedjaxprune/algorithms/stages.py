@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
 from fedjaxprune import trees
-from fedjaxprune.accounts import Field, Sent
+from fedjaxprune.accounts import TRAINED, Field, Sent
 from fedjaxprune.algorithms.compose import Setup
 from fedjaxprune.base import (
     Aggregator,
@@ -61,6 +61,7 @@ def survey(
     conclude: Callable[[Key, RoundState, Mapping[str, Any]], RoundState],
     download: Callable[[RoundState, jax.Array], Download],
     upload: Sequence[str],
+    work: Callable[[RoundState], Mapping[str, jax.Array]] | None = None,
 ) -> Stage:
     """Make an exchange in which clients report and the server draws its conclusions.
 
@@ -79,6 +80,8 @@ def survey(
       upload: fields of the message that travel, trees of numbers whole, trees of booleans as masks
         (call the field `masks`, as which it is counted); the others follow from them, or are for
         the record alone.
+      work: ``state -> {accounts.LOOKED or DIFFERENTIATED: [T, L]}``, the models that each client
+        passes its examples through, for the record of arithmetic; None for none.
     """
     by_field = {
         "metrics": aggregators_lib.total(),
@@ -141,7 +144,10 @@ def survey(
                 packed_masks=(),
                 down=received.messages,
                 up={"reply": reply},
-                reports={},
+                reports={
+                    name: jnp.broadcast_to(kept[None], (cohort.present.shape[0], *kept.shape))
+                    for name, kept in ({} if work is None else work(state)).items()
+                },
             ),
         )
 
@@ -162,8 +168,8 @@ def at_server(
       work: ``(key, state, population) -> (state, metrics)``.
       masks_from: masks that follow from the run's seed and the weights that everybody has
         need not be sent to anybody.
-      guests: ids of clients that do the work in truth, for the record: each is sent the dense model
-        and sends a mask back. No more than a cohort.
+      guests: ids of clients that do the work in truth, for the record: each is sent the dense
+        model, trains it and sends a mask back. No more than a cohort.
     """
 
     def round_fn(key, state, cohort, population):
@@ -174,8 +180,9 @@ def at_server(
         ids = jnp.asarray([*guests, *[-1] * (num_slots - len(guests))], jnp.int32)
         present = ids >= 0
         sizes = jnp.asarray(trees.sizes(state.params), jnp.int32)
-        down, up = {}, {}
+        down, up, reports = {}, {}, {}
         if guests:
+            reports = {TRAINED: jnp.broadcast_to(sizes[None], (num_slots, sizes.shape[0]))}
             down = {"broadcast": {"params": Field(), "model_state": Field()}}
             up = {"masks": {"masks": Field(pairs=masks_lib.num_kept(after.masks))}}
         return _finish(
@@ -197,7 +204,7 @@ def at_server(
                 packed_masks=(),
                 down=down,
                 up=up,
-                reports={},
+                reports=reports,
             ),
         )
 

@@ -117,6 +117,7 @@ def run(source: str | None, resume: str | None, track: tuple[str, ...], **option
     trackers = viewing.trackers(track)
     if resume is None:
         config = validation.validate(values, sources=sources)
+        _say_what_is_idle([name for name, value in options.items() if value is not None], config)
         launch.start(config, trackers=trackers, show=launch.show_table)
     else:
         given = validation.validate_each(values, sources=sources)
@@ -140,6 +141,18 @@ def _given(source: str | None, options: dict[str, Any]) -> tuple[dict[str, Any],
             values[name] = None if is_unset else value
             sources[name] = "--" + name.replace("_", "-")
     return values, sources
+
+
+def _say_what_is_idle(given: Sequence[str], config: RunConfig) -> None:
+    """Warn of settings that were given and that nothing in this run reads."""
+    settings = config.model_dump()
+    idle = [n for n in given if n not in alike.NEUTRAL and not alike.matters(n, settings)]
+    if idle:
+        click.echo(
+            f"warning: without effect in this run of {config.algorithm!r}: {', '.join(idle)} "
+            "(`fedjaxprune list` names each method's own settings).",
+            err=True,
+        )
 
 
 @cli.command(name="list")

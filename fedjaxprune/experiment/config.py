@@ -41,9 +41,9 @@ class Settings(pydantic.BaseModel):
         methods.default_sparsity,
         "Pruned fraction of the prunable weights. feddip's cubic curve leads to it at the end of "
         "the run; masks follow the curve every prune_every rounds, so the last revision may stop "
-        "a little short of it, and so do those of gradual_magnitude. fedtiny and the methods of "
-        "fixed masks hold it throughout, fedtiny as a fraction of all kernels; mpfl and the "
-        "controls by filter take it of each layer's filters.",
+        "a little short of it, and so do those of gradual_magnitude. fedtiny, autoflip and the "
+        "methods of fixed masks hold it throughout, fedtiny as a fraction of all kernels; mpfl and "
+        "the controls by filter take it of each layer's filters; the others have none.",
         group="Method",
         unit="fraction",
         default_text="0.92, 0.3 for autoflip, 0.5 for methods by filter",

@@ -24,9 +24,10 @@ class RoundCosts(NamedTuple):
     """Figures of one round, as fields of the record.
 
     Attributes:
-      modelled_flops: two per multiply-add of the clients' training, all together, by pass:
-        `forward`, `input_gradient` and `weight_gradient` under the masks, and the same with
-        ``dense_`` before it as if nothing were pruned; None if the network cannot be counted.
+      modelled_flops: two per multiply-add of the clients' work, all together, by pass: `forward`,
+        `input_gradient` and `weight_gradient` under the masks, the last dense where a method looks
+        at all of it; and the same with ``dense_`` before it as if nothing were pruned. None if the
+        network cannot be counted.
       mean_coverage: measured: how many clients trained a prunable weight, on average.
       mask_stability: measured: share of the prunable mask bits that the round left as they were.
     """
@@ -90,10 +91,12 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     """Make a round's figures from its metrics, read to the host.
 
     FLOPs are of the examples that count (no filling) of the clients that were heard, under the
-    masks that the round began with; under personal masks, if those leave fewer weights. Stages in
-    which clients do not train have none; those that train and send no delta say what was trained
-    (`accounts.TRAINED`). Where there are gates, FLOPs are of what these let through, forward and
-    backward.
+    masks that the round began with; under personal masks, if those leave fewer weights. Stages that
+    send no delta have none, unless they say what was trained (`accounts.TRAINED`) or only looked at
+    (`accounts.LOOKED`, `accounts.DIFFERENTIATED`). Where there are gates, FLOPs are of what these
+    let through, forward and backward. The weight gradient is that of all entries that a client may
+    send, where these are more than live ones (error feedback whose residue travels), and dense at
+    the examples of which all of it was wanted (`accounts.DENSE_GRADIENT`).
     """
     flags = np.asarray(profile.flags, bool)
     sizes = np.asarray(profile.sizes, np.int64)
@@ -105,27 +108,87 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     trains = kept.ndim == 1 or told is not None
     kept = kept if kept.ndim == 1 else sizes * trains
     through = gating.through(metrics.train)
+    moved = kept
     if through:
-        kept = np.asarray(metrics.kept, np.int64)
+        kept = moved = np.asarray(metrics.kept, np.int64)
     elif len(trained):
-        kept = np.minimum(kept, np.round(trained.mean(axis=0)).astype(np.int64))
+        moved = np.round(trained.mean(axis=0)).astype(np.int64)
+        kept = np.minimum(kept, moved)
+    work = _Work(
+        models=kept[None],
+        moved=moved,
+        parts=PARTS if trains else (),
+        num_examples=float(metrics.train["loss"].weight),
+        num_dense=_num_dense(profile, metrics),
+    )
+    for name, parts in {accounts.LOOKED: PARTS[:1], accounts.DIFFERENTIATED: PARTS}.items():
+        if name in metrics.sent.reports:  # the same models for all clients
+            models = np.asarray(metrics.sent.reports[name], np.int64)[0]
+            work = work._replace(models=models, moved=None, parts=parts)
     return RoundCosts(
-        modelled_flops=_flops(profile, kept, trains * float(metrics.train["loss"].weight), through),
+        modelled_flops=_flops(profile, work, through),
         mean_coverage=int(trained[:, flags].sum()) / num_prunable,
         mask_stability=1.0 - int(metrics.num_changed) / num_prunable,
     )
 
 
-def _flops(
-    profile: Profile, kept: np.ndarray, num_examples: float, through: Mapping[str, Any]
-) -> dict[str, int] | None:
-    layers = _masked(profile, tuple(kept.tolist()))
-    if layers is None:
-        return None
-    if through:
-        layers = flops.gated(layers, _shares(layers, through))
-    scale = flops.FLOPS_PER_MULTIPLY_ADD * (round(num_examples) if num_examples > 0 else 0)
-    return {name: scale * count for name, count in _totals(layers).items()}
+class _Work(NamedTuple):
+    """What the clients of a round computed, all together.
+
+    Attributes:
+      models: ``[T, L]`` live entries per leaf of the models that the examples passed through.
+      moved: ``[L]`` entries per leaf whose gradient was wanted; None for the live ones.
+      parts: the passes that were made.
+      num_examples: how many, through all models together.
+      num_dense: of them, by path, those at which the leaf's weight gradient was dense.
+    """
+
+    models: np.ndarray
+    moved: np.ndarray | None
+    parts: tuple[str, ...]
+    num_examples: float
+    num_dense: Mapping[str, int]
+
+
+def _num_dense(profile: Profile, metrics: RoundMetrics) -> Mapping[str, int]:
+    found = metrics.train.get(accounts.DENSE_GRADIENT)
+    if found is None:
+        return {}
+    totals = np.broadcast_to(np.asarray(found.total, np.float64), len(profile.paths))
+    return dict(zip(profile.paths, np.round(totals).astype(np.int64).tolist(), strict=True))
+
+
+def _flops(profile: Profile, work: _Work, through: Mapping[str, Any]) -> dict[str, int] | None:
+    total = dict.fromkeys((*PARTS, *(f"dense_{part}" for part in PARTS)), 0)
+    num_each = round(work.num_examples / len(work.models)) if work.num_examples > 0 else 0
+    for kept in work.models.tolist():
+        layers = _masked(profile, tuple(kept))
+        if layers is None:
+            return None
+        if through:
+            layers = flops.gated(layers, _shares(layers, through))
+        counts = _totals(layers)
+        for part in work.parts:
+            for name in (part, f"dense_{part}"):
+                total[name] += num_each * counts[name]
+        if "weight_gradient" not in work.parts:
+            continue
+        if work.moved is not None and np.any(work.moved > np.asarray(kept)):
+            wider = _masked(profile, tuple(work.moved.tolist())) or ()
+            further = _totals(wider)["weight_gradient"] - counts["weight_gradient"]
+            total["weight_gradient"] += num_each * further
+        if any(work.num_dense.values()):
+            total["weight_gradient"] += _further(layers, work.num_dense)
+    return {name: flops.FLOPS_PER_MULTIPLY_ADD * count for name, count in total.items()}
+
+
+def _further(layers: Sequence[flops.Layer], num_dense: Mapping[str, int]) -> int:
+    """Count what dense weight gradients take beyond those of live weights."""
+    return sum(
+        max((num_dense[path] for paths in layer.weights for path in paths), default=0)
+        * (layer.dense.weight_gradient - layer.sparse.weight_gradient)
+        for layer in layers
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -171,6 +171,11 @@ def _explorers_complaint(config: Any) -> str | None:
         return (
             f"explorers must be at most num_clients ({config.num_clients}), got {config.explorers}."
         )
+    if config.explore_watch == "validation" and config.development_share == 1.0:
+        return (
+            "development_share must be less than 1 with explore_watch 'validation', as explorers "
+            "would have nothing to train on, got 1.0."
+        )
     if config.algorithm != "autoflip":
         return None
     if config.agreement == "scaled" and config.guidance_scale == "robust":

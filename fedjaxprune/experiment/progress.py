@@ -125,10 +125,14 @@ def table(summary: dict[str, Any], *, target: float | None) -> Table:
     def mib(bits: int) -> str:
         return f"{bits / BITS_PER_MIB:,.2f} MiB"
 
+    *before, (stage, own) = summary["stage_rounds"].items()
+    averaged = f"{summary['num_tests_averaged']} tests" + (f" of {stage}" if before else "")
     rows = {
-        "rounds": str(summary["num_rounds"]),
+        "rounds": f"{own} of {stage}, {summary['num_rounds']} in all" if before else str(own),
         "test accuracy, last round": percent(summary["test_accuracy"]),
-        "test accuracy, mean of last 10 tests": percent(summary["test_accuracy_mean_of_last_10"]),
+        f"test accuracy, mean of last {averaged}": percent(
+            summary["test_accuracy_mean_of_last_10"]
+        ),
         "sparsity": percent(summary["sparsity"])
         + ("" if target is None else f" (target {percent(target)})"),
         "prunable weights kept": f"{summary['num_kept']:,}",

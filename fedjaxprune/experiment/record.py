@@ -304,14 +304,20 @@ def sync(folder: pathlib.Path) -> None:
 
 
 def summarise(lines: Sequence[RoundRecord]) -> dict[str, Any]:
-    """Sum up a record: the last values, the mean of the last ten tests, totals."""
+    """Sum up a record: the last values, the mean of the last ten tests, totals.
+
+    Tests of the last stage alone are averaged: before it, nothing has been trained that is to last.
+    """
     tested = [line for line in lines if line.test_accuracy is not None]
-    last = [line.test_accuracy for line in tested[-10:] if line.test_accuracy is not None]
     end = lines[-1]
+    own = [line for line in tested if line.stage == end.stage]
+    last = [line.test_accuracy for line in own[-10:] if line.test_accuracy is not None]
     return {
         "num_rounds": end.round,
+        "stage_rounds": dict(collections.Counter(line.stage for line in lines)),
         "test_accuracy": tested[-1].test_accuracy if tested else None,
         "test_accuracy_mean_of_last_10": math.fsum(last) / len(last) if last else None,
+        "num_tests_averaged": len(last),
         "test_loss": tested[-1].test_loss if tested else None,
         "train_loss": end.train_loss,
         "sparsity": end.sparsity,

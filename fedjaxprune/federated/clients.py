@@ -9,6 +9,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
+from fedjaxprune.accounts import DENSE_GRADIENT
 from fedjaxprune.base import (
     Batch,
     Batcher,
@@ -121,6 +122,7 @@ class _Progress(NamedTuple):
     num_reported: jax.Array
     local_grads: Params
     metrics: Metrics
+    dense: Metrics
 
 
 def local_sgd(
@@ -157,8 +159,9 @@ def local_sgd(
 
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
-      delta too), `metrics` and, if asked for, `grads`; its weight is the number of examples. Where
-      the broadcast has a `correction`, the steps follow the gradient plus the correction, and
+      delta too), `metrics` and, if asked for, `grads` (the metrics then say at how many examples
+      they were taken: `accounts.DENSE_GRADIENT`); its weight is the number of examples. Where the
+      broadcast has a `correction`, the steps follow the gradient plus the correction, and
       `local_grads` is the mean over all steps of the gradient without it.
     """
     reports = _Reports(report_grads, report_steps)
@@ -229,9 +232,10 @@ def _client(
         num_steps = batcher.num_steps(data)
         is_corrected = bool(jax.tree.leaves(broadcast.correction))
 
-        def report(progress, dense_grads, step):
+        def report(progress, dense_grads, step, size):
             """Add a gradient to the sums that are reported, where it is due."""
             reported, num_reported = progress.grads, progress.num_reported
+            dense = progress.dense
             if reports.rounds is not None:
                 due = reports.rounds(broadcast.round)
                 due = due if reports.steps is None else due & reports.steps(step, num_steps)
@@ -243,10 +247,17 @@ def _client(
                     dense_grads,
                 )
                 num_reported = num_reported + due.astype(jnp.int32)
+                seen = metrics.Mean(total=jnp.where(due, size, jnp.zeros_like(size)), weight=size)
+                dense = metrics.merge(dense, seen)
             local = progress.local_grads
             if is_corrected:
                 local = jax.tree.map(jnp.add, local, dense_grads)
-            return {"grads": reported, "num_reported": num_reported, "local_grads": local}
+            return {
+                "grads": reported,
+                "num_reported": num_reported,
+                "local_grads": local,
+                "dense": dense,
+            }
 
         def step_fn(step, progress):
             batch = batcher.batch(batch_key, data, step)
@@ -275,7 +286,7 @@ def _client(
                 optimizer=now.optimizer,
                 model_state=now.model_state,
                 metrics=metrics.merge(progress.metrics, step_metrics),
-                **report(progress, dense_grads, step),
+                **report(progress, dense_grads, step, jnp.sum(batch.weights)),
             )
 
         shapes = jax.eval_shape(
@@ -291,6 +302,7 @@ def _client(
             num_reported=jnp.int32(0),
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
             metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1]),
+            dense=() if reports.rounds is None else metrics.zero(),
         )
         progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
         fields = {
@@ -303,6 +315,7 @@ def _client(
             "metrics": progress.metrics,
         }
         if reports.rounds is not None:
+            fields["metrics"] = {**progress.metrics, DENSE_GRADIENT: progress.dense}
             fields["grads"] = _divide(progress.grads, progress.num_reported)
         if is_corrected:
             fields["local_grads"] = _divide(progress.local_grads, num_steps)

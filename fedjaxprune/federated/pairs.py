@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import ranking, trees
+from fedjaxprune.accounts import DENSE_GRADIENT
 from fedjaxprune.base import Client, Masks
 
 # (masks, round []) -> the tree with the number of pairs to send, [] int32, per leaf
@@ -61,6 +62,12 @@ def top_gradients(client: Client, *, num_pairs: CountFn) -> Client:
             lambda: jax.tree.map(leaf, grads, broadcast.masks, counts),
             lambda: jax.tree.map(jnp.zeros_like, grads),
         )
-        return message._replace(fields={**message.fields, "grads": grads}), state
+        told = message.fields["metrics"]
+        if DENSE_GRADIENT in told:  # of the layers that send no pairs nobody asks it
+            asked = jnp.stack(jax.tree.leaves(counts)) > 0
+            seen = told[DENSE_GRADIENT]
+            total = jnp.where(asked, seen.total, jnp.zeros_like(seen.total))
+            told = {**told, DENSE_GRADIENT: seen._replace(total=total)}
+        return message._replace(fields={**message.fields, "grads": grads, "metrics": told}), state
 
     return Client(init=client.init, update=update_fn)
