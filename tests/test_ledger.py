@@ -82,7 +82,7 @@ METHODS = {
     **ALGORITHMS,
     "personal_masks": personal,
     "personal_parameters": personal_parameters,
-    "touched_channels_scaffold": lambda s: dynamic(upload="touched")(
+    "touched_channels_scaffold": lambda s: dynamic(quadratic.GATED, upload="touched")(
         s._replace(drift=scaffold.control_variates())
     ),
 }

@@ -343,10 +343,7 @@ class Settings(pydantic.BaseModel):
         unit="rounds",
     )
     eval_from: Count = _field(
-        1,
-        "First round that is tested; the last always is.",
-        group="Run",
-        unit="round",
+        1, "First round tested; the last always is.", group="Run", unit="round"
     )
     checkpoint_every: Count = _field(
         10,
