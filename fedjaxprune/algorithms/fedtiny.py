@@ -181,7 +181,7 @@ def fedtiny(
             statistics=[
                 jnp.zeros((num_candidates, *leaf.shape), jnp.float32) for leaf in statistics
             ],
-            losses=jnp.full(num_candidates, jnp.inf),
+            losses=jnp.full(num_candidates, jnp.inf, jnp.float32),
             chosen=jnp.int32(0),
         )
         return training.init(params, model_state)._replace(method=pool)
