@@ -463,6 +463,7 @@ try:
 except SystemExit as stop:
     assert stop.code in (0, None)
 assert "jax" not in sys.modules
+from fedjaxprune.experiment.config import RunConfig
 for name in RunConfig.model_fields:
     print("expected", name)
 """

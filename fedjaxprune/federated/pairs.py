@@ -62,12 +62,13 @@ def top_gradients(client: Client, *, num_pairs: CountFn) -> Client:
             lambda: jax.tree.map(leaf, grads, broadcast.masks, counts),
             lambda: jax.tree.map(jnp.zeros_like, grads),
         )
-        told = message.fields["metrics"]
+        fields = {**message.fields, "grads": grads}
+        told = fields.get("metrics", {})
         if DENSE_GRADIENT in told:  # of the layers that send no pairs nobody asks it
             asked = jnp.stack(jax.tree.leaves(counts)) > 0
             seen = told[DENSE_GRADIENT]
             total = jnp.where(asked, seen.total, jnp.zeros_like(seen.total))
-            told = {**told, DENSE_GRADIENT: seen._replace(total=total)}
-        return message._replace(fields={**message.fields, "grads": grads, "metrics": told}), state
+            fields["metrics"] = {**told, DENSE_GRADIENT: seen._replace(total=total)}
+        return message._replace(fields=fields), state
 
     return Client(init=client.init, update=update_fn)
