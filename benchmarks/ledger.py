@@ -115,8 +115,8 @@ def digits():
 
         return switched_fn
 
-    def built(config):
-        parts = build(config)
+    def built(config, **options):
+        parts = build(config, **options)
         count = switched("host", of_this_thread(parts.algorithm.num_bits, host))
 
         def num_bits(*arguments):

@@ -83,6 +83,16 @@ def test_the_mean_is_of_the_last_ten_tests(tmp_path):
     assert comparison.compare(groups_of(folder)).measures[0][0].accuracy == 0.5
 
 
+def test_tests_of_the_stages_before_do_not_count(tmp_path):
+    lines = [*rising([0.0] * 3), *rising([0.5] * 2)]
+    lines = [
+        line._replace(stage="explore" if n < 3 else "train", round=n + 1)
+        for n, line in enumerate(lines)
+    ]
+    folder = write(tmp_path / "a", lines)
+    assert comparison.compare(groups_of(folder)).measures[0][0].accuracy == 0.5
+
+
 def test_runs_that_are_not_finished_do_not_stand_for_those_that_are(tmp_path):
     done = write(tmp_path / "a", rising([0.5, 0.6]), seed=0)
     part = write(tmp_path / "b", rising([0.1]), seed=1, finished=False)

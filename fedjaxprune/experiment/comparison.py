@@ -214,7 +214,7 @@ def compare(
     if budget is None:
         budget = min(_total(run) for members in done for run in counted(members))
     if target is None:
-        finals = [mean([_final(curve(run)) for run in counted(members)]) for members in done]
+        finals = [mean([_final(run) for run in counted(members)]) for members in done]
         known = [value for value in finals if not math.isnan(value)]
         target = math.floor(100 * min(known)) / 100 if known else math.nan
     measures = [
@@ -231,8 +231,14 @@ def _total(run: Run) -> float:
     return sum(line.uplink_bits + line.downlink_bits for line in run.lines) / BITS_PER_MIB
 
 
-def _final(one: Curve) -> float:
-    return mean(one.accuracy[-NUM_TESTS:].tolist())
+def _final(run: Run) -> float:
+    """Average the last tests of the stage that the run ends with."""
+    tests = [
+        line.test_accuracy
+        for line in run.lines
+        if line.stage == run.lines[-1].stage and line.test_accuracy is not None
+    ]
+    return mean(tests[-NUM_TESTS:])
 
 
 def _measure(run: Run, one: Curve, budget: float, target: float) -> Measures:
@@ -242,7 +248,7 @@ def _measure(run: Run, one: Curve, budget: float, target: float) -> Measures:
     values_up, values_down = parts(run, "up").get("values"), parts(run, "down").get("values")
     return Measures(
         sparsity=run.lines[-1].sparsity,
-        accuracy=_final(one),
+        accuracy=_final(run),
         accuracy_at=float(one.accuracy[within[-1]]) if len(within) else math.nan,
         mib_to=math.nan if first is None else float(one.mib[first]),
         rounds_to=math.nan if first is None else float(one.rounds[first]),
