@@ -39,9 +39,9 @@ def padded_first(x, kernel, strides, padding, *, dimension_numbers):
     """Convolve by XLA, which on a CPU reads past the images where it is to crop their start."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    x = lax.pad(
-        x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)]
-    )
+    (top, bottom), (left, right) = padding
+    config = [(0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)
     return lax.conv_general_dilated(
         x, kernel, strides, "VALID", dimension_numbers=dimension_numbers
     )
