@@ -28,7 +28,23 @@ CASES = [
     ((2, 6, 24, 3), (3, 5, 3, 8), (1, 3), [(0, 1), (2, 0)]),  # four, three pixels apart
     ((32, 8, 8, 32), (3, 2, 32, 64), 1, "SAME"),  # kernel's gradient a few images at a time
     ((3, 6, 5, 128), (3, 3, 128, 256), 2, "SAME"),  # and by taps
+    ((2, 5, 9, 8), (2, 2, 8, 2), 1, [(0, 0), (-3, 1)]),  # cropped and padded
+    ((2, 5, 6, 8), (1, 2, 8, 3), 1, [(0, 0), (4, -1)]),  # more padding than taps
+    ((2, 4, 4, 3), (5, 3, 3, 4), 2, [(0, 0), (1, 1)]),  # no outputs
+    ((0, 6, 8, 3), (3, 3, 3, 4), 1, "SAME"),  # no images
 ]
+
+
+def padded_first(x, kernel, strides, padding, *, dimension_numbers):
+    """Convolve by XLA, which on a CPU reads past the images where it is to crop their start."""
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    (top, bottom), (left, right) = padding
+    config = [(0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)
+    return lax.conv_general_dilated(
+        x, kernel, strides, "VALID", dimension_numbers=dimension_numbers
+    )
 
 
 def both_ways(function, x, kernel, stride, padding):
@@ -48,7 +64,9 @@ def both_ways(function, x, kernel, stride, padding):
 
 def check_close(first, second):
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+        np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b), initial=0))
+        )
 
 
 @pytest.mark.parametrize(("shape", "kernel_shape", "stride", "padding"), CASES)
@@ -60,7 +78,7 @@ def test_it_is_xlas_convolution(shape, kernel_shape, stride, padding):
     def pair(x, kernel):
         return [
             both_ways(function, x, kernel, stride, padding)
-            for function in (convolution.conv_general_dilated, lax.conv_general_dilated)
+            for function in (convolution.conv_general_dilated, padded_first)
         ]
 
     check_close(*pair(x, kernel))
@@ -84,6 +102,17 @@ def test_under_vmap_it_is_one_client_after_the_other(axes, case):
     assert all(f"batch_group_count={n}" not in graph for n in range(2, 10))
     first = jax.jit(one)(x[0] if axes[0] == 0 else x, kernel[0] if axes[1] == 0 else kernel)
     check_close(jax.tree.map(lambda leaf: leaf[0], jax.jit(together)(x, kernel)), first)
+
+
+def test_under_vmap_there_may_be_no_images():
+    def one(x, kernel):
+        return both_ways(convolution.conv_general_dilated, x, kernel, 1, "SAME")
+
+    outputs, (_, gradient) = jax.vmap(one, (0, None))(
+        jnp.ones((2, 0, 6, 8, 3)), jnp.ones((3, 3, 3, 4))
+    )
+    assert outputs.shape == (2, 0, 6, 8, 4)
+    np.testing.assert_array_equal(gradient, 0)
 
 
 def test_what_it_does_not_serve_goes_to_xla():

@@ -38,6 +38,7 @@ KINDS: Mapping[str, str] = {
     messages.WEIGHT: "framing",
     messages.SEED: "positions",
 }
+_ROUNDS = 16  # counts of all slots that are remembered: half a megabyte each for a thousand clients
 NOTHING = LinkBits(values=0, positions=0, masks=0, statistics=0, framing=0)
 
 
@@ -89,7 +90,7 @@ def account(
     Args:
       metrics: of the round, on the host.
       state: of which only shapes and types are read.
-      payload: of the uplink.
+      payload: of the uplink: hashable, and of nothing but the count, as lengths are looked up.
       prunable: which leaves' masks travel.
       modelled: formulas by name, beside those that fit every method (`charge_by_formula`).
     """
@@ -102,17 +103,16 @@ def account(
     in_force = NOTHING
     if len(sent.packed_masks) and uninformed.any():
         in_force = _masks_in_force(network.masks, sent.packed_masks)
-    going_down = _lengths(sent.down, state, network, payload, len(ids))
-    going_up = _lengths(sent.up, state, network, payload, len(ids))
+    going_down = _lengths(sent.down, state, network, payload, reached)
+    going_up = _lengths(sent.up, state, network, payload, present)
     informed = {bits: _sum([bits, in_force]) for bits in set(going_down)}
 
     exchanges: dict[tuple[LinkBits, LinkBits], list[int]] = {}
-    is_here, lacks_masks, names = present.tolist(), uninformed.tolist(), ids.tolist()
+    lacks_masks, names = uninformed.tolist(), ids.tolist()
     for slot in reached.nonzero()[0].tolist():
         here = going_down[slot]
         here = informed[here] if lacks_masks[slot] else here
-        there = going_up[slot] if is_here[slot] else NOTHING
-        exchanges.setdefault((there, here), []).append(names[slot])
+        exchanges.setdefault((going_up[slot], here), []).append(names[slot])
     up, down = (
         _sum([_times(len(who), both[way]) for both, who in exchanges.items()]) for way in (0, 1)
     )
@@ -201,7 +201,7 @@ def _transfers(
     return _freeze(up), _freeze(down[reached].reshape(-1, down.shape[-1]))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_ROUNDS)
 def _charge(
     transfers: tuple[_Frozen, _Frozen],
     leaves: tuple[Spec, ...],
@@ -235,12 +235,13 @@ def _lengths(
     state: RoundState,
     network: _Network,
     payload: PayloadFn,
-    num_slots: int,
+    who: np.ndarray,
 ) -> Sequence[LinkBits]:
-    """Charge each slot's messages in one direction, whether the slot is present or not."""
+    """Charge each slot's messages in one direction; nothing for slots that have none."""
+    num_slots = len(who)
     lengths = [
         _by_slot(
-            tuple(_column(name, fields[name], state, network) for name in sorted(fields)),
+            tuple(_column(name, fields[name], state, network, who) for name in sorted(fields)),
             payload,
             num_slots,
         )
@@ -251,11 +252,13 @@ def _lengths(
     return [_sum(of_slot) for of_slot in zip([NOTHING] * num_slots, *lengths, strict=True)]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_ROUNDS)
 def _by_slot(
     columns: tuple[_Column, ...], payload: PayloadFn, num_slots: int
 ) -> tuple[LinkBits, ...]:
     """Charge a message to or from every slot; once, as long as none of its counts changes."""
+    if not columns:
+        return (NOTHING,) * num_slots
     cases = zip(*(_cells(column, num_slots) for column in columns), strict=True)
     seen: dict[Any, LinkBits] = {}
     lengths = []
@@ -306,15 +309,17 @@ def _leaves(name: str, field: Field, state: RoundState, network: _Network) -> tu
     return messages.specs(name, state.model_state if name == "model_state" else state.params)
 
 
-def _column(name: str, field: Field, state: RoundState, network: _Network) -> _Column:
-    """Take a field's counts off it."""
+def _column(
+    name: str, field: Field, state: RoundState, network: _Network, who: np.ndarray
+) -> _Column:
+    """Take a field's counts off it; those of slots not in `who` may be anything."""
     pairs = field.pairs
     if name == "masks" and isinstance(field.like, tuple) and not field.like:
         pairs = np.asarray(pairs)[..., np.asarray(network.flags)]  # of the leaves that travel
-    counts = (
-        None if isinstance(n, tuple) else _freeze(n) for n in (field.slots, field.known, pairs)
-    )
-    return _Column(name, _leaves(name, field, state, network), *counts)
+    slots = who if isinstance(field.slots, tuple) else np.asarray(field.slots) & who
+    counts = (None if isinstance(n, tuple) else _freeze(n) for n in (field.known, pairs))
+    leaves = _leaves(name, field, state, network)
+    return _Column(name, leaves, None if slots.all() else _freeze(slots), *counts)
 
 
 def _cells(column: _Column, num_slots: int) -> Sequence[tuple[Counts | None, Counts | None] | None]:

@@ -99,18 +99,20 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: 
     Returns:
       ``[B, H', W', O]``.
     """
-    if kernel.shape[:2] == (1, 1):
-        pixels = lax.pad(x, jnp.zeros((), x.dtype), _image(padding))
-        pixels = pixels[:, :: strides[0], :: strides[1]]
-        output = lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
-    else:
-        output = _conv(x, kernel, strides, padding)
     plain = functools.partial(
         lax.conv_general_dilated,
         window_strides=strides,
         padding=padding,
         dimension_numbers=_LAYOUT,
     )
+    if not min(*x.shape, *kernel.shape, *_outputs(x.shape, kernel.shape, strides, padding)):
+        return plain(x, kernel)
+    if kernel.shape[:2] == (1, 1):
+        pixels = lax.pad(x, jnp.zeros((), x.dtype), _image(padding))
+        pixels = pixels[:, :: strides[0], :: strides[1]]
+        output = lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
+    else:
+        output = _conv(x, kernel, strides, padding)
     return forms.stands_for(output, plain, x, kernel)
 
 
@@ -254,21 +256,45 @@ def _plain(
     """Run a forward convolution, Winograd's or XLA's; under ``vmap`` over kernels in sequence."""
 
     def convolve(x, kernel):
-        outputs = tuple(
-            max(0, (x.shape[i + 1] + sum(padding[i]) - kernel.shape[i]) // strides[i] + 1)
-            for i in range(2)
-        )
+        outputs = _outputs(x.shape, kernel.shape, strides, padding)
         if strides == dilation == (1, 1) and winograd.pays(
             x.shape, kernel.shape, outputs, fewest=winograd.CONVOLVE
         ):
             return winograd.convolve(x, kernel, padding)
+        x, pads = _crop(x, padding)
         if dilation == (1, 1) and (number := _neighbours(kernel.shape, outputs[1])) > 1:
-            return _side_by_side(x, kernel, strides, padding, number)
+            return _side_by_side(x, kernel, strides, pads, number)
         return lax.conv_general_dilated(
-            x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=_LAYOUT
+            x, kernel, strides, pads, rhs_dilation=dilation, dimension_numbers=_LAYOUT
         )
 
     return _one_by_one(convolve, is_by_image=True)(x, kernel)
+
+
+def _outputs(
+    x: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], padding: _Pads
+) -> tuple[int, ...]:
+    """Count the outputs down and across."""
+    return tuple(
+        max(0, (x[i + 1] + sum(padding[i]) - kernel[i]) // strides[i] + 1) for i in range(2)
+    )
+
+
+def _crop(x: jax.Array, padding: _Pads) -> tuple[jax.Array, _Pads]:
+    """Pad by itself where the padding crops at the start, or crops all.
+
+    There XLA's CPU convolution reads past the images, and gives what it finds (openxla/xla#48713).
+    """
+    first, rest = (
+        tuple(
+            (0, 0) if is_first != (low < 0 or size + high <= 0) else (low, high)
+            for size, (low, high) in zip(x.shape[1:3], padding, strict=True)
+        )
+        for is_first in (True, False)
+    )
+    if any(map(any, first)):
+        x = lax.pad(x, jnp.zeros((), x.dtype), _image((first[0], first[1])))
+    return x, (rest[0], rest[1])
 
 
 def _neighbours(kernel: tuple[int, ...], width: int) -> int:
@@ -318,8 +344,8 @@ def _one_by_one(function: Any, *, is_by_image: bool) -> Any:
     def rule(axis_size, in_batched, x, other):
         x_batched, other_batched = in_batched
         if not other_batched and is_by_image:
-            outputs = run(x.reshape(-1, *x.shape[2:]), other)
-            return outputs.reshape(axis_size, -1, *outputs.shape[1:]), True
+            outputs = run(x.reshape(axis_size * x.shape[1], *x.shape[2:]), other)
+            return outputs.reshape(axis_size, x.shape[1], *outputs.shape[1:]), True
         if not x_batched:
             return lax.map(lambda other: run(x, other), other), True
         if not other_batched:
