@@ -134,7 +134,7 @@ def test_a_network_that_cannot_be_counted_is_told_of_and_left_out():
     assert costs.modelled_flops is None
     summary = costs_record.summarise([costs, costs])
     assert summary == {"modelled_flops": None, "mean_coverage": 2.0, "mask_stability": 1.0}
-    assert list(costs_record.rows(summary)) == ["clients that trained a weight, mean"]
+    assert list(costs_record.rows(summary)) == ["clients times rounds that trained a weight, mean"]
 
 
 def test_a_summary_adds_up_and_the_table_says_modelled():

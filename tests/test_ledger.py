@@ -29,6 +29,7 @@ from tests.test_algorithms import (
     dynamic,
     setup,
     simulate,
+    some,
 )
 from tests.test_experiment_config import make_line
 
@@ -348,6 +349,25 @@ def test_who_dropped_out_has_received_and_filling_has_not():
     ids = np.array([3, 1, 3, 1, 5, -1])  # 1 dropped out; 3, 1 again and -1 are filling
     reached = ledger.received(present, ids)
     np.testing.assert_array_equal(reached, [True, True, False, False, True, False])
+
+
+def test_counts_of_who_did_not_take_part_may_be_anything():
+    algorithm = ALGORITHMS["fedavg"](setup())
+    states, _, rounds = simulate(algorithm, some, num_rounds=2)
+    metrics = jax.device_get(rounds[1])
+    absent = ~np.asarray(metrics.present)
+    assert absent.any()
+
+    def garble(counts):
+        counts = np.array(counts)
+        counts[absent] = -7
+        return counts
+
+    reply = dict(metrics.sent.up["reply"])
+    reply["delta"] = reply["delta"]._replace(known=garble(reply["delta"].known))
+    sent = metrics.sent._replace(up={**metrics.sent.up, "reply": reply})
+    garbled = metrics._replace(sent=sent, uplink_kept=garble(metrics.uplink_kept))
+    assert algorithm.num_bits(garbled, states[-1]) == algorithm.num_bits(metrics, states[-1])
 
 
 def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():

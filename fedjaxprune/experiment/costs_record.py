@@ -275,7 +275,7 @@ def summarise(lines: Sequence[Any]) -> dict[str, Any]:
 def rows(summary: Mapping[str, Any]) -> dict[str, str]:
     """Make the lines of the table at the end of a run."""
     modelled = summary["modelled_flops"]
-    shown = {"clients that trained a weight, mean": f"{summary['mean_coverage']:,.1f}"}
+    shown = {"clients times rounds that trained a weight, mean": f"{summary['mean_coverage']:,.1f}"}
     if modelled:
         sparse = sum(modelled[part] for part in PARTS)
         dense = sum(modelled[f"dense_{part}"] for part in PARTS)
