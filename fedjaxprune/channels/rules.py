@@ -76,8 +76,8 @@ def _is_number(dtype: Any) -> bool:
 def _apply(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     name = equation.primitive.name
     shapes = [tuple(getattr(var.aval, "shape", ())) for var in equation.outvars]
-    if name in _CALLS:
-        return _call(book, equation, values)
+    if name in _CALLS and (inner := _inner(equation)) is not None:
+        return _closed(book, inner, values)
     rule = _RULES.get(name)
     if rule is None and name in pointwise.KEEPS_ZERO | pointwise.LOSES_ZERO:
         return [pointwise.unary(name, value) for value in values]
@@ -98,12 +98,11 @@ def _apply(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     return rule(book, equation, values)
 
 
-def _call(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
-    for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
-        inner = equation.params.get(key)
-        if inner is not None:
-            return _closed(book, inner, values)
-    raise NotImplementedError(f"{equation.primitive.name} has no jaxpr to walk.")
+def _inner(equation: Any) -> Any:
+    """Find the jaxpr that an equation calls; one that has none is not understood."""
+    names = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
+    found = (equation.params.get(name) for name in names)
+    return next((inner for inner in found if inner is not None), None)
 
 
 def _closed(book: Book, inner: Any, values: Sequence[Value]) -> list[Value]:
