@@ -5,6 +5,7 @@ positions of a batch alone, so no permutation is stored, sorted or padded to the
 a client's randomness depends neither on its neighbours nor on the size of the population.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,14 +49,28 @@ def permute(key: Key, positions: jax.Array, size: jax.Array) -> jax.Array:
       Hoang, Morris and Rogaway, `An Enciphering Scheme Based on a Card Shuffle
       <https://arxiv.org/abs/1208.1176>`_, 2012.
     """
-    size = jnp.maximum(size, 1).astype(jnp.uint32)
+    size = jnp.maximum(size, 1)
+    pivots, seeds = _draw(key, size)
+    return _walk(lambda r: (pivots[r], seeds[r]), positions, size)
+
+
+def _draw(key: Key, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw the pivots and the coins' seeds of a permutation, ``[rounds]`` uint32 each."""
     pivots, seeds = jax.random.bits(key, (2, _NUM_ROUNDS), jnp.uint32)
-    pivots = pivots % size  # biased by less than size / 2^32
+    return pivots % size.astype(jnp.uint32), seeds  # biased by less than size / 2^32
+
+
+def _walk(
+    drawn: Callable[[int], tuple[jax.Array, jax.Array]], positions: jax.Array, size: jax.Array
+) -> jax.Array:
+    """Take positions ``[B]`` through all rounds, by their pivots and seeds, ``[]`` or ``[B]``."""
+    size = size.astype(jnp.uint32)
     x = positions.astype(jnp.uint32)
     for r in range(_NUM_ROUNDS):
-        difference = pivots[r] - x  # modulo 2^32: a negative one is put right by adding the size
-        partner = jnp.where(x > pivots[r], difference + size, difference)
-        coin = _mix(jnp.maximum(x, partner) ^ seeds[r]) >> 31
+        pivot, seed = drawn(r)
+        difference = pivot - x  # modulo 2^32: a negative one is put right by adding the size
+        partner = jnp.where(x > pivot, difference + size, difference)
+        coin = _mix(jnp.maximum(x, partner) ^ seed) >> 31
         x = jnp.where(coin == 1, partner, x)
         if r % _ROUNDS_FUSED == _ROUNDS_FUSED - 1:
             x = jax.lax.optimization_barrier(x)
@@ -140,10 +155,18 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
         first = jnp.where(small, 2 * step, step * batch_size // size)
         begin = jnp.where(small, jnp.int32(0), step * batch_size % size)
         slots = begin + jnp.arange(batch_size, dtype=jnp.int32)
-        here, there = jax.vmap(
-            lambda epoch: permute(jax.random.fold_in(order_key, epoch), slots % size, size)
-        )(first + jnp.arange(2, dtype=jnp.int32))
-        positions = jnp.where(slots < size, here, there)
+        pivots, seeds = jax.vmap(lambda epoch: _draw(jax.random.fold_in(order_key, epoch), size))(
+            first + jnp.arange(2, dtype=jnp.int32)
+        )
+        here = slots < size  # a slot is in one of two epochs: one walk, by the draws of its own
+        positions = _walk(
+            lambda r: (
+                jnp.where(here, pivots[0, r], pivots[1, r]),
+                jnp.where(here, seeds[0, r], seeds[1, r]),
+            ),
+            slots % size,
+            size,
+        )
         weights = jnp.full(batch_size, data.size > 0).astype(jnp.float32)
         return _gather(
             jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
