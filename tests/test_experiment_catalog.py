@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment import catalog, cohorts, methods, runner
+from fedjaxprune.experiment import catalog, cohorts, methods, reading, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import alternatives
 
@@ -129,9 +129,19 @@ def test_what_the_server_holds_no_client_has():
     assert left.tolist() == [round(0.1 * n) for n in every]
 
 
-def test_a_preset_builds_on_its_own_data(tfds_data_dir):
-    from fedjaxprune.experiment import reading
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(reading.preset_texts()))
+def test_every_round_of_a_preset_can_be_traced(name, tfds_data_dir):
+    values = reading.read_source(name)
+    parts = catalog.build(RunConfig(**values, data_dir=str(tfds_data_dir)))
+    key = jax.random.key(0)
+    before = jax.eval_shape(lambda key: runner.start(key, parts), key)
+    for advance in parts.advance:
+        after, _ = jax.eval_shape(advance, key, before, parts.population)
+        assert jax.tree.structure(after) == jax.tree.structure(before)
 
+
+def test_a_preset_builds_on_its_own_data(tfds_data_dir):
     values = reading.read_source("feddip-fashion-mnist")
     parts = catalog.build(RunConfig(**values, data_dir=str(tfds_data_dir)))
     sizes = np.diff(np.asarray(parts.population.offsets))
