@@ -1,11 +1,13 @@
-"""Every method under one protocol: accuracy against bytes on Fashion-MNIST.
+"""Every method under one protocol: accuracy against bytes on Fashion-MNIST, fewer on CIFAR-10.
 
     python -m benchmarks.methods --jobs 2                            # all; goes on where it stopped
     python -m benchmarks.methods --only feddip-lenet5-sparsity-0.8   # one row
     python -m benchmarks.methods --table                             # from the runs that are there
+    python -m benchmarks.methods --data cifar10 --jobs 2             # the smaller table
 
-``methods.yaml`` beside this file is the protocol; a row is a case of it, with all partitions and
-seeds. Writes ``methods.md`` (the table) and ``methods.svg`` (the picture) beside the run folders.
+``methods.yaml`` and ``methods_cifar10.yaml`` beside this file are the protocols; a row is a case of
+one, with all partitions and seeds. Writes ``methods.md`` (the table) and ``methods.svg`` (the
+picture) beside the run folders.
 """
 
 import argparse
@@ -28,8 +30,11 @@ from fedjaxprune.data import datasets
 from fedjaxprune.experiment import comparison, playing, runs, sweeps
 from fedjaxprune.experiment.config import UserError
 
-SWEEP = pathlib.Path(__file__).with_suffix(".yaml")
-PARTITIONS = ("iid", "dirichlet")
+SWEEPS = {
+    "fashion_mnist": pathlib.Path(__file__).with_suffix(".yaml"),
+    "cifar10": pathlib.Path(__file__).with_name("methods_cifar10.yaml"),
+}
+DEFAULT = "fashion_mnist"
 TITLES = {"iid": "IID", "dirichlet": "Dirichlet(0.5)"}
 TABLE, PICTURE = "methods.md", "methods.svg"
 
@@ -51,12 +56,13 @@ all clients, as the ledger has them; what went before training (exploration, vot
 starts) is in them, and once more apart. Where partitions differ: IID / Dirichlet(0.5).
 
 - Every run of a seed has the same examples at the same clients and the same initial weights of its
-  network; the server's 1,200 examples are nobody else's, whether a method asks for them or not.
-- LeNet-5 for all that can. FedTiny needs BatchNorm (`resnet8`), adaptive dynamic pruning gates
-  (`gated_resnet8`): FedAvg on the one and `squeeze_excitation` on the other, which is FedAvg with
-  all gates open, are their references.
+  network; the server's 2 % of the examples are nobody else's, whether a method asks for them or
+  not.
+- LeNet-5 (on CIFAR-10 the two-layer CNN) for all that can. FedTiny needs BatchNorm (`resnet8`),
+  adaptive dynamic pruning gates (`gated_resnet8`): FedAvg on the one and `squeeze_excitation` on
+  the other, which is FedAvg with all gates open, are their references.
 - Knobs: a sparsity of the prunable weights (of all kernels for FedTiny), of the filters of each
-  layer (of 6 and 16, of which one always stays: 0.99 would be 0.95), the share of channels that
+  layer (of LeNet-5's 6 and 16 one always stays: 0.99 would be 0.95), the share of channels that
   gates keep, or the magnitude below which weights become zero. `pruned` is what came out.
 - Clients take equally many steps, so FedNova is FedAvg but for one number a message.
 - FedDIP and gradual pruning tighten until the end: the first of the last ten rounds are denser.
@@ -88,12 +94,14 @@ class Row(NamedTuple):
       name: for ``--only``.
       config: of one of its runs.
       points: by partition, where a run has finished.
+      partitions: that there should be.
       num_seeds: runs of a partition that there should be.
     """
 
     name: str
     config: Mapping[str, Any]
     points: dict[str, Point]
+    partitions: tuple[str, ...]
     num_seeds: int
 
 
@@ -134,7 +142,7 @@ def collect(members: Sequence[sweeps.Member]) -> list[Row]:
                 points[partition] = measure(runs.read_all(there)[0])
         first = next(iter(parts.values()))
         config = first[0].config.model_dump()
-        rows.append(Row(name=name, config=config, points=points, num_seeds=len(first)))
+        rows.append(Row(name, config, points, partitions=tuple(parts), num_seeds=len(first)))
     return rows
 
 
@@ -165,23 +173,26 @@ def accuracy(point: Point | None, num_seeds: int) -> str:
 
 def _both(row: Row, field: str) -> str:
     """Write a number of both partitions, once if it is the same."""
-    known = [getattr(row.points[one], field) for one in PARTITIONS if one in row.points]
+    known = [getattr(row.points[one], field) for one in row.partitions if one in row.points]
     texts = [f"{100 * one:.1f}" if field == "sparsity" else f"{one:.2f}" for one in known]
     return " / ".join(dict.fromkeys(texts))
 
 
 def table(rows: Sequence[Row]) -> str:
     """Write the rows that have a run as a Markdown table."""
-    head = ["network", "method", "knob", "pruned, %", *(f"{TITLES[p]}, %" for p in PARTITIONS)]
+    partitions = rows[0].partitions  # the same in all of a sweep
+    head = ["network", "method", "knob", "pruned, %", *(f"{TITLES[p]}, %" for p in partitions)]
     head += ["up, MiB", "down, MiB", "of both, before training", "`python -m benchmarks.methods`"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         if row.points:
             cells = [str(row.config["model"]), f"`{row.config['algorithm']}`", knob(row.config)]
             cells.append(_both(row, "sparsity"))
-            cells += [accuracy(row.points.get(one), row.num_seeds) for one in PARTITIONS]
+            cells += [accuracy(row.points.get(one), row.num_seeds) for one in partitions]
             cells += [_both(row, field) for field in ("up", "down", "one_off")]
-            lines.append([*cells, f"`--only {row.name}`"])
+            data = row.config["dataset"]
+            option = "" if data == DEFAULT else f"--data {data} "
+            lines.append([*cells, f"`{option}--only {row.name}`"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -200,8 +211,10 @@ def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
     """
     figure = Figure(figsize=(11, 7.5), layout="constrained", facecolor="white")
     FigureCanvasSVG(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, partition in zip(panels, PARTITIONS, strict=True):
+    partitions = rows[0].partitions
+    usual = rows[0].config["model"]
+    panels = figure.subplots(1, len(partitions), sharey=True, squeeze=False)[0]
+    for axes, partition in zip(panels, partitions, strict=True):
         lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for row in rows:
             if (point := row.points.get(partition)) is not None:
@@ -214,11 +227,11 @@ def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
                 *zip(*sorted(places), strict=True),
                 color=colour,
                 marker=marker,
-                markerfacecolor=colour if model == "lenet5" else "white",
+                markerfacecolor=colour if model == usual else "white",
                 markersize=6,
                 linewidth=0.8,
-                linestyle="-" if model == "lenet5" else ":",
-                label=f"{algorithm}, {model}" if model != "lenet5" else algorithm,
+                linestyle="-" if model == usual else ":",
+                label=algorithm if model == usual else f"{algorithm}, {model}",
             )
         axes.set(xscale="log", title=TITLES[partition], xlabel="MiB sent, both ways, all clients")
         axes.grid(alpha=0.3)
@@ -242,17 +255,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.methods", description="Every method under one protocol."
     )
+    parser.add_argument("--data", choices=list(SWEEPS), default=DEFAULT, help="which table")
     parser.add_argument("--only", action="append", metavar="ROW", help="as the table names it")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side (1)")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("runs/methods"), metavar="FOLDER"
+        "--out",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="runs/methods, with --data runs/methods-DATA",
     )
     options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = pathlib.Path(
+            "runs", "methods" if options.data == DEFAULT else f"methods-{options.data}"
+        )
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}.")
     try:
-        sweep = sweeps.read(str(SWEEP), out=options.out)
+        sweep = sweeps.read(str(SWEEPS[options.data]), out=options.out)
     except UserError as error:
         parser.error(str(error))
     names = list(dict.fromkeys(map(row_name, sweep.members)))

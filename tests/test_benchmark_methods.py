@@ -13,13 +13,15 @@ SHORT = {"rounds": 2, "num_clients": 4, "cohort_size": 2}
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    return sweeps.read(str(benchmark.SWEEP), out=tmp_path_factory.mktemp("sweep"))
+    return sweeps.read(
+        str(benchmark.SWEEPS[benchmark.DEFAULT]), out=tmp_path_factory.mktemp("sweep")
+    )
 
 
 def test_every_method_is_in_the_sweep_on_both_partitions_with_three_seeds(sweep):
     there = {(m.config.algorithm, m.config.partition, m.config.seed) for m in sweep.members}
     names = typing.get_args(methods.Name)
-    assert there == {(n, p, s) for n in names for p in benchmark.PARTITIONS for s in range(3)}
+    assert there == {(n, p, s) for n in names for p in benchmark.TITLES for s in range(3)}
 
 
 def test_all_methods_do_the_same_local_work_from_the_same_start(sweep):
@@ -138,3 +140,18 @@ def test_an_unknown_row_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--only", "fedsparse"])
     assert "--only must be one of" in capsys.readouterr().err
+
+
+def test_the_smaller_table_has_one_protocol_and_a_dense_reference(tmp_path, capsys):
+    small = sweeps.read(str(benchmark.SWEEPS["cifar10"]), out=tmp_path)
+    assert {m.config.seed for m in small.members} == {0, 1, 2}
+    assert {m.config.model for m in small.members} == {"cnn"}
+    assert "fedavg" in {m.config.algorithm for m in small.members}
+    name = small.members[0].name
+    write(
+        tmp_path / name,
+        [line(1, mib=1, accuracy=0.5)],
+        **small.members[0].config.model_dump(exclude={"out"}),
+    )
+    benchmark.main(["--data", "cifar10", "--table", "--out", str(tmp_path)])
+    assert "`--data cifar10 --only fedavg" in capsys.readouterr().out
