@@ -3,11 +3,12 @@
     python -m benchmarks.methods --jobs 2                            # all; goes on where it stopped
     python -m benchmarks.methods --only feddip-lenet5-sparsity-0.8   # one row
     python -m benchmarks.methods --table                             # from the runs that are there
-    python -m benchmarks.methods --data cifar10 --jobs 2             # the smaller table
+    python -m benchmarks.methods --sweep cifar10 --jobs 2            # the smaller table
+    python -m benchmarks.methods --sweep claims --jobs 2             # what some claims need besides
 
-``methods.yaml`` and ``methods_cifar10.yaml`` beside this file are the protocols; a row is a case of
-one, with all partitions and seeds. Writes ``methods.md`` (the table) and ``methods.svg`` (the
-picture) beside the run folders.
+``methods.yaml``, ``methods_cifar10.yaml`` and ``methods_claims.yaml`` beside this file are the
+protocols; a row is a case of one, with all partitions and seeds. Writes ``methods.md`` (the table)
+and ``methods.svg`` (the picture) beside the run folders.
 """
 
 import argparse
@@ -30,11 +31,12 @@ from fedjaxprune.data import datasets
 from fedjaxprune.experiment import comparison, playing, runs, sweeps
 from fedjaxprune.experiment.config import UserError
 
+DEFAULT = "all"
 SWEEPS = {
-    "fashion_mnist": pathlib.Path(__file__).with_suffix(".yaml"),
+    DEFAULT: pathlib.Path(__file__).with_suffix(".yaml"),
     "cifar10": pathlib.Path(__file__).with_name("methods_cifar10.yaml"),
+    "claims": pathlib.Path(__file__).with_name("methods_claims.yaml"),
 }
-DEFAULT = "fashion_mnist"
 TITLES = {"iid": "IID", "dirichlet": "Dirichlet(0.5)"}
 TABLE, PICTURE = "methods.md", "methods.svg"
 
@@ -155,6 +157,8 @@ def knob(config: Mapping[str, Any]) -> str:
         return f"gates {config['gate_density']}"
     from fedjaxprune.experiment import methods
 
+    if algorithm == "fedtiny" and config["fedtiny_selection"] == "vanilla":
+        return f"{config['sparsity']}, server's statistics"
     if algorithm in methods.BY_FILTER:
         return f"filters {config['sparsity']}"
     return str(config["sparsity"]) if algorithm in methods.PRUNING else ""
@@ -178,7 +182,7 @@ def _both(row: Row, field: str) -> str:
     return " / ".join(dict.fromkeys(texts))
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row], *, sweep: str = DEFAULT) -> str:
     """Write the rows that have a run as a Markdown table."""
     partitions = rows[0].partitions  # the same in all of a sweep
     head = ["network", "method", "knob", "pruned, %", *(f"{TITLES[p]}, %" for p in partitions)]
@@ -190,8 +194,7 @@ def table(rows: Sequence[Row]) -> str:
             cells.append(_both(row, "sparsity"))
             cells += [accuracy(row.points.get(one), row.num_seeds) for one in partitions]
             cells += [_both(row, field) for field in ("up", "down", "one_off")]
-            data = row.config["dataset"]
-            option = "" if data == DEFAULT else f"--data {data} "
+            option = "" if sweep == DEFAULT else f"--sweep {sweep} "
             lines.append([*cells, f"`{option}--only {row.name}`"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -243,9 +246,9 @@ def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def write(rows: Sequence[Row], folder: pathlib.Path) -> str:
+def write(rows: Sequence[Row], folder: pathlib.Path, *, sweep: str = DEFAULT) -> str:
     """Write table and picture of what there is; return the table."""
-    text = f"{NOTES}\n{table(rows)}"
+    text = f"{NOTES}\n{table(rows, sweep=sweep)}"
     (folder / TABLE).write_text(text, encoding="utf-8")
     picture(rows, folder / PICTURE)
     return text
@@ -255,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.methods", description="Every method under one protocol."
     )
-    parser.add_argument("--data", choices=list(SWEEPS), default=DEFAULT, help="which table")
+    parser.add_argument("--sweep", choices=list(SWEEPS), default=DEFAULT, help="which table (all)")
     parser.add_argument("--only", action="append", metavar="ROW", help="as the table names it")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side (1)")
@@ -263,17 +266,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out",
         type=pathlib.Path,
         metavar="FOLDER",
-        help="runs/methods, with --data runs/methods-DATA",
+        help="runs/methods, or runs/methods-SWEEP",
     )
     options = parser.parse_args(arguments)
     if options.out is None:
         options.out = pathlib.Path(
-            "runs", "methods" if options.data == DEFAULT else f"methods-{options.data}"
+            "runs", "methods" if options.sweep == DEFAULT else f"methods-{options.sweep}"
         )
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}.")
     try:
-        sweep = sweeps.read(str(SWEEPS[options.data]), out=options.out)
+        sweep = sweeps.read(str(SWEEPS[options.sweep]), out=options.out)
     except UserError as error:
         parser.error(str(error))
     names = list(dict.fromkeys(map(row_name, sweep.members)))
@@ -284,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.table:
         failed = play(chosen, jobs=options.jobs)
     if options.out.is_dir():
-        print(write(collect(sweep.members), options.out))
+        print(write(collect(sweep.members), options.out, sweep=options.sweep))
     if failed:
         raise SystemExit(f"failed: {'; '.join(f'{name} ({why})' for name, why in failed.items())}")
 

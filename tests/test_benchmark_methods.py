@@ -153,5 +153,5 @@ def test_the_smaller_table_has_one_protocol_and_a_dense_reference(tmp_path, caps
         [line(1, mib=1, accuracy=0.5)],
         **small.members[0].config.model_dump(exclude={"out"}),
     )
-    benchmark.main(["--data", "cifar10", "--table", "--out", str(tmp_path)])
-    assert "`--data cifar10 --only fedavg" in capsys.readouterr().out
+    benchmark.main(["--sweep", "cifar10", "--table", "--out", str(tmp_path)])
+    assert "`--sweep cifar10 --only fedavg" in capsys.readouterr().out
