@@ -83,7 +83,30 @@ def table(result: dict[str, Any]) -> str:
                 f"{max(rates):,.2f}) | {ratio} | {'' if target is None else f'{target:.2f}'} | "
                 f"{'' if compile_s is None else f'{compile_s:.1f}'} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + reached(result)) + "\n"
+
+
+def reached(result: dict[str, Any]) -> list[str]:
+    """Write what local training makes of the matrix product's speed, as a Markdown table."""
+    names = [name for name in result["cases"] if name in networks.CASES]
+    if not names:
+        return []
+    ceiling = result["ceilings"]["matrix_product_gflops"]
+    lines = [
+        "",
+        "Local training, forward and backward, by the layers' plain sums (Winograd's way does with "
+        "fewer):",
+        "",
+        "| network | MFLOP an example | GFLOP/s | of the matrix product |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        flops = networks.training_flops(name)
+        speed = result["cases"][name][local_training.OURS]["median"] * flops / 1e9
+        lines.append(
+            f"| {name} | {flops / 1e6:,.1f} | {speed:,.0f} | {100 * speed / ceiling:.0f} % |"
+        )
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -51,6 +51,17 @@ def ours(name: str) -> Any:
     return getattr(zoo, name)(input_shape=case.image, num_classes=case.num_classes, **options)
 
 
+def training_flops(name: str) -> float:
+    """Count the floating-point operations of training on one example, by the layers' plain sums."""
+    import jax
+
+    from fedjaxprune.costs import flops
+
+    image = jax.ShapeDtypeStruct((1, *CASES[name].image), "float32")
+    cost = flops.dense(flops.of_model(ours(name), None, image))
+    return 2.0 * sum(cost)  # a multiply-add is two
+
+
 def plain_flax(name: str, *, convolution: Any = None, max_pool: Any = None) -> Any:
     """Write the network as a flax user does, with flax's own layers; a linen module.
 
