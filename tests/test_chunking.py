@@ -135,6 +135,9 @@ def test_what_was_measured_is_kept(cache):
         '{"k": {"1": {"examples_per_s": NaN, "trial_s": 1}}}',
         '{"k": {"1": {"examples_per_s": "fast", "trial_s": 1}}}',
         '{"k": {"1": {"examples_per_s": 1}}}',
+        pytest.param(
+            f'{{"k": {{"1": {{"examples_per_s": 1{"0" * 400}, "trial_s": 1}}}}}}', id="overflow"
+        ),
     ],
 )
 def test_a_damaged_file_is_ignored_with_a_sentence(cache, text):
@@ -153,6 +156,25 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache):
     said = []
     assert auto(Table(RISING), warn=said.append).size == 8
     assert auto(Table(RISING), warn=said.append).size == 8
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(chunking.pathlib.Path, "home", nowhere)
+    with launch.jax_set_up():
+        assert auto(Table(RISING)).size == 8
+        assert auto(Table(RISING)).size == 8
+
+
+def test_what_did_not_fit_is_tried_again(cache):
+    assert auto(Table({**RISING, 4: None})).size == 2
+    assert set(json.loads(cache.read_text())["k"]) == {"1", "2"}
+    table = Table(RISING)
+    assert (auto(table).size, table.asked) == (8, [4, 8])
 
 
 def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path, capsys):
