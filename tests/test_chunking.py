@@ -249,6 +249,41 @@ def test_a_size_that_does_not_fit_is_told_from_one_that_fails(monkeypatch, small
     assert measure(2) is None
 
 
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        ({}, np.inf),
+        ({"memory.max": "max\n"}, np.inf),
+        (
+            {
+                "memory.max": "1000\n",
+                "memory.current": "700\n",
+                "memory.stat": "anon 600\ninactive_file 50\n",
+            },
+            350.0,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000\n",
+                "memory/memory.usage_in_bytes": "900\n",
+                "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 30\n",
+            },
+            130.0,
+        ),
+        ({"memory.max": "1000\n"}, np.inf),
+    ],
+)
+def test_a_container_has_less_room_than_its_machine(monkeypatch, tmp_path, files, room):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(chunk_trial, "_CGROUPS", tmp_path)
+    free = chunk_trial._free_bytes()
+    assert free is None or free <= room
+    assert chunk_trial._room_in_container(tmp_path) == room
+
+
 def test_figures_are_kept_apart_by_what_they_depend_on():
     config = catalog.resolve(RunConfig(**SETTINGS))
     work = chunking.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
