@@ -112,13 +112,16 @@ def make_ours(mesh: Any, num_rounds: int, *, chunk_size: int = 1) -> Contender:
 def make_rival(python: str, threads: int, num_rounds: int) -> Contender | None:
     """Start pfl in a process of its own; None, and a word why, where it is not installed."""
     here = pathlib.Path(__file__).parent
-    process = subprocess.Popen(
-        [python, str(here / "rival_pfl.py"), "--threads", str(threads)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    try:
+        process = subprocess.Popen(
+            [python, str(here / "rival_pfl.py"), "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    except OSError as error:
+        raise SystemExit(f"--pfl-python {python!r} cannot be run: {error.strerror}.") from None
     assert process.stdin is not None
     assert process.stdout is not None
     hello = process.stdout.readline()

@@ -190,13 +190,14 @@ def as_json(timings: Mapping[str, Timing]) -> dict[str, Any]:
 
 
 def write(path: pathlib.Path | None, result: Mapping[str, Any]) -> None:
-    """Write JSON, if a path is given."""
+    """Write JSON, if a path is given, in a folder that may be new."""
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def names(chosen: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """See that chosen cases exist."""
+    """List the chosen ones, all if there are none; see that they exist."""
     unknown = sorted(set(chosen or ()) - set(known))
     if unknown:
         raise SystemExit(f"unknown case {unknown[0]!r}: must be one of {', '.join(known)}.")

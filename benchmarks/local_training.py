@@ -231,14 +231,16 @@ def contest(name: str, *, threads: int, quick: bool, rivals: Sequence[str]) -> A
     return timings
 
 
-def available_rivals() -> list[str]:
-    """List whom to measure against; says so if PyTorch is missing."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        print("PyTorch is not installed (pip install -e '.[torch]'): its loop is left out.")
-        return [LOOP, OBVIOUS]
-    return [TORCH, LOOP, OBVIOUS]
+def rivals_among(chosen: Sequence[str] | None) -> list[str]:
+    """List whom to measure against, all by default; says so if PyTorch is missing."""
+    rivals = harness.names(chosen, [TORCH, LOOP, OBVIOUS])
+    if TORCH in rivals:
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            print("PyTorch is not installed (pip install -e '.[torch]'): its loop is left out.")
+            rivals.remove(TORCH)
+    return rivals
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -254,15 +256,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}.")
+    chosen = harness.names(options.only, list(networks.CASES))
     harness.bind(options.threads)
-    rivals = harness.names(options.against, available_rivals())
+    rivals = rivals_among(options.against)
     if TORCH in rivals:
         import torch
 
         torch.set_num_threads(options.threads)
     result: dict[str, Any] = {"threads": options.threads, "machine": harness.machine(), "cases": {}}
     print(f"examples per second, median (least to most); {result['machine']}")
-    for name in harness.names(options.only, list(networks.CASES)):
+    for name in chosen:
         timings = contest(name, threads=options.threads, quick=options.quick, rivals=rivals)
         result["cases"][name] = harness.as_json(timings)
         print(harness.line(name, OURS, timings, TARGETS[name]), flush=True)

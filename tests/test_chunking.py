@@ -135,6 +135,9 @@ def test_what_was_measured_is_kept(cache):
         '{"k": {"1": {"examples_per_s": NaN, "trial_s": 1}}}',
         '{"k": {"1": {"examples_per_s": "fast", "trial_s": 1}}}',
         '{"k": {"1": {"examples_per_s": 1}}}',
+        pytest.param(
+            f'{{"k": {{"1": {{"examples_per_s": 1{"0" * 400}, "trial_s": 1}}}}}}', id="overflow"
+        ),
     ],
 )
 def test_a_damaged_file_is_ignored_with_a_sentence(cache, text):
@@ -153,6 +156,25 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache):
     said = []
     assert auto(Table(RISING), warn=said.append).size == 8
     assert auto(Table(RISING), warn=said.append).size == 8
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(chunking.pathlib.Path, "home", nowhere)
+    with launch.jax_set_up():
+        assert auto(Table(RISING)).size == 8
+        assert auto(Table(RISING)).size == 8
+
+
+def test_what_did_not_fit_is_tried_again(cache):
+    assert auto(Table({**RISING, 4: None})).size == 2
+    assert set(json.loads(cache.read_text())["k"]) == {"1", "2"}
+    table = Table(RISING)
+    assert (auto(table).size, table.asked) == (8, [4, 8])
 
 
 def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path, capsys):
@@ -225,6 +247,41 @@ def test_a_size_that_does_not_fit_is_told_from_one_that_fails(monkeypatch, small
     monkeypatch.undo()
     monkeypatch.setattr(chunk_trial, "_free_bytes", lambda: 1000.0)
     assert measure(2) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        ({}, np.inf),
+        ({"memory.max": "max\n"}, np.inf),
+        (
+            {
+                "memory.max": "1000\n",
+                "memory.current": "700\n",
+                "memory.stat": "anon 600\ninactive_file 50\n",
+            },
+            350.0,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000\n",
+                "memory/memory.usage_in_bytes": "900\n",
+                "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 30\n",
+            },
+            130.0,
+        ),
+        ({"memory.max": "1000\n"}, np.inf),
+    ],
+)
+def test_a_container_has_less_room_than_its_machine(monkeypatch, tmp_path, files, room):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(chunk_trial, "_CGROUPS", tmp_path)
+    free = chunk_trial._free_bytes()
+    assert free is None or free <= room
+    assert chunk_trial._room_in_container(tmp_path) == room
 
 
 def test_figures_are_kept_apart_by_what_they_depend_on():

@@ -191,3 +191,9 @@ def test_a_field_without_an_aggregator_is_named():
 def test_a_chunk_holds_at_least_one_client():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         run([0, 1], chunk_size=0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_cohort_of_nobody_is_refused(chunk_size):
+    with pytest.raises(ValueError, match="at least one client"):
+        run([], chunk_size=chunk_size)

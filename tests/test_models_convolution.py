@@ -1,9 +1,11 @@
 """The convolution is XLA's in value and gradients, and leaves no grouped one under vmap."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 from fedjaxprune.models import convolution
@@ -131,3 +133,23 @@ def test_what_it_does_not_serve_goes_to_xla():
         )
 
     check_close(run(convolution.conv_general_dilated), run(lax.conv_general_dilated))
+
+
+def test_strides_that_xla_refuses_are_refused():
+    operands = jnp.ones((1, 6, 6, 4)), jnp.ones((3, 3, 4, 2)), (1, 1, 1), [(1, 1)] * 2
+    for function in (convolution.conv_general_dilated, lax.conv_general_dilated):
+        with pytest.raises((ValueError, TypeError)):
+            function(*operands, dimension_numbers=LAYOUT)
+
+
+@pytest.mark.parametrize("library", [nn, nnx])
+def test_it_serves_the_convolutions_of_flax(library):
+    x = jax.random.normal(KEY, (2, 7, 6, 3))
+
+    def run(**options):
+        if library is nnx:
+            return nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0), **options)(x)
+        layer = nn.Conv(4, (3, 3), **options)
+        return layer.apply(layer.init(KEY, x), x)
+
+    check_close(run(conv_general_dilated=convolution.conv_general_dilated), run())

@@ -9,7 +9,7 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.base import Batch
-from fedjaxprune.models import adapters, cnns, gated, resnet, vgg, zoo
+from fedjaxprune.models import adapters, cnns, gated, layers, resnet, vgg, zoo
 
 KEY = jax.random.key(0)
 SMALL = {
@@ -246,3 +246,15 @@ def test_batch_statistics_move_by_a_tenth_and_only_in_training():
 def test_what_does_not_fit_is_refused_with_numbers(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_computed_once_is_passed_on_with_all_derivatives_of_its_gradient():
+    x = jnp.array([-2.0, 0.5, 3.0])
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(layers.computed_once(x) ** 3))(x)
+
+    np.testing.assert_array_equal(layers.computed_once(x), x)
+    np.testing.assert_allclose(gradient(x), 3 * x**2)
+    np.testing.assert_allclose(jax.jvp(gradient, (x,), (jnp.ones(3),))[1], 6 * x)
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(gradient(x)))(x), 6 * x)

@@ -28,6 +28,16 @@ from fedjaxprune.federated import aggregators, clients, cohort
 MAX_STEPS = 10  # of a client in a trial
 _REPEATS, _MIN_S = 5, 0.05  # timings, and the time that one should take
 _LONG_S = 1.0  # a call that takes longer is timed twice more only
+_CGROUPS = pathlib.Path("/sys/fs/cgroup")
+_LIMITS = (  # of a container, by version 2 and 1 of Linux's control groups
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 _ROOM = 0.8  # of the memory that is free: what a trial may take, as a round needs more
 _SLOW_FLOPS, _SLOW_STEP_S = 5e9, 2e-4  # a second of a slow core; what a step takes besides
 # What a trained example costs depends on these settings, and on no others.
@@ -217,9 +227,28 @@ def _free_bytes() -> float | None:
     try:
         lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return 1024.0 * int(kib)
+        return min(1024.0 * int(kib), _room_in_container(_CGROUPS))
     except (OSError, ValueError, StopIteration):
         return None
+
+
+def _room_in_container(root: pathlib.Path) -> float:
+    """Find how much more a container lets its processes have; one that takes more is killed.
+
+    Pages of files that nobody reads any more do not count as taken.
+    """
+    for limit, taken, facts, idle in _LIMITS:
+        try:
+            most = (root / limit).read_text(encoding="ascii").strip()
+            if most == "max":
+                return math.inf
+            used = int((root / taken).read_text(encoding="ascii"))
+            lines = (root / facts).read_text(encoding="ascii").splitlines()
+            free = next(int(line.split()[1]) for line in lines if line.startswith(f"{idle} "))
+            return float(int(most) - used + free)
+        except (OSError, ValueError, StopIteration):
+            continue
+    return math.inf
 
 
 def _some(shapes: Any) -> Any:

@@ -183,8 +183,15 @@ def _seconds(value: float) -> str:
 
 
 def folder() -> pathlib.Path:
-    """Find the command's cache folder: in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    """Find the command's cache folder: in ``XDG_CACHE_HOME``, else in ``~/.cache``.
+
+    Raises:
+      FileNotFoundError: nobody says where the user's home is, as in some containers.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from None
     return pathlib.Path(base) / "fedjaxprune"
 
 
@@ -213,7 +220,10 @@ def save(key: str, figures: Mapping[int, Figure]) -> None:
 
 
 def _read(warn: WarnFn) -> dict[str, Any]:
-    path = folder() / CACHED
+    try:
+        path = folder() / CACHED
+    except FileNotFoundError:
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for figures in found.values():
@@ -221,7 +231,7 @@ def _read(warn: WarnFn) -> dict[str, Any]:
         return found
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError):
         warn(
             f"the file of measured chunk sizes {str(path)!r} is damaged and not used; the next "
             "trial writes it anew."
@@ -252,11 +262,19 @@ def _figures(found: Any) -> dict[int, Figure]:
 def auto(
     work: Work, measure: MeasureFn, *, key: str, slow_s: Callable[[], float], warn: WarnFn
 ) -> Choice:
-    """Choose by what the cache holds and a trial of the rest, which the cache then holds too."""
+    """Choose by what the cache holds and a trial of the rest, which the cache then holds too.
+
+    It does not hold what did not fit: another time there may be more memory.
+    """
     known = load(key, warn=warn) if work.largest > 1 else {}
     slow = math.inf if known or work.largest == 1 else slow_s()
     choice = choose(work, measure, known, slow_s=slow)
-    if found := {size: figure for size, figure in choice.figures.items() if size not in known}:
+    found = {
+        size: figure
+        for size, figure in choice.figures.items()
+        if size not in known and figure.rate is not None
+    }
+    if found:
         save(key, found)
     return choice
 

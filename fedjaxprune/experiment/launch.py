@@ -230,8 +230,8 @@ def jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         from fedjaxprune.experiment import chunking
 
-        cache = chunking.folder() / "jax"
         with contextlib.suppress(OSError):
+            cache = chunking.folder() / "jax"
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
     if config is not None:

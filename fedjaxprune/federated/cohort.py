@@ -98,6 +98,8 @@ def run(
     if mesh is not None and mesh.axis_names != (AXIS,):
         raise ValueError(f"the mesh must have the one axis {AXIS!r}, got {mesh.axis_names}.")
     size = cohort.client_ids.shape[0]
+    if size < 1:
+        raise ValueError("a cohort must hold at least one client, which may be absent.")
     num_devices = 1 if mesh is None else mesh.size
     num_slots = -(-size // num_devices)  # a device
     chunk_size = min(chunk_size, num_slots)

@@ -139,7 +139,7 @@ _conv_relu_max_pool.defvjp(_forward, _backward)
 def _pooled(shape: tuple[int, ...], kernel: tuple[int, ...], padding: int) -> tuple[int, int]:
     """Compute the height and width of the pooled output."""
     height, width = (shape[i + 1] + 2 * padding - kernel[i] + 1 for i in range(2))
-    return height // _POOL, width // _POOL
+    return max(0, height // _POOL), max(0, width // _POOL)
 
 
 def _grid(

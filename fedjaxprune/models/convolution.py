@@ -47,23 +47,28 @@ def conv_general_dilated(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """Convolve as ``jax.lax.conv_general_dilated`` does, with gradients that are fast in loops.
 
-    It fits ``flax.linen.Conv(conv_general_dilated=...)``. The fast form serves two-dimensional NHWC
-    images on CPU, without dilation or groups; anything else goes to XLA unchanged. It has no
-    forward-mode derivative (``jax.jvp`` of it fails, ``jax.grad`` and ``jax.vjp`` do not).
+    It fits ``Conv(conv_general_dilated=...)`` of ``flax.linen`` and ``flax.nnx``. The fast form
+    serves two-dimensional NHWC images on CPU, without dilation or groups; anything else goes to XLA
+    unchanged. The fast form has gradients by reverse mode only (``jax.jvp`` of it fails,
+    ``jax.grad`` and ``jax.vjp`` do not), and of a gradient the derivative by forward mode only
+    (``jax.jvp`` of ``jax.grad``, not ``jax.grad`` of ``jax.grad``).
     """
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     fast = (
         jax.default_backend() == "cpu"
         and lhs.ndim == 4
         and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
-        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and all(d == 1 for dilation in (lhs_dilation, rhs_dilation) for d in _given(dilation))
+        and len(window_strides) == 2
         and feature_group_count == batch_group_count == 1
         and lhs.dtype == rhs.dtype == jnp.float32
         and precision is None
         and preferred_element_type in (None, lhs.dtype)
+        and out_sharding is None
     )
     if not fast:
         return lax.conv_general_dilated(
@@ -78,6 +83,7 @@ def conv_general_dilated(
             batch_group_count,
             precision,
             preferred_element_type,
+            out_sharding,
         )
     strides = (int(window_strides[0]), int(window_strides[1]))
     pads = padding
@@ -85,6 +91,10 @@ def conv_general_dilated(
         pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, pads)
     (top, bottom), (left, right) = pads
     return conv(lhs, rhs, strides=strides, padding=((top, bottom), (left, right)))
+
+
+def _given(values: Sequence[int] | None) -> Sequence[int]:
+    return () if values is None else values
 
 
 def conv(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: _Pads) -> jax.Array:

@@ -32,13 +32,18 @@ def computed_once(x: jax.Array) -> jax.Array:
     does so while it transposes. A division counts as dear, so this one, by a 1 that the compiler
     cannot know, has it done once. Elsewhere than on CPU nothing is done.
     """
+    return _stored(x)
+
+
+def _stored(x: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return x
     one = jnp.ones((), x.dtype)
     return x / lax.clamp(one, x, one)
 
 
-computed_once.defvjp(lambda x: (computed_once(x), None), lambda _, cotangent: (cotangent,))
+# Not by itself, so that gradients have derivatives by forward mode.
+computed_once.defvjp(lambda x: (_stored(x), None), lambda _, cotangent: (cotangent,))
 
 
 Start = Literal["he", "torch", "xavier"]
