@@ -4,7 +4,7 @@ Processor time and not wall time, so that other work on the machine disturbs it 
 shape the forward pass (the input's gradient is one too) and the kernel's gradient, each as XLA's
 plain sums and Winograd's way, and for a stride the gradients as XLA derives them.
 
-    python -m benchmarks.convolutions [--json FILE]
+    python -m benchmarks.convolutions [--only groups] [--json FILE]
 """
 
 import argparse
@@ -18,23 +18,29 @@ from benchmarks import harness
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SHAPES = [
-    # batch, side, channels in and out, taps, stride
-    (32, 14, 32, 64, 5, 1),  # the CNN's second layer
-    (64, 32, 64, 64, 3, 1),  # ResNet-18
-    (64, 16, 128, 128, 3, 1),
-    (64, 8, 256, 256, 3, 1),
-    (64, 4, 512, 512, 3, 1),
-    (64, 32, 64, 128, 3, 2),
-    (64, 16, 128, 256, 3, 2),
-    (64, 8, 256, 512, 3, 2),
-    (32, 32, 16, 16, 3, 1),  # ResNet-20
-    (32, 16, 32, 32, 3, 1),
-    (32, 8, 64, 64, 3, 1),
-    (32, 32, 16, 32, 3, 2),
+    # batch, side, channels in and out, taps, stride, groups
+    (32, 14, 32, 64, 5, 1, 1),  # the CNN's second layer
+    (64, 32, 64, 64, 3, 1, 1),  # ResNet-18
+    (64, 16, 128, 128, 3, 1, 1),
+    (64, 8, 256, 256, 3, 1, 1),
+    (64, 4, 512, 512, 3, 1, 1),
+    (64, 32, 64, 128, 3, 2, 1),
+    (64, 16, 128, 256, 3, 2, 1),
+    (64, 8, 256, 512, 3, 2, 1),
+    (32, 32, 16, 16, 3, 1, 1),  # ResNet-20
+    (32, 16, 32, 32, 3, 1, 1),
+    (32, 8, 64, 64, 3, 1, 1),
+    (32, 32, 16, 32, 3, 2, 1),
+    (32, 32, 32, 32, 3, 1, 32),  # depthwise
+    (32, 16, 128, 128, 3, 1, 128),
+    (32, 16, 128, 128, 3, 2, 128),
+    (32, 16, 64, 64, 5, 1, 64),
+    (32, 16, 64, 64, 3, 1, 4),
+    (32, 8, 128, 128, 3, 1, 32),
 ]
 
 
-def forms(side: int, taps: int, stride: int) -> dict[str, Callable[..., Any]]:
+def forms(taps: int, stride: int, groups: int) -> dict[str, Callable[..., Any]]:
     """Name the ways to compute each direction from images, kernel and cotangent."""
     import jax
     from jax import lax
@@ -45,10 +51,12 @@ def forms(side: int, taps: int, stride: int) -> dict[str, Callable[..., Any]]:
     pads, strides = ((half, half), (half, half)), (stride, stride)
 
     def plain(x, kernel):
-        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=LAYOUT)
+        return lax.conv_general_dilated(
+            x, kernel, strides, pads, dimension_numbers=LAYOUT, feature_group_count=groups
+        )
 
     def ours(x, kernel):
-        return convolution.conv(x, kernel, strides=strides, padding=pads)
+        return convolution.conv(x, kernel, strides=strides, padding=pads, groups=groups)
 
     def gradient(function, argument):
         return lambda x, kernel, cotangent: jax.vjp(function, x, kernel)[1](cotangent)[argument]
@@ -61,7 +69,7 @@ def forms(side: int, taps: int, stride: int) -> dict[str, Callable[..., Any]]:
         "kernel gradient, XLA": gradient(plain, 1),
         "kernel gradient, ours": gradient(ours, 1),
     }
-    if stride == 1:
+    if stride == groups == 1:
         found["forward, Winograd"] = lambda x, kernel, _: winograd.convolve(x, kernel, pads)
         found["kernel gradient, Winograd"] = lambda x, _, cotangent: winograd.kernel_gradient(
             x, cotangent, taps, pads
@@ -107,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.convolutions", description="The forms of a convolution on CPU."
     )
+    parser.add_argument("--only", metavar="TEXT", help="shapes with this in their name")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
     options = parser.parse_args(arguments)
     harness.bind(1)
@@ -114,7 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     result: dict[str, Any] = {"machine": harness.machine(), "shapes": []}
     print(f"ms of one core, and GFLOP/s of the plain sums; {result['machine']}")
-    for batch, side, channels, features, taps, stride in SHAPES:
+    for batch, side, channels, features, taps, stride, groups in SHAPES:
+        name = f"{batch}x{side}x{side}x{channels} to {features}, {taps}x{taps} stride {stride}"
+        name += "" if groups == 1 else f", {groups} groups"
+        if options.only and options.only not in name:
+            continue
         keys = jax.random.split(jax.random.key(0), 3)
         operands = tuple(
             map(
@@ -122,15 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 keys,
                 [
                     (batch, side, side, channels),
-                    (taps, taps, channels, features),
+                    (taps, taps, channels // groups, features),
                     (batch, side // stride, side // stride, features),
                 ],
             )
         )
-        gflop = 2 * batch * (side // stride) ** 2 * taps**2 * channels * features / 1e9
-        name = f"{batch}x{side}x{side}x{channels} to {features}, {taps}x{taps} stride {stride}"
+        gflop = 2 * batch * (side // stride) ** 2 * taps**2 * channels // groups * features / 1e9
         row: dict[str, Any] = {"shape": name, "gflop": gflop}
-        for form, function in forms(side, taps, stride).items():
+        for form, function in forms(taps, stride, groups).items():
             milliseconds, compile_s = measure(function, operands, gflop)
             row[form] = {"ms": milliseconds, "compile_s": compile_s}
         result["shapes"].append(row)

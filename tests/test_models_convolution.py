@@ -1,5 +1,7 @@
 """The convolution is XLA's in value and gradients, and leaves no grouped one under vmap."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from fedjaxprune.costs import flops
 from fedjaxprune.models import convolution
 
 KEY = jax.random.key(0)
@@ -37,7 +40,7 @@ CASES = [
 ]
 
 
-def padded_first(x, kernel, strides, padding, *, dimension_numbers):
+def padded_first(x, kernel, strides, padding, *, dimension_numbers, feature_group_count=1):
     """Convolve by XLA, which on a CPU reads past the images where it is to crop their start."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
@@ -45,7 +48,12 @@ def padded_first(x, kernel, strides, padding, *, dimension_numbers):
     config = [(0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)]
     x = lax.pad(x, jnp.zeros((), x.dtype), config)
     return lax.conv_general_dilated(
-        x, kernel, strides, "VALID", dimension_numbers=dimension_numbers
+        x,
+        kernel,
+        strides,
+        "VALID",
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
     )
 
 
@@ -104,6 +112,79 @@ def test_under_vmap_it_is_one_client_after_the_other(axes, case):
     assert all(f"batch_group_count={n}" not in graph for n in range(2, 10))
     first = jax.jit(one)(x[0] if axes[0] == 0 else x, kernel[0] if axes[1] == 0 else kernel)
     check_close(jax.tree.map(lambda leaf: leaf[0], jax.jit(together)(x, kernel)), first)
+
+
+GROUPED = [
+    # images, kernel, stride, padding, groups
+    ((2, 6, 7, 6), (3, 3, 1, 6), 1, "SAME", 6),
+    ((2, 7, 6, 4), (3, 3, 1, 8), 2, "SAME", 4),  # two outputs of each channel
+    ((2, 9, 8, 3), (5, 3, 1, 3), (1, 2), [(2, 1), (-1, 2)], 3),
+    ((2, 7, 8, 3), (2, 2, 1, 3), 3, "VALID", 3),  # places that no tap reaches
+    ((2, 5, 5, 4), (1, 1, 1, 4), 2, "SAME", 4),
+    ((2, 3, 3, 4), (5, 5, 1, 4), 1, "VALID", 4),  # no outputs
+    ((0, 6, 6, 4), (3, 3, 1, 4), 1, "SAME", 4),  # no images
+    ((2, 6, 7, 6), (3, 3, 3, 4), 1, "SAME", 2),
+    ((2, 8, 6, 8), (3, 3, 2, 8), 2, [(1, 1), (0, 1)], 4),
+    ((2, 6, 6, 6), (1, 1, 2, 9), 1, "VALID", 3),
+    ((1, 4, 4, 66), (3, 3, 2, 33), 1, "SAME", 33),  # too many: XLA's own
+]
+
+
+@pytest.mark.parametrize(("shape", "kernel_shape", "stride", "padding", "groups"), GROUPED)
+def test_in_groups_it_is_xlas_convolution(shape, kernel_shape, stride, padding, groups):
+    x = jax.random.normal(KEY, shape)
+    kernel = jax.random.normal(jax.random.fold_in(KEY, 1), kernel_shape)
+
+    @jax.jit
+    def pair(x, kernel):
+        return [
+            both_ways(
+                functools.partial(function, feature_group_count=groups), x, kernel, stride, padding
+            )
+            for function in (convolution.conv_general_dilated, padded_first)
+        ]
+
+    check_close(*pair(x, kernel))
+
+
+@pytest.mark.parametrize("case", [1, 8])
+def test_groups_under_vmap_are_clients_by_themselves(case):
+    shape, kernel_shape, stride, padding, groups = GROUPED[case]
+    x = jax.random.normal(KEY, (3, *shape))
+    kernel = jax.random.normal(jax.random.fold_in(KEY, 1), (3, *kernel_shape))
+    function = functools.partial(convolution.conv_general_dilated, feature_group_count=groups)
+
+    def one(x, kernel):
+        return both_ways(function, x, kernel, stride, padding)
+
+    together = jax.vmap(one)
+    graph = str(jax.make_jaxpr(together)(x, kernel))
+    assert all(f"group_count={n}" not in graph for n in range(2, 30))
+    alone = jax.jit(one)(x[1], kernel[1])
+    check_close(jax.tree.map(lambda leaf: leaf[1], jax.jit(together)(x, kernel)), alone)
+
+
+def test_groups_cost_what_they_stand_for():
+    x, kernel = jnp.ones((1, 7, 6, 4)), jnp.ones((3, 3, 1, 8))
+
+    def run(convolve):
+        def function(kernel, x):
+            return convolve(
+                x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT, feature_group_count=4
+            )
+
+        return flops.dense(flops.of_function(function, kernel, x))
+
+    assert run(convolution.conv_general_dilated) == run(lax.conv_general_dilated)
+
+
+@pytest.mark.parametrize("kernel_shape", [(3, 3, 2, 4), (3, 3, 1, 6)])
+def test_groups_that_do_not_divide_the_channels_are_refused(kernel_shape):
+    x, kernel = jnp.ones((1, 6, 6, 4)), jnp.ones(kernel_shape)
+    with pytest.raises((ValueError, TypeError), match="feature_group_count"):
+        convolution.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT, feature_group_count=4
+        )
 
 
 def test_under_vmap_there_may_be_no_images():

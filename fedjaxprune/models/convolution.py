@@ -7,7 +7,8 @@ input's is a convolution with the flipped kernel; under a stride one such convol
 place in a stride, with the taps that reach it, and nothing is multiplied by the zeros of a dilated
 image. The kernel's is a convolution with batch and channels swapped, a few images at a time where
 that keeps them in the cache; for wide layers with a stride one matrix product per tap. Large
-layers of stride 1 go Winograd's way in all three. Which form serves which shape was measured
+layers of stride 1 go Winograd's way in all three. Groups are convolved one after the other, a
+depthwise convolution is a sum over its taps. Which form serves which shape was measured
 (docs/performance.md). Under ``vmap`` clients follow each other.
 Elsewhere than on CPU this is XLA's own convolution.
 """
@@ -22,17 +23,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjaxprune import forms
-from fedjaxprune.models import winograd
+from fedjaxprune.models import depthwise, winograd
+from fedjaxprune.models import strides as geometry
+from fedjaxprune.models.strides import Pads
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_MOST_GROUPS = 32  # that are convolved one after the other; of one channel each any number
 # Where the forms of the kernel's gradient change over, as measured on CPU.
 _SOME_WEIGHTS, _SOME_PIXELS = 2048, 64  # per tap, of an image: above, a few images at a time
 _GROUP, _MAX_GROUPS = 16, 4  # images at a time; groups at most
 _MANY_WEIGHTS = 2**15  # per tap, with a stride: above, one product per tap
 # XLA's fast convolution wants channels, which few channels get from neighbours in a row.
 _ENOUGH_IN, _ENOUGH_OUT, _ENOUGH_OUT_OF_COLOURS, _FEW_TAPS = 24, 32, 48, 7
-
-_Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def conv_general_dilated(
@@ -52,10 +54,10 @@ def conv_general_dilated(
     """Convolve as ``jax.lax.conv_general_dilated`` does, with gradients that are fast in loops.
 
     It fits ``Conv(conv_general_dilated=...)`` of ``flax.linen`` and ``flax.nnx``. The fast form
-    serves two-dimensional NHWC images on CPU, without dilation or groups; anything else goes to XLA
-    unchanged. The fast form has gradients by reverse mode only (``jax.jvp`` of it fails,
-    ``jax.grad`` and ``jax.vjp`` do not), and of a gradient the derivative by forward mode only
-    (``jax.jvp`` of ``jax.grad``, not ``jax.grad`` of ``jax.grad``).
+    serves two-dimensional NHWC images on CPU, without dilation, in at most 32 groups or depthwise;
+    anything else goes to XLA unchanged. The fast form has gradients by reverse mode only
+    (``jax.jvp`` of it fails, ``jax.grad`` and ``jax.vjp`` do not), and of a gradient the derivative
+    by forward mode only (``jax.jvp`` of ``jax.grad``, not ``jax.grad`` of ``jax.grad``).
     """
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     fast = (
@@ -64,7 +66,8 @@ def conv_general_dilated(
         and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
         and all(d == 1 for dilation in (lhs_dilation, rhs_dilation) for d in _given(dilation))
         and len(window_strides) == 2
-        and feature_group_count == batch_group_count == 1
+        and batch_group_count == 1
+        and (feature_group_count <= _MOST_GROUPS or feature_group_count == lhs.shape[3])
         and lhs.dtype == rhs.dtype == jnp.float32
         and precision is None
         and preferred_element_type in (None, lhs.dtype)
@@ -90,21 +93,35 @@ def conv_general_dilated(
     if isinstance(pads, str):
         pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, pads)
     (top, bottom), (left, right) = pads
-    return conv(lhs, rhs, strides=strides, padding=((top, bottom), (left, right)))
+    return conv(
+        lhs,
+        rhs,
+        strides=strides,
+        padding=((top, bottom), (left, right)),
+        groups=feature_group_count,
+    )
 
 
 def _given(values: Sequence[int] | None) -> Sequence[int]:
     return () if values is None else values
 
 
-def conv(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: _Pads) -> jax.Array:
-    """Convolve ``[B, H, W, C]`` with ``[kh, kw, C, O]`` in the forms that are fast on CPU.
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: tuple[int, int],
+    padding: Pads,
+    groups: int = 1,
+) -> jax.Array:
+    """Convolve ``[B, H, W, C]`` with ``[kh, kw, C / G, O]`` in the forms that are fast on CPU.
 
     Args:
       x: images.
-      kernel: taps down, taps across, channels in, channels out.
+      kernel: taps down, taps across, channels in of a group, channels out of all.
       strides: down and across.
       padding: zeros (before, after) down and across; negative ones crop.
+      groups: ``G``; each makes ``O / G`` outputs from ``C / G`` inputs.
 
     Returns:
       ``[B, H', W', O]``.
@@ -114,28 +131,42 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: 
         window_strides=strides,
         padding=padding,
         dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
     )
-    if not min(*x.shape, *kernel.shape, *_outputs(x.shape, kernel.shape, strides, padding)):
+    if not min(*x.shape, *kernel.shape, *geometry.outputs(x.shape, kernel.shape, strides, padding)):
         return plain(x, kernel)
-    if kernel.shape[:2] == (1, 1):
-        pixels = lax.pad(x, jnp.zeros((), x.dtype), _image(padding))
-        pixels = pixels[:, :: strides[0], :: strides[1]]
-        output = lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
+    if groups > 1:
+        jax.eval_shape(plain, x, kernel)  # refuses groups that do not divide the channels
+    if groups == 1:
+        output = _of_one_group(x, kernel, strides, padding)
+    elif groups == x.shape[3]:
+        output = depthwise.conv(x, kernel, strides, padding)
     else:
-        output = _conv(x, kernel, strides, padding)
+        parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
+        output = jnp.concatenate([_of_one_group(*one, strides, padding) for one in parts], axis=3)
     return forms.stands_for(output, plain, x, kernel)
 
 
+def _of_one_group(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads
+) -> jax.Array:
+    if kernel.shape[:2] == (1, 1):
+        pixels = geometry.pad(x, padding)
+        pixels = pixels[:, :: strides[0], :: strides[1]]
+        return lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
+    return _conv(x, kernel, strides, padding)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: _Pads) -> jax.Array:
+def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> jax.Array:
     return _plain(x, kernel, strides, padding)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: _Pads) -> Any:
+def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> Any:
     return _plain(x, kernel, strides, padding), (x, kernel)
 
 
-def _backward(strides: tuple[int, int], padding: _Pads, residuals: Any, cotangent: Any) -> Any:
+def _backward(strides: tuple[int, int], padding: Pads, residuals: Any, cotangent: Any) -> Any:
     x, kernel = residuals
     return (
         _input_gradient(kernel, cotangent, x.shape[1:3], strides, padding),
@@ -151,44 +182,12 @@ def _input_gradient(
     cotangent: jax.Array,
     size: tuple[int, ...],
     strides: tuple[int, int],
-    padding: _Pads,
+    padding: Pads,
 ) -> jax.Array:
-    """Convolve the cotangent with the taps that reach each place in a stride, flipped."""
-    batch, *_, channels = *cotangent.shape[:3], kernel.shape[2]
-    blocks = [-(-size[i] // strides[i]) for i in range(2)]
-    down, across = (
-        [
-            _reaching_taps(place, kernel.shape[i], cotangent.shape[i + 1], blocks[i], strides[i], p)
-            for place in range(strides[i])
-        ]
-        for i, (p, _) in enumerate(padding)
-    )
+    def convolve(cotangent, taps, pads):
+        return _plain(cotangent, jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2), (1, 1), pads)
 
-    def at_place(row, column):
-        (taps_down, pads_down), (taps_across, pads_across) = row, column
-        if not taps_down or not taps_across:
-            return jnp.zeros((batch, *blocks, channels), cotangent.dtype)
-        taps = kernel[taps_down[0] :: strides[0], taps_across[0] :: strides[1]]
-        flipped = jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2)
-        return _plain(cotangent, flipped, (1, 1), (pads_down, pads_across))
-
-    if strides == (1, 1):
-        return at_place(down[0], across[0])
-    rows = [jnp.stack([at_place(row, column) for column in across], axis=3) for row in down]
-    images = jnp.stack(rows, axis=2)  # [B, H / s, s, W / s, s, C]
-    images = images.reshape(batch, blocks[0] * strides[0], blocks[1] * strides[1], channels)
-    return images[:, : size[0], : size[1]]
-
-
-def _reaching_taps(
-    place: int, num_taps: int, num_outputs: int, num_blocks: int, stride: int, pad: int
-) -> tuple[range, tuple[int, int]]:
-    """Find the taps that reach pixels ``stride * m + place``, and how far to pad the cotangent."""
-    first = (place + pad) % stride
-    taps = range(first, num_taps, stride)
-    offset = (place + pad - first) // stride  # pixel m meets output m + offset at the first tap
-    before = len(taps) - 1 - offset
-    return taps, (before, num_blocks + offset - num_outputs)
+    return geometry.input_gradient(convolve, kernel, cotangent, size, strides, padding)
 
 
 def _kernel_gradient(
@@ -196,7 +195,7 @@ def _kernel_gradient(
     cotangent: jax.Array,
     size: tuple[int, ...],
     strides: tuple[int, int],
-    padding: _Pads,
+    padding: Pads,
 ) -> jax.Array:
     """Convolve the images with the cotangent, channels as batch and batch as channels."""
     batch, height, width, out_channels = cotangent.shape
@@ -237,13 +236,13 @@ def _kernel_gradient_by_taps(
     cotangent: jax.Array,
     size: tuple[int, ...],
     strides: tuple[int, int],
-    padding: _Pads,
+    padding: Pads,
 ) -> jax.Array:
     """Multiply for each tap the pixels that it meets with the cotangent."""
     height, width = cotangent.shape[1:3]
     reach = [size[i] + strides[i] * (cotangent.shape[i + 1] - 1) for i in range(2)]
     pads = [(p, reach[i] - x.shape[i + 1] - p) for i, (p, _) in enumerate(padding)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), _image((pads[0], pads[1])))
+    x = geometry.pad(x, (pads[0], pads[1]))
     flat = cotangent.reshape(-1, cotangent.shape[3])
     rows = []
     for i in range(size[0]):
@@ -266,7 +265,7 @@ def _plain(
     """Run a forward convolution, Winograd's or XLA's; under ``vmap`` over kernels in sequence."""
 
     def convolve(x, kernel):
-        outputs = _outputs(x.shape, kernel.shape, strides, padding)
+        outputs = geometry.outputs(x.shape, kernel.shape, strides, padding)
         if strides == dilation == (1, 1) and winograd.pays(
             x.shape, kernel.shape, outputs, fewest=winograd.CONVOLVE
         ):
@@ -281,16 +280,7 @@ def _plain(
     return _one_by_one(convolve, is_by_image=True)(x, kernel)
 
 
-def _outputs(
-    x: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], padding: _Pads
-) -> tuple[int, ...]:
-    """Count the outputs down and across."""
-    return tuple(
-        max(0, (x[i + 1] + sum(padding[i]) - kernel[i]) // strides[i] + 1) for i in range(2)
-    )
-
-
-def _crop(x: jax.Array, padding: _Pads) -> tuple[jax.Array, _Pads]:
+def _crop(x: jax.Array, padding: Pads) -> tuple[jax.Array, Pads]:
     """Pad by itself where the padding crops at the start, or crops all.
 
     There XLA's CPU convolution reads past the images, and gives what it finds (openxla/xla#48713).
@@ -303,7 +293,7 @@ def _crop(x: jax.Array, padding: _Pads) -> tuple[jax.Array, _Pads]:
         for is_first in (True, False)
     )
     if any(map(any, first)):
-        x = lax.pad(x, jnp.zeros((), x.dtype), _image((first[0], first[1])))
+        x = geometry.pad(x, (first[0], first[1]))
     return x, (rest[0], rest[1])
 
 
@@ -365,7 +355,3 @@ def _one_by_one(function: Any, *, is_by_image: bool) -> Any:
     run = jax.custom_batching.custom_vmap(function)
     run.def_vmap(rule)
     return run
-
-
-def _image(padding: _Pads) -> list[tuple[int, int, int]]:
-    return [(0, 0, 0), (*padding[0], 0), (*padding[1], 0), (0, 0, 0)]
