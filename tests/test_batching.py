@@ -237,3 +237,18 @@ def test_a_number_out_of_range_is_refused(name, bad):
         factory(**options)
     with pytest.raises(ValueError, match="must not exceed"):
         batching.steps(num_steps=2**20, batch_size=2**12, preprocess=preprocess.scale())
+
+
+@pytest.mark.parametrize(("num_epochs", "batch_size"), [(2**30, 2), (1, 2**31 - 1)])
+def test_steps_of_epochs_that_do_not_fit_int32_are_refused(num_epochs, batch_size):
+    batcher = batching.epochs(
+        num_epochs=num_epochs, batch_size=batch_size, preprocess=lambda key, inputs: inputs
+    )
+    data = ClientData(
+        examples={"inputs": jnp.ones(7), "labels": jnp.zeros(7, jnp.int32)},
+        order=jnp.arange(7, dtype=jnp.int32),
+        start=jnp.int32(0),
+        size=jnp.int32(7),
+    )
+    with pytest.raises(ValueError, match="must fit int32 for 7 examples"):
+        batcher.num_steps(data)

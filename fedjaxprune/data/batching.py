@@ -94,12 +94,18 @@ def epochs(*, num_epochs: int, batch_size: int, preprocess: Preprocess) -> Batch
       some other client's example at weight 0.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range; when it is used, if steps would not fit int32.
     """
     _check_positive("num_epochs", num_epochs)
     _check_positive("batch_size", batch_size)
 
     def num_steps_fn(data: ClientData) -> jax.Array:
+        everybodys = len(data.order)  # at least a client's
+        if max(num_epochs * -(-everybodys // batch_size), batch_size + everybodys) > _INT32_MAX:
+            raise ValueError(
+                f"the steps of {num_epochs} epochs in batches of {batch_size} must fit int32 for "
+                f"{everybodys} examples."
+            )
         return num_epochs * _ceil_divide(data.size, batch_size)
 
     def batch_fn(key: Key, data: ClientData, step: jax.Array) -> Batch:

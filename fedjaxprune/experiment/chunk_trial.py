@@ -6,7 +6,9 @@ all its devices; only the number of steps is small, and plain SGD stands for eve
 
 import json
 import math
+import os
 import pathlib
+import platform
 import statistics
 import time
 from typing import Any
@@ -271,10 +273,21 @@ def key(config: RunConfig, work: chunking.Work) -> str:
         **{name: getattr(config, name) for name in _SETTINGS},
         "steps": num_steps(work),
         "devices": f"{work.devices} {device.platform} {device.device_kind}",
+        "processor": f"{os.cpu_count()} {_processor()}",
         "jax": jax.__version__,
         "fedjaxprune": __version__,
     }
     return json.dumps(facts, sort_keys=True)
+
+
+def _processor() -> str:
+    """Name the kind of processor, which JAX calls no more than a cpu."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def num_steps(work: chunking.Work) -> int:

@@ -71,9 +71,9 @@ def input_gradient(
         return convolve(cotangent, taps, (pads_down, pads_across))
 
     places = [[at_place(row, column) for column in across] for row in down]
-    if strides == (1, 1):
-        return places[0][0]
     some = next(place for row in places for place in row if place is not None)
+    if strides == (1, 1):
+        return some
     rows = [
         jnp.stack([jnp.zeros_like(some) if place is None else place for place in row], axis=3)
         for row in places
