@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import cifar10_cohort, harness, local_training, networks, rounds
 
-_LONG = ("scanned_wide", "feddip_short")  # what others stand for
+_LONG = ("scanned_wide", "feddip")  # what others stand for
 # What `--quick` runs.
 QUICK = ("lenet5", "cnn", *(case for case in rounds.CASES if case not in _LONG), "cifar10_cohort")
 CASES = (*networks.CASES, *rounds.CASES, "cifar10_cohort")
