@@ -168,26 +168,17 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding:
 
 def _backward(strides: tuple[int, int], padding: Pads, residuals: Any, cotangent: Any) -> Any:
     x, kernel = residuals
+
+    def convolve(cotangent, taps, pads):
+        return _plain(cotangent, jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2), (1, 1), pads)
+
     return (
-        _input_gradient(kernel, cotangent, x.shape[1:3], strides, padding),
+        geometry.input_gradient(convolve, kernel, cotangent, x.shape[1:3], strides, padding),
         _kernel_gradient(x, cotangent, kernel.shape[:2], strides, padding),
     )
 
 
 _conv.defvjp(_forward, _backward)
-
-
-def _input_gradient(
-    kernel: jax.Array,
-    cotangent: jax.Array,
-    size: tuple[int, ...],
-    strides: tuple[int, int],
-    padding: Pads,
-) -> jax.Array:
-    def convolve(cotangent, taps, pads):
-        return _plain(cotangent, jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2), (1, 1), pads)
-
-    return geometry.input_gradient(convolve, kernel, cotangent, size, strides, padding)
 
 
 def _kernel_gradient(
@@ -248,7 +239,7 @@ def _kernel_gradient_by_taps(
     for i in range(size[0]):
         row = []
         for j in range(size[1]):
-            met = x[:, i :: strides[0], j :: strides[1]][:, :height, :width]
+            met = geometry.met(x, (i, j), strides, (height, width))
             row.append(met.reshape(-1, x.shape[3]).T @ flat)
         rows.append(jnp.stack(row))
     return jnp.stack(rows)
