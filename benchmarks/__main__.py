@@ -21,9 +21,9 @@ from typing import Any
 
 from benchmarks import cifar10_cohort, harness, local_training, networks, rounds
 
-_LONG = ("scanned_wide", "feddip")  # what others stand for
+_APART = ("scanned_metrics", "scanned_wide", "feddip_short")  # others stand for them
 # What `--quick` runs.
-QUICK = ("lenet5", "cnn", *(case for case in rounds.CASES if case not in _LONG), "cifar10_cohort")
+QUICK = ("lenet5", "cnn", *(case for case in rounds.CASES if case not in _APART), "cifar10_cohort")
 CASES = (*networks.CASES, *rounds.CASES, "cifar10_cohort")
 
 

@@ -218,13 +218,13 @@ def make_torch(name: str, num_clients: int, num_steps: int) -> Contender:
 def contest(name: str, *, threads: int, quick: bool, rivals: Sequence[str]) -> Any:
     """Measure one network; timings by contender."""
     num_steps = networks.CASES[name].num_steps
-    num_steps = max(1, num_steps // 4) if quick else num_steps
+    num_steps = max(1, num_steps // 2) if quick else num_steps
     contenders = {OURS: make_ours(name, threads, num_steps)}
     if TORCH in rivals:
         contenders[TORCH] = make_torch(name, threads, num_steps)
     if LOOP in rivals:
         contenders[LOOP] = make_loop(name, threads, num_steps)
-    timings = harness.compete(contenders, repeats=3 if quick else 7)
+    timings = harness.compete(contenders, repeats=5 if quick else 7)
     if OBVIOUS in rivals:  # so slow that it gets few steps, and its turn at the end
         obvious = make_obvious(name, threads, 2 if num_steps > 1 else 1)
         timings |= harness.compete({OBVIOUS: obvious}, repeats=1 if quick else 3)
