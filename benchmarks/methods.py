@@ -63,6 +63,8 @@ starts) is in them, and once more apart. Where partitions differ: IID / Dirichle
 - LeNet-5 (on CIFAR-10 the two-layer CNN) for all that can. FedTiny needs BatchNorm (`resnet8`),
   adaptive dynamic pruning gates (`gated_resnet8`): FedAvg on the one and `squeeze_excitation` on
   the other, which is FedAvg with all gates open, are their references.
+- Training starts from the initial weights but for FedTiny, magnitude masks and the explored start,
+  which go on from weights that were trained before it.
 - Knobs: a sparsity of the prunable weights (of all kernels for FedTiny), of the filters of each
   layer (of LeNet-5's 6 and 16 one always stays: 0.99 would be 0.95), the share of channels that
   gates keep, or the magnitude below which weights become zero. `pruned` is what came out.

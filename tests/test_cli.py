@@ -421,8 +421,8 @@ def test_list_names_everything(capsys):
     rows = " ".join(out.split("models:")[0].split())
     for name, words in {
         "fedtiny": "2212.01977) settings: sparsity, prune_every, pretrain_epochs, pool_size, "
-        "fedtiny_selection, development_share, swap_fraction, prune_until needs: BatchNorm, "
-        "examples at the server (server_share) random_masks",
+        "fedtiny_selection, development_share, swap_fraction, prune_until needs: BatchNorm "
+        "(resnets, vgg11_bn, vgg16_bn), examples at the server (server_share) random_masks",
         "autoflip": "2405.10271) settings: sparsity, development_share, explore_epochs,",
         "mpfl": "2312.03889) settings: sparsity, pretrain_epochs, mask_iterations, filter_factor, "
         "consensus, votes, start_rounds, drops needs: convolutions random_filters",

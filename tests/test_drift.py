@@ -9,7 +9,7 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import compose, fedavg, feddip, fednova, scaffold
-from fedjaxprune.federated import clients
+from fedjaxprune.federated import clients, personal
 from fedjaxprune.pruning import pruners, schedules, scores
 from tests import quadratic
 
@@ -152,6 +152,32 @@ def test_the_servers_control_variate_is_the_mean_of_the_clients_under_any_masks(
     plain = play(masked_methods()[name](setup()), DROPPING)
     corrected, uncorrected = (quadratic.flatten(run[-1][0].params) for run in (played, plain))
     assert np.any(np.asarray(corrected) != np.asarray(uncorrected))
+
+
+def test_what_is_personal_is_not_corrected_and_its_gradients_stay_at_home():
+    """It has no others to drift from: it goes the way that it goes without control variates."""
+
+    def is_own(path, leaf):
+        return path == "head/bias"
+
+    def travelling(state):
+        return personal.shared(state.masks, is_own=is_own)
+
+    def make(s):
+        client = clients.local_sgd(quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer)
+        travel = compose.masks_in_force()._replace(send=travelling, receive=travelling)
+        return compose.compose(s, client=personal.keep_own(client, is_own=is_own), travel=travel)
+
+    corrected = play(make(setup(drift=scaffold.control_variates())), DROPPING)
+    plain = play(make(setup()), DROPPING)
+    state, rows, metrics = corrected[-1]
+    np.testing.assert_array_equal(rows.client.inner.own[0], plain[-1][1].client.own[0])
+    for control in (state.drift, rows.client.control):
+        assert not np.any(control["head"]["bias"])
+        assert np.any(control["head"]["kernel"])
+    place = trees.paths(state.params).index("head/bias")
+    assert metrics.sent.up["reply"]["control"].known[place] == 0
+    assert metrics.sent.down["broadcast"]["drift"].known[place] == 0
 
 
 def test_fednova_with_equal_numbers_of_steps_is_fedavg():

@@ -107,6 +107,21 @@ def test_a_threshold_for_convolutions_says_that_there_are_none():
         catalog.build(RunConfig(**{**SMALL, "algorithm": "feddp_threshold", "model": "mlp"}))
 
 
+@pytest.mark.parametrize("share", [0.996, 0.99999])
+def test_explorers_that_would_have_nothing_to_train_on_are_refused(share):
+    """The largest of six clients holds 241 examples, of which at these shares it shows all."""
+    settings = {**SMALL, "algorithm": "autoflip", "explore_watch": "validation"}
+    with pytest.raises(UserError, match=f"of 241 examples, .* {share} is all") as caught:
+        catalog.build(RunConfig(**settings, development_share=share))
+    assert "\n" not in str(caught.value)
+
+
+def test_more_rounds_than_can_be_counted_are_refused():
+    most = 2**31 - 1
+    with pytest.raises(UserError, match=f"at most {most} rounds, .*1 of explore, {most} of train"):
+        catalog.build(RunConfig(**{**SMALL, "algorithm": "autoflip", "rounds": most}))
+
+
 def test_the_control_differs_from_the_method_by_its_networks_choice():
     inputs = jax.ShapeDtypeStruct((2, 8, 8, 1), np.float32)
     draws = {}

@@ -540,6 +540,18 @@ def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
     assert history[2].downlink.masks == history[1].downlink.masks > 0
 
 
+def test_dense_candidates_are_sent_though_their_masks_are_full():
+    algorithm = tiny(density=1.0, pool_size=2)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    everyone = quadratic.cohort(algorithm, range(6))
+    prepare, calibrate, *_ = algorithm.stages
+    state, _, _ = prepare.round(KEY, state, everyone, PEOPLE)
+    state, _, metrics = calibrate.round(KEY, state, everyone, PEOPLE)
+    charged = algorithm.num_bits(metrics, state)
+    assert charged.downlink.values == 6 * 32 * (2 * 32 + 4 + 2)  # biases once
+    assert charged.modelled["fedtiny"].downlink >= charged.downlink.values
+
+
 # Errors and resuming -------------------------------------------------------------------------
 
 

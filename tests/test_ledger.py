@@ -82,7 +82,9 @@ def personal_parameters(s):
 METHODS = {
     **ALGORITHMS,
     "personal_masks": personal,
-    "personal_parameters": personal_parameters,
+    "personal_parameters": lambda s: personal_parameters(
+        s._replace(drift=scaffold.control_variates())
+    ),
     "touched_channels_scaffold": lambda s: dynamic(quadratic.GATED, upload="touched")(
         s._replace(drift=scaffold.control_variates())
     ),
@@ -187,7 +189,8 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                         message |= write(field, fields[field])
                     up = bits_of(message | messages.weight(weight))
                 else:
-                    up = written(inner, fields, sent, masks, weight, as_pairs=as_pairs)
+                    corrected = at_large(name, masks)
+                    up = written(inner, fields, sent, corrected, weight, as_pairs=as_pairs)
                     num_pairs += as_pairs and np.count_nonzero(trees_flat(fields["grads"]))
             assert charged[client] == (up, down)
     assert (num_pairs > 0) == ("fedtiny" in name)
@@ -222,15 +225,19 @@ def received(name, stage, algorithm, before, masks, is_stale):
         return bits + is_stale * bits_of(candidates(before))
     message = {}
     if jax.tree.leaves(before.drift):
-        message |= messages.values("drift", before.drift, masks)
+        message |= messages.values("drift", before.drift, at_large(name, masks))
     message |= messages.whole("model_state", before.model_state)
-    sees = before.masks
-    if name == "personal_parameters":
-        sees = personal_lib.shared(sees, is_own=is_own)
+    sees = at_large(name, before.masks)
     message |= messages.values("params", algorithm.deployed(before), sees)
     flags = [True, True, False, True] if name == "autoflip_channels" else FLAGS
     in_force = messages.masks_in_force(before.masks, flags)
     return bits_of(message) + is_stale * bits_of(in_force)
+
+
+def at_large(name, masks):
+    """Leave out of masks what clients keep for themselves, if they do."""
+    own = name == "personal_parameters"
+    return personal_lib.shared(masks, is_own=is_own) if own else masks
 
 
 def bits_by_filter(field, keep):

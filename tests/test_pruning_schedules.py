@@ -71,6 +71,22 @@ def test_counts_are_those_of_python_in_every_round(size):
     assert scanned.tolist()[::2] == expected[:20:2]
 
 
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [
+        (61_470, [30_735, 12_294, 6_147, 3_074]),
+        (23_262_912, [11_631_456, 4_652_582, 2_326_291, 1_163_146]),
+        (11_038_400, [5_519_200, 2_207_680, 1_103_840, 551_920]),
+    ],
+    ids=["lenet5", "alexnet", "resnet18"],
+)
+def test_what_is_kept_of_feddips_networks(size, kept):
+    """Of their prunable weights at 0.5, 0.8, 0.9 and 0.95, as FedDIP's specification lists it."""
+    with jax.enable_x64(True):
+        sparsities = [jnp.float64(value) for value in (0.5, 0.8, 0.9, 0.95)]
+        assert [int(schedules.num_kept(size, value)) for value in sparsities] == kept
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.9, 0.95, 0.99])
 @pytest.mark.parametrize("size", [0, 1, 3, 10, 1000, 61_470, 23_262_912])
 def test_a_constant_keeps_what_python_says(sparsity, size):

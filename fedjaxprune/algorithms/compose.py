@@ -159,9 +159,9 @@ def compose(
       reports: fields of the message that tell the simulator something of each client, and would
         not travel; they end up in ``metrics.sent.reports`` and are charged nothing.
       sent_as: how fields of the message travel, where it is not ``"whole"``: ``"live"`` for the
-        entries that clients train, ``"pairs"`` for pairs of position and value among the others,
-        one for each entry that is not zero, ``"bits"`` for booleans, in a message of their own
-        that comes first. A field of zeros alone does not travel.
+        entries that clients train and may send, ``"pairs"`` for pairs of position and value among
+        those that they do not train, one for each entry that is not zero, ``"bits"`` for booleans,
+        in a message of their own that comes first. A field of zeros alone does not travel.
       narrow: ``fields -> masks by field``: what a client sends of its `delta` and other fields,
         where that follows from its bits. What does not travel counts as zero; a
         ``setup.aggregator`` that counts holders sees who sent an entry.
@@ -232,11 +232,12 @@ def compose(
         blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(masks_lib.pack, own))
         return jax.lax.cond(needed, masks_lib.pack, lambda own: blank, own)
 
-    def sent_fn(state, broadcast, cohort, fields):
+    def sent_fn(state, broadcast, sendable, cohort, fields):
         """Say what the messages of a round were."""
         num_masks = (cohort.states.mask_version != state.mask_version).astype(jnp.int32)
-        trained = masks_lib.num_kept(broadcast.masks)
-        pruned = jnp.asarray(trees.sizes(state.params), jnp.int32) - trained
+        shared = jax.tree.map(jnp.logical_and, broadcast.masks, sendable)
+        trained = masks_lib.num_kept(shared)  # what stays at home has no drift from others
+        pruned = masks_lib.num_kept(jax.tree.map(jnp.logical_not, broadcast.masks))
         told = fields["told"]
         reply = {
             "delta": Field(known=fields["uplink_kept"]),
@@ -369,7 +370,7 @@ def compose(
             num_rejected=jnp.sum(outcome.rejected | (cohort.present & overflown), dtype=jnp.int32),
             num_masks_sent=jnp.sum(stale, dtype=jnp.int32),
             num_personal_masks=fields["num_personal_masks"],
-            sent=sent_fn(state, broadcast, cohort, fields),
+            sent=sent_fn(state, broadcast, sendable, cohort, fields),
         )
         return new_state, new_rows, round_metrics
 

@@ -307,7 +307,7 @@ def fedtiny(
         upload=("losses",),
         work=look,
     )
-    before: tuple[Stage, ...] = (stages.at_server("prepare", prepare_fn),)
+    before: tuple[Stage, ...] = (_unheard_of(stages.at_server("prepare", prepare_fn)),)
     before += (calibrate, compare) if selection == "adaptive" else (compare,)
     (train,) = training.stages
     return training._replace(
@@ -315,6 +315,17 @@ def fedtiny(
         stages=(*before, stages.after(train, len(before))),
         deployed=lambda state: masks_lib.apply(state.masks, state.params),
     )
+
+
+def _unheard_of(stage: Stage) -> Stage:
+    """See that nobody is taken to hold the candidates, even where they are dense and masks full."""
+
+    def round_fn(key, state, cohort, population):
+        after, rows, metrics = stage.round(key, state, cohort, population)
+        version = jnp.maximum(after.mask_version, 1)
+        return after._replace(mask_version=version), rows, metrics
+
+    return stage._replace(round=round_fn)
 
 
 def _paths(params: Params, prunable: PrunableFn) -> list[str]:

@@ -201,14 +201,14 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
     _check_positive("batch_size", batch_size)
 
     def num_steps_fn(data: ClientData) -> jax.Array:
-        return _ceil_divide(_num_shown(data, share), batch_size)
+        return _ceil_divide(num_shown(data.size, share), batch_size)
 
     def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
-        num_shown = _num_shown(data, share)
+        num = num_shown(data.size, share)
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
         own = jax.random.fold_in(key, data.start)
-        positions = permute(own, slots % jnp.maximum(num_shown, 1), data.size)
-        weights = (slots < num_shown).astype(jnp.float32)
+        positions = permute(own, slots % jnp.maximum(num, 1), data.size)
+        weights = (slots < num).astype(jnp.float32)
         return _gather(jax.random.fold_in(step_key, step), data, positions, weights, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
@@ -231,17 +231,17 @@ def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preproce
     _check_positive("batch_size", batch_size)
 
     def num_steps_fn(data: ClientData) -> jax.Array:
-        return _ceil_divide(data.size - _num_shown(data, share), batch_size)
+        return _ceil_divide(data.size - num_shown(data.size, share), batch_size)
 
     def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
         order_key, preprocess_key = jax.random.split(step_key)
-        num_shown = _num_shown(data, share)
-        num_left = data.size - num_shown
+        num = num_shown(data.size, share)
+        num_left = data.size - num
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
         shuffled = permute(order_key, slots % jnp.maximum(num_left, 1), num_left)
         positions = permute(
             jax.random.fold_in(key, data.start),
-            jnp.minimum(num_shown + shuffled, jnp.maximum(data.size - 1, 0)),
+            jnp.minimum(num + shuffled, jnp.maximum(data.size - 1, 0)),
             data.size,
         )
         weights = (slots < num_left).astype(jnp.float32)
@@ -252,10 +252,10 @@ def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preproce
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
 
 
-def _num_shown(data: ClientData, share: float) -> jax.Array:
-    """Count the examples that `development` shows."""
-    exact = share * data.size.astype(jnp.float32)
-    return jnp.minimum(jnp.ceil(exact * (1.0 - 1e-6)).astype(jnp.int32), data.size)
+def num_shown(size: jax.Array, share: float) -> jax.Array:
+    """Count the examples that `development` shows of a client's `size`: both ``[]`` int32."""
+    exact = share * size.astype(jnp.float32)
+    return jnp.minimum(jnp.ceil(exact * (1.0 - 1e-6)).astype(jnp.int32), size)
 
 
 def _check_share(share: float) -> None:

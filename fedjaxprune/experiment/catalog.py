@@ -217,9 +217,8 @@ def resolve(config: RunConfig) -> RunConfig:
 
 def num_cores() -> int:
     """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def build(config: RunConfig, *, warn: chunking.WarnFn | None = None) -> runner.Parts:
@@ -303,7 +302,7 @@ def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
-    """Refuse batches that nobody could fill, and more local steps than an int32 can count."""
+    """Refuse batches that nobody could fill, more local steps than an int32 counts, and none."""
     num_examples, largest = int(sizes.sum()), int(sizes.max())
     if config.batch_size > num_examples:
         raise UserError(
@@ -315,6 +314,8 @@ def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
             f"local_epochs must be at most {INT_MAX // largest} for clients of up to {largest} "
             f"examples, got {config.local_epochs}."
         )
+    if complaint := explore_recipes.complaint(config, largest):
+        raise UserError(complaint)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from fedjaxprune.algorithms.compose import Setup
 from fedjaxprune.base import Algorithm, Client, Model
 from fedjaxprune.channels import groups as channel_groups
 from fedjaxprune.data import batching
-from fedjaxprune.experiment import runner
+from fedjaxprune.experiment import methods, runner
 from fedjaxprune.experiment.config import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.federated import calibration, exploration
@@ -22,6 +22,19 @@ SCALES: Mapping[str, guidance.ScaleFn] = {
     "robust": guidance.robust,
     "plain": guidance.plain,
 }
+
+
+def complaint(config: RunConfig, largest: int) -> str | None:
+    """Say it if not even the largest client would have examples to explore on, or None."""
+    if config.algorithm not in methods.EXPLORING or config.explore_watch != "validation":
+        return None
+    if batching.num_shown(jnp.int32(largest), config.development_share) < largest:
+        return None
+    return (
+        "development_share must leave explorers something to train on with explore_watch "
+        f"'validation', but of {largest} examples, as the largest client holds, "
+        f"{config.development_share} is all."
+    )
 
 
 def flip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:

@@ -95,7 +95,7 @@ def default_network(before: dict[str, Any]) -> str:
 def needs(algorithm: str) -> str:
     """Say what a network or the data must have for a method; empty if anything will do."""
     wanted = [
-        (NORMALISED, "BatchNorm"),
+        (NORMALISED, "BatchNorm (resnets, vgg11_bn, vgg16_bn)"),
         (GATED, f"gates ({', '.join(GATED_NETWORKS)})"),
         (CONVOLUTIONAL, "convolutions"),
         (AT_SERVER, "examples at the server (server_share)"),

@@ -36,6 +36,7 @@ from fedjaxprune.experiment import (
     record,
     spread,
 )
+from fedjaxprune.experiment.config import INT_MAX
 from fedjaxprune.experiment.evaluation import TestSet
 
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
@@ -197,7 +198,16 @@ def check(parts: Parts) -> None:
     """Trace a round of every stage, with shapes alone; `train` finds these traces.
 
     Whatever the components raise on settings that do not fit goes through.
+
+    Raises:
+      ValueError: if the stages have more rounds together than an int32 counts.
     """
+    stages = parts.algorithm.stages
+    if (total := sum(stage.num_rounds for stage in stages)) > INT_MAX:
+        each = ", ".join(f"{stage.num_rounds} of {stage.name}" for stage in stages)
+        raise ValueError(
+            f"all stages together must have at most {INT_MAX} rounds, got {total} ({each})."
+        )
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
     placed = jax.tree.map(

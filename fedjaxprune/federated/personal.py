@@ -32,7 +32,8 @@ def keep_own(client: Client, *, is_own: PrunableFn) -> Client:
       is_own: ``(path, leaf) -> bool``, which leaves of the parameters are personal.
 
     Returns:
-      A `Client` in whose delta personal leaves are zero; `shared` marks those that may travel.
+      A `Client` in whose delta personal leaves are zero; `shared` marks those that may travel. A
+      remedy against drift neither corrects personal leaves nor learns of their gradients.
     """
 
     def init_fn(params: Params) -> PersonalState:
@@ -40,13 +41,20 @@ def keep_own(client: Client, *, is_own: PrunableFn) -> Client:
 
     def update_fn(key, broadcast, state, data):
         start = _put(broadcast.params, state.own, is_own)
-        message, inner = client.update(key, broadcast._replace(params=start), state.inner, data)
+        given = broadcast._replace(params=start)
+        if jax.tree.leaves(broadcast.correction):  # what is personal has no others to drift from
+            given = given._replace(correction=_without(broadcast.correction, is_own))
+        message, inner = client.update(key, given, state.inner, data)
         # Pruned entries start from zero, and their delta is counted from there.
         begun = _pick(masks_lib.apply(broadcast.masks, start), is_own)
         moved = _pick(message.fields["delta"], is_own)
         own = jax.tree.map(lambda old, change: old + change.astype(old.dtype), begun, moved)
-        delta = _put(message.fields["delta"], jax.tree.map(jnp.zeros_like, moved), is_own)
-        fields = {**message.fields, "delta": delta}
+        silent = {
+            name: _without(message.fields[name], is_own)
+            for name in ("delta", "local_grads")
+            if name in message.fields
+        }
+        fields = {**message.fields, **silent}
         return message._replace(fields=fields), PersonalState(own=own, inner=inner)
 
     return Client(init=init_fn, update=update_fn)
@@ -57,6 +65,11 @@ def shared(masks: Masks, *, is_own: PrunableFn) -> Masks:
     return trees.map_with_path(
         lambda path, mask: jnp.zeros_like(mask) if is_own(path, mask) else mask, masks
     )
+
+
+def _without(tree: Params, is_own: PrunableFn) -> Params:
+    """Put zeros in the place of personal leaves."""
+    return _put(tree, jax.tree.map(jnp.zeros_like, _pick(tree, is_own)), is_own)
 
 
 def _pick(params: Params, is_own: PrunableFn) -> list[jax.Array]:
