@@ -161,6 +161,8 @@ def knob(config: Mapping[str, Any]) -> str:
 
     if algorithm == "fedtiny" and config["fedtiny_selection"] == "vanilla":
         return f"{config['sparsity']}, server's statistics"
+    if algorithm == "fedtiny" and config["swap_fraction"] == 0:
+        return f"{config['sparsity']}, fixed masks"
     if algorithm in methods.BY_FILTER:
         return f"filters {config['sparsity']}"
     return str(config["sparsity"]) if algorithm in methods.PRUNING else ""
