@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjaxprune.models import blocked, convolution, pooling, precision
+from fedjaxprune.models import blocked, convolution, dense, pooling, precision
 
 uniform_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch draws, and the papers' code with it."""
@@ -75,7 +75,8 @@ class Dense(nn.Module):
         kernel_start, bias_start = _start(self.start, fan_in)
         kernel = self.param("kernel", kernel_start, (fan_in, self.features))
         bias = self.param("bias", bias_start, (self.features,))
-        return x @ kernel + bias.reshape(*[1] * (x.ndim - 1), -1)
+        product = dense.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return product + bias.reshape(*[1] * (x.ndim - 1), -1)
 
 
 class ConvReluMaxPool(nn.Module):
