@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -59,22 +60,27 @@ def bind(threads: int) -> None:
     jax.config.update("jax_num_cpu_devices", threads)
 
 
-def compete(contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, Timing]:
+def compete(
+    contenders: Mapping[str, Contender], *, repeats: int, patience_s: float = math.inf
+) -> dict[str, Timing]:
     """Time every contender `repeats` times, in turns, after a warm-up of each.
 
     Short work is not warm after one: its memory comes from the system. Of work so long that
-    warming up is a small part of it the first time counts.
+    warming up is a small part of it the first time counts. What would take longer than `patience_s`
+    is timed less often, but twice.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
+    wanted = dict.fromkeys(contenders, repeats)
     for name, contender in contenders.items():
         first = _seconds(contender)
+        wanted[name] = max(min(2, repeats), int(min(repeats, patience_s / first)))
         if first < 1:
             _seconds(contender)
         elif first > 5:
             rates[name].append(contender.amount / first)
     for _ in range(repeats):
         for name, contender in contenders.items():
-            if len(rates[name]) < repeats:
+            if len(rates[name]) < wanted[name]:
                 time.sleep(0.05)  # let the other side's idle threads stop spinning
                 rates[name].append(contender.amount / _seconds(contender))
     return {

@@ -43,3 +43,26 @@ def test_results_go_where_they_are_wanted(tmp_path):
     path = tmp_path / "new" / "result.json"
     harness.write(path, {"cases": {}})
     assert path.read_text() == '{\n  "cases": {}\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("took", "patience_s", "calls", "timed"),
+    [
+        (0.1, 12.0, 5, 3),  # two to get warm
+        (2.0, 12.0, 4, 3),
+        (5.5, 12.0, 2, 2),  # its first time counts
+        (30.0, 12.0, 2, 2),
+        (30.0, float("inf"), 3, 3),
+    ],
+)
+def test_long_work_is_timed_less_often_and_short_work_warmed_longer(took, patience_s, calls, timed):
+    called = []
+
+    def seconds():
+        called.append(took)
+        return took
+
+    contender = harness.Contender(run=lambda: None, amount=took, compile_s=None, seconds=seconds)
+    timings = harness.compete({"one": contender}, repeats=3, patience_s=patience_s)
+    assert len(called) == calls
+    assert timings["one"].rates == (1.0,) * timed
