@@ -73,11 +73,15 @@ def _rounds(
     shapes = jax.eval_shape(lambda: start.state)
 
     def contender(population):
-        run, _ = play(key, start, population)  # later rounds have masks, residuals and states
+        def keep_accounts(metrics):
+            algorithm.num_bits(jax.device_get(metrics), shapes)
+
+        run, metrics = play(key, start, population)  # later rounds have masks, residuals, states
+        keep_accounts(metrics)  # which compiles a little the first time
 
         def work():
             _, metrics = jax.block_until_ready(play(key, run, population))
-            algorithm.num_bits(jax.device_get(metrics), shapes)
+            keep_accounts(metrics)
 
         return Contender(work, 1.0, seconds)
 
