@@ -29,18 +29,16 @@ def make(product: Any, num_clients: int, batch: int, kernel: tuple[int, int]) ->
 
     dimensions = (((1,), (0,)), ((), ()))
 
-    def step(carry, _):
-        x, weights = carry
-
+    def step(x, weights):
         def loss(x, weights):
             return jnp.sum(jnp.square(product(x, weights, dimensions))) / batch
 
         to_x, to_weights = jax.grad(loss, argnums=(0, 1))(x, weights)
-        return (x - 1e-3 * to_x, weights - 1e-3 * to_weights), None
+        return x - 1e-3 * to_x, weights - 1e-3 * to_weights
 
     def many(x, weights):
         def all_clients(carry, _):
-            return jax.vmap(lambda *one: step(one, None)[0])(*carry), None
+            return jax.vmap(step)(*carry), None
 
         return lax.scan(all_clients, (x, weights), length=NUM_STEPS)[0]
 
