@@ -70,7 +70,7 @@ def compete(
     is timed less often, but twice.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    wanted = dict.fromkeys(contenders, repeats)
+    wanted: dict[str, int] = {}
     for name, contender in contenders.items():
         first = _seconds(contender)
         wanted[name] = max(min(2, repeats), int(min(repeats, patience_s / first)))
