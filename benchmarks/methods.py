@@ -7,13 +7,15 @@
     python -m benchmarks.methods --sweep claims --jobs 2             # what some claims need besides
 
 ``methods.yaml``, ``methods_cifar10.yaml`` and ``methods_claims.yaml`` beside this file are the
-protocols; a row is a case of one, with all partitions and seeds. Writes ``methods.md`` (the table)
-and ``methods.svg`` (the picture) beside the run folders.
+protocols; a row is a case of one, with all partitions and seeds. Writes ``methods.md`` (the table,
+and rows against each other, as ``claims.py`` pairs them) and ``methods.svg`` (the picture) beside
+the run folders.
 """
 
 import argparse
 import concurrent.futures
 import functools
+import math
 import multiprocessing
 import os
 import pathlib
@@ -27,8 +29,9 @@ import jax
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from benchmarks import claims
 from fedjaxprune.data import datasets
-from fedjaxprune.experiment import comparison, playing, runs, sweeps
+from fedjaxprune.experiment import comparison, methods, playing, runs, sweeps
 from fedjaxprune.experiment.config import UserError
 
 DEFAULT = "all"
@@ -78,17 +81,24 @@ class Point(NamedTuple):
 
     Attributes:
       accuracies: fractions, by seed.
-      up: MiB from all clients over the whole run, mean over the seeds.
-      down: MiB to all clients, likewise.
+      up: MiB from all clients over the whole run, mean over the seeds like all that follows.
+      down: MiB to all clients.
       one_off: MiB, both ways, of the stages before training.
-      sparsity: at the end, mean over the seeds.
+      sparsity: at the end.
+      flops: of training, over the whole run.
+      one_off_flops: of these, in the stages before training.
+      open_share: FLOPs of a prediction through gates, as a share of those with all of them open;
+        NaN without gates.
     """
 
-    accuracies: tuple[float, ...]
+    accuracies: Mapping[int, float]
     up: float
     down: float
     one_off: float
     sparsity: float
+    flops: float
+    one_off_flops: float
+    open_share: float
 
 
 class Row(NamedTuple):
@@ -118,16 +128,23 @@ def row_name(member: sweeps.Member) -> str:
 def measure(found: Sequence[runs.Run]) -> Point:
     """Take the means of a row's finished runs of one partition."""
     measured = comparison.compare([comparison.Group(label="", runs=tuple(found))]).measures[0]
-    before = [
-        sum(x.uplink_bits + x.downlink_bits for x in run.lines if x.stage != run.lines[-1].stage)
-        for run in found
-    ]
+    before = [[line for line in run.lines if line.stage != run.lines[-1].stage] for run in found]
+    bits = [sum(line.uplink_bits + line.downlink_bits for line in lines) for lines in before]
+    gates = [run.lines[-1].inference_flops for run in found]
+    shares = [one["gated"] / one["open"] if one else math.nan for one in gates]
     return Point(
-        accuracies=tuple(one.accuracy for one in measured),
+        accuracies={
+            run.config["seed"]: one.accuracy for run, one in zip(found, measured, strict=True)
+        },
         up=comparison.mean([one.up for one in measured]),
         down=comparison.mean([one.down for one in measured]),
-        one_off=comparison.mean(before) / comparison.BITS_PER_MIB,
+        one_off=comparison.mean(bits) / comparison.BITS_PER_MIB,
         sparsity=comparison.mean([one.sparsity for one in measured]),
+        flops=comparison.mean([one.flops for one in measured]),
+        one_off_flops=comparison.mean(
+            [sum(map(comparison.round_flops, lines)) for lines in before]
+        ),
+        open_share=comparison.mean(shares),
     )
 
 
@@ -150,19 +167,24 @@ def collect(members: Sequence[sweeps.Member]) -> list[Row]:
     return rows
 
 
-def knob(config: Mapping[str, Any]) -> str:
-    """Say where a method's knob stands; empty for a method without one."""
+def knob(config: Mapping[str, Any], *, usual_rounds: int) -> str:
+    """Say where a method's knob stands, and how long it trains if that is not as usual."""
+    words = [_knob(config)]
+    words += [f"{config['rounds']} rounds"] if config["rounds"] != usual_rounds else []
+    return ", ".join(filter(None, words))
+
+
+def _knob(config: Mapping[str, Any]) -> str:
     algorithm = config["algorithm"]
     if algorithm == "feddp_threshold":
         return f"threshold {config['weight_threshold']}"
     if algorithm in ("adaptive_dynamic_pruning", "random_channels"):
         return f"gates {config['gate_density']}"
-    from fedjaxprune.experiment import methods
-
-    if algorithm == "fedtiny" and config["fedtiny_selection"] == "vanilla":
-        return f"{config['sparsity']}, server's statistics"
-    if algorithm == "fedtiny" and config["swap_fraction"] == 0:
-        return f"{config['sparsity']}, fixed masks"
+    if algorithm == "fedtiny":
+        words = [str(config["sparsity"])]
+        words += ["server's statistics"] if config["fedtiny_selection"] == "vanilla" else []
+        words += ["fixed masks"] if config["swap_fraction"] == 0 else []
+        return ", ".join(words)
     if algorithm in methods.BY_FILTER:
         return f"filters {config['sparsity']}"
     return str(config["sparsity"]) if algorithm in methods.PRUNING else ""
@@ -172,7 +194,7 @@ def accuracy(point: Point | None, num_seeds: int) -> str:
     """Write a mean ± deviation in per cent, and how many seeds are there if not all are."""
     if point is None:
         return "-"
-    values = [100 * value for value in point.accuracies]
+    values = [100 * value for value in point.accuracies.values()]
     text = f"{comparison.mean(values):.2f}"
     if len(values) > 1:
         text += f" ± {comparison.deviation(values):.2f}"
@@ -192,10 +214,11 @@ def table(rows: Sequence[Row], *, sweep: str = DEFAULT) -> str:
     head = ["network", "method", "knob", "pruned, %", *(f"{TITLES[p]}, %" for p in partitions)]
     head += ["up, MiB", "down, MiB", "of both, before training", "`python -m benchmarks.methods`"]
     lines = [head, ["---"] * len(head)]
+    usual = rows[0].config["rounds"]
     for row in rows:
         if row.points:
-            cells = [str(row.config["model"]), f"`{row.config['algorithm']}`", knob(row.config)]
-            cells.append(_both(row, "sparsity"))
+            cells = [str(row.config["model"]), f"`{row.config['algorithm']}`"]
+            cells += [knob(row.config, usual_rounds=usual), _both(row, "sparsity")]
             cells += [accuracy(row.points.get(one), row.num_seeds) for one in partitions]
             cells += [_both(row, field) for field in ("up", "down", "one_off")]
             option = "" if sweep == DEFAULT else f"--sweep {sweep} "
@@ -226,7 +249,7 @@ def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
         for row in rows:
             if (point := row.points.get(partition)) is not None:
                 key = (str(row.config["algorithm"]), str(row.config["model"]))
-                place = (point.up + point.down, 100 * comparison.mean(point.accuracies))
+                place = (point.up + point.down, 100 * comparison.mean([*point.accuracies.values()]))
                 lines.setdefault(key, []).append(place)
         for (algorithm, model), places in lines.items():
             colour, marker = look(algorithm)
@@ -253,6 +276,8 @@ def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
 def write(rows: Sequence[Row], folder: pathlib.Path, *, sweep: str = DEFAULT) -> str:
     """Write table and picture of what there is; return the table."""
     text = f"{NOTES}\n{table(rows, sweep=sweep)}"
+    if found := claims.table(rows, claims.CLAIMS[sweep], TITLES):
+        text += f"\n{found}"
     (folder / TABLE).write_text(text, encoding="utf-8")
     picture(rows, folder / PICTURE)
     return text

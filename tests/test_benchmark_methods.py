@@ -4,6 +4,7 @@ import typing
 
 import pytest
 
+from benchmarks import claims
 from benchmarks import methods as benchmark
 from fedjaxprune.experiment import methods, record, sweeps
 from tests.folders import line, write
@@ -67,7 +68,8 @@ def test_every_row_has_its_members_alone_and_every_method_a_look_of_its_own(swee
         rows.setdefault(benchmark.row_name(member), []).append(member.config)
     for name, configs in rows.items():
         assert len(configs) == 6, name
-        assert len({(c.algorithm, c.model, benchmark.knob(c.model_dump())) for c in configs}) == 1
+        knobs = {benchmark.knob(c.model_dump(), usual_rounds=40) for c in configs}
+        assert len({(c.algorithm, c.model) for c in configs}) == len(knobs) == 1
     looks = [benchmark.look(name) for name in typing.get_args(methods.Name)]
     assert len(set(looks)) == len(looks)
 
@@ -155,3 +157,57 @@ def test_the_smaller_table_has_one_protocol_and_a_dense_reference(tmp_path, caps
     )
     benchmark.main(["--sweep", "cifar10", "--table", "--out", str(tmp_path)])
     assert "`--sweep cifar10 --only fedavg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(benchmark.SWEEPS))
+def test_claims_are_about_rows_that_are_alike_but_for_the_method(name, tmp_path):
+    members = sweeps.read(str(benchmark.SWEEPS[name]), out=tmp_path).members
+    configs = {benchmark.row_name(member): member.config for member in members}
+    assert claims.CLAIMS[name]
+    for claim in claims.CLAIMS[name]:
+        row, against = configs[claim.row], configs[claim.against]
+        assert row.rounds == against.rounds
+        assert row.model.removeprefix("gated_") == against.model.removeprefix("gated_")
+        if {row.algorithm, against.algorithm} <= set(methods.PRUNING):
+            assert row.sparsity == against.sparsity
+            assert row.drops == against.drops
+
+
+def test_claims_pair_runs_by_seed_and_count_what_came_before_training(tmp_path, capsys):
+    members = sweeps.read(str(benchmark.SWEEPS["claims"]), out=tmp_path).members
+    finals = {"autoflip": {0: 0.6, 1: 0.8}, "random_masks": {0: 0.5, 1: 0.6, 2: 0.1}}
+    for member in members:
+        config = member.config
+        final = finals.get(config.algorithm, {}).get(config.seed)
+        if final is None or config.sparsity != 0.3:
+            continue
+        lines = [line(1, mib=6, stage="explore")] if config.algorithm == "autoflip" else []
+        lines += [line(len(lines) + n, mib=1, accuracy=final) for n in range(1, 11)]
+        write(tmp_path / member.name, lines, **config.model_dump(exclude={"out"}))
+    benchmark.main(["--sweep", "claims", "--table", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    [found] = [x for x in text.splitlines() if x.startswith("| AutoFLIP, random masks |")]
+    assert [cell.strip() for cell in found.split("|")][4:-1] == [
+        "+15.00 ± 7.07 (2 seeds)",  # ten and twenty points; the third seed has no partner
+        "16.00 / 10.00",
+        "6.00 / 0.00",
+        "0.03 / 0.03",  # 11 and 10 rounds of 3e9
+        "0.00 / 0.00",
+        "",
+    ]
+
+
+def test_predictions_through_gates_are_told_as_a_share(tmp_path, capsys):
+    for member in sweeps.read(str(benchmark.SWEEPS["claims"]), out=tmp_path).members:
+        config = member.config
+        if config.seed or config.rounds != 40 or config.model != "gated_resnet8":
+            continue
+        share = {"squeeze_excitation": 4, "adaptive_dynamic_pruning": 2}.get(config.algorithm)
+        if share:
+            flops = {"gated": share, "open": 4, "without_gates": 4}
+            lines = [line(1, accuracy=0.5, inference_flops=flops)]
+            write(tmp_path / member.name, lines, **config.model_dump(exclude={"out"}))
+    benchmark.main(["--sweep", "claims", "--table", "--out", str(tmp_path)])
+    [found] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| dynamic")]
+    assert found.split("|")[4].strip() == "+0.00 (1 seed)"
+    assert found.split("|")[-2].strip() == "50.0 / 100.0"

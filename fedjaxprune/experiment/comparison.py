@@ -15,6 +15,7 @@ import numpy as np
 
 from fedjaxprune.experiment import alike, costs_record, runs
 from fedjaxprune.experiment.config import UserError
+from fedjaxprune.experiment.record import RoundRecord
 from fedjaxprune.experiment.runs import Run
 
 BITS_PER_MIB = 8 * 2**20
@@ -172,7 +173,7 @@ def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
 def curve(run: Run) -> Curve:
     """Read a run at its tests."""
     mib = np.cumsum([(line.uplink_bits + line.downlink_bits) / BITS_PER_MIB for line in run.lines])
-    flops = np.cumsum([_flops(line.modelled_flops) for line in run.lines])
+    flops = np.cumsum([round_flops(line) for line in run.lines])
     at = [n for n, line in enumerate(run.lines) if line.test_accuracy is not None]
     tested = [run.lines[n] for n in at]
     return Curve(
@@ -188,8 +189,9 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _flops(entry: dict[str, Any] | None) -> float:
-    """Add up a round's FLOPs under masks."""
+def round_flops(line: RoundRecord) -> float:
+    """Add up a round's FLOPs of training under masks; NaN where they are not known."""
+    entry = line.modelled_flops
     return math.nan if not entry else float(sum(entry.get(p, 0) for p in costs_record.PARTS))
 
 
@@ -257,7 +259,7 @@ def _measure(run: Run, one: Curve, budget: float, target: float) -> Measures:
         values_up=_number(values_up) / BITS_PER_MIB,
         values_down=_number(values_down) / BITS_PER_MIB,
         masks=sum(line.mask_bits for line in run.lines) / BITS_PER_MIB,
-        flops=sum(_flops(line.modelled_flops) for line in run.lines),
+        flops=sum(round_flops(line) for line in run.lines),
     )
 
 
