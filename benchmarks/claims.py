@@ -152,11 +152,6 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
             _DYNAMIC.format("-rounds-160", 0.65),
             _GATED.format("-rounds-160"),
         ),
-        Claim(
-            "channels by lot, open gates, 160 rounds",
-            "random-channels-rounds-160-gated-resnet8-gate-density-0.65",
-            _GATED.format("-rounds-160"),
-        ),
     ),
 }
 
