@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from fedjaxprune import trees
 from fedjaxprune.experiment import catalog, cohorts, methods, reading, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
 from fedjaxprune.experiment.validation import alternatives
@@ -92,6 +93,39 @@ def test_a_model_that_does_not_fit_the_data_is_one_sentence():
 def test_fedtiny_says_why_it_cannot_run(changes, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         catalog.build(RunConfig(**{**SMALL, "algorithm": "fedtiny", **changes}))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_convolution_can_be_kept_whole_under_fixed_masks():
+    """As FedTiny does, so that only whose data decide is different."""
+    settings = {**SMALL, "model": "resnet8", "sparsity": 0.9, "pretrain_epochs": 1}
+    settings |= {"algorithm": "one_client_masks", "mask_start": "trained"}
+    parts = catalog.build(RunConfig(**settings, layer_sparsity="uniform_but_first"))
+    state = runner.start(jax.random.key(0), parts)
+    after, _ = jax.jit(parts.advance[0])(jax.random.key(0), state, parts.population)
+    leaves = zip(trees.paths(after.state.masks), jax.tree.leaves(after.state.masks), strict=True)
+    kept = {path: (int(leaf.sum()), leaf.size) for path, leaf in leaves if "kernel" in path}
+    first = next(path for path in kept if kept[path][0] == kept[path][1])
+    assert kept[first][1] == 3 * 3 * 16
+    whole = sum(size for _, size in kept.values())
+    assert round(0.1 * whole) - len(kept) <= sum(n for n, _ in kept.values()) <= round(0.1 * whole)
+    shares = [n / size for path, (n, size) in kept.items() if path != first]
+    assert max(shares) - min(shares) < 0.01  # a weight of the smallest layer, 160 of them
+    moved = jax.tree.map(lambda a, b: np.any(a != b), state.state.params, after.state.params)
+    assert all(jax.tree.leaves(moved))  # to what the client has trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "mlp"}, "keeps the first convolution whole, and the network has none"),
+        ({"model": "resnet8", "sparsity": 0.9999}, "sparsity must be less than 0.99.* got 0.9999"),
+    ],
+)
+def test_a_first_convolution_that_cannot_be_kept_whole_is_one_sentence(changes, sentence):
+    settings = {**SMALL, "algorithm": "random_masks", "layer_sparsity": "uniform_but_first"}
+    with pytest.raises(UserError, match=sentence) as caught:
+        catalog.build(RunConfig(**{**settings, **changes}))
     assert "\n" not in str(caught.value)
 
 

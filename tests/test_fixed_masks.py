@@ -9,6 +9,7 @@ import pytest
 
 from fedjaxprune import masks
 from fedjaxprune.algorithms import compose, fixed_masks, gradual_magnitude, stages
+from fedjaxprune.costs import messages, wire
 from fedjaxprune.experiment import costs_record
 from fedjaxprune.pruning import allocation, schedules
 from tests import quadratic
@@ -139,6 +140,23 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
     assert traffic[0].modelled["values_and_bitmaps"] == (32, 32 * quadratic.NUM_WEIGHTS)
     _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
     assert 0 < algorithm.num_bits(metrics, state).downlink.masks <= 6 * 32  # then everybody is told
+
+
+def test_one_clients_weights_travel_under_its_mask_where_training_starts_from_them():
+    algorithm = fixed_masks.magnitude_masks(
+        quadratic.MODEL,
+        setup(),
+        sparsity=0.5,
+        source=stages.one_client(3),
+        pretraining=ONE,
+        weights="trained",
+        guests=(3,),
+    )
+    state, _, traffic = start(algorithm)
+    message = messages.values("params", state.params, state.masks)
+    written = [messages.personal_masks(state.masks, [False, True, False, True]), message]
+    assert traffic[0].uplink_bits == sum(8 * len(wire.encode(one)) for one in written)
+    assert traffic[0].uplink.values == 32 * (quadratic.NUM_WEIGHTS - 16)
 
 
 def test_random_masks_follow_from_the_seed_and_do_not_travel():

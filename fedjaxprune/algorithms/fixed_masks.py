@@ -93,8 +93,8 @@ def magnitude_masks(
       pretraining: the local steps there.
       weights: whether the federation goes on from the weights trained there, or from the initial
         ones, so that nothing but the mask is learnt from them.
-      guests: clients that are sent the dense model for it and send a mask back: the one of
-        `stages.one_client`.
+      guests: clients that are sent the dense model for it and send a mask back, with the weights
+        under it if these are wanted: the one of `stages.one_client`.
       allocation: how many each layer keeps.
       prunable: which leaves may be pruned.
     """
@@ -110,9 +110,13 @@ def magnitude_masks(
         start = trained if weights == "trained" else state
         return choose(choose_key, start, trained.params, None), train
 
-    return _train(
-        model, setup, stages.at_server("prepare", work, guests=guests), sparsity, prunable
+    prepare = stages.at_server(
+        "prepare",
+        work,
+        guests=guests,
+        guests_send="model" if weights == "trained" else "masks",
     )
+    return _train(model, setup, prepare, sparsity, prunable)
 
 
 def snip_masks(

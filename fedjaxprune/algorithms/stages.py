@@ -160,6 +160,7 @@ def at_server(
     *,
     masks_from: Literal["data", "seed"] = "data",
     guests: Sequence[int] = (),
+    guests_send: Literal["masks", "model"] = "masks",
 ) -> Stage:
     """Make a round in which the server works alone: no client takes part, nothing travels.
 
@@ -170,6 +171,7 @@ def at_server(
         need not be sent to anybody.
       guests: ids of clients that do the work in truth, for the record: each is sent the dense
         model, trains it and sends a mask back. No more than a cohort.
+      guests_send: whether they send the mask alone, or also what they have trained, under it.
     """
 
     def round_fn(key, state, cohort, population):
@@ -184,7 +186,10 @@ def at_server(
         if guests:
             reports = {TRAINED: jnp.broadcast_to(sizes[None], (num_slots, sizes.shape[0]))}
             down = {"broadcast": {"params": Field(), "model_state": Field()}}
-            up = {"masks": {"masks": Field(pairs=masks_lib.num_kept(after.masks))}}
+            kept = masks_lib.num_kept(after.masks)
+            up = {"masks": {"masks": Field(pairs=kept)}}
+            if guests_send == "model":
+                up["model"] = {"params": Field(known=kept), "model_state": Field()}
         return _finish(
             state,
             after,

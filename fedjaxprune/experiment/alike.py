@@ -35,6 +35,7 @@ _OF_METHODS: Mapping[str, tuple[str, ...]] = {
     "proximal_mu": ("fedprox",),
     "layer_sparsity": methods.FIXED,
     "mask_client": ("one_client_masks",),
+    "mask_start": ("magnitude_masks", "one_client_masks", "pooled_masks"),
     "pretrain_epochs": _TRAINED,
     "pool_size": ("fedtiny",),
     "fedtiny_selection": ("fedtiny",),

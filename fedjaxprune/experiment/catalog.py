@@ -86,7 +86,7 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
     ),
     "fedtiny": recipes.tiny,
     "random_masks": lambda config, model, setup, given: fixed_masks.random_masks(
-        model, setup, sparsity=config.sparsity, allocation=recipes.shares(config)
+        model, setup, sparsity=config.sparsity, allocation=recipes.shares(config, model, given)
     ),
     "magnitude_masks": lambda config, model, setup, given: recipes.magnitude(
         config, model, setup, given, stages.held_out(given.held)

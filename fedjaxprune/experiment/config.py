@@ -121,6 +121,7 @@ class Settings(pydantic.BaseModel):
     channel_threshold: float | None = explore_settings.CHANNELS
     layer_sparsity: mask_settings.LayerSparsity = mask_settings.LAYER_SPARSITY
     mask_client: int = mask_settings.MASK_CLIENT
+    mask_start: mask_settings.MaskStart | None = mask_settings.MASK_START
     mask_iterations: int = mask_settings.ITERATIONS
     consensus: mask_settings.Consensus = mask_settings.CONSENSUS
     filter_factor: float | None = mask_settings.FILTER_FACTOR
@@ -223,14 +224,7 @@ class Settings(pydantic.BaseModel):
         unit="rounds",
         default_text="5 (fedtiny: 10), or less in a run of fewer rounds",
     )
-    prune_until: int | None = _field(
-        None,
-        "Last round in which masks may be revised; unset: 100, or the last round (fedtiny).",
-        group="Method",
-        unit="rounds",
-        ge=1,
-        le=INT_MAX,
-    )
+    prune_until: int | None = mask_settings.UNTIL
     drift: Literal["none", "scaffold", "fednova"] = _field(
         "none",
         "Remedy against client drift, under any method's masks: control variates, or averaging per "

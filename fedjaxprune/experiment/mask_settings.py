@@ -1,4 +1,4 @@
-"""Settings of methods whose masks are fixed before training: MPFL and the controls.
+"""Settings of masks: those fixed before training (MPFL, the controls), and how long others move.
 
 They stand in `config` by name. Like it, this imports neither JAX nor anything that does.
 """
@@ -8,7 +8,8 @@ from typing import Literal
 
 from fedjaxprune.experiment import fields
 
-LayerSparsity = Literal["uniform", "erk", "whole_model"]
+LayerSparsity = Literal["uniform", "uniform_but_first", "erk", "whole_model"]
+MaskStart = Literal["initial", "trained"]
 Consensus = Literal[
     "ascending", "top_k", "majority", "unanimous", "anybody", "histogram", "code_dynamic"
 ]
@@ -18,13 +19,28 @@ Drops = Literal["filters", "channels"]
 _method = functools.partial(fields.field, group="Method")
 
 LAYER_SPARSITY = _method(
-    "uniform", "Live share of layers under fixed masks: all alike, more of small ones, or one pool."
+    "uniform",
+    "Live share of layers under fixed masks: all alike, all alike but for the first convolution, "
+    "which is kept whole, more of small ones, or one pool.",
+)
+MASK_START = _method(
+    None,
+    "Weights that training starts from under masks by magnitude: the initial ones, or those "
+    "trained for the mask, which one client sends up; unset: the server's where it trains them, "
+    "else the initial ones (magnitude_masks, one_client_masks, pooled_masks).",
 )
 MASK_CLIENT = _method(
     0,
     "Client whose data decide the mask (one_client_masks).",
     unit="client",
     ge=0,
+    le=2**31 - 1,
+)
+UNTIL = _method(
+    None,
+    "Last round in which masks may be revised; unset: 100, or the last round (fedtiny).",
+    unit="rounds",
+    ge=1,
     le=2**31 - 1,
 )
 ITERATIONS = _method(

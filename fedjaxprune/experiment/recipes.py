@@ -51,7 +51,8 @@ def dip(config: RunConfig, model: Model, setup: Setup) -> Algorithm:
 def tiny(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
     """Build FedTiny, with the network's stages as blocks, or five blocks where it has none."""
     layers = order.reading_order(model, input_shape=given.input_shape)
-    prunable = _but_first_convolution(model, layers)
+    first = _first_convolution(model, layers)
+    prunable = masks_lib.kernels if first is None else masks_lib.but(masks_lib.kernels, first)
     return fedtiny.fedtiny(
         model,
         setup,
@@ -74,8 +75,15 @@ def tiny(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorit
     )
 
 
-def shares(config: RunConfig) -> allocation.AllocationFn:
-    """Choose how a fixed mask shares its weights out."""
+def shares(config: RunConfig, model: Model, given: Given) -> allocation.AllocationFn:
+    """Choose how a fixed mask shares its weights out.
+
+    Raises:
+      ValueError: the network has no first convolution to be kept whole, or it alone is more than
+        may be kept.
+    """
+    if config.layer_sparsity == "uniform_but_first":
+        return _uniform_but_first(config, model, given)
     return {
         "uniform": allocation.uniform,
         "erk": allocation.erk,
@@ -83,24 +91,46 @@ def shares(config: RunConfig) -> allocation.AllocationFn:
     }[config.layer_sparsity]()
 
 
+def _uniform_but_first(config: RunConfig, model: Model, given: Given) -> allocation.AllocationFn:
+    first = _first_convolution(model, order.reading_order(model, input_shape=given.input_shape))
+    if first is None:
+        raise ValueError(
+            "layer_sparsity 'uniform_but_first' keeps the first convolution whole, and the network "
+            "has none."
+        )
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    sizes = {
+        path: leaf.size
+        for path, leaf in zip(trees.paths(params), jax.tree.leaves(params), strict=True)
+        if masks_lib.kernels(path, leaf)
+    }
+    if sizes[first] >= (1.0 - config.sparsity) * sum(sizes.values()):
+        raise ValueError(
+            f"sparsity must be less than {1.0 - sizes[first] / sum(sizes.values()):.4g} with "
+            f"layer_sparsity 'uniform_but_first', as the first convolution is kept whole, got "
+            f"{config.sparsity}."
+        )
+    return allocation.erk(power=0.0, dense=lambda path, leaf: path == first)
+
+
 def magnitude(
     config: RunConfig, model: Model, setup: Setup, given: Given, source: stages.SourceFn
 ) -> Algorithm:
     """Build one-shot magnitude masks.
 
-    The server goes on from the weights that it has trained; of what is trained at a client, or on
-    the pooled data, nothing but the mask is taken.
+    Unless `mask_start` says otherwise the server goes on from the weights that it has trained; of
+    what is trained at a client, or on the pooled data, nothing but the mask is taken.
     """
-    own = config.algorithm == "magnitude_masks"
+    own = "trained" if config.algorithm == "magnitude_masks" else "initial"
     return fixed_masks.magnitude_masks(
         model,
         setup,
         sparsity=config.sparsity,
         source=source,
         pretraining=_server_epochs(config, given),
-        weights="trained" if own else "initial",
+        weights=config.mask_start or own,
         guests=(config.mask_client,) if config.algorithm == "one_client_masks" else (),
-        allocation=shares(config),
+        allocation=shares(config, model, given),
     )
 
 
@@ -112,7 +142,7 @@ def snip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorit
         sparsity=config.sparsity,
         source=stages.held_out(given.held),
         batcher=_one_pass(config, given),
-        allocation=shares(config),
+        allocation=shares(config, model, given),
     )
 
 
@@ -123,7 +153,7 @@ def snip_of_clients(config: RunConfig, model: Model, setup: Setup, given: Given)
         setup,
         sparsity=config.sparsity,
         batcher=_one_pass(config, given),
-        allocation=shares(config),
+        allocation=shares(config, model, given),
     )
 
 
@@ -165,14 +195,12 @@ def _server_epochs(config: RunConfig, given: Given) -> Batcher:
     )
 
 
-def _but_first_convolution(model: Model, layers: list[str]) -> PrunableFn:
-    """Call prunable all kernels but the first one, if it is a convolution's."""
+def _first_convolution(model: Model, layers: list[str]) -> str | None:
+    """Find the first kernel, if it is a convolution's."""
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     shapes = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
     first = next((path for path in layers if masks_lib.kernels(path, shapes[path])), None)
-    if first is None or shapes[first].ndim < 4:
-        return masks_lib.kernels
-    return masks_lib.but(masks_lib.kernels, first)
+    return None if first is None or shapes[first].ndim < 4 else first
 
 
 def _blocks(model: Model, layers: list[str], prunable: PrunableFn) -> readjustment.BlockFn:
