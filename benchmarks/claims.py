@@ -35,12 +35,16 @@ def _each(words: str, row: str, against: str, values: Sequence[float]) -> tuple[
 
 
 _WEIGHTS = (0.8, 0.9, 0.95, 0.99)
-_FILTERS = (0.5, 0.8, 0.9, 0.95)
-_START = "fedtiny-resnet8-swap-fraction-0.0-sparsity-{}"
-_SERVERS = "fedtiny-resnet8-fedtiny-selection-vanilla"
+_FILTERS = (0.5, 0.8, 0.9)
+_STARTS = (0.9, 0.95, 0.99)
+_TINY = "fedtiny-resnet8{}-swap-fraction-0.0-sparsity-{{}}"
+_START = _TINY.format("")
+_FIXED = "{}-masks-resnet8-layer-sparsity-uniform-but-first-mask-start-trained-sparsity-{{}}"
 _DYNAMIC = "adaptive-dynamic-pruning{}-gated-resnet8-gate-density-{}"
 _GATED = "squeeze-excitation{}-gated-resnet8"
 _BY_FILTER = "-lenet5-drops-channels-sparsity-{}"
+_MPFL = "mpfl-lenet5-drops-channels-consensus-top-k-sparsity-{}"  # at equal sparsity
+_CONTROL = "{}-lenet5-layer-sparsity-whole-model-sparsity-{{}}"
 
 CLAIMS: Mapping[str, tuple[Claim, ...]] = {
     "all": (
@@ -59,23 +63,27 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
         *_each(
             "AutoFLIP, random masks",
             "autoflip-lenet5-sparsity-{}",
-            "random-masks-lenet5-sparsity-{}",
+            _CONTROL.format("random-masks"),
             _WEIGHTS,
         ),
         *_each(
             "AutoFLIP, magnitude masks",
             "autoflip-lenet5-sparsity-{}",
-            "magnitude-masks-lenet5-sparsity-{}",
+            _CONTROL.format("magnitude-masks"),
+            _WEIGHTS,
+        ),
+        *_each(
+            "AutoFLIP, SNIP over clients",
+            "autoflip-lenet5-sparsity-{}",
+            _CONTROL.format("snip-masks-of-clients"),
             _WEIGHTS,
         ),
         Claim("an explored start, none", "explored-start-lenet5", "fedavg-lenet5"),
-        *_each("MPFL, pooled data", f"mpfl{_BY_FILTER}", f"pooled-filters{_BY_FILTER}", _FILTERS),
-        *_each(
-            "MPFL, random filters", f"mpfl{_BY_FILTER}", f"random-filters{_BY_FILTER}", _FILTERS
-        ),
+        *_each("MPFL, pooled data", _MPFL, f"pooled-filters{_BY_FILTER}", _FILTERS),
+        *_each("MPFL, random filters", _MPFL, f"random-filters{_BY_FILTER}", _FILTERS),
         *_each(
             "MPFL, averaged weights",
-            f"mpfl{_BY_FILTER}",
+            _MPFL,
             f"averaged-filters{_BY_FILTER}",
             _FILTERS,
         ),
@@ -116,31 +124,14 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
             "random-masks-lenet5-sparsity-{}",
             (0.3, 0.5),
         ),
+        *_each("FedTiny's start, one client's mask", _START, _FIXED.format("one-client"), _STARTS),
+        *_each("FedTiny's start, the server's mask", _START, _FIXED.format("magnitude"), _STARTS),
         *_each(
-            "FedTiny's start, the server's statistics",
+            "FedTiny's start, chosen under the server's statistics",
             _START,
-            f"{_SERVERS}-swap-fraction-0.0-sparsity-{{}}",
-            (0.9, 0.99),
+            _TINY.format("-fedtiny-selection-vanilla"),
+            _STARTS,
         ),
-        *_each(
-            "FedTiny's start, the server's mask",
-            _START,
-            "magnitude-masks-resnet8-sparsity-{}",
-            (0.9, 0.99),
-        ),
-        *_each(
-            "FedTiny's start, one client's mask",
-            _START,
-            "one-client-masks-resnet8-sparsity-{}",
-            (0.9, 0.99),
-        ),
-        *_each(
-            "FedTiny, the server's statistics",
-            "fedtiny-resnet8-sparsity-{}",
-            f"{_SERVERS}-sparsity-{{}}",
-            (0.9, 0.99),
-        ),
-        *_each("FedTiny, fixed masks", "fedtiny-resnet8-sparsity-{}", _START, (0.9, 0.99)),
         Claim("dynamic pruning, open gates", _DYNAMIC.format("", 0.65), _GATED.format("")),
         Claim(
             "channels by lot, open gates",

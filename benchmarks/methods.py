@@ -26,10 +26,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
-from benchmarks import claims
+from benchmarks import claims, picture
 from fedjaxprune.data import datasets
 from fedjaxprune.experiment import comparison, methods, playing, runs, sweeps
 from fedjaxprune.experiment.config import UserError
@@ -43,37 +41,42 @@ SWEEPS = {
 TITLES = {"iid": "IID", "dirichlet": "Dirichlet(0.5)"}
 TABLE, PICTURE = "methods.md", "methods.svg"
 
-# Colours that colour-blind people tell apart (Okabe and Ito), one a family; a marker a method.
-_COLOURS = {
-    "black": "fedavg fedprox scaffold fednova feddip_without_pruning explored_start",
-    "#0072B2": "feddip feddip_without_penalty gradual_magnitude",
-    "#D55E00": "autoflip feddp_threshold fedtiny",
-    "#009E73": "random_masks magnitude_masks one_client_masks pooled_masks snip_masks "
-    "snip_masks_of_clients",
-    "#CC79A7": "mpfl random_filters pooled_filters averaged_filters",
-    "#56B4E9": "squeeze_excitation adaptive_dynamic_pruning random_channels",
-}
-_MARKERS = "osD^vP"
-
-NOTES = """\
+_EVERYWHERE = """\
 Mean ± deviation over seeds of the mean test accuracy of the last ten rounds. MiB are of whole runs,
 all clients, as the ledger has them; what went before training (exploration, votes, masks, chosen
-starts) is in them, and once more apart. Where partitions differ: IID / Dirichlet(0.5).
+starts) is in them, and once more apart.
 
 - Every run of a seed has the same examples at the same clients and the same initial weights of its
   network; the server's 2 % of the examples are nobody else's, whether a method asks for them or
-  not.
-- LeNet-5 (on CIFAR-10 the two-layer CNN) for all that can. FedTiny needs BatchNorm (`resnet8`),
-  adaptive dynamic pruning gates (`gated_resnet8`): FedAvg on the one and `squeeze_excitation` on
-  the other, which is FedAvg with all gates open, are their references.
+  not. Cohorts are drawn by the round of the whole run: methods with equally many rounds before
+  training have the same ones, others have not.
+- Training is 1.1 passes over everybody's examples. Before it MPFL, pooled and averaged filters
+  spend three more, pooled masks one, exploration 0.3, work at the server or at one client 0.02.
+- Pooled masks and filters know the data of all, whose transfer nobody is charged for: bounds, not
+  rivals.
+"""
+NOTES: Mapping[str, str] = {
+    DEFAULT: f"""{_EVERYWHERE}\
+- LeNet-5 for all that can. FedTiny needs BatchNorm (`resnet8`), adaptive dynamic pruning gates
+  (`gated_resnet8`): FedAvg on the one and `squeeze_excitation` on the other, which is FedAvg with
+  all gates open, are their references. One learning rate for all, tuned for nobody.
 - Training starts from the initial weights but for FedTiny, magnitude masks and the explored start,
   which go on from weights that were trained before it.
 - Knobs: a sparsity of the prunable weights (of all kernels for FedTiny), of the filters of each
   layer (of LeNet-5's 6 and 16 one always stays: 0.99 would be 0.95), the share of channels that
-  gates keep, or the magnitude below which weights become zero. `pruned` is what came out.
+  gates keep, or the magnitude below which weights become zero. `pruned` is what came out: of all
+  kernels, and for methods by filter of the convolutions' weights, which are 4 % of LeNet-5's
+  (`feddp_threshold` prunes these alone, and its share is of all kernels).
+- Cut down to the short training: five explorers of three epochs each (the paper's code: all, up to
+  150), two exchanges that prune filters (nine), pools of five candidates (a tenth of 1 / density).
+- Without momentum and weight decay gates' strict steps are plain ones.
 - Clients take equally many steps, so FedNova is FedAvg but for one number a message.
 - FedDIP and gradual pruning tighten until the end: the first of the last ten rounds are denser.
-"""
+- Where partitions differ: IID / Dirichlet(0.5).
+""",
+    "cifar10": _EVERYWHERE,
+    "claims": _EVERYWHERE,
+}
 
 
 class Point(NamedTuple):
@@ -168,9 +171,8 @@ def collect(members: Sequence[sweeps.Member]) -> list[Row]:
 
 
 def knob(config: Mapping[str, Any], *, usual_rounds: int) -> str:
-    """Say where a method's knob stands, and how long it trains if that is not as usual."""
-    words = [_knob(config)]
-    words += [f"{config['rounds']} rounds"] if config["rounds"] != usual_rounds else []
+    """Say where a method's knob stands, and what is not as usual about it."""
+    words = (_knob(config), *variant(config, usual_rounds=usual_rounds))
     return ", ".join(filter(None, words))
 
 
@@ -180,14 +182,21 @@ def _knob(config: Mapping[str, Any]) -> str:
         return f"threshold {config['weight_threshold']}"
     if algorithm in ("adaptive_dynamic_pruning", "random_channels"):
         return f"gates {config['gate_density']}"
-    if algorithm == "fedtiny":
-        words = [str(config["sparsity"])]
-        words += ["server's statistics"] if config["fedtiny_selection"] == "vanilla" else []
-        words += ["fixed masks"] if config["swap_fraction"] == 0 else []
-        return ", ".join(words)
     if algorithm in methods.BY_FILTER:
         return f"filters {config['sparsity']}"
     return str(config["sparsity"]) if algorithm in methods.PRUNING else ""
+
+
+def variant(config: Mapping[str, Any], *, usual_rounds: int) -> tuple[str, ...]:
+    """Say in which ways a row differs from the others of its method, beside the knob."""
+    algorithm = config["algorithm"]
+    said = {
+        "server's statistics": algorithm == "fedtiny" and config["fedtiny_selection"] == "vanilla",
+        "fixed masks": algorithm == "fedtiny" and config["swap_fraction"] == 0,
+        "just as many": algorithm == "mpfl" and config["consensus"] == "top_k",
+        f"{config['rounds']} rounds": config["rounds"] != usual_rounds,
+    }
+    return tuple(words for words, holds in said.items() if holds)
 
 
 def accuracy(point: Point | None, num_seeds: int) -> str:
@@ -226,61 +235,33 @@ def table(rows: Sequence[Row], *, sweep: str = DEFAULT) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def look(algorithm: str) -> tuple[str, str]:
-    """Choose a method's colour and marker, which no other has together."""
-    for colour, names in _COLOURS.items():
-        if algorithm in names.split():
-            return colour, _MARKERS[names.split().index(algorithm)]
-    raise ValueError(f"no colour is set for {algorithm!r}.")
-
-
-def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Draw accuracy against the MiB of a whole run, one panel a partition; write an SVG file.
-
-    The ground is white, so that it reads on dark pages, too.
-    """
-    figure = Figure(figsize=(11, 7.5), layout="constrained", facecolor="white")
-    FigureCanvasSVG(figure)
-    partitions = rows[0].partitions
-    usual = rows[0].config["model"]
-    panels = figure.subplots(1, len(partitions), sharey=True, squeeze=False)[0]
-    for axes, partition in zip(panels, partitions, strict=True):
-        lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for row in rows:
-            if (point := row.points.get(partition)) is not None:
-                key = (str(row.config["algorithm"]), str(row.config["model"]))
-                place = (point.up + point.down, 100 * comparison.mean([*point.accuracies.values()]))
-                lines.setdefault(key, []).append(place)
-        for (algorithm, model), places in lines.items():
-            colour, marker = look(algorithm)
-            axes.plot(
-                *zip(*sorted(places), strict=True),
-                color=colour,
-                marker=marker,
-                markerfacecolor=colour if model == usual else "white",
-                markersize=6,
-                linewidth=0.8,
-                linestyle="-" if model == usual else ":",
-                label=algorithm if model == usual else f"{algorithm}, {model}",
-            )
-        axes.set(xscale="log", title=TITLES[partition], xlabel="MiB sent, both ways, all clients")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test accuracy of the last ten rounds, per cent")
-    known = [axes.get_legend_handles_labels() for axes in panels]
-    figure.legend(
-        *max(known, key=lambda one: len(one[1])), loc="outside lower center", ncols=4, fontsize=8
-    )
-    figure.savefig(path, metadata={"Date": None})
-
-
 def write(rows: Sequence[Row], folder: pathlib.Path, *, sweep: str = DEFAULT) -> str:
     """Write table and picture of what there is; return the table."""
-    text = f"{NOTES}\n{table(rows, sweep=sweep)}"
+    text = f"{NOTES[sweep]}\n{table(rows, sweep=sweep)}"
     if found := claims.table(rows, claims.CLAIMS[sweep], TITLES):
         text += f"\n{found}"
     (folder / TABLE).write_text(text, encoding="utf-8")
-    picture(rows, folder / PICTURE)
+    picture.draw([_series(row, usual=rows[0].config) for row in rows], TITLES, folder / PICTURE)
     return text
+
+
+def _series(row: Row, *, usual: Mapping[str, Any]) -> picture.Place:
+    """Say where a row's points lie in the picture, and how they look."""
+    algorithm, model = str(row.config["algorithm"]), str(row.config["model"])
+    words = [model] if model != usual["model"] else []
+    words += variant(row.config, usual_rounds=usual["rounds"])
+    return picture.Place(
+        algorithm=algorithm,
+        variant=", ".join(words),
+        points={
+            name: (
+                point.up + point.down,
+                100 * comparison.mean([*point.accuracies.values()]),
+                100 * comparison.deviation([*point.accuracies.values()]),
+            )
+            for name, point in row.points.items()
+        },
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ import typing
 
 import pytest
 
-from benchmarks import claims
+from benchmarks import claims, picture
 from benchmarks import methods as benchmark
 from fedjaxprune.experiment import methods, record, sweeps
 from tests.folders import line, write
@@ -70,7 +70,7 @@ def test_every_row_has_its_members_alone_and_every_method_a_look_of_its_own(swee
         assert len(configs) == 6, name
         knobs = {benchmark.knob(c.model_dump(), usual_rounds=40) for c in configs}
         assert len({(c.algorithm, c.model) for c in configs}) == len(knobs) == 1
-    looks = [benchmark.look(name) for name in typing.get_args(methods.Name)]
+    looks = [picture.look(name) for name in typing.get_args(methods.Name)]
     assert len(set(looks)) == len(looks)
 
 
