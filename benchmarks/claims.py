@@ -39,7 +39,9 @@ _FILTERS = (0.5, 0.8, 0.9)
 _STARTS = (0.9, 0.95, 0.99)
 _TINY = "fedtiny-resnet8{}-swap-fraction-0.0-sparsity-{{}}"
 _START = _TINY.format("")
-_FIXED = "{}-masks-resnet8-layer-sparsity-uniform-but-first-mask-start-trained-sparsity-{{}}"
+_ONE_CLIENT = (
+    "one-client-masks-resnet8-layer-sparsity-uniform-but-first-mask-start-trained-sparsity-{}"
+)
 _DYNAMIC = "adaptive-dynamic-pruning{}-gated-resnet8-gate-density-{}"
 _GATED = "squeeze-excitation{}-gated-resnet8"
 _BY_FILTER = "-lenet5-drops-channels-sparsity-{}"
@@ -124,8 +126,7 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
             "random-masks-lenet5-sparsity-{}",
             (0.3, 0.5),
         ),
-        *_each("FedTiny's start, one client's mask", _START, _FIXED.format("one-client"), _STARTS),
-        *_each("FedTiny's start, the server's mask", _START, _FIXED.format("magnitude"), _STARTS),
+        *_each("FedTiny's start, one client's mask", _START, _ONE_CLIENT, _STARTS),
         *_each(
             "FedTiny's start, chosen under the server's statistics",
             _START,
