@@ -53,13 +53,6 @@ def all_finite(tree: Any) -> jax.Array:
     return finite
 
 
-def any_nonzero(tree: Any) -> jax.Array:
-    """Tell whether any entry of a tree is not zero; a NaN is not."""
-    return functools.reduce(
-        jnp.logical_or, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)], jnp.bool_(False)
-    )
-
-
 def count(marks: jax.Array) -> jax.Array:
     """Count the True entries of a leaf: ``[]`` int32.
 
