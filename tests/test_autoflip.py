@@ -14,6 +14,7 @@ from fedjaxprune import masks, metrics, trees
 from fedjaxprune.algorithms import autoflip, compose
 from fedjaxprune.base import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
 from fedjaxprune.channels import groups as channel_groups
+from fedjaxprune.channels.groups import Group, Member
 from fedjaxprune.costs import flop_formulas, flops, formulas
 from fedjaxprune.experiment import catalog, cohorts, costs_record
 from fedjaxprune.experiment.config import RunConfig, UserError
@@ -316,6 +317,30 @@ def test_a_client_votes_for_its_own_share_of_the_live_weights():
     assert jax.tree.map(lambda leaf: leaf.tolist(), given) == {"a": [1, 1, 1, 1], "b": [0, 1, 1, 1]}
 
 
+@pytest.mark.parametrize("values", [[0, 0, 0, 0, 0, 0, 5, 9], [9, 5, 0, 0, 0, 0, 0, 0]])
+def test_a_client_gives_no_vote_to_some_of_those_that_tie(values):
+    given = guidance.votes(
+        {"w": jnp.array(values, jnp.float32)},
+        {"w": jnp.ones(8, jnp.bool_)},
+        sparsity=0.3,  # six votes at most, of which four would be for weights that it never moved
+        scale=guidance.min_max,
+        prunable=lambda path, leaf: True,
+    )
+    np.testing.assert_array_equal(given["w"], [float(value > 0) for value in values])
+
+
+def test_a_client_that_leaves_nothing_out_votes_for_all():
+    everything = {"w": jnp.array([3.0, 1.0, 1.0]), "still": jnp.zeros(2)}
+    given = guidance.votes(
+        everything,
+        jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.bool_), everything),
+        sparsity=0.0,
+        scale=guidance.min_max,
+        prunable=lambda path, leaf: True,
+    )
+    assert all(np.all(leaf == 1.0) for leaf in jax.tree.leaves(given))
+
+
 def test_agreement_multiplies_the_guidance_or_decides_alone():
     agreement = {"a": jnp.array([1.0, 0.4, 1.0, 1.0]), "b": jnp.array([1.0, 1.0, 0.5, 0.25])}
     # a: 0, .4, .5, .25; b: 0, 1/3, 1/2, 1/6
@@ -407,6 +432,21 @@ def test_channels_that_lose_their_inputs_go_but_never_more_than_half():
     np.testing.assert_array_equal(fewer["dense"]["bias"], [True, True, True, False])
     none = thinning.thinned(live, [UNITS], threshold=0.1, most=0.5)
     chex.assert_trees_all_equal(none, live)
+
+
+@pytest.mark.parametrize(("live", "fan_in"), [(60, 200), (240, 800)])
+@pytest.mark.parametrize("how", [jax.jit, lambda function: function])
+def test_a_channel_that_keeps_just_its_share_stays(live, fan_in, how):
+    """Compiled, a division by a constant is a product with its rounded reciprocal."""
+    places = np.arange(2)[:, None]
+    group = Group(size=2, members=(Member("a/kernel", 1, places, "filter"),), leaks=(), mixes=())
+    for missing, wanted in ((0, live), (1, 0)):
+        kernel = np.zeros((fan_in, 2), bool)
+        kernel[: live - missing, 0] = True
+        kernel[: fan_in // 2, 1] = True
+        thin = functools.partial(thinning.thinned, groups=[group], threshold=0.3, most=0.5)
+        found = how(thin)({"a": {"kernel": jnp.asarray(kernel)}})["a"]["kernel"]
+        np.testing.assert_array_equal(found.sum(axis=0), [wanted, fan_in // 2])
 
 
 def test_the_mask_with_channels_is_the_mask_without_them_thinned():

@@ -14,7 +14,8 @@ from fedjaxprune import masks, trees
 from fedjaxprune.algorithms import compose, fedtiny, stages
 from fedjaxprune.base import Broadcast, Message, PrunerInputs, client_data
 from fedjaxprune.costs import formulas
-from fedjaxprune.experiment import costs_record
+from fedjaxprune.experiment import catalog, costs_record
+from fedjaxprune.experiment.config import RunConfig
 from fedjaxprune.federated import calibration, clients, pairs, participation
 from fedjaxprune.models import adapters, layers, order, vgg, zoo
 from fedjaxprune.pruning import pools, readjustment, schedules
@@ -570,6 +571,12 @@ def test_dense_candidates_are_sent_though_their_masks_are_full():
 def test_wrong_options_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny(**options)
+
+
+def test_without_exchanges_their_period_decides_nothing():
+    settings = {"num_clients": 6, "cohort_size": 2, "rounds": 2, "prune_every": 500}
+    parts = catalog.build(RunConfig(**settings, algorithm="fedtiny", swap_fraction=0.0))
+    assert [stage.name for stage in parts.algorithm.stages][-1] == "train"
 
 
 def test_what_the_network_lacks_is_said_before_anything_runs():

@@ -137,14 +137,6 @@ def fedtiny(
         raise ValueError(f"pool_size must be at least 1, got {num_candidates}.")
 
     # Training is an ordinary method: what precedes it only decides its start.
-    num_swapped = readjustment.amounts(
-        fraction=readjustment.cosine_decay(initial=swap_fraction, until=until),
-        period=period,
-        until=until,
-        blocks=blocks,
-        order=order,
-        prunable=prunable,
-    )
     swaps = swap_fraction > 0.0
     client = clients.local_sgd(
         model.loss,
@@ -154,13 +146,23 @@ def fedtiny(
         report_grads=readjustment.due(period=period, until=until) if swaps else None,
         report_steps=clients.last_step if swaps else None,
     )
-    if swaps:
+    pruner = None
+    if swaps:  # else period, until and order decide nothing
+        num_swapped = readjustment.amounts(
+            fraction=readjustment.cosine_decay(initial=swap_fraction, until=until),
+            period=period,
+            until=until,
+            blocks=blocks,
+            order=order,
+            prunable=prunable,
+        )
         client = pairs.top_gradients(client, num_pairs=num_swapped)
+        pruner = readjustment.exchange(num_swapped)
     equally = {"grads": aggregators.total()} if gradient_weights == "clients" else {}
     training = compose(
         setup,
         client=client,
-        pruner=readjustment.exchange(num_swapped) if swaps else None,
+        pruner=pruner,
         prunable=prunable,
         aggregators=equally,
         sent_as={"grads": "pairs"},

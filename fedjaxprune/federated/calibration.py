@@ -51,7 +51,8 @@ def statistics(loss: Any, *, batcher: Batcher, is_statistic: StatisticFn = norma
     """Measure the normalisation statistics of a model on a client's data, exactly, in one pass.
 
     They are the means over the batches, weighted by their examples, of the batches' means and
-    variances, which is what a running average of momentum ``1 / i`` comes to. The model shows them
+    variances; a running average of momentum ``1 / i`` comes to the same where batches are equally
+    large. The model shows them
     only as moving averages; so each batch is seen from statistics of zero, and how much of the old
     a step keeps is measured once, at the first batch.
 

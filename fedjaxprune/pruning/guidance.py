@@ -75,7 +75,9 @@ def votes(
     """Let one client vote for the live weights that it would keep by its own deviations.
 
     These are its highest-scoring share ``1 - sparsity`` of the live prunable weights of the whole
-    model, after its own scaling of each leaf.
+    model, after its own scaling of each leaf: at most ``size - round(sparsity * size)`` of them.
+    Weights that tie with the best one left out get no vote, or clients would agree on those that
+    they never moved, by their place in the array.
 
     Args:
       deviations: of one client.
@@ -95,7 +97,12 @@ def votes(
     with jax.enable_x64(True):
         size = num_live.astype(jnp.float64)
         num_kept = (size - jnp.round(sparsity * size)).astype(jnp.int32)
-    kept = iter(ranking.tree_top_k(ranked, num_kept))
+    best = ranking.tree_top_k(ranked, num_kept)
+    order = [ranking.order_keys(leaf) for leaf in ranked]
+    left_out = jnp.uint32(0)  # below all that is live
+    for keys, chosen in zip(order, best, strict=True):
+        left_out = jnp.maximum(left_out, jnp.max(jnp.where(chosen, jnp.uint32(0), keys), initial=0))
+    kept = (chosen & (keys > left_out) for keys, chosen in zip(order, best, strict=True))
     given = [
         next(kept).astype(jnp.float32) if flag else jnp.ones(leaf.shape, jnp.float32)
         for leaf, flag in zip(leaves, flags, strict=True)
