@@ -16,6 +16,8 @@ TRAINED = "trained"
 # Reports ``[C, T, L]`` int32, in stages in which nothing is trained: entries per leaf of the T
 # models that each client passes its examples through, forward alone, or for the gradient too.
 LOOKED, DIFFERENTIATED = "looked", "differentiated"
+# A report ``[C, layers]`` float32, the same for all: how far voters agreed on each layer's filters.
+AGREEMENT = "agreement"
 # Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
 # of them, pruned ones included: ``[]``, or ``[L]`` where it differs by leaf.
 DENSE_GRADIENT = "dense_gradient"

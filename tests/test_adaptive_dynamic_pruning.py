@@ -17,7 +17,15 @@ from fedjaxprune.algorithms import compose, fedavg, feddp_threshold, simulation
 from fedjaxprune.base import Broadcast, Population, client_data
 from fedjaxprune.costs import flops
 from fedjaxprune.experiment import costs_record, evaluation
-from fedjaxprune.federated import aggregators, clients, participation, personal, salience
+from fedjaxprune.federated import (
+    aggregators,
+    clients,
+    participation,
+    personal,
+    salience,
+    servers,
+    uplink,
+)
 from fedjaxprune.models import adapters, gated, layers, pooling, resnet, vgg
 from tests import quadratic, resuming
 
@@ -539,6 +547,31 @@ def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_
         assert not np.any(ends["all"][layer]["kernel"])
         np.testing.assert_array_equal(ends["all"][layer]["bias"], ends["fedavg"][layer]["bias"])
     assert metrics.value(sparsity["all"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({"server": servers.fedavg(learning_rate=0.5)}, 0.5),  # half of the way to zero
+        ({"uplink": uplink.top_k(fraction=0.02)}, 1.0),  # of nearly all, nobody sent anything
+    ],
+)
+def test_zeros_of_the_clients_are_the_servers_where_its_step_leads_there(changes, share):
+    algorithm = feddp_threshold.feddp_threshold(
+        quadratic.MODEL,
+        setup_of_points(**changes),
+        num_epochs=1,
+        threshold=9.0,
+        prunable=masks.kernels,
+    )
+    state, _, _ = jax.jit(algorithm.stages[0].round)(
+        KEY,
+        algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)}),
+        quadratic.cohort(algorithm, [0, 1, 3]),
+        quadratic.population(),
+    )
+    before, after = quadratic.PARAMS["dense"]["kernel"], state.params["dense"]["kernel"]
+    assert np.sum(np.isclose(after, share * before, rtol=1e-5)) >= before.size - 3
 
 
 def test_layers_count_alike_in_the_sparsity_of_the_threshold():

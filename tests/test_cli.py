@@ -422,10 +422,11 @@ def test_list_names_everything(capsys):
     for name, words in {
         "fedtiny": "2212.01977) settings: sparsity, prune_every, pretrain_epochs, pool_size, "
         "fedtiny_selection, development_share, swap_fraction, prune_until needs: BatchNorm "
-        "(resnets, vgg11_bn, vgg16_bn), examples at the server (server_share) random_masks",
+        "(resnets, vgg11_bn, vgg16_bn, gated networks), examples at the server (server_share) "
+        "network by default: resnet8 random_masks",
         "autoflip": "2405.10271) settings: sparsity, development_share, explore_epochs,",
         "mpfl": "2312.03889) settings: sparsity, pretrain_epochs, mask_iterations, filter_factor, "
-        "consensus, votes, start_rounds, drops needs: convolutions random_filters",
+        "consensus, votes, start_rounds, drops needs: convolutions network by default: resnet8",
         "adaptive_dynamic_pruning": "2106.06921) settings: gate_warm_up, gate_gradient, "
         "gate_upload, gates, gate_density needs: gates (gated_resnet8, gated_resnet32,",
         "feddip": "2309.06805) settings: sparsity, initial_sparsity, prune_every, max_penalty,",

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from fedjaxprune import trees
-from fedjaxprune.experiment import catalog, cohorts, methods, reading, runner
+from fedjaxprune.experiment import catalog, chunk_trial, cohorts, methods, reading, runner
 from fedjaxprune.experiment.config import RunConfig, UserError
-from fedjaxprune.experiment.validation import alternatives
+from fedjaxprune.experiment.validation import alternatives, validate
 
 SMALL = {"rounds": 3, "num_clients": 6, "cohort_size": 2, "local_steps": 1, "algorithm": "fedavg"}
 
@@ -94,6 +94,56 @@ def test_fedtiny_says_why_it_cannot_run(changes, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         catalog.build(RunConfig(**{**SMALL, "algorithm": "fedtiny", **changes}))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"algorithm": "mpfl", "model": "mlp"}, "no filters to prune"),
+        ({"algorithm": "fedtiny", "model": "mlp"}, "take one with BatchNorm"),
+        ({"algorithm": "feddp_threshold", "model": "mlp"}, "the network has none"),
+    ],
+)
+def test_what_cannot_run_is_said_before_the_trial_of_chunk_sizes_compiles(
+    changes, sentence, monkeypatch
+):
+    def trial(*arguments, **options):
+        pytest.fail("the trial came first")
+
+    monkeypatch.setattr(chunk_trial, "choose", trial)
+    config = RunConfig(**{**SMALL, "rounds": 2000, "chunk_size": "auto", **changes})
+    with pytest.raises(UserError, match=sentence):
+        catalog.build(config, warn=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"algorithm": "feddip"}, "sparsity must leave at least one of the 33800 prunable weights"),
+        ({"algorithm": "random_masks", "layer_sparsity": "whole_model"}, "at least one of the"),
+        (
+            {"algorithm": "random_masks", "sparsity": 0.9997},
+            "at least one of the 1000 weights of .*, or nothing passes; got 0.9997 with",
+        ),
+    ],
+)
+def test_a_sparsity_that_leaves_nothing_is_one_sentence(changes, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        catalog.build(RunConfig(**{**SMALL, "sparsity": 0.99999, **changes}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("algorithm", ["adaptive_dynamic_pruning", "random_channels"])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"norm": "group"}, "norm must be 'batch' for .*, as statistics of a group"),
+        ({"aggregator": "median"}, "aggregator must be 'weighted_mean' for .* 'salient'"),
+    ],
+)
+def test_gates_that_close_channels_refuse_what_would_open_them(algorithm, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        validate({**SMALL, "algorithm": algorithm, **changes})
 
 
 def test_the_first_convolution_can_be_kept_whole_under_fixed_masks():

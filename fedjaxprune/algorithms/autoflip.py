@@ -13,7 +13,8 @@ We follow the papers where the authors' public code differs from them: explorers
 from the initial weights (there from those after the last client's first epoch), training starts
 from the initial weights (there from the explored ones, which is a warm start that FedAvg does not
 get: see `explored_start`), and the mask holds in every local step (there it is never found by the
-clients). Biases and normalisation are not pruned by themselves, and every leaf keeps a weight.
+clients). Biases and normalisation are not pruned by themselves, and every leaf keeps a weight,
+unless its only ones go with a channel.
 
 References:
   Internò et al., `Pruning Federated Models through Loss Landscape Analysis and Client Agreement

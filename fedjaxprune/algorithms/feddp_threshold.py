@@ -21,6 +21,7 @@ from fedjaxprune.base import Algorithm, Client, Model, Params, PrunableFn, Stage
 from fedjaxprune.federated import clients
 
 SPARSITY, _ZEROS = "layer_sparsity", "zeros"  # of the training metrics
+_ROUNDING = 1e-4  # of a weight: more than the sum of a cohort's deltas is rounded by
 
 
 def convolutions(path: str, leaf: jax.Array) -> bool:
@@ -130,10 +131,11 @@ def _measured(inner: Client, prunable: PrunableFn) -> Client:
 
 
 def _counted(stage: Stage, prunable: PrunableFn) -> Stage:
-    """Make zero what every client made zero, and report what is not, as no masks tell.
+    """Make zero what comes to zero but for rounding, and report what is not, as no masks tell.
 
-    The mean of models is zero there; the mean of deltas, from which the server gets it, is so but
-    for rounding.
+    Where every client made a weight zero the mean of models is zero; the mean of deltas, from which
+    the server gets it, leaves a rest of rounding. A server that takes another step than the mean,
+    or deltas that did not travel whole, lead elsewhere, and there the weight stays.
     """
 
     def round_fn(key, state, cohort, population):
@@ -141,13 +143,14 @@ def _counted(stage: Stage, prunable: PrunableFn) -> Stage:
         train = dict(metrics.train)
         counts, heard = iter(train.pop(_ZEROS)), train[SPARSITY].weight
 
-        def leaf(path, value):
+        def leaf(path, value, before):
             if not prunable(path, value):
                 return value
             agreed = (next(counts).astype(jnp.float32) >= heard) & (heard > 0)
-            return jnp.where(agreed, jnp.zeros_like(value), value)
+            rest = jnp.abs(value) <= _ROUNDING * jnp.abs(before)
+            return jnp.where(agreed & rest, jnp.zeros_like(value), value)
 
-        params = trees.map_with_path(leaf, after.params)
+        params = trees.map_with_path(leaf, after.params, state.params)
         live = jax.tree.map(lambda value: value != 0, params)
         reported = metrics._replace(train=train, kept=masks_lib.num_kept(live))
         return after._replace(params=params), rows, reported

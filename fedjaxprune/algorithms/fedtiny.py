@@ -174,7 +174,7 @@ def fedtiny(
         if not statistics:
             raise ValueError(
                 "FedTiny chooses its start by BatchNorm statistics, but the network has none: "
-                "take one with BatchNorm."
+                "take one with BatchNorm, such as a ResNet."
             )
         sizes, _ = _share(params, density, prunable)
         blocks(_paths(params, prunable))  # complains if layers do not fit

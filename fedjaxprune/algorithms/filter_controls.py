@@ -1,7 +1,8 @@
 """Controls of MPFL: filters chosen without a vote, and then the same training.
 
 The mask of each layer keeps exactly ``F - round(sparsity * F)`` filters, as MPFL's does under
-``consensus.top_k``; so masks can be compared at equal sparsity, layer by layer.
+``consensus.top_k``; so masks can be compared at equal sparsity, layer by layer. With a `factor` it
+keeps as many as this leaves.
 
 References:
   Gez and Cohen, `MPFL <https://arxiv.org/abs/2312.03889>`_, 2023, whose public code compares its

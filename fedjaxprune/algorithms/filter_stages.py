@@ -13,7 +13,7 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.accounts import TRAINED, Field, ModelledBits
+from fedjaxprune.accounts import AGREEMENT, TRAINED, Field, ModelledBits
 from fedjaxprune.algorithms import stages
 from fedjaxprune.algorithms.compose import Setup, compose
 from fedjaxprune.algorithms.filter_masks import FilterState, Plan, is_over
@@ -124,10 +124,13 @@ def exchange(
             cohort._replace(present=cohort.present & ~over),
             population,
         )
-        trained = masks_lib.num_kept(state.masks)[None]
+        reports = {TRAINED: masks_lib.num_kept(state.masks)}
+        if upload == "masks":
+            reports[AGREEMENT] = trees.take(after.method.agreement, state.round)
+        num_slots = cohort.present.shape[0]
         sent = metrics.sent._replace(
             client_ids=jnp.where(over, -1, cohort.client_ids),  # then nobody is reached
-            reports={TRAINED: jnp.repeat(trained, cohort.present.shape[0], axis=0)},
+            reports={n: jnp.repeat(one[None], num_slots, axis=0) for n, one in reports.items()},
         )
         heard_of = jnp.where(metrics.num_present > 0, after.mask_version, state.mask_version)
         return after._replace(mask_version=heard_of), rows, metrics._replace(sent=sent)

@@ -2,8 +2,8 @@
 
 Every local step follows ``g - c_i + c``: the client's own control variate goes, the server's comes.
 Afterwards ``c_i`` becomes the mean of the plain gradients ``g`` over the local steps, which for SGD
-without momentum is the paper's option II, ``c_i - c + (x - y_i) / (K lr)``, and needs no
-learning rate. So it goes with any local optimiser.
+without momentum and weight decay is the paper's option II, ``c_i - c + (x - y_i) / (K lr)``, and
+needs no learning rate. So it goes with any local optimiser. A decay is not part of ``g``.
 
 We differ from the paper in that clients weigh by their numbers of examples, as everywhere here: the
 server's ``c`` is at all times the mean of all clients' ``c_i``, weighted by examples (clients that

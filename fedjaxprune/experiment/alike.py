@@ -25,7 +25,6 @@ SEED = "seed"
 _DIP = ("feddip", "feddip_without_penalty")
 _ITERATIVE = ("mpfl", "pooled_filters", "averaged_filters")
 _TRAINED = ("fedtiny", "magnitude_masks", "one_client_masks", "pooled_masks", *_ITERATIVE)
-_STEERED = ("adaptive_dynamic_pruning", "random_channels")
 _OF_METHODS: Mapping[str, tuple[str, ...]] = {
     "sparsity": methods.PRUNING,
     "initial_sparsity": methods.GRADUAL,
@@ -59,7 +58,7 @@ _OF_METHODS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("mask_iterations", "filter_factor"), _ITERATIVE),
     **dict.fromkeys(("consensus", "votes"), ("mpfl",)),
     **dict.fromkeys(("start_rounds", "drops"), methods.BY_FILTER),
-    **dict.fromkeys(("gate_warm_up", "gate_gradient", "gate_upload", "gates"), _STEERED),
+    **dict.fromkeys(("gate_warm_up", "gate_gradient", "gate_upload", "gates"), methods.STEERED),
     "weight_threshold": ("feddp_threshold",),
 }
 _LISTED = (
@@ -95,7 +94,7 @@ _OF_PARTS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
 def knobs(algorithm: str) -> tuple[str, ...]:
     """List the settings that are a method's own."""
     own = [name for name, methods_of in _OF_METHODS.items() if algorithm in methods_of]
-    return (*own, *(["gate_density"] if algorithm in _STEERED else []))
+    return (*own, *(["gate_density"] if algorithm in methods.STEERED else []))
 
 
 def matters(name: str, config: Mapping[str, Any]) -> bool:

@@ -1,7 +1,8 @@
 """From names to functions: the one place where the config's words become components."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -103,46 +104,6 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, recipes.Given], Algo
     **explore_recipes.ALGORITHMS,
     **filter_recipes.ALGORITHMS,
     **gated_recipes.ALGORITHMS,
-}
-
-SUMMARIES: Mapping[str, str] = {
-    "fedavg": "federated averaging, dense (McMahan et al., arXiv 1602.05629)",
-    "fedprox": "FedAvg with a proximal term (Li et al., arXiv 1812.06127)",
-    "scaffold": "FedAvg with control variates (Karimireddy et al., arXiv 1910.06378)",
-    "fednova": "FedAvg that averages per local step (Wang et al., arXiv 2007.07481)",
-    "feddip": "extreme dynamic pruning with an incremental penalty (Long et al., arXiv 2309.06805)",
-    "feddip_without_penalty": "FedDIP's ablation: pruning alone",
-    "feddip_without_pruning": "FedDIP's ablation: penalty alone",
-    "fedtiny": "sparse start chosen by BatchNorm statistics, then block-wise exchange "
-    "(Huang et al., arXiv 2212.01977)",
-    "random_masks": "control: FedAvg under random masks",
-    "magnitude_masks": "control: one-shot magnitude masks after training at the server",
-    "one_client_masks": "control: magnitude masks that one client's data decide",
-    "pooled_masks": "control: magnitude masks that the data of all decide",
-    "snip_masks": "control: connection sensitivity at the server (Lee et al., arXiv 1810.02340)",
-    "snip_masks_of_clients": "control: connection sensitivity averaged over clients",
-    "gradual_magnitude": "control: magnitude pruning along a cubic curve "
-    "(Zhu and Gupta, arXiv 1710.01878)",
-    **explore_recipes.SUMMARIES,
-    **filter_recipes.SUMMARIES,
-    "mlp": "two hidden layers; any input",
-    "lenet5": "two convolutions, three dense layers",
-    "cnn": "two 5x5 convolutions, 512 hidden units",
-    "two_cnn": "two 5x5 convolutions averaged to 7x7, 512 hidden units (AutoFLIP)",
-    "femnist_cnn": "the same, twice as wide, 2,048 hidden units and dropout (AutoFLIP)",
-    "pooled_cnn": "three 3x3 convolutions, 128 hidden units (FedTiny's small dense network)",
-    "alexnet": "CIFAR form, 23 million weights (FedDIP)",
-    "vgg11": "8 convolutions without normalisation, 9.2 million weights",
-    "vgg11_bn": "8 convolutions with normalisation, 9.2 million weights",
-    "vgg16_bn": "13 convolutions with normalisation, 14.7 million weights",
-    "resnet8": "CIFAR form, 75 thousand weights",
-    "resnet18": "CIFAR form, 11 million weights",
-    "resnet20": "CIFAR form, 0.27 million weights",
-    "resnet32": "CIFAR form, 0.46 million weights",
-    "resnet34": "CIFAR form, 21 million weights",
-    "resnet50": "CIFAR form, bottlenecks, 24 million weights",
-    **gated_recipes.SUMMARIES,
-    "char_lstm": "two LSTM layers of 256 over characters; sequences of tokens",
 }
 
 PARTITIONS: Mapping[str, Callable[[RunConfig, np.random.Generator, Any], list[Any]]] = {
@@ -255,39 +216,53 @@ def build(config: RunConfig, *, warn: chunking.WarnFn | None = None) -> runner.P
     _check_sizes(config, sizes)
     train_fn, test_fn = _preprocess(dataset, config)
     model = _model(config, dataset, test_fn)
+    if complaint := recipes.emptied(config, model):
+        raise UserError(complaint)
     given = recipes.Given(held=held, input_shape=dataset.image_shape, train=train_fn, test=test_fn)
     population = partitions.population(dataset.train, parts)
-    chunk = None
+    test = TestSet(
+        inputs=jnp.asarray(dataset.test["inputs"]), labels=jnp.asarray(dataset.test["labels"])
+    )
+
+    def assemble(config: RunConfig, chunk: chunking.Choice | None) -> runner.Parts:
+        algorithm = _algorithm(config, model, given)
+        return runner.Parts(
+            model=model,
+            algorithm=algorithm,
+            population=population,
+            test=test,
+            preprocess=test_fn,
+            advance=tuple(
+                simulation.advance(stage, cohorts.draw(config, sizes, stage=stage.name))
+                for stage in algorithm.stages
+            ),
+            prunable=recipes.reported(config),
+            mesh=_mesh(config),
+            chunk=chunk,
+        )
+
+    built = assemble(config, None)
     if config.chunk_size == "auto" and warn is not None:
+        with _refusals(config):  # before the trial compiles anything
+            runner.check_start(built)
         batcher, mesh = _batcher(config, train_fn), _mesh(config)
         chunk = chunk_trial.choose(config, model, batcher, population, mesh=mesh, warn=warn)
-        config = config.model_copy(update={"chunk_size": chunk.size})
-    algorithm = _algorithm(config, model, given)
-    built = runner.Parts(
-        model=model,
-        algorithm=algorithm,
-        population=population,
-        test=TestSet(
-            inputs=jnp.asarray(dataset.test["inputs"]),
-            labels=jnp.asarray(dataset.test["labels"]),
-        ),
-        preprocess=test_fn,
-        advance=tuple(
-            simulation.advance(stage, cohorts.draw(config, sizes, stage=stage.name))
-            for stage in algorithm.stages
-        ),
-        prunable=recipes.reported(config),
-        mesh=_mesh(config),
-        chunk=chunk,
-    )
-    try:
+        built = assemble(config.model_copy(update={"chunk_size": chunk.size}), chunk)
+    with _refusals(config):
         runner.check(built)
+    return built
+
+
+@contextlib.contextmanager
+def _refusals(config: RunConfig) -> Iterator[None]:
+    """Turn what components say of settings that do not fit into one sentence."""
+    try:
+        yield
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(
             f"the settings do not make a round of {config.algorithm!r} with {config.model!r} on "
             f"{config.dataset!r}: {_first_line(error)}"
         ) from None
-    return built
 
 
 def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -161,15 +161,15 @@ def list_(data_dir: str | None) -> None:
     """List algorithms, models, data sets and presets."""
     with launch.jax_set_up():
         from fedjaxprune.data import datasets
-        from fedjaxprune.experiment import catalog
+        from fedjaxprune.experiment import catalog, summaries
 
         if data_dir == "":
             raise UserError("data_dir must be a text that is not empty, got ''.")
         prepared = datasets.prepared(data_dir)
         searched, named_by = datasets.folder_of(data_dir)
     names = {
-        "algorithms": {name: catalog.SUMMARIES[name] for name in catalog.ALGORITHMS},
-        "models": {name: catalog.SUMMARIES[name] for name in catalog.MODELS},
+        "algorithms": {name: summaries.SUMMARIES[name] for name in catalog.ALGORITHMS},
+        "models": {name: summaries.SUMMARIES[name] for name in catalog.MODELS},
         f"data sets (prepared ones from {searched}, {named_by})": {
             "digits": "8x8 scanned digits inside scikit-learn; no download",
             **{name: "prepared TFDS set" for name in prepared if name != "digits"},
@@ -189,8 +189,12 @@ def list_(data_dir: str | None) -> None:
 
 
 def _details(algorithm: str) -> list[str]:
-    """Say which settings are a method's own, and what it needs."""
-    parts = {"settings": ", ".join(alike.knobs(algorithm)), "needs": methods.needs(algorithm)}
+    """Say which settings are a method's own, what it needs, and what it gets."""
+    parts = {
+        "settings": ", ".join(alike.knobs(algorithm)),
+        "needs": methods.needs(algorithm),
+        "network by default": methods.default_network({"algorithm": algorithm}),
+    }
     return [f"{name}: {text}" for name, text in parts.items() if text]
 
 

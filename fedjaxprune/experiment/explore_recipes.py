@@ -104,5 +104,5 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] 
 SUMMARIES: Mapping[str, str] = {
     "autoflip": "prune what no client had to move while exploring alone, then FedAvg (Internò et "
     "al., arXiv 2405.10271)",
-    "explored_start": "its control: FedAvg from the mean of the explored models",
+    "explored_start": "AutoFLIP's control: FedAvg from the mean of the explored models",
 }

@@ -88,7 +88,7 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] 
 }
 SUMMARIES: Mapping[str, str] = {
     "mpfl": "clients vote on filters, then train what stays (Gez and Cohen, arXiv 2312.03889)",
-    "random_filters": "its control: filters drawn at random",
-    "pooled_filters": "its control: filters that the data of all decide",
-    "averaged_filters": "its control: filters that averaged weights decide",
+    "random_filters": "MPFL's control: filters drawn at random",
+    "pooled_filters": "MPFL's control: filters that the data of all decide",
+    "averaged_filters": "MPFL's control: filters that averaged weights decide",
 }

@@ -77,9 +77,10 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] 
 }
 SUMMARIES: Mapping[str, str] = {
     "adaptive_dynamic_pruning": "channels chosen for every example (Yu et al., arXiv 2106.06921)",
-    "squeeze_excitation": "its reference: all channels open, nothing pruned",
-    "random_channels": "its control: channels drawn for every example",
-    "feddp_threshold": "its authors' second code: small weights become zero after each epoch",
+    "squeeze_excitation": "adaptive dynamic pruning's reference: all channels open, FedAvg",
+    "random_channels": "adaptive dynamic pruning's control: channels drawn for every example",
+    "feddp_threshold": "small weights become zero after each epoch (the second public code of "
+    "Yu et al., arXiv 2106.06921)",
     "gated_resnet8": "resnet8 whose layers choose their channels for every example",
     "gated_resnet32": "resnet32 whose layers choose their channels for every example",
     "gated_vgg16": "vgg16_bn whose layers choose their channels for every example",

@@ -68,6 +68,7 @@ BY_FILTER = ("mpfl", "random_filters", "pooled_filters", "averaged_filters")
 PRUNING = (*GRADUAL, *FIXED, *BY_FILTER, "autoflip", "fedtiny")  # that have a sparsity
 NORMALISED = ("fedtiny",)  # that need BatchNorm
 GATED = ("adaptive_dynamic_pruning", "squeeze_excitation", "random_channels")  # that need gates
+STEERED = ("adaptive_dynamic_pruning", "random_channels")  # whose gates close channels
 GATED_NETWORKS = ("gated_resnet8", "gated_resnet32", "gated_vgg16")
 CONVOLUTIONAL = (*BY_FILTER, "feddp_threshold")  # that need convolutions
 AT_SERVER = ("fedtiny", "magnitude_masks", "snip_masks")  # that need examples at the server
@@ -95,7 +96,7 @@ def default_network(before: dict[str, Any]) -> str:
 def needs(algorithm: str) -> str:
     """Say what a network or the data must have for a method; empty if anything will do."""
     wanted = [
-        (NORMALISED, "BatchNorm (resnets, vgg11_bn, vgg16_bn)"),
+        (NORMALISED, "BatchNorm (resnets, vgg11_bn, vgg16_bn, gated networks)"),
         (GATED, f"gates ({', '.join(GATED_NETWORKS)})"),
         (CONVOLUTIONAL, "convolutions"),
         (AT_SERVER, "examples at the server (server_share)"),
@@ -154,6 +155,17 @@ def complaint(config: Any) -> str | None:
         return (
             f"model must be one of {', '.join(GATED_NETWORKS)} for {name}, which needs gates, "
             f"got {config.model!r}."
+        )
+    if name in STEERED and config.norm != "batch":
+        return (
+            f"norm must be 'batch' for {name}, as statistics of a group run over channels that a "
+            f"gate has closed, got {config.norm!r}."
+        )
+    if name in STEERED and config.gate_upload != "dense" and config.aggregator != "weighted_mean":
+        return (
+            f"aggregator must be 'weighted_mean' for {name} with gate_upload "
+            f"{config.gate_upload!r}, as what a client does not send would count as no change; got "
+            f"{config.aggregator!r}."
         )
     if name in CORRECTED and config.drift not in ("none", name):
         return f"drift must be 'none' or {name!r} for the algorithm {name!r}, got {config.drift!r}."

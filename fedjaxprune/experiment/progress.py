@@ -14,6 +14,7 @@ from fedjaxprune.experiment.record import RoundRecord
 
 NUM_LINES = 20  # plain lines of a whole run, about
 BITS_PER_MIB = 8 * 2**20
+TRAINING = "train"  # the stage that need not be named
 
 
 class Report(NamedTuple):
@@ -44,6 +45,9 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
         shown = f"{100 * accuracy[0]:.2f}%" if accuracy else "-"
         sparsity = f"{100 * line.sparsity:.2f}%"
         return f"loss {_loss(line)} accuracy {shown} sparsity {sparsity}"
+
+    def stage(line: RoundRecord) -> str:
+        return "" if line.stage == TRAINING else f"{line.stage}: "
 
     warned: set[str] = set()
 
@@ -80,7 +84,7 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
         def round_plain(line: RoundRecord) -> None:
             look(line)
             if line.round % stride == 0 or line.round in (1, num_rounds):
-                text = f"round {line.round}/{num_rounds}  {describe(line)}"
+                text = f"round {line.round}/{num_rounds}  {stage(line)}{describe(line)}"
                 console.print(text, soft_wrap=True, highlight=False)
 
         yield Report(start=start_plain, round=round_plain, warn=warn)
@@ -104,7 +108,7 @@ def report(console: Console, errors: Console, *, num_rounds: int) -> Iterator[Re
 
         def round_bar(line: RoundRecord) -> None:
             look(line)
-            bar.update(task, completed=line.round, description=describe(line))
+            bar.update(task, completed=line.round, description=stage(line) + describe(line))
 
         yield Report(start=start_bar, round=round_bar, warn=warn)
 

@@ -75,6 +75,37 @@ def tiny(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorit
     )
 
 
+def emptied(config: RunConfig, model: Model) -> str | None:
+    """Say that a sparsity leaves nothing of the network, or of a layer, so that nothing passes."""
+    if config.algorithm not in (*methods.GRADUAL, *methods.FIXED):
+        return None  # the others keep a weight or a filter of every layer, or say so themselves
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    flags = masks_lib.prunable_leaves(params, reported(config))
+    sizes = {
+        path: size
+        for path, size, flag in zip(trees.paths(params), trees.sizes(params), flags, strict=True)
+        if flag
+    }
+
+    def is_emptied(size: int) -> bool:
+        return size - round(config.sparsity * size) < 1
+
+    if sizes and is_emptied(sum(sizes.values())):
+        return (
+            f"sparsity must leave at least one of the {sum(sizes.values())} prunable weights of "
+            f"{config.model!r}, got {config.sparsity}."
+        )
+    if config.algorithm in methods.FIXED and config.layer_sparsity == "uniform":
+        path = min(sizes, key=lambda path: sizes[path], default="")
+        if path and is_emptied(sizes[path]):
+            return (
+                f"sparsity must leave at least one of the {sizes[path]} weights of {path!r}, or "
+                f"nothing passes; got {config.sparsity} with layer_sparsity 'uniform' (erk and "
+                "whole_model keep more of small layers)."
+            )
+    return None
+
+
 def shares(config: RunConfig, model: Model, given: Given) -> allocation.AllocationFn:
     """Choose how a fixed mask shares its weights out.
 

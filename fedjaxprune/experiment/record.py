@@ -80,6 +80,8 @@ class RoundRecord(NamedTuple):
       wall_s: seconds that the round took, with its test.
       inference_flops: of a prediction, an example, with gates as the test measured them (see
         `costs_record.of_inference`); None without gates or without a test.
+      vote_agreement: share of a layer's filters that two voters decide alike, mean over all pairs,
+        by convolution in the network's order; None in rounds in which nobody votes on filters.
       layer_sparsity: pruned fraction of each prunable leaf after the round, by its path.
       client_accuracy: how `test_accuracy` spreads over the clients; see `spread`.
     """
@@ -107,6 +109,7 @@ class RoundRecord(NamedTuple):
     mask_stability: float
     wall_s: float
     inference_flops: dict | None = None
+    vote_agreement: list | None = None
     layer_sparsity: dict | None = None
     client_accuracy: dict | None = None
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedjaxprune import accounts, trees
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
 from fedjaxprune.algorithms import simulation
 from fedjaxprune.algorithms.simulation import Simulation
 from fedjaxprune.base import (
@@ -194,6 +195,14 @@ def train(
     return now.state
 
 
+def check_start(parts: Parts) -> None:
+    """Trace the start of a run, with shapes alone, which takes no time.
+
+    Whatever the components raise on settings that do not fit goes through.
+    """
+    jax.eval_shape(lambda key: start(key, parts), jax.random.key(0))
+
+
 def check(parts: Parts) -> None:
     """Trace a round of every stage, with shapes alone; `train` finds these traces.
 
@@ -290,6 +299,7 @@ def _line(
         inference_flops=costs_record.of_inference(profile, metrics, tested.through)
         if tested
         else None,
+        vote_agreement=_agreement(metrics),
         layer_sparsity={
             path: round(1.0 - int(kept) / max(1, size), 6)
             for path, kept, size, flag in zip(
@@ -301,3 +311,11 @@ def _line(
         if tested and classes
         else None,
     )
+
+
+def _agreement(metrics: RoundMetrics) -> list[float] | None:
+    """Read how far voters agreed, if any did vote and were heard."""
+    found = metrics.sent.reports.get(accounts.AGREEMENT)
+    if found is None or int(metrics.num_present) <= int(metrics.num_rejected):
+        return None
+    return np.round(np.asarray(found[0], np.float64), 6).tolist()
