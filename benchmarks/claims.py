@@ -149,7 +149,7 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
 
 NOTES = """\
 Differences in points of accuracy, paired by seed: mean ± deviation. Then what each side took, the
-claimant first: MiB of the whole run, both ways; of these before training; 10^12 FLOPs of the
+claimant first: MiB of the whole run, both ways; of these before training; 10^9 FLOPs of the
 clients' training; of these before training; FLOPs of a prediction as a share of those with all
 gates open.
 """
@@ -166,7 +166,7 @@ def table(rows: Sequence["Row"], claims: Sequence[Claim], titles: Mapping[str, s
     by_name = {row.name: row for row in rows}
     partitions = rows[0].partitions
     head = ["claim", "row", "against", *(f"{titles[one]}, points" for one in partitions)]
-    head += ["MiB", "before training", "TFLOPs", "before training", "of a prediction, %"]
+    head += ["MiB", "before training", "GFLOPs", "before training", "of a prediction, %"]
     lines = [head, ["---"] * len(head)]
     for claim in claims:
         row, against = by_name[claim.row], by_name[claim.against]
@@ -179,8 +179,8 @@ def table(rows: Sequence["Row"], claims: Sequence[Claim], titles: Mapping[str, s
         first = pairs[both[0]]
         cells.append(" / ".join([f"{point.up + point.down:.2f}" for point in first]))
         cells.append(" / ".join([f"{point.one_off:.2f}" for point in first]))
-        cells.append(" / ".join([f"{point.flops / 1e12:.2f}" for point in first]))
-        cells.append(" / ".join([f"{point.one_off_flops / 1e12:.2f}" for point in first]))
+        cells.append(" / ".join([f"{point.flops / 1e9:,.0f}" for point in first]))
+        cells.append(" / ".join([f"{point.one_off_flops / 1e9:,.0f}" for point in first]))
         shares = [point.open_share for point in first]
         known = any(not math.isnan(share) for share in shares)
         cells.append(" / ".join([f"{100 * share:.1f}" for share in shares]) if known else "")

@@ -191,8 +191,8 @@ def test_claims_pair_runs_by_seed_and_count_what_came_before_training(tmp_path, 
         "+15.00 ± 7.07 (2 seeds)",  # ten and twenty points; the third seed has no partner
         "16.00 / 10.00",
         "6.00 / 0.00",
-        "0.03 / 0.03",  # 11 and 10 rounds of 3e9
-        "0.00 / 0.00",
+        "33 / 30",  # 11 and 10 rounds of 3e9
+        "3 / 0",
         "",
     ]
 
