@@ -247,3 +247,64 @@ def test_gated_networks_gate_what_the_paper_gates():
         params, state = jax.eval_shape(model.init, KEY)
         _, (_, report) = jax.eval_shape(model.loss, params, state, batch, KEY)
         assert set(gating.kept(report)) == expected
+
+
+def convolved(x, kernel, stride):
+    """Convolve ``[B, H, W, C]`` with ``[3, 3, C, F]`` by hand, under a border of one zero."""
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = (1 + (size - 1) // stride for size in x.shape[1:3])
+    out = np.zeros((x.shape[0], height, width, kernel.shape[-1]))
+    for i in range(height):
+        for j in range(width):
+            patch = padded[:, stride * i : stride * i + 3, stride * j : stride * j + 3]
+            out[:, i, j] = np.tensordot(patch, kernel, 3)
+    return out
+
+
+def group_normalised(x, scale, bias, num_groups):
+    grouped = x.reshape(*x.shape[:3], num_groups, -1)
+    mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
+    deviation = np.sqrt(grouped.var(axis=(1, 2, 4), keepdims=True) + 1e-5)
+    return ((grouped - mean) / deviation).reshape(x.shape) * scale + bias
+
+
+def gated_by_hand(x, params, num_kept, stride):
+    """Compute norm(conv(x)) times the saliency on the channels that an example keeps."""
+    saliency = np.maximum(x.mean(axis=(1, 2)) @ params["gate_kernel"] + params["gate_bias"], 0.0)
+    factor = np.zeros_like(saliency)
+    for example, row in enumerate(saliency):
+        kept = np.argsort(-row, kind="stable")[:num_kept]
+        factor[example, kept] = row[kept]
+    norm = params["norm"]["group"]
+    y = convolved(x, params["conv"]["kernel"], stride)
+    return group_normalised(y, norm["scale"], norm["bias"], 2) * factor[:, None, None]
+
+
+@pytest.mark.parametrize(("stride", "channels"), [(1, 8), (2, 4)])
+def test_a_block_is_two_gated_convolutions_and_the_shortcut_before_the_last_relu(stride, channels):
+    block = gated.GatedBlock(8, stride, "group", "salient", 1.0)
+    density = jnp.float32(0.6)  # of eight channels five
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 4, 4, channels)).astype(np.float32)  # of either sign, as sums are not
+    drawn = jax.eval_shape(lambda x: init(block, x, density, False, None), x)
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), drawn)
+    y = np.maximum(gated_by_hand(x, params["conv_1"], 5, stride), 0.0)
+    missing = 8 - channels
+    shortcut = np.pad(
+        x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (missing // 2, missing // 2))
+    )
+    wanted = np.maximum(gated_by_hand(y, params["conv_2"], 5, 1) + shortcut, 0.0)
+    outputs = apply(block, params, jnp.asarray(x), density, False, None)
+    np.testing.assert_allclose(outputs, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("biases", "alive"), [([1.0] * 4, [1, 1, 0, 0]), ([1.0, 2.0, 1.0, 1.0], [1, 1, 0, 0])]
+)
+def test_of_equally_salient_channels_the_former_stay(biases, alive):
+    module = gated.GatedConv(features=4, norm="group")
+    x = jax.random.normal(KEY, (2, 3, 3, 2))
+    params = init(module, x, jnp.float32(0.5), False, None)
+    params = {**params, "gate_kernel": jnp.zeros((2, 4)), "gate_bias": jnp.array(biases)}
+    outputs = apply(module, params, x, jnp.float32(0.5), False, None)
+    np.testing.assert_array_equal(jnp.any(outputs != 0, axis=(0, 1, 2)), np.array(alive, bool))

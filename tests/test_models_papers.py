@@ -47,6 +47,27 @@ COUNTS = [
     ("FedDIP", lambda: zoo.resnet50(norm="batch", **CIFAR100), without_shortcuts, 20_883_136),
     ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), everything, 11_173_962),
     ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), masks.kernels, 11_164_352),
+    ("FedTiny", lambda: cnns.pooled_cnn(**CIFAR), everything, 104_810),
+    ("FedTiny", lambda: cnns.pooled_cnn(channels=(8, 16, 32), **CIFAR), everything, 72_986),
+    ("FedTiny", lambda: cnns.pooled_cnn(channels=(8, 16, 16), **CIFAR), everything, 37_898),
+    (
+        "FedTiny",
+        lambda: cnns.pooled_cnn(channels=(8, 8, 8), hidden_size=64, **CIFAR),
+        everything,
+        10_298,
+    ),
+    (  # torchvision's, but for 2,752 biases of convolutions, which the normalisation cancels
+        "FedTiny",
+        lambda: vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
+        everything,
+        128_812_810 - 2_752,
+    ),
+    (
+        "FedTiny",
+        lambda: vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
+        masks.kernels,
+        9_217_728 + 4096 * (7 * 7 * 512 + 4096 + 10),
+    ),
     (
         "MPFL",
         lambda: vgg.vgg11(norm="none", hidden_sizes=(4096, 4096), pool=7, **CIFAR100),

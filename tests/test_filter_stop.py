@@ -1,0 +1,99 @@
+"""When exchanges about filters end: once more is pruned than nine tenths, or than is asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjaxprune import masks
+from fedjaxprune.algorithms import compose, filter_controls, filter_masks, mpfl
+from fedjaxprune.base import Model, Population
+from fedjaxprune.channels.groups import Analysis, Group, Member
+from fedjaxprune.pruning import consensus
+from tests import quadratic
+
+KEY = jax.random.key(3)
+NUM_FILTERS = 100  # of two weights each, in one layer: a filter is one percent
+PARAMS = {"layer": {"kernel": jnp.linspace(0.1, 2.0, 2 * NUM_FILTERS).reshape(2, NUM_FILTERS)}}
+MODEL = Model(init=lambda key: (PARAMS, {}), loss=quadratic.loss, predict=lambda p, s, x: x)
+LAYER = Group(
+    size=NUM_FILTERS,
+    members=(Member("layer/kernel", 1, np.arange(NUM_FILTERS)[:, None], "filter"),),
+    leaks=(),
+    mixes=(),
+)
+CHANNELS = Analysis(groups=(LAYER,), filters=(LAYER,), fixed=())
+PEOPLE = Population(  # three clients with a point each, the start's: all rank alike
+    examples={
+        "inputs": jnp.broadcast_to(quadratic.flatten(PARAMS)[None], (3, 2 * NUM_FILTERS)),
+        "labels": jnp.zeros(3, jnp.int32),
+    },
+    order=jnp.arange(3, dtype=jnp.int32),
+    offsets=jnp.arange(4, dtype=jnp.int32),
+)
+FACTORIES = {
+    "mpfl": mpfl.mpfl,
+    "pooled_filters": filter_controls.pooled_filters,
+    "averaged_filters": filter_controls.averaged_filters,
+}
+
+
+def left_after_exchanges(name, **options):
+    """Count the filters that are left after each exchange of a method."""
+    rule = {"consensus": consensus.majority} if name == "mpfl" else {}
+    setup = compose.Setup(num_rounds=1, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1))
+    algorithm = FACTORIES[name](
+        MODEL,
+        setup,
+        channels=CHANNELS,
+        prunable=masks.kernels,
+        agreement=quadratic.full_batches(1),
+        **rule,
+        **options,
+    )
+    state = algorithm.init(PARAMS, {})
+    members = quadratic.cohort(algorithm, range(3), params=PARAMS)
+    (stage, _) = algorithm.stages
+    play, counts = jax.jit(stage.round), []
+    for _ in range(stage.num_rounds):
+        state, rows, _ = play(jax.random.fold_in(KEY, state.round), state, members, PEOPLE)
+        members = members._replace(states=rows)
+        counts.append(int(state.method.keep[0].sum()))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "stop", "most"),
+    [(0.5, None, 90), (0.9, None, 90), (0.95, None, 95), (0.95, 0.3, 30), (0.5, 1.0, 100)],
+)
+def test_exactly_the_share_is_not_more_than_the_share(sparsity, stop, most):
+    plan = filter_masks.plan(
+        MODEL,
+        channels=CHANNELS,
+        sparsity=sparsity,
+        iterations=1,
+        stop=stop,
+        drops="filters",
+        prunable=masks.kernels,
+    )
+    over = [
+        bool(filter_masks.is_over(plan, (jnp.arange(NUM_FILTERS) >= pruned,)))
+        for pruned in range(NUM_FILTERS + 1)
+    ]
+    assert over == [pruned > most for pruned in range(NUM_FILTERS + 1)]
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_no_exchange_follows_once_nine_tenths_or_the_sparsity_are_gone(name):
+    """Each exchange takes half of what is left, halves of one to the even number."""
+    halved = {"iterations": 6, "factor": 0.5}
+    assert left_after_exchanges(name, sparsity=0.5, **halved) == [100, 50, 25, 13, 7, 7, 7]
+    assert left_after_exchanges(name, sparsity=0.95, **halved) == [100, 50, 25, 13, 7, 3, 3]
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_exchanges_go_on_while_just_the_share_is_gone(name):
+    steps = {"sparsity": 0.75, "iterations": 3}
+    assert left_after_exchanges(name, stop=0.5, **steps) == [100, 75, 50, 25]
+    assert left_after_exchanges(name, stop=0.49, **steps) == [100, 75, 50, 50]
