@@ -220,6 +220,7 @@ ALGORITHMS = {
     ),
 }
 BY_FILTER = [name for name in ALGORITHMS if name.startswith("mpfl") or name.endswith("_filters")]
+DROPS_CHANNELS = ("mpfl_started", "pooled_filters")  # what reads them goes with the filters
 SERVERS = {
     "fedavg": servers.fedavg(),
     "fedavgm": servers.fedavgm(learning_rate=0.5, momentum=0.9),
@@ -266,7 +267,10 @@ def case(name, *rest):
     return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in DEAR else [])
 
 
-every_algorithm = pytest.mark.parametrize("name", [case(name) for name in sorted(ALGORITHMS)])
+EVERY = [case(name) for name in sorted(ALGORITHMS)]
+every_algorithm = pytest.mark.parametrize("name", EVERY)
+# Dear ones that the command offers: each shows most laws by default, in one go.
+IN_ONE_GO = sorted(set(DEAR) & set(catalog.ALGORITHMS))
 # On a mesh compiling takes longest: by default those whose rounds have most parts of their own.
 MESHED = ("adaptive_dynamic_pruning", "dynamic_sparse", "mpfl")
 
@@ -290,10 +294,11 @@ def traced_once(function):
 
 
 @functools.cache
-def built(name, *, server="fedavg", wire="identity", chunk_size=1):
+def built(name, *, server="fedavgm", wire="feedback_top_k", chunk_size=1):
     """Build and jit once for all tests, since they spend their time on compiling.
 
-    Whoever uses it shows on the way that the round is traced once, whatever changes.
+    Server and clients remember by default, so that there is something to lose. Whoever uses it
+    shows on the way that the round is traced once, whatever changes.
     """
     parts = setup(server=SERVERS[server], uplink=UPLINKS[wire], chunk_size=chunk_size)
     algorithm = ALGORITHMS[name](parts)
@@ -341,9 +346,45 @@ def simulate(algorithm, cohorts, *, num_rounds=ROUNDS, start=None, run=None):
     return [state for state, _, _ in played], played[-1][1], [metrics for _, _, metrics in played]
 
 
-def test_every_method_of_the_command_has_a_row():
+def num_before_training(algorithm):
+    return sum(stage.num_rounds for stage in algorithm.stages[:-1])
+
+
+def play_all(algorithm, run, cohorts, num_rounds=3):
+    """Play all stages before training and some rounds of it: what `play` yields, as a list."""
+    return list(play(algorithm, run, cohorts, range(num_before_training(algorithm) + num_rounds)))
+
+
+def charged(algorithm, metrics, state):
+    """Say what each client is charged, by its id: bits up and down."""
+    return {
+        client: (entry.uplink_bits, entry.downlink_bits)
+        for entry in algorithm.num_bits(metrics, state).clients
+        for client in entry.client_ids
+    }
+
+
+def assert_alike(first, second, *, rtol, atol):
+    """Compare numbers with a tolerance; masks and counts must be equal."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, second)
+    exact = [
+        [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jnp.floating)]
+        for tree in (first, second)
+    ]
+    chex.assert_trees_all_equal(*exact)
+    chex.assert_trees_all_close(first, second, rtol=rtol, atol=atol)
+
+
+def test_every_method_of_the_command_has_a_row_and_runs_by_default():
     missing = set(catalog.ALGORITHMS) - set(ALGORITHMS)  # what `fedjaxprune list` shows
     assert not missing, f"the conformance table lacks {sorted(missing)}"
+    usual = {row.values[0] for row in EVERY if not row.marks}
+    assert set(catalog.ALGORITHMS) <= usual | set(IN_ONE_GO)
+
+
+def test_what_is_dear_is_in_the_table():
+    assert set(DEAR) <= set(ALGORITHMS)
+    assert len(DEAR) == len(set(DEAR))
 
 
 def some(index):
@@ -351,18 +392,42 @@ def some(index):
     return ids, [True, index % 3 != 1, True, True]
 
 
-@each_once("server", SERVERS, "fedavgm")
-def test_pruned_entries_are_exact_zeros_in_parameters_and_server_memory(name, server):
-    algorithm, run = built(name, server=server)
-    states, _, _ = simulate(algorithm, some, run=run)
-    for state in states:
+def half(index):
+    """Let everybody take part, then half of them, so that absentees have something to lose."""
+    ids = [(index + j) % 6 for j in range(4)]
+    return ids, [index % 2 == 0, True, index % 2 == 0, True]
+
+
+def half_beside_others(index):
+    """Put the two clients that are not asked in `half` in the places of those who are absent."""
+    ids, present = half(index)
+    return [(index + 4 + j // 2) % 6 if not here else ids[j] for j, here in enumerate(present)], (
+        present
+    )
+
+
+@pytest.mark.parametrize("name", IN_ONE_GO)
+def test_a_dear_method_keeps_the_laws_of_all_in_one_go(name):
+    algorithm, run = built(name)  # which sees that every round is traced once
+    played = play_all(algorithm, run, half)
+    assert_pruned_entries_are_zeros(name, algorithm, SERVERS["fedavgm"], played)
+    assert_as_much_is_live_as_is_specified(name, algorithm, played)
+    assert_absent_clients_change_nothing(algorithm, run, played)
+    for num_done, (state, everyone, _) in enumerate(played, start=1):
+        assert_it_goes_on_to_the_same_bits(
+            algorithm, run, half, played[num_done:], num_done, (state, everyone)
+        )
+
+
+def assert_pruned_entries_are_zeros(name, algorithm, server, played):
+    for state, _, _ in played:
         chex.assert_trees_all_equal_shapes(state.masks, state.params)
         assert all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(state.masks))
         pruned = jax.tree.map(jnp.logical_not, state.masks)
         assert not np.any(quadratic.flatten(masks.apply(pruned, algorithm.deployed(state))))
         if name != "feddip_dense":  # whose server keeps dense values on purpose
             optax.tree.map_params(
-                SERVERS[server],
+                server,
                 lambda leaf, hidden: np.testing.assert_array_equal(leaf[hidden], 0.0),
                 state.server,
                 pruned,
@@ -371,13 +436,20 @@ def test_pruned_entries_are_exact_zeros_in_parameters_and_server_memory(name, se
             assert np.all(state.masks["dense"]["bias"])
 
 
+@each_once("server", SERVERS, "fedavgm")
+def test_pruned_entries_are_exact_zeros_in_parameters_and_server_memory(name, server):
+    algorithm, run = built(name, server=server)
+    played = play_all(algorithm, run, some, ROUNDS)
+    assert_pruned_entries_are_zeros(name, algorithm, SERVERS[server], played)
+
+
 def num_live(name, index):
     """Say by hand what is left of the 32 prunable weights after a round of training."""
-    if name in ("autoflip_channels", "mpfl", "feddp_threshold"):
-        return None  # no set size: channels go too, clients disagree, a threshold decides
-    if name.endswith("_filters") or name == "mpfl_started":  # half of the filters, 6 and 4 weights
-        drops_channels = name in ("mpfl_started", "pooled_filters")
-        return 2 * 6 + 1 * 4 - drops_channels * 2
+    if name in ("autoflip_channels", "feddp_threshold"):
+        return range(1, 32 + 1)  # no set size: channels go too, a threshold decides
+    if name in BY_FILTER:  # half of the filters, of 6 and 4 weights
+        wanted = 2 * 6 + 1 * 4 - (name in DROPS_CHANNELS) * 2
+        return range(1, wanted + 1) if name == "mpfl" else wanted  # whose clients may disagree
     if name.startswith("fedtiny"):
         return round(0.4 * 32)
     if name.startswith("dynamic_sparse"):
@@ -391,30 +463,49 @@ def num_live(name, index):
     return 32
 
 
+def assert_as_much_is_live_as_is_specified(name, algorithm, played):
+    """Hold what is reported against the masks, in training against `num_live` too."""
+    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+    for index, (state, _, metrics) in enumerate(played, start=-num_before_training(algorithm)):
+        live = state.masks
+        if name == "feddp_threshold":  # which has no masks
+            live = jax.tree.map(lambda leaf: leaf != 0, state.params)
+        np.testing.assert_array_equal(metrics.kept, masks.num_kept(live))
+        kept = int(np.asarray(metrics.kept)[kernels].sum())
+        if name in BY_FILTER:
+            first, second = (int(np.sum(bits)) for bits in state.method.keep)
+            assert min(first, second) > 0
+            assert kept == 6 * first + (first if name in DROPS_CHANNELS else 4) * second
+        if index >= 0:
+            wanted = num_live(name, index)
+            assert kept in wanted if isinstance(wanted, range) else kept == wanted
+
+
 @every_algorithm
 def test_as_much_is_live_as_is_specified_after_every_round(name):
-    algorithm, run = built(name, wire="feedback_top_k")
-    _, _, history = simulate(algorithm, some, run=run)
-    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
-    for index, metrics in enumerate(history[-ROUNDS:]):
-        kept, wanted = np.asarray(metrics.kept)[kernels].sum(), num_live(name, index)
-        assert kept == wanted or (wanted is None and 0 < kept <= 32)
+    algorithm, run = built(name)
+    assert_as_much_is_live_as_is_specified(name, algorithm, play_all(algorithm, run, some, ROUNDS))
 
 
 @every_algorithm
 def test_a_round_is_traced_once_whatever_changes(name):
-    algorithm, run = built(name, wire="feedback_top_k")
+    algorithm, run = built(name)
     simulate(algorithm, some, run=run)
     with pytest.raises(AssertionError, match="traced again"):  # the counter does count
         simulate(algorithm, lambda r: ([0, 1], None), num_rounds=1, run=run)
 
 
+def assert_it_goes_on_to_the_same_bits(algorithm, run, cohorts, rest, num_done, start):
+    rounds = range(num_done, num_done + len(rest))
+    for here, there in zip(play(algorithm, run, cohorts, rounds, start), rest, strict=True):
+        chex.assert_trees_all_equal(here, there)
+
+
 @every_algorithm
 def test_killed_after_any_round_of_any_stage_it_goes_on_to_the_same_bits(name, tmp_path):
     """What is needed to go on is in the checkpoint; `resuming` stops whole runs of the command."""
-    algorithm, run = built(name, wire="feedback_top_k")
-    rounds = range(2 + sum(stage.num_rounds for stage in algorithm.stages[:-1]))
-    whole = list(play(algorithm, run, some, rounds))
+    algorithm, run = built(name)
+    whole = play_all(algorithm, run, some, num_rounds=2)
     saved = [(state, everyone) for state, everyone, _ in whole]
     with checkpoints.open_manager(tmp_path, keep=1) as manager:
         checkpoints.save(manager, 1, saved, fingerprint=0)
@@ -424,65 +515,81 @@ def test_killed_after_any_round_of_any_stage_it_goes_on_to_the_same_bits(name, t
     assert found is not None
     chex.assert_trees_all_equal(found[1], jax.device_get(saved))
     for num_done, start in enumerate(found[1], start=1):
-        goes_on = play(algorithm, run, some, rounds[num_done:], start)
-        for here, there in zip(goes_on, whole[num_done:], strict=True):
-            chex.assert_trees_all_equal(here, there)
+        assert_it_goes_on_to_the_same_bits(algorithm, run, some, whole[num_done:], num_done, start)
 
 
 @each_once("wire", UPLINKS, "feedback_top_k")
 def test_the_order_of_the_cohort_is_irrelevant(name, wire):
     algorithm, run = built(name, wire=wire)
-    first, _, _ = simulate(algorithm, lambda r: ([0, 1, 2, 5], None), num_rounds=2, run=run)
-    second, _, _ = simulate(algorithm, lambda r: ([5, 2, 0, 1], None), num_rounds=2, run=run)
-    chex.assert_trees_all_close(first[-1], second[-1], rtol=1e-4, atol=1e-5)
+    first = play_all(algorithm, run, lambda r: ([0, 1, 2, 5], None), num_rounds=2)
+    second = play_all(algorithm, run, lambda r: ([5, 2, 0, 1], None), num_rounds=2)
+    for (one, one_rows, one_metrics), (two, two_rows, two_metrics) in zip(
+        first, second, strict=True
+    ):
+        assert_alike((one, one_rows), (two, two_rows), rtol=1e-4, atol=1e-5)
+        assert charged(algorithm, one_metrics, one) == charged(algorithm, two_metrics, two)
+
+
+def assert_absent_clients_change_nothing(algorithm, run, played):
+    """Play what was played with `half` beside others: they do not count, nor lose what they had."""
+    others = play_all(
+        algorithm, run, half_beside_others, len(played) - num_before_training(algorithm)
+    )
+    rows_before = quadratic.cohort(algorithm, range(6)).states
+    for index, (one, two) in enumerate(zip(played, others, strict=True)):
+        chex.assert_trees_all_equal(one[:2], two[:2])
+        ids, present = half(index)
+        # Who dropped out is charged for the broadcast, by name: for more if its masks are old.
+        assert charged_for(ids, present, algorithm, one) == charged_for(
+            ids, present, algorithm, two
+        )
+        away = np.array([i for i, here in zip(ids, present, strict=True) if not here], np.int32)
+        chex.assert_trees_all_equal(trees.take(one[1], away), trees.take(rows_before, away))
+        rows_before = one[1]
+
+
+def charged_for(ids, present, algorithm, step):
+    """Say what goes up in all, and what those who are present are charged."""
+    state, _, metrics = step
+    traffic, to = algorithm.num_bits(metrics, state), charged(algorithm, metrics, state)
+    here = {i: to.get(i) for i, is_here in zip(ids, present, strict=True) if is_here}
+    modelled = {name: bits.uplink for name, bits in traffic.modelled.items()}
+    return traffic.uplink_bits, traffic.uplink, modelled, here
 
 
 @every_algorithm
 def test_absent_clients_change_nothing(name):
-    algorithm, run = built(name, wire="feedback_top_k")
-    here = [False, True, False, True]
-    first, first_rows, first_metrics = simulate(
-        algorithm, lambda r: ([0, 1, 2, 4], here), num_rounds=3, run=run
-    )
-    other, other_rows, other_metrics = simulate(
-        algorithm, lambda r: ([5, 1, 3, 4], here), num_rounds=3, run=run
-    )
-    chex.assert_trees_all_equal(first[-1], other[-1])
-    chex.assert_trees_all_equal(first_rows, other_rows)
-    for one, two, state in zip(first_metrics, other_metrics, other, strict=True):
-        # Who dropped out is charged for the broadcast, and that is all that differs: by name.
-        charged = [algorithm.num_bits(metrics, state) for metrics in (one, two)]
-        assert charged[0]._replace(clients=()) == charged[1]._replace(clients=())
+    algorithm, run = built(name)
+    assert_absent_clients_change_nothing(algorithm, run, play_all(algorithm, run, half))
 
 
-@pytest.mark.parametrize("name", ["fedavg", "feddip"])
+@every_algorithm
 def test_a_cohort_with_absent_clients_is_the_cohort_without_them(name):
-    algorithm, run = built(name, wire="feedback_top_k")
-    few, few_rows, _ = simulate(algorithm, lambda r: ([1, 4], None), num_rounds=3)
-    many, many_rows, _ = simulate(
-        algorithm, lambda r: ([0, 1, 2, 4], [False, True, False, True]), num_rounds=3, run=run
-    )
-    chex.assert_trees_all_close(few[-1], many[-1], rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(few_rows, many_rows, rtol=1e-5, atol=1e-6)
+    algorithm, run = built(name)
+    few = play_all(algorithm, player(algorithm), lambda r: ([1, 4], None))
+    many = play_all(algorithm, run, lambda r: ([0, 1, 2, 4], [False, True, False, True]))
+    for (one, one_rows, _), (two, two_rows, _) in zip(few, many, strict=True):
+        assert_alike((one, one_rows), (two, two_rows), rtol=1e-5, atol=1e-6)
 
 
 @each_once("server", SERVERS, "fedavgm")
 def test_a_round_without_anybody_moves_nothing(name, server):
     algorithm, run = built(name, server=server)
-    states, _, _ = simulate(algorithm, some, num_rounds=3, run=run)
     nobody = [0, 1, 2, 3], [False] * 4
     alone = sum(stage.num_rounds for stage in algorithm.stages if stage.name in AT_SERVER)
-    for before in states[max(alone - 1, 0) :]:
-        after, _, history = simulate(
-            algorithm, lambda r: nobody, num_rounds=1, start=before, run=run
+    for before, rows, _ in play_all(algorithm, run, some)[max(alone - 1, 0) :]:
+        [(after, rows_after, metrics)] = play(
+            algorithm, run, lambda r: nobody, range(1), (before, rows)
         )
-        chex.assert_trees_all_equal(after[-1]._replace(round=before.round), before)
-        assert history[-1].num_present == 0
-        traffic = algorithm.num_bits(history[-1], after[-1])
+        chex.assert_trees_all_equal(after._replace(round=before.round), before)
+        chex.assert_trees_all_equal(rows_after, rows)
+        assert metrics.num_present == 0
+        traffic = algorithm.num_bits(metrics, after)
         assert traffic.uplink_bits == 0
         if traffic.clients:  # else nothing had to travel to anybody
-            assert [entry.client_ids for entry in traffic.clients] == [(0, 1, 2, 3)]
-            assert traffic.downlink_bits == 4 * traffic.clients[0].downlink_bits  # and lost
+            lost = charged(algorithm, metrics, after)
+            assert sorted(lost) == [0, 1, 2, 3]
+            assert traffic.downlink_bits == sum(down for _, down in lost.values())
 
 
 @pytest.mark.parametrize(
@@ -500,7 +607,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
 )
 def test_every_chunk_size_gives_the_same_result(name, chunk_size):
     def final(size):
-        algorithm, run = built(name, wire="feedback_top_k", chunk_size=size)
+        algorithm, run = built(name, chunk_size=size)
         return simulate(algorithm, some, num_rounds=3, run=run)[0][-1]
 
     chex.assert_trees_all_close(final(chunk_size), final(1), rtol=1e-4, atol=1e-5)
@@ -531,7 +638,7 @@ def test_two_devices_give_the_result_of_one(name):
 @pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
 def test_nothing_pruned_and_no_penalty_is_fedavg_to_the_bit(mode):
     nothing = dip(final_sparsity=0.0, initial_sparsity=0.0, max_penalty=0.0, mode=mode)
-    algorithm, run = built("fedavg")
+    algorithm, run = built("fedavg", server="fedavg", wire="identity")
     expected = simulate(algorithm, some, run=run)[0][-1]
     result = simulate(nothing(setup()), some)[0][-1]
     chex.assert_trees_all_equal(result.params, expected.params)
@@ -540,7 +647,7 @@ def test_nothing_pruned_and_no_penalty_is_fedavg_to_the_bit(mode):
 
 def test_fedprox_without_pull_is_fedavg_to_the_bit():
     plain = fedavg.fedprox(quadratic.MODEL, setup(), mu=0.0)
-    algorithm, run = built("fedavg")
+    algorithm, run = built("fedavg", server="fedavg", wire="identity")
     expected = simulate(algorithm, some, run=run)[0][-1]
     chex.assert_trees_all_equal(simulate(plain, some)[0][-1].params, expected.params)
 
