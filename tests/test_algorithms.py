@@ -543,7 +543,7 @@ def assert_absent_clients_change_nothing(algorithm, run, played):
         assert charged_for(ids, present, algorithm, one) == charged_for(
             ids, present, algorithm, two
         )
-        away = np.array([i for i, here in zip(ids, present, strict=True) if not here], np.int32)
+        away = jnp.array([i for i, here in zip(ids, present, strict=True) if not here], jnp.int32)
         chex.assert_trees_all_equal(trees.take(one[1], away), trees.take(rows_before, away))
         rows_before = one[1]
 

@@ -574,8 +574,9 @@ def test_wrong_options_are_refused(options, sentence):
 
 
 def test_without_exchanges_their_period_decides_nothing():
-    settings = {"num_clients": 6, "cohort_size": 2, "rounds": 2, "prune_every": 500}
-    parts = catalog.build(RunConfig(**settings, algorithm="fedtiny", swap_fraction=0.0))
+    sizes = {"num_clients": 6, "cohort_size": 2, "rounds": 2}
+    settings = {"algorithm": "fedtiny", "swap_fraction": 0.0, "prune_every": 500, **sizes}
+    parts = catalog.build(RunConfig.model_validate(settings))
     assert [stage.name for stage in parts.algorithm.stages][-1] == "train"
 
 
