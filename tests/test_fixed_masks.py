@@ -117,16 +117,20 @@ def test_magnitude_masks_keep_the_largest_weights_after_training_where_they_are_
     assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
 
 
-def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
-    algorithm = fixed_masks.magnitude_masks(
+def of_one_client(weights):
+    return fixed_masks.magnitude_masks(
         quadratic.MODEL,
         setup(),
         sparsity=0.5,
         source=stages.one_client(3),
         pretraining=ONE,
-        weights="initial",
+        weights=weights,
         guests=(3,),
     )
+
+
+def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
+    algorithm = of_one_client("initial")
     state, members, traffic = start(algorithm)
     (costs,) = computed(algorithm)
     assert costs.modelled_flops is not None  # of the 8 examples of client 3, in one step
@@ -143,16 +147,7 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
 
 
 def test_one_clients_weights_travel_under_its_mask_where_training_starts_from_them():
-    algorithm = fixed_masks.magnitude_masks(
-        quadratic.MODEL,
-        setup(),
-        sparsity=0.5,
-        source=stages.one_client(3),
-        pretraining=ONE,
-        weights="trained",
-        guests=(3,),
-    )
-    state, _, traffic = start(algorithm)
+    state, _, traffic = start(of_one_client("trained"))
     message = messages.values("params", state.params, state.masks)
     written = [messages.personal_masks(state.masks, [False, True, False, True]), message]
     assert traffic[0].uplink_bits == sum(8 * len(wire.encode(one)) for one in written)
