@@ -20,6 +20,7 @@ CASES = [
         "server_learning_rate": 0.1,
         **{name: alternatives(name)[n % len(alternatives(name))] for name in ROTATING},
         **({"model": "pooled_cnn"} if algorithm in methods.BY_FILTER else {}),
+        **({"gate_upload": "dense"} if algorithm in methods.STEERED else {}),  # any aggregator
     }
     for n, algorithm in enumerate(alternatives("algorithm"))
 ]
