@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.methods --table [--sweep SWEEP]`` writes it below the table. Runs of a seed
 have the same examples at the same clients and the same initial weights, so that a difference within
-a seed deviates less than the rows do.
+a seed may deviate less than the rows do.
 """
 
 import math
@@ -19,19 +19,21 @@ class Claim(NamedTuple):
     """Two rows of one sweep.
 
     Attributes:
-      words: what the first is held against, and why.
+      words: what the first is, and what it is held against.
+      knob: where both stand; empty where there is none.
       row: its name.
       against: the other's.
     """
 
     words: str
+    knob: str
     row: str
     against: str
 
 
 def _each(words: str, row: str, against: str, values: Sequence[float]) -> tuple[Claim, ...]:
     """Hold a row against another at each value of a knob, which stands in the names as ``{}``."""
-    return tuple(Claim(words, row.format(v), against.format(v)) for v in values)
+    return tuple(Claim(words, str(v), row.format(v), against.format(v)) for v in values)
 
 
 _WEIGHTS = (0.8, 0.9, 0.95, 0.99)
@@ -80,7 +82,7 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
             _CONTROL.format("snip-masks-of-clients"),
             _WEIGHTS,
         ),
-        Claim("an explored start, none", "explored-start-lenet5", "fedavg-lenet5"),
+        Claim("an explored start, none", "", "explored-start-lenet5", "fedavg-lenet5"),
         *_each("MPFL, pooled data", _MPFL, f"pooled-filters{_BY_FILTER}", _FILTERS),
         *_each("MPFL, random filters", _MPFL, f"random-filters{_BY_FILTER}", _FILTERS),
         *_each(
@@ -89,9 +91,9 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
             f"averaged-filters{_BY_FILTER}",
             _FILTERS,
         ),
-        Claim("SCAFFOLD, FedAvg", "scaffold-lenet5", "fedavg-lenet5"),
+        Claim("SCAFFOLD, FedAvg", "", "scaffold-lenet5", "fedavg-lenet5"),
         *_each("FedTiny, FedAvg", "fedtiny-resnet8-sparsity-{}", "fedavg-resnet8", _WEIGHTS),
-        Claim("open gates, no gates", "squeeze-excitation-gated-resnet8", "fedavg-resnet8"),
+        Claim("open gates, no gates", "", "squeeze-excitation-gated-resnet8", "fedavg-resnet8"),
         *_each(
             "dynamic pruning, open gates",
             _DYNAMIC.format("", "{}"),
@@ -108,13 +110,17 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
     "cifar10": (
         Claim(
             "FedDIP, gradual magnitude pruning",
+            "0.9",
             "feddip-sparsity-0.9",
             "gradual-magnitude-sparsity-0.9",
         ),
-        Claim("FedDIP, FedAvg", "feddip-sparsity-0.9", "fedavg"),
-        Claim("AutoFLIP, random masks", "autoflip-sparsity-0.9", "random-masks-sparsity-0.9"),
+        Claim("FedDIP, FedAvg", "0.9", "feddip-sparsity-0.9", "fedavg"),
+        Claim(
+            "AutoFLIP, random masks", "0.9", "autoflip-sparsity-0.9", "random-masks-sparsity-0.9"
+        ),
         Claim(
             "MPFL, random filters",
+            "0.5",
             "mpfl-drops-channels-sparsity-0.5",
             "random-filters-drops-channels-sparsity-0.5",
         ),
@@ -133,14 +139,16 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
             _TINY.format("-fedtiny-selection-vanilla"),
             _STARTS,
         ),
-        Claim("dynamic pruning, open gates", _DYNAMIC.format("", 0.65), _GATED.format("")),
+        Claim("dynamic pruning, open gates", "0.65", _DYNAMIC.format("", 0.65), _GATED.format("")),
         Claim(
             "channels by lot, open gates",
+            "0.65",
             "random-channels-gated-resnet8-gate-density-0.65",
             _GATED.format(""),
         ),
         Claim(
             "dynamic pruning, open gates, 160 rounds",
+            "0.65",
             _DYNAMIC.format("-rounds-160", 0.65),
             _GATED.format("-rounds-160"),
         ),
@@ -165,7 +173,7 @@ def table(rows: Sequence["Row"], claims: Sequence[Claim], titles: Mapping[str, s
     """
     by_name = {row.name: row for row in rows}
     partitions = rows[0].partitions
-    head = ["claim", "row", "against", *(f"{titles[one]}, points" for one in partitions)]
+    head = ["claim", "knob", *(f"{titles[one]}, points" for one in partitions)]
     head += ["MiB", "before training", "GFLOPs", "before training", "of a prediction, %"]
     lines = [head, ["---"] * len(head)]
     for claim in claims:
@@ -174,8 +182,11 @@ def table(rows: Sequence["Row"], claims: Sequence[Claim], titles: Mapping[str, s
         if not both:
             continue
         pairs = {one: (row.points[one], against.points[one]) for one in partitions if one in both}
-        cells = [claim.words, f"`{claim.row}`", f"`{claim.against}`"]
-        cells += [_difference(*pairs[one]) if one in pairs else "-" for one in partitions]
+        cells = [claim.words, claim.knob]
+        cells += [
+            _difference(*pairs[one], num_seeds=row.num_seeds) if one in pairs else "-"
+            for one in partitions
+        ]
         first = pairs[both[0]]
         cells.append(" / ".join([f"{point.up + point.down:.2f}" for point in first]))
         cells.append(" / ".join([f"{point.one_off:.2f}" for point in first]))
@@ -190,8 +201,8 @@ def table(rows: Sequence["Row"], claims: Sequence[Claim], titles: Mapping[str, s
     return NOTES + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _difference(point: "Point", other: "Point") -> str:
-    """Write what one has more than the other, over the seeds that both have."""
+def _difference(point: "Point", other: "Point", *, num_seeds: int) -> str:
+    """Write what one has more than the other, over the seeds that both have, if not all do."""
     seeds = sorted(set(point.accuracies) & set(other.accuracies))
     values = [100 * (point.accuracies[seed] - other.accuracies[seed]) for seed in seeds]
     if not values:
@@ -199,4 +210,4 @@ def _difference(point: "Point", other: "Point") -> str:
     text = f"{comparison.mean(values):+.2f}"
     if len(values) > 1:
         text += f" ± {comparison.deviation(values):.2f}"
-    return f"{text} ({len(values)} seed{'s' if len(values) > 1 else ''})"
+    return text if len(values) == num_seeds else f"{text} ({len(values)} of {num_seeds})"

@@ -167,6 +167,7 @@ def test_claims_are_about_rows_that_are_alike_but_for_the_method(name, tmp_path)
     for claim in claims.CLAIMS[name]:
         row, against = configs[claim.row], configs[claim.against]
         assert row.rounds == against.rounds
+        assert not claim.knob or claim.row.endswith(f"-{claim.knob}")
         assert row.model.removeprefix("gated_") == against.model.removeprefix("gated_")
         if {row.algorithm, against.algorithm} <= set(methods.PRUNING):
             assert row.sparsity == against.sparsity
@@ -187,8 +188,8 @@ def test_claims_pair_runs_by_seed_and_count_what_came_before_training(tmp_path, 
     benchmark.main(["--sweep", "claims", "--table", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     [found] = [x for x in text.splitlines() if x.startswith("| AutoFLIP, random masks |")]
-    assert [cell.strip() for cell in found.split("|")][4:-1] == [
-        "+15.00 ± 7.07 (2 seeds)",  # ten and twenty points; the third seed has no partner
+    assert [cell.strip() for cell in found.split("|")][3:-1] == [
+        "+15.00 ± 7.07 (2 of 3)",  # ten and twenty points; the third seed has no partner
         "16.00 / 10.00",
         "6.00 / 0.00",
         "33 / 30",  # 11 and 10 rounds of 3e9
@@ -209,5 +210,5 @@ def test_predictions_through_gates_are_told_as_a_share(tmp_path, capsys):
             write(tmp_path / member.name, lines, **config.model_dump(exclude={"out"}))
     benchmark.main(["--sweep", "claims", "--table", "--out", str(tmp_path)])
     [found] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| dynamic")]
-    assert found.split("|")[4].strip() == "+0.00 (1 seed)"
+    assert found.split("|")[3].strip() == "+0.00 (1 of 3)"
     assert found.split("|")[-2].strip() == "50.0 / 100.0"

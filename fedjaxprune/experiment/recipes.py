@@ -79,13 +79,7 @@ def emptied(config: RunConfig, model: Model) -> str | None:
     """Say that a sparsity leaves nothing of the network, or of a layer, so that nothing passes."""
     if config.algorithm not in (*methods.GRADUAL, *methods.FIXED):
         return None  # the others keep a weight or a filter of every layer, or say so themselves
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
-    flags = masks_lib.prunable_leaves(params, reported(config))
-    sizes = {
-        path: size
-        for path, size, flag in zip(trees.paths(params), trees.sizes(params), flags, strict=True)
-        if flag
-    }
+    sizes = _sizes(model, reported(config))
 
     def is_emptied(size: int) -> bool:
         return size - round(config.sparsity * size) < 1
@@ -104,6 +98,14 @@ def emptied(config: RunConfig, model: Model) -> str | None:
                 "whole_model keep more of small layers)."
             )
     return None
+
+
+def _sizes(model: Model, prunable: PrunableFn) -> dict[str, int]:
+    """Count the weights of each prunable leaf, by path."""
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    flags = masks_lib.prunable_leaves(params, prunable)
+    leaves = zip(trees.paths(params), trees.sizes(params), flags, strict=True)
+    return {path: size for path, size, flag in leaves if flag}
 
 
 def shares(config: RunConfig, model: Model, given: Given) -> allocation.AllocationFn:
@@ -129,12 +131,7 @@ def _uniform_but_first(config: RunConfig, model: Model, given: Given) -> allocat
             "layer_sparsity 'uniform_but_first' keeps the first convolution whole, and the network "
             "has none."
         )
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
-    sizes = {
-        path: leaf.size
-        for path, leaf in zip(trees.paths(params), jax.tree.leaves(params), strict=True)
-        if masks_lib.kernels(path, leaf)
-    }
+    sizes = _sizes(model, masks_lib.kernels)
     if sizes[first] >= (1.0 - config.sparsity) * sum(sizes.values()):
         raise ValueError(
             f"sparsity must be less than {1.0 - sizes[first] / sum(sizes.values()):.4g} with "
