@@ -37,7 +37,8 @@ def model() -> Any:
 
     import flax.linen as nn
 
-    from fedjaxprune.models import adapters, convolution, pooling
+    from fedjaxprune.kernels import convolution, pooling
+    from fedjaxprune.models import adapters
 
     conv = functools.partial(
         nn.Conv,
@@ -65,11 +66,12 @@ def make_ours(mesh: Any, num_rounds: int, *, chunk_size: int = 1) -> Contender:
     import jax.numpy as jnp
     import optax
 
-    from fedjaxprune.algorithms import fedavg, simulation
-    from fedjaxprune.algorithms.compose import Setup
-    from fedjaxprune.base import Population
-    from fedjaxprune.data import batching, preprocess
-    from fedjaxprune.federated import aggregators, participation
+    from fedjaxprune.data import batching, transforms
+    from fedjaxprune.federated import aggregators, sampling
+    from fedjaxprune.methods import fedavg
+    from fedjaxprune.rounds import simulation
+    from fedjaxprune.rounds.training import Protocol
+    from fedjaxprune.types import Population
 
     total = NUM_USERS * NUM_IMAGES
     images = jax.random.bits(jax.random.key(0), [total, 32, 32, 3], jnp.uint8)
@@ -81,19 +83,19 @@ def make_ours(mesh: Any, num_rounds: int, *, chunk_size: int = 1) -> Contender:
         order=jnp.arange(total, dtype=jnp.int32),
         offsets=jnp.arange(NUM_USERS + 1, dtype=jnp.int32) * NUM_IMAGES,
     )
-    setup = Setup(
+    setup = Protocol(
         num_rounds=1500,
         batcher=batching.epochs(
-            num_epochs=1, batch_size=BATCH_SIZE, preprocess=preprocess.scale(max_value=255.0)
+            num_epochs=1, batch_size=BATCH_SIZE, preprocess=transforms.scale(max_value=255.0)
         ),
         optimizer=optax.sgd(0.1),
-        aggregator=aggregators.equal_mean(),
+        aggregator=aggregators.unweighted_mean(),
         chunk_size=chunk_size,
         mesh=mesh,
     )
     network = model()
     algorithm = fedavg.fedavg(network, setup)
-    sample = participation.uniform(num_clients=NUM_USERS, cohort_size=COHORT_SIZE)
+    sample = sampling.uniform(num_clients=NUM_USERS, cohort_size=COHORT_SIZE)
     advance = simulation.advance(algorithm.stages[0], sample)
     params, state = jax.jit(network.init)(jax.random.key(0))
     run = simulation.start(algorithm, params, state, num_clients=NUM_USERS)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedjaxprune.experiment import comparison
+from fedjaxprune.experiment.analysis import compare
 
 if TYPE_CHECKING:
     from benchmarks.methods import Point, Row
@@ -207,7 +207,7 @@ def _difference(point: "Point", other: "Point", *, num_seeds: int) -> str:
     values = [100 * (point.accuracies[seed] - other.accuracies[seed]) for seed in seeds]
     if not values:
         return "-"
-    text = f"{comparison.mean(values):+.2f}"
+    text = f"{compare.mean(values):+.2f}"
     if len(values) > 1:
-        text += f" ± {comparison.deviation(values):.2f}"
+        text += f" ± {compare.deviation(values):.2f}"
     return text if len(values) == num_seeds else f"{text} ({len(values)} of {num_seeds})"

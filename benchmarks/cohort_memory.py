@@ -31,12 +31,13 @@ def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
     import jax.numpy as jnp
     import optax
 
-    from fedjaxprune.algorithms import fedavg, simulation
-    from fedjaxprune.algorithms.compose import Setup
-    from fedjaxprune.base import Population
-    from fedjaxprune.data import batching, preprocess
-    from fedjaxprune.federated import participation
+    from fedjaxprune.data import batching, transforms
+    from fedjaxprune.federated import sampling
+    from fedjaxprune.methods import fedavg
     from fedjaxprune.models import zoo
+    from fedjaxprune.rounds import simulation
+    from fedjaxprune.rounds.training import Protocol
+    from fedjaxprune.types import Population
 
     total = NUM_CLIENTS * BATCH_SIZE
     population = Population(
@@ -48,15 +49,15 @@ def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
         offsets=jnp.arange(NUM_CLIENTS + 1, dtype=jnp.int32) * BATCH_SIZE,
     )
     model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
-    setup = Setup(
+    setup = Protocol(
         num_rounds=1,
         batcher=batching.steps(
-            num_steps=1, batch_size=BATCH_SIZE, preprocess=preprocess.scale(max_value=255.0)
+            num_steps=1, batch_size=BATCH_SIZE, preprocess=transforms.scale(max_value=255.0)
         ),
         optimizer=optax.sgd(0.01),
     )
     algorithm = fedavg.fedavg(model, setup)
-    sample = participation.uniform(num_clients=NUM_CLIENTS, cohort_size=cohort_size)
+    sample = sampling.uniform(num_clients=NUM_CLIENTS, cohort_size=cohort_size)
     run = simulation.start(
         algorithm, *jax.jit(model.init)(jax.random.key(0)), num_clients=NUM_CLIENTS
     )

@@ -31,8 +31,8 @@ def prepare(name: str, batch: int) -> tuple[Any, ...]:
     import jax.numpy as jnp
 
     from fedjaxprune import masks as masks_lib
-    from fedjaxprune.channels import groups
     from fedjaxprune.models import zoo
+    from fedjaxprune.structure.channels import groups
 
     image, num_classes, options = CASES[name]
     model = getattr(zoo, name)(input_shape=image, num_classes=num_classes, **options)
@@ -45,13 +45,13 @@ def prepare(name: str, batch: int) -> tuple[Any, ...]:
     leaves, treedef = jax.tree.flatten((params, state))
     params, state = jax.tree.unflatten(treedef, [drawn(*pair) for pair in enumerate(leaves)])
     images = jax.random.normal(jax.random.key(2), (batch, *image))
-    found = groups.analyse(model.predict, params, state, images)
+    found = groups.analyze(model.predict, params, state, images)
     keep = []
     for group in found.groups:
         order = jnp.argsort(groups.norms(params, group, order=2))
         keep.append(jnp.ones(group.size, bool).at[order[: round(SPARSITY * group.size)]].set(False))
     masks = groups.to_masks(found.groups, keep, params, drop_inputs=False)
-    return model, params, masks_lib.restrict(masks, masks_lib.kernels), state, images
+    return model, params, masks_lib.restrict(masks, masks_lib.is_kernel), state, images
 
 
 def caller(function: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
@@ -66,7 +66,7 @@ def compare(name: str, batch: int, repeats: int) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from fedjaxprune import masks as masks_lib
-    from fedjaxprune.compaction import compact
+    from fedjaxprune.structure.compaction import compact
 
     model, params, masks, state, images = prepare(name, batch)
     begin = time.perf_counter()

@@ -45,7 +45,7 @@ def forms(taps: int, stride: int, groups: int) -> dict[str, Callable[..., Any]]:
     import jax
     from jax import lax
 
-    from fedjaxprune.models import convolution, winograd
+    from fedjaxprune.kernels import convolution, winograd
 
     half = taps // 2
     pads, strides = ((half, half), (half, half)), (stride, stride)

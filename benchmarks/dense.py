@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     harness.bind(options.threads)
     from jax import lax
 
-    from fedjaxprune.models import dense
+    from fedjaxprune.kernels import dense
 
     result: dict[str, Any] = {"threads": options.threads, "machine": harness.machine(), "cases": {}}
     print(f"microseconds a step, median; {result['machine']}")

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import forms, masks, metrics
-from fedjaxprune.base import Batch
+from fedjaxprune import masks, metrics
 from fedjaxprune.costs import coverage, flops
-from fedjaxprune.experiment import costs_record
+from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
+from fedjaxprune.structure import jaxprs
+from fedjaxprune.types import Batch
 
 GRAY, COLOUR = (28, 28, 1), (32, 32, 3)
 MODELS = {
@@ -55,26 +56,26 @@ PUBLISHED = {"resnet18": 555.42, "resnet20": 40.55, "resnet32": 68.86, "gated_re
 def overhead(model, params, image, repeats=20):
     """Time what a run pays for its accounts: once, per round, and for coverage by weight."""
     begin = time.perf_counter()
-    profile = costs_record.profile(
+    profile = round_costs.profile(
         model,
         params,
         np.zeros((1, *image), np.uint8),
         preprocess=lambda key, x: x.astype(jnp.float32),
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
         warn=print,
     )
     once = time.perf_counter() - begin
     kept = np.array(profile.sizes) // 2
     reported = types.SimpleNamespace(
-        uplink_kept=np.tile(kept, (20, 1)),
-        downlink_kept=kept,
-        present=np.ones(20, bool),
+        num_uploaded=np.tile(kept, (20, 1)),
+        num_downloaded=kept,
+        participated=np.ones(20, bool),
         num_changed=0,
         train={"loss": metrics.Mean(total=np.float32(1), weight=np.float32(6000))},  # pyright: ignore[reportArgumentType]
     )
     begin = time.perf_counter()
     for _ in range(repeats):
-        costs_record.of_round(profile, reported)  # pyright: ignore[reportArgumentType]
+        round_costs.of_round(profile, reported)  # pyright: ignore[reportArgumentType]
     per_round = (time.perf_counter() - begin) / repeats
     add = jax.jit(coverage.add, donate_argnums=0)
     full, three = masks.full(params), jnp.int32(3)
@@ -131,7 +132,7 @@ def main():
         layers = flops.of_model(model, None, batch)
         counts = [f"{count // BATCH:,}" for count in flops.dense(layers)]
         inside = sum(layer.inside for layer in layers)
-        plain = forms.plain(loss)
+        plain = jaxprs.plain(loss)
         _, step = flops.executed(jax.grad(plain), params, state, batch)
         _, fast = flops.executed(jax.grad(loss), params, state, batch)
         forward_ratio = flops.by_xla(plain, params, state, batch) / (2 * inside)

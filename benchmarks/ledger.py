@@ -5,7 +5,7 @@
     python benchmarks/ledger.py digits     `fedjaxprune run` as it is by default: an MLP on digits
 
 `host` is `Algorithm.num_bits`; in a revision round it also counts new masks, which is `host, new
-masks`. `arithmetic` is `costs_record.of_round`. `device` is what the round computes for the ledger
+masks`. `arithmetic` is `round_costs.of_round`. `device` is what the round computes for the ledger
 alone (it is part of the round). Times are of the processor, of all threads for a round, so that
 other people's work does not count; on `digits` a round has all that the command does.
 """
@@ -23,12 +23,14 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import compose, feddip, simulation
 from fedjaxprune.data import batching, partitions
-from fedjaxprune.experiment import catalog, costs_record, launch
-from fedjaxprune.experiment.config import RunConfig
-from fedjaxprune.federated import participation
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.run import build as catalog
+from fedjaxprune.experiment.run import launch, round_costs
+from fedjaxprune.federated import sampling
+from fedjaxprune.methods import feddip
 from fedjaxprune.models import zoo
+from fedjaxprune.rounds import simulation, training
 
 ROUNDS = 12
 DIGITS_ROUNDS, BLOCK = 800, 10
@@ -45,7 +47,7 @@ def build(network):
         "inputs": rng.standard_normal((clients * size, *shape), np.float32),
         "labels": rng.integers(0, 10, clients * size).astype(np.int32),
     }
-    setup = compose.Setup(
+    setup = training.Protocol(
         num_rounds=ROUNDS,
         batcher=batching.epochs(num_epochs=1, batch_size=32, preprocess=lambda key, inputs: inputs),
         optimizer=optax.sgd(0.01),
@@ -126,8 +128,8 @@ def digits():
         return parts._replace(algorithm=parts.algorithm._replace(num_bits=num_bits))
 
     catalog.build = built
-    of_round = of_this_thread(costs_record.of_round, arithmetic)
-    costs_record.of_round = switched("arithmetic", of_round)
+    of_round = of_this_thread(round_costs.of_round, arithmetic)
+    round_costs.of_round = switched("arithmetic", of_round)
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig(out=str(pathlib.Path(folder) / "run"), rounds=DIGITS_ROUNDS)
         launch.start(config, trackers={}, show=lambda *_: None)
@@ -152,11 +154,11 @@ def main(*, network="lenet5"):
     model, algorithm, population, num_clients = build(network)
     key = jax.random.key(0)
     run = simulation.start(algorithm, *model.init(key), num_clients=num_clients)
-    advance = jax.jit(simulation.advance(algorithm.stages[0], participation.everyone(num_clients)))
+    advance = jax.jit(simulation.advance(algorithm.stages[0], sampling.all_clients(num_clients)))
     once_fn, by_client_fn = jax.jit(once), jax.jit(by_client)
     jax.block_until_ready((once_fn(run.state), by_client_fn(run.state, run.state.params)))
     rounds, host, renewed, device, arithmetic = [], [], [], [], []
-    profile = costs_record.profile(
+    profile = round_costs.profile(
         model,
         run.state.params,
         jax.tree.leaves(population.examples)[0],
@@ -169,7 +171,7 @@ def main(*, network="lenet5"):
         seconds, (run, metrics) = timed(advance, key, run, population)
         metrics = jax.device_get(metrics)
         spent, _ = timed(algorithm.num_bits, metrics, run.state)
-        at_once, _ = timed(costs_record.of_round, profile, metrics)
+        at_once, _ = timed(round_costs.of_round, profile, metrics)
         if index > 0:
             arithmetic.append(at_once)
             rounds.append(seconds)

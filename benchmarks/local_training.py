@@ -43,20 +43,20 @@ def make_ours(
     import optax
 
     from fedjaxprune import masks
-    from fedjaxprune.base import Broadcast, Cohort, Population
-    from fedjaxprune.data import batching, preprocess
-    from fedjaxprune.federated import aggregators, clients, cohort
+    from fedjaxprune.data import batching, transforms
+    from fedjaxprune.federated import aggregators, cohort, local_training
+    from fedjaxprune.types import Broadcast, Cohort, Population
 
     case = networks.CASES[name]
     model = networks.ours(name) if model is None else model
     params, model_state = jax.jit(model.init)(jax.random.key(0))
     images, labels = networks.examples(case)
-    client = clients.local_sgd(
+    client = local_training.local_sgd(
         model.loss,
         batcher=batching.steps(
             num_steps=num_steps,
             batch_size=case.batch_size,
-            preprocess=preprocess.scale(max_value=255.0),
+            preprocess=transforms.scale(max_value=255.0),
         ),
         optimizer=optax.sgd(LEARNING_RATE),
     )
@@ -73,7 +73,7 @@ def make_ours(
         outcome = cohort.run(
             key,
             client.update,
-            {"delta": mean, "model_state": mean, "metrics": aggregators.total()},
+            {"delta": mean, "model_state": mean, "metrics": aggregators.unweighted_sum()},
             broadcast,
             members,
             population,
@@ -201,16 +201,16 @@ def make_torch(name: str, num_clients: int, num_steps: int) -> Contender:
     def work():
         for client in range(num_clients):
             network = copy.deepcopy(start)
-            optimiser = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+            optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
             order = torch.randperm(
                 NUM_EXAMPLES, generator=torch.Generator().manual_seed(client)
             ).repeat(2)
             for step in range(num_steps):
                 first = step * case.batch_size % NUM_EXAMPLES
                 rows = order[first : first + case.batch_size]
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss_fn(network(images[rows].float() / 255), labels[rows]).backward()
-                optimiser.step()
+                optimizer.step()
 
     return Contender(work, num_clients * num_steps * case.batch_size)
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjaxprune.algorithms import fedavg, simulation
-from fedjaxprune.algorithms.compose import Setup
-from fedjaxprune.costs import liveness
+from fedjaxprune.costs import program_memory
 from fedjaxprune.data import batching, partitions
-from fedjaxprune.federated import participation
+from fedjaxprune.federated import sampling
+from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
+from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds.training import Protocol
 
 MODELS = {
     "lenet5": lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10),
@@ -50,7 +51,7 @@ def main():
 
     model = MODELS[options.model]()
     image = (28, 28, 1) if options.model in ("lenet5", "cnn") else (32, 32, 3)
-    setup = Setup(
+    setup = Protocol(
         num_rounds=1,
         batcher=batching.steps(
             num_steps=2,
@@ -61,7 +62,7 @@ def main():
         chunk_size=options.chunk_size,
     )
     algorithm = fedavg.fedavg(model, setup)
-    draw = participation.uniform(num_clients=options.num_clients, cohort_size=options.cohort_size)
+    draw = sampling.uniform(num_clients=options.num_clients, cohort_size=options.cohort_size)
     advance = simulation.advance(algorithm.stages[0], draw)
     rng = np.random.default_rng(0)
     examples = {
@@ -76,11 +77,11 @@ def main():
     )
 
     begin = time.perf_counter()
-    predicted = liveness.predict(advance, key, jax.eval_shape(make, key), population)
+    predicted = program_memory.predict(advance, key, jax.eval_shape(make, key), population)
     print(f"predicted in {time.perf_counter() - begin:.1f} s")
     step = jax.jit(advance, donate_argnums=1).lower(key, jax.eval_shape(make, key), population)
     compiled = step.compile()
-    used = liveness.of_compiled(compiled)
+    used = program_memory.of_compiled(compiled)
     state = jax.block_until_ready(make(key))
     before = resident("VmRSS")
     forget()

@@ -29,8 +29,11 @@ import jax
 
 from benchmarks import claims, picture
 from fedjaxprune.data import datasets
-from fedjaxprune.experiment import comparison, methods, playing, runs, sweeps
-from fedjaxprune.experiment.config import UserError
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.analysis import compare
+from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.folder import load
+from fedjaxprune.experiment.sweeps import execute, plan
 
 DEFAULT = "all"
 SWEEPS = {
@@ -122,15 +125,15 @@ class Row(NamedTuple):
     num_seeds: int
 
 
-def row_name(member: sweeps.Member) -> str:
+def row_name(member: plan.Member) -> str:
     """Name the row that a member belongs to: its folder without partition and seed."""
     name = member.name.replace(f"-partition-{member.config.partition}", "")
     return re.sub(r"-seed-\d+$", "", name)
 
 
-def measure(found: Sequence[runs.Run]) -> Point:
+def measure(found: Sequence[load.Run]) -> Point:
     """Take the means of a row's finished runs of one partition."""
-    measured = comparison.compare([comparison.Group(label="", runs=tuple(found))]).measures[0]
+    measured = compare.compare([compare.Group(label="", runs=tuple(found))]).measures[0]
     before = [[line for line in run.lines if line.stage != run.lines[-1].stage] for run in found]
     bits = [sum(line.uplink_bits + line.downlink_bits for line in lines) for lines in before]
     gates = [run.lines[-1].inference_flops for run in found]
@@ -139,21 +142,19 @@ def measure(found: Sequence[runs.Run]) -> Point:
         accuracies={
             run.config["seed"]: one.accuracy for run, one in zip(found, measured, strict=True)
         },
-        up=comparison.mean([one.up for one in measured]),
-        down=comparison.mean([one.down for one in measured]),
-        one_off=comparison.mean(bits) / comparison.BITS_PER_MIB,
-        sparsity=comparison.mean([one.sparsity for one in measured]),
-        flops=comparison.mean([one.flops for one in measured]),
-        one_off_flops=comparison.mean(
-            [sum(map(comparison.round_flops, lines)) for lines in before]
-        ),
-        open_share=comparison.mean(shares),
+        up=compare.mean([one.up for one in measured]),
+        down=compare.mean([one.down for one in measured]),
+        one_off=compare.mean(bits) / compare.BITS_PER_MIB,
+        sparsity=compare.mean([one.sparsity for one in measured]),
+        flops=compare.mean([one.flops for one in measured]),
+        one_off_flops=compare.mean([sum(map(compare.round_flops, lines)) for lines in before]),
+        open_share=compare.mean(shares),
     )
 
 
-def collect(members: Sequence[sweeps.Member]) -> list[Row]:
+def collect(members: Sequence[plan.Member]) -> list[Row]:
     """Read what has been run, row by row, in the order of the sweep."""
-    by_row: dict[str, dict[str, list[sweeps.Member]]] = {}
+    by_row: dict[str, dict[str, list[plan.Member]]] = {}
     for member in members:
         parts = by_row.setdefault(row_name(member), {})
         parts.setdefault(member.config.partition, []).append(member)
@@ -161,9 +162,9 @@ def collect(members: Sequence[sweeps.Member]) -> list[Row]:
     for name, parts in by_row.items():
         points = {}
         for partition, several in parts.items():
-            there = [str(one.config.out) for one in several if sweeps.is_finished(one)]
+            there = [str(one.config.out) for one in several if plan.is_finished(one)]
             if there:
-                points[partition] = measure(runs.read_all(there)[0])
+                points[partition] = measure(load.read_all(there)[0])
         first = next(iter(parts.values()))
         config = first[0].config.model_dump()
         rows.append(Row(name, config, points, partitions=tuple(parts), num_seeds=len(first)))
@@ -204,9 +205,9 @@ def accuracy(point: Point | None, num_seeds: int) -> str:
     if point is None:
         return "-"
     values = [100 * value for value in point.accuracies.values()]
-    text = f"{comparison.mean(values):.2f}"
+    text = f"{compare.mean(values):.2f}"
     if len(values) > 1:
-        text += f" ± {comparison.deviation(values):.2f}"
+        text += f" ± {compare.deviation(values):.2f}"
     return text if len(values) == num_seeds else f"{text} ({len(values)} of {num_seeds})"
 
 
@@ -256,8 +257,8 @@ def _series(row: Row, *, usual: Mapping[str, Any]) -> picture.Place:
         points={
             name: (
                 point.up + point.down,
-                100 * comparison.mean([*point.accuracies.values()]),
-                100 * comparison.deviation([*point.accuracies.values()]),
+                100 * compare.mean([*point.accuracies.values()]),
+                100 * compare.deviation([*point.accuracies.values()]),
             )
             for name, point in row.points.items()
         },
@@ -286,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}.")
     try:
-        sweep = sweeps.read(str(SWEEPS[options.sweep]), out=options.out)
+        sweep = plan.read(str(SWEEPS[options.sweep]), out=options.out)
     except UserError as error:
         parser.error(str(error))
     names = list(dict.fromkeys(map(row_name, sweep.members)))
@@ -302,19 +303,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"failed: {'; '.join(f'{name} ({why})' for name, why in failed.items())}")
 
 
-def turn(member: sweeps.Member) -> tuple[bool, int]:
+def turn(member: plan.Member) -> tuple[bool, int]:
     """Say when a member's turn is: seed by seed, further seeds of the dear networks last."""
     seed = member.config.seed
     return member.config.model != "lenet5" and seed > 0, seed
 
 
-def play(members: Sequence[sweeps.Member], *, jobs: int) -> dict[str, str]:
+def play(members: Sequence[plan.Member], *, jobs: int) -> dict[str, str]:
     """Play what is missing, each process on cores of its own; return what failed, and why.
 
     A process plays many runs: starting one for each and reading the data anew would take as long
     as most of the runs.
     """
-    missing = sorted((one for one in members if not sweeps.is_finished(one)), key=turn)
+    missing = sorted((one for one in members if not plan.is_finished(one)), key=turn)
     if not missing:
         return {}
     context = multiprocessing.get_context("spawn")
@@ -358,8 +359,8 @@ def _follow() -> None:
     os._exit(1)
 
 
-def _play(member: sweeps.Member) -> str | None:
-    why = playing.attempt(member, trackers={})
+def _play(member: plan.Member) -> str | None:
+    why = execute.attempt(member, trackers={})
     jax.clear_caches()  # else compiled rounds pile up in memory
     return why
 

@@ -14,7 +14,7 @@ class Case(NamedTuple):
       num_classes: width of the output.
       batch_size: examples of a step.
       num_steps: local steps of a client, in a full measurement.
-      norm: kind of normalisation of a resnet.
+      norm: kind of normalization of a resnet.
     """
 
     image: tuple[int, int, int]

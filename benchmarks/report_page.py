@@ -47,8 +47,8 @@ def measure(path: pathlib.Path, *, width: int) -> dict[str, int]:
 
 def main() -> None:
     """Print the median of several openings."""
-    from fedjaxprune.experiment import runs
-    from fedjaxprune.experiment.report import page
+    from fedjaxprune.experiment.analysis.report import page
+    from fedjaxprune.experiment.folder import load
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -58,7 +58,7 @@ def main() -> None:
         raise SystemExit("there is no chromium or google-chrome in the PATH.")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "report.html"
-        found, _ = runs.read_all([folders.big(pathlib.Path(folder) / "run")])
+        found, _ = load.read_all([folders.big(pathlib.Path(folder) / "run")])
         page.write(path, page.make(found, budget=None, target=None)[0])
         print(f"size: {path.stat().st_size / 1e6:.2f} MB")
         several = [measure(path, width=args.width) for _ in range(args.repeats)]

@@ -59,7 +59,7 @@ def _rounds(
     import jax
     import jax.numpy as jnp
 
-    from fedjaxprune.algorithms import simulation
+    from fedjaxprune.rounds import simulation
 
     num_clients = next(iter(populations.values())).offsets.shape[0] - 1
     everyone = jnp.arange(num_clients, dtype=jnp.int32)
@@ -92,7 +92,7 @@ def _population(sizes: Sequence[int], image: tuple[int, ...]) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from fedjaxprune.base import Population
+    from fedjaxprune.types import Population
 
     total = int(sum(sizes))
     generator = np.random.default_rng(0)
@@ -109,23 +109,23 @@ def _population(sizes: Sequence[int], image: tuple[int, ...]) -> Any:
 def _setup(mesh: Any, *, num_epochs: int = 1, **changes: Any) -> Any:
     import optax
 
-    from fedjaxprune.algorithms.compose import Setup
-    from fedjaxprune.data import batching, preprocess
+    from fedjaxprune.data import batching, transforms
+    from fedjaxprune.rounds.training import Protocol
 
     epochs = batching.epochs(
-        num_epochs=num_epochs, batch_size=BATCH_SIZE, preprocess=preprocess.scale(max_value=255.0)
+        num_epochs=num_epochs, batch_size=BATCH_SIZE, preprocess=transforms.scale(max_value=255.0)
     )
-    setup = Setup(num_rounds=1000, batcher=epochs, optimizer=optax.sgd(0.01), mesh=mesh)
+    setup = Protocol(num_rounds=1000, batcher=epochs, optimizer=optax.sgd(0.01), mesh=mesh)
     return setup._replace(**changes)
 
 
 def feddip_against_fedavg(mesh: Any, *, num_epochs: int) -> dict[str, Contender]:
-    from fedjaxprune.algorithms import fedavg, feddip
-    from fedjaxprune.federated import uplink
+    from fedjaxprune.federated import uplinks
+    from fedjaxprune.methods import fedavg, feddip
 
     model = networks.ours("cnn")
     population = _population([NUM_EXAMPLES] * COHORT_SIZE, networks.CASES["cnn"].image)
-    wire = uplink.error_feedback(uplink.top_k(fraction=0.1))
+    wire = uplinks.error_feedback(uplinks.top_k(fraction=0.1))
     setup = _setup(mesh, num_epochs=num_epochs)
     dip = feddip.feddip(model, setup._replace(uplink=wire), final_sparsity=0.9, period=1)
     plain = fedavg.fedavg(model, setup)
@@ -138,7 +138,7 @@ def feddip_against_fedavg(mesh: Any, *, num_epochs: int) -> dict[str, Contender]
 def skewed_against_equal(mesh: Any) -> dict[str, Contender]:
     import numpy as np
 
-    from fedjaxprune.algorithms import fedavg
+    from fedjaxprune.methods import fedavg
 
     model = networks.ours("cnn")
     num_clients, total = 10, 2560
@@ -162,10 +162,11 @@ def scanned_against_called(
     import jax
     import optax
 
-    from fedjaxprune.algorithms import fedavg, simulation
-    from fedjaxprune.data import batching, datasets, partitions, preprocess
-    from fedjaxprune.federated import participation
+    from fedjaxprune.data import batching, datasets, partitions, transforms
+    from fedjaxprune.federated import sampling
+    from fedjaxprune.methods import fedavg
     from fedjaxprune.models import zoo
+    from fedjaxprune.rounds import simulation
 
     del mesh  # a round of this size is faster on one device
     num_rounds = 200
@@ -173,11 +174,11 @@ def scanned_against_called(
     parts = partitions.iid(_generator(), digits.train["labels"], num_clients=20)
     population = partitions.population(digits.train, parts)
     model = zoo.mlp(input_shape=digits.image_shape, num_classes=10, hidden_sizes=hidden_sizes)
-    prepare, _ = preprocess.for_dataset(digits, augment=False)
+    prepare, _ = transforms.for_dataset(digits, augment=False)
     batcher = batching.steps(num_steps=1, batch_size=16, preprocess=prepare)
     setup = _setup(None, batcher=batcher, optimizer=optax.sgd(0.1), chunk_size=10)
     algorithm = fedavg.fedavg(model, setup)
-    sample = participation.uniform(num_clients=20, cohort_size=10)
+    sample = sampling.uniform(num_clients=20, cohort_size=10)
     advance = simulation.advance(algorithm.stages[0], sample)
     key = jax.random.key(1)
     run = simulation.start(algorithm, *model.init(jax.random.key(0)), num_clients=20)
@@ -234,7 +235,8 @@ def _generator() -> Any:
 
 def own_against_built_in(mesh: Any) -> dict[str, Contender]:
     from benchmarks import local_training
-    from fedjaxprune.models import adapters, convolution, pooling
+    from fedjaxprune.kernels import convolution, pooling
+    from fedjaxprune.models import adapters
 
     num_clients, num_steps = 1 if mesh is None else mesh.size, 10
     module = networks.plain_flax(

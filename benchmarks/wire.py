@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from fedjaxprune import masks, trees
-from fedjaxprune.costs import wire
 from fedjaxprune.models import zoo
+from fedjaxprune.wire import format as wire_format
 
 REPEATS = 7
 
@@ -33,7 +33,7 @@ def main(*, sparsity=0.9, seed=0):
     init = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch").init
     shapes, _ = jax.eval_shape(init, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    flags = masks.prunable_leaves(shapes, masks.kernels)
+    flags = masks.prunable_leaves(shapes, masks.is_kernel)
     leaves = jax.tree.leaves(shapes)
     paths = trees.paths(shapes)
     values, live = {}, {}
@@ -44,15 +44,15 @@ def main(*, sparsity=0.9, seed=0):
     num_bytes = sum(leaf.nbytes for leaf in values.values())
     messages = {
         "values and positions": values,
-        "values under known masks": {p: wire.kept(values[p], live[p]) for p in paths},
+        "values under known masks": {p: wire_format.kept(values[p], live[p]) for p in paths},
         "masks": live,
-        "top-k pairs": {p: wire.pairs(values[p], live[p]) for p in paths},
+        "top-k pairs": {p: wire_format.pairs(values[p], live[p]) for p in paths},
     }
     print(f"dense: {num_bytes:,} bytes")
     for name, message in messages.items():
-        encoding, data = best_of(lambda message=message: wire.encode(message))
-        decoding, _ = best_of(lambda data=data: wire.decode(data, known=live))
-        counting, _ = best_of(lambda message=message: wire.num_bits(message))
+        encoding, data = best_of(lambda message=message: wire_format.encode(message))
+        decoding, _ = best_of(lambda data=data: wire_format.decode(data, known=live))
+        counting, _ = best_of(lambda message=message: wire_format.num_bits(message))
         rates = [num_bytes / seconds / 1e6 for seconds in (encoding, decoding)]
         print(
             f"{name}: {len(data):,} bytes, encode {rates[0]:,.0f} MB/s, decode {rates[1]:,.0f} "

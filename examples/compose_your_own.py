@@ -10,23 +10,23 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks, metrics
-from fedjaxprune.algorithms import compose, simulation
-from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.federated import clients, participation, servers
+from fedjaxprune.data import batching, datasets, partitions, transforms
+from fedjaxprune.federated import local_training, sampling, server_optimizers
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, pruners, schedules, scores
+from fedjaxprune.rounds import simulation, training
 
 
 def build(model, *, num_rounds, sparsity, prepare):
     """Put the method together from parts of the two wings."""
     revision = schedules.every(5, start=5, until=3 * num_rounds // 4)
-    setup = compose.Setup(
+    setup = training.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=2, batch_size=16, preprocess=prepare),
         optimizer=optax.sgd(0.3),
-        server=servers.fedavgm(learning_rate=1.0, momentum=0.5),
+        server=server_optimizers.fedavgm(learning_rate=1.0, momentum=0.5),
     )
-    client = clients.local_sgd(
+    client = local_training.local_sgd(
         model.loss, batcher=setup.batcher, optimizer=setup.optimizer, report_grads=revision
     )
     erk_start = pruners.prune_to(sparsity, score=scores.random, allocation=allocation.erk())
@@ -35,13 +35,13 @@ def build(model, *, num_rounds, sparsity, prepare):
         pruners.grow_to(sparsity, score=scores.gradient, allocation=allocation.erk()),
     )
     pruner = pruners.chain(pruners.when(schedules.at(0), erk_start), pruners.when(revision, revise))
-    return compose.compose(setup, client=client, pruner=pruner)
+    return training.compose(setup, client=client, pruner=pruner)
 
 
 def main(*, num_rounds=60, num_clients=20, cohort_size=10, sparsity=0.9, seed=0):
     """Train, print a line every ten rounds, and give the last test accuracy and sparsity."""
     digits = datasets.load("digits")
-    train_prepare, test_prepare = preprocess.for_dataset(digits, augment=False)
+    train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
     parts = partitions.dirichlet(
         np.random.default_rng(seed),
         digits.train["labels"],
@@ -58,14 +58,14 @@ def main(*, num_rounds=60, num_clients=20, cohort_size=10, sparsity=0.9, seed=0)
     advance = jax.jit(
         simulation.advance(
             algorithm.stages[0],
-            participation.uniform(num_clients=num_clients, cohort_size=cohort_size),
+            sampling.uniform(num_clients=num_clients, cohort_size=cohort_size),
         )
     )
 
     @jax.jit
     def evaluate(state):
         inputs = test_prepare(test_key, digits.test["inputs"])
-        logits = model.predict(algorithm.deployed(state), state.model_state, inputs)
+        logits = model.predict(algorithm.deployed_params(state), state.model_state, inputs)
         return (logits.argmax(axis=-1) == digits.test["labels"]).mean()
 
     changed = 0
@@ -76,7 +76,7 @@ def main(*, num_rounds=60, num_clients=20, cohort_size=10, sparsity=0.9, seed=0)
             loss = float(metrics.value(record.train["loss"]))
             print(f"round {index + 1}: loss {loss:.3f}, mask entries changed so far {changed}")
     accuracy = float(evaluate(run.state))
-    sparsity = float(masks.sparsity(run.state.masks, masks.kernels))
+    sparsity = float(masks.sparsity(run.state.masks, masks.is_kernel))
     print(f"test accuracy {accuracy:.3f} at sparsity {sparsity:.3f}")
     return accuracy, sparsity
 

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import optax
 
-from fedjaxprune.algorithms import compose, fedavg, simulation
-from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.federated import participation, uplink
+from fedjaxprune.data import batching, datasets, partitions, transforms
+from fedjaxprune.federated import sampling
+from fedjaxprune.federated import uplinks as uplink
+from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
+from fedjaxprune.rounds import simulation, training
 
 
 def uplinks(fraction):
@@ -27,9 +29,9 @@ def uplinks(fraction):
 def train(wire, *, num_rounds, num_clients, cohort_size, seed):
     """Run FedAvg over one uplink; give the test accuracy and the bits sent."""
     digits = datasets.load("digits")
-    train_prepare, test_prepare = preprocess.for_dataset(digits, augment=False)
+    train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
     model = zoo.mlp(input_shape=digits.image_shape, num_classes=digits.num_classes)
-    setup = compose.Setup(
+    setup = training.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=1, batch_size=16, preprocess=train_prepare),
         optimizer=optax.sgd(0.1),
@@ -43,7 +45,7 @@ def train(wire, *, num_rounds, num_clients, cohort_size, seed):
     population = partitions.population(digits.train, parts)
     init_key, run_key, test_key = jax.random.split(jax.random.key(seed), 3)
     run = simulation.start(algorithm, *model.init(init_key), num_clients=num_clients)
-    sample = participation.uniform(num_clients=num_clients, cohort_size=cohort_size)
+    sample = sampling.uniform(num_clients=num_clients, cohort_size=cohort_size)
     advance = jax.jit(simulation.advance(algorithm.stages[0], sample))
 
     uplink_bits = 0
@@ -52,7 +54,7 @@ def train(wire, *, num_rounds, num_clients, cohort_size, seed):
         uplink_bits += algorithm.num_bits(jax.device_get(record), run.state).uplink_bits
 
     inputs = test_prepare(test_key, digits.test["inputs"])
-    logits = model.predict(algorithm.deployed(run.state), run.state.model_state, inputs)
+    logits = model.predict(algorithm.deployed_params(run.state), run.state.model_state, inputs)
     accuracy = float((logits.argmax(axis=-1) == digits.test["labels"]).mean())
     return accuracy, uplink_bits
 

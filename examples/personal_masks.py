@@ -11,19 +11,19 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import compose, simulation
-from fedjaxprune.base import Client, PrunerInputs
-from fedjaxprune.data import batching, datasets, partitions, preprocess
-from fedjaxprune.federated import aggregators, clients, participation
+from fedjaxprune.data import batching, datasets, partitions, transforms
+from fedjaxprune.federated import aggregators, local_training, sampling
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, pruners, scores
+from fedjaxprune.rounds import simulation, training
+from fedjaxprune.types import Client, PrunerInputs
 
 
 def with_personal_mask(inner: Client, *, sparsity, seed) -> Client:
     """Wrap a client so that it trains under, and reports, a mask that it keeps for good."""
     draw = pruners.exempt(
         pruners.prune_to(sparsity, score=scores.random, allocation=allocation.uniform()),
-        masks.kernels,
+        masks.is_kernel,
     )
 
     def update_fn(key, broadcast, state, data):
@@ -39,16 +39,16 @@ def with_personal_mask(inner: Client, *, sparsity, seed) -> Client:
 def train(aggregator, *, num_rounds, num_clients, cohort_size, sparsity, seed):
     """Train with personal masks; give the test accuracy of the server's dense model."""
     digits = datasets.load("digits")
-    train_prepare, test_prepare = preprocess.for_dataset(digits, augment=False)
+    train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
     model = zoo.mlp(input_shape=digits.image_shape, num_classes=digits.num_classes)
-    setup = compose.Setup(
+    setup = training.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=3, batch_size=16, preprocess=train_prepare),
         optimizer=optax.sgd(0.3),
         aggregator=aggregator,
     )
-    local = clients.local_sgd(model.loss, batcher=setup.batcher, optimizer=setup.optimizer)
-    algorithm = compose.compose(
+    local = local_training.local_sgd(model.loss, batcher=setup.batcher, optimizer=setup.optimizer)
+    algorithm = training.compose(
         setup, client=with_personal_mask(local, sparsity=sparsity, seed=seed)
     )
 
@@ -58,7 +58,7 @@ def train(aggregator, *, num_rounds, num_clients, cohort_size, sparsity, seed):
     population = partitions.population(digits.train, parts)
     init_key, run_key, test_key = jax.random.split(jax.random.key(seed), 3)
     run = simulation.start(algorithm, *model.init(init_key), num_clients=num_clients)
-    sample = participation.uniform(num_clients=num_clients, cohort_size=cohort_size)
+    sample = sampling.uniform(num_clients=num_clients, cohort_size=cohort_size)
     advance = jax.jit(simulation.advance(algorithm.stages[0], sample))
     for _ in range(num_rounds):
         run, _ = advance(run_key, run, population)

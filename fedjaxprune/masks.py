@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import trees
-from fedjaxprune.base import Masks, Params, PrunableFn
+from fedjaxprune.types import Masks, Params, PrunableFn
 
 
-def kernels(path: str, leaf: jax.Array) -> bool:
+def is_kernel(path: str, leaf: jax.Array) -> bool:
     """Call prunable the kernels of dense and convolution layers, by path and shape.
 
     A leaf is one if the last part of its path is ``kernel`` (flax), ``weight`` or ``w`` (other
-    libraries) and it has at least two axes: biases and normalisation are never pruned.
+    libraries) and it has at least two axes: biases and normalization are never pruned.
     """
     return path.rsplit("/", 1)[-1] in ("kernel", "weight", "w") and leaf.ndim >= 2
 
 
-def but(prunable: PrunableFn, *paths: str) -> PrunableFn:
+def excluding(prunable: PrunableFn, *paths: str) -> PrunableFn:
     """Exempt the leaves at `paths` (a network's first convolution, say) from what is prunable."""
 
     def prunable_fn(path: str, leaf: jax.Array) -> bool:
@@ -54,7 +54,7 @@ def num_kept(masks: Masks) -> jax.Array:
 def num_changed(before: Masks, after: Masks) -> jax.Array:
     """Count the entries in which two masks differ: ``[]`` int32."""
     flips = jax.tree.map(lambda a, b: trees.count(a != b), before, after)
-    return trees.total(flips, dtype=jnp.int32)
+    return trees.tree_sum(flips, dtype=jnp.int32)
 
 
 def prunable_leaves(tree: Any, prunable: PrunableFn) -> list[bool]:
@@ -79,8 +79,8 @@ def overlap(first: Masks, second: Masks) -> jax.Array:
     """Measure the Jaccard similarity of what two masks keep: ``[]``, 1 if both are empty."""
     both = jax.tree.map(lambda a, b: trees.count(a & b), first, second)
     either = jax.tree.map(lambda a, b: trees.count(a | b), first, second)
-    shared = trees.total(both, dtype=jnp.int32).astype(jnp.float32)
-    total = trees.total(either, dtype=jnp.int32).astype(jnp.float32)
+    shared = trees.tree_sum(both, dtype=jnp.int32).astype(jnp.float32)
+    total = trees.tree_sum(either, dtype=jnp.int32).astype(jnp.float32)
     return jnp.where(total > 0, shared / jnp.maximum(total, jnp.float32(1.0)), jnp.float32(1.0))
 
 

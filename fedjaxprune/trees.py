@@ -29,12 +29,12 @@ def sizes(tree: Any) -> list[int]:
     return [int(leaf.size) for leaf in jax.tree.leaves(tree)]
 
 
-def total(tree: Any, *, dtype: Any) -> jax.Array:
+def tree_sum(tree: Any, *, dtype: Any) -> jax.Array:
     """Add up a tree of numbers ``[]``, in the leaves' order; an empty tree comes to zero."""
     return functools.reduce(jnp.add, jax.tree.leaves(tree), jnp.zeros([], dtype))
 
 
-def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+def tree_where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     """Take one of two trees of the same structure, by one boolean ``[]``."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
@@ -79,11 +79,11 @@ def _count_plainly(marks):
     return jnp.sum(marks, dtype=jnp.int32)
 
 
-def blank(tree: Any) -> Any:
+def shape_only(tree: Any) -> Any:
     """Keep nothing of a tree but shapes and types: leaves ``[0, ...]``."""
     return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), tree)
 
 
-def take(tree: Any, rows: jax.Array | int) -> Any:
+def take_rows(tree: Any, rows: jax.Array | int) -> Any:
     """Take `rows` of every leaf's leading axis."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)

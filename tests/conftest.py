@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-# Most of the suite's time is compiling; what optimisations may change, the laws do not depend on.
+# Most of the suite's time is compiling; what optimizations may change, the laws do not depend on.
 # `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests the code as it runs in production.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

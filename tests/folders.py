@@ -5,8 +5,9 @@ import pathlib
 
 import numpy as np
 
-from fedjaxprune.experiment import reading, record
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.config import files
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.folder import record
 
 MIB = 8 * 2**20
 VERSIONS = {"fedjaxprune": "0", "jax": "0"}
@@ -35,10 +36,10 @@ def line(round, *, accuracy=None, mib=2, stage="train", **changes):
             {"uplink_bits": bits // 2, "downlink_bits": bits // 3, "client_ids": [0, round % 3]},
             {"uplink_bits": 0, "downlink_bits": bits // 3, "client_ids": [5]},
         ],
-        modelled_bits={},
-        num_present=2,
+        modeled_bits={},
+        num_participating=2,
         num_rejected=0,
-        modelled_flops={
+        modeled_flops={
             "forward": 10**9,
             "input_gradient": 10**9,
             "weight_gradient": 10**9,
@@ -69,7 +70,7 @@ def write(folder: pathlib.Path, lines, *, finished=True, **settings) -> pathlib.
     """Write a run folder; settings go over the defaults of a FedAvg run."""
     config = RunConfig(**{"algorithm": "fedavg", "num_clients": 6, "cohort_size": 3, **settings})
     folder.mkdir(parents=True)
-    (folder / record.CONFIG).write_text(reading.to_yaml(config, versions=VERSIONS))
+    (folder / record.CONFIG).write_text(files.to_yaml(config, versions=VERSIONS))
     rows = [json.dumps(one._asdict()) + "\n" for one in lines]
     (folder / record.METRICS).write_text("".join(rows))
     if finished:

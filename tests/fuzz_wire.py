@@ -17,9 +17,10 @@ import zlib
 import atheris  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 
 with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
-    include=["fedjaxprune.costs"]
+    include=["fedjaxprune.wire"]
 ):
-    from fedjaxprune.costs import packing, wire
+    from fedjaxprune.wire import format as wire_format
+    from fedjaxprune.wire import packing
 
 import numpy as np
 
@@ -37,14 +38,14 @@ def one_input(data: bytes) -> None:
     tracemalloc.reset_peak()
     begin = tracemalloc.get_traced_memory()[0]
     try:
-        tensors = wire.decode(data[:-4] + bytes(4), known=KNOWN, max_bytes=MAX_BYTES)
+        tensors = wire_format.decode(data[:-4] + bytes(4), known=KNOWN, max_bytes=MAX_BYTES)
     except packing.WireError:
         tensors = {}
     grown = tracemalloc.get_traced_memory()[1] - begin
     if grown > BYTES_PER_DECLARED * (MAX_BYTES + len(data)) + (1 << 18):
         raise MemoryError(f"{grown} bytes for an input of {len(data)}")
     plain = {name: value for name, value in tensors.items() if isinstance(value, np.ndarray)}
-    again = wire.decode(wire.encode(plain)[:-4] + bytes(4))
+    again = wire_format.decode(wire_format.encode(plain)[:-4] + bytes(4))
     for name, value in plain.items():
         other = again[name]
         assert isinstance(other, np.ndarray)
@@ -52,7 +53,7 @@ def one_input(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    wire.zlib = types.SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+    wire_format.zlib = types.SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         crc32=lambda data, digest=0: 0,
         decompressobj=zlib.decompressobj,
         compress=zlib.compress,

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import gating, metrics, trees
-from fedjaxprune.base import Batch, Batcher, Cohort, Model, Population
-from fedjaxprune.channels.groups import Analysis, Group, Member
+from fedjaxprune import metrics, trees
 from fedjaxprune.costs import flops
-from fedjaxprune.experiment import costs_record
-from fedjaxprune.federated import salience
+from fedjaxprune.experiment.run import round_costs
+from fedjaxprune.federated import gated_updates
+from fedjaxprune.models import gates
+from fedjaxprune.structure.channels.groups import Analysis, Group, Member
+from fedjaxprune.types import Batch, Batcher, Cohort, Model, Population
 
 PARAMS = {
     "dense": {"bias": jnp.zeros([4]), "kernel": jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)},
@@ -110,7 +111,7 @@ def profile():
         hidden = inputs @ params["dense"]["kernel"] + params["dense"]["bias"]
         return hidden @ params["head"]["kernel"] + params["head"]["bias"]
 
-    return costs_record.Profile(
+    return round_costs.Profile(
         layers=flops.of_function(predict, PARAMS, jnp.zeros(6)),
         paths=tuple(trees.paths(PARAMS)),
         sizes=tuple(trees.sizes(PARAMS)),
@@ -124,18 +125,20 @@ def mean_point(people, client_id):
     return np.asarray(people.examples["inputs"])[np.asarray(rows)].mean(axis=0)
 
 
-def cohort(algorithm, client_ids, present=None, params=PARAMS):
+def cohort(algorithm, client_ids, participated=None, params=PARAMS):
     """Make a cohort of clients that never took part before."""
     row = algorithm.init_client(params)
     size = len(client_ids)
     return Cohort(
         client_ids=jnp.asarray(client_ids, jnp.int32),
-        present=jnp.ones(size, jnp.bool_) if present is None else jnp.asarray(present),
+        participated=jnp.ones(size, jnp.bool_)
+        if participated is None
+        else jnp.asarray(participated),
         states=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), row),
     )
 
 
-def normalised_loss(params, state, batch, key):
+def normalized_loss(params, state, batch, key):
     """Compute the same loss, with moving averages of the points' mean and variance beside it."""
     value, (_, seen) = loss(params, {}, batch, key)
     size = jnp.sum(batch.weights)
@@ -151,17 +154,17 @@ def normalised_loss(params, state, batch, key):
     return value, (state, seen)
 
 
-def normalised_predict(params, state, inputs):
-    """Give two logits: weighted sums of normalised inputs."""
+def normalized_predict(params, state, inputs):
+    """Give two logits: weighted sums of normalized inputs."""
     norm = state["norm"]
     inputs = (inputs - norm["mean"][None]) / jnp.sqrt(norm["var"] + 0.01)[None]
     products = inputs * flatten(params)[None]
     return jnp.stack([jnp.sum(products[:, ::2], axis=1), jnp.sum(products[:, 1::2], axis=1)], 1)
 
 
-NORMALISED_STATE = {"norm": {"mean": jnp.zeros(NUM_WEIGHTS), "var": jnp.ones(NUM_WEIGHTS)}}
-NORMALISED = Model(
-    init=lambda key: (PARAMS, NORMALISED_STATE), loss=normalised_loss, predict=normalised_predict
+NORMALIZED_STATE = {"norm": {"mean": jnp.zeros(NUM_WEIGHTS), "var": jnp.ones(NUM_WEIGHTS)}}
+NORMALIZED = Model(
+    init=lambda key: (PARAMS, NORMALIZED_STATE), loss=normalized_loss, predict=normalized_predict
 )
 
 
@@ -184,7 +187,7 @@ def gated_loss(params, state, batch, key, salience=salient_channels):
     """
     density = state["gating"]["density"]
     rank = jnp.argsort(jnp.argsort(-salience(batch, key), axis=1), axis=1)
-    keeps = rank.astype(jnp.int32) < gating.num_kept(density, 4)
+    keeps = rank.astype(jnp.int32) < gates.num_kept(density, 4)
     one = jnp.ones([batch.inputs.shape[0], 10], jnp.bool_)
     kept = jnp.concatenate([keeps, jnp.tile(keeps, (1, 6)), one], axis=1)
     distance = jnp.where(kept, flatten(params)[None] - batch.inputs, 0.0)
@@ -209,4 +212,4 @@ GATED = Model(
     predict=lambda params, state, inputs: inputs[:, :2],
 )
 DRAWING = GATED._replace(loss=functools.partial(gated_loss, salience=random_channels))
-READERS = (salience.Reader("head/kernel", 0, "dense"),)
+READERS = (gated_updates.Reader("head/kernel", 0, "dense"),)

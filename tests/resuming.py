@@ -10,11 +10,13 @@ import jax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import simulation
-from fedjaxprune.algorithms.simulation import Simulation
-from fedjaxprune.base import Algorithm, Model, Population
-from fedjaxprune.experiment import checkpoints, progress, record, runner
-from fedjaxprune.experiment.evaluation import TestSet
+from fedjaxprune.experiment.folder import checkpoints, record
+from fedjaxprune.experiment.run import loop
+from fedjaxprune.experiment.run.evaluation import TestSet
+from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds.simulation import Simulation
+from fedjaxprune.types import Algorithm, Model, Population
 
 
 class Stopped(Exception):
@@ -25,11 +27,11 @@ def parts(
     model: Model,
     algorithm: Algorithm,
     people: Population,
-    draw: simulation.ParticipationFn,
-    **draws: simulation.ParticipationFn,
-) -> runner.Parts:
+    draw: simulation.SamplingFn,
+    **draws: simulation.SamplingFn,
+) -> loop.RunParts:
     """Put a run together whose test set are the clients' examples; `draws` are by stage."""
-    return runner.Parts(
+    return loop.RunParts(
         model=model,
         algorithm=algorithm,
         population=people,
@@ -38,12 +40,12 @@ def parts(
         advance=tuple(
             simulation.advance(stage, draws.get(stage.name, draw)) for stage in algorithm.stages
         ),
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
     )
 
 
 def play(
-    parts: runner.Parts,
+    parts: loop.RunParts,
     folder: pathlib.Path,
     *,
     stop_after: int | None = None,
@@ -63,7 +65,7 @@ def play(
     folder.mkdir(exist_ok=True)
     state = None
     with contextlib.suppress(Stopped):
-        state = runner.train(
+        state = loop.train(
             parts,
             seed=3,
             folder=folder,
@@ -71,12 +73,12 @@ def play(
             checkpoint_every=1,
             keep_checkpoints=2,
             fingerprint=7,
-            report=progress.Report(start=lambda lines: None, round=on_round, warn=warn),
+            report=progress.Listener(start=lambda lines: None, round=on_round, warn=warn),
         )
     lines = [line._replace(wall_s=0.0) for line in record.read(folder)]
     if state is None:
         return None, lines
-    like = jax.eval_shape(lambda: runner.start(jax.random.key(0), parts))
+    like = jax.eval_shape(lambda: loop.start(jax.random.key(0), parts))
     found = checkpoints.read_newest(folder / record.CHECKPOINTS, like, warn=pytest.fail)
     assert found is not None
     assert found[0] == len(lines)
@@ -85,7 +87,11 @@ def play(
 
 
 def assert_resumes(
-    parts: runner.Parts, folder: pathlib.Path, *, stops: Iterable[int] | None = None, **options: Any
+    parts: loop.RunParts,
+    folder: pathlib.Path,
+    *,
+    stops: Iterable[int] | None = None,
+    **options: Any,
 ) -> list[record.RoundRecord]:
     """Stop one run after each round in turn (or after `stops`); it ends as one that never stopped.
 

@@ -11,22 +11,25 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import gating, masks, metrics, trees
-from fedjaxprune.algorithms import adaptive_dynamic_pruning as adp
-from fedjaxprune.algorithms import compose, fedavg, feddp_threshold, simulation
-from fedjaxprune.base import Broadcast, Population, client_data
+from fedjaxprune import masks, metrics, trees
 from fedjaxprune.costs import flops
-from fedjaxprune.experiment import costs_record, evaluation
+from fedjaxprune.experiment.run import evaluation, round_costs
 from fedjaxprune.federated import (
     aggregators,
-    clients,
-    participation,
-    personal,
-    salience,
-    servers,
-    uplink,
+    gated_updates,
+    local_training,
+    personalization,
+    sampling,
+    server_optimizers,
+    uplinks,
 )
-from fedjaxprune.models import adapters, gated, layers, pooling, resnet, vgg
+from fedjaxprune.kernels import pooling
+from fedjaxprune.methods import adaptive_dynamic_pruning as adp
+from fedjaxprune.methods import fedavg, feddp_threshold
+from fedjaxprune.models import adapters, gated, layers, resnet, vgg
+from fedjaxprune.models import gates as gating
+from fedjaxprune.rounds import simulation, training
+from fedjaxprune.types import Broadcast, Population, client_data
 from tests import quadratic, resuming
 
 KEY = jax.random.key(11)
@@ -65,7 +68,7 @@ PEOPLE = population()
 
 def setup(num_rounds=2, **changes):
     batcher = quadratic.full_batches(2, max_size=max(SIZES))
-    return compose.Setup(num_rounds, batcher, OPTIMIZER)._replace(**changes)
+    return training.Protocol(num_rounds, batcher, OPTIMIZER)._replace(**changes)
 
 
 def play(algorithm, model=GATED, num_rounds=2):
@@ -132,7 +135,7 @@ def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
     chex.assert_trees_all_equal(now.state.params, squeezed().params)
     assert gating.density(now.state.model_state) == 1.0
     sizes = trees.sizes(now.state.params)
-    assert history[-1].uplink_kept.tolist() == [sizes] * 3
+    assert history[-1].num_uploaded.tolist() == [sizes] * 3
 
 
 def test_the_reference_is_fedavg_of_the_squeeze_excitation_network_to_the_bit():
@@ -148,7 +151,7 @@ def test_what_is_not_touched_did_not_change_so_that_sending_the_rest_is_sending_
     _, dense, _ = played(density=0.25, upload="dense")
     chex.assert_trees_all_equal(touched.state.params, dense.state.params)
     chex.assert_trees_all_equal(touched.state.model_state, dense.state.model_state)
-    assert history[0].uplink_kept.sum() < 3 * sum(trees.sizes(dense.state.params))
+    assert history[0].num_uploaded.sum() < 3 * sum(trees.sizes(dense.state.params))
 
 
 # The strict step -----------------------------------------------------------------------------
@@ -171,14 +174,14 @@ def test_a_strict_step_leaves_alone_what_the_whole_batch_dropped(gradient):
     def step(params, state, memory):
         grads, (after, seen) = jax.grad(GATED.loss, has_aux=True)(params, state, batch, KEY)
         updates, now = OPTIMIZER.update(grads, memory, params)
-        taken = clients.LocalStep(
-            before=clients.Local(params, memory, state),
-            after=clients.Local(optax.apply_updates(params, updates), now, after),
+        taken = local_training.LocalStep(
+            before=local_training.Local(params, memory, state),
+            after=local_training.Local(optax.apply_updates(params, updates), now, after),
             metrics=seen,
             step=jnp.int32(0),
             num_steps=jnp.int32(1),
         )
-        return salience.strict(OPTIMIZER)(taken), taken.after, seen
+        return gated_updates.freeze_unused(OPTIMIZER)(taken), taken.after, seen
 
     strict, plain, seen = jax.jit(step)(params, state, start)
     now = strict if gradient == "strict" else plain
@@ -228,9 +231,9 @@ def test_readers_are_kernels_with_one_gated_maker():
 
 def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
     algorithm, now, history = played()
-    (bits,) = [dict(told.sent.up[salience.SALIENT]) for told in history[:1]]
-    np.testing.assert_array_equal(bits[salience.SALIENT].pairs, [[2, 3]] * 3)  # round(rho C)
-    by_path = dict(zip(trees.paths(now.state.params), history[0].uplink_kept.T, strict=True))
+    (bits,) = [dict(told.sent.up[gated_updates.SALIENT]) for told in history[:1]]
+    np.testing.assert_array_equal(bits[gated_updates.SALIENT].pairs, [[2, 3]] * 3)  # round(rho C)
+    by_path = dict(zip(trees.paths(now.state.params), history[0].num_uploaded.T, strict=True))
     expected = {
         "conv_1/conv/kernel": 9 * 3 * 2,  # the image's channels are not gated
         "conv_2/conv/kernel": 9 * 2 * 3,
@@ -255,9 +258,9 @@ def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
     assert charged.uplink.values == 3 * 32 * values
     assert charged.uplink.statistics == 3 * 32 * statistics
     assert charged.uplink.positions == 3 * 2 * 8  # a bit a channel; each layer fills a byte
-    assert charged.modelled[adp.NAME].uplink == 3 * (32 * (values + statistics) + sum(WIDTHS))
+    assert charged.modeled[adp.NAME].uplink == 3 * (32 * (values + statistics) + sum(WIDTHS))
     everything = sum(trees.sizes(now.state.params)) + all_statistics
-    assert charged.modelled[adp.NAME].downlink == 3 * 32 * everything
+    assert charged.modeled[adp.NAME].downlink == 3 * 32 * everything
 
 
 def test_the_most_kept_are_counted_over_the_round():
@@ -268,9 +271,9 @@ def test_the_most_kept_are_counted_over_the_round():
         }
     }
     for density, kept in ((0.5, [1, 0, 1, 0]), (0.7, [1, 0, 1, 1]), (0.01, [0, 0, 1, 0])):
-        bits = salience.most_kept(report, jnp.float32(density))
+        bits = gated_updates.most_kept(report, jnp.float32(density))
         np.testing.assert_array_equal(bits["a"], np.array(kept, bool))
-    np.testing.assert_array_equal(salience.touched(report)["a"], [True, False, True, True])
+    np.testing.assert_array_equal(gated_updates.touched(report)["a"], [True, False, True, True])
 
 
 @pytest.mark.parametrize(("density", "share"), [(0.7, 0.49), (0.656, 0.43)])
@@ -284,7 +287,9 @@ def test_a_plain_chain_sends_the_square_of_the_density(density, share):
         size = wide[f"{layer}/gate_bias"].shape[0]
         bits[layer] = np.arange(size) < int(gating.num_kept(jnp.float32(density), size))
     sent = jax.tree.map(
-        jnp.logical_and, salience.of_params(bits, params), salience.of_readers(bits, read, params)
+        jnp.logical_and,
+        gated_updates.of_params(bits, params),
+        gated_updates.of_readers(bits, read, params),
     )
     counts = dict(zip(trees.paths(params), np.asarray(masks.num_kept(sent)), strict=True))
     behind_others = [f"conv_{i}/conv/kernel" for i in range(2, 5)]
@@ -306,7 +311,7 @@ def test_absent_entries_count_as_no_change_or_for_nobody():
         order=jnp.arange(8, dtype=jnp.int32),
         offsets=jnp.array([0, 4, 8], jnp.int32),
     )
-    shared = compose.Setup(1, quadratic.full_batches(1), optax.sgd(0.5))
+    shared = training.Protocol(1, quadratic.full_batches(1), optax.sgd(0.5))
     zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
     found = {}
     for name, rule in (("mean", None), ("holders", aggregators.holder_mean())):
@@ -348,7 +353,7 @@ def test_the_density_follows_its_schedule_and_waits_where_nobody_is_heard():
     found = []
     for present in ([True, True], [False, False], [True, False]):
         state, _, told = run(
-            KEY, state, members._replace(present=jnp.array(present)), quadratic.population()
+            KEY, state, members._replace(participated=jnp.array(present)), quadratic.population()
         )
         kept = gating.kept(told.train)["dense"]
         found.append((float(gating.density(state.model_state)), float(jnp.sum(kept.total))))
@@ -357,7 +362,7 @@ def test_the_density_follows_its_schedule_and_waits_where_nobody_is_heard():
 
 
 def setup_of_points(**changes):
-    return compose.Setup(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
+    return training.Protocol(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
 
 
 def test_personal_gates_stay_at_home():
@@ -375,7 +380,7 @@ def test_personal_gates_stay_at_home():
         assert all(np.any(np.asarray(row - begun)) for row in leaf)  # each client has its own
         assert np.any(np.asarray(leaf[0] - leaf[1]))
     counts = zip(
-        history[0].uplink_kept.T, history[0].downlink_kept, trees.sizes(start), strict=True
+        history[0].num_uploaded.T, history[0].num_downloaded, trees.sizes(start), strict=True
     )
     for (up, down, size), flag in zip(counts, flags, strict=True):
         assert down == (0 if flag else size)
@@ -388,10 +393,10 @@ def test_personal_gates_stay_at_home():
 
 
 def test_personal_parameters_go_on_where_their_client_left_them():
-    inner = clients.local_sgd(
+    inner = local_training.local_sgd(
         quadratic.MODEL.loss, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.5)
     )
-    client = personal.keep_own(inner, is_own=lambda path, leaf: path == "head/bias")
+    client = personalization.keep_own(inner, is_own=lambda path, leaf: path == "head/bias")
     people = quadratic.population()
     broadcast = Broadcast(quadratic.PARAMS, masks.full(quadratic.PARAMS), {}, jnp.int32(0))
     state = client.init(quadratic.PARAMS)
@@ -441,16 +446,16 @@ def test_the_record_counts_inference_by_what_the_gates_let_through():
     assert shares["conv_1"] == pytest.approx(1 / 3 * 2 / 4)
     assert 0.0 < shares["conv_2"] <= 0.5 * 0.5 + 1e-6  # a kept channel may be zero after its ReLU
     assert all(value.weight == sum(SIZES) for value in tested.through.values())
-    profile = costs_record.profile(
+    profile = round_costs.profile(
         GATED,
         params,
         inputs,
         preprocess=lambda key, inputs: inputs,
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
         warn=pytest.fail,
     )
     told: Any = type("Told", (), {"kept": np.array(trees.sizes(params))})
-    found = costs_record.of_inference(profile, told, tested.through)
+    found = round_costs.of_inference(profile, told, tested.through)
     first, second, head = 16 * 9 * 3 * 4, 4 * 9 * 4 * 6, 6 * 3
     own = 3 * 4 + 4 * 6
     assert found == {
@@ -458,20 +463,20 @@ def test_the_record_counts_inference_by_what_the_gates_let_through():
         "open": 2 * (first + second + head + own),
         "without_gates": 2 * (first + second + head),
     }
-    assert costs_record.of_inference(profile, told, {}) is None
+    assert round_costs.of_inference(profile, told, {}) is None
 
 
 def test_the_record_counts_training_by_what_the_gates_let_through():
     _, now, history = played()
-    profile = costs_record.profile(
+    profile = round_costs.profile(
         GATED,
         now.state.params,
         PEOPLE.examples["inputs"],
         preprocess=lambda key, inputs: inputs,
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
         warn=pytest.fail,
     )
-    found = costs_record.of_round(profile, history[0]).modelled_flops
+    found = round_costs.of_round(profile, history[0]).modeled_flops
     assert found is not None
     through = gating.through(history[0].train)
     assert [float(value.weight) for value in through.values()] == [2.0 * sum(SIZES)] * 2
@@ -500,7 +505,7 @@ def test_small_weights_become_zero_after_each_epoch_and_may_return():
     zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
     algorithm = feddp_threshold.feddp_threshold(
         quadratic.MODEL,
-        compose.Setup(1, quadratic.full_batches(4), optax.sgd(0.5)),
+        training.Protocol(1, quadratic.full_batches(4), optax.sgd(0.5)),
         num_epochs=2,
         threshold=0.9,
         prunable=lambda path, leaf: path == "dense/kernel",
@@ -528,10 +533,18 @@ def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_
     for name, algorithm in {
         "fedavg": fedavg.fedavg(quadratic.MODEL, setup_of_points()),
         "none": feddp_threshold.feddp_threshold(
-            quadratic.MODEL, setup_of_points(), num_epochs=1, threshold=0.0, prunable=masks.kernels
+            quadratic.MODEL,
+            setup_of_points(),
+            num_epochs=1,
+            threshold=0.0,
+            prunable=masks.is_kernel,
         ),
         "all": feddp_threshold.feddp_threshold(
-            quadratic.MODEL, setup_of_points(), num_epochs=1, threshold=9.0, prunable=masks.kernels
+            quadratic.MODEL,
+            setup_of_points(),
+            num_epochs=1,
+            threshold=9.0,
+            prunable=masks.is_kernel,
         ),
     }.items():
         state, _, told = jax.jit(algorithm.stages[0].round)(
@@ -552,8 +565,8 @@ def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_
 @pytest.mark.parametrize(
     ("changes", "share"),
     [
-        ({"server": servers.fedavg(learning_rate=0.5)}, 0.5),  # half of the way to zero
-        ({"uplink": uplink.top_k(fraction=0.02)}, 1.0),  # of nearly all, nobody sent anything
+        ({"server": server_optimizers.fedavg(learning_rate=0.5)}, 0.5),  # half of the way to zero
+        ({"uplink": uplinks.top_k(fraction=0.02)}, 1.0),  # of nearly all, nobody sent anything
     ],
 )
 def test_zeros_of_the_clients_are_the_servers_where_its_step_leads_there(changes, share):
@@ -562,7 +575,7 @@ def test_zeros_of_the_clients_are_the_servers_where_its_step_leads_there(changes
         setup_of_points(**changes),
         num_epochs=1,
         threshold=9.0,
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
     )
     state, _, _ = jax.jit(algorithm.stages[0].round)(
         KEY,
@@ -602,7 +615,8 @@ def test_other_wrong_options_are_refused():
         with pytest.raises(ValueError, match="hold and until must be in order"):
             adp.warm_up(density=0.5, num_rounds=10, hold=hold, until=until)
     with pytest.raises(ValueError, match="rule must be 'salient' or 'touched', got 'best'"):
-        salience.report(clients.Client(init=tuple, update=clients.local_sgd), rule="best")  # pyright: ignore
+        any_client: Any = local_training.Client(init=tuple, update=local_training.local_sgd)  # pyright: ignore
+        gated_updates.report(any_client, rule="best")  # pyright: ignore
     for options, sentence in (
         ({"threshold": -1.0}, "threshold must not be negative or infinite, got -1.0"),
         ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
@@ -628,9 +642,7 @@ def resumes(folder, stops, model, people, **options):
         density=adp.warm_up(density=0.5, num_rounds=4, hold=0.25, until=0.75),
         **options,
     )
-    draw = participation.drop_out(
-        participation.uniform(num_clients=3, cohort_size=2), probability=0.2
-    )
+    draw = sampling.with_dropout(sampling.uniform(num_clients=3, cohort_size=2), probability=0.2)
     return resuming.assert_resumes(
         resuming.parts(model, algorithm, people, draw), folder, stops=stops
     )

@@ -62,11 +62,11 @@ def _direct_weighted(leaf, mask):
 MONOIDS = {
     "weighted_mean": (aggregators.weighted_mean(), VALUES, _direct_mean),
     "holder_mean": (aggregators.holder_mean(), VALUES, _direct_holder_mean),
-    "votes": (aggregators.votes(), MASKS, _direct_total),
-    "weighted_votes": (aggregators.weighted_votes(), MASKS, _direct_weighted),
-    "total": (aggregators.total(), VALUES, _direct_total),
-    "total of integers": (aggregators.total(), COUNTS, _direct_total),
-    "total of metrics": (aggregators.total(), MEANS, _direct_total),
+    "votes": (aggregators.vote_counts(), MASKS, _direct_total),
+    "weighted_votes": (aggregators.vote_weights(), MASKS, _direct_weighted),
+    "total": (aggregators.unweighted_sum(), VALUES, _direct_total),
+    "total of integers": (aggregators.unweighted_sum(), COUNTS, _direct_total),
+    "total of metrics": (aggregators.unweighted_sum(), MEANS, _direct_total),
 }
 
 
@@ -224,11 +224,13 @@ def test_reducing_nobody_gives_zero(name):
     chex.assert_trees_all_equal(result, jax.tree.map(jnp.zeros_like, _row(VALUES, 0)))
 
 
-@pytest.mark.parametrize("num_present", range(1, NUM_CLIENTS + 1))
-def test_the_median_is_right_for_odd_and_even_counts(num_present):
-    weights = (jnp.arange(NUM_CLIENTS) < num_present).astype(jnp.float32)
+@pytest.mark.parametrize("num_participating", range(1, NUM_CLIENTS + 1))
+def test_the_median_is_right_for_odd_and_even_counts(num_participating):
+    weights = (jnp.arange(NUM_CLIENTS) < num_participating).astype(jnp.float32)
     result = aggregators.median().reduce(VALUES["w"], None, weights)
-    np.testing.assert_allclose(result, np.median(VALUES["w"][:num_present], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        result, np.median(VALUES["w"][:num_participating], axis=0), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("wrong", [1e30, jnp.inf, -jnp.inf, jnp.nan])
@@ -276,7 +278,7 @@ def test_means_of_integers_are_refused_by_name(name):
 
 def test_votes_that_are_not_bool_are_refused_by_name():
     with pytest.raises(ValueError, match=r"'w' is float32"):
-        aggregators.votes().init({"w": jnp.ones(3)})
+        aggregators.vote_counts().init({"w": jnp.ones(3)})
 
 
 @pytest.mark.parametrize("name", ["weighted_mean", "holder_mean", "votes", "total"])

@@ -10,10 +10,19 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import (
+from fedjaxprune.experiment.folder import checkpoints
+from fedjaxprune.experiment.run import build as catalog
+from fedjaxprune.federated import (
+    aggregators,
+    cohort,
+    early_stopping,
+    local_training,
+    server_optimizers,
+    uplinks,
+)
+from fedjaxprune.methods import (
     adaptive_dynamic_pruning,
     autoflip,
-    compose,
     fedavg,
     feddip,
     feddp_threshold,
@@ -24,23 +33,22 @@ from fedjaxprune.algorithms import (
     gradual_magnitude,
     mpfl,
     scaffold,
-    stages,
 )
-from fedjaxprune.base import ClientData
-from fedjaxprune.channels.groups import Group, Member
-from fedjaxprune.experiment import catalog, checkpoints
-from fedjaxprune.federated import aggregators, clients, cohort, exploration, servers, uplink
-from fedjaxprune.pruning import consensus, pruners, readjustment, schedules, scores
+from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
+from fedjaxprune.pruning.structured import voting
+from fedjaxprune.rounds import reporting, training
+from fedjaxprune.structure.channels.groups import Group, Member
+from fedjaxprune.types import ClientData
 from tests import quadratic
 
 KEY = jax.random.key(3)
 PEOPLE = quadratic.population()
 ROUNDS = 6
-STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALISED_STATE, **quadratic.GATED_STATE}
+STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALIZED_STATE, **quadratic.GATED_STATE}
 
 
 def setup(**changes):
-    base = compose.Setup(
+    base = training.Protocol(
         num_rounds=ROUNDS, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -63,29 +71,29 @@ def dynamic_sparse(s):
         pruners.prune_to(0.6), pruners.drop(0.3), pruners.grow_to(0.6, score=scores.gradient)
     )
     due = schedules.every(2)
-    client = clients.local_sgd(
+    client = local_training.local_sgd(
         quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer, report_grads=due
     )
-    return compose.compose(s, client=client, pruner=pruners.when(due, revise))
+    return training.compose(s, client=client, pruner=pruners.when(due, revise))
 
 
 def tiny(**options):
     settings = {
         "density": 0.4,
-        "source": stages.held_out([0, 1, 2]),
+        "source": reporting.server_examples([0, 1, 2]),
         "pretraining": quadratic.full_batches(1),
         "development": quadratic.full_batches(1),
-        "blocks": readjustment.consecutive(["dense/kernel", "head/kernel"], num_blocks=2),
+        "blocks": drop_and_grow.consecutive(["dense/kernel", "head/kernel"], num_blocks=2),
         "pool_size": 3,
         "swap_fraction": 0.6,
         "period": 2,
         "until": ROUNDS,
         **options,
     }
-    return lambda s: fedtiny.fedtiny(quadratic.NORMALISED, s, **settings)
+    return lambda s: fedtiny.fedtiny(quadratic.NORMALIZED, s, **settings)
 
 
-EXPLORER = exploration.until_stale(
+EXPLORER = early_stopping.until_no_improvement(
     quadratic.MODEL.loss,
     epoch=quadratic.full_batches(1),
     optimizer=optax.sgd(0.1),
@@ -113,7 +121,7 @@ def by_filter(make, *, iterations=1, **options):
     settings = {
         "channels": quadratic.CHANNELS,
         "sparsity": 0.5,
-        "prunable": masks.kernels,
+        "prunable": masks.is_kernel,
         **options,
     }
     if make is not filter_controls.random_filters:
@@ -164,7 +172,7 @@ ALGORITHMS = {
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=stages.held_out([0, 1, 2]),
+        source=reporting.server_examples([0, 1, 2]),
         pretraining=quadratic.full_batches(1),
         weights="trained",
     ),
@@ -172,7 +180,7 @@ ALGORITHMS = {
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=stages.one_client(2),
+        source=reporting.examples_of(2),
         pretraining=quadratic.full_batches(1),
         weights="initial",
         guests=(2,),
@@ -181,7 +189,7 @@ ALGORITHMS = {
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=stages.pooled(),
+        source=reporting.all_examples(),
         pretraining=quadratic.full_batches(1, max_size=28),
         weights="initial",
     ),
@@ -189,7 +197,7 @@ ALGORITHMS = {
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=stages.pooled(),
+        source=reporting.all_examples(),
         batcher=quadratic.full_batches(1),
         num_steps=2,
     ),
@@ -201,13 +209,13 @@ ALGORITHMS = {
     ),
     "fedtiny": tiny(),
     "fedtiny_fednova": lambda s: tiny()(
-        s._replace(drift=fednova.normalised_averaging(batcher=s.batcher))
+        s._replace(drift=fednova.normalized_averaging(batcher=s.batcher))
     ),
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
     "mpfl": by_filter(mpfl.mpfl),
     "mpfl_started": by_filter(
-        mpfl.mpfl, start_rounds=1, votes="examples", drops="channels", consensus=consensus.top_k
+        mpfl.mpfl, start_rounds=1, votes="examples", drops="channels", consensus=voting.top_k
     ),
     "random_filters": by_filter(filter_controls.random_filters),
     "pooled_filters": by_filter(filter_controls.pooled_filters, drops="channels"),
@@ -216,26 +224,26 @@ ALGORITHMS = {
     "random_channels": dynamic(quadratic.DRAWING),
     "squeeze_excitation": lambda s: adaptive_dynamic_pruning.squeeze_excitation(quadratic.GATED, s),
     "feddp_threshold": lambda s: feddp_threshold.feddp_threshold(
-        quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.kernels
+        quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.is_kernel
     ),
 }
 BY_FILTER = [name for name in ALGORITHMS if name.startswith("mpfl") or name.endswith("_filters")]
 DROPS_CHANNELS = ("mpfl_started", "pooled_filters")  # what reads them goes with the filters
 SERVERS = {
-    "fedavg": servers.fedavg(),
-    "fedavgm": servers.fedavgm(learning_rate=0.5, momentum=0.9),
-    "fedadam": servers.fedadam(learning_rate=0.1),
-    "fedyogi": servers.fedyogi(learning_rate=0.1),
+    "fedavg": server_optimizers.fedavg(),
+    "fedavgm": server_optimizers.fedavgm(learning_rate=0.5, momentum=0.9),
+    "fedadam": server_optimizers.fedadam(learning_rate=0.1),
+    "fedyogi": server_optimizers.fedyogi(learning_rate=0.1),
 }
 UPLINKS = {
-    "top_k": uplink.top_k(fraction=0.25),
-    "sign": uplink.sign(),
-    "unbiased_random_k": uplink.unbiased_random_k(fraction=0.5),
-    "identity": uplink.identity(),
-    "feedback_top_k": uplink.error_feedback(uplink.top_k(fraction=0.25)),
-    "feedback_sign": uplink.error_feedback(uplink.sign()),
-    "random_k": uplink.random_k(fraction=0.5),
-    "quantise": uplink.quantise(bits=4),
+    "top_k": uplinks.top_k(fraction=0.25),
+    "sign": uplinks.sign(),
+    "unbiased_random_k": uplinks.unbiased_random_k(fraction=0.5),
+    "identity": uplinks.identity(),
+    "feedback_top_k": uplinks.error_feedback(uplinks.top_k(fraction=0.25)),
+    "feedback_sign": uplinks.error_feedback(uplinks.sign()),
+    "random_k": uplinks.random_k(fraction=0.5),
+    "quantize": uplinks.quantize(bits=4),
 }
 AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
 # Variants and controls that share their parts with others: theirs are the slow cases.
@@ -325,7 +333,7 @@ def play(algorithm, run, cohorts, rounds, start=None):
         ids, present = cohorts(index)
         ids = jnp.asarray(ids, jnp.int32)
         members = quadratic.cohort(algorithm, ids, present)._replace(
-            states=trees.take(everyone, ids)
+            states=trees.take_rows(everyone, ids)
         )
         state, rows, metrics = run(jax.random.fold_in(KEY, index), state, members, PEOPLE)
         everyone = jax.tree.map(lambda all_, new, ids=ids: all_.at[ids].set(new), everyone, rows)
@@ -424,7 +432,7 @@ def assert_pruned_entries_are_zeros(name, algorithm, server, played):
         chex.assert_trees_all_equal_shapes(state.masks, state.params)
         assert all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(state.masks))
         pruned = jax.tree.map(jnp.logical_not, state.masks)
-        assert not np.any(quadratic.flatten(masks.apply(pruned, algorithm.deployed(state))))
+        assert not np.any(quadratic.flatten(masks.apply(pruned, algorithm.deployed_params(state))))
         if name != "feddip_dense":  # whose server keeps dense values on purpose
             optax.tree.map_params(
                 server,
@@ -465,7 +473,7 @@ def num_live(name, index):
 
 def assert_as_much_is_live_as_is_specified(name, algorithm, played):
     """Hold what is reported against the masks, in training against `num_live` too."""
-    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
     for index, (state, _, metrics) in enumerate(played, start=-num_before_training(algorithm)):
         live = state.masks
         if name == "feddp_threshold":  # which has no masks
@@ -544,7 +552,9 @@ def assert_absent_clients_change_nothing(algorithm, run, played):
             ids, present, algorithm, two
         )
         away = jnp.array([i for i, here in zip(ids, present, strict=True) if not here], jnp.int32)
-        chex.assert_trees_all_equal(trees.take(one[1], away), trees.take(rows_before, away))
+        chex.assert_trees_all_equal(
+            trees.take_rows(one[1], away), trees.take_rows(rows_before, away)
+        )
         rows_before = one[1]
 
 
@@ -553,8 +563,8 @@ def charged_for(ids, present, algorithm, step):
     state, _, metrics = step
     traffic, to = algorithm.num_bits(metrics, state), charged(algorithm, metrics, state)
     here = {i: to.get(i) for i, is_here in zip(ids, present, strict=True) if is_here}
-    modelled = {name: bits.uplink for name, bits in traffic.modelled.items()}
-    return traffic.uplink_bits, traffic.uplink, modelled, here
+    modeled = {name: bits.uplink for name, bits in traffic.modeled.items()}
+    return traffic.uplink_bits, traffic.uplink, modeled, here
 
 
 @every_algorithm
@@ -583,7 +593,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
         )
         chex.assert_trees_all_equal(after._replace(round=before.round), before)
         chex.assert_trees_all_equal(rows_after, rows)
-        assert metrics.num_present == 0
+        assert metrics.num_participating == 0
         traffic = algorithm.num_bits(metrics, after)
         assert traffic.uplink_bits == 0
         if traffic.clients:  # else nothing had to travel to anybody
@@ -684,7 +694,7 @@ def test_error_feedback_forgets_nothing_over_rounds():
 
 
 def test_personal_masks_are_averaged_over_their_holders():
-    inner = clients.local_sgd(
+    inner = local_training.local_sgd(
         quadratic.MODEL.loss, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1)
     )
 
@@ -700,7 +710,7 @@ def test_personal_masks_are_averaged_over_their_holders():
         message, state = inner.update(key, broadcast._replace(masks=mine), state, data)
         return message._replace(fields={**message.fields, "masks": mine}), state
 
-    algorithm = compose.compose(
+    algorithm = training.compose(
         setup(aggregator=aggregators.holder_mean()), client=inner._replace(update=update)
     )
     state, _, metrics = jax.jit(algorithm.stages[0].round)(
@@ -717,7 +727,7 @@ def test_personal_masks_are_averaged_over_their_holders():
 
     expected = start + np.where(even, stepped(0, even), stepped(2, ~even))
     np.testing.assert_allclose(quadratic.flatten(state.params), expected, rtol=1e-4, atol=1e-6)
-    assert np.asarray(metrics.uplink_kept).sum() == quadratic.NUM_WEIGHTS
+    assert np.asarray(metrics.num_uploaded).sum() == quadratic.NUM_WEIGHTS
     charged = algorithm.num_bits(metrics, state).uplink
     assert charged.values == 32 * quadratic.NUM_WEIGHTS
     assert charged.masks == 2 * quadratic.NUM_PRUNABLE
@@ -737,7 +747,7 @@ def test_robust_aggregation_ignores_the_absent_and_the_order(aggregator):
 def test_dropping_and_growing_keep_the_sparsity():
     algorithm, run = built("dynamic_sparse")
     _, _, history = simulate(algorithm, some, run=run)
-    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
     for metrics in history:
         assert np.asarray(metrics.kept)[kernels].sum() == 32 - round(0.6 * 32)
     assert sum(int(metrics.num_changed) for metrics in history[1:]) > 0
@@ -751,15 +761,15 @@ def test_a_pruner_that_finds_nothing_to_prune_is_refused():
 
 def test_finite_messages_that_overflow_move_nothing_and_are_counted():
     def update(key, broadcast, state, data):
-        inner = clients.local_sgd(
+        inner = local_training.local_sgd(
             quadratic.MODEL.loss, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1)
         )
         message, state = inner.update(key, broadcast, state, data)
         huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), message.fields["delta"])
         return message._replace(fields={**message.fields, "delta": huge}), state
 
-    algorithm = compose.compose(
-        setup(), client=clients.Client(init=lambda params: (), update=update)
+    algorithm = training.compose(
+        setup(), client=local_training.Client(init=lambda params: (), update=update)
     )
     states, _, history = simulate(algorithm, lambda r: ([0, 1, 2], None), num_rounds=1)
     chex.assert_trees_all_equal(states[-1].params, quadratic.PARAMS)
@@ -788,7 +798,7 @@ def test_half_precision_parameters_go_through_a_round():
 
     model = quadratic.MODEL._replace(loss=loss)
     algorithm = feddip.feddip(
-        model, setup(uplink=UPLINKS["quantise"]), final_sparsity=0.75, num_segments=3
+        model, setup(uplink=UPLINKS["quantize"]), final_sparsity=0.75, num_segments=3
     )
     state = algorithm.init(params, STATE)
     run = jax.jit(algorithm.stages[0].round)

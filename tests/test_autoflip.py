@@ -11,16 +11,19 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-from fedjaxprune.algorithms import autoflip, compose
-from fedjaxprune.base import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
-from fedjaxprune.channels import groups as channel_groups
-from fedjaxprune.channels.groups import Group, Member
-from fedjaxprune.costs import flop_formulas, flops, formulas
-from fedjaxprune.experiment import catalog, cohorts, costs_record
-from fedjaxprune.experiment.config import RunConfig, UserError
-from fedjaxprune.federated import exploration, participation, servers
+from fedjaxprune.costs import flop_formulas, flops, storage_models
+from fedjaxprune.experiment import cohorts
+from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.run import build, round_costs
+from fedjaxprune.federated import early_stopping, sampling, server_optimizers
+from fedjaxprune.methods import autoflip
 from fedjaxprune.models import zoo
-from fedjaxprune.pruning import allocation, guidance, thinning
+from fedjaxprune.pruning import allocation, movement
+from fedjaxprune.pruning.structured import channel_pruning
+from fedjaxprune.rounds import training
+from fedjaxprune.structure.channels import groups as channel_groups
+from fedjaxprune.structure.channels.groups import Group, Member
+from fedjaxprune.types import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
 from tests import quadratic, resuming
 from tests.test_algorithms import UNITS
 
@@ -33,7 +36,7 @@ EPOCHS = 5
 
 
 def setup(num_rounds=6, **changes):
-    base = compose.Setup(
+    base = training.Protocol(
         num_rounds=num_rounds, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -47,7 +50,7 @@ def explorer(**options):
         "patience": 2,
         **options,
     }
-    return exploration.until_stale(quadratic.MODEL.loss, **settings)
+    return early_stopping.until_no_improvement(quadratic.MODEL.loss, **settings)
 
 
 def flip(own=None, **options):
@@ -127,7 +130,7 @@ def watched(values, *, watch: Any = "epoch", validation=None, patience=2, max_ep
         num_steps=lambda data: jnp.int32(2),
         batch=lambda key, data, step: Batch(jnp.zeros([2]), jnp.zeros([2], int), jnp.ones([2])),
     )
-    client = exploration.until_stale(
+    client = early_stopping.until_no_improvement(
         loss,
         epoch=batcher,
         optimizer=optax.sgd(0.0),
@@ -272,58 +275,58 @@ SPREAD = {"a": jnp.array([1.0, 5.0, 3.0, 2.0]), "b": jnp.array([0.1, 0.2, 0.4, 0
 
 def test_leaves_are_stretched_before_they_compete():
     # a: 0, 1, .5, .25; b: 0, 1/3, 1, 2/3
-    assert kept_by(guidance.guided(0.5), SPREAD)[0] == {"a": [0, 1, 1, 0], "b": [0, 0, 1, 1]}
-    as_it_is = guidance.guided(0.5, scale=guidance.plain)
+    assert kept_by(movement.by_movement(0.5), SPREAD)[0] == {"a": [0, 1, 1, 0], "b": [0, 0, 1, 1]}
+    as_it_is = movement.by_movement(0.5, scale=movement.plain)
     assert kept_by(as_it_is, SPREAD)[0] == {"a": [0, 1, 1, 1], "b": [0, 0, 1, 0]}  # one of b stays
 
 
 def test_scales_by_hand_see_live_entries_only():
     values = jnp.array([4.0, 99.0, 1.0, 3.0, 1.0])
     live = jnp.array([True, False, True, True, True])
-    np.testing.assert_allclose(guidance.min_max(values, live), [1, 0, 0, 2 / 3, 0], rtol=1e-6)
-    np.testing.assert_allclose(guidance.ranks(values, live), [1, 0, 1 / 3, 2 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(movement.min_max(values, live), [1, 0, 0, 2 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(movement.ranks(values, live), [1, 0, 1 / 3, 2 / 3, 0], rtol=1e-6)
     quarter = 2.25  # quartiles 1, 2, 3.25 of 1, 1, 3, 4
     np.testing.assert_allclose(
-        guidance.robust(values, live),
+        movement.robust(values, live),
         [2 / quarter, 0, -1 / quarter, 1 / quarter, -1 / quarter],
         rtol=1e-6,
     )
-    np.testing.assert_array_equal(guidance.plain(values, live), [4, 0, 1, 3, 1])
-    for scale in (guidance.min_max, guidance.ranks, guidance.robust, guidance.plain):
+    np.testing.assert_array_equal(movement.plain(values, live), [4, 0, 1, 3, 1])
+    for scale in (movement.min_max, movement.ranks, movement.robust, movement.plain):
         same = scale(jnp.ones([2, 3]), jnp.zeros([2, 3], jnp.bool_))
         np.testing.assert_array_equal(same, np.zeros([2, 3]))
 
 
 def test_a_leaf_that_nobody_moves_keeps_one_weight():
     still = {"a": jnp.zeros([3]), "b": jnp.array([1.0, 2.0, 3.0])}
-    assert kept_by(guidance.guided(0.5), still)[0] == {"a": [1, 0, 0], "b": [0, 1, 1]}
-    pool, half = allocation.whole_model(least=2), jnp.float32(0.5)
+    assert kept_by(movement.by_movement(0.5), still)[0] == {"a": [1, 0, 0], "b": [0, 1, 1]}
+    pool, half = allocation.global_pool(least=2), jnp.float32(0.5)
     counts = pool({"a": jnp.array([0.0, -jnp.inf, -jnp.inf]), "b": jnp.arange(1.0, 6.0)}, half)
     assert {name: int(count) for name, count in counts.items()} == {"a": 1, "b": 3}
     with pytest.raises(ValueError, match="least must not be negative"):
-        allocation.whole_model(least=-1)
+        allocation.global_pool(least=-1)
 
 
 def test_a_client_votes_for_its_own_share_of_the_live_weights():
     live = {"a": jnp.array([True, True, True, False]), "b": jnp.ones(4, jnp.bool_)}
-    given = guidance.votes(
-        SPREAD, live, sparsity=0.3, scale=guidance.min_max, prunable=lambda path, leaf: True
+    given = movement.votes(
+        SPREAD, live, sparsity=0.3, scale=movement.min_max, prunable=lambda path, leaf: True
     )
     # 7 live weights, of which round(2.1) = 2 get none: the two zeros.
     assert jax.tree.map(lambda leaf: leaf.tolist(), given) == {"a": [0, 1, 1, 0], "b": [0, 1, 1, 1]}
-    given = guidance.votes(
-        SPREAD, live, sparsity=0.3, scale=guidance.min_max, prunable=lambda path, leaf: path == "b"
+    given = movement.votes(
+        SPREAD, live, sparsity=0.3, scale=movement.min_max, prunable=lambda path, leaf: path == "b"
     )
     assert jax.tree.map(lambda leaf: leaf.tolist(), given) == {"a": [1, 1, 1, 1], "b": [0, 1, 1, 1]}
 
 
 @pytest.mark.parametrize("values", [[0, 0, 0, 0, 0, 0, 5, 9], [9, 5, 0, 0, 0, 0, 0, 0]])
 def test_a_client_gives_no_vote_to_some_of_those_that_tie(values):
-    given = guidance.votes(
+    given = movement.votes(
         {"w": jnp.array(values, jnp.float32)},
         {"w": jnp.ones(8, jnp.bool_)},
         sparsity=0.3,  # six votes at most, of which four would be for weights that it never moved
-        scale=guidance.min_max,
+        scale=movement.min_max,
         prunable=lambda path, leaf: True,
     )
     np.testing.assert_array_equal(given["w"], [float(value > 0) for value in values])
@@ -331,11 +334,11 @@ def test_a_client_gives_no_vote_to_some_of_those_that_tie(values):
 
 def test_a_client_that_leaves_nothing_out_votes_for_all():
     everything = {"w": jnp.array([3.0, 1.0, 1.0]), "still": jnp.zeros(2)}
-    given = guidance.votes(
+    given = movement.votes(
         everything,
         jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.bool_), everything),
         sparsity=0.0,
-        scale=guidance.min_max,
+        scale=movement.min_max,
         prunable=lambda path, leaf: True,
     )
     assert all(np.all(leaf == 1.0) for leaf in jax.tree.leaves(given))
@@ -344,16 +347,16 @@ def test_a_client_that_leaves_nothing_out_votes_for_all():
 def test_agreement_multiplies_the_guidance_or_decides_alone():
     agreement = {"a": jnp.array([1.0, 0.4, 1.0, 1.0]), "b": jnp.array([1.0, 1.0, 0.5, 0.25])}
     # a: 0, .4, .5, .25; b: 0, 1/3, 1/2, 1/6
-    scaled = guidance.guided(0.5, agreement="scaled")
+    scaled = movement.by_movement(0.5, agreement="scaled")
     assert kept_by(scaled, SPREAD, agreement)[0] == {"a": [0, 1, 1, 0], "b": [0, 1, 1, 0]}
-    majority = guidance.guided(0.25, agreement="majority")
+    majority = movement.by_movement(0.25, agreement="majority")
     assert kept_by(majority, SPREAD, agreement)[0] == {"a": [1, 0, 1, 1], "b": [1, 1, 1, 0]}
     against = {"a": jnp.zeros(4), "b": jnp.ones(4)}
     assert kept_by(majority, SPREAD, against)[0] == {"a": [1, 0, 0, 0], "b": [1, 1, 1, 1]}
 
 
 def test_a_pruned_weight_keeps_its_guidance_and_returns_when_others_fall_below():
-    pruner = guidance.guided(0.5)
+    pruner = movement.by_movement(0.5)
     first, kept, state = kept_by(pruner, SPREAD)
     assert first == {"a": [0, 1, 1, 0], "b": [0, 0, 1, 1]}
     # Live weights move alike now, but for one of each leaf: the others fall to 0.
@@ -420,17 +423,19 @@ def test_channels_that_lose_their_inputs_go_but_never_more_than_half():
     kernel = np.ones([6, 4], bool)
     kernel[:5, 0] = kernel[:4, 2] = kernel[1:, 3] = False  # shares kept: 1/6, 1, 1/3, 1/6
     live["dense"]["kernel"] = jnp.asarray(kernel)
-    found = thinning.thinned(live, [UNITS], threshold=0.3, most=0.5)
+    found = channel_pruning.thinned(live, [UNITS], threshold=0.3, most=0.5)
     gone = np.array([True, False, False, True])
     np.testing.assert_array_equal(found["dense"]["bias"], ~gone)
     np.testing.assert_array_equal(found["dense"]["kernel"], kernel & ~gone[None])
     np.testing.assert_array_equal(found["head"]["kernel"], np.broadcast_to(~gone[:, None], [4, 2]))
     assert np.all(found["head"]["bias"])
-    more = thinning.thinned(live, [UNITS], threshold=0.5, most=0.5)  # three are thin, two go
+    more = channel_pruning.thinned(live, [UNITS], threshold=0.5, most=0.5)  # three are thin, two go
     chex.assert_trees_all_equal(more, found)
-    fewer = thinning.thinned(live, [UNITS], threshold=0.5, most=0.25)  # of equals the later one
+    fewer = channel_pruning.thinned(
+        live, [UNITS], threshold=0.5, most=0.25
+    )  # of equals the later one
     np.testing.assert_array_equal(fewer["dense"]["bias"], [True, True, True, False])
-    none = thinning.thinned(live, [UNITS], threshold=0.1, most=0.5)
+    none = channel_pruning.thinned(live, [UNITS], threshold=0.1, most=0.5)
     chex.assert_trees_all_equal(none, live)
 
 
@@ -444,7 +449,7 @@ def test_a_channel_that_keeps_just_its_share_stays(live, fan_in, how):
         kernel = np.zeros((fan_in, 2), bool)
         kernel[: live - missing, 0] = True
         kernel[: fan_in // 2, 1] = True
-        thin = functools.partial(thinning.thinned, groups=[group], threshold=0.3, most=0.5)
+        thin = functools.partial(channel_pruning.thinned, groups=[group], threshold=0.3, most=0.5)
         found = how(thin)({"a": {"kernel": jnp.asarray(kernel)}})["a"]["kernel"]
         np.testing.assert_array_equal(found.sum(axis=0), [wanted, fan_in // 2])
 
@@ -452,7 +457,7 @@ def test_a_channel_that_keeps_just_its_share_stays(live, fan_in, how):
 def test_the_mask_with_channels_is_the_mask_without_them_thinned():
     algorithm = flip(groups=(UNITS,), channel_threshold=0.75)
     _, states, _ = run(algorithm, [jax.jit(algorithm.stages[0].round)], 0)
-    wanted = thinning.thinned(play()[1][1].masks, [UNITS], threshold=0.75, most=0.5)
+    wanted = channel_pruning.thinned(play()[1][1].masks, [UNITS], threshold=0.75, most=0.5)
     chex.assert_trees_all_equal(states[1].masks, wanted)
     assert not np.all(states[1].masks["dense"]["bias"])
 
@@ -462,13 +467,15 @@ def test_a_removed_channel_of_a_network_is_exactly_removed():
     params, state = model.init(KEY)
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases that are not zero
     batch = jax.ShapeDtypeStruct((2, 5), jnp.float32)
-    groups = channel_groups.analyse(model.predict, params, state, batch).groups
+    groups = channel_groups.analyze(model.predict, params, state, batch).groups
     assert [group.size for group in groups] == [8]
     rng = np.random.default_rng(0)
     live = jax.tree.map(lambda leaf: leaf.ndim < 2 or rng.random(leaf.shape) < 0.5, params)
     live = jax.tree.map(lambda mask, leaf: jnp.broadcast_to(mask, leaf.shape), live, params)
-    kept = jax.jit(lambda live: thinning.thinned(live, groups, threshold=0.5, most=0.5))(live)
-    reached = thinning.reaches(groups, masks.kernels)
+    kept = jax.jit(lambda live: channel_pruning.thinned(live, groups, threshold=0.5, most=0.5))(
+        live
+    )
+    reached = channel_pruning.reaches(groups, masks.is_kernel)
     assert sum(masks.prunable_leaves(params, reached)) == 3  # all but the bias of the output
     first, last = (kept[name] for name in sorted(params))
     units = np.asarray(first["bias"])
@@ -492,7 +499,7 @@ def test_a_removed_channel_of_a_network_is_exactly_removed():
 
 def test_the_servers_momentum_is_the_published_one():
     """With v = 0.9 v + 0.1 (W - mean W_k), W = (W - v) M, from the fair start."""
-    algorithm = flip(setup(server=servers.fedavgm(learning_rate=0.1, momentum=0.9)))
+    algorithm = flip(setup(server=server_optimizers.fedavgm(learning_rate=0.1, momentum=0.9)))
     _, states, _ = play()
     state = algorithm.init(quadratic.PARAMS, {})
     state = states[1]._replace(server=state.server)
@@ -522,11 +529,11 @@ def test_exploration_is_in_every_total():
         assert traffic.uplink.values == traffic.downlink.values == 6 * live
     assert [t.downlink.masks > 0 for t in charged] == [False, True, False, False, False]  # once
     # As the specification charges: one dense model each way, the mask at a bit a weight once.
-    found = [t.modelled["values_and_bitmaps"] for t in charged]
+    found = [t.modeled["values_and_bitmaps"] for t in charged]
     assert found[0] == (6 * dense, 6 * dense)
     assert found[1] == (6 * live, 6 * (live + quadratic.NUM_PRUNABLE))
     assert found[2] == (6 * live, 6 * live)
-    assert tuple(map(sum, zip(*found, strict=True))) == formulas.autoflip_run(
+    assert tuple(map(sum, zip(*found, strict=True))) == storage_models.autoflip_run(
         num_params=quadratic.NUM_WEIGHTS,
         num_live=22 + 6,
         num_prunable=quadratic.NUM_PRUNABLE,
@@ -545,13 +552,15 @@ def test_the_published_settings_cost_more_arithmetic_than_they_save():
     assert explored / flop_formulas.dense_round(1.0, fedavg_epochs) == pytest.approx(0.6)
     assert total / flop_formulas.dense_round(1.0, fedavg_epochs) == pytest.approx(1.3)
     size = 1_000_000
-    bits = formulas.autoflip_run(
+    bits = storage_models.autoflip_run(
         num_params=size, num_live=7 * size // 10, num_prunable=size,
         num_explorers=20, num_informed=20, num_updates=200 * 5,
     )  # fmt: skip
     saved = 1 - sum(bits) / (2 * 32 * size * 200 * 5)
     assert saved == pytest.approx(0.2797, abs=1e-4)
-    assert saved < formulas.AUTOFLIP_SAVINGS["v2"][1]  # a mask at T_p = 0.3 alone cannot do it
+    assert (
+        saved < storage_models.AUTOFLIP_SAVINGS["v2"][1]
+    )  # a mask at T_p = 0.3 alone cannot do it
 
 
 def test_what_explorers_compute_is_counted():
@@ -562,23 +571,23 @@ def test_what_explorers_compute_is_counted():
         return jax.nn.relu(hidden) @ params["head"]["kernel"] + params["head"]["bias"][None]
 
     layers = flops.of_function(predict, quadratic.PARAMS, jnp.ones([1, 6]))
-    profile = costs_record.Profile(
+    profile = round_costs.Profile(
         layers=layers,
         paths=tuple(trees.paths(quadratic.PARAMS)),
         sizes=tuple(trees.sizes(quadratic.PARAMS)),
-        flags=tuple(masks.prunable_leaves(quadratic.PARAMS, masks.kernels)),
+        flags=tuple(masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)),
     )
     _, _, history = play()
-    explore, train = (costs_record.of_round(profile, jax.device_get(m)) for m in history[:2])
+    explore, train = (round_costs.of_round(profile, jax.device_get(m)) for m in history[:2])
     assert explore.mean_coverage == 6.0
-    assert explore.modelled_flops is not None
-    assert train.modelled_flops is not None
-    assert explore.modelled_flops["forward"] == 2 * (24 + 8) * SIZES.sum() * EPOCHS
+    assert explore.modeled_flops is not None
+    assert train.modeled_flops is not None
+    assert explore.modeled_flops["forward"] == 2 * (24 + 8) * SIZES.sum() * EPOCHS
     for part in ("forward", "input_gradient", "weight_gradient"):
-        spent, dense = explore.modelled_flops[part], train.modelled_flops[f"dense_{part}"]
-        assert spent == explore.modelled_flops[f"dense_{part}"]
+        spent, dense = explore.modeled_flops[part], train.modeled_flops[f"dense_{part}"]
+        assert spent == explore.modeled_flops[f"dense_{part}"]
         assert 2 * spent == EPOCHS * dense  # two steps a round of training
-        assert train.modelled_flops[part] < dense
+        assert train.modeled_flops[part] < dense
 
 
 # Errors and resuming -------------------------------------------------------------------------
@@ -592,7 +601,7 @@ def test_what_explorers_compute_is_counted():
         ({"start": "warm"}, "start must be 'initial' or 'explored'"),
         ({"refresh_every": 0}, "refresh_every must be at least 1"),
         ({"agreement": "half"}, "agreement must be 'none', 'scaled' or 'majority'"),
-        ({"agreement": "scaled", "scale": guidance.robust}, "'none' or 'majority' with the scale"),
+        ({"agreement": "scaled", "scale": movement.robust}, "'none' or 'majority' with the scale"),
         ({"groups": (UNITS,), "channel_threshold": 1.5}, "threshold must lie in"),
     ],
 )
@@ -611,7 +620,7 @@ def test_wrong_explorers_are_refused():
             explorer(**options)
     empty = PrunerInputs(params=SPREAD, grads=None, round=jnp.int32(0))
     with pytest.raises(ValueError, match="evidence lacks deviations"):
-        guidance.guided(0.5).update(KEY, masks.full(SPREAD), SPREAD, empty)
+        movement.by_movement(0.5).update(KEY, masks.full(SPREAD), SPREAD, empty)
 
 
 def test_what_cannot_be_pruned_is_said_before_anything_runs():
@@ -635,7 +644,7 @@ def test_what_cannot_be_pruned_is_said_before_anything_runs():
 def test_settings_that_do_not_fit_are_one_sentence(changes, sentence):
     small = {"rounds": 3, "num_clients": 6, "cohort_size": 2}
     with pytest.raises((UserError, ValueError), match=sentence) as caught:
-        catalog.build(RunConfig(**{"algorithm": "autoflip", **small, **changes}))
+        build.build(RunConfig(**{"algorithm": "autoflip", **small, **changes}))
     assert isinstance(caught.value, UserError) == ("sparsity" in changes)
 
 
@@ -657,19 +666,17 @@ def test_channels_and_validation_can_be_asked_for_by_setting():
         algorithm="autoflip", rounds=1, num_clients=5, cohort_size=2, channel_threshold=0.3,
         explore_watch="validation", development_share=0.2, optimizer="adam",
     )  # fmt: skip
-    assert [stage.name for stage in catalog.build(config).algorithm.stages] == ["explore", "train"]
+    assert [stage.name for stage in build.build(config).algorithm.stages] == ["explore", "train"]
 
 
 def test_killed_at_any_round_it_resumes_to_the_same_bits(tmp_path):
-    draw = participation.drop_out(
-        participation.uniform(num_clients=6, cohort_size=4), probability=0.2
-    )
+    draw = sampling.with_dropout(sampling.uniform(num_clients=6, cohort_size=4), probability=0.2)
     parts = resuming.parts(
-        quadratic.NORMALISED,
+        quadratic.NORMALIZED,
         flip(setup(2), agreement="majority", refresh_every=2),
         PEOPLE,
         draw,
-        explore=participation.everyone(6),
+        explore=sampling.all_clients(6),
     )
     lines = resuming.assert_resumes(
         parts, tmp_path, stops=(1, 2), eval_every=9, warn=lambda text: None

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import base, trees
-from fedjaxprune.base import ClientData, Population
-from fedjaxprune.data import batching, preprocess
+from fedjaxprune import trees, types
+from fedjaxprune.data import batching, transforms
+from fedjaxprune.types import ClientData, Population
 
 KEY = jax.random.key(0)
 PERMUTE = jax.jit(batching.permute)
@@ -89,7 +89,7 @@ def test_neighbours_do_not_stay_together(size):
 
 def test_the_orders_of_two_epochs_are_independent():
     size = 20
-    batcher = batching.epochs(num_epochs=2, batch_size=size, preprocess=preprocess.chain())
+    batcher = batching.epochs(num_epochs=2, batch_size=size, preprocess=transforms.chain())
     data, _ = client(size, start=0, behind=0)
     data = data._replace(order=jnp.arange(size, dtype=jnp.int32))
 
@@ -115,7 +115,7 @@ def test_a_permutation_is_the_same_under_vmap_and_jit():
 def test_an_epoch_takes_every_example_once(size):
     num_epochs, batch_size = 3, 8
     batcher = batching.epochs(
-        num_epochs=num_epochs, batch_size=batch_size, preprocess=preprocess.chain()
+        num_epochs=num_epochs, batch_size=batch_size, preprocess=transforms.chain()
     )
     data, rows = client(size)
     per_epoch = -(-size // batch_size)
@@ -137,7 +137,7 @@ def test_an_epoch_takes_every_example_once(size):
 
 def test_filling_repeats_the_epoch_from_its_beginning():
     data, _ = client(5)
-    batcher = batching.epochs(num_epochs=1, batch_size=12, preprocess=preprocess.chain())
+    batcher = batching.epochs(num_epochs=1, batch_size=12, preprocess=transforms.chain())
     (inputs,) = collect(batcher, data).inputs
     np.testing.assert_array_equal(inputs, np.resize(inputs[:5], 12))
 
@@ -145,8 +145,8 @@ def test_filling_repeats_the_epoch_from_its_beginning():
 def test_labels_belong_to_their_inputs():
     data, _ = client(21)
     for batcher in (
-        batching.epochs(num_epochs=2, batch_size=8, preprocess=preprocess.chain()),
-        batching.steps(num_steps=5, batch_size=8, preprocess=preprocess.chain()),
+        batching.epochs(num_epochs=2, batch_size=8, preprocess=transforms.chain()),
+        batching.steps(num_steps=5, batch_size=8, preprocess=transforms.chain()),
     ):
         batches = collect(batcher, data)
         np.testing.assert_array_equal(batches.inputs, batches.labels)
@@ -156,7 +156,7 @@ def test_labels_belong_to_their_inputs():
 
 @pytest.mark.parametrize("size", [8, 9, 13, 24])
 def test_steps_run_through_an_endless_sequence_of_epochs(size):
-    batcher = batching.steps(num_steps=13, batch_size=8, preprocess=preprocess.chain())
+    batcher = batching.steps(num_steps=13, batch_size=8, preprocess=transforms.chain())
     data, rows = client(size)
     assert int(batcher.num_steps(data)) == 13
     batches = collect(batcher, data)
@@ -170,7 +170,7 @@ def test_steps_run_through_an_endless_sequence_of_epochs(size):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_steps_show_a_small_client_evenly_in_every_batch(size):
-    batcher = batching.steps(num_steps=6, batch_size=8, preprocess=preprocess.chain())
+    batcher = batching.steps(num_steps=6, batch_size=8, preprocess=transforms.chain())
     data, rows = client(size)
     batches = collect(batcher, data)
     assert (batches.weights == 1).all()
@@ -184,8 +184,8 @@ def test_steps_show_a_small_client_evenly_in_every_batch(size):
 @pytest.mark.parametrize(
     "batcher",
     [
-        batching.epochs(num_epochs=2, batch_size=4, preprocess=preprocess.scale()),
-        batching.steps(num_steps=2, batch_size=4, preprocess=preprocess.scale()),
+        batching.epochs(num_epochs=2, batch_size=4, preprocess=transforms.scale()),
+        batching.steps(num_steps=2, batch_size=4, preprocess=transforms.scale()),
     ],
 )
 def test_an_empty_client_takes_no_steps_and_does_no_harm(batcher, behind):
@@ -200,10 +200,10 @@ def test_clients_are_independent_of_their_place_in_a_cohort():
     examples = {"inputs": jnp.arange(40, dtype=jnp.int32), "labels": jnp.arange(40) % 3}
     index = jnp.asarray(np.random.default_rng(0).permutation(40), jnp.int32)
     population = Population(examples, index, jnp.array([0, 7, 7, 25, 40], jnp.int32))
-    batcher = batching.epochs(num_epochs=2, batch_size=8, preprocess=preprocess.chain())
+    batcher = batching.epochs(num_epochs=2, batch_size=8, preprocess=transforms.chain())
 
     def update(key, client_id):
-        data = base.client_data(population, client_id)
+        data = types.client_data(population, client_id)
         return batcher.num_steps(data), batcher.batch(key, data, jnp.int32(1))
 
     keys, ids = jax.random.split(KEY, 4), jnp.array([3, 1, 0, 2], jnp.int32)
@@ -211,7 +211,7 @@ def test_clients_are_independent_of_their_place_in_a_cohort():
     np.testing.assert_array_equal(together[0], [4, 0, 2, 6])
     for i in range(4):
         alone = update(keys[i], ids[i])
-        chex.assert_trees_all_equal(alone, trees.take(together, jnp.int32(i)))
+        chex.assert_trees_all_equal(alone, trees.take_rows(together, jnp.int32(i)))
 
 
 def test_preprocessing_gets_a_key_of_the_step_and_the_order_does_not():
@@ -232,11 +232,11 @@ def test_preprocessing_gets_a_key_of_the_step_and_the_order_does_not():
 def test_a_number_out_of_range_is_refused(name, bad):
     factory = batching.epochs if name == "num_epochs" else batching.steps
     other = {"num_epochs": 1} if name == "num_epochs" else {"num_steps": 1}
-    options = {**other, "batch_size": 1, "preprocess": preprocess.scale(), name: bad}
+    options = {**other, "batch_size": 1, "preprocess": transforms.scale(), name: bad}
     with pytest.raises(ValueError, match=f"{name} must be .* got {bad}"):
         factory(**options)
     with pytest.raises(ValueError, match="must not exceed"):
-        batching.steps(num_steps=2**20, batch_size=2**12, preprocess=preprocess.scale())
+        batching.steps(num_steps=2**20, batch_size=2**12, preprocess=transforms.scale())
 
 
 @pytest.mark.parametrize(("num_epochs", "batch_size"), [(2**30, 2), (1, 2**31 - 1)])

@@ -6,7 +6,9 @@ import pytest
 
 from benchmarks import claims, picture
 from benchmarks import methods as benchmark
-from fedjaxprune.experiment import methods, record, sweeps
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.sweeps import plan
 from tests.folders import line, write
 
 SHORT = {"rounds": 2, "num_clients": 4, "cohort_size": 2}
@@ -14,9 +16,7 @@ SHORT = {"rounds": 2, "num_clients": 4, "cohort_size": 2}
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    return sweeps.read(
-        str(benchmark.SWEEPS[benchmark.DEFAULT]), out=tmp_path_factory.mktemp("sweep")
-    )
+    return plan.read(str(benchmark.SWEEPS[benchmark.DEFAULT]), out=tmp_path_factory.mktemp("sweep"))
 
 
 def test_every_method_is_in_the_sweep_on_both_partitions_with_three_seeds(sweep):
@@ -33,7 +33,7 @@ def test_all_methods_do_the_same_local_work_from_the_same_start(sweep):
         "weight_decay",
         "optimizer",
         "dataset",
-        "normalise",
+        "normalize",
         "server_share",
     )
     assert len({tuple(getattr(m.config, name) for name in names) for m in sweep.members}) == 1
@@ -145,7 +145,7 @@ def test_an_unknown_row_is_refused(capsys):
 
 
 def test_the_smaller_table_has_one_protocol_and_a_dense_reference(tmp_path, capsys):
-    small = sweeps.read(str(benchmark.SWEEPS["cifar10"]), out=tmp_path)
+    small = plan.read(str(benchmark.SWEEPS["cifar10"]), out=tmp_path)
     assert {m.config.seed for m in small.members} == {0, 1, 2}
     assert {m.config.model for m in small.members} == {"cnn"}
     assert "fedavg" in {m.config.algorithm for m in small.members}
@@ -161,7 +161,7 @@ def test_the_smaller_table_has_one_protocol_and_a_dense_reference(tmp_path, caps
 
 @pytest.mark.parametrize("name", sorted(benchmark.SWEEPS))
 def test_claims_are_about_rows_that_are_alike_but_for_the_method(name, tmp_path):
-    members = sweeps.read(str(benchmark.SWEEPS[name]), out=tmp_path).members
+    members = plan.read(str(benchmark.SWEEPS[name]), out=tmp_path).members
     configs = {benchmark.row_name(member): member.config for member in members}
     assert claims.CLAIMS[name]
     for claim in claims.CLAIMS[name]:
@@ -175,7 +175,7 @@ def test_claims_are_about_rows_that_are_alike_but_for_the_method(name, tmp_path)
 
 
 def test_claims_pair_runs_by_seed_and_count_what_came_before_training(tmp_path, capsys):
-    members = sweeps.read(str(benchmark.SWEEPS["claims"]), out=tmp_path).members
+    members = plan.read(str(benchmark.SWEEPS["claims"]), out=tmp_path).members
     finals = {"autoflip": {0: 0.6, 1: 0.8}, "random_masks": {0: 0.5, 1: 0.6, 2: 0.1}}
     for member in members:
         config = member.config
@@ -199,7 +199,7 @@ def test_claims_pair_runs_by_seed_and_count_what_came_before_training(tmp_path, 
 
 
 def test_predictions_through_gates_are_told_as_a_share(tmp_path, capsys):
-    for member in sweeps.read(str(benchmark.SWEEPS["claims"]), out=tmp_path).members:
+    for member in plan.read(str(benchmark.SWEEPS["claims"]), out=tmp_path).members:
         config = member.config
         if config.seed or config.rounds != 40 or config.model != "gated_resnet8":
             continue

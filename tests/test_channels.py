@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from fedjaxprune import masks, trees
-from fedjaxprune.channels import groups
 from fedjaxprune.models import adapters, cnns, gated, lstm, resnet, vgg, zoo
+from fedjaxprune.structure.channels import groups
 
 KEY = jax.random.key(0)
 HEAD = vgg.Head(pool=2, hidden_sizes=(5,), num_classes=3, dropout=0.5)
@@ -141,7 +141,7 @@ NETWORKS = {
 
 @functools.cache
 def network(name):
-    """Make a network with parameters and statistics that nothing is zero in, and analyse it."""
+    """Make a network with parameters and statistics that nothing is zero in, and analyze it."""
     model, shape = NETWORKS[name]()
     if name == "char_lstm":
         inputs = jax.random.randint(KEY, (2, *shape), 0, 5)
@@ -157,7 +157,7 @@ def network(name):
         return draw(leaf) * jnp.asarray(rng.choice([-1.0, 1.0], leaf.shape), leaf.dtype)
 
     params, state = jax.tree.map(draw_signed, params), jax.tree.map(draw, state)
-    analysis = groups.analyse(model.predict, params, state, inputs)
+    analysis = groups.analyze(model.predict, params, state, inputs)
     return model, params, state, inputs, analysis
 
 
@@ -264,7 +264,7 @@ def test_shortcuts_tie_stages_together_and_padded_channels_stand_alone():
     assert sum(group.size for group in analysis.groups) == 16 + 4 + 8 + 8 + 16
 
 
-def test_a_filter_goes_with_the_bias_and_normalisation_that_act_on_it_alone():
+def test_a_filter_goes_with_the_bias_and_normalization_that_act_on_it_alone():
     *_, analysis = network("resnet_projection")
     own = {each.members[0].path: {m.path for m in each.members} for each in analysis.filters}
     for conv, norm in (("conv_2", "norm_2"), ("shortcut", "shortcut_norm")):
@@ -304,9 +304,9 @@ def test_what_cannot_be_said_or_removed_is_named():
     assert all("reduce_sum mixes channels" in group.mixes for group in grouped.groups)
     assert not any(group.leaks for group in grouped.groups)
     *_, own = network("own")
-    normalised = own.groups[-1]  # by flax, whose sums are of squares, not of deviations
-    assert normalised.size == 7
-    assert normalised.mixes == ("reduce_sum mixes channels, to which a pruned one adds zero",)
+    normalized = own.groups[-1]  # by flax, whose sums are of squares, not of deviations
+    assert normalized.size == 7
+    assert normalized.mixes == ("reduce_sum mixes channels, to which a pruned one adds zero",)
     *_, plain = network("functions")  # queries and keys multiply one another
     attention = ("dot_general mixes channels, to which a pruned one adds zero",)
     assert {group.size: group.mixes for group in plain.groups} == {8: (), 4: attention, 6: ()}
@@ -329,7 +329,7 @@ def test_what_is_not_understood_is_said_and_does_not_fail():
         return jnp.abs(hidden) @ params["b"]
 
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-    analysis = groups.analyse(predict, params, {}, jnp.ones((2, 3)))
+    analysis = groups.analyze(predict, params, {}, jnp.ones((2, 3)))
     (first,) = analysis.groups
     assert first.leaks == first.mixes == ("while is not understood",)
     assert leaves_of(first) == {("a", 1, "filter")}
@@ -348,7 +348,7 @@ def test_a_bit_a_filter_makes_the_masks_of_mpfl_as_long_as_it_says(make, bits):
     model = make(input_shape=(32, 32, 3), num_classes=100)
     params, state = jax.eval_shape(model.init, KEY)
     inputs = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-    analysis = groups.analyse(model.predict, params, state, inputs)
+    analysis = groups.analyze(model.predict, params, state, inputs)
     leaves = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
     convs = [each for each in analysis.filters if leaves[each.members[0].path].ndim == 4]
     assert sum(each.size for each in convs) == bits

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment import catalog, chunk_trial, chunking, launch, record
-from fedjaxprune.experiment.config import RunConfig
-from fedjaxprune.experiment.validation import validate
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.validation import validate
+from fedjaxprune.experiment.execution import chunk_size, chunk_trial
+from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.run import build, launch
 
-LONG = chunking.Work(
+LONG = chunk_size.Work(
     steps=np.full(40, 5), batch_size=10, cohort_size=16, devices=2, num_rounds=10**6
 )
 RISING = {1: 100.0, 2: 190.0, 4: 300.0, 8: 350.0}
@@ -37,7 +39,7 @@ class Table:
         return self.rates[size]
 
     def choose(self, work=LONG, known=None, **options):
-        return chunking.choose(work, self, known or {}, clock=lambda: self.now, **options)
+        return chunk_size.choose(work, self, known or {}, clock=lambda: self.now, **options)
 
 
 def never(size):
@@ -45,7 +47,7 @@ def never(size):
 
 
 def auto(measure, *, work=LONG, key="k", warn=never):
-    return chunking.auto(work, measure, key=key, slow_s=lambda: 1e9, warn=warn)
+    return chunk_size.auto(work, measure, key=key, slow_s=lambda: 1e9, warn=warn)
 
 
 @pytest.mark.parametrize(
@@ -68,20 +70,20 @@ def test_the_fastest_that_fits_is_taken(rates, size, asked):
 
 
 def test_sizes_are_powers_of_two_and_all_clients_of_a_device():
-    assert chunking.candidates(1) == [1]
-    assert chunking.candidates(5) == [1, 2, 4, 5]
-    assert chunking.candidates(8) == [1, 2, 4, 8]
+    assert chunk_size.candidates(1) == [1]
+    assert chunk_size.candidates(5) == [1, 2, 4, 5]
+    assert chunk_size.candidates(8) == [1, 2, 4, 8]
     assert LONG._replace(cohort_size=9).largest == 5
 
 
 def test_one_candidate_is_no_trial():
-    choice = chunking.choose(LONG._replace(cohort_size=2), never, {})
+    choice = chunk_size.choose(LONG._replace(cohort_size=2), never, {})
     assert choice.size == 1
     assert "nothing to choose" in choice.sentence
 
 
 def test_a_short_run_has_no_trial_and_a_longer_one_a_part():
-    short = chunking.choose(LONG, never, {}, slow_s=9.0)
+    short = chunk_size.choose(LONG, never, {}, slow_s=9.0)
     assert short.size == 1
     assert "less than about 9.0 s" in short.sentence
     # 16 clients x 5 steps x 10 examples: 8 s a round with chunks of 1, then 4.2 s.
@@ -92,21 +94,21 @@ def test_a_short_run_has_no_trial_and_a_longer_one_a_part():
 
 
 def test_known_figures_are_not_measured_and_count_by_what_they_cost():
-    known = {size: chunking.Figure(rate, 1.0) for size, rate in RISING.items()}
-    assert chunking.choose(LONG, never, known).size == 8
-    dear = {1: chunking.Figure(100.0, 60.0)}
-    assert chunking.choose(LONG._replace(num_rounds=2), never, dear).size == 1
+    known = {size: chunk_size.Figure(rate, 1.0) for size, rate in RISING.items()}
+    assert chunk_size.choose(LONG, never, known).size == 8
+    dear = {1: chunk_size.Figure(100.0, 60.0)}
+    assert chunk_size.choose(LONG._replace(num_rounds=2), never, dear).size == 1
 
 
 def test_filling_counts_against_a_chunk():
     even = LONG._replace(cohort_size=8, devices=1)
-    assert [chunking.used(even, size) for size in (1, 2, 8)] == [1.0, 1.0, 1.0]
-    assert chunking.used(even, 3) == 8 / 9  # three chunks of three for eight clients
+    assert [chunk_size.used(even, size) for size in (1, 2, 8)] == [1.0, 1.0, 1.0]
+    assert chunk_size.used(even, 3) == 8 / 9  # three chunks of three for eight clients
     # One client of a cohort of four has 9 steps, the others 1: chunks of 4 do 36 steps for 12.
-    ragged = chunking.Work(np.array([1, 9, 1, 1]), 10, 4, 1, 1)
-    assert chunking.used(ragged, 4) == 12 / 36
-    assert chunking.used(ragged, 2) == 12 / 20
-    assert chunking.used(ragged._replace(devices=2), 1) == 12 / 20  # 9 + 1 steps beside 2
+    ragged = chunk_size.Work(np.array([1, 9, 1, 1]), 10, 4, 1, 1)
+    assert chunk_size.used(ragged, 4) == 12 / 36
+    assert chunk_size.used(ragged, 2) == 12 / 20
+    assert chunk_size.used(ragged._replace(devices=2), 1) == 12 / 20  # 9 + 1 steps beside 2
     table = Table({1: 100.0, 2: 150.0})
     assert table.choose(ragged._replace(num_rounds=10**6)).size == 1
 
@@ -164,7 +166,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setattr(chunking.pathlib.Path, "home", nowhere)
+    monkeypatch.setattr(chunk_size.pathlib.Path, "home", nowhere)
     with launch.jax_set_up():
         assert auto(Table(RISING)).size == 8
         assert auto(Table(RISING)).size == 8
@@ -181,7 +183,7 @@ def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path, capsys):
     table, played = Table(RISING), []
     monkeypatch.setattr(chunk_trial, "measure", lambda *args, **options: table)
     monkeypatch.setattr(chunk_trial, "slow_s", lambda *args, **options: 1e9)
-    monkeypatch.setattr(chunking, "SHARE", 1e9)
+    monkeypatch.setattr(chunk_size, "SHARE", 1e9)
     monkeypatch.setattr(launch, "_train", lambda folder, config, *rest: played.append(config))
     folder = tmp_path / "run"
     launch.start(validate({**SETTINGS, "out": str(folder)}), trackers={}, show=print)
@@ -190,7 +192,7 @@ def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path, capsys):
         capsys.readouterr().out
     )
     assert record.stored(folder)[0].chunk_size == 4
-    on_record = json.loads((folder / chunking.FILE).read_text())
+    on_record = json.loads((folder / chunk_size.FILE).read_text())
     assert on_record["chunk_size"] == 4
     assert on_record["figures"]["2"]["examples_per_s"] == 190.0
 
@@ -203,15 +205,15 @@ def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path, capsys):
         show=print,
     )
     assert [config.chunk_size for config in played] == [4, 4, 4, 3]
-    assert not (tmp_path / "other" / chunking.FILE).exists()
+    assert not (tmp_path / "other" / chunk_size.FILE).exists()
 
 
 @pytest.fixture(scope="module")
 def small():
-    config = catalog.resolve(RunConfig(**SETTINGS, local_steps=2))
-    parts = catalog.build(config)
-    work = chunking.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
-    batcher = catalog._batcher(config, lambda key, inputs: inputs.astype(jnp.float32) / 16)
+    config = build.resolve(RunConfig(**SETTINGS, local_steps=2))
+    parts = build.build(config)
+    work = chunk_size.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
+    batcher = build._batcher(config, lambda key, inputs: inputs.astype(jnp.float32) / 16)
     measure = chunk_trial.measure(
         parts.model, batcher, parts.population, work=work, mesh=parts.mesh
     )
@@ -285,8 +287,8 @@ def test_a_container_has_less_room_than_its_machine(monkeypatch, tmp_path, files
 
 
 def test_figures_are_kept_apart_by_what_they_depend_on():
-    config = catalog.resolve(RunConfig(**SETTINGS))
-    work = chunking.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
+    config = build.resolve(RunConfig(**SETTINGS))
+    work = chunk_size.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
 
     def key(work=work, **changes):
         return chunk_trial.key(config.model_copy(update=changes), work)

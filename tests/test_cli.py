@@ -17,17 +17,11 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedjaxprune.experiment import (
-    alike,
-    catalog,
-    checkpoints,
-    launch,
-    methods,
-    record,
-    runner,
-    validation,
-)
-from fedjaxprune.experiment.cli import cli, main
+from fedjaxprune.cli.main import cli, main
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.config import identity, validation
+from fedjaxprune.experiment.folder import checkpoints, record
+from fedjaxprune.experiment.run import build, launch, loop
 
 # A run of seconds: a dense method compiles fastest.
 SMALL = [
@@ -330,13 +324,13 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
     def fail(*args, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
 
-    monkeypatch.setattr(runner, "train", fail)
+    monkeypatch.setattr(loop, "train", fail)
     status, _, err = call(capsys, "run", *SMALL, "--chunk-size", "2", "--out", "run")
     assert status == 2
     assert err.startswith("error: there is not enough memory")
     assert "--chunk-size (here 2)" in err
     assert err.count("\n") == 1
-    monkeypatch.setattr(catalog, "build", fail)  # the data may be too large by themselves
+    monkeypatch.setattr(build, "build", fail)  # the data may be too large by themselves
     status, _, err = call(capsys, "run", *SMALL, "--chunk-size", "1", "--out", "other")
     assert status == 2
     assert "start a new one with a smaller --batch-size (here 16) or --model" in err
@@ -458,7 +452,7 @@ def python(code: str, *args: str, **options) -> subprocess.Popen:
 def test_help_explains_every_setting_without_importing_jax():
     code = """
 import sys
-from fedjaxprune.experiment.cli import main
+from fedjaxprune.cli.main import main
 try:
     main(["run", "--help"])
 except SystemExit as stop:
@@ -501,12 +495,12 @@ def test_settings_that_nothing_reads_are_named_in_one_sentence(capsys, monkeypat
 def test_the_settings_that_are_listed_for_a_method_are_read_by_it(name):
     in_use = {"explore_watch": "validation"} if name in methods.EXPLORING else {}
     settings = validation.validate({"algorithm": name, **in_use}).model_dump()
-    assert [knob for knob in alike.knobs(name) if not alike.matters(knob, settings)] == []
+    assert [knob for knob in identity.knobs(name) if not identity.matters(knob, settings)] == []
 
 
 def command(*args: str) -> subprocess.Popen:
     """Start the command in a process of its own."""
-    return python("from fedjaxprune.experiment.cli import main; main()", *args)
+    return python("from fedjaxprune.cli.main import main; main()", *args)
 
 
 def wait_for_round(process: subprocess.Popen, folder: pathlib.Path, number: int) -> None:

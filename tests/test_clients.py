@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.base import Broadcast, client_data
-from fedjaxprune.federated import clients
+from fedjaxprune.federated import local_training
+from fedjaxprune.types import Broadcast, client_data
 from tests import quadratic
 
 KEY = jax.random.key(0)
@@ -18,7 +18,10 @@ HALF = {
     "dense": {"bias": jnp.ones([4], bool), "kernel": jnp.arange(24).reshape(6, 4) % 2 == 0},
     "head": {"bias": jnp.ones([2], bool), "kernel": jnp.arange(8).reshape(4, 2) % 3 > 0},
 }
-KINDS = {"local_sgd": clients.local_sgd, "dense_feedback_sgd": clients.dense_feedback_sgd}
+KINDS = {
+    "local_sgd": local_training.local_sgd,
+    "dense_feedback_sgd": local_training.dense_feedback_sgd,
+}
 
 
 def work(client, mask_tree=None, params=quadratic.PARAMS, round_index=0, client_id=1):
@@ -50,11 +53,11 @@ def test_sgd_walks_the_closed_form_path(kind):
 
 
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)])
-def test_pruned_weights_stay_exact_zeros_under_any_optimiser(optimizer):
+def test_pruned_weights_stay_exact_zeros_under_any_optimizer(optimizer):
     params = masks.apply(HALF, quadratic.PARAMS)
     noisy = optax.chain(optimizer, optax.add_noise(0.1, 0.5, jax.random.key(1)))
-    for optimiser in (optimizer, noisy):
-        delta = work(make(optimizer=optimiser), HALF, params).fields["delta"]
+    for each in (optimizer, noisy):
+        delta = work(make(optimizer=each), HALF, params).fields["delta"]
         outside = jax.tree.map(lambda d, m: jnp.where(m, 0.0, d), delta, HALF)
         assert not np.any(quadratic.flatten(outside))
         assert np.any(quadratic.flatten(delta))
@@ -89,7 +92,7 @@ def test_the_learning_rate_scale_is_a_function_of_the_round():
 
 
 def test_the_proximal_term_balances_the_loss_at_the_known_point():
-    client = make(steps=200, penalties=(clients.proximal(mu=3.0),))
+    client = make(steps=200, penalties=(local_training.proximal(mu=3.0),))
     delta = work(client).fields["delta"]
     start = np.asarray(quadratic.flatten(quadratic.PARAMS))
     # Minimum of ½(w − c)² + 3/2 (w − w₀)²: a quarter of the way to c.
@@ -98,7 +101,9 @@ def test_the_proximal_term_balances_the_loss_at_the_known_point():
 
 
 def test_the_norm_penalty_pulls_each_prunable_layer_along_its_direction():
-    penalty = clients.layer_norms(coefficient=lambda r: jnp.float32(0.7), prunable=masks.kernels)
+    penalty = local_training.layer_norms(
+        coefficient=lambda r: jnp.float32(0.7), prunable=masks.is_kernel
+    )
     broadcast = Broadcast(quadratic.PARAMS, None, {}, jnp.int32(0))
     grads = jax.grad(penalty)(quadratic.PARAMS, broadcast)
     kernel = quadratic.PARAMS["dense"]["kernel"]
@@ -128,4 +133,4 @@ def test_reported_grads_are_dense_means_and_only_in_their_rounds():
 
 def test_a_negative_mu_is_refused():
     with pytest.raises(ValueError, match="mu must not be negative, got -1"):
-        clients.proximal(mu=-1.0)
+        local_training.proximal(mu=-1.0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks, metrics
-from fedjaxprune.base import Broadcast, Cohort, Message
 from fedjaxprune.federated import aggregators, cohort
+from fedjaxprune.types import Broadcast, Cohort, Message
 from tests import quadratic
 
 KEY = jax.random.key(0)
@@ -16,8 +16,8 @@ PEOPLE = quadratic.population()
 BROADCAST = Broadcast(quadratic.PARAMS, masks.full(quadratic.PARAMS), {}, jnp.int32(0))
 AGGREGATORS = {
     "delta": aggregators.weighted_mean(),
-    "votes": aggregators.votes(),
-    "metrics": aggregators.total(),
+    "votes": aggregators.vote_counts(),
+    "metrics": aggregators.unweighted_sum(),
 }
 
 
@@ -38,7 +38,7 @@ def update(key, broadcast, state, data):
 
 def run(
     client_ids,
-    present=None,
+    participated=None,
     chunk_size=1,
     update=update,
     visits=None,
@@ -49,7 +49,7 @@ def run(
     size = len(client_ids)
     members = Cohort(
         client_ids=jnp.asarray(client_ids, jnp.int32),
-        present=jnp.ones(size, bool) if present is None else jnp.asarray(present),
+        participated=jnp.ones(size, bool) if participated is None else jnp.asarray(participated),
         states={"visits": jnp.zeros(size, jnp.int32) if visits is None else jnp.asarray(visits)},
     )
     return jax.jit(

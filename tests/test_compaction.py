@@ -11,10 +11,10 @@ from jax import export
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.channels import groups
-from fedjaxprune.compaction import arithmetic, compact, play, program
-from fedjaxprune.data import datasets, preprocess
+from fedjaxprune.data import datasets, transforms
 from fedjaxprune.models import adapters, cnns, gated, layers, vgg, zoo
+from fedjaxprune.structure.channels import groups
+from fedjaxprune.structure.compaction import arithmetic, compact, execute, program
 from tests import test_channels
 from tests.test_channels import KEY, network
 
@@ -71,7 +71,7 @@ def check_same(model, params, masks, state, small, inputs):
 
 @pytest.mark.parametrize(
     ("seed", "prunable"),
-    [(0, masks_lib.kernels), (1, lambda path, leaf: True)],
+    [(0, masks_lib.is_kernel), (1, lambda path, leaf: True)],
     ids=["kernels", "all"],
 )
 @pytest.mark.parametrize("name", SLOW)
@@ -94,7 +94,7 @@ def test_a_compacted_network_says_what_the_masked_one_says(name, seed, prunable)
 @pytest.mark.parametrize("seed", range(2, 8))
 @pytest.mark.parametrize("name", sorted(test_channels.NETWORKS))
 def test_whatever_the_masks_the_outputs_stay(name, seed):
-    prunable = masks_lib.kernels if seed % 3 else lambda path, leaf: True
+    prunable = masks_lib.is_kernel if seed % 3 else lambda path, leaf: True
     model, params, state, inputs, masks = drawn(name, seed, prunable=prunable)
     small = compact.compact(model, params, masks, state=state, inputs=inputs)
     more = jnp.concatenate([inputs, inputs[::-1], inputs[:1]])
@@ -111,7 +111,7 @@ def test_every_dead_channel_goes_where_nothing_holds_it(name):
     model, params, state, inputs, analysis = network(name)
     keep = [np.arange(group.size) % 3 != 1 for group in analysis.groups]
     masks = channel_masks(analysis, keep, params)
-    masks = restrict(masks, masks_lib.kernels)  # biases and normalisation live on
+    masks = restrict(masks, masks_lib.is_kernel)  # biases and normalization live on
     small = compact.compact(model, params, masks, state=state, inputs=inputs)
     assert small.remainders == ()
     leaves = dict(zip(trees.paths(small.params), jax.tree.leaves(small.params), strict=True))
@@ -129,7 +129,7 @@ def test_a_network_without_a_dead_channel_is_left_as_it_is():
     model, params, state, inputs, _ = network("pooled_cnn")
     rng = np.random.default_rng(0)
     masks = jax.tree.map(lambda leaf: rng.random(leaf.shape) < 0.1, params)
-    masks = restrict(masks, masks_lib.kernels)
+    masks = restrict(masks, masks_lib.is_kernel)
     for axis in (-1, -2):  # one live weight in and out of every channel
         masks = jax.tree.map(lambda m, axis=axis: _wake(m, axis) if m.ndim > 1 else m, masks)
     small = compact.compact(model, params, masks, state=state, inputs=inputs)
@@ -218,7 +218,7 @@ def test_channels_that_nobody_reads_are_not_made():
      for n in sorted(test_channels.NETWORKS)],
 )  # fmt: skip
 def test_any_number_of_examples_will_do_and_one_program_serves_them_all(name):
-    model, params, state, inputs, masks = drawn(name, 0, prunable=masks_lib.kernels)
+    model, params, state, inputs, masks = drawn(name, 0, prunable=masks_lib.is_kernel)
     small = compact.compact(model, params, masks, state=state, inputs=inputs)
     (batch,) = export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
@@ -237,7 +237,7 @@ def test_what_has_to_stay_is_named_with_the_reason():
         keep = [np.arange(group.size) % 2 == 1 for group in analysis.groups]
         masks = channel_masks(analysis, keep, params)
         if keep_bias:
-            masks = restrict(masks, masks_lib.kernels)
+            masks = restrict(masks, masks_lib.is_kernel)
         small = compact.compact(model, params, masks, state=state, inputs=inputs)
         return {each.path: each for each in small.remainders}
 
@@ -308,10 +308,10 @@ def test_constants_are_stored_without_repetitions():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(1, 3, 3, 4))
     values = rows[:, [0, 1, 1, 1, 1, 2]][:, :, [0, 1, 1, 1, 1, 1, 2]]
-    folded = play.fold(np.concatenate([values, values]), [True, False, False, False])
+    folded = execute.fold(np.concatenate([values, values]), [True, False, False, False])
     assert folded.values.shape == (1, 3, 3, 4)
     np.testing.assert_array_equal(
-        play.unfold(jnp.asarray(folded.values), folded.places), values.astype(np.float32)
+        execute.unfold(jnp.asarray(folded.values), folded.places), values.astype(np.float32)
     )
 
 
@@ -353,7 +353,7 @@ def test_on_real_test_images_half_the_channels_say_the_same(name, tfds_data_dir)
     dataset_name, make = REAL[name]
     data = real_data(dataset_name, tfds_data_dir)
     model = make(input_shape=data.image_shape, num_classes=10)
-    _, prepare = preprocess.for_dataset(data, augment=False)
+    _, prepare = transforms.for_dataset(data, augment=False)
     images = prepare(KEY, jnp.asarray(data.test["inputs"][:32]))
     params, state = jax.jit(model.init)(KEY)
     rng = np.random.default_rng(0)
@@ -365,13 +365,13 @@ def test_on_real_test_images_half_the_channels_say_the_same(name, tfds_data_dir)
         )
 
     params, state = jax.tree.map(awake, (params, state))
-    analysis = groups.analyse(model.predict, params, state, images)
+    analysis = groups.analyze(model.predict, params, state, images)
     keep = []
     for group in analysis.groups:
         bits = np.ones(group.size, bool)
         bits[rng.permutation(group.size)[: group.size // 2]] = False
         keep.append(bits)
-    masks = restrict(channel_masks(analysis, keep, params), masks_lib.kernels)
+    masks = restrict(channel_masks(analysis, keep, params), masks_lib.is_kernel)
     small = compact.compact(model, params, masks, state=state, inputs=images)
     check_same(model, params, masks, state, small, images)
     if name not in ("resnet8_group", "gated_resnet32"):

@@ -10,24 +10,17 @@ from typing import Any, get_args
 
 import pytest
 
-from fedjaxprune.experiment import (
-    alike,
-    comparison,
-    failure,
-    methods,
-    reading,
-    record,
-    runs,
-    tables,
-    validation,
-)
-from fedjaxprune.experiment.cli import main
-from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.cli.main import main
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.analysis import compare, tables
+from fedjaxprune.experiment.config import files, identity, validation
+from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.folder import failure, load, record
 from tests.folders import MIB, line, rising, write
 
 
 def groups_of(*folders):
-    return comparison.group(runs.read_all(folders)[0])[0]
+    return compare.group(load.read_all(folders)[0])[0]
 
 
 def call(capsys, *args):
@@ -47,7 +40,7 @@ def test_seeds_are_merged_and_numbers_are_those_of_the_hand(tmp_path):
     members = groups_of(second, small, first)
     assert [m.label for m in members] == ["fedavg", "feddip"]
     assert [run.name for run in members[0].runs] == ["a", "b"]  # by seed
-    compared = comparison.compare(members)
+    compared = compare.compare(members)
     # Three rounds of 1 MiB are the least; what all reach on average is 0.3.
     assert (compared.budget, compared.target) == (3.0, 0.3)
     one, two = compared.measures[0]
@@ -58,7 +51,7 @@ def test_seeds_are_merged_and_numbers_are_those_of_the_hand(tmp_path):
     assert one.values_down == pytest.approx(3.0 - 3 / 4)
     assert one.flops == 9e9
     assert compared.measures[1][0].accuracy_at == 0.5  # its last test is within the budget
-    assert comparison.deviation([m.accuracy for m in (one, two)]) == pytest.approx(
+    assert compare.deviation([m.accuracy for m in (one, two)]) == pytest.approx(
         statistics.stdev([0.4, 1.6 / 3])
     )
 
@@ -66,7 +59,7 @@ def test_seeds_are_merged_and_numbers_are_those_of_the_hand(tmp_path):
 def test_what_is_not_reached_is_not_made_up(tmp_path):
     high = write(tmp_path / "a", rising([0.2, 0.9]), seed=0)
     low = write(tmp_path / "b", rising([0.2, 0.3]), seed=1)
-    compared = comparison.compare(groups_of(high, low), target=0.5, budget=0.5)
+    compared = compare.compare(groups_of(high, low), target=0.5, budget=0.5)
     one, other = compared.measures[0]
     assert math.isnan(one.accuracy_at)
     assert (one.rounds_to, math.isnan(other.rounds_to)) == (2.0, True)
@@ -80,7 +73,7 @@ def test_what_is_not_reached_is_not_made_up(tmp_path):
 
 def test_the_mean_is_of_the_last_ten_tests(tmp_path):
     folder = write(tmp_path / "a", rising([0.0] * 5 + [0.5] * 10))
-    assert comparison.compare(groups_of(folder)).measures[0][0].accuracy == 0.5
+    assert compare.compare(groups_of(folder)).measures[0][0].accuracy == 0.5
 
 
 def test_tests_of_the_stages_before_do_not_count(tmp_path):
@@ -90,21 +83,21 @@ def test_tests_of_the_stages_before_do_not_count(tmp_path):
         for n, line in enumerate(lines)
     ]
     folder = write(tmp_path / "a", lines)
-    assert comparison.compare(groups_of(folder)).measures[0][0].accuracy == 0.5
+    assert compare.compare(groups_of(folder)).measures[0][0].accuracy == 0.5
 
 
 def test_runs_that_are_not_finished_do_not_stand_for_those_that_are(tmp_path):
     done = write(tmp_path / "a", rising([0.5, 0.6]), seed=0)
     part = write(tmp_path / "b", rising([0.1]), seed=1, finished=False)
-    compared = comparison.compare(groups_of(done, part))
+    compared = compare.compare(groups_of(done, part))
     assert len(compared.measures[0]) == 1
     assert compared.budget == 4.0
-    assert comparison.states(compared.groups[0]) == "seed 1 broken off after 1 round"
+    assert compare.states(compared.groups[0]) == "seed 1 broken off after 1 round"
 
 
 def test_settings_of_other_methods_tell_no_runs_apart():
     def config(**settings):
-        return alike.configuration(RunConfig(**settings).model_dump())
+        return identity.configuration(RunConfig(**settings).model_dump())
 
     assert config(algorithm="fedavg", sparsity=0.9) == config(algorithm="fedavg", sparsity=0.8)
     assert config(algorithm="feddip", sparsity=0.9) != config(algorithm="feddip", sparsity=0.8)
@@ -124,16 +117,16 @@ def test_settings_of_other_methods_tell_no_runs_apart():
     assert config(**gated, sparsity=0.9, consensus="top_k") == config(**gated)
     assert config(**gated, gate_density=0.5) != config(**gated)
     future = {"algorithm": "of tomorrow", "sparsity": 0.5, "out": "x"}
-    assert alike.configuration(future) == {"algorithm": "of tomorrow", "sparsity": 0.5}
+    assert identity.configuration(future) == {"algorithm": "of tomorrow", "sparsity": 0.5}
 
 
 def test_every_setting_that_is_left_out_for_a_method_exists():
-    names = {*alike.NEUTRAL, alike.SEED, *alike._OF_METHODS, *alike._OF_PARTS}
+    names = {*identity.NEUTRAL, identity.SEED, *identity._OF_METHODS, *identity._OF_PARTS}
     assert names <= set(RunConfig.model_fields)
     # And none is forgotten: no method, and no setting that is a method's own.
-    assert set(alike._LISTED) == set(validation.alternatives("algorithm"))
+    assert set(identity._LISTED) == set(validation.alternatives("algorithm"))
     own = {name for name, field in RunConfig.model_fields.items() if _group(field) == "Method"}
-    assert own - {"algorithm"} <= {*alike._OF_METHODS, *alike._OF_PARTS}
+    assert own - {"algorithm"} <= {*identity._OF_METHODS, *identity._OF_PARTS}
 
 
 def _group(field):
@@ -141,7 +134,7 @@ def _group(field):
 
 
 def test_settings_of_methods_matter_to_those_that_their_descriptions_name():
-    named = {*alike._OF_METHODS, "algorithm"}
+    named = {*identity._OF_METHODS, "algorithm"}
     for name, field in RunConfig.model_fields.items():
         extra: Any = field.json_schema_extra
         if extra["group"] != "Method":
@@ -149,12 +142,12 @@ def test_settings_of_methods_matter_to_those_that_their_descriptions_name():
         assert name in named, name
         whole = {"explore_watch": "validation", "partition": "iid"}
         for method in set(re.findall(r"\w+", str(field.description))) & set(get_args(methods.Name)):
-            assert alike.matters(name, {**whole, "algorithm": method}), (name, method)
-    assert not alike.matters("consensus", {"algorithm": "fedavg"})
-    assert not alike.matters("development_share", {"algorithm": "autoflip"})
+            assert identity.matters(name, {**whole, "algorithm": method}), (name, method)
+    assert not identity.matters("consensus", {"algorithm": "fedavg"})
+    assert not identity.matters("development_share", {"algorithm": "autoflip"})
     gated = {"algorithm": "squeeze_excitation", "model": "gated_resnet8"}
-    assert not alike.matters("gate_density", gated)
-    assert alike.matters("gate_density", {**gated, "algorithm": "random_channels"})
+    assert not identity.matters("gate_density", gated)
+    assert identity.matters("gate_density", {**gated, "algorithm": "random_channels"})
 
 
 def test_the_command_of_a_run_makes_its_config_again():
@@ -162,23 +155,23 @@ def test_the_command_of_a_run_makes_its_config_again():
         algorithm="feddip", sparsity=0.8, partition="dirichlet", alpha=0.1, augment=True,
         local_steps=3, seed=4, rounds=7, dataset="a b",
     )  # fmt: skip
-    words = reading.command(config.model_dump())
+    words = files.command(config.model_dump())
     assert words == (
         "fedjaxprune run --sparsity 0.8 --dataset 'a b' --partition dirichlet --alpha 0.1 "
         "--augment --rounds 7 --local-steps 3 --seed 4"
     )
-    assert reading.command({"algorithm": "of tomorrow"}) == "fedjaxprune run config.yaml"
+    assert files.command({"algorithm": "of tomorrow"}) == "fedjaxprune run config.yaml"
 
 
 def test_records_of_older_versions_can_be_looked_at(tmp_path):
     folder = write(tmp_path / "a", rising([0.5, 0.6]))
     path = folder / record.METRICS
-    new = ("uplink_parts", "downlink_parts", "client_bits", "modelled_bits", "modelled_flops",
+    new = ("uplink_parts", "downlink_parts", "client_bits", "modeled_bits", "modeled_flops",
            "mean_coverage", "mask_stability", "layer_sparsity", "client_accuracy")  # fmt: skip
     rows = [json.loads(row) for row in path.read_text().splitlines()]
     old = [{k: v for k, v in row.items() if k not in new} for row in rows]
     path.write_text("".join(json.dumps({**row, "of tomorrow": 1}) + "\n" for row in old))
-    (measures,) = comparison.compare(groups_of(folder)).measures[0:1]
+    (measures,) = compare.compare(groups_of(folder)).measures[0:1]
     assert (measures[0].values_up, measures[0].masks) == (2.0, 0.5)
     assert measures[0].values_down == 1.5
     assert math.isnan(measures[0].flops)
@@ -188,17 +181,17 @@ def test_a_folder_of_run_folders_stands_for_them_and_each_counts_once(tmp_path):
     write(tmp_path / "sweep" / "x", rising([0.5]), seed=0)
     write(tmp_path / "sweep" / "y", rising([0.5]), seed=1)
     (tmp_path / "sweep" / "notes").mkdir()
-    found, notes = runs.read_all([tmp_path / "sweep", tmp_path / "sweep" / "x"])
+    found, notes = load.read_all([tmp_path / "sweep", tmp_path / "sweep" / "x"])
     assert ([run.name for run in found], notes) == (["x", "y"], [])
     write(tmp_path / "other" / "x", rising([0.5]), seed=2)
-    found, _ = runs.read_all([tmp_path / "sweep", tmp_path / "other"])
+    found, _ = load.read_all([tmp_path / "sweep", tmp_path / "other"])
     assert [run.name for run in found] == ["sweep/x", "sweep/y", "other/x"]
 
 
 def test_the_same_run_twice_is_one(tmp_path):
     short = write(tmp_path / "a", rising([0.5]), finished=False)
     long = write(tmp_path / "b", rising([0.5, 0.6]))
-    members, notes = comparison.group(runs.read_all([short, long])[0])
+    members, notes = compare.group(load.read_all([short, long])[0])
     assert [run.name for run in members[0].runs] == ["b"]
     assert len(notes) == 1
     assert str(short) in notes[0]
@@ -212,15 +205,15 @@ def test_the_state_of_a_run_is_told(tmp_path):
     broken = write(tmp_path / "broken", rising([0.5]), seed=2, finished=False)
     going = write(tmp_path / "going", rising([0.5]), seed=3, finished=False)
     with record.hold(going):
-        found, _ = runs.read_all([done, failed, broken, going])
+        found, _ = load.read_all([done, failed, broken, going])
     assert [run.state for run in found] == ["finished", "failed", "broken off", "running"]
-    assert [runs.standing(run) for run in found] == [
+    assert [load.standing(run) for run in found] == [
         "finished after 1 round",
         "failed in round 3: OSError: full",
         "broken off after 1 round",
         "still going after 1 round",
     ]
-    assert not runs.is_held(going)
+    assert not load.is_held(going)
 
 
 def test_an_error_marks_the_run_and_the_next_start_takes_the_mark_away(tmp_path):
@@ -257,7 +250,7 @@ def test_bad_input_is_one_sentence(capsys, tmp_path, monkeypatch):
     (crashed / failure.FAILED).write_text('{"round": 1, "error": "OSError: full"}')
     write(tmp_path / "deep" / "sweep" / "one", rising([0.5]))
     exported = write(tmp_path / "exported", [])
-    (exported / runs.EXPORTED).write_text("")
+    (exported / load.EXPORTED).write_text("")
     cases = {
         "nowhere": (["nowhere"], ["'nowhere'", "no such folder"]),
         "file": (["file"], ["'file'", "it is a file"]),
@@ -316,7 +309,7 @@ def test_a_torn_last_line_and_runs_without_rounds_are_told_of_and_left_out(capsy
     [
         ("client_bits", 5),
         ("client_bits", [{}]),
-        ("modelled_flops", {"forward": "x"}),
+        ("modeled_flops", {"forward": "x"}),
         ("layer_sparsity", {"a": None}),
         ("uplink_parts", {"values": None}),
         ("mask_bits", "x"),
@@ -330,7 +323,7 @@ def test_a_line_with_a_field_of_another_kind_is_damaged(tmp_path, name, value):
     first, second = map(json.loads, path.read_text().splitlines())
     path.write_text(json.dumps({**first, name: value}) + "\n" + json.dumps(second) + "\n")
     with pytest.raises(UserError, match="damaged in line 1"):
-        runs.read_all([folder])
+        load.read_all([folder])
 
 
 def test_the_table_in_its_three_forms(capsys, tmp_path):
@@ -354,4 +347,4 @@ def test_the_table_in_its_three_forms(capsys, tmp_path):
     assert rows[1]["accuracy, % (deviation)"] == ""
     assert float(rows[0]["up, MiB"]) == 2 * MIB / MIB
     with pytest.raises(UserError, match="got no run"):
-        runs.read_all([])
+        load.read_all([])

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 from fedjaxprune import trees
-from fedjaxprune.pruning import consensus, filters
+from fedjaxprune.pruning.structured import filters, voting
 
 RULES = {
-    "ascending": consensus.ascending,
-    "top_k": consensus.top_k,
-    "majority": consensus.majority,
-    "unanimous": consensus.unanimous,
-    "anybody": consensus.anybody,
-    "histogram": consensus.histogram,
-    "code_dynamic": consensus.code_dynamic,
+    "ascending": voting.ascending,
+    "top_k": voting.top_k,
+    "majority": voting.majority,
+    "unanimous": voting.unanimous,
+    "anybody": voting.anybody,
+    "histogram": voting.histogram,
+    "code_dynamic": voting.code_dynamic,
 }
 SIZE, STEPS = 12, [Fraction(j, 10) for j in range(10)]
 QUOTAS = filters.quotas(STEPS, SIZE)
 DECIDE = {
-    name: jax.jit(lambda ballot, quota, rule=rule: consensus.decide(rule, ballot, quota))
+    name: jax.jit(lambda ballot, quota, rule=rule: voting.decide(rule, ballot, quota))
     for name, rule in RULES.items()
 }
 
@@ -93,14 +93,14 @@ def test_a_rule_is_its_definition(name, weighted):
     for _ in range(60):
         votes, weight, num_voters, live, worth = draw(rng, weighted=weighted)
         step = int(rng.integers(len(STEPS)))
-        ballot = consensus.Ballot(
+        ballot = voting.Ballot(
             votes=jnp.asarray(votes, number),
             weight=jnp.asarray(weight, number),
             num_voters=jnp.int32(num_voters),
             live=jnp.asarray(live),
             worth=jnp.asarray(worth),
         )
-        kept = DECIDE[name](ballot, trees.take(QUOTAS, step))
+        kept = DECIDE[name](ballot, trees.take_rows(QUOTAS, step))
         scores = [Fraction(int(v), int(weight)) for v in votes]
         wanted = by_definition(name, scores, num_voters, STEPS[step], worth.tolist(), live.tolist())
         assert kept.tolist() == wanted
@@ -119,7 +119,7 @@ def test_a_rule_is_its_definition(name, weighted):
 def test_votes_for_one_mask_give_that_mask(name):
     mask = np.arange(SIZE) % 3 != 0
     for num_voters in (1, 10):
-        ballot = consensus.Ballot(
+        ballot = voting.Ballot(
             votes=jnp.asarray(num_voters * mask, jnp.int32),
             weight=jnp.int32(num_voters),
             num_voters=jnp.int32(num_voters),
@@ -127,7 +127,7 @@ def test_votes_for_one_mask_give_that_mask(name):
             worth=jnp.zeros(SIZE),
         )
         for step in range(len(STEPS)):
-            kept = DECIDE[name](ballot, trees.take(QUOTAS, step))
+            kept = DECIDE[name](ballot, trees.take_rows(QUOTAS, step))
             np.testing.assert_array_equal(kept, mask)
 
 
@@ -170,14 +170,14 @@ def test_ten_nodes_that_agree_prune_vgg11_as_the_public_code(name):
         for shape, live in keep.items():
             count = tables[shape[0]][int(live.sum())] if j else live.sum(dtype=jnp.int32)
             vote = rank((norms[shape],), live, count)
-            ballot = consensus.Ballot(
+            ballot = voting.Ballot(
                 votes=10 * vote.astype(jnp.int32),
                 weight=jnp.int32(10),
                 num_voters=jnp.int32(10),
                 live=live,
                 worth=norms[shape],
             )
-            keep[shape] = DECIDE[name](ballot, trees.take(quotas[shape[0]], j))
+            keep[shape] = DECIDE[name](ballot, trees.take_rows(quotas[shape[0]], j))
             np.testing.assert_array_equal(keep[shape], vote)
         weights = [9 * size * inputs for size, inputs in VGG11]
         kept = [9 * int(keep[shape].sum()) * shape[1] for shape in VGG11]

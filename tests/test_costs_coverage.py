@@ -9,15 +9,15 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import simulation
-from fedjaxprune.algorithms.compose import Setup, compose
 from fedjaxprune.costs import coverage
-from fedjaxprune.federated import aggregators, clients, participation
+from fedjaxprune.federated import aggregators, local_training, sampling
 from fedjaxprune.pruning import allocation, pruners, schedules, scores
+from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds.training import Protocol, compose
 from tests import quadratic
 
 KEY = jax.random.key(0)
-KERNELS = masks.kernels
+KERNELS = masks.is_kernel
 
 
 def random_masks(seed, density=0.5):
@@ -35,7 +35,7 @@ def prunable(tree):
 
 def voted(people):
     """Fold personal masks into votes, as a round does."""
-    votes = aggregators.votes()
+    votes = aggregators.vote_counts()
     sums = votes.init(people[0])
     for one in people:
         sums = votes.add(sums, one, None, jnp.float32(3.0))
@@ -106,15 +106,15 @@ def test_a_tracked_round_is_the_round_and_counts():
     sparsity = schedules.linear(
         initial_sparsity=0.0, final_sparsity=0.8, begin_round=0, end_round=3
     )
-    setup = Setup(num_rounds=4, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1))
+    setup = Protocol(num_rounds=4, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1))
     algorithm = compose(
         setup,
-        client=clients.local_sgd(
+        client=local_training.local_sgd(
             quadratic.MODEL.loss, batcher=setup.batcher, optimizer=setup.optimizer
         ),
         pruner=pruners.prune_to(sparsity, score=scores.magnitude, allocation=allocation.uniform()),
     )
-    draw = participation.uniform(num_clients=6, cohort_size=4)
+    draw = sampling.uniform(num_clients=6, cohort_size=4)
     advance = simulation.advance(algorithm.stages[0], draw)
     start = simulation.start(
         algorithm, quadratic.PARAMS, {"steps": jnp.float32(0.0)}, num_clients=6

@@ -12,11 +12,12 @@ from flax import nnx
 from jax import lax
 from jax.experimental import pallas as pl
 
-from fedjaxprune import forms, masks, trees
-from fedjaxprune.base import Batch
+from fedjaxprune import masks, trees
 from fedjaxprune.costs import flop_formulas as formulas
 from fedjaxprune.costs import flops
 from fedjaxprune.models import adapters, cnns, gated, lstm, vgg, zoo
+from fedjaxprune.structure import jaxprs
+from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
 IMAGE = ("NHWC", "HWIO", "NHWC")
@@ -201,7 +202,7 @@ def test_fedtinys_ratios_come_out():
     # The first convolution is dense, every other kernel at a density of 0.01.
     kept = trees.map_with_path(
         lambda path, leaf: (
-            Fraction(1, 100) if masks.kernels(path, leaf) and path != "conv_1/kernel" else 1
+            Fraction(1, 100) if masks.is_kernel(path, leaf) and path != "conv_1/kernel" else 1
         ),
         params,
     )
@@ -228,7 +229,7 @@ def test_the_gradient_that_jax_makes_takes_what_is_counted(name):
     # Without padding the three directions of a product take exactly the same.
     passes = [(layer, 1 + (layer.dense.input_gradient > 0) + 1) for layer in layers]
     inside = sum(layer.inside * count for layer, count in passes)
-    _, of_step = flops.executed(jax.grad(forms.plain(loss)), params, state, batch)
+    _, of_step = flops.executed(jax.grad(jaxprs.plain(loss)), params, state, batch)
     assert of_step == inside
     # Forms that are made for speed do no less.
     total, _ = flops.executed(jax.grad(loss), params, state, batch)
@@ -245,7 +246,7 @@ def test_xla_agrees_on_dense_graphs(name):
     def loss(params, state, batch):
         return model.loss(params, state, batch, KEY)[0]
 
-    plain = forms.plain(loss)
+    plain = jaxprs.plain(loss)
     inside = sum(layer.inside for layer in layers)
     assert flops.by_xla(plain, params, state, batch) == pytest.approx(2 * inside, rel=0.05)
     _, step = flops.executed(jax.grad(plain), params, state, batch)
@@ -610,7 +611,7 @@ def test_what_cannot_be_looked_into_is_refused_unless_it_says_what_it_is():
     with pytest.raises(ValueError, match=r"pallas_call.*forms.stands_for"):
         flops.of_function(lambda p, x: fast(x, p["w"]), weights, shape(2, 4))
     (layer,) = flops.of_function(
-        lambda p, x: forms.stands_for(fast(x, p["w"]), jnp.matmul, x, p["w"]),
+        lambda p, x: jaxprs.equivalent_to(fast(x, p["w"]), jnp.matmul, x, p["w"]),
         weights,
         shape(2, 4),
         masks={"w": KEPT},

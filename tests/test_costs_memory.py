@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from fedjaxprune import forms, trees
-from fedjaxprune.algorithms import fedavg, simulation
-from fedjaxprune.algorithms.compose import Setup
-from fedjaxprune.base import Batch, Population
-from fedjaxprune.costs import liveness, memory
+from fedjaxprune import trees
+from fedjaxprune.costs import memory, program_memory
 from fedjaxprune.data import batching
-from fedjaxprune.federated import participation
+from fedjaxprune.federated import sampling
+from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
+from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.structure import jaxprs
+from fedjaxprune.types import Batch, Population
 
 KEY = jax.random.key(0)
 
@@ -84,7 +86,7 @@ def test_activations_are_those_of_the_layer_and_not_of_the_trick():
     def train(params, state, batch):
         return model.loss(params, state, batch, KEY)[0]
 
-    layers = memory.activations(forms.plain(train), params, state, batch)
+    layers = memory.activations(jaxprs.plain(train), params, state, batch)
     assert memory.activations(train, params, state, batch) == layers
     # The examples and what the five layers and two poolings put out, at the least.
     outputs = 28 * 28 + 28 * 28 * 6 + 14 * 14 * 6 + 100 * 16 + 25 * 16 + 120 + 84
@@ -109,7 +111,7 @@ def round_of(name, image, chunk_size, num_clients=10, num_examples=500):
     """Make a round, by shapes alone."""
     options = {"norm": "group"} if name == "resnet20" else {}
     model = getattr(zoo, name)(input_shape=image, num_classes=10, **options)
-    setup = Setup(
+    setup = Protocol(
         num_rounds=1,
         batcher=batching.steps(
             num_steps=2, batch_size=32, preprocess=lambda key, x: x.astype(jnp.float32) / 255
@@ -118,7 +120,7 @@ def round_of(name, image, chunk_size, num_clients=10, num_examples=500):
         chunk_size=chunk_size,
     )
     algorithm = fedavg.fedavg(model, setup)
-    draw = participation.uniform(num_clients=num_clients, cohort_size=4)
+    draw = sampling.uniform(num_clients=num_clients, cohort_size=4)
     advance = simulation.advance(algorithm.stages[0], draw)
     start = jax.eval_shape(
         lambda key: simulation.start(algorithm, *model.init(key), num_clients=num_clients), KEY
@@ -140,16 +142,16 @@ def round_of(name, image, chunk_size, num_clients=10, num_examples=500):
 )
 def test_a_rounds_memory_is_predicted_before_it_is_compiled(name, image, chunk_size):
     advance, args = round_of(name, image, chunk_size)
-    predicted = liveness.predict(advance, *args)
-    used = liveness.used(jax.jit(advance, donate_argnums=1), *args)  # as the runner does
-    assert predicted.arguments == liveness.size(args) == used.arguments
+    predicted = program_memory.predict(advance, *args)
+    used = program_memory.used(jax.jit(advance, donate_argnums=1), *args)  # as the runner does
+    assert predicted.arguments == program_memory.size(args) == used.arguments
     assert predicted.outputs == pytest.approx(used.outputs, rel=0.01)  # and a table of pointers
     assert predicted.temporaries == pytest.approx(used.temporaries, rel=0.2)
 
 
 def test_predicted_memory_grows_by_the_chunk_and_not_by_the_cohort():
     one, two, four = (
-        liveness.predict(*_flat(round_of("cnn", (28, 28, 1), size))).temporaries
+        program_memory.predict(*_flat(round_of("cnn", (28, 28, 1), size))).temporaries
         for size in (1, 2, 4)
     )
     params = 4 * sum(
@@ -168,9 +170,11 @@ def test_what_is_fused_takes_no_memory_and_what_a_product_reads_does():
     def fused(x):
         return jnp.sum(jnp.tanh(x * 2.0 + 1.0))
 
-    assert liveness.predict(fused, shape(100)).temporaries == 0
+    assert program_memory.predict(fused, shape(100)).temporaries == 0
 
     def product(x):
         return jnp.sum(jnp.tanh(x) @ x)
 
-    assert liveness.predict(product, shape(10, 10)).temporaries == 2 * 400  # operand and output
+    assert (
+        program_memory.predict(product, shape(10, 10)).temporaries == 2 * 400
+    )  # operand and output

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import accounts, masks, metrics, trees
-from fedjaxprune.base import Model
-from fedjaxprune.experiment import costs_record
+from fedjaxprune import masks, metrics, traffic, trees
+from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.models import zoo
+from fedjaxprune.types import Model
 
 MODEL = zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(6,))
 PARAMS, _ = jax.eval_shape(MODEL.init, jax.random.key(0))
@@ -18,12 +18,12 @@ SIZES = trees.sizes(PARAMS)  # biases and kernels in turn: 6, 24, 2, 12
 
 
 def profile(model=MODEL, warn=print):
-    return costs_record.profile(
+    return round_costs.profile(
         model,
         PARAMS,
         np.zeros((9, 4), np.uint8),
         preprocess=lambda key, x: x.astype(jnp.float32),
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
         warn=warn,
     )
 
@@ -32,9 +32,9 @@ def a_round(kept, rows, present, num_examples, num_changed=0, **reports):
     """Make what a round reports, as far as costs need it."""
     loss = metrics.Mean(total=jnp.float32(1.0), weight=jnp.float32(num_examples))
     made = types.SimpleNamespace(
-        downlink_kept=np.array(kept),
-        uplink_kept=np.array(rows),
-        present=np.array(present),
+        num_downloaded=np.array(kept),
+        num_uploaded=np.array(rows),
+        participated=np.array(present),
         num_changed=np.int32(num_changed),
         sent=types.SimpleNamespace(reports=reports),
         train={"loss": loss},
@@ -45,8 +45,8 @@ def a_round(kept, rows, present, num_examples, num_changed=0, **reports):
 def test_a_round_is_charged_for_its_examples_under_its_masks():
     kept = [6, 12, 2, 4]
     made = a_round(kept, [kept, kept, SIZES], [True, True, False], 50, num_changed=9)
-    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modelled_flops == {
+    costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modeled_flops == {
         "forward": 2 * 50 * (12 + 4),
         "input_gradient": 2 * 50 * 4,
         "weight_gradient": 2 * 50 * (12 + 4),
@@ -61,9 +61,9 @@ def test_a_round_is_charged_for_its_examples_under_its_masks():
 def test_personal_masks_that_leave_less_are_cheaper():
     rows = [[6, 12, 2, 2], [6, 6, 2, 4]]
     made = a_round([6, 24, 2, 12], rows, [True, True], 10)
-    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modelled_flops is not None
-    assert costs.modelled_flops["forward"] == 2 * 10 * (9 + 3)
+    costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modeled_flops is not None
+    assert costs.modeled_flops["forward"] == 2 * 10 * (9 + 3)
     assert costs.mean_coverage == (14 + 10) / 36
 
 
@@ -72,21 +72,21 @@ def test_clients_that_train_and_send_no_delta_are_charged_for_training():
     trained = np.array([kept, kept, SIZES])
     unsent = np.zeros((3, 1, 4))  # nor did they receive a model
     made = a_round(unsent, np.zeros((3, 4)), [True, True, False], 50, trained=trained)
-    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modelled_flops is not None
-    assert costs.modelled_flops["forward"] == 2 * 50 * (12 + 4)
+    costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modeled_flops is not None
+    assert costs.modeled_flops["forward"] == 2 * 50 * (12 + 4)
     assert costs.mean_coverage == 2 * (12 + 4) / 36
 
 
 def test_models_that_are_only_looked_at_cost_their_forward_passes():
     candidates = [[6, 12, 2, 4], [6, 6, 2, 12]]
     unsent = np.zeros((2, 2, 4))  # a client that has the candidates already
-    for name, backward in ((accounts.LOOKED, 0), (accounts.DIFFERENTIATED, 1)):
+    for name, backward in ((traffic.EVALUATED, 0), (traffic.BACKPROPAGATED, 1)):
         reports = {name: np.repeat([candidates], 2, axis=0)}
         made = a_round(unsent, np.zeros((2, 4)), [True, True], 100)
         made.sent.reports = reports
-        costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-        assert costs.modelled_flops == {  # each candidate sees 50 examples
+        costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+        assert costs.modeled_flops == {  # each candidate sees 50 examples
             "forward": 2 * 50 * (12 + 4 + 6 + 12),
             "input_gradient": backward * 2 * 50 * (4 + 12),
             "weight_gradient": backward * 2 * 50 * (12 + 4 + 6 + 12),
@@ -102,19 +102,19 @@ def test_dense_weight_gradients_are_charged_where_and_when_they_are_taken():
     for total, further in ((50.0, 12 * 50 + 8 * 50), ([0.0, 0.0, 20.0, 20.0], 8 * 20)):
         made = a_round(kept, [kept], [True], 50)
         dense = metrics.Mean(total=jnp.asarray(total), weight=jnp.float32(50.0))
-        made.train[accounts.DENSE_GRADIENT] = dense
-        costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-        assert costs.modelled_flops is not None
-        assert costs.modelled_flops["weight_gradient"] == 2 * (50 * (12 + 4) + further)
-        assert costs.modelled_flops["input_gradient"] == 2 * 50 * 4
-        assert costs.modelled_flops["dense_weight_gradient"] == 2 * 50 * 36
+        made.train[traffic.DENSE_GRADIENT] = dense
+        costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+        assert costs.modeled_flops is not None
+        assert costs.modeled_flops["weight_gradient"] == 2 * (50 * (12 + 4) + further)
+        assert costs.modeled_flops["input_gradient"] == 2 * 50 * 4
+        assert costs.modeled_flops["dense_weight_gradient"] == 2 * 50 * 36
 
 
 def test_a_round_that_nobody_took_part_in_costs_nothing():
     made = a_round(SIZES, [SIZES], [False], 0)
-    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modelled_flops is not None
-    assert set(costs.modelled_flops.values()) == {0}
+    costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    assert costs.modeled_flops is not None
+    assert set(costs.modeled_flops.values()) == {0}
     assert costs.mean_coverage == 0.0
 
 
@@ -130,19 +130,19 @@ def test_a_network_that_cannot_be_counted_is_told_of_and_left_out():
     assert len(said) == 1
     assert "while_trips" in said[0]
     made = a_round(SIZES, [SIZES], [True], 5)
-    costs = costs_record.of_round(found, made)  # pyright: ignore[reportArgumentType]
-    assert costs.modelled_flops is None
-    summary = costs_record.summarise([costs, costs])
-    assert summary == {"modelled_flops": None, "mean_coverage": 2.0, "mask_stability": 1.0}
-    assert list(costs_record.rows(summary)) == ["clients times rounds that trained a weight, mean"]
+    costs = round_costs.of_round(found, made)  # pyright: ignore[reportArgumentType]
+    assert costs.modeled_flops is None
+    summary = round_costs.summarize([costs, costs])
+    assert summary == {"modeled_flops": None, "mean_coverage": 2.0, "mask_stability": 1.0}
+    assert list(round_costs.rows(summary)) == ["clients times rounds that trained a weight, mean"]
 
 
 def test_a_summary_adds_up_and_the_table_says_modelled():
     kept = [6, 12, 2, 6]
     made = a_round(kept, [kept], [True], 10)
-    costs = costs_record.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    summary = costs_record.summarise([costs] * 3)
-    assert summary["modelled_flops"]["forward"] == 3 * 2 * 10 * 18
+    costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
+    summary = round_costs.summarize([costs] * 3)
+    assert summary["modeled_flops"]["forward"] == 3 * 2 * 10 * 18
     assert summary["mean_coverage"] == pytest.approx(1.5)
-    shown = costs_record.rows(summary)["training FLOPs under masks, modelled"]
+    shown = round_costs.rows(summary)["training FLOPs under masks, modeled"]
     assert shown == "2.52e+03 (50.0% of dense)"

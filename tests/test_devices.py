@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune.algorithms import simulation
-from fedjaxprune.experiment import catalog, progress, record, runner
-from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.run import build, loop
+from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.rounds import simulation
 
 SETTINGS = {
     "rounds": 5,
@@ -28,8 +30,8 @@ class Stop(Exception):
 
 def train(folder, *, devices, stop_after=None, **changes):
     """Run in `folder`; return the final state, or None if it was stopped."""
-    config = catalog.resolve(RunConfig(**{**SETTINGS, "devices": devices, **changes}))
-    parts = catalog.build(config)
+    config = build.resolve(RunConfig(**{**SETTINGS, "devices": devices, **changes}))
+    parts = build.build(config)
     assert (1 if parts.mesh is None else parts.mesh.size) == devices
     if not folder.exists():
         record.create(folder, config)
@@ -38,9 +40,9 @@ def train(folder, *, devices, stop_after=None, **changes):
         if line.round == stop_after:
             raise Stop
 
-    report = progress.Report(start=lambda lines: None, round=on_round, warn=lambda text: None)
+    report = progress.Listener(start=lambda lines: None, round=on_round, warn=lambda text: None)
     try:
-        return runner.train(
+        return loop.train(
             parts,
             seed=0,
             folder=folder,
@@ -139,5 +141,5 @@ def test_all_stages_of_a_method_run_on_two_devices(tmp_path, algorithm, stages):
 
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(UserError, match="devices must be at most 8, the number of cpu devices"):
-        catalog.resolve(RunConfig(num_clients=20, cohort_size=9, devices=9))
-    assert catalog.resolve(RunConfig(cohort_size=2, devices=9)).devices == 2
+        build.resolve(RunConfig(num_clients=20, cohort_size=9, devices=9))
+    assert build.resolve(RunConfig(cohort_size=2, devices=9)).devices == 2

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from fedjaxprune.experiment import reading, validation
+from fedjaxprune.experiment.config import files, validation
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +35,7 @@ def settings(words):
             values[name.removeprefix("no_")] = not name.startswith("no_")
         else:
             values[name] = words.pop(0)
-    return {**({} if source is None else reading.read_source(source)), **values}
+    return {**({} if source is None else files.read_source(source)), **values}
 
 
 CASES = [(page.name, words) for page in PAGES for words in commands(page)]

@@ -8,9 +8,10 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedavg, feddip, fednova, scaffold
-from fedjaxprune.federated import clients, personal
+from fedjaxprune.federated import local_training, personalization
+from fedjaxprune.methods import fedavg, feddip, fednova, scaffold
 from fedjaxprune.pruning import pruners, schedules, scores
+from fedjaxprune.rounds import training
 from tests import quadratic
 
 KEY = jax.random.key(11)
@@ -24,7 +25,9 @@ def by_size(max_size=8):
 
 
 def setup(**changes):
-    base = compose.Setup(num_rounds=4, batcher=quadratic.full_batches(2), optimizer=optax.sgd(RATE))
+    base = training.Protocol(
+        num_rounds=4, batcher=quadratic.full_batches(2), optimizer=optax.sgd(RATE)
+    )
     return base._replace(**changes)
 
 
@@ -36,7 +39,9 @@ def play(algorithm, cohorts, people=PEOPLE, num_clients=6):
     history = []
     for index, (ids, present) in enumerate(cohorts):
         ids = jnp.asarray(ids, jnp.int32)
-        members = quadratic.cohort(algorithm, ids, present)._replace(states=trees.take(rows, ids))
+        members = quadratic.cohort(algorithm, ids, present)._replace(
+            states=trees.take_rows(rows, ids)
+        )
         state, new, metrics = run(jax.random.fold_in(KEY, index), state, members, people)
         rows = jax.tree.map(lambda all_, row, ids=ids: all_.at[ids].set(row), rows, new)
         history.append((state, rows, metrics))
@@ -111,10 +116,10 @@ def masked_methods():
     due = schedules.every(2)
 
     def dynamic(s):
-        client = clients.local_sgd(
+        client = local_training.local_sgd(
             quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer, report_grads=due
         )
-        return compose.compose(s, client=client, pruner=pruners.when(due, revise))
+        return training.compose(s, client=client, pruner=pruners.when(due, revise))
 
     def dip(mode):
         return lambda s: feddip.feddip(
@@ -161,12 +166,16 @@ def test_what_is_personal_is_not_corrected_and_its_gradients_stay_at_home():
         return path == "head/bias"
 
     def travelling(state):
-        return personal.shared(state.masks, is_own=is_own)
+        return personalization.shared(state.masks, is_own=is_own)
 
     def make(s):
-        client = clients.local_sgd(quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer)
-        travel = compose.masks_in_force()._replace(send=travelling, receive=travelling)
-        return compose.compose(s, client=personal.keep_own(client, is_own=is_own), travel=travel)
+        client = local_training.local_sgd(
+            quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer
+        )
+        travel = training.masks_in_force()._replace(send=travelling, receive=travelling)
+        return training.compose(
+            s, client=personalization.keep_own(client, is_own=is_own), travel=travel
+        )
 
     corrected = play(make(setup(drift=scaffold.control_variates())), DROPPING)
     plain = play(make(setup()), DROPPING)
@@ -219,7 +228,7 @@ def test_a_client_without_examples_changes_nothing():
     people = quadratic.population(sizes=(3, 0, 4))
     for drift in (
         scaffold.control_variates(),
-        fednova.normalised_averaging(batcher=by_size(), momentum=0.5),
+        fednova.normalized_averaging(batcher=by_size(), momentum=0.5),
     ):
         algorithm = fedavg.fedavg(quadratic.MODEL, setup(batcher=by_size(), drift=drift))
         with_it = play(algorithm, [([0, 1], None)] * 2, people, 3)[-1]

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 
 from fedjaxprune import trees
-from fedjaxprune.experiment import catalog, chunk_trial, cohorts, methods, reading, runner
-from fedjaxprune.experiment.config import RunConfig, UserError
-from fedjaxprune.experiment.validation import alternatives, validate
+from fedjaxprune.experiment import cohorts, methods
+from fedjaxprune.experiment.config import files
+from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.validation import alternatives, validate
+from fedjaxprune.experiment.execution import chunk_trial
+from fedjaxprune.experiment.run import build, loop
 
 SMALL = {"rounds": 3, "num_clients": 6, "cohort_size": 2, "local_steps": 1, "algorithm": "fedavg"}
 
@@ -27,7 +30,7 @@ CASES = [
 CASES += [
     {"algorithm": "feddip", "feddip_mode": "regrow", "rounds": 1},
     {"algorithm": "feddip", "feddip_mode": "dense", "max_penalty": 0.0},
-    {"augment": True, "normalise": False, "dropout_probability": 0.5, "chunk_size": 100},
+    {"augment": True, "normalize": False, "dropout_probability": 0.5, "chunk_size": 100},
     {"algorithm": "feddip", "drift": "scaffold"},
     {"algorithm": "fedtiny", "drift": "fednova", "local_steps": None, "compute_dtype": "bfloat16"},
     {"algorithm": "random_channels", "gates": "personal", "gate_warm_up": 0.1},
@@ -42,22 +45,22 @@ def test_the_cases_have_every_name():
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_every_choice_makes_a_round(changes):
-    parts = catalog.build(RunConfig(**{**SMALL, **changes}))
+    parts = build.build(RunConfig(**{**SMALL, **changes}))
     assert len(parts.population.offsets) == 7
 
     key = jax.random.key(0)
-    before = jax.eval_shape(lambda key: runner.start(key, parts), key)
+    before = jax.eval_shape(lambda key: loop.start(key, parts), key)
     for stage, advance in zip(parts.algorithm.stages, parts.advance, strict=True):
         after, metrics = jax.eval_shape(advance, key, before, parts.population)
         assert jax.tree.structure(after) == jax.tree.structure(before)
         shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
         assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes
-        assert metrics.present.shape == ((6,) if stage.name in cohorts.EVERYBODY else (2,))
+        assert metrics.participated.shape == ((6,) if stage.name in cohorts.EVERYBODY else (2,))
 
 
 def test_the_seed_decides_the_partition():
     first, same, other = (
-        np.asarray(catalog.build(RunConfig(**SMALL, seed=seed)).population.order)
+        np.asarray(build.build(RunConfig(**SMALL, seed=seed)).population.order)
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, same)
@@ -69,17 +72,17 @@ def test_the_seed_decides_the_partition():
     ["cnn", "pooled_cnn", "two_cnn", "resnet18", "resnet20", "resnet32", "gated_resnet32"],
 )
 def test_a_model_that_fits_the_data_is_built(model):
-    catalog.build(RunConfig(**SMALL, model=model))
+    build.build(RunConfig(**SMALL, model=model))
 
 
 def test_a_model_that_does_not_fit_the_data_is_one_sentence():
     with pytest.raises(
         UserError, match="model 'lenet5' does not fit the data set 'digits'"
     ) as caught:
-        catalog.build(RunConfig(**SMALL, model="lenet5"))
+        build.build(RunConfig(**SMALL, model="lenet5"))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="char_lstm takes sequences of tokens"):
-        catalog.build(RunConfig(**SMALL, model="char_lstm"))
+        build.build(RunConfig(**SMALL, model="char_lstm"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_a_model_that_does_not_fit_the_data_is_one_sentence():
 )
 def test_fedtiny_says_why_it_cannot_run(changes, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
-        catalog.build(RunConfig(**{**SMALL, "algorithm": "fedtiny", **changes}))
+        build.build(RunConfig(**{**SMALL, "algorithm": "fedtiny", **changes}))
     assert "\n" not in str(caught.value)
 
 
@@ -114,7 +117,7 @@ def test_what_cannot_run_is_said_before_the_trial_of_chunk_sizes_compiles(
     monkeypatch.setattr(chunk_trial, "choose", trial)
     config = RunConfig(**{**SMALL, "rounds": 2000, "chunk_size": "auto", **changes})
     with pytest.raises(UserError, match=sentence):
-        catalog.build(config, warn=pytest.fail)
+        build.build(config, warn=pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_what_cannot_run_is_said_before_the_trial_of_chunk_sizes_compiles(
 )
 def test_a_sparsity_that_leaves_nothing_is_one_sentence(changes, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
-        catalog.build(RunConfig(**{**SMALL, "sparsity": 0.99999, **changes}))
+        build.build(RunConfig(**{**SMALL, "sparsity": 0.99999, **changes}))
     assert "\n" not in str(caught.value)
 
 
@@ -151,8 +154,8 @@ def test_the_first_convolution_can_be_kept_whole_under_fixed_masks():
     """As FedTiny does, so that only whose data decide is different."""
     settings = {**SMALL, "model": "resnet8", "sparsity": 0.9, "pretrain_epochs": 1}
     settings |= {"algorithm": "one_client_masks", "mask_start": "trained"}
-    parts = catalog.build(RunConfig(**settings, layer_sparsity="uniform_but_first"))
-    state = runner.start(jax.random.key(0), parts)
+    parts = build.build(RunConfig(**settings, layer_sparsity="uniform_but_first"))
+    state = loop.start(jax.random.key(0), parts)
     after, _ = jax.jit(parts.advance[0])(jax.random.key(0), state, parts.population)
     leaves = zip(trees.paths(after.state.masks), jax.tree.leaves(after.state.masks), strict=True)
     kept = {path: (int(leaf.sum()), leaf.size) for path, leaf in leaves if "kernel" in path}
@@ -176,20 +179,20 @@ def test_the_first_convolution_can_be_kept_whole_under_fixed_masks():
 def test_a_first_convolution_that_cannot_be_kept_whole_is_one_sentence(changes, sentence):
     settings = {**SMALL, "algorithm": "random_masks", "layer_sparsity": "uniform_but_first"}
     with pytest.raises(UserError, match=sentence) as caught:
-        catalog.build(RunConfig(**{**settings, **changes}))
+        build.build(RunConfig(**{**settings, **changes}))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("algorithm", methods.BY_FILTER)
 def test_methods_by_filter_need_convolutions(algorithm):
     with pytest.raises(UserError, match=r"there are no filters to prune: .* no conv") as caught:
-        catalog.build(RunConfig(**{**SMALL, "algorithm": algorithm, "model": "mlp"}))
+        build.build(RunConfig(**{**SMALL, "algorithm": algorithm, "model": "mlp"}))
     assert "\n" not in str(caught.value)
 
 
 def test_a_threshold_for_convolutions_says_that_there_are_none():
     with pytest.raises(UserError, match="kernels of convolutions, and the network has none"):
-        catalog.build(RunConfig(**{**SMALL, "algorithm": "feddp_threshold", "model": "mlp"}))
+        build.build(RunConfig(**{**SMALL, "algorithm": "feddp_threshold", "model": "mlp"}))
 
 
 @pytest.mark.parametrize("share", [0.996, 0.99999])
@@ -197,14 +200,14 @@ def test_explorers_that_would_have_nothing_to_train_on_are_refused(share):
     """The largest of six clients holds 241 examples, of which at these shares it shows all."""
     settings = {**SMALL, "algorithm": "autoflip", "explore_watch": "validation"}
     with pytest.raises(UserError, match=f"of 241 examples, .* {share} is all") as caught:
-        catalog.build(RunConfig(**settings, development_share=share))
+        build.build(RunConfig(**settings, development_share=share))
     assert "\n" not in str(caught.value)
 
 
 def test_more_rounds_than_can_be_counted_are_refused():
     most = 2**31 - 1
     with pytest.raises(UserError, match=f"at most {most} rounds, .*1 of explore, {most} of train"):
-        catalog.build(RunConfig(**{**SMALL, "algorithm": "autoflip", "rounds": most}))
+        build.build(RunConfig(**{**SMALL, "algorithm": "autoflip", "rounds": most}))
 
 
 def test_the_control_differs_from_the_method_by_its_networks_choice():
@@ -212,7 +215,7 @@ def test_the_control_differs_from_the_method_by_its_networks_choice():
     draws = {}
     for name in ("adaptive_dynamic_pruning", "random_channels", "squeeze_excitation"):
         config = RunConfig(**{**SMALL, "algorithm": name})
-        model = catalog.MODELS[config.model](config, input_shape=(8, 8, 1), num_classes=10)
+        model = build.MODELS[config.model](config, input_shape=(8, 8, 1), num_classes=10)
         params, state = jax.eval_shape(model.init, jax.random.key(0))
         graph = jax.make_jaxpr(model.predict)(params, state, inputs)
         draws[name] = "random_bits" in str(graph)
@@ -220,7 +223,7 @@ def test_the_control_differs_from_the_method_by_its_networks_choice():
 
 
 def test_what_the_server_holds_no_client_has():
-    parts = catalog.build(RunConfig(**SMALL, server_share=0.1))
+    parts = build.build(RunConfig(**SMALL, server_share=0.1))
     order = np.asarray(parts.population.order)
     assert len(order) == len(np.unique(order))
     labels = np.asarray(parts.population.examples["labels"])
@@ -230,19 +233,19 @@ def test_what_the_server_holds_no_client_has():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(reading.preset_texts()))
+@pytest.mark.parametrize("name", sorted(files.preset_texts()))
 def test_every_round_of_a_preset_can_be_traced(name, tfds_data_dir):
-    values = reading.read_source(name)
-    parts = catalog.build(RunConfig(**values, data_dir=str(tfds_data_dir)))
+    values = files.read_source(name)
+    parts = build.build(RunConfig(**values, data_dir=str(tfds_data_dir)))
     key = jax.random.key(0)
-    before = jax.eval_shape(lambda key: runner.start(key, parts), key)
+    before = jax.eval_shape(lambda key: loop.start(key, parts), key)
     for advance in parts.advance:
         after, _ = jax.eval_shape(advance, key, before, parts.population)
         assert jax.tree.structure(after) == jax.tree.structure(before)
 
 
 def test_a_preset_builds_on_its_own_data(tfds_data_dir):
-    values = reading.read_source("feddip-fashion-mnist")
-    parts = catalog.build(RunConfig(**values, data_dir=str(tfds_data_dir)))
+    values = files.read_source("feddip-fashion-mnist")
+    parts = build.build(RunConfig(**values, data_dir=str(tfds_data_dir)))
     sizes = np.diff(np.asarray(parts.population.offsets))
     np.testing.assert_array_equal(sizes, [1200] * 50)

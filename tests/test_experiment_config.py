@@ -5,36 +5,32 @@ import typing
 
 import pytest
 
-from fedjaxprune.algorithms import feddip
-from fedjaxprune.experiment import (
-    catalog,
-    filter_recipes,
-    methods,
-    plots,
-    progress,
-    reading,
-    record,
-    validation,
-)
-from fedjaxprune.experiment.config import RunConfig, UserError
-from fedjaxprune.experiment.validation import validate
+from fedjaxprune.experiment import filter_recipes, methods
+from fedjaxprune.experiment.analysis import plots
+from fedjaxprune.experiment.config import files, validation
+from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.validation import validate
+from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.run import build
+from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.methods import feddip
 
 
 def test_yaml_round_trip():
     given = RunConfig(algorithm="fedprox", alpha=0.25, local_steps=3, seed=7, data_dir="here")
-    text = reading.to_yaml(given, versions={"jax": "1"})
-    assert validate(reading.read_yaml(text, source="test")) == given
+    text = files.to_yaml(given, versions={"jax": "1"})
+    assert validate(files.read_yaml(text, source="test")) == given
 
 
-@pytest.mark.parametrize("name", sorted(reading.preset_texts()))
+@pytest.mark.parametrize("name", sorted(files.preset_texts()))
 def test_presets_are_valid_and_explain_themselves(name):
-    text = reading.preset_texts()[name]
+    text = files.preset_texts()[name]
     assert text.startswith("# ")
-    validate(reading.read_source(name))
+    validate(files.read_source(name))
 
 
 def test_the_quick_preset_is_the_default():
-    assert validate(reading.read_source("quick")) == RunConfig()
+    assert validate(files.read_source("quick")) == RunConfig()
 
 
 def test_every_setting_has_a_description_and_a_default():
@@ -46,13 +42,13 @@ def test_every_setting_has_a_description_and_a_default():
 @pytest.mark.parametrize(
     ("setting", "table"),
     [
-        ("algorithm", catalog.ALGORITHMS),
-        ("model", catalog.MODELS),
-        ("partition", catalog.PARTITIONS),
-        ("uplink", catalog.UPLINKS),
-        ("aggregator", catalog.AGGREGATORS),
-        ("server", catalog.SERVERS),
-        ("drift", catalog.DRIFTS),
+        ("algorithm", build.ALGORITHMS),
+        ("model", build.MODELS),
+        ("partition", build.PARTITIONS),
+        ("uplink", build.UPLINKS),
+        ("aggregator", build.AGGREGATORS),
+        ("server", build.SERVERS),
+        ("drift", build.DRIFTS),
         ("consensus", filter_recipes.CONSENSUS),
     ],
 )
@@ -80,7 +76,7 @@ def test_the_config_knows_where_the_penalty_starts():
         ({"learning_rat": 1}, ["learning_rat", "did you mean 'learning_rate'"]),
         ({"cohort_size": 30, "num_clients": 20}, ["cohort_size", "30", "20"]),
         (
-            {"uplink": "quantise", "uplink_bits_per_value": 2, "error_feedback": True},
+            {"uplink": "quantize", "uplink_bits_per_value": 2, "error_feedback": True},
             ["uplink_bits_per_value", "at least 3", "got 2"],
         ),
         ({"sparsity": 0.3, "initial_sparsity": 0.5}, ["initial_sparsity", "0.5", "0.3"]),
@@ -122,7 +118,7 @@ def test_a_sparsity_that_nothing_uses_is_not_complained_about():
 def test_differences_name_both_sides_and_leave_places_out():
     stored = RunConfig(rounds=5, seed=1, chunk_size=1)
     values = {"rounds": 6, "seed": 1, "out": "elsewhere", "data_dir": "there", "chunk_size": "auto"}
-    assert reading.differences(stored, values, validate(values)) == [
+    assert files.differences(stored, values, validate(values)) == [
         "rounds is 5 in the run, 6 was given"
     ]
 
@@ -138,8 +134,8 @@ def make_line(number: int, **changes: typing.Any) -> record.RoundRecord:
         stage="train", round=number, train_loss=1.0, test_loss=1.0, test_accuracy=0.5,
         sparsity=0.5, num_kept=10, num_changed=0, uplink_bits=2**40, downlink_bits=2**41,
         mask_bits=3, statistics_bits=0, uplink_parts={}, downlink_parts={}, client_bits=[],
-        modelled_bits={}, num_present=2, num_rejected=1,
-        modelled_flops={"forward": 2**60}, mean_coverage=0.5, mask_stability=0.75, wall_s=0.5,
+        modeled_bits={}, num_participating=2, num_rejected=1,
+        modeled_flops={"forward": 2**60}, mean_coverage=0.5, mask_stability=0.75, wall_s=0.5,
     )  # fmt: skip
     return line._replace(**changes)
 
@@ -147,10 +143,10 @@ def make_line(number: int, **changes: typing.Any) -> record.RoundRecord:
 def test_a_summary_adds_exactly_and_averages_the_last_ten_tests():
     lines = [make_line(n + 1, test_accuracy=n / 100) for n in range(20)]
     lines[-1] = lines[-1]._replace(test_accuracy=None)
-    summary = record.summarise(lines)
+    summary = record.summarize(lines)
     assert summary["uplink_bits"] == 20 * 2**40
     assert summary["num_rejected"] == 20
-    assert summary["modelled_flops"] == {"forward": 20 * 2**60}
+    assert summary["modeled_flops"] == {"forward": 20 * 2**60}
     assert summary["mean_coverage"] == 10.0
     assert summary["mask_stability"] == 0.75
     assert summary["test_accuracy"] == 0.18
@@ -164,12 +160,12 @@ def test_the_table_tells_rounds_and_tests_of_the_last_stage_from_those_before_it
         make_line(n, stage=stage, test_accuracy=accuracy)
         for n, (stage, accuracy) in enumerate(zip(stages, accuracies, strict=True), start=1)
     ]
-    whole = [line._replace(modelled_flops=None) for line in lines]
+    whole = [line._replace(modeled_flops=None) for line in lines]
     for summed, rounds, tests in (
         (whole, "2 of train, 5 in all", "mean of last 2 tests of train"),
         (whole[3:], "2", "mean of last 2 tests"),
     ):
-        first, second = progress.table(record.summarise(summed), target=None).columns
+        first, second = progress.table(record.summarize(summed), target=None).columns
         shown = dict(zip(first.cells, second.cells, strict=True))
         assert shown["rounds"] == rounds
         assert shown[f"test accuracy, {tests}"] == "70.00%"

@@ -14,20 +14,22 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
-from fedjaxprune.accounts import LinkBits, Sent, Traffic
-from fedjaxprune.algorithms import simulation
-from fedjaxprune.base import (
+from fedjaxprune.experiment.folder import checkpoints, record
+from fedjaxprune.experiment.run import loop
+from fedjaxprune.experiment.run.evaluation import TestSet, evaluate
+from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.federated import sampling
+from fedjaxprune.rounds import simulation
+from fedjaxprune.traffic import LinkBits, Sent, Traffic
+from fedjaxprune.types import (
     Algorithm,
-    ClientRow,
+    ClientState,
     Model,
     Population,
     RoundMetrics,
     RoundState,
     Stage,
 )
-from fedjaxprune.experiment import checkpoints, progress, record, runner
-from fedjaxprune.experiment.evaluation import TestSet, evaluate
-from fedjaxprune.federated import participation
 
 NUM_CLIENTS, COHORT_SIZE, NUM_ROUNDS, WIDTH = 6, 4, 12, 5
 CENTRES = np.random.default_rng(0).normal(size=(NUM_CLIENTS, WIDTH, 2)).astype(np.float32)
@@ -71,7 +73,9 @@ def pull() -> Algorithm:
         )
 
     def init_client(params):
-        return ClientRow(client=optax.tree.zeros_like(params), uplink=(), mask_version=jnp.int32(0))
+        return ClientState(
+            client=optax.tree.zeros_like(params), uplink=(), mask_version=jnp.int32(0)
+        )
 
     def round_fn(key, state, cohort, population):
         kernel = state.params["dense"]["kernel"]
@@ -79,7 +83,7 @@ def pull() -> Algorithm:
         noise = 0.01 * jax.random.normal(key, centres.shape)
         own = cohort.states.client["dense"]["kernel"]
         deltas = 0.5 * (centres - kernel[None]) + 0.1 * own + noise
-        present = cohort.present[:, None, None]
+        present = cohort.participated[:, None, None]
         delta = jnp.sum(jnp.where(present, deltas, 0.0), axis=0) / COHORT_SIZE
         velocity = 0.5 * state.server["dense"]["kernel"] + delta
         moved = kernel + velocity
@@ -89,7 +93,7 @@ def pull() -> Algorithm:
         tree = lambda leaf: {"dense": {"kernel": leaf}}  # noqa: E731
         losses = jnp.sum(jnp.square(deltas), axis=(1, 2))
         kept = jnp.sum(mask, dtype=jnp.int32)[None]
-        num_present = jnp.sum(cohort.present, dtype=jnp.int32)
+        num_participating = jnp.sum(cohort.participated, dtype=jnp.int32)
         num_changed = masks_lib.num_changed(state.masks, tree(mask))
         after = state._replace(
             round=state.round + 1,
@@ -98,7 +102,7 @@ def pull() -> Algorithm:
             mask_version=state.mask_version + (num_changed > 0).astype(jnp.int32),
             server=tree(jnp.where(mask, velocity, 0.0)),
         )
-        rows = ClientRow(
+        rows = ClientState(
             client=tree(deltas),
             uplink=(),
             mask_version=jnp.full((COHORT_SIZE,), state.mask_version),
@@ -107,20 +111,20 @@ def pull() -> Algorithm:
             after,
             rows,
             RoundMetrics(
-                train={"loss": metrics_lib.mean(losses, cohort.present.astype(jnp.float32))},
+                train={"loss": metrics_lib.mean(losses, cohort.participated.astype(jnp.float32))},
                 kept=kept,
                 num_changed=num_changed,
-                downlink_kept=kept,
-                uplink_kept=jnp.repeat(kept[None], COHORT_SIZE, axis=0),
-                present=cohort.present,
-                num_present=num_present,
+                num_downloaded=kept,
+                num_uploaded=jnp.repeat(kept[None], COHORT_SIZE, axis=0),
+                participated=cohort.participated,
+                num_participating=num_participating,
                 num_rejected=jnp.int32(0),
                 num_personal_masks=jnp.int32(0),
-                num_masks_sent=num_present,
+                num_masks_sent=num_participating,
                 sent=Sent(
                     round=state.round,
                     client_ids=cohort.client_ids,
-                    num_masks=cohort.present.astype(jnp.int32),
+                    num_masks=cohort.participated.astype(jnp.int32),
                     packed_masks=(),
                     down={},
                     up={},
@@ -131,21 +135,21 @@ def pull() -> Algorithm:
 
     def num_bits(metrics, state):
         del state
-        bits = 32 * int(metrics.num_present) * int(metrics.kept[0])
+        bits = 32 * int(metrics.num_participating) * int(metrics.kept[0])
         uplink = LinkBits(values=bits, positions=0, masks=0, statistics=0, framing=0)
         downlink = uplink._replace(masks=7)
-        return Traffic(sum(uplink), sum(downlink), uplink, downlink, clients=(), modelled={})
+        return Traffic(sum(uplink), sum(downlink), uplink, downlink, clients=(), modeled={})
 
     return Algorithm(
         init=init,
         init_client=init_client,
         stages=(Stage("warm", 4, round_fn), Stage("train", NUM_ROUNDS - 4, round_fn)),
-        deployed=lambda state: state.params,
+        deployed_params=lambda state: state.params,
         num_bits=num_bits,
     )
 
 
-def make_parts(trace=lambda: None) -> runner.Parts:
+def make_parts(trace=lambda: None) -> loop.RunParts:
     """Put the federation together; call `trace` whenever a round is traced."""
     algorithm = pull()
 
@@ -158,10 +162,10 @@ def make_parts(trace=lambda: None) -> runner.Parts:
 
     stages = tuple(stage._replace(round=counted(stage.round)) for stage in algorithm.stages)
     labels = np.zeros(NUM_CLIENTS, np.int32)
-    draw = participation.drop_out(
-        participation.uniform(num_clients=NUM_CLIENTS, cohort_size=COHORT_SIZE), probability=0.2
+    draw = sampling.with_dropout(
+        sampling.uniform(num_clients=NUM_CLIENTS, cohort_size=COHORT_SIZE), probability=0.2
     )
-    return runner.Parts(
+    return loop.RunParts(
         model=quadratic(),
         algorithm=algorithm._replace(stages=stages),
         population=Population(
@@ -189,14 +193,14 @@ def train(folder, *, stop_after=None, trace=lambda: None, seed=3, **changes):
         if line.round == stop_after:
             raise Stop
 
-    report = progress.Report(start=lambda lines: None, round=on_round, warn=warnings.append)
+    report = progress.Listener(start=lambda lines: None, round=on_round, warn=warnings.append)
     options = {"eval_every": 5, "checkpoint_every": 2, "keep_checkpoints": 3, "fingerprint": 7}
     options.update(changes)
     state = None
     with contextlib.suppress(Stop):
         parts = make_parts(trace)
-        runner.check(parts)  # as the command does before it makes a folder
-        state = runner.train(parts, seed=seed, folder=folder, report=report, **options)
+        loop.check(parts)  # as the command does before it makes a folder
+        state = loop.train(parts, seed=seed, folder=folder, report=report, **options)
     lines = [line._replace(wall_s=0.0) for line in record.read(folder)]
     return state, lines, warnings
 
@@ -252,7 +256,7 @@ def test_the_record_is_valid_json_with_nulls_where_nothing_was_tested(whole):
     assert [line.stage for line in lines] == ["warm"] * 4 + ["train"] * (NUM_ROUNDS - 4)
     assert lines[0].downlink_bits == lines[0].uplink_bits + 7  # values and masks
     assert 0 < lines[-1].num_kept < WIDTH * 2
-    assert sum(COHORT_SIZE - line.num_present for line in lines) > 0  # some dropped out
+    assert sum(COHORT_SIZE - line.num_participating for line in lines) > 0  # some dropped out
 
 
 def test_a_run_traces_the_round_of_each_stage_once(tmp_path):

@@ -12,10 +12,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import trees
-from fedjaxprune.compaction import compact
-from fedjaxprune.experiment import card, cli, export, tensors
-from fedjaxprune.experiment.config import UserError
-from fedjaxprune.experiment.record import CHECKPOINTS, CONFIG
+from fedjaxprune.cli import main
+from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.exporting import export, model_card
+from fedjaxprune.experiment.exporting import safetensors as tensors
+from fedjaxprune.experiment.folder.record import CHECKPOINTS, CONFIG
+from fedjaxprune.structure.compaction import compact
 
 for package in export.NEEDED:
     pytest.importorskip(package, reason="exports need the extra `export`")
@@ -41,7 +43,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder.parent / "cache"))
-        cli.main([*SPARSE, "--out", str(folder)])
+        main.main([*SPARSE, "--out", str(folder)])
     return folder
 
 
@@ -124,12 +126,12 @@ def test_the_card_tells_data_method_costs_accuracy_and_licence(exported):
     ):
         assert words in text
     assert (folder / CONFIG).read_bytes() == (folder.parent / CONFIG).read_bytes()
-    assert "see the page of 'kmnist' at TFDS" in card.licence("kmnist:3.0.1")
+    assert "see the page of 'kmnist' at TFDS" in model_card.licence("kmnist:3.0.1")
 
 
 def call(capsys, *args):
     try:
-        cli.main([str(arg) for arg in args])
+        main.main([str(arg) for arg in args])
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -199,14 +201,17 @@ def test_filters_that_stay_are_listed_once_by_reason():
         compact.Remainder("b", 3, (2,), "its channel lives", ("a",)),
         compact.Remainder("c", 3, (4, 5, 6), "it counts"),
     ]
-    assert card.by_reason(left) == {"it counts": {"a": 2, "c": 3}, "its channel lives": {"b": 1}}
+    assert model_card.by_reason(left) == {
+        "it counts": {"a": 2, "c": 3},
+        "its channel lives": {"b": 1},
+    }
 
 
 def test_nothing_is_left_half_written(run, tmp_path, monkeypatch):
     def fail(facts):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(card, "write", fail)
+    monkeypatch.setattr(model_card, "write", fail)
     with pytest.raises(UserError, match="No space left on device"):
         export.export(run, tmp_path / "net")
     assert list(tmp_path.iterdir()) == []

@@ -9,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import accounts, base, masks, trees
-from fedjaxprune.algorithms import compose, feddip
+from fedjaxprune import masks, trees, types
+from fedjaxprune import traffic as accounts
 from fedjaxprune.costs import ledger
-from fedjaxprune.experiment import costs_record
-from fedjaxprune.federated import clients
+from fedjaxprune.experiment.run import round_costs
+from fedjaxprune.federated import local_training
+from fedjaxprune.methods import feddip
 from fedjaxprune.models import cnns, zoo
 from fedjaxprune.pruning import pruners, schedules
+from fedjaxprune.rounds import training
 from tests import quadratic
 from tests.test_algorithms import ROUNDS, STATE, dip, setup, simulate, some
 
@@ -73,7 +75,7 @@ def expected_kept(index, period=2):
 @pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
 def test_the_number_of_live_weights_follows_the_curve_exactly(mode):
     _, _, history = simulate(dip(mode=mode)(setup()), some)
-    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
     for index, metrics in enumerate(history):
         assert np.asarray(metrics.kept)[kernels].sum() == expected_kept(index)
 
@@ -83,7 +85,7 @@ def test_dense_weight_gradients_are_charged_where_the_pruned_entries_count(mode)
     """In the published mode nothing depends on them, so a device need not take them."""
     states, _, history = simulate(dip(mode=mode)(setup()), lambda index: ([0, 3], None))
     for index, (before, metrics) in enumerate(zip(states[:-1], history[1:], strict=True), start=1):
-        cost = costs_record.of_round(quadratic.profile(), metrics).modelled_flops
+        cost = round_costs.of_round(quadratic.profile(), metrics).modeled_flops
         assert cost is not None
         live = np.asarray(masks.num_kept(before.masks))[[1, 3]]
         assert live.sum() < 32
@@ -116,13 +118,13 @@ def test_sending_only_live_entries_loses_nothing_in_the_published_mode():
     sparsity = schedules.cubic(
         initial_sparsity=0.25, final_sparsity=0.75, begin_round=0, end_round=ROUNDS
     )
-    draw = feddip.erk_start(sparsity=0.25, prunable=masks.kernels)
+    draw = feddip.erk_start(sparsity=0.25, prunable=masks.is_kernel)
     coefficient = feddip.stepped_penalty(max_penalty=0.01, num_rounds=ROUNDS, num_segments=3)
-    client = clients.dense_feedback_sgd(
+    client = local_training.dense_feedback_sgd(
         quadratic.MODEL.loss,
         batcher=setup().batcher,
         optimizer=setup().optimizer,
-        penalties=(clients.layer_norms(coefficient=coefficient, prunable=masks.kernels),),
+        penalties=(local_training.layer_norms(coefficient=coefficient, prunable=masks.is_kernel),),
     )
     revise = pruners.when(schedules.every(2), pruners.prune_to(sparsity))
 
@@ -130,11 +132,11 @@ def test_sending_only_live_entries_loses_nothing_in_the_published_mode():
         masked = masks.apply(mask_tree, inputs.params)
         return revise.update(key, mask_tree, state, inputs._replace(params=masked))
 
-    dense_upload = compose.compose(
+    dense_upload = training.compose(
         setup(),
         client=client,
         pruner=revise._replace(update=mask_then_rank),
-        travel=compose.Travel(
+        travel=training.Masking(
             train=lambda key, state: jax.lax.cond(
                 state.round == 0, lambda: draw(key, state.params), lambda: state.masks
             ),
@@ -165,12 +167,12 @@ def test_traffic_follows_the_closed_form():
             == traffic.downlink.statistics
             == 3 * 32 * sum(trees.sizes(STATE))
         )
-        specified = traffic.modelled["values_and_bitmaps"]
+        specified = traffic.modeled["values_and_bitmaps"]
         assert specified.uplink == 3 * values
         assert specified.downlink == 3 * values + (3 * 32 if new_masks else 0)
         scheduled = 0.75 + (0.25 - 0.75) * (1 - index / ROUNDS) ** 3
         zeros = np.asarray(metrics.sent.reports[feddip.ZEROS]).sum() / (3 * 38)
-        code = traffic.modelled["feddip_code"]
+        code = traffic.modeled["feddip_code"]
         assert code.downlink == 3 * int(32 * (1 - scheduled) * 38)
         assert code.uplink == 3 * int(32 * (1 - zeros) * 38)
 
@@ -197,7 +199,7 @@ def test_masks_are_charged_to_those_who_do_not_hold_them_yet():
 
 
 def test_the_first_round_trains_under_one_random_erk_draw():
-    draw = feddip.erk_start(sparsity=0.5, prunable=masks.kernels)
+    draw = feddip.erk_start(sparsity=0.5, prunable=masks.is_kernel)
     first, second = draw(KEY, quadratic.PARAMS), draw(jax.random.key(6), quadratic.PARAMS)
     assert np.any(quadratic.flatten(first) != quadratic.flatten(second))
     # ERK, by hand: raw scores (6+4)/24 and (4+2)/8; ε = 16/(10+6) = 1, so nothing is forced dense.
@@ -238,11 +240,11 @@ def round_of(index, kept, *, stale):
     sent = blank(accounts.Sent, round=index, client_ids=np.arange(5), num_masks=num_masks)
     sent = sent._replace(reports={feddip.ZEROS: np.zeros([5, 1], np.int64)})
     return blank(
-        base.RoundMetrics,
-        downlink_kept=kept,
-        uplink_kept=np.tile(kept, (5, 1)),
-        present=np.ones(5, bool),
-        num_present=5,
+        types.RoundMetrics,
+        num_downloaded=kept,
+        num_uploaded=np.tile(kept, (5, 1)),
+        participated=np.ones(5, bool),
+        num_participating=5,
         sent=sent,
     )
 
@@ -258,7 +260,7 @@ def round_of(index, kept, *, stale):
 def test_downloads_as_the_public_code_counts_them(network, classes, dense, downloads):
     """1000 rounds, 5 clients: 2**20 bits down at final sparsity .8, .9, .95, and up if dense."""
     params = published(network, classes)
-    state = blank(base.RoundState, params=params)
+    state = blank(types.RoundState, params=params)
     for final, expected in zip((0.8, 0.9, 0.95), downloads, strict=True):
         charge = feddip.code_formula(final_sparsity=final, initial_sparsity=0.5, num_rounds=1000)
         bits = [charge(round_of(r, np.zeros(1, int), stale=False), state) for r in range(1000)]
@@ -290,7 +292,7 @@ def test_the_traffic_of_a_long_run_is_that_of_the_specification(
     flags = np.array(masks.prunable_leaves(params, feddip.prunable_without_shortcuts))
     sizes = np.array(trees.sizes(params))
     num_prunable = int(sizes[flags].sum())
-    state = blank(base.RoundState, params=params)
+    state = blank(types.RoundState, params=params)
     prunable = feddip.prunable_without_shortcuts
 
     def total_gib(live_at):

@@ -11,14 +11,16 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedtiny, stages
-from fedjaxprune.base import Broadcast, Message, PrunerInputs, client_data
-from fedjaxprune.costs import formulas
-from fedjaxprune.experiment import catalog, costs_record
-from fedjaxprune.experiment.config import RunConfig
-from fedjaxprune.federated import calibration, clients, pairs, participation
-from fedjaxprune.models import adapters, layers, order, vgg, zoo
-from fedjaxprune.pruning import pools, readjustment, schedules
+from fedjaxprune.costs import storage_models
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.run import build, round_costs
+from fedjaxprune.federated import batch_norm, local_training, sampling, sparse_gradients
+from fedjaxprune.methods import fedtiny
+from fedjaxprune.models import adapters, layers, vgg, zoo
+from fedjaxprune.pruning import candidates, drop_and_grow, schedules
+from fedjaxprune.rounds import reporting, training
+from fedjaxprune.structure import reading_order
+from fedjaxprune.types import Broadcast, Message, PrunerInputs, client_data
 from tests import quadratic, resuming
 
 KEY = jax.random.key(5)
@@ -28,7 +30,7 @@ SERVER = [0, 1, 2]
 
 
 def setup(num_rounds=6, **changes):
-    base = compose.Setup(
+    base = training.Protocol(
         num_rounds=num_rounds, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -37,24 +39,24 @@ def setup(num_rounds=6, **changes):
 def tiny(**options):
     settings = {
         "density": 0.4,
-        "source": stages.held_out(SERVER),
+        "source": reporting.server_examples(SERVER),
         "pretraining": quadratic.full_batches(1),
         "development": quadratic.full_batches(1),
-        "blocks": readjustment.consecutive(LAYERS, num_blocks=2),
+        "blocks": drop_and_grow.consecutive(LAYERS, num_blocks=2),
         "pool_size": 4,
         "swap_fraction": 0.6,
         "period": 2,
         "until": 6,
         **options,
     }
-    return fedtiny.fedtiny(quadratic.NORMALISED, setup(), **settings)
+    return fedtiny.fedtiny(quadratic.NORMALIZED, setup(), **settings)
 
 
 @functools.cache
 def play(ids=(0, 1, 2, 3, 4, 5), **options):
     """Run all stages with these clients: the states from the start, and the metrics."""
     algorithm = tiny(**options)
-    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     members = quadratic.cohort(algorithm, ids)
     states, history = [state], []
     for stage in algorithm.stages:
@@ -74,15 +76,15 @@ def points(client_id):
 
 
 def candidate(state, index):
-    return pools.magnitude_masks(state.params, state.method.counts[index], masks.kernels)
+    return candidates.magnitude_masks(state.params, state.method.counts[index], masks.is_kernel)
 
 
 # Schedules -----------------------------------------------------------------------------------
 
 
 def test_the_swapped_fractions_are_the_published_ones():
-    fraction = readjustment.cosine_decay(initial=0.3, until=100)
-    due = readjustment.due(period=10, until=100)
+    fraction = drop_and_grow.cosine_decay(initial=0.3, until=100)
+    due = drop_and_grow.every(period=10, until=100)
     rounds = [r for r in range(1, 301) if due(jnp.int32(r - 1))]
     assert rounds == list(range(10, 101, 10))
     found = [round(float(schedules.evaluate(fraction, jnp.int32(r - 1))), 3) for r in rounds]
@@ -90,30 +92,30 @@ def test_the_swapped_fractions_are_the_published_ones():
 
 
 def test_the_pool_costs_a_tenth_of_a_dense_model():
-    assert [pools.pool_size(d) for d in (0.1, 0.05, 0.01, 0.005, 0.001)] == [1, 2, 10, 20, 100]
-    assert pools.pool_size(1.0) == 1
+    assert [candidates.pool_size(d) for d in (0.1, 0.05, 0.01, 0.005, 0.001)] == [1, 2, 10, 20, 100]
+    assert candidates.pool_size(1.0) == 1
 
 
 def test_the_blocks_of_resnet18_and_their_turns():
     model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
-    paths = order.reading_order(model, input_shape=(32, 32, 3))
-    prunable = masks.but(masks.kernels, "conv_1/kernel")
+    paths = reading_order.reading_order(model, input_shape=(32, 32, 3))
+    prunable = masks.excluding(masks.is_kernel, "conv_1/kernel")
     params, _ = jax.eval_shape(model.init, KEY)
     flags = masks.prunable_leaves(params, prunable)
     kernels = [p for p, flag in zip(trees.paths(params), flags, strict=True) if flag]
     sizes = dict(zip(trees.paths(params), trees.sizes(params), strict=True))
-    blocks = readjustment.by_stage(paths)(kernels)
+    blocks = drop_and_grow.by_stage(paths)(kernels)
     totals = np.bincount(blocks, weights=[sizes[path] for path in kernels])
     assert totals.tolist() == [147_456, 524_288, 2_097_152, 8_388_608 + 5_120]
     assert sizes["conv_1/kernel"] == 1_728
     assert sum(totals) + 1_728 == 11_164_352
     assert sum(trees.sizes(params)) == 11_173_962
 
-    counts = readjustment.amounts(
-        fraction=readjustment.cosine_decay(initial=0.3, until=100),
+    counts = drop_and_grow.counts(
+        fraction=drop_and_grow.cosine_decay(initial=0.3, until=100),
         period=10,
         until=100,
-        blocks=readjustment.by_stage(paths),
+        blocks=drop_and_grow.by_stage(paths),
         order="backward",
         prunable=prunable,
     )
@@ -139,20 +141,20 @@ def test_the_blocks_of_resnet18_and_their_turns():
 def test_the_blocks_of_vgg11_are_five_pairs():
     image = {"input_shape": (32, 32, 3), "num_classes": 10}
     model = vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **image)
-    paths = order.reading_order(model, input_shape=(32, 32, 3))
+    paths = reading_order.reading_order(model, input_shape=(32, 32, 3))
     kernels = [path for path in paths if path.endswith("kernel") and path != "conv_1/kernel"]
     assert len(kernels) == 7 + 3
-    found = readjustment.consecutive(paths, num_blocks=5)(kernels)
+    found = drop_and_grow.consecutive(paths, num_blocks=5)(kernels)
     assert found == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_blocks_of_consecutive_layers_are_as_equal_as_can_be():
     names = [f"layer_{i}/kernel" for i in (10, 9, 8, 2, 1, 0, 3)]
-    assert readjustment.consecutive(names, num_blocks=3)(sorted(names)) == [2, 1, 0, 1, 2, 0, 0]
+    assert drop_and_grow.consecutive(names, num_blocks=3)(sorted(names)) == [2, 1, 0, 1, 2, 0, 0]
     with pytest.raises(ValueError, match="at most the number of prunable layers"):
-        readjustment.consecutive(names, num_blocks=8)(names)
+        drop_and_grow.consecutive(names, num_blocks=8)(names)
     with pytest.raises(ValueError, match="lacks other"):
-        readjustment.consecutive(names, num_blocks=1)(["other"])
+        drop_and_grow.consecutive(names, num_blocks=1)(["other"])
 
 
 # The pool ------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ def test_blocks_of_consecutive_layers_are_as_equal_as_can_be():
 def test_candidates_keep_near_the_target_and_differ(density):
     sizes = np.array([9_216, 36_864, 73_728, 294_912, 5_120])
     draw = jax.jit(
-        lambda key: pools.noisy_counts(
+        lambda key: candidates.noisy_counts(
             key,
             sizes,
             np.full(5, density),
@@ -184,11 +186,11 @@ def test_a_layer_keeps_at_least_one_weight_and_at_most_all():
     densities = jnp.array([1e-9, 0.5, 0.29, 7.0])
     sizes = jnp.array([100.0, 9.0, 100.0, 8.0])
     with jax.enable_x64(True):
-        assert pools.counts_of(densities, sizes).tolist() == [1, 4, 29, 8]
+        assert candidates.counts_of(densities, sizes).tolist() == [1, 4, 29, 8]
 
 
 def test_where_no_draw_comes_close_the_closest_is_taken():
-    counts = pools.noisy_counts(
+    counts = candidates.noisy_counts(
         KEY, np.array([4, 4]), np.array([0.5, 0.5]), noise=0.0, num_wanted=7.0, tolerance=0.1
     )
     assert counts.tolist() == [2, 2]
@@ -197,7 +199,7 @@ def test_where_no_draw_comes_close_the_closest_is_taken():
 def test_a_candidate_that_is_to_keep_all_keeps_all():
     sizes = np.arange(1_000, 1_020)
     wanted = float(sizes.sum())
-    counts = pools.noisy_counts(
+    counts = candidates.noisy_counts(
         KEY, sizes, np.ones(20), noise=0.5, num_wanted=wanted, tolerance=0.02 * wanted
     )
     assert counts.tolist() == sizes.tolist()
@@ -205,14 +207,14 @@ def test_a_candidate_that_is_to_keep_all_keeps_all():
 
 def test_erk_candidates_give_small_layers_more():
     def densities(params):
-        return jnp.asarray(pools.erk(params, 0.25, masks.kernels), jnp.float32)
+        return jnp.asarray(candidates.erk(params, 0.25, masks.is_kernel), jnp.float32)
 
     dense, head = (float(value) for value in jax.jit(densities)(quadratic.PARAMS))
     assert head > dense
     np.testing.assert_allclose(24 * dense + 8 * head, 0.25 * 32, rtol=1e-6)
     np.testing.assert_allclose(head / dense, (6 / 8) / (10 / 24), rtol=1e-6)
-    algorithm = tiny(layer_densities=pools.erk, noise=1.0)
-    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    algorithm = tiny(layer_densities=candidates.erk, noise=1.0)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     everyone = quadratic.cohort(algorithm, range(6))
     state, _, _ = algorithm.stages[0].round(KEY, state, everyone, PEOPLE)
     assert np.all(np.asarray(state.method.counts) >= 1)
@@ -247,8 +249,8 @@ def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
     def loss(index):
         params = masks.apply(candidate(prepared, index), prepared.params)
         inputs = jnp.concatenate([points(i) for i in range(6)])
-        logits = quadratic.normalised_predict(params, compared.model_state, inputs)
-        return float(jnp.mean(calibration.cross_entropy(logits, jnp.zeros(len(inputs), int))))
+        logits = quadratic.normalized_predict(params, compared.model_state, inputs)
+        return float(jnp.mean(batch_norm.cross_entropy(logits, jnp.zeros(len(inputs), int))))
 
     losses = [loss(index) for index in range(4)]
     np.testing.assert_allclose(compared.method.losses, losses, rtol=1e-4)
@@ -260,7 +262,7 @@ def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
 
 def test_the_total_variance_is_that_of_all_the_data():
     algorithm = tiny(variance="total")
-    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     everyone = quadratic.cohort(algorithm, range(6))
     for stage in algorithm.stages[:2]:
         state, _, _ = stage.round(jax.random.fold_in(KEY, state.round), state, everyone, PEOPLE)
@@ -270,7 +272,7 @@ def test_the_total_variance_is_that_of_all_the_data():
         np.testing.assert_allclose(candidate_mean, every.mean(axis=0), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(candidate_var, every.var(axis=0), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="the variance 'norm/var' has no mean beside it"):
-        calibration.add_spread({"norm": {"var": var}}, [var], [var])
+        batch_norm.add_spread({"norm": {"var": var}}, [var], [var])
 
 
 def test_the_server_trains_on_its_own_examples_alone():
@@ -283,7 +285,7 @@ def test_the_server_trains_on_its_own_examples_alone():
         rtol=1e-5,
         atol=1e-6,
     )
-    assert history[0].num_present == 0
+    assert history[0].num_participating == 0
 
 
 def test_with_one_candidate_the_selection_leaves_the_mask():
@@ -296,10 +298,10 @@ def test_with_one_candidate_the_selection_leaves_the_mask():
 
 def test_one_candidate_without_readjustment_is_fedavg_under_a_fixed_mask_to_the_bit():
     _, states, _ = play(pool_size=1, swap_fraction=0.0)
-    plain = compose.compose(
+    plain = training.compose(
         setup(),
-        client=clients.local_sgd(
-            quadratic.NORMALISED.loss, batcher=setup().batcher, optimizer=setup().optimizer
+        client=local_training.local_sgd(
+            quadratic.NORMALIZED.loss, batcher=setup().batcher, optimizer=setup().optimizer
         ),
     )
     state = states[3]
@@ -313,20 +315,20 @@ def test_one_candidate_without_readjustment_is_fedavg_under_a_fixed_mask_to_the_
 
 def test_an_unheard_comparison_leaves_the_first_candidate_in_force():
     algorithm = tiny()
-    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     nobody = quadratic.cohort(algorithm, range(6), [False] * 6)
     for stage in algorithm.stages[:3]:
         state, _, _ = stage.round(jax.random.fold_in(KEY, state.round), state, nobody, PEOPLE)
     assert state.method.chosen == 0
     chex.assert_trees_all_equal(state.masks, candidate(state, 0))
     pruned = jax.tree.map(jnp.logical_not, state.masks)
-    assert not np.any(quadratic.flatten(masks.apply(pruned, algorithm.deployed(state))))
+    assert not np.any(quadratic.flatten(masks.apply(pruned, algorithm.deployed_params(state))))
     everyone = quadratic.cohort(algorithm, range(6))
     state, _, _ = algorithm.stages[3].round(KEY, state, everyone, PEOPLE)
     assert not np.any(quadratic.flatten(masks.apply(pruned, state.params)))
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """BatchNorm alone."""
 
     @nn.compact
@@ -335,7 +337,7 @@ class Normalised(nn.Module):
 
 
 def test_statistics_are_exact_means_whatever_the_networks_momentum():
-    model = adapters.from_linen(Normalised(), input_shape=(2, 2, 3))
+    model = adapters.from_linen(Normalized(), input_shape=(2, 2, 3))
     rng = np.random.default_rng(0)
     inputs = (50.0 + 7.0 * rng.normal(size=(7, 2, 2, 3))).astype(np.float32)
     people = quadratic.population()._replace(
@@ -356,7 +358,7 @@ def test_statistics_are_exact_means_whatever_the_networks_momentum():
     batcher = quadratic.Batcher(num_steps=lambda data: jnp.int32(3), batch=batch)
     params, state = model.init(KEY)
     broadcast = Broadcast(params, masks.full(params), state, jnp.int32(0))
-    message, _ = calibration.statistics(model.loss, batcher=batcher).update(
+    message, _ = batch_norm.statistics(model.loss, batcher=batcher).update(
         KEY, broadcast, (), client_data(people, jnp.int32(0))
     )
     parts = [inputs[:3], inputs[3:6], inputs[6:]]
@@ -365,7 +367,7 @@ def test_statistics_are_exact_means_whatever_the_networks_momentum():
     np.testing.assert_allclose(message.fields["statistics"][0], mean, rtol=1e-5)
     np.testing.assert_allclose(message.fields["statistics"][1], var, rtol=1e-4)
     assert message.weight == 7.0
-    moving = calibration.moving_statistics(model.loss, batcher=batcher, num_passes=10)
+    moving = batch_norm.moving_statistics(model.loss, batcher=batcher, num_passes=10)
     found, _ = moving.update(KEY, broadcast, (), client_data(people, jnp.int32(0)))
     left = 0.9**30  # of the broadcast's zeros, after three steps in each of ten passes
     assert np.all(np.abs(found.fields["statistics"][0] / (mean * (1.0 - left)) - 1.0) < 0.1)
@@ -382,8 +384,8 @@ def test_pairs_are_the_largest_gradients_of_pruned_weights():
     def update(key, broadcast, state, data):
         return Message(fields={"grads": grads}, weight=jnp.float32(1.0)), state
 
-    client = pairs.top_gradients(
-        clients.Client(init=lambda params: (), update=update),
+    client = sparse_gradients.top_gradients(
+        local_training.Client(init=lambda params: (), update=update),
         num_pairs=lambda masks, r: {"a": 2 * r, "b": 2 * r},
     )
     for r, a, b in ((1, [0.0, -5.0, 0.0, 0.0, -2.0], [0.0, 0.0, 9.0]), (0, [0.0] * 5, [0.0] * 3)):
@@ -394,7 +396,9 @@ def test_pairs_are_the_largest_gradients_of_pruned_weights():
 
 
 def test_an_exchange_takes_both_sets_from_the_old_mask():
-    pruner = readjustment.exchange(lambda masks, r: jax.tree.map(lambda m: jnp.int32(2), masks))
+    pruner = drop_and_grow.drop_and_grow(
+        lambda masks, r: jax.tree.map(lambda m: jnp.int32(2), masks)
+    )
     params = {"a": jnp.array([5.0, -1.0, 2.0, 0.0, 0.0, 0.0]), "b": jnp.array([1.0, 2.0, 0.0])}
     grads = {"a": jnp.array([9.0, 9.0, 9.0, 0.0, -3.0, 1.0]), "b": jnp.array([7.0, 7.0, 0.0])}
     before = jax.tree.map(lambda leaf: leaf != 0, params)
@@ -453,7 +457,7 @@ def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
 
 def test_clients_are_charged_for_looking_and_for_dense_gradients_of_the_block():
     _, states, history = play()
-    costs = [costs_record.of_round(quadratic.profile(), m).modelled_flops or {} for m in history]
+    costs = [round_costs.of_round(quadratic.profile(), m).modeled_flops or {} for m in history]
     assert set(costs[0].values()) == {0}  # the server alone
     live = np.asarray(states[1].method.counts).sum()  # of all 4 candidates, both layers
     for cost in costs[1:3]:  # one forward pass over 28 examples, nothing backward
@@ -514,13 +518,13 @@ def test_every_message_is_counted():
     bitmaps = 8 * np.count_nonzero((sent[:, leaf] > 0) & (sent[:, leaf] < room))  # of a byte
     assert 0 <= traffic[4].uplink.positions <= bitmaps
     # The published formula: sparse models both ways, and pairs with indices of 3 of 8 weights.
-    stored = [t.modelled["fedrts_f4"] for t in traffic]
-    assert [t.modelled["fedtiny"] for t in traffic[:4]] == stored[:4]
+    stored = [t.modeled["fedrts_f4"] for t in traffic]
+    assert [t.modeled["fedtiny"] for t in traffic[:4]] == stored[:4]
     extra = (32 + 3) * sent.sum()
-    assert traffic[4].modelled["fedtiny"] == (stored[4].uplink + extra, stored[4].downlink)
+    assert traffic[4].modeled["fedtiny"] == (stored[4].uplink + extra, stored[4].downlink)
     shapes = [(4,), (6, 4), (2,), (4, 2)]
     assert stored[1].downlink == 6 * sum(
-        formulas.fedrts_f4([4 * (i == 0), row[0], 2 * (i == 0), row[1]], shapes)
+        storage_models.fedrts_f4([4 * (i == 0), row[0], 2 * (i == 0), row[1]], shapes)
         for i, row in enumerate(counts.tolist())
     )
 
@@ -531,7 +535,7 @@ def num_pairs(metrics):
 
 def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
     algorithm = tiny()
-    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     history = []
     for stage, ids in zip(algorithm.stages[:3], ([0, 1], [0, 1], [2, 3]), strict=True):
         members = quadratic.cohort(algorithm, ids)
@@ -543,14 +547,14 @@ def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
 
 def test_dense_candidates_are_sent_though_their_masks_are_full():
     algorithm = tiny(density=1.0, pool_size=2)
-    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     everyone = quadratic.cohort(algorithm, range(6))
     prepare, calibrate, *_ = algorithm.stages
     state, _, _ = prepare.round(KEY, state, everyone, PEOPLE)
     state, _, metrics = calibrate.round(KEY, state, everyone, PEOPLE)
     charged = algorithm.num_bits(metrics, state)
     assert charged.downlink.values == 6 * 32 * (2 * 32 + 4 + 2)  # biases once
-    assert charged.modelled["fedtiny"].downlink >= charged.downlink.values
+    assert charged.modeled["fedtiny"].downlink >= charged.downlink.values
 
 
 # Errors and resuming -------------------------------------------------------------------------
@@ -576,7 +580,7 @@ def test_wrong_options_are_refused(options, sentence):
 def test_without_exchanges_their_period_decides_nothing():
     sizes = {"num_clients": 6, "cohort_size": 2, "rounds": 2}
     settings = {"algorithm": "fedtiny", "swap_fraction": 0.0, "prune_every": 500, **sizes}
-    parts = catalog.build(RunConfig.model_validate(settings))
+    parts = build.build(RunConfig.model_validate(settings))
     assert [stage.name for stage in parts.algorithm.stages][-1] == "train"
 
 
@@ -584,20 +588,18 @@ def test_what_the_network_lacks_is_said_before_anything_runs():
     with pytest.raises(ValueError, match="the network has none: take one with BatchNorm"):
         tiny().init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
     with pytest.raises(ValueError, match=r"density must be at least 0.0625 .* got 0.05"):
-        tiny(density=0.05).init(quadratic.PARAMS, quadratic.NORMALISED_STATE)
-    dense_head = masks.but(masks.kernels, "head/kernel")
-    blocks = readjustment.consecutive(LAYERS, num_blocks=1)
+        tiny(density=0.05).init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
+    dense_head = masks.excluding(masks.is_kernel, "head/kernel")
+    blocks = drop_and_grow.consecutive(LAYERS, num_blocks=1)
     with pytest.raises(ValueError, match="whose 8 kernel weights outside"):
         tiny(density=0.25, prunable=dense_head, blocks=blocks).init(
-            quadratic.PARAMS, quadratic.NORMALISED_STATE
+            quadratic.PARAMS, quadratic.NORMALIZED_STATE
         )
 
 
 @pytest.mark.slow
 def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
-    draw = participation.drop_out(
-        participation.uniform(num_clients=6, cohort_size=4), probability=0.2
-    )
-    parts = resuming.parts(quadratic.NORMALISED, tiny(), PEOPLE, draw)
+    draw = sampling.with_dropout(sampling.uniform(num_clients=6, cohort_size=4), probability=0.2)
+    parts = resuming.parts(quadratic.NORMALIZED, tiny(), PEOPLE, draw)
     lines = resuming.assert_resumes(parts, tmp_path)
     assert [line.stage for line in lines] == ["prepare", "calibrate", "compare"] + 6 * ["train"]

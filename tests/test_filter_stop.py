@@ -7,10 +7,11 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import compose, filter_controls, filter_masks, mpfl
-from fedjaxprune.base import Model, Population
-from fedjaxprune.channels.groups import Analysis, Group, Member
-from fedjaxprune.pruning import consensus
+from fedjaxprune.methods import _filter_masks, filter_controls, mpfl
+from fedjaxprune.pruning.structured import voting
+from fedjaxprune.rounds import training
+from fedjaxprune.structure.channels.groups import Analysis, Group, Member
+from fedjaxprune.types import Model, Population
 from tests import quadratic
 
 KEY = jax.random.key(3)
@@ -41,13 +42,15 @@ FACTORIES = {
 
 def left_after_exchanges(name, **options):
     """Count the filters that are left after each exchange of a method."""
-    rule = {"consensus": consensus.majority} if name == "mpfl" else {}
-    setup = compose.Setup(num_rounds=1, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1))
+    rule = {"consensus": voting.majority} if name == "mpfl" else {}
+    setup = training.Protocol(
+        num_rounds=1, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1)
+    )
     algorithm = FACTORIES[name](
         MODEL,
         setup,
         channels=CHANNELS,
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
         agreement=quadratic.full_batches(1),
         **rule,
         **options,
@@ -68,17 +71,17 @@ def left_after_exchanges(name, **options):
     [(0.5, None, 90), (0.9, None, 90), (0.95, None, 95), (0.95, 0.3, 30), (0.5, 1.0, 100)],
 )
 def test_exactly_the_share_is_not_more_than_the_share(sparsity, stop, most):
-    plan = filter_masks.plan(
+    plan = _filter_masks.plan(
         MODEL,
         channels=CHANNELS,
         sparsity=sparsity,
         iterations=1,
         stop=stop,
         drops="filters",
-        prunable=masks.kernels,
+        prunable=masks.is_kernel,
     )
     over = [
-        bool(filter_masks.is_over(plan, (jnp.arange(NUM_FILTERS) >= pruned,)))
+        bool(_filter_masks.is_over(plan, (jnp.arange(NUM_FILTERS) >= pruned,)))
         for pruned in range(NUM_FILTERS + 1)
     ]
     assert over == [pruned > most for pruned in range(NUM_FILTERS + 1)]

@@ -8,10 +8,12 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import compose, fixed_masks, gradual_magnitude, stages
-from fedjaxprune.costs import messages, wire
-from fedjaxprune.experiment import costs_record
+from fedjaxprune.experiment.run import round_costs
+from fedjaxprune.methods import fixed_masks, gradual_magnitude
 from fedjaxprune.pruning import allocation, schedules
+from fedjaxprune.rounds import reporting, training
+from fedjaxprune.wire import format as wire_format
+from fedjaxprune.wire import messages
 from tests import quadratic
 
 KEY = jax.random.key(2)
@@ -21,14 +23,16 @@ KERNELS = {"dense": 24, "head": 8}
 
 
 def setup(**changes):
-    base = compose.Setup(num_rounds=3, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1))
+    base = training.Protocol(
+        num_rounds=3, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
+    )
     return base._replace(**changes)
 
 
-def start(algorithm, present=None):
+def start(algorithm, participated=None):
     """Play the stages before training: the state, and the traffic of each."""
     state = algorithm.init(quadratic.PARAMS, {})
-    members = quadratic.cohort(algorithm, [0, 1, 2, 3, 4, 5], present)
+    members = quadratic.cohort(algorithm, [0, 1, 2, 3, 4, 5], participated)
     traffic = []
     for stage in algorithm.stages[:-1]:
         state, rows, metrics = stage.round(
@@ -47,7 +51,7 @@ def computed(algorithm):
     for stage in algorithm.stages[:-1]:
         key = jax.random.fold_in(KEY, state.round)
         state, _, metrics = stage.round(key, state, members, PEOPLE)
-        found.append(costs_record.of_round(quadratic.profile(), metrics))
+        found.append(round_costs.of_round(quadratic.profile(), metrics))
     return found
 
 
@@ -87,9 +91,12 @@ def small_people(max_size=28):
 
 
 SOURCES = {
-    "held_out": (stages.held_out([3, 4]), lambda: PEOPLE.examples["inputs"][3:5].mean(axis=0)),
-    "one_client": (stages.one_client(3), lambda: quadratic.mean_point(PEOPLE, 3)),
-    "pooled": (stages.pooled(), pooled_mean),
+    "held_out": (
+        reporting.server_examples([3, 4]),
+        lambda: PEOPLE.examples["inputs"][3:5].mean(axis=0),
+    ),
+    "one_client": (reporting.examples_of(3), lambda: quadratic.mean_point(PEOPLE, 3)),
+    "pooled": (reporting.all_examples(), pooled_mean),
 }
 
 
@@ -122,7 +129,7 @@ def of_one_client(weights):
         quadratic.MODEL,
         setup(),
         sparsity=0.5,
-        source=stages.one_client(3),
+        source=reporting.examples_of(3),
         pretraining=ONE,
         weights=weights,
         guests=(3,),
@@ -133,15 +140,15 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
     algorithm = of_one_client("initial")
     state, members, traffic = start(algorithm)
     (costs,) = computed(algorithm)
-    assert costs.modelled_flops is not None  # of the 8 examples of client 3, in one step
-    assert list(costs.modelled_flops.values()) == 2 * [2 * 8 * 32, 2 * 8 * 8, 2 * 8 * 32]
+    assert costs.modeled_flops is not None  # of the 8 examples of client 3, in one step
+    assert list(costs.modeled_flops.values()) == 2 * [2 * 8 * 32, 2 * 8 * 8, 2 * 8 * 32]
     assert costs.mean_coverage == 1.0
     (entry,) = traffic[0].clients
     assert entry.client_ids == (3,)
     assert traffic[0].downlink.values == 32 * quadratic.NUM_WEIGHTS
     assert traffic[0].uplink._replace(framing=0, masks=0) == (0, 0, 0, 0, 0)
     assert 0 < traffic[0].uplink.masks <= 24 + 8  # prunable weights, a bit each
-    assert traffic[0].modelled["values_and_bitmaps"] == (32, 32 * quadratic.NUM_WEIGHTS)
+    assert traffic[0].modeled["values_and_bitmaps"] == (32, 32 * quadratic.NUM_WEIGHTS)
     _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
     assert 0 < algorithm.num_bits(metrics, state).downlink.masks <= 6 * 32  # then everybody is told
 
@@ -150,7 +157,7 @@ def test_one_clients_weights_travel_under_its_mask_where_training_starts_from_th
     state, _, traffic = start(of_one_client("trained"))
     message = messages.values("params", state.params, state.masks)
     written = [messages.personal_masks(state.masks, [False, True, False, True]), message]
-    assert traffic[0].uplink_bits == sum(8 * len(wire.encode(one)) for one in written)
+    assert traffic[0].uplink_bits == sum(8 * len(wire_format.encode(one)) for one in written)
     assert traffic[0].uplink.values == 32 * (quadratic.NUM_WEIGHTS - 16)
 
 
@@ -172,7 +179,11 @@ def sensitivity(mean, params=quadratic.PARAMS):
 
 def test_snip_keeps_the_largest_products_of_weight_and_gradient():
     algorithm = fixed_masks.snip_masks(
-        quadratic.MODEL, setup(), sparsity=0.5, source=stages.pooled(), batcher=small_people()
+        quadratic.MODEL,
+        setup(),
+        sparsity=0.5,
+        source=reporting.all_examples(),
+        batcher=small_people(),
     )
     state, _, traffic = start(algorithm)
     wanted = expected(sensitivity(pooled_mean()))
@@ -186,7 +197,7 @@ def test_snip_in_several_steps_takes_new_gradients_at_each():
         quadratic.MODEL,
         setup(),
         sparsity=0.75,
-        source=stages.pooled(),
+        source=reporting.all_examples(),
         batcher=small_people(),
         num_steps=3,
     )
@@ -211,10 +222,10 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
     chosen, scored = computed(algorithm)
-    assert chosen.modelled_flops is not None
-    assert scored.modelled_flops is not None
-    assert set(chosen.modelled_flops.values()) == {0}  # by magnitude, in case nobody answers
-    assert list(scored.modelled_flops.values()) == 2 * [2 * 28 * 32, 2 * 28 * 8, 2 * 28 * 32]
+    assert chosen.modeled_flops is not None
+    assert scored.modeled_flops is not None
+    assert set(chosen.modeled_flops.values()) == {0}  # by magnitude, in case nobody answers
+    assert list(scored.modeled_flops.values()) == 2 * [2 * 28 * 32, 2 * 28 * 8, 2 * 28 * 32]
     assert scored.mean_coverage == 0.0  # gradients move nothing
     every = 6 * 32 * quadratic.NUM_WEIGHTS
     assert (traffic[0].uplink_bits, traffic[0].downlink_bits) == (0, 0)
@@ -228,7 +239,7 @@ def test_snip_of_clients_that_do_not_answer_falls_back_to_magnitude():
     algorithm = fixed_masks.snip_masks_of_clients(
         quadratic.MODEL, setup(), sparsity=0.5, batcher=ONE
     )
-    state, _, _ = start(algorithm, present=[False] * 6)
+    state, _, _ = start(algorithm, participated=[False] * 6)
     wanted = expected(jax.tree.map(np.abs, quadratic.PARAMS))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
 
@@ -238,10 +249,10 @@ def test_one_pool_lets_layers_compete():
         quadratic.MODEL,
         setup(),
         sparsity=0.5,
-        source=stages.pooled(),
+        source=reporting.all_examples(),
         pretraining=ONE,
         weights="initial",
-        allocation=allocation.whole_model(),
+        allocation=allocation.global_pool(),
     )
     state, _, _ = start(algorithm)
     kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fedjaxprune import forms
-from fedjaxprune.base import Batch
 from fedjaxprune.models import zoo
+from fedjaxprune.structure import jaxprs
+from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
 X, W = jax.random.normal(KEY, (3, 4)), jax.random.normal(jax.random.fold_in(KEY, 1), (4, 2))
@@ -19,7 +19,7 @@ def fast(x, w):
 
 
 def marked(x, w):
-    return forms.stands_for(fast(x, w), jnp.matmul, x, w)
+    return jaxprs.equivalent_to(fast(x, w), jnp.matmul, x, w)
 
 
 def loss(function):
@@ -32,7 +32,7 @@ def primitives(function, *args):
     def look(graph):
         for equation in getattr(graph, "jaxpr", graph).eqns:
             found.append(equation.primitive.name)
-            for inner in forms.graphs_of(equation):
+            for inner in jaxprs.graphs_of(equation):
                 look(inner)
 
     look(jax.make_jaxpr(function)(*args))
@@ -70,7 +70,7 @@ def test_a_plain_form_is_not_traced():
         raise AssertionError("nobody asked")
 
     def function(x, w):
-        return forms.stands_for(fast(x, w), never, x, w)
+        return jaxprs.equivalent_to(fast(x, w), never, x, w)
 
     jax.jit(jax.vmap(jax.grad(loss(function)), in_axes=(None, 0)))(W, jnp.stack([X, X]))
 
@@ -90,11 +90,11 @@ NESTS = {
 @pytest.mark.parametrize("nest", sorted(NESTS))
 def test_plain_forms_are_put_in_wherever_the_fast_ones_are(nest):
     function, reference = NESTS[nest](loss(marked)), NESTS[nest](loss(jnp.matmul))
-    plain = forms.plain(function)
+    plain = jaxprs.plain(function)
     np.testing.assert_allclose(plain(W, X), reference(W, X), rtol=1e-5)
     np.testing.assert_allclose(jax.grad(plain)(W, X), jax.grad(reference)(W, X), rtol=1e-5)
-    assert forms.NAME in primitives(function, W, X)
-    assert forms.NAME not in primitives(plain, W, X)
+    assert jaxprs.NAME in primitives(function, W, X)
+    assert jaxprs.NAME not in primitives(plain, W, X)
     assert primitives(plain, W, X).count("mul") == primitives(reference, W, X).count("mul")
 
 
@@ -105,16 +105,16 @@ def test_a_derivative_of_ones_own_gives_way_to_the_plain_forms():
 
     function.defvjp(lambda w, x: (function(w, x), (w, x)), lambda r, g: (7 * r[0], 7 * r[1]))
     expected = jax.grad(loss(jnp.matmul))(W, X)
-    np.testing.assert_allclose(jax.grad(forms.plain(function))(W, X), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(jaxprs.plain(function))(W, X), expected, rtol=1e-5)
 
 
 def test_a_plain_form_closes_over_no_arrays():
     def closing(x, w):
         bias = jnp.ones((3, 2))
-        return forms.stands_for(fast(x, w), lambda x, w: x @ w + bias, x, w)
+        return jaxprs.equivalent_to(fast(x, w), lambda x, w: x @ w + bias, x, w)
 
     with pytest.raises(ValueError, match="closes over arrays"):
-        forms.plain(jax.jit(closing))(X, W)
+        jaxprs.plain(jax.jit(closing))(X, W)
 
 
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])
@@ -132,7 +132,7 @@ def test_the_networks_plain_forms_compute_the_same(name):
         return model.loss(params, state, batch, KEY)[0]
 
     fast = jax.jit(jax.value_and_grad(loss))(params)
-    plain = jax.jit(jax.value_and_grad(forms.plain(loss)))(params)
+    plain = jax.jit(jax.value_and_grad(jaxprs.plain(loss)))(params)
     for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert "custom_vmap_call" not in primitives(jax.grad(forms.plain(loss)), params)
+    assert "custom_vmap_call" not in primitives(jax.grad(jaxprs.plain(loss)), params)

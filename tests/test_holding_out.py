@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.base import client_data
 from fedjaxprune.data import batching, partitions
+from fedjaxprune.types import client_data
 
 KEY = jax.random.key(4)
 LABELS = np.repeat([0, 1, 2], [20, 50, 10])

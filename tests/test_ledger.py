@@ -8,16 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import accounts, masks, trees
-from fedjaxprune.algorithms import compose, feddip, scaffold
-from fedjaxprune.base import Broadcast
-from fedjaxprune.costs import formulas, ledger, messages, wire
-from fedjaxprune.experiment import record
-from fedjaxprune.federated import clients, salience
+from fedjaxprune import masks, trees
+from fedjaxprune import traffic as accounts
+from fedjaxprune.costs import ledger, storage_models
+from fedjaxprune.experiment.folder import record
 from fedjaxprune.federated import cohort as cohort_lib
-from fedjaxprune.federated import personal as personal_lib
+from fedjaxprune.federated import gated_updates, local_training
+from fedjaxprune.federated import personalization as personal_lib
+from fedjaxprune.methods import feddip, scaffold
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
+from fedjaxprune.rounds import training
+from fedjaxprune.types import Broadcast
+from fedjaxprune.wire import format as wire_format
+from fedjaxprune.wire import messages
 from tests import quadratic
 from tests.test_algorithms import (
     ALGORITHMS,
@@ -33,7 +37,7 @@ from tests.test_algorithms import (
 )
 from tests.test_experiment_config import make_line
 
-FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.kernels)
+FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
 
 
 def cohorts(index):
@@ -48,7 +52,7 @@ def with_personal_masks(inner):
             lambda leaf: (jnp.arange(leaf.size).reshape(leaf.shape) % 3 == 0) == odd,
             quadratic.PARAMS,
         )
-        mine = masks.restrict(mine, masks.kernels)
+        mine = masks.restrict(mine, masks.is_kernel)
         message, state = inner.update(key, broadcast._replace(masks=mine), state, data)
         return message._replace(fields={**message.fields, "masks": mine}), state
 
@@ -56,10 +60,10 @@ def with_personal_masks(inner):
 
 
 def personal(settings):
-    inner = clients.local_sgd(
+    inner = local_training.local_sgd(
         quadratic.MODEL.loss, batcher=settings.batcher, optimizer=settings.optimizer
     )
-    return compose.compose(settings, client=with_personal_masks(inner))
+    return training.compose(settings, client=with_personal_masks(inner))
 
 
 def is_own(path, leaf):
@@ -71,11 +75,13 @@ def personal_parameters(s):
     def travelling(state):
         return personal_lib.shared(state.masks, is_own=is_own)
 
-    client = clients.local_sgd(quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer)
-    return compose.compose(
+    client = local_training.local_sgd(
+        quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer
+    )
+    return training.compose(
         s,
         client=personal_lib.keep_own(client, is_own=is_own),
-        travel=compose.masks_in_force()._replace(send=travelling, receive=travelling),
+        travel=training.masks_in_force()._replace(send=travelling, receive=travelling),
     )
 
 
@@ -93,12 +99,12 @@ CASES = [
     (name, "identity") if name == "mpfl_started" else case(name, "identity")
     for name in sorted(METHODS)
 ]
-CASES += [("feddip", "feedback_top_k"), ("feddip", "quantise")]
+CASES += [("feddip", "feedback_top_k"), ("feddip", "quantize")]
 CASES += [
     pytest.param("feddip", wire_name, marks=pytest.mark.slow)
-    for wire_name in sorted(set(UPLINKS) - {"identity", "feedback_top_k", "quantise"})
+    for wire_name in sorted(set(UPLINKS) - {"identity", "feedback_top_k", "quantize"})
 ]
-CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantise")]
+CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantize")]
 CASES += [("adaptive_dynamic_pruning", "feedback_top_k")]
 
 # What clients send in stages that do not train, and beside their delta in training.
@@ -131,7 +137,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
             wanted = {"delta", "masks", "statistics", "losses", "trained"}
-            wanted |= {"deviations", "move", salience.SALIENT, *BESIDE}
+            wanted |= {"deviations", "move", gated_updates.SALIENT, *BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
             jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
@@ -197,7 +203,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
 
 
 def bits_of(message):
-    return 8 * len(wire.encode(message))
+    return 8 * len(wire_format.encode(message))
 
 
 def trees_flat(tree):
@@ -228,7 +234,7 @@ def received(name, stage, algorithm, before, masks, is_stale):
         message |= messages.values("drift", before.drift, at_large(name, masks))
     message |= messages.whole("model_state", before.model_state)
     sees = at_large(name, before.masks)
-    message |= messages.values("params", algorithm.deployed(before), sees)
+    message |= messages.values("params", algorithm.deployed_params(before), sees)
     flags = [True, True, False, True] if name == "autoflip_channels" else FLAGS
     in_force = messages.masks_in_force(before.masks, flags)
     return bits_of(message) + is_stale * bits_of(in_force)
@@ -242,7 +248,7 @@ def at_large(name, masks):
 
 def bits_by_filter(field, keep):
     """Make a message of one bit a filter."""
-    return {f"{field}/{i}": wire.counted(np.asarray(bits)) for i, bits in enumerate(keep)}
+    return {f"{field}/{i}": wire_format.counted(np.asarray(bits)) for i, bits in enumerate(keep)}
 
 
 def received_by_filter(stage, algorithm, before, is_stale, is_new):
@@ -252,7 +258,7 @@ def received_by_filter(stage, algorithm, before, is_stale, is_new):
         bits += bits_of(bits_by_filter("masks", keep))
     if is_new or stage in ("start", "train"):
         message = messages.whole("model_state", before.model_state)
-        message |= messages.values("params", algorithm.deployed(before), before.masks)
+        message |= messages.values("params", algorithm.deployed_params(before), before.masks)
         bits += bits_of(message)
     return bits
 
@@ -275,10 +281,10 @@ def candidates(state):
             own[-1].append(mask.reshape(leaf.shape))
     for j, masks_of_one in enumerate(own):
         for i, mask in enumerate(masks_of_one):
-            message[f"masks/{j}/{i}"] = wire.counted(mask)
+            message[f"masks/{j}/{i}"] = wire_format.counted(mask)
     for j, masks_of_one in enumerate(own):
         for i, mask in enumerate(masks_of_one):
-            message[f"params/{j}/{i}"] = wire.kept(values[i], None if mask.all() else mask)
+            message[f"params/{j}/{i}"] = wire_format.kept(values[i], None if mask.all() else mask)
     rest = [
         leaf for leaf, flag in zip(jax.tree.leaves(state.params), FLAGS, strict=True) if not flag
     ]
@@ -296,8 +302,10 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             continue
         if name != "model_state" and not np.any(trees_flat(fields[name])):
             continue
-        if name == "model_state" and salience.SALIENT in fields:
-            known = jax.device_get(salience.of_state(fields[salience.SALIENT], fields[name]))
+        if name == "model_state" and gated_updates.SALIENT in fields:
+            known = jax.device_get(
+                gated_updates.of_state(fields[gated_updates.SALIENT], fields[name])
+            )
             parts[name] = messages.values(name, fields[name], known)
         elif name == "control":
             parts[name] = messages.values(name, fields[name], masks)
@@ -312,9 +320,9 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
     known = {
         name: part.known
         for name, part in message.items()
-        if isinstance(part, wire.Part) and part.known is not None
+        if isinstance(part, wire_format.Part) and part.known is not None
     }
-    data = wire.encode({**message, **messages.weight(weight)})
+    data = wire_format.encode({**message, **messages.weight(weight)})
     named = {
         f"{field}/{path}" if path else field: leaf
         for field in parts
@@ -322,21 +330,22 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             trees.paths(fields[field]), jax.tree.leaves(fields[field]), strict=True
         )
     }
-    for name, arrived in wire.decode(data, known=known).items():
+    for name, arrived in wire_format.decode(data, known=known).items():
         if name in (messages.SEED, messages.WEIGHT):
             continue
         if isinstance(arrived, np.ndarray):
             np.testing.assert_array_equal(arrived, named.pop(name))
         else:
-            found = dequantised(arrived)
+            found = dequantized(arrived)
             found = np.where(known.get(name, True), found, 0.0)
             np.testing.assert_allclose(found, named.pop(name), atol=1e-6)
     assert not any(np.any(leaf) for leaf in named.values())  # all that stayed away is zero
     bits = 8 * len(data)
-    if salience.SALIENT in fields:
-        layers = fields[salience.SALIENT]
+    if gated_updates.SALIENT in fields:
+        layers = fields[gated_updates.SALIENT]
         marks = {
-            f"{salience.SALIENT}/{name}": wire.counted(layers[name]) for name in sorted(layers)
+            f"{gated_updates.SALIENT}/{name}": wire_format.counted(layers[name])
+            for name in sorted(layers)
         }
         bits += bits_of(marks)
     if "masks" in fields:
@@ -344,7 +353,7 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
     return bits
 
 
-def dequantised(arrived):
+def dequantized(arrived):
     if len(arrived.scales) == 1:
         return np.where(arrived.levels == 1, arrived.scales[0], -arrived.scales[0])
     low, high = arrived.scales.astype(np.float64)
@@ -362,7 +371,7 @@ def test_counts_of_who_did_not_take_part_may_be_anything():
     algorithm = ALGORITHMS["fedavg"](setup())
     states, _, rounds = simulate(algorithm, some, num_rounds=2)
     metrics = jax.device_get(rounds[1])
-    absent = ~np.asarray(metrics.present)
+    absent = ~np.asarray(metrics.participated)
     assert absent.any()
 
     def garble(counts):
@@ -373,7 +382,7 @@ def test_counts_of_who_did_not_take_part_may_be_anything():
     reply = dict(metrics.sent.up["reply"])
     reply["delta"] = reply["delta"]._replace(known=garble(reply["delta"].known))
     sent = metrics.sent._replace(up={**metrics.sent.up, "reply": reply})
-    garbled = metrics._replace(sent=sent, uplink_kept=garble(metrics.uplink_kept))
+    garbled = metrics._replace(sent=sent, num_uploaded=garble(metrics.num_uploaded))
     assert algorithm.num_bits(garbled, states[-1]) == algorithm.num_bits(metrics, states[-1])
 
 
@@ -386,7 +395,7 @@ def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():
     pruned = {
         path: leaf
         for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
-        if len(leaf.shape) == 4  # biases, normalisation and the output layer stay dense
+        if len(leaf.shape) == 4  # biases, normalization and the output layer stay dense
     }
     size = sum(trees.sizes(pruned))
     sparsity = 0.8 * sum(sizes) / size  # of what may be pruned, for a density of 0.2 in all
@@ -399,7 +408,7 @@ def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():
             math.floor(density(path) * n) if path in pruned else n
             for path, n in zip(paths, sizes, strict=True)
         ]
-        return 2 * formulas.STORAGE[name](kept, shapes) / 8e6
+        return 2 * storage_models.STORAGE[name](kept, shapes) / 8e6
 
     erk, uniform = densities.__getitem__, lambda path: 1 - sparsity
     assert round(megabytes("dense", erk), 1) == 89.4
@@ -416,20 +425,20 @@ def test_the_rule_of_fedrts_by_hand():
     by_density = {900: 32_000, 300: 1000 + 32 * 300, 100: 100 * 10 + 3200}
     by_density[50] = 50 * 4 + 100 * 6 + 1600  # 10 columns: 4 bits; 100 rows, ceil(log2 50) = 6
     for kept, bits in by_density.items():
-        assert formulas.fedrts_f4([kept], shapes) == bits
+        assert storage_models.fedrts_f4([kept], shapes) == bits
 
 
 def test_a_summary_adds_up_the_ledger():
     clients = [{"uplink_bits": 3, "downlink_bits": 4, "client_ids": [0, 2]}]
     line = functools.partial(make_line, client_bits=clients, uplink_parts={"values": 5})
     lines = [
-        line(1, stage="explore", modelled_bits={"f": {"uplink": 1, "downlink": 2}}),
+        line(1, stage="explore", modeled_bits={"f": {"uplink": 1, "downlink": 2}}),
         line(2, client_bits=[{"uplink_bits": 0, "downlink_bits": 1, "client_ids": [2]}]),
     ]
-    summary = record.summarise(lines)
+    summary = record.summarize(lines)
     assert summary["uplink_parts"] == {"values": 10}
     assert summary["client_bits"] == {"num_clients": 2, "mean": 7.5, "largest": 8}
-    assert summary["modelled_bits"] == {"f": {"uplink": 1, "downlink": 2}}
+    assert summary["modeled_bits"] == {"f": {"uplink": 1, "downlink": 2}}
     assert summary["stage_bits"] == {
         stage: {"uplink_bits": 2**40, "downlink_bits": 2**41} for stage in ("explore", "train")
     }
@@ -441,8 +450,8 @@ def test_masks_travel_as_the_encoder_would_write_them():
     packed = jax.device_get(masks.pack((jnp.asarray(tree["a"]["kernel"]),)))
     spec = messages.Spec("masks/a/kernel", np.dtype(bool), (40, 30))
     message = messages.unpack_masks([spec], [np.asarray(bits).tobytes() for bits in packed])
-    flags = masks.prunable_leaves(tree, masks.kernels)
-    assert wire.encode(message) == wire.encode(messages.masks_in_force(tree, flags))
+    flags = masks.prunable_leaves(tree, masks.is_kernel)
+    assert wire_format.encode(message) == wire_format.encode(messages.masks_in_force(tree, flags))
 
 
 def test_feddip_reports_zeros_and_charges_nothing_for_it():

@@ -68,18 +68,18 @@ def test_applying_masks_twice_is_applying_them_once():
     ],
 )
 def test_kernels_are_known_by_path_and_shape(path, shape, expected):
-    assert masks.kernels(path, jnp.zeros(shape)) is expected
+    assert masks.is_kernel(path, jnp.zeros(shape)) is expected
 
 
 def test_restrict_switches_the_rest_back_on():
-    restricted = masks.restrict(FIRST, masks.kernels)
+    restricted = masks.restrict(FIRST, masks.is_kernel)
     chex.assert_trees_all_equal(restricted["conv"]["kernel"], FIRST["conv"]["kernel"])
     chex.assert_trees_all_equal(restricted["dense"], FIRST["dense"])
     assert flat([restricted["conv"]["bias"], restricted["norm"]]).all()
 
 
 def test_prunable_leaves_follow_the_order_of_the_tree():
-    assert masks.prunable_leaves(PARAMS, masks.kernels) == [False, True, True, False]
+    assert masks.prunable_leaves(PARAMS, masks.is_kernel) == [False, True, True, False]
 
 
 def test_counts_are_those_of_numpy():
@@ -92,10 +92,10 @@ def test_counts_are_those_of_numpy():
 def test_sparsity_counts_prunable_weights_only():
     kernels = [FIRST["conv"]["kernel"], FIRST["dense"]["kernel"]]
     expected = 1 - flat(kernels).mean()
-    assert float(jax.jit(masks.sparsity, static_argnums=1)(FIRST, masks.kernels)) == pytest.approx(
-        expected, abs=1e-6
-    )
-    assert float(masks.sparsity(FULL, masks.kernels)) == 0.0
+    assert float(
+        jax.jit(masks.sparsity, static_argnums=1)(FIRST, masks.is_kernel)
+    ) == pytest.approx(expected, abs=1e-6)
+    assert float(masks.sparsity(FULL, masks.is_kernel)) == 0.0
     assert float(masks.sparsity(NONE, lambda path, leaf: False)) == 0.0
 
 

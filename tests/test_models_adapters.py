@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from fedjaxprune import masks, trees
-from fedjaxprune.base import Batch
 from fedjaxprune.models import adapters
+from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
 BATCH = Batch(
@@ -64,9 +64,9 @@ def test_parameters_are_trained_and_kernels_prunable(name):
     assert report["loss"].weight == 3.0
     # What is not trained can be averaged over clients: no random keys, no counters.
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(state))
-    assert any(masks.prunable_leaves(params, masks.kernels))
+    assert any(masks.prunable_leaves(params, masks.is_kernel))
     for path, leaf in zip(trees.paths(params), jax.tree.leaves(params), strict=True):
-        assert masks.kernels(path, leaf) == path.endswith("kernel")
+        assert masks.is_kernel(path, leaf) == path.endswith("kernel")
     assert jax.jit(model.predict)(params, after, BATCH.inputs).shape == (4, 3)
 
 

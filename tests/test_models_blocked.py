@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fedjaxprune.models import blocked
+from fedjaxprune.kernels import blocked
 
 KEY = jax.random.key(0)
 

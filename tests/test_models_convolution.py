@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from fedjaxprune.costs import flops
-from fedjaxprune.models import convolution
+from fedjaxprune.kernels import convolution
 
 KEY = jax.random.key(0)
 LAYOUT = ("NHWC", "HWIO", "NHWC")

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from fedjaxprune.models import dense
+from fedjaxprune.kernels import dense
 
 DIMENSIONS = (((1,), (0,)), ((), ()))
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import gating, metrics, trees
-from fedjaxprune.base import Batch
-from fedjaxprune.models import adapters, gated, layers, pooling, vgg
+from fedjaxprune import metrics, trees
+from fedjaxprune.kernels import pooling
+from fedjaxprune.models import adapters, gated, gates, layers, vgg
+from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
 SHAPE = (4, 4, 3)
@@ -68,11 +69,11 @@ def steer(params, biases):
 @pytest.mark.parametrize(("density", "counts"), [(0.5, (3, 5)), (0.01, (1, 1)), (1.0, WIDTHS)])
 def test_exactly_the_asked_number_of_channels_is_kept_for_every_example(choice, density, counts):
     params, state, step, _ = compiled(choice)
-    state = gating.with_density(state, jnp.float32(density))
+    state = gates.with_density(state, jnp.float32(density))
     for example in range(4):  # the others are filling, so that the metric is the example's own mask
         batch = batch_of(np.arange(SIZE) == example)
         (_, (_, report)), _ = step(params, state, batch, KEY)
-        kept = gating.kept(report)
+        kept = gates.kept(report)
         assert list(kept) == ["conv_1", "conv_2"]
         for value, count in zip(kept.values(), counts, strict=True):
             assert set(np.unique(value.total)) <= {0.0, 1.0}
@@ -88,7 +89,7 @@ def test_the_most_salient_channels_are_kept_and_the_others_are_zero():
     outputs = apply(module, params, x, jnp.float32(0.5), False, None)
     alive = jnp.any(outputs != 0, axis=(0, 1, 2))
     np.testing.assert_array_equal(alive, [False, False, True, True])
-    # All open: the saliency, after ReLU, scales the normalised channels.
+    # All open: the saliency, after ReLU, scales the normalized channels.
     full = apply(module, params, x, jnp.float32(1.0), False, None)
     plain = apply(layers.Conv(4), params["conv"], x)
     plain = apply(layers.GroupNorm(num_groups=1), params["norm"]["group"], plain)
@@ -136,7 +137,7 @@ def test_what_the_whole_batch_dropped_has_a_gradient_of_exactly_zero():
     params = steer(params, lambda size: jnp.arange(1, size + 1, dtype=jnp.float32))
     (_, (_, report)), grads = step(params, state, batch_of(np.ones(SIZE)), KEY)
     leaves = dict(zip(trees.paths(grads), jax.tree.leaves(grads), strict=True))
-    for (layer, value), width in zip(gating.kept(report).items(), WIDTHS, strict=True):
+    for (layer, value), width in zip(gates.kept(report).items(), WIDTHS, strict=True):
         dropped = value.total == 0
         np.testing.assert_array_equal(dropped, np.arange(width) < width // 2)
         own = {path: leaf for path, leaf in leaves.items() if path.startswith(f"{layer}/")}
@@ -149,36 +150,36 @@ def test_what_the_whole_batch_dropped_has_a_gradient_of_exactly_zero():
 def test_filling_is_not_counted_among_those_who_kept_a_channel():
     params, state, step, _ = compiled("salient")
     (_, (_, report)), _ = step(params, state, batch_of(np.arange(SIZE) < 3), KEY)
-    for value, width in zip(gating.kept(report).values(), WIDTHS, strict=True):
+    for value, width in zip(gates.kept(report).values(), WIDTHS, strict=True):
         assert value.weight == 3.0
         assert jnp.sum(value.total) == 3.0 * (width // 2)
     merged = metrics.merge(report, report)
-    assert all(value.weight == 6.0 for value in gating.kept(merged).values())
+    assert all(value.weight == 6.0 for value in gates.kept(merged).values())
 
 
 def test_the_density_is_state_that_training_leaves_alone_and_a_method_may_set():
     params, state, step, predict = compiled("salient")
-    assert gating.has_gates(state)
-    assert gating.density(state) == 0.5
+    assert gates.has_gates(state)
+    assert gates.density(state) == 0.5
     batch = batch_of(np.ones(SIZE))
-    opened = gating.with_density(state, jnp.float32(1.0))
+    opened = gates.with_density(state, jnp.float32(1.0))
     assert jax.tree.map(jnp.shape, opened) == jax.tree.map(jnp.shape, state)
     for begin, density, num_kept in ((state, 0.5, SIZE / 2), (opened, 1.0, SIZE)):
         (_, (after, report)), _ = step(params, begin, batch, KEY)
-        assert gating.density(after) == density
-        for value in gating.kept(report).values():
+        assert gates.density(after) == density
+        for value in gates.kept(report).values():
             assert jnp.mean(value.total) == num_kept
     first, second = (predict(params, each, batch.inputs) for each in (state, opened))
     assert jnp.any(first != second)
 
 
 def test_networks_without_gates_say_so():
-    assert not gating.has_gates({})
-    assert gating.kept({"loss": metrics.zero()}) == {}
+    assert not gates.has_gates({})
+    assert gates.kept({"loss": metrics.zero()}) == {}
     with pytest.raises(ValueError, match="the network has no gates"):
-        gating.density({"batch_stats": {}})
+        gates.density({"batch_stats": {}})
     with pytest.raises(ValueError, match="the network has no gates"):
-        gating.with_density({}, jnp.float32(0.5))
+        gates.with_density({}, jnp.float32(0.5))
 
 
 @pytest.mark.parametrize("choice", ["salient", "random"])
@@ -194,7 +195,7 @@ def test_the_random_choice_is_another_for_every_example_and_step():
     params, state, step, _ = compiled("random")
     batch = batch_of(np.ones(SIZE))
     first, second = (
-        gating.kept(step(params, state, batch, jax.random.fold_in(KEY, i))[0][1][1])
+        gates.kept(step(params, state, batch, jax.random.fold_in(KEY, i))[0][1][1])
         for i in range(2)
     )
     for path, value in first.items():  # a fair coin for each channel: 32 throws, 5 deviations
@@ -246,7 +247,7 @@ def test_gated_networks_gate_what_the_paper_gates():
     ):
         params, state = jax.eval_shape(model.init, KEY)
         _, (_, report) = jax.eval_shape(model.loss, params, state, batch, KEY)
-        assert set(gating.kept(report)) == expected
+        assert set(gates.kept(report)) == expected
 
 
 def convolved(x, kernel, stride):
@@ -261,7 +262,7 @@ def convolved(x, kernel, stride):
     return out
 
 
-def group_normalised(x, scale, bias, num_groups):
+def group_normalized(x, scale, bias, num_groups):
     grouped = x.reshape(*x.shape[:3], num_groups, -1)
     mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
     deviation = np.sqrt(grouped.var(axis=(1, 2, 4), keepdims=True) + 1e-5)
@@ -277,7 +278,7 @@ def gated_by_hand(x, params, num_kept, stride):
         factor[example, kept] = row[kept]
     norm = params["norm"]["group"]
     y = convolved(x, params["conv"]["kernel"], stride)
-    return group_normalised(y, norm["scale"], norm["bias"], 2) * factor[:, None, None]
+    return group_normalized(y, norm["scale"], norm["bias"], 2) * factor[:, None, None]
 
 
 @pytest.mark.parametrize(("stride", "channels"), [(1, 8), (2, 4)])

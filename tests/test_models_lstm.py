@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.base import Batch
 from fedjaxprune.models import adapters, lstm
+from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
 
@@ -42,7 +42,7 @@ def test_the_memory_is_flaxs():
 def test_kernels_of_input_and_recurrence_are_prunable_and_the_embedding_is_not():
     params, state = tiny().init(KEY)
     assert state == {}
-    flags = masks.prunable_leaves(params, masks.kernels)
+    flags = masks.prunable_leaves(params, masks.is_kernel)
     assert [path for path, flag in zip(trees.paths(params), flags, strict=True) if flag] == [
         "dense_1/kernel",
         "lstm_1/input/kernel",

@@ -16,7 +16,7 @@ CIFAR100 = {"input_shape": (32, 32, 3), "num_classes": 100}
 
 
 def is_conv(path, leaf):
-    return masks.kernels(path, leaf) and leaf.ndim == 4
+    return masks.is_kernel(path, leaf) and leaf.ndim == 4
 
 
 def is_norm(path, leaf):
@@ -28,7 +28,7 @@ def is_gate(path, leaf):
 
 
 def without_shortcuts(path, leaf):
-    return masks.kernels(path, leaf) and not path.endswith("shortcut/kernel")
+    return masks.is_kernel(path, leaf) and not path.endswith("shortcut/kernel")
 
 
 def everything(path, leaf):
@@ -38,15 +38,20 @@ def everything(path, leaf):
 # (paper, network, which leaves, how many entries)
 COUNTS = [
     ("FedDIP", lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10), everything, 61_706),
-    ("FedDIP", lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10), masks.kernels, 61_470),
+    (
+        "FedDIP",
+        lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10),
+        masks.is_kernel,
+        61_470,
+    ),
     ("FedDIP", lambda: cnns.alexnet(**CIFAR), everything, 23_272_266),
-    ("FedDIP", lambda: cnns.alexnet(**CIFAR), masks.kernels, 23_262_912),
+    ("FedDIP", lambda: cnns.alexnet(**CIFAR), masks.is_kernel, 23_262_912),
     ("FedDIP", lambda: zoo.resnet18(norm="batch", **CIFAR100), everything, 11_220_132),
     ("FedDIP", lambda: zoo.resnet18(norm="batch", **CIFAR100), without_shortcuts, 11_038_400),
     ("FedDIP", lambda: zoo.resnet50(norm="batch", **CIFAR100), everything, 23_705_252),
     ("FedDIP", lambda: zoo.resnet50(norm="batch", **CIFAR100), without_shortcuts, 20_883_136),
     ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), everything, 11_173_962),
-    ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), masks.kernels, 11_164_352),
+    ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), masks.is_kernel, 11_164_352),
     ("FedTiny", lambda: cnns.pooled_cnn(**CIFAR), everything, 104_810),
     ("FedTiny", lambda: cnns.pooled_cnn(channels=(8, 16, 32), **CIFAR), everything, 72_986),
     ("FedTiny", lambda: cnns.pooled_cnn(channels=(8, 16, 16), **CIFAR), everything, 37_898),
@@ -56,7 +61,7 @@ COUNTS = [
         everything,
         10_298,
     ),
-    (  # torchvision's, but for 2,752 biases of convolutions, which the normalisation cancels
+    (  # torchvision's, but for 2,752 biases of convolutions, which the normalization cancels
         "FedTiny",
         lambda: vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
         everything,
@@ -65,7 +70,7 @@ COUNTS = [
     (
         "FedTiny",
         lambda: vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
-        masks.kernels,
+        masks.is_kernel,
         9_217_728 + 4096 * (7 * 7 * 512 + 4096 + 10),
     ),
     (
@@ -123,11 +128,11 @@ COUNTS = [
     (
         "ADP",
         lambda: gated.gated_resnet32(norm="batch", density=0.7, **CIFAR),
-        masks.kernels,
+        masks.is_kernel,
         461_872,
     ),
-    ("ADP", lambda: zoo.resnet32(norm="batch", **CIFAR), masks.kernels, 461_872),
-    ("ADP", lambda: zoo.resnet20(norm="batch", **CIFAR), masks.kernels, 268_336),
+    ("ADP", lambda: zoo.resnet32(norm="batch", **CIFAR), masks.is_kernel, 461_872),
+    ("ADP", lambda: zoo.resnet20(norm="batch", **CIFAR), masks.is_kernel, 268_336),
     (  # gates see what the convolutions see, one tap of it: a ninth of the kernels, and the biases
         "ADP",
         lambda: gated.gated_vgg16(norm="batch", density=0.7, **CIFAR),

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import forms
 from fedjaxprune.costs import flops
-from fedjaxprune.models import pooling
+from fedjaxprune.kernels import pooling
+from fedjaxprune.structure import jaxprs
 
 KEY = jax.random.key(0)
 
@@ -40,6 +40,6 @@ def test_an_adaptive_average_covers_the_image(height, width, size):
                 got[:, i, j], x[:, rows, columns].mean(axis=(1, 2)), rtol=1e-5, atol=1e-6
             )
     # It says what it computes, in a form that multiplies nothing.
-    plain = forms.plain(lambda x: pooling.adaptive_average_pool(x, size=size))
+    plain = jaxprs.plain(lambda x: pooling.adaptive_average_pool(x, size=size))
     np.testing.assert_allclose(plain(jnp.asarray(x)), got, rtol=1e-5, atol=1e-6)
     assert flops.executed(plain, x) == (0, 0)

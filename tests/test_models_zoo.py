@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.base import Batch
 from fedjaxprune.models import adapters, cnns, gated, layers, resnet, vgg, zoo
+from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
 SMALL = {
@@ -149,7 +149,7 @@ def test_predictions_are_logits_and_parameters_plain_dicts(name):
 def test_lenet5_has_the_sizes_of_the_paper():
     model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
     assert count(model) == 61_706  # 156 + 2,416 + 48,120 + 10,164 + 850
-    assert count(model, masks.kernels) == 61_470  # without 6 + 16 + 120 + 84 + 10 biases
+    assert count(model, masks.is_kernel) == 61_470  # without 6 + 16 + 120 + 84 + 10 biases
 
 
 def test_cnn_and_mlp_have_the_sizes_that_their_layers_add_up_to():
@@ -162,9 +162,9 @@ def test_cnn_and_mlp_have_the_sizes_that_their_layers_add_up_to():
 def test_resnets_have_the_sizes_of_the_papers():
     wide = zoo.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
     assert count(wide) == 11_220_132
-    # Without biases, normalisation and the three 1x1 shortcuts (8,192 + 32,768 + 131,072).
+    # Without biases, normalization and the three 1x1 shortcuts (8,192 + 32,768 + 131,072).
     assert (
-        count(wide, lambda p, x: masks.kernels(p, x) and not p.endswith("shortcut/kernel"))
+        count(wide, lambda p, x: masks.is_kernel(p, x) and not p.endswith("shortcut/kernel"))
         == 11_038_400
     )
     small = zoo.resnet20(input_shape=(32, 32, 3), num_classes=10, norm="group")

@@ -11,12 +11,13 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.algorithms import compose, fedavg, filter_controls, mpfl
-from fedjaxprune.channels import groups
-from fedjaxprune.costs import formulas
-from fedjaxprune.federated import participation, servers
+from fedjaxprune.costs import storage_models
+from fedjaxprune.federated import sampling, server_optimizers
+from fedjaxprune.methods import fedavg, filter_controls, mpfl
 from fedjaxprune.models import adapters, resnet, vgg, zoo
-from fedjaxprune.pruning import consensus, filters
+from fedjaxprune.pruning.structured import filters, voting
+from fedjaxprune.rounds import training
+from fedjaxprune.structure.channels import groups
 from tests import quadratic, resuming
 
 KEY = jax.random.key(4)
@@ -26,7 +27,7 @@ NUM_FILTERS = 4 + 2
 
 
 def setup(**changes):
-    base = compose.Setup(
+    base = training.Protocol(
         num_rounds=ROUNDS, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -36,7 +37,7 @@ def settings(**options):
     return {
         "channels": quadratic.CHANNELS,
         "sparsity": 0.5,
-        "prunable": masks.kernels,
+        "prunable": masks.is_kernel,
         "iterations": ITERATIONS,
         "agreement": quadratic.full_batches(LOCAL_STEPS, max_size=28),
         **options,
@@ -68,7 +69,7 @@ def make(factory=mpfl.mpfl, **options):
 @functools.cache
 def voted():
     """Play MPFL with all clients, once for all tests."""
-    algorithm = make(consensus=consensus.top_k)
+    algorithm = make(consensus=voting.top_k)
     return algorithm, *run(algorithm)
 
 
@@ -173,7 +174,7 @@ def test_averaged_filters_rank_the_plain_mean_of_the_clients_weights():
     traffic = algorithm.num_bits(history[-1], states[-1])
     dense = 6 * 32 * quadratic.NUM_WEIGHTS
     assert traffic.uplink.values == dense
-    assert traffic.modelled["filter_masked"] == (dense, 6 * NUM_FILTERS)
+    assert traffic.modeled["filter_masked"] == (dense, 6 * NUM_FILTERS)
 
 
 def test_random_filters_follow_from_the_seed_and_do_not_travel():
@@ -186,7 +187,7 @@ def test_random_filters_follow_from_the_seed_and_do_not_travel():
 
 
 def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
-    algorithm = make(votes="examples", factor=0.4, consensus=consensus.majority)
+    algorithm = make(votes="examples", factor=0.4, consensus=voting.majority)
     states, _ = run(algorithm, num_rounds=2)
     sizes = np.array([3, 5, 2, 8, 4, 6])
     live = [np.ones(4, bool), np.ones(2, bool)]
@@ -200,11 +201,11 @@ def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
 def test_no_exchange_follows_once_enough_is_pruned():
     algorithm = make(stop=0.1)
     states, history = run(algorithm, num_rounds=ITERATIONS + 1)
-    assert [int(m.num_present) for m in history] == [6, 6, 0]  # a quarter goes at first
+    assert [int(m.num_participating) for m in history] == [6, 6, 0]  # a quarter goes at first
     chex.assert_trees_all_equal(states[3]._replace(round=states[2].round), states[2])
     traffic = algorithm.num_bits(history[2], states[3])
     assert (traffic.uplink_bits, traffic.downlink_bits, traffic.clients) == (0, 0, ())
-    assert set(map(tuple, traffic.modelled.values())) == {(0, 0)}
+    assert set(map(tuple, traffic.modeled.values())) == {(0, 0)}
 
 
 def assert_is_fedavg(states):
@@ -220,14 +221,14 @@ def assert_is_fedavg(states):
 
 
 def test_what_the_server_remembers_of_a_trained_start_is_rewound_too():
-    server = servers.fedavgm(learning_rate=1.0, momentum=0.9)
+    server = server_optimizers.fedavgm(learning_rate=1.0, momentum=0.9)
     algorithm = mpfl.mpfl(
-        quadratic.MODEL, setup(server=server), **settings(start_rounds=2, consensus=consensus.top_k)
+        quadratic.MODEL, setup(server=server), **settings(start_rounds=2, consensus=voting.top_k)
     )
     states, _ = run(algorithm, num_rounds=2 + ITERATIONS + 1)
     started, agreed = states[2], states[-1]
     assert np.all(quadratic.flatten(optax.tree.get(started.server, "trace")) != 0)
-    chex.assert_trees_all_equal(agreed.server, servers.init(server, agreed.params))
+    chex.assert_trees_all_equal(agreed.server, server_optimizers.init(server, agreed.params))
     chex.assert_trees_all_equal(agreed.params, masks.apply(agreed.masks, started.params))
 
 
@@ -252,7 +253,7 @@ def test_what_is_pruned_can_be_removed_exactly():
     )
     params, state = drawn
     inputs = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
-    channels = groups.analyse(model.predict, params, state, inputs)
+    channels = groups.analyze(model.predict, params, state, inputs)
     layers = filters.layers(channels, params)
     keep = tuple(jnp.arange(group.size) % 4 != 1 for group in layers)
     expand = functools.partial(filters.to_masks, channels, layers)
@@ -271,7 +272,7 @@ def test_what_is_pruned_can_be_removed_exactly():
         params,
     )
     np.testing.assert_allclose(predict(anything, state, inputs), wanted, rtol=1e-6)
-    # A layer's bits stand in its kernel, normalisation included.
+    # A layer's bits stand in its kernel, normalization included.
     paths = dict(zip(trees.paths(own), jax.tree.leaves(own), strict=True))
     for group, bits in zip(layers, keep, strict=True):
         for member in group.members:
@@ -297,7 +298,7 @@ def test_training_may_leave_out_what_reads_pruned_channels():
 
 def test_the_closed_form_of_the_agreement():
     """The specification's figures: bytes of a mask, and of ten exchanges with ten nodes."""
-    assert formulas.mpfl_agreement(2_752, 10, 9) == 8 * 68_800
+    assert storage_models.mpfl_agreement(2_752, 10, 9) == 8 * 68_800
     cases = [
         (vgg.vgg11(norm="none", input_shape=(32, 32, 3), num_classes=100), 2_752, 9_217_728, 344),
         (
@@ -328,7 +329,7 @@ def test_all_filters_of_vgg11_are_found():
     model = vgg.vgg11(norm="none", input_shape=(32, 32, 3), num_classes=100)
     params, state = jax.eval_shape(model.init, KEY)
     inputs = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-    layers = filters.layers(groups.analyse(model.predict, params, state, inputs), params)
+    layers = filters.layers(groups.analyze(model.predict, params, state, inputs), params)
     assert [group.size for group in layers] == [64, 128, 256, 256, 512, 512, 512, 512]
 
 
@@ -336,8 +337,8 @@ def test_the_ledger_is_the_closed_form():
     algorithm, states, history = voted()
     charged = [algorithm.num_bits(m, s) for m, s in zip(history, states[1:], strict=True)]
     agreed = charged[: ITERATIONS + 1]
-    total = sum(sum(traffic.modelled["filter_masked"]) for traffic in agreed)
-    assert total == formulas.mpfl_agreement(NUM_FILTERS, 6, ITERATIONS)
+    total = sum(sum(traffic.modeled["filter_masked"]) for traffic in agreed)
+    assert total == storage_models.mpfl_agreement(NUM_FILTERS, 6, ITERATIONS)
     # Measured: the first mask says nothing, the last goes down in the first round of training.
     assert [t.downlink_bits for t in agreed[:2]] == [0, 0]
     for traffic, kept in zip(charged, [(4, 2), (3, 2), (2, 1)], strict=False):
@@ -349,8 +350,8 @@ def test_the_ledger_is_the_closed_form():
     masked = 32 * (2 * 6 + 1 * 4 + 6)  # filters of 6 and 4 weights; all 6 biases
     removed = 32 * (2 * 6 + 1 * 2 + 3)
     for traffic in (first, second):
-        assert traffic.modelled["filter_masked"] == (6 * masked, 6 * masked)
-        assert traffic.modelled["channel_removed"] == (6 * removed, 6 * removed)
+        assert traffic.modeled["filter_masked"] == (6 * masked, 6 * masked)
+        assert traffic.modeled["channel_removed"] == (6 * removed, 6 * removed)
         assert traffic.uplink.values == 6 * (masked - 32 * 3)  # pruned biases do not travel
 
 
@@ -363,7 +364,7 @@ def test_a_trained_start_goes_down_once_to_everybody():
     plays = [jax.jit(stage.round) for stage in algorithm.stages]
     for index, ids in ((0, [0, 1, 2]), (1, [0, 1, 3]), (1, [0, 1, 4]), (1, [2, 3, 4])):
         members = quadratic.cohort(algorithm, ids)
-        members = members._replace(states=trees.take(everyone, jnp.asarray(ids)))
+        members = members._replace(states=trees.take_rows(everyone, jnp.asarray(ids)))
         before = state
         state, rows, metrics = plays[index](KEY, state, members, PEOPLE)
         everyone = jax.tree.map(
@@ -372,7 +373,7 @@ def test_a_trained_start_goes_down_once_to_everybody():
         traffic = algorithm.num_bits(metrics, state)
         live = 32 * int(masks.num_kept(before.masks).sum())
         received.append(traffic.downlink.values // live)
-        assert traffic.modelled["values"].downlink == traffic.downlink.values
+        assert traffic.modeled["values"].downlink == traffic.downlink.values
     assert received == [3, 3, 1, 1]  # all for training; all; client 4; client 2
     assert not np.array_equal(state.params["dense"]["bias"], jnp.zeros(4))  # the start moved
 
@@ -412,12 +413,12 @@ def test_wrong_options_are_refused(options, sentence):
 def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path, options, stages):
     settled = settings(**{"iterations": 1, **options})
     own = setup(num_rounds=stages.count("train"))
-    uniform = participation.uniform(num_clients=6, cohort_size=4)
+    uniform = sampling.uniform(num_clients=6, cohort_size=4)
     parts = resuming.parts(
-        quadratic.NORMALISED,
-        mpfl.mpfl(quadratic.NORMALISED, own, **settled),
+        quadratic.NORMALIZED,
+        mpfl.mpfl(quadratic.NORMALIZED, own, **settled),
         PEOPLE,
-        participation.drop_out(uniform, probability=0.2),
+        sampling.with_dropout(uniform, probability=0.2),
     )
     lines = resuming.assert_resumes(parts, tmp_path, stops=range(2, len(stages) + 1), eval_every=9)
     assert [line.stage for line in lines] == stages

@@ -9,22 +9,16 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import (
-    fedavg,
-    filter_controls,
-    fixed_masks,
-    gradual_magnitude,
-    mpfl,
-    stages,
-)
 from fedjaxprune.experiment import methods
+from fedjaxprune.methods import fedavg, filter_controls, fixed_masks, gradual_magnitude, mpfl
+from fedjaxprune.rounds import reporting
 from tests import quadratic
 from tests.test_algorithms import by_filter, dip, flip, setup, tiny
 
 KEY = jax.random.key(8)
 PEOPLE = quadratic.population()
 MODEL, ONE = quadratic.MODEL, quadratic.full_batches(1)
-SERVER = stages.held_out([0, 1, 2])
+SERVER = reporting.server_examples([0, 1, 2])
 
 
 def magnitude(source, weights: Literal["trained", "initial"] = "initial"):
@@ -40,8 +34,8 @@ METHODS = {
     ),
     "random_masks": lambda s: fixed_masks.random_masks(MODEL, s, sparsity=0.0),
     "magnitude_masks": magnitude(SERVER, weights="trained"),
-    "one_client_masks": magnitude(stages.one_client(2)),
-    "pooled_masks": magnitude(stages.pooled()),
+    "one_client_masks": magnitude(reporting.examples_of(2)),
+    "pooled_masks": magnitude(reporting.all_examples()),
     "snip_masks": lambda s: fixed_masks.snip_masks(
         MODEL, s, sparsity=0.0, source=SERVER, batcher=ONE
     ),
@@ -65,7 +59,7 @@ def test_every_method_with_a_sparsity_is_here():
 
 @functools.cache
 def plain(name):
-    model = quadratic.NORMALISED if name == "fedtiny" else MODEL
+    model = quadratic.NORMALIZED if name == "fedtiny" else MODEL
     algorithm = fedavg.fedavg(model, setup())
     return algorithm, jax.jit(algorithm.stages[0].round)
 
@@ -79,7 +73,7 @@ def plain(name):
 )
 def test_nothing_pruned_is_fedavg_to_the_bit(name):
     algorithm = METHODS[name](setup())
-    untrained = quadratic.NORMALISED_STATE if name == "fedtiny" else {}
+    untrained = quadratic.NORMALIZED_STATE if name == "fedtiny" else {}
     state = algorithm.init(quadratic.PARAMS, untrained)
     members = quadratic.cohort(algorithm, range(6))
 

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.federated import participation
+from fedjaxprune.federated import sampling
 
 KEY = jax.random.key(0)
 WEIGHTS = [1.0, 2.0, 0.0, 4.0, 3.0, 0.5]
 CHOOSERS = {
-    "uniform": (lambda: participation.uniform(num_clients=6, cohort_size=3), 3),
-    "weighted": (lambda: participation.weighted(WEIGHTS, cohort_size=3), 3),
-    "everyone": (lambda: participation.everyone(6), 6),
+    "uniform": (lambda: sampling.uniform(num_clients=6, cohort_size=3), 3),
+    "weighted": (lambda: sampling.weighted(WEIGHTS, cohort_size=3), 3),
+    "everyone": (lambda: sampling.all_clients(6), 6),
     "drop_out": (
-        lambda: participation.drop_out(
-            participation.uniform(num_clients=6, cohort_size=3), probability=0.4
+        lambda: sampling.with_dropout(
+            sampling.uniform(num_clients=6, cohort_size=3), probability=0.4
         ),
         3,
     ),
@@ -62,7 +62,7 @@ def test_the_key_decides(name):
 
 
 def test_uniform_chooses_all_clients_and_all_pairs_equally_often():
-    choose = participation.uniform(num_clients=6, cohort_size=2)
+    choose = sampling.uniform(num_clients=6, cohort_size=2)
     client_ids, _ = draw(choose)
     assert within(rates(client_ids, 6), np.full(6, 2 / 6))
     pairs = rates(client_ids[:, :1] * 6 + client_ids[:, 1:], 36)
@@ -71,13 +71,13 @@ def test_uniform_chooses_all_clients_and_all_pairs_equally_often():
 
 
 def test_weighted_chooses_one_client_in_proportion():
-    client_ids, _ = draw(participation.weighted(WEIGHTS, cohort_size=1))
+    client_ids, _ = draw(sampling.weighted(WEIGHTS, cohort_size=1))
     assert within(rates(client_ids, 6), np.array(WEIGHTS) / np.sum(WEIGHTS))
 
 
 def test_weighted_draws_without_replacement_one_after_the_other():
     weights = np.array([1.0, 2.0, 5.0])
-    client_ids, _ = draw(participation.weighted(weights, cohort_size=2))
+    client_ids, _ = draw(sampling.weighted(weights, cohort_size=2))
     p = weights / weights.sum()
     missing = [  # the third is left over if the other two come first, in either order
         p[j] * p[k] / (1 - p[j]) + p[k] * p[j] / (1 - p[k]) for j, k in ((1, 2), (0, 2), (0, 1))
@@ -86,32 +86,32 @@ def test_weighted_draws_without_replacement_one_after_the_other():
 
 
 def test_equal_weights_of_any_size_are_uniform():
-    client_ids, _ = draw(participation.weighted(np.full(4, 1e30), cohort_size=2))
+    client_ids, _ = draw(sampling.weighted(np.full(4, 1e30), cohort_size=2))
     assert within(rates(client_ids, 4), np.full(4, 0.5))
 
 
 def test_everyone_is_everyone():
-    client_ids, present = participation.everyone(5)(KEY)
+    client_ids, present = sampling.all_clients(5)(KEY)
     np.testing.assert_array_equal(client_ids, np.arange(5))
     np.testing.assert_array_equal(present, np.ones(5, bool))
 
 
 def test_drop_outs_are_independent_and_as_frequent_as_said():
-    _, present = draw(participation.drop_out(participation.everyone(3), probability=0.3))
+    _, present = draw(sampling.with_dropout(sampling.all_clients(3), probability=0.3))
     assert within(present.mean(axis=0), np.full(3, 0.7))
     both = (present[:, 0] & present[:, 1]).mean()
     assert within(both, 0.49)
 
 
 def test_drop_outs_add_up():
-    once = participation.drop_out(participation.everyone(3), probability=0.5)
-    _, present = draw(participation.drop_out(once, probability=0.5))
+    once = sampling.with_dropout(sampling.all_clients(3), probability=0.5)
+    _, present = draw(sampling.with_dropout(once, probability=0.5))
     assert within(present.mean(axis=0), np.full(3, 0.25))
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_nobody_or_everybody_can_drop_out(probability):
-    choose = participation.drop_out(participation.everyone(4), probability=probability)
+    choose = sampling.with_dropout(sampling.all_clients(4), probability=probability)
     assert np.all(choose(KEY)[1] == (probability == 0.0))
 
 
@@ -119,23 +119,23 @@ def test_nobody_or_everybody_can_drop_out(probability):
     ("make", "message"),
     [
         (
-            lambda: participation.uniform(num_clients=5, cohort_size=6),
+            lambda: sampling.uniform(num_clients=5, cohort_size=6),
             "cohort_size=6 and 5 clients in the population",
         ),
-        (lambda: participation.uniform(num_clients=5, cohort_size=0), "at least 1, got 0"),
+        (lambda: sampling.uniform(num_clients=5, cohort_size=0), "at least 1, got 0"),
         (
-            lambda: participation.weighted(WEIGHTS, cohort_size=6),
+            lambda: sampling.weighted(WEIGHTS, cohort_size=6),
             "cohort_size=6 and 5 clients with a positive weight",
         ),
-        (lambda: participation.weighted([1.0, -2.0], cohort_size=1), "got -2.0 for client 1 of 2"),
-        (lambda: participation.weighted([1.0, np.nan], cohort_size=1), "got nan for client 1"),
+        (lambda: sampling.weighted([1.0, -2.0], cohort_size=1), "got -2.0 for client 1 of 2"),
+        (lambda: sampling.weighted([1.0, np.nan], cohort_size=1), "got nan for client 1"),
         (
-            lambda: participation.weighted(jnp.ones((2, 2)), cohort_size=1),
+            lambda: sampling.weighted(jnp.ones((2, 2)), cohort_size=1),
             r"got the shape \(2, 2\)",
         ),
-        (lambda: participation.everyone(0), "at least 1, got 0"),
+        (lambda: sampling.all_clients(0), "at least 1, got 0"),
         (
-            lambda: participation.drop_out(participation.everyone(2), probability=1.5),
+            lambda: sampling.with_dropout(sampling.all_clients(2), probability=1.5),
             r"\[0, 1\], got 1.5",
         ),
     ],

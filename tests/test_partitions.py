@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import base
+from fedjaxprune import types
 from fedjaxprune.data import partitions
 
 BALANCED = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60)).astype(np.int32)
@@ -190,7 +190,7 @@ def test_a_population_keeps_examples_as_stored_and_clients_apart():
     assert population.examples["inputs"].dtype == jnp.uint8
     assert population.order.dtype == population.offsets.dtype == jnp.int32
     for client, part in enumerate(parts):
-        data = base.client_data(population, jnp.int32(client))
+        data = types.client_data(population, jnp.int32(client))
         assert int(data.size) == part.size
         held = data.order[int(data.start) : int(data.start) + int(data.size)]
         np.testing.assert_array_equal(held, part)

@@ -12,13 +12,15 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.algorithms import compose, fedavg, feddip, scaffold, simulation
-from fedjaxprune.base import Batch
 from fedjaxprune.costs import flops
-from fedjaxprune.experiment import catalog
-from fedjaxprune.experiment.config import RunConfig
-from fedjaxprune.federated import participation, uplink
-from fedjaxprune.models import adapters, convolution, layers, precision, zoo
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.run import build
+from fedjaxprune.federated import sampling, uplinks
+from fedjaxprune.kernels import convolution
+from fedjaxprune.methods import fedavg, feddip, scaffold
+from fedjaxprune.models import adapters, layers, precision, zoo
+from fedjaxprune.rounds import simulation, training
+from fedjaxprune.types import Batch
 from tests import quadratic
 
 KEY = jax.random.key(5)
@@ -55,12 +57,12 @@ DEEP = ("vgg16_bn", "resnet18", "resnet32", "resnet34", "resnet50", "gated_resne
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in catalog.MODELS],
+    [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in build.MODELS],
 )
 def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
     shape = (5,) if name == "char_lstm" else (32, 32, 3)
     norm = "group" if name == "resnet20" else "batch"
-    wide = catalog.MODELS[name](RunConfig(norm=norm), input_shape=shape, num_classes=10)
+    wide = build.MODELS[name](RunConfig(norm=norm), input_shape=shape, num_classes=10)
     model = precision.compute_in(wide, "bfloat16")
     params, state = jax.eval_shape(model.init, KEY)
     batch = batch_of(name)
@@ -76,7 +78,7 @@ def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
 
 @pytest.mark.parametrize("name", ["lenet5", pytest.param("resnet8", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_near_float32(name):
-    wide = catalog.MODELS[name](RunConfig(), input_shape=(32, 32, 3), num_classes=10)
+    wide = build.MODELS[name](RunConfig(), input_shape=(32, 32, 3), num_classes=10)
     params, state = wide.init(KEY)
     results = [
         jax.jit(gradient(model))(params, state, batch_of(name), KEY)
@@ -95,7 +97,7 @@ def test_losses_and_gradients_are_near_float32(name):
 
 
 @pytest.mark.parametrize("make", [layers.BatchNorm(), layers.GroupNorm(num_groups=1)])
-def test_normalisation_takes_its_statistics_in_float32(make):
+def test_normalization_takes_its_statistics_in_float32(make):
     # Around 100, neighbours in bfloat16 are 0.5 apart: means and squares of it would lose all.
     x = (100 + jax.random.normal(KEY, (64, 4, 4, 2))).astype(jnp.bfloat16)
     args = (x, True, None) if isinstance(make, layers.BatchNorm) else (x,)
@@ -133,18 +135,18 @@ ROUNDS = 4
 
 def played(make, model):
     """Play some rounds: the simulation, the last round's metrics and the traffic of all."""
-    setup = compose.Setup(
+    setup = training.Protocol(
         num_rounds=ROUNDS,
         batcher=quadratic.full_batches(3),
         optimizer=optax.sgd(0.1, momentum=0.5),
-        uplink=uplink.error_feedback(uplink.top_k(fraction=0.5)),
+        uplink=uplinks.error_feedback(uplinks.top_k(fraction=0.5)),
         chunk_size=2,
     )
     algorithm = make(model, setup)
     people = quadratic.population()
     run = simulation.start(algorithm, *model.init(KEY), num_clients=6)
     advance = jax.jit(
-        simulation.advance(algorithm.stages[0], participation.uniform(num_clients=6, cohort_size=3))
+        simulation.advance(algorithm.stages[0], sampling.uniform(num_clients=6, cohort_size=3))
     )
     told = []
     for _ in range(ROUNDS):
@@ -215,7 +217,7 @@ def test_a_network_costs_the_same_arithmetic():
     example = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     half = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 2 == 0, params)
     totals = [
-        flops.sparse(flops.of_model(model, masks.restrict(half, masks.kernels), example))
+        flops.sparse(flops.of_model(model, masks.restrict(half, masks.is_kernel), example))
         for model in (wide, precision.compute_in(wide, jnp.bfloat16))
     ]
     assert totals[0] == totals[1]

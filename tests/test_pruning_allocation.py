@@ -21,7 +21,7 @@ ALEXNET = [
 
 
 def resnet18():
-    """List ResNet-18's weight tensors for 100 classes, normalisation and shortcuts included."""
+    """List ResNet-18's weight tensors for 100 classes, normalization and shortcuts included."""
     tree = {"conv1": (64, 3, 3, 3), "bn1": (64,)}
     before = 64
     for stage, width in enumerate((64, 128, 256, 512), start=1):
@@ -119,7 +119,7 @@ ALLOCATIONS = {
     "uniform": allocation.uniform,
     "erk": allocation.erk,
     "erk_dense": lambda: allocation.erk(dense=lambda path, leaf: path == "c"),
-    "whole_model": allocation.whole_model,
+    "whole_model": allocation.global_pool,
 }
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from fedjaxprune import masks as mask_trees
 from fedjaxprune import trees
-from fedjaxprune.base import PrunerInputs
 from fedjaxprune.pruning import allocation, pruners, schedules, scores, selection
+from fedjaxprune.types import PrunerInputs
 
 KEY = jax.random.key(0)
 SHAPES = {
@@ -74,7 +74,7 @@ PRUNERS = {
     "chain_of_none": pruners.chain,
     "anew": lambda: anew(RAMP),
     "when": lambda: pruners.when(schedules.every(3, until=9), pruners.prune_to(RAMP)),
-    "exempt": lambda: pruners.exempt(pruners.prune_to(RAMP), mask_trees.kernels),
+    "exempt": lambda: pruners.exempt(pruners.prune_to(RAMP), mask_trees.is_kernel),
     "exempt_all": lambda: pruners.exempt(pruners.prune_to(RAMP), allocation.nothing),
     "exempt_when_chain": lambda: pruners.exempt(
         pruners.when(
@@ -85,7 +85,7 @@ PRUNERS = {
                 pruners.grow_to(0.5, score=scores.saliency, allocation=allocation.erk()),
             ),
         ),
-        mask_trees.kernels,
+        mask_trees.is_kernel,
     ),
 }
 DROPPING = [
@@ -162,7 +162,7 @@ def test_prune_to_keeps_the_largest_of_the_live_weights():
 
 
 def test_prune_to_leaves_alone_what_is_sparser_already():
-    for make in (allocation.uniform, allocation.whole_model):
+    for make in (allocation.uniform, allocation.global_pool):
         chex.assert_trees_all_equal(run(pruners.prune_to(0.1, allocation=make()), HALF), HALF)
 
 
@@ -218,7 +218,7 @@ def test_growing_everything_first_means_choosing_anew():
 
 
 def test_drop_then_grow_keeps_the_sparsity_and_moves_the_weights():
-    for shares in (allocation.uniform(), allocation.erk(), allocation.whole_model()):
+    for shares in (allocation.uniform(), allocation.erk(), allocation.global_pool()):
         sparse = run(pruners.prune_to(0.8, allocation=shares), FULL)
         grow = pruners.grow_to(0.8, score=scores.gradient, allocation=shares)
         revised = run(pruners.chain(pruners.drop(0.3), grow), sparse)
@@ -266,20 +266,20 @@ def test_when_runs_its_pruner_and_moves_its_state_only_if_due():
 
 
 def test_exempt_leaves_are_not_touched_and_count_in_no_pool():
-    masks = run(pruners.exempt(pruners.prune_to(0.75), mask_trees.kernels), FULL)
-    flags = mask_trees.prunable_leaves(PARAMS, mask_trees.kernels)
+    masks = run(pruners.exempt(pruners.prune_to(0.75), mask_trees.is_kernel), FULL)
+    flags = mask_trees.prunable_leaves(PARAMS, mask_trees.is_kernel)
     sizes = trees.sizes(PARAMS)
     assert [n for n, flag in zip(kept(masks), flags, strict=True) if not flag] == [8, 16]
     pool = sum(n for n, flag in zip(sizes, flags, strict=True) if flag)
     live = sum(n for n, flag in zip(kept(masks), flags, strict=True) if flag)
     assert live == pool - round(0.75 * pool)
-    partly = run(pruners.exempt(anew(0.75), mask_trees.kernels), HALF)
+    partly = run(pruners.exempt(anew(0.75), mask_trees.is_kernel), HALF)
     chex.assert_trees_all_equal(partly["scale"], HALF["scale"])
     chex.assert_trees_all_equal(partly["conv"]["bias"], HALF["conv"]["bias"])
 
 
 def test_the_state_of_an_exempt_pruner_knows_only_the_prunable_leaves():
-    pruner = pruners.exempt(counting(), mask_trees.kernels)
+    pruner = pruners.exempt(counting(), mask_trees.is_kernel)
     state = pruner.init(PARAMS)
     assert sorted(state) == ["conv/kernel", "dense/0/kernel"]
     _, after = pruner.update(KEY, FULL, state, inputs(grads=None))
@@ -289,7 +289,7 @@ def test_the_state_of_an_exempt_pruner_knows_only_the_prunable_leaves():
 def test_channels_are_pruned_whole():
     pruner = pruners.exempt(
         pruners.prune_to(0.5, allocation=allocation.uniform(), selection=selection.channels()),
-        mask_trees.kernels,
+        mask_trees.is_kernel,
     )
     for leaf in jax.tree.leaves(run(pruner, FULL)):
         if leaf.ndim >= 2:

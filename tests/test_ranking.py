@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import ranking
+from fedjaxprune import topk
 
 SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1.0, -1.0, 0.5, 2.0, 1e-40, -1e-40, 3e38, -3e38]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.int8, jnp.uint8, jnp.uint32]
@@ -29,8 +29,8 @@ def draw(seed, size):
     return rng.integers(-2, 3, size).astype(np.float32)
 
 
-TOP_K = jax.jit(ranking.top_k)
-TREE_TOP_K = jax.jit(ranking.tree_top_k)
+TOP_K = jax.jit(topk.top_k)
+TREE_TOP_K = jax.jit(topk.tree_top_k)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -79,10 +79,10 @@ def test_tree_top_k_ranks_all_leaves_as_one_pool_in_tree_order(seed):
 def test_top_k_maps_over_scores_and_counts():
     values = jnp.stack([jnp.asarray(draw(seed, 30)) for seed in range(6)])
     counts = jnp.array([0, 5, 11, 29, 30, 17], jnp.int32)
-    kept = jax.jit(jax.vmap(ranking.top_k))(values, counts)
+    kept = jax.jit(jax.vmap(topk.top_k))(values, counts)
     for row, k, mask in zip(values, counts.tolist(), kept, strict=True):
         np.testing.assert_array_equal(mask, reference(row, k))
-    by_count = jax.vmap(ranking.top_k, in_axes=(None, 0))(values[0], counts)
+    by_count = jax.vmap(topk.top_k, in_axes=(None, 0))(values[0], counts)
     assert jnp.sum(by_count, axis=1, dtype=jnp.int32).tolist() == counts.tolist()
 
 
@@ -99,18 +99,18 @@ def test_top_k_counts_exactly_where_float32_cannot():
 
 def test_top_k_is_traced_once_for_all_k():
     chex.clear_trace_counter()
-    traced = jax.jit(chex.assert_max_traces(ranking.top_k, n=1))
+    traced = jax.jit(chex.assert_max_traces(topk.top_k, n=1))
     for k in range(5):
         traced(jnp.arange(9.0), jnp.int32(k))
 
 
 def test_nothing_is_kept_of_nothing():
-    assert ranking.tree_top_k({}, jnp.int32(3)) == {}
-    chex.assert_shape(ranking.top_k(jnp.zeros((0, 2)), jnp.int32(3)), (0, 2))
+    assert topk.tree_top_k({}, jnp.int32(3)) == {}
+    chex.assert_shape(topk.top_k(jnp.zeros((0, 2)), jnp.int32(3)), (0, 2))
 
 
 def test_scores_without_a_common_order_are_refused():
     with pytest.raises(ValueError, match=r"float32, int32"):
-        ranking.tree_top_k([jnp.ones(2), jnp.ones(2, jnp.int32)], jnp.int32(1))
+        topk.tree_top_k([jnp.ones(2), jnp.ones(2, jnp.int32)], jnp.int32(1))
     with pytest.raises(ValueError, match="complex64"):
-        ranking.top_k(jnp.ones(2, jnp.complex64), jnp.int32(1))
+        topk.top_k(jnp.ones(2, jnp.complex64), jnp.int32(1))

@@ -14,15 +14,16 @@ import pytest
 
 pytest.importorskip("plotly", reason="report needs plotly: pip install 'fedjaxprune[report]'")
 
-from fedjaxprune.experiment import comparison, failure, runs
-from fedjaxprune.experiment.cli import main
-from fedjaxprune.experiment.report import figures, frame, page, series
+from fedjaxprune.cli.main import main
+from fedjaxprune.experiment.analysis import compare
+from fedjaxprune.experiment.analysis.report import figures, frame, page, series
+from fedjaxprune.experiment.folder import failure, load
 from tests import browser
 from tests.folders import MIB, big, line, rising, write
 
 
 def make(*folders):
-    return page.make(runs.read_all(folders)[0], budget=None, target=None)[0]
+    return page.make(load.read_all(folders)[0], budget=None, target=None)[0]
 
 
 def unpack(text, name):
@@ -50,7 +51,7 @@ def numbers(array):
 
 
 def group(*folders):
-    (members,) = comparison.group(runs.read_all(folders)[0])[0]
+    (members,) = compare.group(load.read_all(folders)[0])[0]
     return members
 
 
@@ -134,7 +135,7 @@ def test_traffic_is_by_kind_and_direction(tmp_path):
         "values down": [0.75, 1.5],
         "masks down": [0.25, 0.5],
     }
-    assert MIB == comparison.BITS_PER_MIB
+    assert MIB == compare.BITS_PER_MIB
 
 
 def test_the_front_is_what_nobody_beats():
@@ -173,7 +174,7 @@ def test_stages_of_several_methods_are_one_mark_a_round(tmp_path):
 
 
 def test_runs_without_the_newer_figures_have_the_other_pictures(tmp_path):
-    lacking = {"client_accuracy": None, "layer_sparsity": None, "modelled_flops": None,
+    lacking = {"client_accuracy": None, "layer_sparsity": None, "modeled_flops": None,
                "mean_coverage": None, "client_bits": []}  # fmt: skip
     lines = [one._replace(**lacking) for one in rising([0.1, 0.2])]
     folder = write(tmp_path / "a", lines)

@@ -2,8 +2,10 @@
 
 import pytest
 
-from fedjaxprune.experiment import catalog, methods, validation
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.config import validation
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.run import build
 from tests import resuming
 
 SETTINGS = {
@@ -35,7 +37,7 @@ def settings(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", validation.alternatives("algorithm"))
 def test_stopped_in_any_round_of_any_stage_it_resumes_to_the_same_bits(name, tmp_path):
-    parts = catalog.build(RunConfig(**settings(name)))
+    parts = build.build(RunConfig(**settings(name)))
     options = {"eval_every": 100, "warn": lambda sentence: None}  # the last round is tested
     lines = resuming.assert_resumes(parts, tmp_path, **options)
     stages = [stage.name for stage in parts.algorithm.stages for _ in range(stage.num_rounds)]

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment import alike, catalog, methods, runner
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.config import identity
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.run import build, loop
 
 METHODS = typing.get_args(methods.Name)
 SIZES = {"rounds": 3, "num_clients": 6, "cohort_size": 2, "local_steps": 1}
@@ -58,7 +60,7 @@ VALUES = {
     "gates": ("global", "personal"),
     "weight_threshold": (1e-3, 2e-3),
 }
-CASES = [(method, name) for method in METHODS for name in alike.knobs(method)]
+CASES = [(method, name) for method in METHODS for name in identity.knobs(method)]
 # Where one of these shares a setting with another method, it is tested in full only when asked.
 DEAR = ("random_channels", "fedtiny", "averaged_filters", "pooled_filters", "mpfl", "autoflip")
 
@@ -79,7 +81,7 @@ def marked(*case, quick):
 def config_of(method, **changes):
     """Set the first value of all that is the method's own, but for some changes."""
     network = {"model": "pooled_cnn"} if method in methods.CONVOLUTIONAL else {}
-    first = {name: VALUES[name][0] for name in alike.knobs(method)}
+    first = {name: VALUES[name][0] for name in identity.knobs(method)}
     return {"algorithm": method, **SIZES, **PLAIN, **network, **first, **changes}
 
 
@@ -88,10 +90,10 @@ class Run:
 
     def __init__(self, config):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "check", lambda parts: None)  # would trace everything first
-            self.parts = catalog.build(RunConfig(**config))
+            patch.setattr(loop, "check", lambda parts: None)  # would trace everything first
+            self.parts = build.build(RunConfig(**config))
         self.key = jax.random.key(0)
-        self.before = jax.eval_shape(lambda key: runner.start(key, self.parts), self.key)
+        self.before = jax.eval_shape(lambda key: loop.start(key, self.parts), self.key)
         self.names = [(stage.name, stage.num_rounds) for stage in self.parts.algorithm.stages]
 
     @functools.cache  # noqa: B019, a run lives as long as the module
@@ -178,5 +180,5 @@ def test_everybody_is_asked_before_training_and_a_cohort_in_training(method, sta
     asked = {}
     for (name, _), advance in zip(run.names, run.parts.advance, strict=True):
         _, metrics = jax.eval_shape(advance, run.key, run.before, run.parts.population)
-        asked[name] = metrics.present.shape
+        asked[name] = metrics.participated.shape
     assert asked == {stage: (6,), "train": (2,)}

@@ -6,17 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.algorithms import simulation
-from fedjaxprune.federated import participation, uplink
+from fedjaxprune.federated import sampling, uplinks
+from fedjaxprune.rounds import simulation
 from tests import quadratic
 from tests.test_algorithms import STATE, dip, setup
 
 KEY = jax.random.key(11)
 PEOPLE = quadratic.population()
-SAMPLE = participation.drop_out(
-    participation.weighted(jnp.arange(1.0, 7.0), cohort_size=3), probability=0.3
+SAMPLE = sampling.with_dropout(
+    sampling.weighted(jnp.arange(1.0, 7.0), cohort_size=3), probability=0.3
 )
-WIRE = uplink.error_feedback(uplink.top_k(fraction=0.5))
+WIRE = uplinks.error_feedback(uplinks.top_k(fraction=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +76,4 @@ def test_only_those_present_change_their_rows(parts):
     touched = jax.tree.leaves(
         jax.tree.map(lambda leaf: jnp.any(leaf.reshape(6, -1) != 0, axis=1), after.rows.uplink)
     )
-    assert int(jnp.any(jnp.stack(touched), axis=0).sum()) == int(record.num_present)
+    assert int(jnp.any(jnp.stack(touched), axis=0).sum()) == int(record.num_participating)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.base import Population
-from fedjaxprune.experiment import spread
+from fedjaxprune.experiment.run import client_accuracy
+from fedjaxprune.types import Population
 
 
 def population(labels, parts):
@@ -19,11 +19,11 @@ def population(labels, parts):
 def test_a_client_is_given_the_accuracies_of_its_classes():
     # Clients with classes {0}, {0, 1, 1, 1}, {1, 1}, and one without examples.
     made = population([0, 0, 1, 1, 1, 1, 1], [[0], [1, 2, 3, 4], [5, 6], []])
-    classes = spread.of_population(made, jnp.array([0, 0, 0, 0, 1, 1]))
+    classes = client_accuracy.of_population(made, jnp.array([0, 0, 0, 0, 1, 1]))
     assert classes is not None
     np.testing.assert_array_equal(classes.shares, [[1, 0], [0.25, 0.75], [0, 1]])
     # Class 0: three of four rightly, class 1: none of two.
-    told = spread.of_clients(classes, [3, 0])
+    told = client_accuracy.of_clients(classes, [3, 0])
     assert told is not None
     expected = [0.75, 0.1875, 0.0]
     assert told == {
@@ -40,24 +40,29 @@ def test_a_client_is_given_the_accuracies_of_its_classes():
 def test_alike_clients_have_the_accuracy_of_the_test():
     labels = np.tile(np.arange(4), 5)
     made = population(labels, np.split(np.arange(20), 5))
-    classes = spread.of_population(made, np.repeat(np.arange(4), 6))
+    classes = client_accuracy.of_population(made, np.repeat(np.arange(4), 6))
     assert classes is not None
-    told = spread.of_clients(classes, [6, 3, 0, 1, 0, 0])  # a network with two classes more
+    told = client_accuracy.of_clients(
+        classes, [6, 3, 0, 1, 0, 0]
+    )  # a network with two classes more
     assert told is not None
     assert told["lowest"] == told["highest"] == round(10 / 24, 6)
 
 
 def test_classes_that_are_not_tested_do_not_count():
     made = population([0, 1, 2], [[0, 2], [2]])
-    classes = spread.of_population(made, [0, 1])
+    classes = client_accuracy.of_population(made, [0, 1])
     assert classes is not None
     np.testing.assert_array_equal(classes.shares, [[1, 0, 0]])
 
 
 def test_where_examples_have_no_class_each_there_is_no_spread():
     whole = population([0, 1], [[0], [1]])
-    assert spread.of_population(whole, np.zeros((3, 2), np.int32)) is None
-    assert spread.of_population(whole, np.zeros(0, np.int32)) is None
+    assert client_accuracy.of_population(whole, np.zeros((3, 2), np.int32)) is None
+    assert client_accuracy.of_population(whole, np.zeros(0, np.int32)) is None
     sequences = whole._replace(examples={"labels": jnp.zeros((2, 5), jnp.int32)})
-    assert spread.of_population(sequences, [0]) is None
-    assert spread.of_population(whole._replace(examples={"inputs": jnp.zeros(2)}), [0]) is None
+    assert client_accuracy.of_population(sequences, [0]) is None
+    assert (
+        client_accuracy.of_population(whole._replace(examples={"inputs": jnp.zeros(2)}), [0])
+        is None
+    )

@@ -16,9 +16,12 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedjaxprune.experiment import launch, playing, reading, record, runs, sweeps
-from fedjaxprune.experiment.cli import main
-from fedjaxprune.experiment.config import UserError
+from fedjaxprune.cli.main import main
+from fedjaxprune.experiment.config import files
+from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.folder import load, record
+from fedjaxprune.experiment.run import launch
+from fedjaxprune.experiment.sweeps import execute, plan
 from tests.folders import rising, write
 
 TINY = {"rounds": 2, "num_clients": 4, "cohort_size": 2, "local_steps": 1, "devices": 1}
@@ -27,7 +30,7 @@ TINY = {"rounds": 2, "num_clients": 4, "cohort_size": 2, "local_steps": 1, "devi
 def read(tmp_path, values, out=None):
     path = tmp_path / "mine.yaml"
     path.write_text(values if isinstance(values, str) else yaml.safe_dump(values, sort_keys=False))
-    return sweeps.read(str(path), out=out or tmp_path / "out")
+    return plan.read(str(path), out=out or tmp_path / "out")
 
 
 def names(sweep):
@@ -87,14 +90,14 @@ def test_a_list_of_one_names_a_folder_as_a_longer_list_will(tmp_path):
 
 def test_a_preset_comes_first_and_the_file_says_where(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    preset = reading.read_source("feddip-fashion-mnist")
+    preset = files.read_source("feddip-fashion-mnist")
     text = yaml.safe_dump({"preset": "feddip-fashion-mnist", "seed": [1, 2], "out": "somewhere"})
     pathlib.Path("mine.yaml").write_text(text)
-    sweep = sweeps.read("mine.yaml", out=None)
+    sweep = plan.read("mine.yaml", out=None)
     assert sweep.folder == pathlib.Path("somewhere")
     assert sweep.members[0].config.rounds == preset["rounds"]
     pathlib.Path("mine.yaml").write_text("seed: [1]")
-    assert sweeps.read("mine.yaml", out=None).folder == pathlib.Path("runs/mine")
+    assert plan.read("mine.yaml", out=None).folder == pathlib.Path("runs/mine")
 
 
 BAD = {
@@ -214,7 +217,7 @@ def test_the_widest_member_decides_how_many_devices_there_are(tmp_path):
     sweep = read(tmp_path, {"devices": [1, 3, 2], "seed": 0, "algorithm": ["fedavg", "feddip"]})
     assert names(sweep) == ["fedavg-seed-0", "feddip-seed-0"]  # devices make no runs of their own
     sweep = read(tmp_path, {"cases": [{"devices": 1, "seed": 0}, {"devices": 3, "seed": 1}]})
-    assert playing._widest(sweep.members).devices == 3
+    assert execute._widest(sweep.members).devices == 3
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +254,7 @@ def test_a_sweep_makes_its_runs_for_a_function_that_follows(capsys, apart):
     assert "1 of 2 runs failed: fedavg-lenet5-seed-0" in err.splitlines()[-1]
     assert sorted(path.name for path in pathlib.Path("made").iterdir()) == ["fedavg-mlp-seed-0"]
     assert pathlib.Path("told").read_text() == "1\n2\n"
-    (made,) = runs.read_all(["made"])[0]
+    (made,) = load.read_all(["made"])[0]
     assert (made.state, len(made.lines)) == ("finished", 2)
     sparsities = made.lines[0].layer_sparsity
     assert sparsities is not None
@@ -263,9 +266,9 @@ def test_a_sweep_makes_its_runs_for_a_function_that_follows(capsys, apart):
 
 
 def test_an_error_in_round_three_leaves_a_mark_and_two_rounds(capsys, apart, monkeypatch):
-    from fedjaxprune.experiment import runner
+    from fedjaxprune.experiment.run import loop
 
-    compiled = runner._compiled
+    compiled = loop._compiled
 
     def third_fails(advance, mesh):
         step, times = compiled(advance, mesh), itertools.count(1)
@@ -277,15 +280,15 @@ def test_an_error_in_round_three_leaves_a_mark_and_two_rounds(capsys, apart, mon
 
         return call_step
 
-    monkeypatch.setattr(runner, "_compiled", third_fails)
+    monkeypatch.setattr(loop, "_compiled", third_fails)
     args = ["run", "--algorithm", "fedavg", "--out", "run"]
     for name, value in {**TINY, "rounds": 5}.items():
         args += [f"--{name.replace('_', '-')}", str(value)]
     with pytest.raises(RuntimeError, match="the device is gone"):
         main(args)
     capsys.readouterr()
-    (run,) = runs.read_all(["run"])[0]
-    assert runs.standing(run) == "failed in round 3: RuntimeError: the device is gone"
+    (run,) = load.read_all(["run"])[0]
+    assert load.standing(run) == "failed in round 3: RuntimeError: the device is gone"
     assert len(run.lines) == 2
     assert call(capsys, "compare", "run")[0] == 0
 
@@ -311,7 +314,7 @@ def test_a_sweep_killed_again_and_again_ends_with_the_same_folders(tmp_path, job
     }
 
     def start(folder):
-        code = "from fedjaxprune.experiment.cli import main; main()"
+        code = "from fedjaxprune.cli.main import main; main()"
         args = ["sweep", str(path), "--out", str(folder), "--jobs", str(jobs)]
         return subprocess.Popen(
             [sys.executable, "-c", code, *args],

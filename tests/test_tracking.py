@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from fedjaxprune.experiment import progress, tracking
-from fedjaxprune.experiment.config import RunConfig, UserError
+from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.tracking import progress, tracker
 from tests.folders import line, rising
 
 
@@ -15,7 +15,7 @@ class Told:
 
     def __init__(self):
         self.warned, self.rounds = [], []
-        self.report = progress.Report(
+        self.report = progress.Listener(
             start=lambda lines: None,
             round=lambda line: self.rounds.append(line.round),
             warn=self.warned.append,
@@ -24,7 +24,7 @@ class Told:
 
 def play(openers, folder, lines, *, done=0):
     told = Told()
-    following = tracking.follow(told.report, openers, folder=folder, config=RunConfig())
+    following = tracker.follow(told.report, openers, folder=folder, config=RunConfig())
     with following as report:
         report.start(lines[:done])
         for one in lines[done:]:
@@ -39,7 +39,7 @@ def test_a_function_of_a_line_is_a_tracker(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     lines = rising([0.1, 0.2])
-    told = play(tracking.find(["mine_of_tests:track"]), tmp_path, lines)
+    told = play(tracker.find(["mine_of_tests:track"]), tmp_path, lines)
     seen = sys.modules["mine_of_tests"].LINES
     assert seen == lines
     assert (told.warned, told.rounds) == ([], [1, 2])
@@ -53,16 +53,14 @@ def test_a_tracker_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path, mom
         raise OSError("no network\nat all")
 
     def opener(folder, config, num_rounds):
-        return tracking.Opened(
+        return tracker.Opened(
             track=fail if moment == "round" else seen.append,
             close=fail if moment == "close" else lambda: None,
         )
 
     openers = {
         "bad": fail if moment == "open" else opener,
-        "good": lambda *args: tracking.Opened(
-            track=other.append, close=lambda: other.append("end")
-        ),
+        "good": lambda *args: tracker.Opened(track=other.append, close=lambda: other.append("end")),
     }
     told = play(openers, tmp_path, rising([0.1, 0.2, 0.3]))
     assert told.rounds == [1, 2, 3]
@@ -76,8 +74,8 @@ def test_a_tracker_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path, mom
 
 def test_an_error_of_the_run_itself_closes_trackers_and_goes_on(tmp_path):
     closed = []
-    opener = {"one": lambda *args: tracking.Opened(print, lambda: closed.append(True))}
-    following = tracking.follow(Told().report, opener, folder=tmp_path, config=RunConfig())
+    opener = {"one": lambda *args: tracker.Opened(print, lambda: closed.append(True))}
+    following = tracker.follow(Told().report, opener, folder=tmp_path, config=RunConfig())
 
     def run():
         with following as report:
@@ -90,14 +88,14 @@ def test_an_error_of_the_run_itself_closes_trackers_and_goes_on(tmp_path):
 
 
 def test_numbers_of_a_line_have_names():
-    found = tracking.scalars(line(3, accuracy=0.5))
+    found = tracker.scalars(line(3, accuracy=0.5))
     assert found["test_accuracy"] == 0.5
     assert found["layer_sparsity/a/kernel"] == 0.75
     assert found["uplink_parts/values"] == found["uplink_bits"]
-    assert found["modelled_flops/dense_forward"] == 4e9
+    assert found["modeled_flops/dense_forward"] == 4e9
     assert found["client_accuracy/median"] == 0.5
     assert not {"round", "stage", "client_bits"} & set(found)
-    assert "test_accuracy" not in tracking.scalars(line(3))
+    assert "test_accuracy" not in tracker.scalars(line(3))
 
 
 @pytest.mark.parametrize(
@@ -112,16 +110,16 @@ def test_numbers_of_a_line_have_names():
 )
 def test_a_tracker_that_cannot_be_found_is_one_sentence(name, words):
     with pytest.raises(UserError) as caught:
-        tracking.find([name])
+        tracker.find([name])
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tensorboardX: install .*fedjaxprune\[tensorboard\]"):
-        tracking.find(["tensorboard"])
+        tracker.find(["tensorboard"])
 
 
 @pytest.mark.filterwarnings("default")  # of the two packages
@@ -131,7 +129,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     from tensorboard.backend.event_processing import event_accumulator
 
     lines = rising([0.1, 0.2, 0.3, 0.4])
-    openers = tracking.find(["tensorboard"])
+    openers = tracker.find(["tensorboard"])
     assert play(openers, tmp_path, lines[:3]).warned == []
     # Broken off and gone on with from round 2: what the first part had after that is gone.
     changed = [one._replace(test_accuracy=0.9) for one in lines]
@@ -165,7 +163,7 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path, monkeypatch):
         end_run=note("end_run"),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    openers = {"wandb": tracking.wandb, "mlflow": tracking.mlflow}
+    openers = {"wandb": tracker.wandb, "mlflow": tracker.mlflow}
     assert play(openers, tmp_path / "a", rising([0.1])).warned == []
     names = [name for name, _, _ in calls]
     assert names == ["init", "start_run", "log_params", "log", "log_metrics", "finish", "end_run"]

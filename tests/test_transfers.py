@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment import catalog, progress, record, runner
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.run import build, loop
+from fedjaxprune.experiment.tracking import progress
 
 SETTINGS = {
     "rounds": 4,
@@ -25,10 +27,10 @@ WAYS_OUT = ("callback", "infeed", "outfeed", " send(", " recv(")
 
 def train(folder, monkeypatch, *, devices, around, **changes):
     """Run, with the calls of the compiled round made by ``around(step, number, *arguments)``."""
-    config = catalog.resolve(RunConfig(**{**SETTINGS, **changes, "devices": devices}))
-    parts = catalog.build(config)
+    config = build.resolve(RunConfig(**{**SETTINGS, **changes, "devices": devices}))
+    parts = build.build(config)
     record.create(folder, config)
-    compiled = runner._compiled
+    compiled = loop._compiled
 
     def watched(advance, mesh):
         step, numbers = compiled(advance, mesh), iter(range(1, 1 + SETTINGS["rounds"]))
@@ -40,9 +42,9 @@ def train(folder, monkeypatch, *, devices, around, **changes):
         last = line.round == SETTINGS["rounds"]
         jax.config.update("jax_transfer_guard", "allow" if last else "disallow")
 
-    monkeypatch.setattr(runner, "_compiled", watched)
+    monkeypatch.setattr(loop, "_compiled", watched)
     try:
-        runner.train(
+        loop.train(
             parts,
             seed=0,
             folder=folder,
@@ -50,7 +52,7 @@ def train(folder, monkeypatch, *, devices, around, **changes):
             checkpoint_every=100,
             keep_checkpoints=1,
             fingerprint=0,
-            report=progress.Report(start=lambda _: None, round=on_round, warn=pytest.fail),
+            report=progress.Listener(start=lambda _: None, round=on_round, warn=pytest.fail),
         )
     finally:
         jax.config.update("jax_transfer_guard", "allow")
@@ -88,7 +90,9 @@ def test_a_transfer_would_be_seen(tmp_path, monkeypatch, place):
     def careless(step, number, key, now, population):
         if place == "loop":
             after, metrics = guarded(step, number, key, now, population)
-            return after, metrics._replace(num_present=metrics.num_present + np.int32(0))
+            return after, metrics._replace(
+                num_participating=metrics.num_participating + np.int32(0)
+            )
         # A setting that comes from the host in every round.
         state = now.state._replace(round=np.int32(number - 1))
         return guarded(step, number, key, now._replace(state=state), population)

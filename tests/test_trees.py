@@ -23,7 +23,7 @@ def test_map_with_path_gives_each_leaf_its_path():
 @pytest.mark.parametrize("condition", [True, False])
 def test_select_takes_one_of_two_trees(condition):
     other = jax.tree.map(lambda leaf: -leaf - 1, TREE)
-    chosen = jax.jit(trees.select)(jnp.bool_(condition), TREE, other)
+    chosen = jax.jit(trees.tree_where)(jnp.bool_(condition), TREE, other)
     chex.assert_trees_all_equal(chosen, TREE if condition else other)
 
 
@@ -37,6 +37,6 @@ def test_all_finite_finds_one_bad_value_among_floats():
 
 def test_take_takes_rows_of_every_leaf():
     rows = jnp.array([1, 1, 0])
-    taken = trees.take(TREE, rows)
+    taken = trees.take_rows(TREE, rows)
     assert taken["b"][0].tolist() == [[3, 4, 5], [3, 4, 5], [0, 1, 2]]
     assert taken["a"]["kernel"].tolist() == [1, 1, 0]

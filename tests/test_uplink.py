@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.accounts import Payload
-from fedjaxprune.federated import uplink
+from fedjaxprune.federated import uplinks
+from fedjaxprune.traffic import Payload
 
 KEY = jax.random.key(0)
 DELTA = {
@@ -25,18 +25,18 @@ MASKS = {
 KEPT = [int(n) for n in masks_lib.num_kept(MASKS)]
 
 PLAIN = {
-    "identity": uplink.identity(),
-    "top_k": uplink.top_k(fraction=0.3),
-    "random_k": uplink.random_k(fraction=0.3),
-    "unbiased_random_k": uplink.unbiased_random_k(fraction=0.3),
-    "sign": uplink.sign(),
-    "quantise": uplink.quantise(bits=3),
+    "identity": uplinks.identity(),
+    "top_k": uplinks.top_k(fraction=0.3),
+    "random_k": uplinks.random_k(fraction=0.3),
+    "unbiased_random_k": uplinks.unbiased_random_k(fraction=0.3),
+    "sign": uplinks.sign(),
+    "quantize": uplinks.quantize(bits=3),
 }
 WITH_FEEDBACK = {
-    f"error_feedback({name})": uplink.error_feedback(inner) for name, inner in PLAIN.items()
+    f"error_feedback({name})": uplinks.error_feedback(inner) for name, inner in PLAIN.items()
 }
 UPLINKS = PLAIN | WITH_FEEDBACK  # made once, so that each is compiled once
-RANDOM = ["quantise", "random_k", "unbiased_random_k"]
+RANDOM = ["quantize", "random_k", "unbiased_random_k"]
 SELECTING = ["identity", "top_k", "random_k"]  # what they send, they send as it is
 
 
@@ -113,7 +113,7 @@ def test_the_residual_is_what_was_computed_less_what_was_sent(name):
 
 
 def test_nothing_is_lost_but_delayed_by_feedback():
-    component = uplink.error_feedback(uplink.top_k(fraction=0.1))
+    component = uplinks.error_feedback(uplinks.top_k(fraction=0.1))
     values = {"w": jnp.arange(1.0, 21.0)}
     masks = masks_lib.full(values)
     state, received = component.init(values), jnp.zeros(20)
@@ -127,7 +127,7 @@ def test_nothing_is_lost_but_delayed_by_feedback():
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("make", [uplink.top_k, uplink.random_k, uplink.unbiased_random_k])
+@pytest.mark.parametrize("make", [uplinks.top_k, uplinks.random_k, uplinks.unbiased_random_k])
 def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
     values = {"w": jax.random.normal(KEY, (61,)), "short": jnp.float32(1.0).reshape(1)}
     masks = {"w": jnp.arange(61) % 3 != 0, "short": jnp.ones(1, jnp.bool_)}
@@ -137,7 +137,7 @@ def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
     assert int(jnp.sum(sent["short"] != 0)) == 1
     payloads = [make(fraction=fraction).payload(n) for n in (1, 40)]
     assert [payload.num_values for payload in payloads] == [1, expected]
-    if make is uplink.top_k:
+    if make is uplinks.top_k:
         chosen = np.abs(np.where(masks["w"], values["w"], 0.0))
         threshold = np.sort(chosen)[-expected]
         kept = np.where(chosen >= threshold, values["w"], np.float32(0.0))
@@ -147,13 +147,13 @@ def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
 def test_counts_are_those_of_the_host_where_float32_would_miscount():
     size = 2**24 + 2
     for fraction in (0.5 + 2**-25, 0.1, 0.9999999):
-        host = uplink._num_sent(fraction, size)
+        host = uplinks._num_sent(fraction, size)
         mask = jax.ShapeDtypeStruct((size,), jnp.bool_)
-        count = jax.jit(lambda mask, f=fraction: uplink._num_sent_traced(f, mask))
+        count = jax.jit(lambda mask, f=fraction: uplinks._num_sent_traced(f, mask))
         assert int(count(jnp.ones(mask.shape, mask.dtype))) == host
 
 
-@pytest.mark.parametrize("name", ["quantise", "unbiased_random_k"])
+@pytest.mark.parametrize("name", ["quantize", "unbiased_random_k"])
 def test_unbiased_uplinks_are_right_on_average(name):
     num_keys = 4000
     keys = jax.random.split(jax.random.key(11), num_keys)
@@ -169,7 +169,7 @@ def test_unbiased_uplinks_are_right_on_average(name):
 def test_random_k_chooses_every_entry_equally_often():
     masks = {"w": jnp.arange(12) < 8}
     keys = jax.random.split(jax.random.key(12), 4000)
-    update = uplink.random_k(fraction=0.25).update
+    update = uplinks.random_k(fraction=0.25).update
     sent, _ = jax.vmap(update, (0, None, None, None))(keys, {"w": jnp.ones(12)}, (), masks)
     rate = np.mean(sent["w"], axis=0)
     np.testing.assert_allclose(rate[:8], 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 4000))
@@ -179,15 +179,15 @@ def test_random_k_chooses_every_entry_equally_often():
 def test_signs_carry_the_mean_magnitude_and_zero_travels_as_plus():
     delta = {"w": jnp.array([1.0, -2.0, 0.0, 9.0])}
     masks = {"w": jnp.array([True, True, True, False])}
-    sent, _ = send(uplink.sign(), delta, masks)
+    sent, _ = send(uplinks.sign(), delta, masks)
     chex.assert_trees_all_equal(sent, {"w": jnp.array([1.0, -1.0, 1.0, 0.0])})
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8, 16])
-def test_quantise_has_its_levels_and_sends_the_ends_as_they_are(bits):
+def test_quantize_has_its_levels_and_sends_the_ends_as_they_are(bits):
     values = jax.random.normal(jax.random.key(13), (3000,))
     masks = {"w": jnp.arange(3000) % 2 == 0}
-    sent, _ = send(uplink.quantise(bits=bits), {"w": values}, masks)
+    sent, _ = send(uplinks.quantize(bits=bits), {"w": values}, masks)
     sent, kept = sent["w"][::2], values[::2]
     assert len(np.unique(sent)) <= 2**bits
     assert jnp.min(sent) == jnp.min(kept)
@@ -197,28 +197,28 @@ def test_quantise_has_its_levels_and_sends_the_ends_as_they_are(bits):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e-20])
-def test_quantise_sends_a_constant_leaf_as_it_is(value):
+def test_quantize_sends_a_constant_leaf_as_it_is(value):
     delta = {"w": jnp.full((4,), value)}
-    sent, _ = send(uplink.quantise(bits=2), delta, masks_lib.full(delta))
+    sent, _ = send(uplinks.quantize(bits=2), delta, masks_lib.full(delta))
     chex.assert_trees_all_equal(sent, delta)
 
 
 def test_everything_is_sent_by_the_fraction_one():
     expected = masks_lib.apply(MASKS, DELTA)
-    for make in (uplink.top_k, uplink.random_k, uplink.unbiased_random_k):
+    for make in (uplinks.top_k, uplinks.random_k, uplinks.unbiased_random_k):
         sent, _ = send(make(fraction=1.0))
         chex.assert_trees_all_equal(sent, expected)
         for n in KEPT:
-            assert make(fraction=1.0).payload(n) == uplink.identity().payload(n)
+            assert make(fraction=1.0).payload(n) == uplinks.identity().payload(n)
 
 
 def test_payloads_are_as_the_doc_strings_say():
-    assert uplink.identity().payload(1000) == Payload(1000)
-    assert uplink.top_k(fraction=0.01).payload(1000) == Payload(10, positions="sent")
-    for make in (uplink.random_k, uplink.unbiased_random_k):
+    assert uplinks.identity().payload(1000) == Payload(1000)
+    assert uplinks.top_k(fraction=0.01).payload(1000) == Payload(10, positions="sent")
+    for make in (uplinks.random_k, uplinks.unbiased_random_k):
         assert make(fraction=0.01).payload(10) == Payload(1, positions="seed")
-    assert uplink.sign().payload(10) == Payload(10, level_bits=1, num_scales=1)
-    assert uplink.quantise(bits=4).payload(10) == Payload(10, level_bits=4, num_scales=2)
+    assert uplinks.sign().payload(10) == Payload(10, level_bits=1, num_scales=1)
+    assert uplinks.quantize(bits=4).payload(10) == Payload(10, level_bits=4, num_scales=2)
 
 
 @pytest.mark.parametrize("name", sorted(UPLINKS))
@@ -232,7 +232,7 @@ def test_payloads_are_python_integers_none_for_nothing(name):
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
-@pytest.mark.parametrize("make", [uplink.top_k, uplink.random_k, uplink.unbiased_random_k])
+@pytest.mark.parametrize("make", [uplinks.top_k, uplinks.random_k, uplinks.unbiased_random_k])
 def test_a_fraction_that_makes_no_sense_is_refused(make, fraction):
     with pytest.raises(ValueError, match=rf"\(0, 1\], got {fraction}"):
         make(fraction=fraction)
@@ -241,7 +241,7 @@ def test_a_fraction_that_makes_no_sense_is_refused(make, fraction):
 @pytest.mark.parametrize("bits", [0, 17])
 def test_bits_that_make_no_sense_are_refused(bits):
     with pytest.raises(ValueError, match=rf"\[1, 16\], got {bits}"):
-        uplink.quantise(bits=bits)
+        uplinks.quantize(bits=bits)
 
 
 def _pairs(first, second):

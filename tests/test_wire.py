@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedjaxprune import masks, trees
-from fedjaxprune.costs import codings, headers, wire
-from fedjaxprune.costs.packing import WireError
 from fedjaxprune.models import zoo
+from fedjaxprune.wire import codings, headers
+from fedjaxprune.wire import format as wire_format
+from fedjaxprune.wire.packing import WireError
 
 CORPUS = sorted((pathlib.Path(__file__).parent / "corpus" / "wire").glob("*.bin"))
 KNOWN = {
@@ -78,19 +79,19 @@ NAMES = NAMES.filter(lambda name: name.isprintable())
 @example({"nan": np.array([0x7FC00001, 0xFF812345, 0x80000000], np.uint32).view(np.float32)}, None)
 @example({"scalar": np.array(3, np.int8), "empty": np.zeros([3, 0, 2], ml_dtypes.bfloat16)}, 9)
 def test_what_is_decoded_is_what_was_encoded_and_as_long_as_it_says(message, deflate_level):
-    data = wire.encode(message, deflate_level=deflate_level)
-    decoded = wire.decode(data)
+    data = wire_format.encode(message, deflate_level=deflate_level)
+    decoded = wire_format.decode(data)
     assert list(decoded) == list(message)
     for name, values in message.items():
         assert_same_bits(decoded[name], values)
     if deflate_level is None:
-        assert 8 * len(data) == wire.num_bits(message)
+        assert 8 * len(data) == wire_format.num_bits(message)
         dense = sum(
             math.ceil(v.size / 8) if v.dtype == np.bool_ else v.nbytes for v in message.values()
         )
-        assert len(data) <= wire.frame_bytes(len(message)) + dense + CONSTANT * len(message) + sum(
-            len(name.encode()) for name in message
-        )
+        assert len(data) <= wire_format.frame_bytes(len(message)) + dense + CONSTANT * len(
+            message
+        ) + sum(len(name.encode()) for name in message)
 
 
 @st.composite
@@ -103,20 +104,25 @@ def parts(draw):
     may = np.ones(shape, np.bool_) if known is None else known
     kind = draw(st.sampled_from(["kept", "pairs", "levels", "counted"]))
     if kind == "counted":
-        return wire.counted(chosen), None, chosen, {"num_chosen": int(chosen.sum())}
+        return wire_format.counted(chosen), None, chosen, {"num_chosen": int(chosen.sum())}
     counts = {"num_known": None if known is None else int(known.sum())}
     if kind == "kept":
-        return wire.kept(values, known), known, np.where(may, values, np.zeros_like(values)), counts
+        return (
+            wire_format.kept(values, known),
+            known,
+            np.where(may, values, np.zeros_like(values)),
+            counts,
+        )
     sent = may & chosen
     if kind == "pairs":
-        part = wire.pairs(values, chosen, known=known)
+        part = wire_format.pairs(values, chosen, known=known)
         counts["num_chosen"] = int(sent.sum())
         return part, known, np.where(sent, values, np.zeros_like(values)), counts
     bits = draw(st.integers(1, 16))
     grid = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 2**bits, shape)
     scales = np.array([np.nan, -0.0], np.float32)[: draw(st.integers(0, 2))]
     counts |= {"level_bits": bits, "num_scales": len(scales)}
-    part = wire.levels(grid, bits=bits, scales=scales, known=known)
+    part = wire_format.levels(grid, bits=bits, scales=scales, known=known)
     return part, known, np.where(may, grid, 0).astype(np.uint16), counts
 
 
@@ -124,16 +130,16 @@ def parts(draw):
 @given(parts())
 def test_what_the_receiver_knows_is_not_sent_and_the_length_follows_from_counts(case):
     part, known, expected, counts = case
-    data = wire.encode({"x": part})
-    found = wire.decode(data, known={} if known is None else {"x": known})["x"]
-    if isinstance(found, wire.Levels):
+    data = wire_format.encode({"x": part})
+    found = wire_format.decode(data, known={} if known is None else {"x": known})["x"]
+    if isinstance(found, wire_format.Levels):
         assert found.level_bits == part.level_bits
         assert_same_bits(found.scales, part.scales)
         found = found.levels
     assert_same_bits(found, expected)
-    assert 8 * len(data) == wire.num_bits({"x": part})
+    assert 8 * len(data) == wire_format.num_bits({"x": part})
     planned = headers.plan_counts("x", part.values.dtype, part.values.shape, **counts)
-    assert len(data) == wire.frame_bytes(1) + sum(headers.lengths(planned, ""))
+    assert len(data) == wire_format.frame_bytes(1) + sum(headers.lengths(planned, ""))
 
 
 def test_a_message_written_by_hand_is_the_one_of_the_documentation():
@@ -149,12 +155,12 @@ def test_a_message_written_by_hand_is_the_one_of_the_documentation():
         "0000c03f 000000c0"  # 1.5, -2.0
     )
     body = bytes.fromhex(written)
-    assert wire.encode(message)[:-4].hex(" ") == body.hex(" ")
-    assert wire.encode(message) == body + zlib.crc32(body).to_bytes(4, "little")
+    assert wire_format.encode(message)[:-4].hex(" ") == body.hex(" ")
+    assert wire_format.encode(message) == body + zlib.crc32(body).to_bytes(4, "little")
     text = (pathlib.Path(__file__).parents[1] / "docs" / "wire.md").read_text()
     example = text.split("```text\n")[-1].split("```")[0]
     lines = [line.split("  ")[0] for line in example.splitlines()]
-    assert bytes.fromhex("".join(lines)) == wire.encode(message)
+    assert bytes.fromhex("".join(lines)) == wire_format.encode(message)
 
 
 def test_every_coding_is_the_shortest_of_something():
@@ -179,7 +185,7 @@ def test_every_coding_is_the_shortest_of_something():
 def test_lenet5_at_095_is_within_two_per_cent_of_the_entropy_bound(by):
     model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
     params, _ = jax.jit(model.init)(jax.random.key(0))
-    flags = masks.prunable_leaves(params, masks.kernels)
+    flags = masks.prunable_leaves(params, masks.is_kernel)
     rng = np.random.default_rng(1)
     leaves = [np.asarray(leaf) + np.float32(1e-3) for leaf in jax.tree.leaves(params)]
     scores = [rng.random(v.shape) if by == "chance" else np.abs(v) for v in leaves]
@@ -193,13 +199,13 @@ def test_lenet5_at_095_is_within_two_per_cent_of_the_entropy_bound(by):
         num_values += m
         bound += 0.0 if m in (0, n) else -m * math.log2(m / n) - (n - m) * math.log2(1 - m / n)
     assert num_values == 61_706 - 61_470 + num_kept
-    assert wire.num_bits(message) <= 1.02 * (bound + 32 * num_values)
+    assert wire_format.num_bits(message) <= 1.02 * (bound + 32 * num_values)
 
 
 def test_an_array_of_the_device_travels_as_it_is():
     values = jnp.asarray([1.0, jnp.nan, -0.0], jnp.bfloat16)
     message = {"x": np.asarray(values)}
-    assert_same_bits(wire.decode(wire.encode(message))["x"], np.asarray(values))
+    assert_same_bits(wire_format.decode(wire_format.encode(message))["x"], np.asarray(values))
 
 
 @pytest.mark.parametrize(
@@ -208,14 +214,14 @@ def test_an_array_of_the_device_travels_as_it_is():
         ({"x": np.zeros(2, np.complex64)}, "complex64 do not travel"),
         ({"x" * 256: np.zeros(2)}, "255 bytes"),
         ({"x": np.zeros([1] * 16)}, "16 axes"),
-        ({"x": wire.kept(np.zeros(3), np.ones(2, np.bool_))}, "a mask must be bool"),
-        ({"x": wire.kept(np.zeros(3, np.bool_), np.ones(3, np.bool_))}, "travels whole"),
-        ({"x": wire.pairs(np.ones(3, np.bool_), np.zeros(3, np.bool_))}, "no values beside"),
+        ({"x": wire_format.kept(np.zeros(3), np.ones(2, np.bool_))}, "a mask must be bool"),
+        ({"x": wire_format.kept(np.zeros(3, np.bool_), np.ones(3, np.bool_))}, "travels whole"),
+        ({"x": wire_format.pairs(np.ones(3, np.bool_), np.zeros(3, np.bool_))}, "no values beside"),
     ],
 )
 def test_what_cannot_travel_is_refused(message, sentence):
     with pytest.raises(ValueError, match=sentence):
-        wire.encode(message)
+        wire_format.encode(message)
 
 
 @pytest.mark.parametrize(
@@ -228,14 +234,14 @@ def test_what_cannot_travel_is_refused(message, sentence):
 )
 def test_levels_outside_their_range_are_refused(bits, grid, sentence):
     with pytest.raises(ValueError, match=sentence):
-        wire.levels(np.array(grid), bits=bits, scales=np.zeros(1))
+        wire_format.levels(np.array(grid), bits=bits, scales=np.zeros(1))
 
 
 def sample_message():
     rng = np.random.default_rng(2)
     sparse = np.where(rng.random([12, 10]) < 0.1, 1.5, 0.0)
     return {
-        "a": wire.kept(np.ones([5, 7], np.float32), KNOWN["a"]),
+        "a": wire_format.kept(np.ones([5, 7], np.float32), KNOWN["a"]),
         "masks": rng.random([20, 10]) < 0.2,
         "sparse": sparse.astype(np.float32),
     }
@@ -243,25 +249,25 @@ def sample_message():
 
 @pytest.mark.parametrize("deflate_level", [None, 6])
 def test_every_truncation_and_every_flipped_bit_is_told(deflate_level):
-    data = wire.encode(sample_message(), deflate_level=deflate_level)
-    wire.decode(data, known=KNOWN)
+    data = wire_format.encode(sample_message(), deflate_level=deflate_level)
+    wire_format.decode(data, known=KNOWN)
     for size in range(len(data)):
         with pytest.raises(WireError):
-            wire.decode(data[:size], known=KNOWN)
+            wire_format.decode(data[:size], known=KNOWN)
     with pytest.raises(WireError):
-        wire.decode(data + b"\0", known=KNOWN)
+        wire_format.decode(data + b"\0", known=KNOWN)
     for at in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[at // 8] ^= 1 << at % 8
         with pytest.raises(WireError):
-            wire.decode(flipped, known=KNOWN)
+            wire_format.decode(flipped, known=KNOWN)
 
 
 def test_another_mask_than_the_sender_had_is_told():
-    data = wire.encode(sample_message())
+    data = wire_format.encode(sample_message())
     for other in (None, KNOWN["a"][:4], np.roll(KNOWN["a"], 1), ~KNOWN["a"]):
         with pytest.raises(WireError):
-            wire.decode(data, known={} if other is None else {"a": other})
+            wire_format.decode(data, known={} if other is None else {"a": other})
 
 
 def with_checksum(body):
@@ -271,13 +277,13 @@ def with_checksum(body):
 def test_a_small_message_that_declares_a_large_tensor_is_refused():
     huge = bytes([0, 1, 0x78, 0x1B, 0x02, *[0x80] * 5, 1, 0, 0, 0])  # sparse, all zero, 2**35 wide
     with pytest.raises(WireError, match="more than"):
-        wire.decode(with_checksum(b"FJP\x01\0\x01" + huge))
+        wire_format.decode(with_checksum(b"FJP\x01\0\x01" + huge))
     bomb = zlib.compress(bytes(1 << 20), 9)
     with pytest.raises(WireError, match="inflates to another length"):
-        wire.decode(b"FJP\x01\x01" + bytes([100]) + bomb + bytes(4))
+        wire_format.decode(b"FJP\x01\x01" + bytes([100]) + bomb + bytes(4))
     message = {"x": np.zeros(1000, np.float32)}
     with pytest.raises(WireError, match="more than 3999 bytes"):
-        wire.decode(wire.encode(message), max_bytes=3999)
+        wire_format.decode(wire_format.encode(message), max_bytes=3999)
 
 
 @settings(deadline=None, max_examples=500)
@@ -295,7 +301,7 @@ def test_damage_behind_a_right_checksum_raises_the_one_error(file, seed, num_cha
         else:
             del body[at : at + chance.randrange(4)]
     try:
-        decoded = wire.decode(with_checksum(bytes(body)), known=KNOWN, max_bytes=1 << 16)
+        decoded = wire_format.decode(with_checksum(bytes(body)), known=KNOWN, max_bytes=1 << 16)
     except WireError:
         return
     assert sum(v.nbytes for v in decoded.values() if isinstance(v, np.ndarray)) <= 1 << 16
@@ -305,6 +311,6 @@ def test_the_corpus_of_the_fuzzer_raises_nothing_but_the_one_error():
     assert len(CORPUS) > 10
     for file in CORPUS:
         try:
-            wire.decode(file.read_bytes(), known=KNOWN, max_bytes=1 << 16)
+            wire_format.decode(file.read_bytes(), known=KNOWN, max_bytes=1 << 16)
         except WireError:
             continue

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.base import Masks, Params, PrunableFn
+from fedjaxprune.types import Masks, Params, PrunableFn
 
 
 class Coverage(NamedTuple):
@@ -81,9 +81,9 @@ def report(coverage: Coverage, prunable: PrunableFn) -> Report:
     shares = [jnp.sum(leaf.astype(jnp.float32) / rounds) for leaf in leaves]
     never = [jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in leaves]
     return Report(
-        mean=trees.total(shares, dtype=jnp.float32) / size,
+        mean=trees.tree_sum(shares, dtype=jnp.float32) / size,
         least=jnp.min(jnp.stack([jnp.min(leaf) for leaf in leaves])),
-        never=trees.total(never, dtype=jnp.int32).astype(jnp.float32) / size,
+        never=trees.tree_sum(never, dtype=jnp.int32).astype(jnp.float32) / size,
     )
 
 
@@ -103,7 +103,7 @@ def tracked(advance: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any]
         simulation, coverage = carried
         masks = simulation.state.masks
         simulation, metrics = advance(key, simulation, population)
-        coverage = add(coverage, masks, metrics.num_present - metrics.num_rejected)
+        coverage = add(coverage, masks, metrics.num_participating - metrics.num_rejected)
         return (simulation, coverage), metrics
 
     return advance_fn
@@ -136,7 +136,7 @@ def agreement(votes: Any, num_clients: jax.Array, prunable: PrunableFn) -> jax.A
 
     leaves = _prunable(votes, prunable)
     size = max(1, sum(leaf.size for leaf in leaves))
-    mean = trees.total([agreeing(leaf) for leaf in leaves], dtype=jnp.float32) / size
+    mean = trees.tree_sum([agreeing(leaf) for leaf in leaves], dtype=jnp.float32) / size
     return jnp.where((num_clients > 1) & (len(leaves) > 0), mean, jnp.float32(1.0))
 
 
@@ -153,8 +153,8 @@ def shared(votes: Any, num_clients: jax.Array, prunable: PrunableFn) -> jax.Arra
     """
     others = jnp.maximum(num_clients - 1, 1).astype(jnp.float32)
     leaves = [leaf.astype(jnp.float32) for leaf in _prunable(votes, prunable)]
-    both = trees.total([jnp.sum(v * (v - 1) / others) for v in leaves], dtype=jnp.float32)
-    kept = trees.total([jnp.sum(v) for v in leaves], dtype=jnp.float32)
+    both = trees.tree_sum([jnp.sum(v * (v - 1) / others) for v in leaves], dtype=jnp.float32)
+    kept = trees.tree_sum([jnp.sum(v) for v in leaves], dtype=jnp.float32)
     share = both / jnp.where(kept > 0, kept, jnp.float32(1.0))
     return jnp.where((num_clients > 1) & (kept > 0), share, jnp.float32(1.0))
 

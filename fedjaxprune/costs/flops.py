@@ -1,7 +1,7 @@
 """Multiply-adds of any function of parameters, by layer, counted from the graph that is traced.
 
 A multiply-add is one multiplication with the addition of its result: two FLOPs. Only products of
-arrays and convolutions count, as everywhere in the field: no normalisation, activation, pooling or
+arrays and convolutions count, as everywhere in the field: no normalization, activation, pooling or
 loss. A convolution counts every output with every tap of its kernel, those that fall on padding
 too, which is how published numbers count; `inside` leaves those out, as XLA does.
 
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import trees
-from fedjaxprune.base import Batch, Masks, Model
-from fedjaxprune.costs import support, walk
+from fedjaxprune.costs import jaxpr_flops, sparsity_flow
+from fedjaxprune.types import Batch, Masks, Model
 
 FLOPS_PER_MULTIPLY_ADD = 2
 BETWEEN = "(between activations)"  # the layer of a product without weights
@@ -92,7 +92,9 @@ def of_function(
       ValueError: if the graph does not tell what is computed, or `masks` or `gates` do not fit.
     """
     graph, inputs = _trace(function, params, args, masks)
-    found = walk.products(graph, inputs, walk.Rules(while_trips=while_trips, plain=True))
+    found = jaxpr_flops.products(
+        graph, inputs, jaxpr_flops.Rules(while_trips=while_trips, plain=True)
+    )
     return _by_layer(found, {} if gates is None else gates)
 
 
@@ -211,8 +213,10 @@ def executed(function: Callable[..., Any], *args: Any, while_trips: int | None =
       ``(multiply_adds, inside)``: with taps on padding, and without.
     """
     graph, inputs = _trace(lambda _, *args: function(*args), (), args, None)
-    found = walk.products(graph, inputs, walk.Rules(while_trips=while_trips, plain=False))
-    return walk.total(found), sum(product.inside * product.times for product in found)
+    found = jaxpr_flops.products(
+        graph, inputs, jaxpr_flops.Rules(while_trips=while_trips, plain=False)
+    )
+    return jaxpr_flops.total(found), sum(product.inside * product.times for product in found)
 
 
 def by_xla(function: Callable[..., Any], *args: Any) -> float:
@@ -238,7 +242,9 @@ def table(layers: Sequence[Layer]) -> str:
     return "\n".join(rows)
 
 
-def _trace(function: Any, params: Any, args: Any, masks: Any) -> tuple[Any, list[walk.Value]]:
+def _trace(
+    function: Any, params: Any, args: Any, masks: Any
+) -> tuple[Any, list[jaxpr_flops.Value]]:
     """Trace a function of whatever leaves are arrays, and say what its inputs are."""
     leaves, structure = jax.tree.flatten(params)
     places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
@@ -263,7 +269,7 @@ def _trace(function: Any, params: Any, args: Any, masks: Any) -> tuple[Any, list
     graph = jax.make_jaxpr(flat)(arrays, others)
     supports = _supports(masks, paths, arrays)
     inputs = [
-        walk.Value(
+        jaxpr_flops.Value(
             params=(path,),
             is_fed=False,
             is_active=bool(jnp.issubdtype(leaf.dtype, jnp.inexact)),
@@ -272,7 +278,9 @@ def _trace(function: Any, params: Any, args: Any, masks: Any) -> tuple[Any, list
         for path, leaf, kept in zip(paths, arrays, supports, strict=True)
     ]
     keys = (jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in others)
-    inputs += [walk.CONSTANT if is_key else walk.FED for is_key in keys]  # noise is no data
+    inputs += [
+        jaxpr_flops.CONSTANT if is_key else jaxpr_flops.FED for is_key in keys
+    ]  # noise is no data
     return graph, inputs
 
 
@@ -284,7 +292,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _supports(masks: Any, paths: list[str], leaves: list[Any]) -> list[support.Support]:
+def _supports(masks: Any, paths: list[str], leaves: list[Any]) -> list[sparsity_flow.Support]:
     """Match masks to parameters by path."""
     given = dict(zip(trees.paths(masks), jax.tree.leaves(masks), strict=True))
     unknown = sorted(set(given) - set(paths))
@@ -293,10 +301,10 @@ def _supports(masks: Any, paths: list[str], leaves: list[Any]) -> list[support.S
             f"there are masks for {', '.join(unknown)}, but the parameters are {', '.join(paths)}."
         )
 
-    def one(path: str, leaf: Any) -> support.Support:
+    def one(path: str, leaf: Any) -> sparsity_flow.Support:
         mask = given.get(path)
         if mask is None:
-            return support.DENSE
+            return sparsity_flow.DENSE
         if _is_array(mask) and mask.dtype == jnp.bool_ and mask.shape == leaf.shape:
             return np.asarray(mask)
         if np.ndim(mask) == 0 and 0 <= mask <= 1:
@@ -309,7 +317,9 @@ def _supports(masks: Any, paths: list[str], leaves: list[Any]) -> list[support.S
     return [one(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
 
 
-def _by_layer(found: Sequence[walk.Product], gates: Mapping[str, float]) -> tuple[Layer, ...]:
+def _by_layer(
+    found: Sequence[jaxpr_flops.Product], gates: Mapping[str, float]
+) -> tuple[Layer, ...]:
     """Gather products by their weights; rounding comes last."""
     sums: dict[str, tuple[Any, list[int], list[Fraction], list[int]]] = {}
     for product in found:
@@ -321,7 +331,7 @@ def _by_layer(found: Sequence[walk.Product], gates: Mapping[str, float]) -> tupl
         for value in product.operands:
             if value.is_active:
                 new[2 if value.params else 1] += size
-        share = walk.share(product) * _gate(path, gates)
+        share = jaxpr_flops.share(product) * _gate(path, gates)
         for i, count in enumerate(new):
             counts[i] += count
             live[i] += count * share

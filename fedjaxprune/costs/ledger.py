@@ -1,10 +1,10 @@
 """What a round put on the wire: the length of its messages, and what papers would have charged.
 
-The lengths are those that `wire.encode` writes (the tests do write them). A stage says which fields
-its messages have (`accounts.Field`), and nothing else is charged. All lengths but one follow from
-counts that the round reports; the masks in force, whose coding looks at positions, are counted for
-real on the host, once for each version, from the bits that the round hands over. The fields of a
-message travel in the order of their names.
+The lengths are those that `wire_format.encode` writes (the tests do write them). A stage says which
+fields its messages have (`traffic.FieldLength`), and nothing else is charged. All lengths but one
+follow from counts that the round reports; the masks in force, whose coding looks at positions, are
+counted for real on the host, once for each version, from the bits that the round hands over. The
+fields of a message travel in the order of their names.
 
 Who is charged: a client that took part, both ways, whether its message was finite or not; a client
 that dropped out, for what it had received; filling, nothing. A client that dropped out counts as
@@ -21,13 +21,15 @@ import jax
 import numpy as np
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.accounts import ClientBits, Field, LinkBits, ModelledBits, Payload, Traffic
-from fedjaxprune.base import PrunableFn, RoundMetrics, RoundState
-from fedjaxprune.costs import formulas, headers, messages, wire
-from fedjaxprune.costs.headers import Plan
-from fedjaxprune.costs.messages import Spec
+from fedjaxprune.costs import storage_models
+from fedjaxprune.traffic import ClientBits, FieldLength, LinkBits, ModeledBits, Payload, Traffic
+from fedjaxprune.types import PrunableFn, RoundMetrics, RoundState
+from fedjaxprune.wire import format as wire_format
+from fedjaxprune.wire import headers, messages
+from fedjaxprune.wire.headers import Plan
+from fedjaxprune.wire.messages import Spec
 
-FormulaFn = Callable[[RoundMetrics, RoundState], ModelledBits]
+FormulaFn = Callable[[RoundMetrics, RoundState], ModeledBits]
 PayloadFn = Callable[[int], Payload]
 Counts = tuple[int, ...]  # by leaf
 
@@ -83,7 +85,7 @@ def account(
     *,
     payload: PayloadFn,
     prunable: PrunableFn,
-    modelled: Mapping[str, FormulaFn],
+    modeled: Mapping[str, FormulaFn],
 ) -> Traffic:
     """Charge a round.
 
@@ -92,9 +94,9 @@ def account(
       state: of which only shapes and types are read.
       payload: of the uplink: hashable, and of nothing but the count, as lengths are looked up.
       prunable: which leaves' masks travel.
-      modelled: formulas by name, beside those that fit every method (`charge_by_formula`).
+      modeled: formulas by name, beside those that fit every method (`charge_by_formula`).
     """
-    sent, present = metrics.sent, np.asarray(metrics.present)
+    sent, present = metrics.sent, np.asarray(metrics.participated)
     ids = np.asarray(sent.client_ids)
     reached = received(present, ids)
     uninformed = (np.asarray(sent.num_masks) > 0) & reached
@@ -129,7 +131,7 @@ def account(
             ClientBits(bits[0], bits[1], tuple(sorted(members)))
             for bits, members in sorted(groups.items())
         ),
-        modelled={**general, **{name: fn(metrics, state) for name, fn in modelled.items()}},
+        modeled={**general, **{name: fn(metrics, state) for name, fn in modeled.items()}},
     )
 
 
@@ -148,32 +150,32 @@ def received(present: np.ndarray, client_ids: np.ndarray) -> np.ndarray:
 
 def charge_by_formula(
     metrics: RoundMetrics, state: RoundState, *, prunable: PrunableFn
-) -> dict[str, ModelledBits]:
+) -> dict[str, ModeledBits]:
     """Charge a round by every formula that fits every method.
 
-    Those of `formulas.STORAGE` charge each transfer of a model by what is live;
+    Those of `storage_models.STORAGE` charge each transfer of a model by what is live;
     `values_and_bitmaps` charges 32 bits for a live value and one for each prunable weight of a mask
     that travels, and is how FedDIP's specification is charged.
     """
-    present = np.asarray(metrics.present)
+    present = np.asarray(metrics.participated)
     reached = received(present, np.asarray(metrics.sent.client_ids))
     return _charge_by_formula(metrics, _network(state, prunable), present, reached)
 
 
 def _charge_by_formula(
     metrics: RoundMetrics, network: _Network, present: np.ndarray, reached: np.ndarray
-) -> dict[str, ModelledBits]:
-    storages = tuple(formulas.STORAGE.values())
+) -> dict[str, ModeledBits]:
+    storages = tuple(storage_models.STORAGE.values())
     charged = dict(
         zip(
-            formulas.STORAGE,
+            storage_models.STORAGE,
             _charge(_transfers(metrics, present, reached), network.leaves, storages),
             strict=True,
         )
     )
     plain, num_prunable = charged["values"], network.num_prunable
     num_masks = int(np.asarray(metrics.sent.num_masks)[reached].sum(dtype=np.int64))
-    charged["values_and_bitmaps"] = ModelledBits(
+    charged["values_and_bitmaps"] = ModeledBits(
         plain.uplink + int(metrics.num_personal_masks) * num_prunable,
         plain.downlink + num_masks * num_prunable,
     )
@@ -181,10 +183,10 @@ def _charge_by_formula(
 
 
 def charge_storage(
-    metrics: RoundMetrics, state: RoundState, storage: formulas.StorageFn
-) -> ModelledBits:
+    metrics: RoundMetrics, state: RoundState, storage: storage_models.StorageFn
+) -> ModeledBits:
     """Charge every transfer of a model, or of a delta, by a formula of what is live in it."""
-    present = np.asarray(metrics.present)
+    present = np.asarray(metrics.participated)
     reached = received(present, np.asarray(metrics.sent.client_ids))
     leaves = messages.specs("params", state.params)
     return _charge(_transfers(metrics, present, reached), leaves, (storage,))[0]
@@ -194,10 +196,10 @@ def _transfers(
     metrics: RoundMetrics, present: np.ndarray, reached: np.ndarray
 ) -> tuple[_Frozen, _Frozen]:
     """Tell what is live in each delta from a client and in each model to one: ``[m, L]``."""
-    down = np.asarray(metrics.downlink_kept)
+    down = np.asarray(metrics.num_downloaded)
     if down.ndim == 1:
         down = np.broadcast_to(down, (len(reached), len(down)))
-    up = np.asarray(metrics.uplink_kept)[present]
+    up = np.asarray(metrics.num_uploaded)[present]
     return _freeze(up), _freeze(down[reached].reshape(-1, down.shape[-1]))
 
 
@@ -205,23 +207,23 @@ def _transfers(
 def _charge(
     transfers: tuple[_Frozen, _Frozen],
     leaves: tuple[Spec, ...],
-    storages: tuple[formulas.StorageFn, ...],
-) -> tuple[ModelledBits, ...]:
+    storages: tuple[storage_models.StorageFn, ...],
+) -> tuple[ModeledBits, ...]:
     """Charge transfers both ways by each formula; what carries no model is none."""
     shapes = [leaf.shape for leaf in leaves]
     models = [collections.Counter(map(tuple, _thaw(rows).tolist())) for rows in transfers]
 
-    def charge(storage: formulas.StorageFn, models: collections.Counter[Counts]) -> int:
+    def charge(storage: storage_models.StorageFn, models: collections.Counter[Counts]) -> int:
         return sum(n * storage(kept, shapes) for kept, n in models.items() if any(kept))
 
-    return tuple(ModelledBits(*(charge(fn, both) for both in models)) for fn in storages)
+    return tuple(ModeledBits(*(charge(fn, both) for both in models)) for fn in storages)
 
 
 def message_bits(plans: Sequence[Plan]) -> LinkBits:
     """Sum up a message by kind."""
     kinds = dict.fromkeys(LinkBits._fields, 0)
-    kinds["framing"] = wire.frame_bytes(len(plans))
-    for plan, length in zip(plans, wire.measure(plans), strict=True):
+    kinds["framing"] = wire_format.frame_bytes(len(plans))
+    for plan, length in zip(plans, wire_format.measure(plans), strict=True):
         field = plan.name.split("/", 1)[0]
         of_values = KINDS.get(field, "values")
         kinds["framing"] += length.header
@@ -231,7 +233,7 @@ def message_bits(plans: Sequence[Plan]) -> LinkBits:
 
 
 def _lengths(
-    sent: Mapping[str, Mapping[str, Field]],
+    sent: Mapping[str, Mapping[str, FieldLength]],
     state: RoundState,
     network: _Network,
     payload: PayloadFn,
@@ -299,7 +301,9 @@ def _message(parts: tuple[_Part, ...]) -> LinkBits:
     return message_bits(plans) if parts else NOTHING
 
 
-def _leaves(name: str, field: Field, state: RoundState, network: _Network) -> tuple[Spec, ...]:
+def _leaves(
+    name: str, field: FieldLength, state: RoundState, network: _Network
+) -> tuple[Spec, ...]:
     """Describe the tensors of a field."""
     if not isinstance(field.like, tuple) or field.like:
         those = messages.specs(name, field.like)
@@ -310,7 +314,7 @@ def _leaves(name: str, field: Field, state: RoundState, network: _Network) -> tu
 
 
 def _column(
-    name: str, field: Field, state: RoundState, network: _Network, who: np.ndarray
+    name: str, field: FieldLength, state: RoundState, network: _Network, who: np.ndarray
 ) -> _Column:
     """Take a field's counts off it; those of slots not in `who` may be anything."""
     pairs = field.pairs
@@ -358,7 +362,7 @@ def _masks_in_force(leaves: tuple[Spec, ...], packed: Sequence[Any]) -> LinkBits
 @functools.lru_cache(maxsize=2)
 def _count_masks(leaves: tuple[Spec, ...], packed: tuple[bytes, ...]) -> LinkBits:
     """Plan masks as the encoder would; once for each version, as masks rarely change."""
-    return message_bits(wire.plan(messages.unpack_masks(leaves, packed)))
+    return message_bits(wire_format.plan(messages.unpack_masks(leaves, packed)))
 
 
 def _network(state: RoundState, prunable: PrunableFn) -> _Network:

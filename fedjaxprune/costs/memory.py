@@ -1,6 +1,6 @@
-"""What a training step holds in memory on a device, modelled from shapes, masks and the graph.
+"""What a training step holds in memory on a device, modeled from shapes, masks and the graph.
 
-All in bits. What a parameter, its gradient and its optimiser's state take depends on how a device
+All in bits. What a parameter, its gradient and its optimizer's state take depends on how a device
 stores a sparse array, so that is an argument; activations are the values that the backward pass
 reads, as JAX saves them. Apart from it, `costs.liveness` predicts what the simulator itself needs.
 """
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjaxprune import forms, trees
-from fedjaxprune.base import Params
-from fedjaxprune.costs import walk
+from fedjaxprune import trees
+from fedjaxprune.costs import jaxpr_flops
+from fedjaxprune.structure import jaxprs
+from fedjaxprune.types import Params
 
 _SAME_VALUE = frozenset(("reshape", "squeeze", "expand_dims", "copy", "name", "stop_gradient"))
 
@@ -60,12 +61,12 @@ def _one_bit(kept: int, size: int) -> int:
 
 
 class StepMemory(NamedTuple):
-    """Bits that a training step holds, modelled.
+    """Bits that a training step holds, modeled.
 
     Attributes:
       parameters: the weights.
       gradients: their gradients.
-      optimizer: the optimiser's state.
+      optimizer: the optimizer's state.
       activations: what the backward pass reads of the forward pass, with the examples.
       masks: what is held once beside the arrays.
     """
@@ -89,7 +90,7 @@ def step(
     """Model the memory of one step of ``loss(params, *args)`` on a device.
 
     Args:
-      loss: gives a number; its plain form is looked at (`forms.plain`).
+      loss: gives a number; its plain form is looked at (`jaxprs.plain`).
       params: tree of arrays or of their shapes.
       *args: trees of arrays or of their shapes: state, a batch, a key.
       optimizer: of the device.
@@ -139,15 +140,15 @@ def activations(loss: Callable[..., Any], params: Params, *args: Any) -> int:
     They are the residuals that `jax.vjp` saves of the plain form, each once, but for those that are
     made of parameters alone; a boolean takes the byte that JAX gives it.
     """
-    plain = forms.plain(loss)
+    plain = jaxprs.plain(loss)
 
     def residuals(params: Params, *args: Any) -> list[Any]:
         return jax.tree.leaves(jax.vjp(lambda params: plain(params, *args), params)[1])
 
     graph = jax.make_jaxpr(residuals)(params, *args)
-    inputs = [walk.CONSTANT] * len(jax.tree.leaves(params))
-    inputs += [walk.FED] * (len(graph.jaxpr.invars) - len(inputs))
-    values = walk.outputs(graph, inputs, walk.Rules(while_trips=1, plain=False))
+    inputs = [jaxpr_flops.CONSTANT] * len(jax.tree.leaves(params))
+    inputs += [jaxpr_flops.FED] * (len(graph.jaxpr.invars) - len(inputs))
+    values = jaxpr_flops.outputs(graph, inputs, jaxpr_flops.Rules(while_trips=1, plain=False))
     made_by = {
         equation.outvars[0]: equation.invars[0]
         for equation in graph.jaxpr.eqns
@@ -155,9 +156,9 @@ def activations(loss: Callable[..., Any], params: Params, *args: Any) -> int:
     }
     saved = set()
     for atom, value in zip(graph.jaxpr.outvars, values, strict=True):
-        while atom in made_by if forms.is_variable(atom) else False:
+        while atom in made_by if jaxprs.is_variable(atom) else False:
             atom = made_by[atom]
-        if value.is_fed and forms.is_variable(atom):
+        if value.is_fed and jaxprs.is_variable(atom):
             saved.add(atom)
     return sum(atom.aval.size * _bits(atom.aval) for atom in saved)
 

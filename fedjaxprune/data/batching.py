@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Batch, Batcher, ClientData, Key
-from fedjaxprune.data.preprocess import Preprocess
+from fedjaxprune.data.transforms import Preprocess
+from fedjaxprune.types import Batch, Batcher, ClientData, Key
 
 # Two positions keep their distance through one round with probability 1/2 (else it is uniform), so
 # what is left of their neighbourhood after all rounds is about 2^-24.

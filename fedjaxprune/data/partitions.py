@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune.base import Examples, Population
+from fedjaxprune.types import Examples, Population
 
 Partition = list[np.ndarray]
 

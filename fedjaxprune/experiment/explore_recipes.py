@@ -5,22 +5,23 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.algorithms import autoflip
-from fedjaxprune.algorithms.compose import Setup
-from fedjaxprune.base import Algorithm, Client, Model
-from fedjaxprune.channels import groups as channel_groups
 from fedjaxprune.data import batching
-from fedjaxprune.experiment import methods, runner
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
-from fedjaxprune.federated import calibration, exploration
-from fedjaxprune.pruning import guidance
+from fedjaxprune.experiment.run import loop
+from fedjaxprune.federated import batch_norm, early_stopping
+from fedjaxprune.methods import autoflip
+from fedjaxprune.pruning import movement
+from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.structure.channels import groups as channel_groups
+from fedjaxprune.types import Algorithm, Client, Model
 
-SCALES: Mapping[str, guidance.ScaleFn] = {
-    "min_max": guidance.min_max,
-    "ranks": guidance.ranks,
-    "robust": guidance.robust,
-    "plain": guidance.plain,
+SCALES: Mapping[str, movement.ScaleFn] = {
+    "min_max": movement.min_max,
+    "ranks": movement.ranks,
+    "robust": movement.robust,
+    "plain": movement.plain,
 }
 
 
@@ -37,7 +38,7 @@ def complaint(config: RunConfig, largest: int) -> str | None:
     )
 
 
-def flip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def flip(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build AutoFLIP."""
     threshold = config.channel_threshold
     return autoflip.autoflip(
@@ -55,24 +56,24 @@ def flip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorit
     )
 
 
-def explored(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def explored(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build FedAvg from an explored start."""
     return autoflip.explored_start(model, setup, explorer=explorer(config, model, setup, given))
 
 
-def explorer(config: RunConfig, model: Model, setup: Setup, given: Given) -> Client:
-    """Choose how a client explores, with the optimiser of its local work."""
+def explorer(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Client:
+    """Choose how a client explores, with the optimizer of its local work."""
     common = {"batch_size": config.batch_size}
     epoch = batching.epochs(num_epochs=1, preprocess=given.train, **common)
     validation = None
     if config.explore_watch == "validation":
-        key = jax.random.fold_in(jax.random.key(config.seed), runner.DEVELOPMENT)
+        key = jax.random.fold_in(jax.random.key(config.seed), loop.DEVELOPMENT)
         split = {"share": config.development_share, **common}
         epoch = batching.undeveloped(key, preprocess=given.train, **split)
-        validation = calibration.losses(
+        validation = batch_norm.losses(
             model.predict, batcher=batching.development(key, preprocess=given.test, **split)
         )
-    return exploration.until_stale(
+    return early_stopping.until_no_improvement(
         model.loss,
         epoch=epoch,
         optimizer=setup.optimizer,
@@ -87,7 +88,7 @@ def _groups(config: RunConfig, model: Model, given: Given) -> tuple[channel_grou
     """Find the channels of the network that may go."""
     params, state = jax.eval_shape(model.init, jax.random.key(0))
     inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
-    found = channel_groups.analyse(model.predict, params, state, inputs).groups
+    found = channel_groups.analyze(model.predict, params, state, inputs).groups
     if not found:
         raise ValueError(
             f"channel_threshold must be unset with the network {config.model!r}, which has no "
@@ -96,7 +97,7 @@ def _groups(config: RunConfig, model: Model, given: Given) -> tuple[channel_grou
     return found
 
 
-ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] = {
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, Given], Algorithm]] = {
     "autoflip": flip,
     "explored_start": explored,
 }

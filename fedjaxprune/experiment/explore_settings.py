@@ -86,6 +86,6 @@ START = _field(
 )
 OPTIMIZER = _field(
     "sgd",
-    "The clients' optimiser, afresh in every round; adam takes no momentum setting.",
+    "The clients' optimizer, afresh in every round; adam takes no momentum setting.",
     group="Local training",
 )

@@ -6,27 +6,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.algorithms import filter_controls, mpfl
-from fedjaxprune.algorithms.compose import Setup
-from fedjaxprune.base import Algorithm, Model
-from fedjaxprune.channels import groups
 from fedjaxprune.data import batching
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
-from fedjaxprune.pruning import consensus
+from fedjaxprune.methods import filter_controls, mpfl
+from fedjaxprune.pruning.structured import voting
+from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.structure.channels import groups
+from fedjaxprune.types import Algorithm, Model
 
-CONSENSUS: Mapping[str, consensus.ConsensusFn] = {
-    "ascending": consensus.ascending,
-    "top_k": consensus.top_k,
-    "majority": consensus.majority,
-    "unanimous": consensus.unanimous,
-    "anybody": consensus.anybody,
-    "histogram": consensus.histogram,
-    "code_dynamic": consensus.code_dynamic,
+CONSENSUS: Mapping[str, voting.ConsensusFn] = {
+    "ascending": voting.ascending,
+    "top_k": voting.top_k,
+    "majority": voting.majority,
+    "unanimous": voting.unanimous,
+    "anybody": voting.anybody,
+    "histogram": voting.histogram,
+    "code_dynamic": voting.code_dynamic,
 }
 
 
-def by_vote(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def by_vote(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build MPFL."""
     return mpfl.mpfl(
         model,
@@ -38,21 +38,21 @@ def by_vote(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algo
     )
 
 
-def pooled(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def pooled(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build the control of filters that the data of all decide."""
     return filter_controls.pooled_filters(
         model, setup, **_common(config, model, given), **_iterative(config, given)
     )
 
 
-def averaged(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def averaged(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build the control of filters that averaged weights decide."""
     return filter_controls.averaged_filters(
         model, setup, **_common(config, model, given), **_iterative(config, given)
     )
 
 
-def random(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def random(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build the control of random filters."""
     return filter_controls.random_filters(model, setup, **_common(config, model, given))
 
@@ -61,7 +61,7 @@ def _common(config: RunConfig, model: Model, given: Given) -> dict[str, Any]:
     params, state = jax.eval_shape(model.init, jax.random.key(0))
     inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
     return {
-        "channels": groups.analyse(model.predict, params, state, inputs),
+        "channels": groups.analyze(model.predict, params, state, inputs),
         "sparsity": config.sparsity,
         "start_rounds": config.start_rounds,
         "drops": config.drops,
@@ -80,7 +80,7 @@ def _iterative(config: RunConfig, given: Given) -> dict[str, Any]:
     }
 
 
-ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] = {
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, Given], Algorithm]] = {
     "mpfl": by_vote,
     "random_filters": random,
     "pooled_filters": pooled,

@@ -6,13 +6,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.algorithms import adaptive_dynamic_pruning as adp
-from fedjaxprune.algorithms import feddp_threshold
-from fedjaxprune.algorithms.compose import Setup
-from fedjaxprune.base import Algorithm, Model
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
+from fedjaxprune.methods import adaptive_dynamic_pruning as adp
+from fedjaxprune.methods import feddp_threshold
 from fedjaxprune.models import gated
+from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.types import Algorithm, Model
 
 
 def _options(config: RunConfig) -> tuple[float, Literal["salient", "random"]]:
@@ -36,7 +36,7 @@ def _vgg16(config: RunConfig, **sizes) -> Model:
     return gated.gated_vgg16(norm=config.norm, density=density, choice=choice, **sizes)
 
 
-def _dynamic(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def _dynamic(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build adaptive dynamic pruning; its control differs from it by the network's choice alone."""
     density = config.gate_density
     inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
@@ -53,7 +53,7 @@ def _dynamic(config: RunConfig, model: Model, setup: Setup, given: Given) -> Alg
     )
 
 
-def _threshold(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def _threshold(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build FedDP's threshold; local steps that are no epochs are taken for one."""
     del given  # needs nothing beside the protocol
     return feddp_threshold.feddp_threshold(
@@ -69,7 +69,7 @@ MODELS: Mapping[str, Callable[..., Model]] = {
     "gated_resnet32": _resnet32,
     "gated_vgg16": _vgg16,
 }
-ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Setup, Given], Algorithm]] = {
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, Given], Algorithm]] = {
     "adaptive_dynamic_pruning": _dynamic,
     "squeeze_excitation": lambda config, model, setup, given: adp.squeeze_excitation(model, setup),
     "random_channels": _dynamic,

@@ -66,7 +66,7 @@ GRADUAL = ("feddip", "feddip_without_penalty", "gradual_magnitude")  # whose spa
 EXPLORING = ("autoflip", "explored_start")  # whose clients explore before they train
 BY_FILTER = ("mpfl", "random_filters", "pooled_filters", "averaged_filters")
 PRUNING = (*GRADUAL, *FIXED, *BY_FILTER, "autoflip", "fedtiny")  # that have a sparsity
-NORMALISED = ("fedtiny",)  # that need BatchNorm
+NORMALIZED = ("fedtiny",)  # that need BatchNorm
 GATED = ("adaptive_dynamic_pruning", "squeeze_excitation", "random_channels")  # that need gates
 STEERED = ("adaptive_dynamic_pruning", "random_channels")  # whose gates close channels
 GATED_NETWORKS = ("gated_resnet8", "gated_resnet32", "gated_vgg16")
@@ -90,13 +90,13 @@ def default_network(before: dict[str, Any]) -> str:
     """Choose a network of the kind that the algorithm needs."""
     if before["algorithm"] in GATED:
         return "gated_resnet8"
-    return "resnet8" if before["algorithm"] in (*NORMALISED, *CONVOLUTIONAL) else "mlp"
+    return "resnet8" if before["algorithm"] in (*NORMALIZED, *CONVOLUTIONAL) else "mlp"
 
 
 def needs(algorithm: str) -> str:
     """Say what a network or the data must have for a method; empty if anything will do."""
     wanted = [
-        (NORMALISED, "BatchNorm (resnets, vgg11_bn, vgg16_bn, gated networks)"),
+        (NORMALIZED, "BatchNorm (resnets, vgg11_bn, vgg16_bn, gated networks)"),
         (GATED, f"gates ({', '.join(GATED_NETWORKS)})"),
         (CONVOLUTIONAL, "convolutions"),
         (AT_SERVER, "examples at the server (server_share)"),
@@ -169,7 +169,7 @@ def complaint(config: Any) -> str | None:
         )
     if name in CORRECTED and config.drift not in ("none", name):
         return f"drift must be 'none' or {name!r} for the algorithm {name!r}, got {config.drift!r}."
-    if name in NORMALISED and config.norm != "batch":
+    if name in NORMALIZED and config.norm != "batch":
         return (
             f"norm must be 'batch' for {name}, which chooses by BatchNorm statistics, "
             f"got {config.norm!r}."

@@ -8,14 +8,17 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.algorithms import feddip, fedtiny, fixed_masks, gradual_magnitude, stages
-from fedjaxprune.algorithms.compose import Setup
-from fedjaxprune.base import Algorithm, Batcher, Model, PrunableFn
 from fedjaxprune.data import batching
-from fedjaxprune.experiment import methods, runner
-from fedjaxprune.experiment.config import RunConfig
-from fedjaxprune.models import order
-from fedjaxprune.pruning import allocation, filters, readjustment
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.run import loop
+from fedjaxprune.methods import feddip, fedtiny, fixed_masks, gradual_magnitude
+from fedjaxprune.pruning import allocation, drop_and_grow
+from fedjaxprune.pruning.structured import filters
+from fedjaxprune.rounds import reporting
+from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.structure import reading_order
+from fedjaxprune.types import Algorithm, Batcher, Model, PrunableFn
 
 
 class Given(NamedTuple):
@@ -34,7 +37,7 @@ class Given(NamedTuple):
     test: Any
 
 
-def dip(config: RunConfig, model: Model, setup: Setup) -> Algorithm:
+def dip(config: RunConfig, model: Model, setup: Protocol) -> Algorithm:
     """Build FedDIP; a run of fewer rounds than the penalty's 20 steps gets one step a round."""
     return feddip.feddip(
         model,
@@ -48,19 +51,21 @@ def dip(config: RunConfig, model: Model, setup: Setup) -> Algorithm:
     )
 
 
-def tiny(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def tiny(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build FedTiny, with the network's stages as blocks, or five blocks where it has none."""
-    layers = order.reading_order(model, input_shape=given.input_shape)
+    layers = reading_order.reading_order(model, input_shape=given.input_shape)
     first = _first_convolution(model, layers)
-    prunable = masks_lib.kernels if first is None else masks_lib.but(masks_lib.kernels, first)
+    prunable = (
+        masks_lib.is_kernel if first is None else masks_lib.excluding(masks_lib.is_kernel, first)
+    )
     return fedtiny.fedtiny(
         model,
         setup,
         density=1.0 - config.sparsity,
-        source=stages.held_out(given.held),
+        source=reporting.server_examples(given.held),
         pretraining=_server_epochs(config, given),
         development=batching.development(
-            jax.random.fold_in(jax.random.key(config.seed), runner.DEVELOPMENT),
+            jax.random.fold_in(jax.random.key(config.seed), loop.DEVELOPMENT),
             share=config.development_share,
             batch_size=config.batch_size,
             preprocess=given.test,
@@ -120,18 +125,20 @@ def shares(config: RunConfig, model: Model, given: Given) -> allocation.Allocati
     return {
         "uniform": allocation.uniform,
         "erk": allocation.erk,
-        "whole_model": allocation.whole_model,
+        "whole_model": allocation.global_pool,
     }[config.layer_sparsity]()
 
 
 def _uniform_but_first(config: RunConfig, model: Model, given: Given) -> allocation.AllocationFn:
-    first = _first_convolution(model, order.reading_order(model, input_shape=given.input_shape))
+    first = _first_convolution(
+        model, reading_order.reading_order(model, input_shape=given.input_shape)
+    )
     if first is None:
         raise ValueError(
             "layer_sparsity 'uniform_but_first' keeps the first convolution whole, and the network "
             "has none."
         )
-    sizes = _sizes(model, masks_lib.kernels)
+    sizes = _sizes(model, masks_lib.is_kernel)
     if sizes[first] >= (1.0 - config.sparsity) * sum(sizes.values()):
         raise ValueError(
             f"sparsity must be less than {1.0 - sizes[first] / sum(sizes.values()):.4g} with "
@@ -142,7 +149,7 @@ def _uniform_but_first(config: RunConfig, model: Model, given: Given) -> allocat
 
 
 def magnitude(
-    config: RunConfig, model: Model, setup: Setup, given: Given, source: stages.SourceFn
+    config: RunConfig, model: Model, setup: Protocol, given: Given, source: reporting.SourceFn
 ) -> Algorithm:
     """Build one-shot magnitude masks.
 
@@ -162,19 +169,19 @@ def magnitude(
     )
 
 
-def snip(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def snip(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build SNIP on the server's examples."""
     return fixed_masks.snip_masks(
         model,
         setup,
         sparsity=config.sparsity,
-        source=stages.held_out(given.held),
+        source=reporting.server_examples(given.held),
         batcher=_one_pass(config, given),
         allocation=shares(config, model, given),
     )
 
 
-def snip_of_clients(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def snip_of_clients(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build SNIP on the clients' gradients."""
     return fixed_masks.snip_masks_of_clients(
         model,
@@ -185,7 +192,7 @@ def snip_of_clients(config: RunConfig, model: Model, setup: Setup, given: Given)
     )
 
 
-def gradual(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algorithm:
+def gradual(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
     """Build gradual magnitude pruning over the whole run."""
     del given  # needs nothing beside the protocol
     return gradual_magnitude.gradual_magnitude(
@@ -199,7 +206,7 @@ def gradual(config: RunConfig, model: Model, setup: Setup, given: Given) -> Algo
 
 
 def optimizer(config: RunConfig) -> optax.GradientTransformation:
-    """Choose the clients' optimiser."""
+    """Choose the clients' optimizer."""
     if config.optimizer == "adam":
         return optax.adam(config.learning_rate)
     return optax.sgd(config.learning_rate, momentum=config.momentum or None)
@@ -209,7 +216,7 @@ def reported(config: RunConfig) -> PrunableFn:
     """Choose the leaves whose sparsity is on record."""
     if config.algorithm.startswith("feddip"):
         return feddip.prunable_without_shortcuts
-    return filters.convolutions if config.algorithm in methods.BY_FILTER else masks_lib.kernels
+    return filters.convolutions if config.algorithm in methods.BY_FILTER else masks_lib.is_kernel
 
 
 def _one_pass(config: RunConfig, given: Given) -> Batcher:
@@ -227,14 +234,14 @@ def _first_convolution(model: Model, layers: list[str]) -> str | None:
     """Find the first kernel, if it is a convolution's."""
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     shapes = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
-    first = next((path for path in layers if masks_lib.kernels(path, shapes[path])), None)
+    first = next((path for path in layers if masks_lib.is_kernel(path, shapes[path])), None)
     return None if first is None or shapes[first].ndim < 4 else first
 
 
-def _blocks(model: Model, layers: list[str], prunable: PrunableFn) -> readjustment.BlockFn:
+def _blocks(model: Model, layers: list[str], prunable: PrunableFn) -> drop_and_grow.BlockFn:
     """Make blocks of a residual network's stages, else five of consecutive layers."""
     if any("stage_" in path for path in layers):
-        return readjustment.by_stage(layers)
+        return drop_and_grow.by_stage(layers)
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     num_layers = sum(masks_lib.prunable_leaves(params, prunable))
-    return readjustment.consecutive(layers, num_blocks=max(1, min(5, num_layers)))
+    return drop_and_grow.consecutive(layers, num_blocks=max(1, min(5, num_layers)))

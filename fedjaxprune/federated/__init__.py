@@ -1,1 +1,1 @@
-"""Clients and server; takes masks as given and never makes one."""
+"""Clients and server; takes masks as given."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import trees
-from fedjaxprune.base import Aggregator, CohortAggregator, Masks
+from fedjaxprune.types import Aggregator, CohortAggregator, Masks
 
 
 class WeightedSum(NamedTuple):
@@ -77,7 +77,7 @@ def weighted_mean() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=finish_fn)
 
 
-def equal_mean() -> Aggregator:
+def unweighted_mean() -> Aggregator:
     """Average every coordinate over the present clients, each counted once, whatever its weight.
 
     Otherwise as `weighted_mean`.
@@ -156,7 +156,7 @@ def holder_mean() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=finish_fn)
 
 
-def votes() -> Aggregator:
+def vote_counts() -> Aggregator:
     """Count for each coordinate the present clients that keep it; every client has one vote.
 
     Returns:
@@ -181,7 +181,7 @@ def votes() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda counts: counts)
 
 
-def weighted_votes() -> Aggregator:
+def vote_weights() -> Aggregator:
     """Sum for each coordinate the weights of the present clients that keep it.
 
     Returns:
@@ -208,7 +208,7 @@ def weighted_votes() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
 
 
-def total() -> Aggregator:
+def unweighted_sum() -> Aggregator:
     """Sum the present clients' values, unweighted: what accumulators (`metrics.Mean`) want.
 
     Returns:
@@ -231,7 +231,7 @@ def total() -> Aggregator:
     return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
 
 
-def gathered() -> CohortAggregator:
+def stack() -> CohortAggregator:
     """Keep what every client says, ``[C, ...]``, absent ones included: counts for the record."""
     return CohortAggregator(reduce=lambda values, masks, weights: values)
 
@@ -256,14 +256,14 @@ def median() -> CohortAggregator:
     def reduce_fn(values, masks, weights):
         del masks  # everybody counts everywhere
         _require_inexact("median", values)
-        num_present = jnp.sum(weights > 0, dtype=jnp.int32)
+        num_participating = jnp.sum(weights > 0, dtype=jnp.int32)
 
         def leaf(values):
             ordered = _sort_present(values, weights)
-            low = ordered[jnp.maximum(num_present - 1, 0) // 2]
-            high = ordered[num_present // 2]  # num_present // 2 < C, as C >= 1
+            low = ordered[jnp.maximum(num_participating - 1, 0) // 2]
+            high = ordered[num_participating // 2]  # num_participating // 2 < C, as C >= 1
             middle = jnp.where(low == high, low, 0.5 * low + 0.5 * high)
-            return jnp.where(num_present > 0, middle, jnp.zeros_like(middle))
+            return jnp.where(num_participating > 0, middle, jnp.zeros_like(middle))
 
         return jax.tree.map(leaf, values)
 
@@ -297,17 +297,17 @@ def trimmed_mean(*, fraction: float) -> CohortAggregator:
     def reduce_fn(values, masks, weights):
         del masks  # everybody counts everywhere
         _require_inexact("trimmed_mean", values)
-        num_present = jnp.sum(weights > 0, dtype=jnp.int32)
+        num_participating = jnp.sum(weights > 0, dtype=jnp.int32)
         trims = [int(exact * n) for n in range(weights.shape[0] + 1)]
-        num_trimmed = jnp.array(trims, jnp.int32)[num_present]
+        num_trimmed = jnp.array(trims, jnp.int32)[num_participating]
 
         def leaf(values):
             ordered = _sort_present(values, weights)
             rank = jnp.arange(ordered.shape[0], dtype=jnp.int32)
-            inside = (rank >= num_trimmed) & (rank < num_present - num_trimmed)
+            inside = (rank >= num_trimmed) & (rank < num_participating - num_trimmed)
             inside = inside.reshape(-1, *[1] * (ordered.ndim - 1))
             rest = jnp.where(inside, ordered, jnp.zeros_like(ordered))
-            return _divide(jnp.sum(rest, axis=0), num_present - 2 * num_trimmed)
+            return _divide(jnp.sum(rest, axis=0), num_participating - 2 * num_trimmed)
 
         return jax.tree.map(leaf, values)
 

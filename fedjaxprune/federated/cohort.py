@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjaxprune import trees
-from fedjaxprune.base import (
+from fedjaxprune.types import (
     Aggregator,
     ClientData,
     Cohort,
@@ -113,9 +113,9 @@ def run(
         valid = present & finite
         weight = jnp.where(valid, message.weight, jnp.zeros_like(message.weight))
         message = message._replace(weight=weight)  # aggregators add nothing of weight 0
-        return message, trees.select(valid, after, state), present & ~finite
+        return message, trees.tree_where(valid, after, state), present & ~finite
 
-    rows = (cohort.client_ids, cohort.present, cohort.states)
+    rows = (cohort.client_ids, cohort.participated, cohort.states)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
     everybodys = (key, broadcast, population)
     shapes, _, _ = jax.eval_shape(one_client, *everybodys, *first)
@@ -171,7 +171,7 @@ def run(
         accumulators, outputs = share(everybodys, rows)
     else:
         sizes = population.offsets[cohort.client_ids + 1] - population.offsets[cohort.client_ids]
-        sizes = jnp.where(cohort.present, sizes, jnp.zeros_like(sizes))
+        sizes = jnp.where(cohort.participated, sizes, jnp.zeros_like(sizes))
         clients, slots = _deal(sizes, num_devices, num_slots)
         dealt = jax.tree.map(lambda leaf: _take_or_zero(leaf, clients), rows)
         if mesh is not None:
@@ -184,7 +184,7 @@ def run(
                 check_vma=False,  # the merged accumulators are alike on all devices
             )
         accumulators, outputs = share(everybodys, dealt)
-        outputs = trees.take(outputs, slots)
+        outputs = trees.take_rows(outputs, slots)
 
     states, rejected, (values, masks, weights) = outputs
     fields = {name: streaming[name].finish(accumulators[name]) for name in streaming}
@@ -243,7 +243,9 @@ def _merge(accumulators, streaming, num_devices):
             distance *= 2
         return accumulators
     gathered = jax.lax.all_gather(accumulators, AXIS)
-    return functools.reduce(merge, (trees.take(gathered, jnp.int32(i)) for i in range(num_devices)))
+    return functools.reduce(
+        merge, (trees.take_rows(gathered, jnp.int32(i)) for i in range(num_devices))
+    )
 
 
 def _sort(aggregators, fields):

@@ -1,1 +1,1 @@
-"""Networks, and layers that stay fast in loops and under vmap."""
+"""Networks and adapters."""

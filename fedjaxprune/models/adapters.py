@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedjaxprune import metrics
-from fedjaxprune.base import Batch, Key, Metrics, Model, Params, State
 from fedjaxprune.models import precision
+from fedjaxprune.types import Batch, Key, Metrics, Model, Params, State
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
 

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Model
-from fedjaxprune.models import adapters, layers, pooling, shapes
+from fedjaxprune.kernels import pooling, shapes
+from fedjaxprune.models import adapters, layers
+from fedjaxprune.types import Model
 
 
 class AlexNet(nn.Module):
@@ -37,7 +38,7 @@ class AlexNet(nn.Module):
 class TwoCnn(nn.Module):
     """Two 5×5 convolutions, each with 2×2 max-pooling, averaged to 7×7, and two dense layers.
 
-    Convolutions and poolings have a border of one. Xavier's normal initialisation, biases of zero.
+    Convolutions and poolings have a border of one. Xavier's normal initialization, biases of zero.
 
     Attributes:
       width: channels of the first convolution; the second has twice as many.
@@ -93,7 +94,7 @@ def alexnet(*, input_shape: Sequence[int], num_classes: int) -> Model:
     """Make AlexNet in the CIFAR form of FedDIP's code.
 
     23,272,266 parameters for 32×32×3 and 10 classes, of which 23,262,912 are kernels; nine tenths
-    are in the dense layers. PyTorch's initialisation.
+    are in the dense layers. PyTorch's initialization.
 
     Args:
       input_shape: height, width and channels of one example; at least 15×15.
@@ -156,7 +157,7 @@ def pooled_cnn(
     """Make the small dense CNN that FedTiny's code sets beside its sparse networks.
 
     Its smaller siblings have channels (8, 16, 32), (8, 16, 16) and, with 64 hidden units,
-    (8, 8, 8). PyTorch's initialisation.
+    (8, 8, 8). PyTorch's initialization.
 
     Args:
       input_shape: height, width and channels of one example; each convolution halves the image.

@@ -3,7 +3,7 @@
 The gate of a layer looks at the layer's input, averaged over the image, and gives each output
 channel a saliency; the most salient ones are kept and scaled by it, the others are zero for this
 example. So the gradient reaches only what an example kept. How many are kept and how a method reads
-and steers that is the business of `fedjaxprune.gating`.
+and steers that is the business of `fedjaxprune.models.gates`.
 
 There is no penalty on the saliencies, as in the public code (and unlike in the paper of the gates).
 
@@ -21,25 +21,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune import gating, metrics
-from fedjaxprune.base import Model
+from fedjaxprune import metrics
+from fedjaxprune.kernels import pooling, shapes
 from fedjaxprune.metrics import Mean
-from fedjaxprune.models import adapters, layers, pooling, resnet, shapes, vgg
+from fedjaxprune.models import adapters, gates, layers, resnet, vgg
+from fedjaxprune.types import Model
 
 Choice = Literal["salient", "random"]
 
 
 class GatedConv(nn.Module):
-    """A convolution, normalisation and a gate: ``norm(conv(x)) * saliency`` on the kept channels.
+    """A convolution, normalization and a gate: ``norm(conv(x)) * saliency`` on the kept channels.
 
-    Exactly `gating.num_kept` channels are kept for every example; of equal saliencies
+    Exactly `gates.num_kept` channels are kept for every example; of equal saliencies
     the lower channel goes first. The choice has no gradient, the saliencies of kept channels have.
     How many examples kept each channel is sown as ``kept``, and what share of the layer's products
     they need as ``through`` (see `gating`).
 
     Attributes:
       features: channels of the output.
-      norm: kind of normalisation.
+      norm: kind of normalization.
       stride: of the 3×3 convolution.
       squash: ``"sigmoid"`` squashes the gate's view of the input, ``"none"`` does not.
       choice: ``"salient"``, or ``"random"`` for the control that keeps as many channels, drawn
@@ -71,11 +72,11 @@ class GatedConv(nn.Module):
         if self.choice == "random":
             key = self.make_rng("dropout") if train else jax.random.key(0)
             scores = _draw(key, jax.lax.stop_gradient(summary), self.features)
-        kept = _rank(scores) < gating.num_kept(density, self.features)
+        kept = _rank(scores) < gates.num_kept(density, self.features)
         counts = jnp.ones(x.shape[:1], jnp.bool_) if mask is None else mask
         self.sow(
             "metrics",
-            gating.KEPT,
+            gates.KEPT,
             Mean(
                 total=jnp.sum(kept & counts[:, None], axis=0).astype(jnp.float32),
                 weight=jnp.sum(counts).astype(jnp.float32),
@@ -86,7 +87,7 @@ class GatedConv(nn.Module):
         factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))
         self.sow(
             "metrics",
-            gating.THROUGH,
+            gates.THROUGH,
             metrics.mean(_share_through(channels, factor), counts.astype(jnp.float32)),
             init_fn=metrics.zero,
             reduce_fn=metrics.merge,
@@ -143,7 +144,7 @@ class GatedBlock(nn.Module):
     Attributes:
       features: channels of the output.
       stride: of the first convolution.
-      norm: kind of normalisation.
+      norm: kind of normalization.
       choice: as in `GatedConv`.
       gate_scale: as in `GatedConv`.
     """
@@ -184,7 +185,7 @@ class GatedResNet(nn.Module):
       widths: channels of each stage.
       depth: blocks of each stage.
       num_classes: width of the output.
-      norm: kind of normalisation.
+      norm: kind of normalization.
       density: fraction of channels kept, to begin with.
       choice: as in `GatedConv`.
       gate_scale: as in `GatedConv`.
@@ -223,7 +224,7 @@ class GatedVgg(nn.Module):
     Attributes:
       plan: as in `vgg.Vgg`.
       head: dense layers at the end.
-      norm: kind of normalisation.
+      norm: kind of normalization.
       density: fraction of channels kept, to begin with.
       choice: as in `GatedConv`.
       gate_scale: as in `GatedConv`.
@@ -255,7 +256,7 @@ class GatedVgg(nn.Module):
 
 def _density(module: nn.Module, density: float) -> jax.Array:
     """Keep the density in the state."""
-    return module.variable(gating.COLLECTION, "density", lambda: jnp.float32(density)).value
+    return module.variable(gates.COLLECTION, "density", lambda: jnp.float32(density)).value
 
 
 def gated_resnet32(
@@ -269,7 +270,7 @@ def gated_resnet32(
 ) -> Model:
     """Make ResNet-32 with gates on the 30 convolutions of its blocks.
 
-    For 10 classes 461,872 weights of convolutions and the dense layer, 2,272 of normalisation,
+    For 10 classes 461,872 weights of convolutions and the dense layer, 2,272 of normalization,
     52,320 of gates. A density of 1 keeps all channels: a squeeze-and-excitation network.
 
     Args:
@@ -277,7 +278,7 @@ def gated_resnet32(
       num_classes: width of the output.
       norm: ``"batch"`` or ``"group"``.
       density: fraction of channels that each gate keeps (rho), in (0, 1]; a method may change it
-        later, by `gating.with_density`.
+        later, by `gates.with_density`.
       choice: ``"salient"`` channels, or ``"random"`` ones for a control.
       gate_scale: of the gates' kernels at the start, as a multiple of He's normal. The public code
         has 1, with which saliencies and residual stream multiply one another up from block to
@@ -336,7 +337,7 @@ def gated_vgg16(
     dropout: float = 0.5,
     gate_scale: float = 1.0,
 ) -> Model:
-    """Make VGG-16 with normalisation and gates on its 13 convolutions.
+    """Make VGG-16 with normalization and gates on its 13 convolutions.
 
     Args:
       input_shape: height, width and channels of one example; at least 32×32.

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjaxprune.models import blocked, convolution, dense, pooling, precision
+from fedjaxprune.kernels import blocked, convolution, dense, pooling
+from fedjaxprune.models import precision
 
 uniform_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch draws, and the papers' code with it."""
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-    """Make the initialiser of the bias beside a `uniform_kernel`, with the same bounds."""
+    """Make the initializer of the bias beside a `uniform_kernel`, with the same bounds."""
 
     def init_fn(key, shape, dtype=jnp.float32, out_sharding=None):
         del out_sharding
@@ -80,7 +81,7 @@ class Dense(nn.Module):
 
 
 class ConvReluMaxPool(nn.Module):
-    """A convolution, ReLU and 2×2 max-pooling with stride 2, with PyTorch's initialisation.
+    """A convolution, ReLU and 2×2 max-pooling with stride 2, with PyTorch's initialization.
 
     Attributes:
       features: channels of the output.
@@ -122,8 +123,8 @@ class Conv(nn.Module):
       kernel_size: side of the kernel.
       stride: both down and across.
       padding: zeros on each side; None takes half the kernel, which keeps the image's size.
-      bias: ``"none"`` where normalisation follows, ``"channel"`` for one a channel.
-      start: initialisation: ``"he"`` draws He's normal by fan-out and ``"xavier"`` Xavier's normal,
+      bias: ``"none"`` where normalization follows, ``"channel"`` for one a channel.
+      start: initialization: ``"he"`` draws He's normal by fan-out and ``"xavier"`` Xavier's normal,
         both with biases of zero, ``"torch"`` what PyTorch does by default.
     """
 
@@ -154,7 +155,7 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over the examples that count.
+    """Batch normalization over the examples that count.
 
     Statistics are taken in float32, whatever the images are in.
     Filling (weight 0) enters neither the batch's statistics nor the running ones. The running
@@ -174,7 +175,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
-        """Normalise the channels of ``[B, H, W, C]``; `mask` is ``[B]`` bool, False for filling."""
+        """Normalize the channels of ``[B, H, W, C]``; `mask` is ``[B]`` bool, False for filling."""
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
@@ -206,7 +207,7 @@ class BatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation: each example by itself, so that filling and clients cannot leak.
+    """Group normalization: each example by itself, so that filling and clients cannot leak.
 
     Statistics are taken in float32, whatever the images are in.
 
@@ -223,7 +224,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise ``[B, H, W, C]`` over height, width and the channels of a group."""
+        """Normalize ``[B, H, W, C]`` over height, width and the channels of a group."""
         batch, height, width, channels = x.shape
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))

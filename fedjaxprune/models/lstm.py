@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Model
-from fedjaxprune.models import adapters, layers, shapes
+from fedjaxprune.kernels import shapes
+from fedjaxprune.models import adapters, layers
+from fedjaxprune.types import Model
 
 Labels = Literal["last", "every"]
 
@@ -112,7 +113,7 @@ def char_lstm(
 
     An embedding of 8, two layers of 256 and a dense layer: 819,920 parameters for 80 symbols.
     Kernels of inputs and of recurrence are prunable by default, the embedding is not. PyTorch's
-    initialisation.
+    initialization.
 
     Inputs are integers ``[B, T]``. With ``labels="last"`` an example has one label, the symbol that
     follows; with ``"every"`` it has ``[T]``, each counts alike in the loss, and negative ones do

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Batch, Key, Model, Params, State
+from fedjaxprune.types import Batch, Key, Model, Params, State
 
 
 def compute_in(model: Model, dtype: Any) -> Model:
     """Run a model's training, forward and backward, in `dtype`; all that it keeps stays as it was.
 
     Parameters and inputs are cast on their way into the loss, and gradients come back in the
-    parameters' own type: what the optimiser, error feedback, masks and aggregation work on is
+    parameters' own type: what the optimizer, error feedback, masks and aggregation work on is
     float32, and small updates are not lost. The loss, the metrics and the state that the model
     returns (BatchNorm's running statistics) have the types that they had. The state itself is not
     cast: layers take their statistics in float32 (`layers.BatchNorm` and flax's do so).

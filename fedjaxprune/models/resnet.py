@@ -1,4 +1,4 @@
-"""Residual networks in their CIFAR and ImageNet forms, with batch or group normalisation."""
+"""Residual networks in their CIFAR and ImageNet forms, with batch or group normalization."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.models import layers, pooling
+from fedjaxprune.kernels import pooling
+from fedjaxprune.models import layers
 
 Norm = Literal["batch", "group"]
 Stem = Literal["cifar", "imagenet"]
@@ -17,7 +18,7 @@ _EXPANSION = 4  # of a bottleneck's output over its inner width
 
 
 def check_norm(norm: str) -> None:
-    """Refuse a kind of normalisation that there is not.
+    """Refuse a kind of normalization that there is not.
 
     Raises:
       ValueError: naming what was given and what is allowed.
@@ -27,7 +28,7 @@ def check_norm(norm: str) -> None:
 
 
 class NormLayer(nn.Module):
-    """Batch normalisation, or group normalisation of up to 32 groups with at least 4 channels each.
+    """Batch normalization, or group normalization of up to 32 groups with at least 4 channels each.
 
     Attributes:
       kind: which.
@@ -37,7 +38,7 @@ class NormLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
-        """Normalise ``[B, H, W, C]``."""
+        """Normalize ``[B, H, W, C]``."""
         if self.kind == "batch":
             return layers.BatchNorm(name="batch")(x, train, mask)
         return layers.GroupNorm(num_groups=min(32, x.shape[-1] // 4), name="group")(x)
@@ -58,9 +59,9 @@ class Block(nn.Module):
     Attributes:
       features: channels inside, and of the output; a bottleneck's output has four times as many.
       stride: of the first 3×3 convolution.
-      norm: kind of normalisation.
+      norm: kind of normalization.
       kind: ``"projection"`` makes a shortcut that changes shape a 1×1 convolution with
-        normalisation (He's option B), named ``shortcut``; ``"plain"`` takes every other pixel and
+        normalization (He's option B), named ``shortcut``; ``"plain"`` takes every other pixel and
         adds channels of zeros (option A); ``"bottleneck"`` is the one between two, with option B.
     """
 
@@ -102,7 +103,7 @@ class ResNet(nn.Module):
       widths: channels of each stage; every stage but the first halves the image.
       depths: blocks of each stage.
       num_classes: width of the output.
-      norm: kind of normalisation.
+      norm: kind of normalization.
       block: as in `Block`.
       stem: ``"cifar"`` begins with a 3×3 convolution, ``"imagenet"`` with a 7×7 one of stride 2 and
         a 3×3 max-pooling of stride 2.

@@ -1,4 +1,4 @@
-"""VGG networks, with and without normalisation, and with heads from small to the papers'."""
+"""VGG networks, with and without normalization, and with heads from small to the papers'."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 
-from fedjaxprune.base import Model
-from fedjaxprune.models import adapters, layers, pooling, resnet, shapes
+from fedjaxprune.kernels import pooling, shapes
+from fedjaxprune.models import adapters, layers, resnet
+from fedjaxprune.types import Model
 
 VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -34,13 +35,13 @@ class Head(NamedTuple):
 class Vgg(nn.Module):
     """3×3 convolutions in stages, 2×2 max-pooling after each, and dense layers.
 
-    Convolutions start as He's normal by fan-out. They have a bias only where no normalisation
+    Convolutions start as He's normal by fan-out. They have a bias only where no normalization
     follows, which would cancel it.
 
     Attributes:
       plan: channels of the convolutions, by stage.
       head: dense layers at the end.
-      norm: kind of normalisation, or ``"none"``.
+      norm: kind of normalization, or ``"none"``.
     """
 
     plan: Sequence[Sequence[int]]
@@ -111,7 +112,7 @@ def vgg11(
     The papers' dense layers outweigh their convolutions many times, and sparse convolutions then
     save little traffic; so the default is none hidden, and theirs are options:
     ``hidden_sizes=(4096, 4096), pool=7`` is torchvision's, which FedDIP, FedTiny and MPFL take
-    (129,176,036 parameters for 100 classes without normalisation); ``hidden_sizes=(512, 512)`` the
+    (129,176,036 parameters for 100 classes without normalization); ``hidden_sizes=(512, 512)`` the
     dense reference of adaptive dynamic pruning.
 
     Args:

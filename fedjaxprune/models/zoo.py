@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from fedjaxprune.base import Model
-from fedjaxprune.models import adapters, layers, resnet, shapes
+from fedjaxprune.kernels import shapes
+from fedjaxprune.models import adapters, layers, resnet
+from fedjaxprune.types import Model
 
 _WIDE = (64, 128, 256, 512)  # channels of the four stages of the larger ResNets
 
@@ -62,7 +63,7 @@ class SmallCnn(nn.Module):
 def mlp(
     *, input_shape: Sequence[int], num_classes: int, hidden_sizes: Sequence[int] = (200, 100)
 ) -> Model:
-    """Make a multi-layer perceptron with ReLU and PyTorch's initialisation.
+    """Make a multi-layer perceptron with ReLU and PyTorch's initialization.
 
     Args:
       input_shape: of one example, any rank.
@@ -81,7 +82,7 @@ def lenet5(*, input_shape: Sequence[int], num_classes: int) -> Model:
     """Make LeNet-5 with ReLU and max-pooling, as federated pruning papers use it.
 
     Convolutions of 6 (padding 2) and 16 (no padding) channels, dense layers of 120 and 84: 61,706
-    parameters for 28×28×1 and 10 classes, of which 61,470 are kernels. PyTorch's initialisation.
+    parameters for 28×28×1 and 10 classes, of which 61,470 are kernels. PyTorch's initialization.
 
     Args:
       input_shape: height, width and channels of one example; at least 12×12.
@@ -105,7 +106,7 @@ def cnn(*, input_shape: Sequence[int], num_classes: int) -> Model:
     """Make the two-layer CNN of the first federated-learning papers.
 
     Convolutions of 32 and 64 channels that keep the size, a dense layer of 512: 1,663,370
-    parameters for 28×28×1 and 10 classes. PyTorch's initialisation.
+    parameters for 28×28×1 and 10 classes. PyTorch's initialization.
 
     Args:
       input_shape: height, width and channels of one example; at least 4×4.
@@ -136,7 +137,7 @@ def resnet18(
     """Make ResNet-18, by default in its CIFAR form: 3×3 stem without pooling, widths 64 to 512.
 
     11,220,132 parameters for 100 classes. Shortcuts that change shape are 1×1 convolutions with
-    normalisation; their kernels' paths end in ``shortcut/kernel``, for those who exempt them.
+    normalization; their kernels' paths end in ``shortcut/kernel``, for those who exempt them.
     Convolutions start as He's normal by fan-out, the dense layer as in PyTorch.
 
     Args:

@@ -1,1 +1,1 @@
-"""Masks to masks; has never heard of a client."""
+"""Compute new masks from masks; does not depend on `federated`."""

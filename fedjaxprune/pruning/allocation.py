@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import ranking, trees
-from fedjaxprune.base import PrunableFn
+from fedjaxprune import topk, trees
 from fedjaxprune.pruning import schedules
+from fedjaxprune.types import PrunableFn
 
 # (scores, sparsity [] float64) -> the tree with the number of weights to keep, [] int32, per leaf
 AllocationFn = Callable[[Any, jax.Array], Any]
@@ -34,7 +34,7 @@ def uniform() -> AllocationFn:
     return allocate
 
 
-def whole_model(*, least: int = 0) -> AllocationFn:
+def global_pool(*, least: int = 0) -> AllocationFn:
     """Let all leaves compete in one pool: a leaf keeps as many as are among the best of the model.
 
     The pool keeps exactly ``size - round(sparsity * size)``. Unless `least` says so, nothing
@@ -50,12 +50,12 @@ def whole_model(*, least: int = 0) -> AllocationFn:
         raise ValueError(f"least must not be negative, got {least}.")
 
     def first(leaf: jax.Array) -> jax.Array:
-        chosen = ranking.top_k(leaf, jnp.int32(least)) & (leaf > -jnp.inf)
+        chosen = topk.top_k(leaf, jnp.int32(least)) & (leaf > -jnp.inf)
         return jnp.where(chosen, jnp.inf, leaf)
 
     def allocate(scores: Any, sparsity: jax.Array) -> Any:
         ranked = jax.tree.map(first, scores) if least else scores
-        best = ranking.tree_top_k(ranked, schedules.num_kept(sum(trees.sizes(scores)), sparsity))
+        best = topk.tree_top_k(ranked, schedules.num_kept(sum(trees.sizes(scores)), sparsity))
         return jax.tree.map(lambda leaf: jnp.sum(leaf, dtype=jnp.int32), best)
 
     return allocate

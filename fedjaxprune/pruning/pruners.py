@@ -8,19 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as mask_trees
-from fedjaxprune.base import (
-    Key,
-    Masks,
-    Params,
-    PrunableFn,
-    Pruner,
-    PrunerInputs,
-    Schedule,
-    State,
-)
 from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import schedules, scores
 from fedjaxprune.pruning import selection as selections
+from fedjaxprune.types import Key, Masks, Params, PrunableFn, Pruner, PrunerInputs, Schedule, State
 
 
 def keep() -> Pruner:
@@ -37,7 +28,7 @@ def prune_to(
     sparsity: Schedule | float,
     *,
     score: scores.ScoreFn = scores.magnitude,
-    allocation: allocations.AllocationFn = allocations.whole_model(),  # noqa: B008
+    allocation: allocations.AllocationFn = allocations.global_pool(),  # noqa: B008
     selection: selections.SelectionFn = selections.top_k,
 ) -> Pruner:
     """Switch off the lowest-scoring live weights until `sparsity` is reached.
@@ -105,7 +96,7 @@ def grow_to(
     sparsity: Schedule | float,
     *,
     score: scores.ScoreFn,
-    allocation: allocations.AllocationFn = allocations.whole_model(),  # noqa: B008
+    allocation: allocations.AllocationFn = allocations.global_pool(),  # noqa: B008
     selection: selections.SelectionFn = selections.top_k,
 ) -> Pruner:
     """Switch on the best-scoring dead weights until no more than `sparsity` is pruned.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Schedule
+from fedjaxprune.types import Schedule
 
 Predicate = Callable[[jax.Array], jax.Array]  # round [] -> bool []
 

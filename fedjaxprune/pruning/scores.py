@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.base import Key, Params, PrunerInputs
+from fedjaxprune.types import Key, Params, PrunerInputs
 
 ScoreFn = Callable[[Key, PrunerInputs], Any]  # -> the tree of the parameters, float32
 
@@ -55,7 +55,7 @@ def saliency(key: Key, inputs: PrunerInputs) -> Params:
       ValueError: while tracing, if the clients report no gradient.
 
     References:
-      Lee et al., `SNIP <https://arxiv.org/abs/1810.02340>`_, 2019 (there normalised to sum 1, which
+      Lee et al., `SNIP <https://arxiv.org/abs/1810.02340>`_, 2019 (there normalized to sum 1, which
       does not change the order).
     """
     del key  # deterministic

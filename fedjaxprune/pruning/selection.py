@@ -5,12 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune import ranking
+from fedjaxprune import topk
 
 # (scores [...], num_kept [] int32) -> mask [...]; -inf marks what is not there to be chosen
 SelectionFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-top_k = ranking.top_k
+top_k = topk.top_k
 
 
 def n_of_m(*, n: int, m: int, axis: int = -2) -> SelectionFn:
@@ -39,7 +39,7 @@ def n_of_m(*, n: int, m: int, axis: int = -2) -> SelectionFn:
                 f"n_of_m groups axis {axis} by {m}, but a leaf of shape {scores.shape} has "
                 f"{scores.shape[axis]} entries there, which is no multiple: exempt the leaf."
             )
-        moved = jnp.moveaxis(ranking.order_keys(scores), axis, -1)
+        moved = jnp.moveaxis(topk.order_keys(scores), axis, -1)
         groups = moved.reshape((*moved.shape[:-1], moved.shape[-1] // m, m))
         mine, others = groups[..., :, None], groups[..., None, :]
         index = jnp.arange(m, dtype=jnp.int32)

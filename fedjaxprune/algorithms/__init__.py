@@ -1,1 +1,0 @@
-"""Methods: the one room where the two wings meet; one file, one paper."""

@@ -1,0 +1,1 @@
+"""The command ``fedjaxprune``: the only part of the package that prints."""

@@ -1,0 +1,146 @@
+"""What papers charge, by name: models of cost, to stand beside what is measured.
+
+All are pure functions of counts, in Python integers. None of them is what a message takes: see
+`ledger`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+Shapes = Sequence[Sequence[int]]
+StorageFn = Callable[[Sequence[int], Shapes], int]  # (kept, shapes) -> bits of one transfer
+
+
+def dense(kept: Sequence[int], shapes: Shapes) -> int:
+    """Charge every parameter 32 bits, live or not."""
+    del kept
+    return 32 * sum(math.prod(shape) for shape in shapes)
+
+
+def values(kept: Sequence[int], shapes: Shapes) -> int:
+    """Charge every live parameter 32 bits, and nothing for where it is."""
+    del shapes
+    return 32 * sum(kept)
+
+
+def fedrts_bitmap(kept: Sequence[int], shapes: Shapes) -> int:
+    """Charge live parameters 32 bits, and a bitmap for every leaf that is not full.
+
+    This is what FedRTS's published figures follow, whatever its appendix says.
+    """
+    return sum(
+        32 * m + (0 if m == math.prod(shape) else math.prod(shape))
+        for m, shape in zip(kept, shapes, strict=True)
+    )
+
+
+def fedrts_f4(kept: Sequence[int], shapes: Shapes) -> int:
+    """Charge what FedRTS's appendix F.4 prescribes, by the density of each leaf.
+
+    Of 0.9 and more: dense. Of [0.3, 0.9): values and a bitmap. Of [0.1, 0.3): values and
+    ``ceil(log2 n)`` bits each (COO). Below: values, columns and row pointers (CSR); a row is what
+    leads to one output (the last axis of our kernels), as where the rule comes from.
+
+    References:
+      Tan et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
+    """
+    total = 0
+    for m, shape in zip(kept, shapes, strict=True):
+        n = math.prod(shape)
+        if 10 * m >= 9 * n:
+            total += 32 * n
+        elif 10 * m >= 3 * n:
+            total += n + 32 * m
+        elif 10 * m >= n:
+            total += m * _log2(n) + 32 * m
+        else:
+            num_rows = shape[-1] if len(shape) > 1 else 1
+            total += m * _log2(n // num_rows) + num_rows * _log2(m) + 32 * m
+    return total
+
+
+def pairs(num_pairs: int, size: int) -> int:
+    """Charge pairs of a value and its place in a leaf: 32 bits and ``ceil(log2 size)``."""
+    return num_pairs * (32 + _log2(size))
+
+
+STORAGE: Mapping[str, StorageFn] = {
+    "dense": dense,
+    "values": values,
+    "fedrts_f4": fedrts_f4,
+    "fedrts_bitmap": fedrts_bitmap,
+}
+
+# Appendix F.4 of FedRTS: what a client sends and receives in a round that revises the masks, in
+# units of a dense model, a sparse model, and the explored weights (their top gradients).
+OUTER_ROUNDS: Mapping[str, tuple[float, float, float]] = {
+    "feddst": (0, 2, 0),
+    "prunefl": (1, 1, 0),
+    "fedsgc": (0, 3, 0),
+    "fedtiny": (0, 2, 1),
+    "fedmef": (0, 2, 1),
+    "fedrts": (0, 2, 0.5),
+}
+
+
+def feddip_code(sparsity: float, num_params: int) -> int:
+    """Charge what FedDIP's public code charges for one transfer, in bits.
+
+    32 bits for each parameter that survives, counted on all parameters, and no masks. The code
+    prints it in units of 2**20 bits and calls them megabytes.
+    """
+    return int(32 * (1 - sparsity) * num_params)
+
+
+# What AutoFLIP's abstracts report to be saved against FedAvg, on average over data sets: arithmetic
+# and traffic, by version of arXiv 2405.10271. How they count is not public.
+AUTOFLIP_SAVINGS: Mapping[str, tuple[float, float]] = {"v2": (0.488, 0.355), "v4": (0.52, 0.65)}
+
+
+def autoflip_run(
+    *,
+    num_params: int,
+    num_live: int,
+    num_prunable: int,
+    num_explorers: int,
+    num_informed: int,
+    num_updates: int,
+) -> tuple[int, int]:
+    """Charge a whole run of AutoFLIP with a mask that stays, exploration included, in bits.
+
+    Args:
+      num_params: parameters, all of which go to every explorer and whose deviations come back.
+      num_live: parameters under the mask, which travel both ways in training.
+      num_prunable: weights of which the mask says something, a bit each.
+      num_explorers: clients that explored.
+      num_informed: clients that took part in training at least once; each is sent the mask.
+      num_updates: rounds of training times clients in each.
+
+    Returns:
+      Bits up and bits down.
+    """
+    both = 32 * (num_params * num_explorers + num_live * num_updates)
+    return both, both + num_prunable * num_informed
+
+
+def mpfl_agreement(num_filters: int, num_clients: int, iterations: int) -> int:
+    """Charge MPFL's agreement: a bit a filter, up and down, in every exchange, of every client.
+
+    With ``j = 0`` there are ``iterations + 1`` exchanges; initial weights follow from a seed.
+    """
+    return (iterations + 1) * num_clients * 2 * num_filters
+
+
+def filter_masked(kept_filters: Sequence[int], filter_sizes: Sequence[int], num_others: int) -> int:
+    """Charge a transfer of a model under a mask by filters, in bits.
+
+    32 for every weight of a live filter and for all other parameters, live or not: biases,
+    normalization, dense layers. What reads a pruned channel is charged too.
+    """
+    live = sum(n * size for n, size in zip(kept_filters, filter_sizes, strict=True))
+    return 32 * (live + num_others)
+
+
+def _log2(number: int) -> int:
+    """Round the binary logarithm up; 0 for numbers below 2."""
+    return max(number - 1, 0).bit_length()

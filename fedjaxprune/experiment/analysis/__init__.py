@@ -1,0 +1,1 @@
+"""Compare runs: tables, plots, the report."""

@@ -1,0 +1,1 @@
+"""Devices and the number of clients that a device trains at once."""

@@ -1,0 +1,300 @@
+"""Time local training with several clients side by side: the measured part of `chunking`.
+
+A trial runs what a round runs, `cohort.run` of `local_training.local_sgd` on the run's own
+examples, on all its devices; only the number of steps is small, and plain SGD stands for every
+method.
+"""
+
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from fedjaxprune import __version__, trees
+from fedjaxprune import masks as masks_lib
+from fedjaxprune.costs import flops
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.execution import chunk_size
+from fedjaxprune.federated import aggregators, cohort, local_training
+from fedjaxprune.types import Batcher, Broadcast, Cohort, Model, Population, client_data
+
+MAX_STEPS = 10  # of a client in a trial
+_REPEATS, _MIN_S = 5, 0.05  # timings, and the time that one should take
+_LONG_S = 1.0  # a call that takes longer is timed twice more only
+_CGROUPS = pathlib.Path("/sys/fs/cgroup")
+_LIMITS = (  # of a container, by version 2 and 1 of Linux's control groups
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+_ROOM = 0.8  # of the memory that is free: what a trial may take, as a round needs more
+_SLOW_FLOPS, _SLOW_STEP_S = 5e9, 2e-4  # a second of a slow core; what a step takes besides
+# What a trained example costs depends on these settings, and on no others.
+_SETTINGS = (
+    "dataset",
+    "augment",
+    "normalize",
+    "model",
+    "norm",
+    "gate_density",
+    "batch_size",
+    "compute_dtype",
+)
+
+
+class DoesNotFit(Exception):
+    """A chunk needs more memory than there is."""
+
+
+def choose(
+    config: RunConfig,
+    model: Model,
+    batcher: Batcher,
+    population: Population,
+    *,
+    mesh: Mesh | None,
+    warn: chunk_size.WarnFn,
+) -> chunk_size.Choice:
+    """Choose a run's chunk size by what was measured before, and a trial of the rest.
+
+    Args:
+      config: of the run, with its devices.
+      model: to be trained.
+      batcher: of the run.
+      population: the clients' examples.
+      mesh: as for `cohort.run`.
+      warn: takes a sentence.
+    """
+    work = chunk_size.Work(
+        steps=chunk_size.local_steps(np.diff(np.asarray(population.offsets)), config),
+        batch_size=config.batch_size,
+        cohort_size=config.cohort_size,
+        devices=config.devices,
+        num_rounds=config.rounds,
+    )
+    trial = measure(model, batcher, population, work=work, mesh=mesh)
+    return chunk_size.auto(
+        work,
+        trial,
+        key=key(config, work),
+        slow_s=lambda: slow_s(model, batcher, population, work=work),
+        warn=warn,
+    )
+
+
+def slow_s(
+    model: Model, batcher: Batcher, population: Population, *, work: chunk_size.Work
+) -> float:
+    """Bound by arithmetic how long a run trains: what a slow machine would take, seconds.
+
+    A network that cannot be counted may take any time.
+    """
+    batch = jax.eval_shape(
+        lambda key, population: batcher.batch(
+            key, client_data(population, jnp.int32(0)), jnp.int32(0)
+        ),
+        jax.random.key(0),
+        population,
+    )
+    example = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch.inputs
+    )
+    try:
+        count = flops.dense(flops.of_model(model, None, example))
+    except ValueError:
+        return math.inf
+    arithmetic = flops.FLOPS_PER_MULTIPLY_ADD * sum(count) * work.num_examples / _SLOW_FLOPS
+    dispatch = _SLOW_STEP_S * work.num_examples / work.batch_size
+    return (arithmetic + dispatch) / work.devices
+
+
+def measure(
+    model: Model,
+    batcher: Batcher,
+    population: Population,
+    *,
+    work: chunk_size.Work,
+    mesh: Mesh | None,
+) -> chunk_size.MeasureFn:
+    """Make ``chunk size -> examples per second``, on all devices of the mesh.
+
+    Args:
+      model: to be trained.
+      batcher: of the run; its batches are taken, not its number of steps.
+      population: whose clients with most examples are taken.
+      work: of the run.
+      mesh: as for `cohort.run`.
+    """
+    most = np.argsort(-work.steps, kind="stable").astype(np.int32)
+    by_field = {
+        "delta": aggregators.weighted_mean(),
+        "model_state": aggregators.weighted_mean(),
+        "metrics": aggregators.unweighted_sum(),
+    }
+
+    def measure_fn(size: int) -> float | None:
+        ids = most[: min(size * work.devices, most.size)]
+
+        def play(key, broadcast, population, client_ids, steps):
+            def update(key, given, state, data):
+                broadcast, steps = given
+                # A number of each client's own, as in a round: loops differ by it under vmap.
+                few = batcher._replace(
+                    num_steps=lambda data: jnp.where(data.size > 0, steps, jnp.zeros_like(steps))
+                )
+                client = local_training.local_sgd(
+                    model.loss, batcher=few, optimizer=optax.sgd(1e-3)
+                )
+                return client.update(key, broadcast, state, data)
+
+            present = jnp.ones(client_ids.shape, jnp.bool_)
+            outcome = cohort.run(
+                key,
+                update,
+                by_field,
+                (broadcast, steps),
+                Cohort(client_ids=client_ids, participated=present, states=()),
+                population,
+                chunk_size=size,
+                mesh=mesh,
+            )
+            return outcome.fields["delta"]
+
+        key = jax.random.key(0)
+        params, state = _some(jax.eval_shape(model.init, key))
+        broadcast = Broadcast(
+            params=params, masks=masks_lib.full(params), model_state=state, round=jnp.int32(0)
+        )
+        given = [key, broadcast, population, jnp.asarray(ids)]
+        try:
+            seconds = _time(play, given, num_steps(work), mesh)
+        except DoesNotFit:
+            return None
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+        return ids.size * work.batch_size / seconds
+
+    return measure_fn
+
+
+def _time(play: Any, given: list[Any], most: int, mesh: Mesh | None) -> float:
+    """Time one step of the clients of a chunk, all devices at work: the median, seconds."""
+    if mesh is not None:
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        given, one, many = jax.device_put((given, jnp.int32(1), jnp.int32(most)), everywhere)
+    else:
+        one, many = jnp.int32(1), jnp.int32(most)
+    compiled = jax.jit(play).lower(*given, one).compile()
+    needed = compiled.memory_analysis()
+    room = _free_bytes()
+    if needed is not None and room is not None:
+        # By device; the devices of a CPU share its memory.
+        shared = mesh.size if mesh is not None and jax.default_backend() == "cpu" else 1
+        total = needed.temp_size_in_bytes + needed.output_size_in_bytes
+        if total * shared > _ROOM * room:
+            raise DoesNotFit
+
+    def call(steps: jax.Array, times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            jax.block_until_ready(compiled(*given, steps))
+        return (time.perf_counter() - begin) / times
+
+    call(one, 1)  # warms up
+    once = call(one, 1)
+    if once * most > _LONG_S:
+        steps, count, repeats = one, 1, 2 if once > _LONG_S else _REPEATS
+    else:
+        steps, count, repeats = many, most, _REPEATS
+    times = max(1, min(100, round(_MIN_S / (once * count))))
+    return statistics.median([call(steps, times) for _ in range(repeats)]) / count
+
+
+def _free_bytes() -> float | None:
+    """Find how much memory a device has left; None where nobody says."""
+    said = jax.devices()[0].memory_stats()
+    if said and "bytes_limit" in said:
+        return said["bytes_limit"] - said.get("bytes_in_use", 0)
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return min(1024.0 * int(kib), _room_in_container(_CGROUPS))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def _room_in_container(root: pathlib.Path) -> float:
+    """Find how much more a container lets its processes have; one that takes more is killed.
+
+    Pages of files that nobody reads any more do not count as taken.
+    """
+    for limit, taken, facts, idle in _LIMITS:
+        try:
+            most = (root / limit).read_text(encoding="ascii").strip()
+            if most == "max":
+                return math.inf
+            used = int((root / taken).read_text(encoding="ascii"))
+            lines = (root / facts).read_text(encoding="ascii").splitlines()
+            free = next(int(line.split()[1]) for line in lines if line.startswith(f"{idle} "))
+            return float(int(most) - used + free)
+        except (OSError, ValueError, StopIteration):
+            continue
+    return math.inf
+
+
+def _some(shapes: Any) -> Any:
+    """Fill shapes with ordinary numbers: what they are does not matter to the time."""
+    rng = np.random.default_rng(0)
+
+    def fill(path: str, leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        values = 0.05 * rng.standard_normal(leaf.shape) if path.startswith("0") else 1.0
+        return jnp.asarray(np.broadcast_to(values, leaf.shape), leaf.dtype)
+
+    return trees.map_with_path(fill, shapes)
+
+
+def key(config: RunConfig, work: chunk_size.Work) -> str:
+    """Name what the figures of a run's trial depend on."""
+    device = jax.devices()[0]
+    facts = {
+        **{name: getattr(config, name) for name in _SETTINGS},
+        "steps": num_steps(work),
+        "devices": f"{work.devices} {device.platform} {device.device_kind}",
+        "processor": f"{os.cpu_count()} {_processor()}",
+        "jax": jax.__version__,
+        "fedjaxprune": __version__,
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def _processor() -> str:
+    """Name the kind of processor, which JAX calls no more than a cpu."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def num_steps(work: chunk_size.Work) -> int:
+    """Choose the steps of a client in a trial: as many as in a round, but few."""
+    return min(MAX_STEPS, max(1, round(float(np.mean(work.steps)))))

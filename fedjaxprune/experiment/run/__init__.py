@@ -1,0 +1,1 @@
+"""Build a run from its config and train."""

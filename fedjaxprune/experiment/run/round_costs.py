@@ -1,0 +1,288 @@
+"""What a run's rounds cost in arithmetic, and who trained what: figures for the record.
+
+The network is counted once, before the first round; a round's figures are a few sums over its
+layers on the host.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import traffic, trees
+from fedjaxprune.costs import flops
+from fedjaxprune.models import gates
+from fedjaxprune.types import Model, Params, PrunableFn, RoundMetrics
+
+PARTS = flops.Cost._fields  # forward, input_gradient, weight_gradient
+
+
+class RoundCosts(NamedTuple):
+    """Figures of one round, as fields of the record.
+
+    Attributes:
+      modeled_flops: two per multiply-add of the clients' work, all together, by pass: `forward`,
+        `input_gradient` and `weight_gradient` under the masks, the last dense where a method looks
+        at all of it; and the same with ``dense_`` before it as if nothing were pruned. None if the
+        network cannot be counted.
+      mean_coverage: measured: how many clients trained a prunable weight, on average.
+      mask_stability: measured: share of the prunable mask bits that the round left as they were.
+    """
+
+    modeled_flops: dict[str, int] | None
+    mean_coverage: float
+    mask_stability: float
+
+
+class Profile(NamedTuple):
+    """What is known of the network before the run.
+
+    Attributes:
+      layers: multiply-adds of one example, by layer; None if it cannot be counted.
+      paths: of the parameters.
+      sizes: of the parameters.
+      flags: which of them are prunable.
+    """
+
+    layers: tuple[flops.Layer, ...] | None
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    flags: tuple[bool, ...]
+
+
+def profile(
+    model: Model,
+    params: Params,
+    inputs: Any,
+    *,
+    preprocess: Callable[..., Any],
+    prunable: PrunableFn,
+    warn: Callable[[str], None],
+) -> Profile:
+    """Count a network once.
+
+    Args:
+      model: the network.
+      params: its parameters, or their shapes.
+      inputs: ``[E, ...]`` as stored; one of them is the example.
+      preprocess: ``(key, inputs) -> inputs`` of tests.
+      prunable: what coverage and stability are reported of.
+      warn: is told if the network cannot be counted.
+    """
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), inputs)
+    example = jax.eval_shape(preprocess, jax.random.key(0), one)
+    try:
+        layers = flops.of_model(model, None, example)
+    except ValueError as error:
+        warn(f"the network's multiply-adds are not in the record: {error}")
+        layers = None
+    return Profile(
+        layers=layers,
+        paths=tuple(trees.paths(params)),
+        sizes=tuple(trees.sizes(params)),
+        flags=tuple(masks_lib.prunable_leaves(params, prunable)),
+    )
+
+
+def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
+    """Make a round's figures from its metrics, read to the host.
+
+    FLOPs are of the examples that count (no filling) of the clients that were heard, under the
+    masks that the round began with; under personal masks, if those leave fewer weights. Stages that
+    send no delta have none, unless they say what was trained (`traffic.TRAINED`) or only looked at
+    (`traffic.EVALUATED`, `traffic.BACKPROPAGATED`). Where there are gates, FLOPs are of what these
+    let through, forward and backward. The weight gradient is that of all entries that a client may
+    send, where these are more than live ones (error feedback whose residue travels), and dense at
+    the examples of which all of it was wanted (`traffic.DENSE_GRADIENT`).
+    """
+    flags = np.asarray(profile.flags, bool)
+    sizes = np.asarray(profile.sizes, np.int64)
+    num_prunable = max(1, int(sizes[flags].sum()))
+    told = metrics.sent.reports.get(traffic.TRAINED)
+    counts = metrics.num_uploaded if told is None else told
+    trained = np.asarray(counts, np.int64)[np.asarray(metrics.participated)]
+    kept = np.asarray(metrics.num_downloaded, np.int64)
+    trains = kept.ndim == 1 or told is not None
+    kept = kept if kept.ndim == 1 else sizes * trains
+    through = gates.through(metrics.train)
+    moved = kept
+    if through:
+        kept = moved = np.asarray(metrics.kept, np.int64)
+    elif len(trained):
+        moved = np.round(trained.mean(axis=0)).astype(np.int64)
+        kept = np.minimum(kept, moved)
+    work = _Work(
+        models=kept[None],
+        moved=moved,
+        parts=PARTS if trains else (),
+        num_examples=float(metrics.train["loss"].weight),
+        num_dense=_num_dense(profile, metrics),
+    )
+    for name, parts in {traffic.EVALUATED: PARTS[:1], traffic.BACKPROPAGATED: PARTS}.items():
+        if name in metrics.sent.reports:  # the same models for all clients
+            models = np.asarray(metrics.sent.reports[name], np.int64)[0]
+            work = work._replace(models=models, moved=None, parts=parts)
+    return RoundCosts(
+        modeled_flops=_flops(profile, work, through),
+        mean_coverage=int(trained[:, flags].sum()) / num_prunable,
+        mask_stability=1.0 - int(metrics.num_changed) / num_prunable,
+    )
+
+
+class _Work(NamedTuple):
+    """What the clients of a round computed, all together.
+
+    Attributes:
+      models: ``[T, L]`` live entries per leaf of the models that the examples passed through.
+      moved: ``[L]`` entries per leaf whose gradient was wanted; None for the live ones.
+      parts: the passes that were made.
+      num_examples: how many, through all models together.
+      num_dense: of them, by path, those at which the leaf's weight gradient was dense.
+    """
+
+    models: np.ndarray
+    moved: np.ndarray | None
+    parts: tuple[str, ...]
+    num_examples: float
+    num_dense: Mapping[str, int]
+
+
+def _num_dense(profile: Profile, metrics: RoundMetrics) -> Mapping[str, int]:
+    found = metrics.train.get(traffic.DENSE_GRADIENT)
+    if found is None:
+        return {}
+    totals = np.broadcast_to(np.asarray(found.total, np.float64), len(profile.paths))
+    return dict(zip(profile.paths, np.round(totals).astype(np.int64).tolist(), strict=True))
+
+
+def _flops(profile: Profile, work: _Work, through: Mapping[str, Any]) -> dict[str, int] | None:
+    total = dict.fromkeys((*PARTS, *(f"dense_{part}" for part in PARTS)), 0)
+    num_each = round(work.num_examples / len(work.models)) if work.num_examples > 0 else 0
+    for kept in work.models.tolist():
+        layers = _masked(profile, tuple(kept))
+        if layers is None:
+            return None
+        if through:
+            layers = flops.gated(layers, _shares(layers, through))
+        counts = _totals(layers)
+        for part in work.parts:
+            for name in (part, f"dense_{part}"):
+                total[name] += num_each * counts[name]
+        if "weight_gradient" not in work.parts:
+            continue
+        if work.moved is not None and np.any(work.moved > np.asarray(kept)):
+            wider = _masked(profile, tuple(work.moved.tolist())) or ()
+            further = _totals(wider)["weight_gradient"] - counts["weight_gradient"]
+            total["weight_gradient"] += num_each * further
+        if any(work.num_dense.values()):
+            total["weight_gradient"] += _further(layers, work.num_dense)
+    return {name: flops.FLOPS_PER_MULTIPLY_ADD * count for name, count in total.items()}
+
+
+def _further(layers: Sequence[flops.Layer], num_dense: Mapping[str, int]) -> int:
+    """Count what dense weight gradients take beyond those of live weights."""
+    return sum(
+        max((num_dense[path] for paths in layer.weights for path in paths), default=0)
+        * (layer.dense.weight_gradient - layer.sparse.weight_gradient)
+        for layer in layers
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _totals(layers: tuple[flops.Layer, ...]) -> dict[str, int]:
+    """Add the layers up, under the record's names; once for each version of the masks."""
+    dense = {f"dense_{part}": count for part, count in flops.dense(layers)._asdict().items()}
+    return flops.sparse(layers)._asdict() | dense
+
+
+def of_inference(
+    profile: Profile, metrics: RoundMetrics, through: Mapping[str, Any]
+) -> dict[str, int] | None:
+    """Count the FLOPs of a prediction, an example, by what the gates let through in the test.
+
+    Args:
+      profile: of the network.
+      metrics: of the round before the test, read to the host, for its masks.
+      through: `evaluation.Evaluation.through`.
+
+    Returns:
+      `gated`: under masks, with what gates close left out; `open`: under masks, with all channels
+      open; `without_gates`: the network without masks, gates, and what these compute. None if the
+      network has no gates or cannot be counted.
+    """
+    masked = _masked(profile, tuple(np.asarray(metrics.kept).tolist()))
+    if masked is None or not through:
+        return None
+    own = [layer for layer in masked if any(map(_is_gate, layer.weights))]
+    counts = {
+        "gated": flops.sparse(flops.gated(masked, _shares(masked, through))).forward,
+        "open": flops.sparse(masked).forward,
+        "without_gates": flops.dense([layer for layer in masked if layer not in own]).forward,
+    }
+    return {name: flops.FLOPS_PER_MULTIPLY_ADD * count for name, count in counts.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _masked(profile: Profile, kept: tuple[int, ...]) -> tuple[flops.Layer, ...] | None:
+    """Put masks on the network, by counts, once for each version; None if it cannot be counted."""
+    if profile.layers is None:
+        return None
+    by_path = dict(zip(profile.paths, kept, strict=True))
+    sizes = dict(zip(profile.paths, profile.sizes, strict=True))
+    return flops.reweigh(profile.layers, by_path, sizes)
+
+
+def _shares(layers: Sequence[flops.Layer], through: Mapping[str, Any]) -> dict[str, float]:
+    """Match what gates let through to the layers whose output they choose from."""
+    return {
+        layer.path: min(1.0, float(value.total) / float(value.weight))
+        for layer in layers
+        for name, value in through.items()
+        if layer.path.startswith(f"{name}/")
+        and not any(map(_is_gate, layer.weights))
+        and float(value.weight) > 0
+    }
+
+
+def _is_gate(paths: Sequence[str]) -> bool:
+    return any(path.rsplit("/", 1)[-1] in gates.GATE for path in paths)
+
+
+def summarize(lines: Sequence[Any]) -> dict[str, Any]:
+    """Sum up the figures of a record's lines, as fields of the summary.
+
+    `modeled_flops` and `mean_coverage` are totals over the rounds (so the latter is how many
+    clients trained a prunable weight, on average, in the whole run), `mask_stability` is the mean,
+    `inference_flops`, where there are gates, those of the last test.
+    """
+    flops_of_rounds = [line.modeled_flops for line in lines]
+    total = None
+    if all(entry is not None for entry in flops_of_rounds):
+        names = flops_of_rounds[0] if flops_of_rounds else {}
+        total = {name: sum(entry[name] for entry in flops_of_rounds) for name in names}
+    inference = [flops for line in lines if (flops := getattr(line, "inference_flops", None))]
+    return {
+        "modeled_flops": total,
+        **({"inference_flops": inference[-1]} if inference else {}),
+        "mean_coverage": math.fsum(line.mean_coverage for line in lines),
+        "mask_stability": math.fsum(line.mask_stability for line in lines) / len(lines),
+    }
+
+
+def rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Make the lines of the table at the end of a run."""
+    modeled = summary["modeled_flops"]
+    shown = {"clients times rounds that trained a weight, mean": f"{summary['mean_coverage']:,.1f}"}
+    if modeled:
+        sparse = sum(modeled[part] for part in PARTS)
+        dense = sum(modeled[f"dense_{part}"] for part in PARTS)
+        share = f" ({100 * sparse / dense:.1f}% of dense)" if dense else ""
+        shown["training FLOPs under masks, modeled"] = f"{sparse:.3g}{share}"
+    if found := summary.get("inference_flops"):
+        share = f" ({100 * found['gated'] / found['without_gates']:.1f}% of no gates)"
+        shown["inference FLOPs, gates as measured"] = f"{found['gated']:.3g}{share}"
+    return shown

@@ -1,0 +1,262 @@
+"""Clients that only look: forward passes for normalization statistics and for losses.
+
+Normalization statistics are a message of their own. They are those leaves of the untrained state
+that `normalization` names, sent as a list ``[leaf, ...]`` in the state's order; `put` places such a
+list back. No weight is trained here, and no gradient is computed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import metrics, trees
+from fedjaxprune.types import Batcher, Broadcast, Client, ClientData, Key, Message, State
+
+StatisticFn = Callable[[str, jax.Array], bool]  # (path, leaf of the state) -> is it a statistic?
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
+
+# What a running statistic is probed at, to learn how much of it one training step keeps: far above
+# what statistics are, so that the rounding of their sum is that of the share.
+_PROBE = float(2**20)
+_HOPELESS = 1e30  # stands for a loss that is not finite
+
+
+def normalization(path: str, leaf: jax.Array) -> bool:
+    """Call a statistic what ends in ``mean`` or ``var`` (``batch_stats/.../running_var``)."""
+    name = path.rsplit("/", 1)[-1]
+    return name.endswith(("mean", "var")) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def pick(model_state: State, is_statistic: StatisticFn) -> list[jax.Array]:
+    """List the statistics among the untrained state."""
+    leaves = zip(trees.paths(model_state), jax.tree.leaves(model_state), strict=True)
+    return [leaf for path, leaf in leaves if is_statistic(path, leaf)]
+
+
+def put(model_state: State, statistics: list[jax.Array], is_statistic: StatisticFn) -> State:
+    """Undo `pick`: place statistics into a state, in its dtypes; other leaves stay."""
+    rest = iter(statistics)
+
+    def leaf(path, old):
+        return next(rest).astype(old.dtype) if is_statistic(path, old) else old
+
+    return trees.map_with_path(leaf, model_state)
+
+
+def statistics(loss: Any, *, batcher: Batcher, is_statistic: StatisticFn = normalization) -> Client:
+    """Measure the normalization statistics of a model on a client's data, exactly, in one pass.
+
+    They are the means over the batches, weighted by their examples, of the batches' means and
+    variances; a running average of momentum ``1 / i`` comes to the same where batches are equally
+    large. The model shows them
+    only as moving averages; so each batch is seen from statistics of zero, and how much of the old
+    a step keeps is measured once, at the first batch.
+
+    Args:
+      loss: as in a `Model`; in training mode its state must be moving averages that its forward
+        pass does not read, as BatchNorm's are.
+      batcher: what the client looks at, without augmentation.
+      is_statistic: which leaves of the state are statistics.
+
+    Returns:
+      A `Client` whose message has the fields `statistics` (a list, see `pick`) and `metrics`; its
+      weight is the number of examples seen. The parameters are seen under the broadcast's masks.
+
+    References:
+      Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023 (adaptive BatchNorm
+      selection; its first code makes ten passes of momentum 0.1 instead, see
+      `moving_statistics`).
+    """
+
+    def update_fn(key, broadcast, state, data):
+        batch_key, loss_key = jax.random.split(key)
+        look = _look(loss, broadcast, is_statistic)
+        old = pick(broadcast.model_state, is_statistic)
+        zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in old]
+
+        first = batcher.batch(batch_key, data, jnp.int32(0))
+        near, _ = look(zeros, first, loss_key)
+        far, _ = look([leaf + _PROBE for leaf in zeros], first, loss_key)
+        moved = [1.0 - (up - down) / _PROBE for up, down in zip(far, near, strict=True)]
+
+        def step_fn(step, sums):
+            batch = batcher.batch(batch_key, data, step)
+            seen, step_metrics = look(zeros, batch, jax.random.fold_in(loss_key, step))
+            size = jnp.sum(batch.weights)
+            totals = [
+                total + jnp.where(size > 0, size * leaf, jnp.zeros_like(leaf))
+                for total, leaf in zip(sums[0], seen, strict=True)
+            ]
+            return totals, sums[1] + size, metrics.merge(sums[2], step_metrics)
+
+        start = (zeros, jnp.float32(0.0), _zero_metrics(loss, broadcast, first, loss_key))
+        totals, size, seen = jax.lax.fori_loop(
+            jnp.int32(0), batcher.num_steps(data), step_fn, start
+        )
+
+        def mean(total, share, before):  # a leaf that no step moves stays as it was
+            usable = (size > 0) & (share > 0)
+            divisor = jnp.where(usable, size * share, jnp.ones_like(share))
+            return jnp.where(usable, total / divisor, before.astype(jnp.float32))
+
+        found = [mean(*leaves) for leaves in zip(totals, moved, old, strict=True)]
+        return Message(fields={"statistics": found, "metrics": seen}, weight=size), state
+
+    return Client(init=lambda params: (), update=update_fn)
+
+
+def moving_statistics(
+    loss: Any, *, batcher: Batcher, num_passes: int, is_statistic: StatisticFn = normalization
+) -> Client:
+    """Let the statistics follow a client's data in `num_passes` passes, by the model's momentum.
+
+    It starts at the broadcast's statistics, which therefore never quite fade. FedTiny's first code
+    makes 10 passes. Arguments and message as in `statistics`; the weight counts every example once.
+    """
+    if num_passes < 1:
+        raise ValueError(f"num_passes must be at least 1, got {num_passes}.")
+
+    def update_fn(key, broadcast, state, data):
+        batch_key, loss_key = jax.random.split(key)
+        look = _look(loss, broadcast, is_statistic)
+        first = batcher.batch(batch_key, data, jnp.int32(0))
+        old = [leaf.astype(jnp.float32) for leaf in pick(broadcast.model_state, is_statistic)]
+        num_steps = batcher.num_steps(data)
+
+        def step_fn(step, carry):
+            batch = batcher.batch(batch_key, data, step % jnp.maximum(num_steps, 1))
+            seen, step_metrics = look(carry[0], batch, jax.random.fold_in(loss_key, step))
+            return seen, carry[1] + jnp.sum(batch.weights), metrics.merge(carry[2], step_metrics)
+
+        start = (old, jnp.float32(0.0), _zero_metrics(loss, broadcast, first, loss_key))
+        found, size, seen = jax.lax.fori_loop(jnp.int32(0), num_passes * num_steps, step_fn, start)
+        return Message(
+            fields={"statistics": found, "metrics": seen}, weight=size / num_passes
+        ), state
+
+    return Client(init=lambda params: (), update=update_fn)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Compute the softmax cross-entropy of every example, in nats: ``[B]``."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+
+
+def losses(predict: Any, *, batcher: Batcher, loss: LossFn = cross_entropy) -> Client:
+    """Report the loss of the broadcast model on a client's data, in inference mode.
+
+    Returns:
+      A `Client` whose message has the field `losses`, the mean over its examples ``[]`` float32,
+      and `metrics` with the accumulator ``loss`` (the sum and the number of examples); its weight
+      is the number of examples. A sum that is not finite is taken for 1e30, else one hopeless
+      candidate would silence its client for all.
+    """
+
+    def update_fn(key, broadcast, state, data):
+        params = masks_lib.apply(broadcast.masks, broadcast.params)
+
+        def step_fn(step, total):
+            batch = batcher.batch(key, data, step)
+            values = loss(predict(params, broadcast.model_state, batch.inputs), batch.labels)
+            return metrics.merge(total, metrics.mean(values, batch.weights))
+
+        total = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, metrics.zero())
+        total = total._replace(total=jnp.where(jnp.isfinite(total.total), total.total, _HOPELESS))
+        mean = total.total / jnp.maximum(total.weight, 1.0)
+        fields = {"losses": mean, "metrics": {"loss": total}}
+        return Message(fields=fields, weight=total.weight), state
+
+    return Client(init=lambda params: (), update=update_fn)
+
+
+def each_candidate(client: Client) -> Client:
+    """Let a client without state do its work for every candidate, one after another.
+
+    Args:
+      client: sees one candidate as its broadcast's masks and model state.
+
+    Returns:
+      A `Client` for a broadcast whose masks and model state have a leading axis ``[candidates]``;
+      so have the fields of its message. All candidates are seen with the same key, hence on the
+      same batches.
+    """
+
+    def update_fn(key: Key, broadcast: Broadcast, state: State, data: ClientData):
+        def one(candidate):
+            masks, model_state = candidate
+            seen = broadcast._replace(masks=masks, model_state=model_state)
+            return client.update(key, seen, (), data)[0]
+
+        messages = jax.lax.map(one, (broadcast.masks, broadcast.model_state))
+        return Message(fields=messages.fields, weight=messages.weight[0]), state
+
+    return Client(init=lambda params: (), update=update_fn)
+
+
+def with_squares(client: Client) -> Client:
+    """Add the squares of a client's statistics to its message, as `squares`.
+
+    The server can compute them from what it receives, so nothing more travels; their mean says how
+    much the clients' means differ (see `add_spread`).
+    """
+
+    def update_fn(key, broadcast, state, data):
+        message, state = client.update(key, broadcast, state, data)
+        squares = [jnp.square(leaf) for leaf in message.fields["statistics"]]
+        return message._replace(fields={**message.fields, "squares": squares}), state
+
+    return Client(init=client.init, update=update_fn)
+
+
+def add_spread(
+    model_state: State,
+    statistics: list[jax.Array],
+    squares: list[jax.Array],
+    *,
+    is_statistic: StatisticFn = normalization,
+) -> list[jax.Array]:
+    """Turn mean variances into the variance of all data: add the variance of the clients' means.
+
+    Args:
+      model_state: tells which mean (``.../mean``) stands beside which variance (``.../var``).
+      statistics: means over the clients, as `pick` lists them; leading axes are welcome.
+      squares: means over the clients of the squares.
+      is_statistic: which leaves of the state are statistics.
+
+    Raises:
+      ValueError: if a variance has no mean beside it.
+    """
+    leaves = zip(trees.paths(model_state), jax.tree.leaves(model_state), strict=True)
+    paths = [path for path, leaf in leaves if is_statistic(path, leaf)]
+    found = []
+    for path, value in zip(paths, statistics, strict=True):
+        if path.endswith("var"):
+            beside = path.removesuffix("var") + "mean"
+            if beside not in paths:
+                raise ValueError(f"the variance {path!r} has no mean beside it ({beside!r}).")
+            mean, square = (tree[paths.index(beside)] for tree in (statistics, squares))
+            value = value + jnp.maximum(square - jnp.square(mean), 0.0)
+        found.append(value)
+    return found
+
+
+def _look(loss, broadcast, is_statistic):
+    """Make ``(statistics, batch, key) -> (statistics, metrics)``: one forward pass."""
+    params = masks_lib.apply(broadcast.masks, broadcast.params)
+
+    def look(statistics, batch, key):
+        before = put(broadcast.model_state, statistics, is_statistic)
+        _, (after, seen) = loss(params, before, batch, key)
+        return [leaf.astype(jnp.float32) for leaf in pick(after, is_statistic)], seen
+
+    return look
+
+
+def _zero_metrics(loss, broadcast, batch, key):
+    """Make the accumulators that the loss reports, at zero."""
+    shapes = jax.eval_shape(lambda: loss(broadcast.params, broadcast.model_state, batch, key))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1])

@@ -1,0 +1,189 @@
+"""Clients that train alone until it stops paying, and report how far every weight moved.
+
+Each explorer starts from its own copy of the broadcast model and sees no data but its own. What it
+reports is not a step for the server to follow but a statement on the weights: those that had to
+move far are those that the loss depends on.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import metrics
+from fedjaxprune.federated.local_training import LossFn
+from fedjaxprune.types import Batcher, Client, Masks, Message, Metrics, Params, State
+
+
+class _Progress(NamedTuple):
+    """Where an explorer stands between two epochs."""
+
+    params: Params
+    optimizer: State
+    model_state: State
+    metrics: Metrics
+    epoch: jax.Array
+    best: jax.Array  # lowest loss so far
+    num_stale: jax.Array  # epochs since
+
+
+def until_no_improvement(
+    loss: LossFn,
+    *,
+    epoch: Batcher,
+    optimizer: optax.GradientTransformation,
+    max_epochs: int,
+    patience: int,
+    watch: Literal["epoch", "last_step"] = "epoch",
+    validation: Client | None = None,
+) -> Client:
+    """Train for at most `max_epochs`, or until the loss has not improved for `patience` of them.
+
+    To improve is to fall strictly below the lowest loss so far. The weights are those at the end,
+    not those of the lowest loss. The optimizer's state lasts from the first epoch to the last.
+
+    Args:
+      loss: as in a `Model`; its metrics have the accumulator ``loss``.
+      epoch: one pass over the client's examples; each pass is asked for with a key of its own.
+      optimizer: any optax transformation.
+      max_epochs: at least 1 (AutoFLIP's code: 150).
+      patience: at least 1 (AutoFLIP's code: 40).
+      watch: the loss of an epoch, the mean over its batches; or that of its last batch alone, as
+        AutoFLIP's code has it.
+      validation: if given, the loss is what this client reports as `losses` of the model after each
+        epoch (`calibration.losses` on examples that `epoch` does not see), and `watch` decides
+        nothing.
+
+    Returns:
+      A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
+      delta too) and `metrics`, which has beside the training losses of all epochs ``epochs``, how
+      many epochs there were; its weight is the number of examples. A client that has none to
+      train on takes no step and has weight 0.
+
+    Raises:
+      ValueError: if a number or a name is out of range.
+
+    References:
+      Internò et al., `AutoFLIP <https://arxiv.org/abs/2405.10271>`_, 2024.
+    """
+    if max_epochs < 1:
+        raise ValueError(f"max_epochs must be at least 1, got {max_epochs}.")
+    if patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}.")
+    if watch not in ("epoch", "last_step"):
+        raise ValueError(f"watch must be 'epoch' or 'last_step', got {watch!r}.")
+
+    def update_fn(key, broadcast, state, data):
+        masks = broadcast.masks
+        batch_key, step_key, look_key = jax.random.split(key, 3)
+        start = masks_lib.apply(masks, broadcast.params)
+        num_steps = epoch.num_steps(data)
+        first = jax.eval_shape(lambda: epoch.batch(batch_key, data, jnp.int32(0)))
+        shapes = jax.eval_shape(
+            lambda batch: loss(start, broadcast.model_state, batch, step_key)[1][1], first
+        )
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def step_fn(keys, step, carry):
+            params, optimizer_state, model_state, seen, _ = carry
+            batch = epoch.batch(keys[0], data, step)
+            (_, (model_state, latest)), grads = jax.value_and_grad(loss, has_aux=True)(
+                params, model_state, batch, jax.random.fold_in(keys[1], step)
+            )
+            with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
+                updates, optimizer_state = optimizer.update(
+                    masks_lib.apply(masks, grads), optimizer_state, params
+                )
+            params = masks_lib.apply(masks, optax.apply_updates(params, updates))
+            return params, optimizer_state, model_state, metrics.merge(seen, latest), latest
+
+        def epoch_fn(progress):
+            keys = tuple(jax.random.fold_in(k, progress.epoch) for k in (batch_key, step_key))
+            params, optimizer_state, model_state, seen, latest = jax.lax.fori_loop(
+                jnp.int32(0),
+                num_steps,
+                lambda step, carry: step_fn(keys, step, carry),
+                (
+                    progress.params,
+                    progress.optimizer,
+                    progress.model_state,
+                    nothing,
+                    nothing,
+                ),
+            )
+            if validation is not None:
+                now = broadcast._replace(params=params, model_state=model_state)
+                value = validation.update(look_key, now, (), data)[0].fields["losses"]
+            else:
+                value = metrics.value((seen if watch == "epoch" else latest)["loss"])
+            is_better = value < progress.best
+            return _Progress(
+                params=params,
+                optimizer=optimizer_state,
+                model_state=model_state,
+                metrics=metrics.merge(progress.metrics, seen),
+                epoch=progress.epoch + 1,
+                best=jnp.where(is_better, value, progress.best),
+                num_stale=jnp.where(is_better, jnp.int32(0), progress.num_stale + 1),
+            )
+
+        end = _Progress(
+            params=start,
+            optimizer=optimizer.init(start),
+            model_state=broadcast.model_state,
+            metrics=nothing,
+            epoch=jnp.int32(0),
+            best=jnp.float32(jnp.inf),
+            num_stale=jnp.int32(0),
+        )
+        limit = jnp.where(num_steps > 0, jnp.int32(max_epochs), jnp.int32(0))
+        end = jax.lax.while_loop(
+            lambda p: (p.epoch < limit) & (p.num_stale < patience), epoch_fn, end
+        )
+        fields = {
+            "delta": jax.tree.map(jnp.subtract, end.params, start),
+            "model_state": jax.tree.map(
+                lambda after, before: (after - before).astype(jnp.float32),
+                end.model_state,
+                broadcast.model_state,
+            ),
+            "metrics": {
+                **end.metrics,
+                "epochs": metrics.Mean(end.epoch.astype(jnp.float32), jnp.float32(1.0)),
+            },
+        }
+        weight = jnp.where(num_steps > 0, data.size, jnp.zeros_like(data.size))
+        return Message(fields=fields, weight=weight.astype(jnp.float32)), state
+
+    return Client(init=lambda params: (), update=update_fn)
+
+
+def deviations(delta: Params) -> Params:
+    """Square how far every weight moved, in float32: what exploration is about."""
+    return jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), delta)
+
+
+def report(
+    client: Client, *, readings: dict[str, Callable[[Params, Masks], Any]], keep: tuple[str, ...]
+) -> Client:
+    """Let a client report what follows from its delta.
+
+    Args:
+      client: its message has a `delta`.
+      readings: by name of a new field, ``(delta, masks) -> tree``.
+      keep: fields of the client's own message that stay beside the new ones.
+    """
+
+    def update_fn(key, broadcast, state, data):
+        message, state = client.update(key, broadcast, state, data)
+        read = {
+            name: reading(message.fields["delta"], broadcast.masks)
+            for name, reading in readings.items()
+        }
+        own = {name: tree for name, tree in message.fields.items() if name in keep}
+        return message._replace(fields={**own, **read}), state
+
+    return Client(init=client.init, update=update_fn)

@@ -1,0 +1,153 @@
+"""One delta to new parameters: a server is an optax optimizer whose gradient is minus the delta."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjaxprune.types import Delta, Masks, Params, State
+
+
+def fedavg(*, learning_rate: float = 1.0) -> optax.GradientTransformation:
+    """Add the delta to the parameters.
+
+    Args:
+      learning_rate: 1 is the paper's: the new parameters are the mean of the clients'.
+
+    References:
+      McMahan et al., `Communication-efficient learning of deep networks from decentralized data
+      <https://arxiv.org/abs/1602.05629>`_, 2017.
+    """
+    _check_positive("learning_rate", learning_rate)
+    return optax.sgd(learning_rate)
+
+
+def fedavgm(*, learning_rate: float, momentum: float) -> optax.GradientTransformation:
+    """Add a decaying sum of the deltas to the parameters.
+
+    Args:
+      learning_rate: of the server.
+      momentum: how much of the sum is left after a round, in [0, 1).
+
+    References:
+      Hsu et al., `Measuring the effects of non-identical data distribution for federated visual
+      classification <https://arxiv.org/abs/1909.06335>`_, 2019.
+    """
+    _check_positive("learning_rate", learning_rate)
+    _check_decay("momentum", momentum)
+    return optax.sgd(learning_rate, momentum=momentum)
+
+
+def fedadam(
+    *, learning_rate: float, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-3
+) -> optax.GradientTransformation:
+    """Follow the mean delta, every coordinate at its own pace.
+
+    The paper has no bias correction and starts the second moment at ``eps ** 2``; optax corrects
+    the bias and starts at zero, which is a difference of the first rounds.
+
+    Args:
+      learning_rate: of the server.
+      b1: decay of the mean delta, in [0, 1); the default is the paper's.
+      b2: decay of the mean squared delta, in [0, 1); the default is the paper's.
+      eps: degree of adaptivity (the paper's tau); the default is the paper's.
+
+    References:
+      Reddi et al., `Adaptive federated optimization <https://arxiv.org/abs/2003.00295>`_, 2021.
+    """
+    _check_positive("learning_rate", learning_rate)
+    _check_decay("b1", b1)
+    _check_decay("b2", b2)
+    _check_positive("eps", eps)
+    return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+
+
+def fedyogi(
+    *, learning_rate: float, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-3
+) -> optax.GradientTransformation:
+    """Follow the mean delta as `fedadam` does, with a second moment that shrinks slowly.
+
+    The paper has no bias correction and starts the second moment at ``eps ** 2``; optax corrects
+    the bias, and here both moments start at zero: from its own start at 1e-6, `optax.yogi` would
+    move weights that no delta moves.
+
+    Args:
+      learning_rate: of the server.
+      b1: decay of the mean delta, in [0, 1); the default is the paper's.
+      b2: pace of the second moment, in [0, 1); the default is the paper's.
+      eps: degree of adaptivity (the paper's tau); the default is the paper's.
+
+    References:
+      Reddi et al., `Adaptive federated optimization <https://arxiv.org/abs/2003.00295>`_, 2021.
+    """
+    _check_positive("learning_rate", learning_rate)
+    _check_decay("b1", b1)
+    _check_decay("b2", b2)
+    _check_positive("eps", eps)
+    return optax.chain(
+        optax.scale_by_yogi(b1=b1, b2=b2, eps=eps, initial_accumulator_value=0.0),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def init(server: optax.GradientTransformation, params: Params) -> State:
+    """Make the state of a server that has not stepped; any optax optimizer is a server."""
+    with jax.numpy_dtype_promotion("standard"):  # optax does not keep to strict promotion
+        return server.init(params)
+
+
+def step(
+    server: optax.GradientTransformation, delta: Delta, state: State, params: Params
+) -> tuple[Params, State]:
+    """Move the parameters by one round's delta; the only place where a delta is negated.
+
+    Returns:
+      ``(params, state)``, in the dtypes of `params`.
+    """
+    grads = jax.tree.map(lambda leaf, param: -leaf.astype(param.dtype), delta, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax does not keep to strict promotion
+        updates, state = server.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+
+def shift(model_state: State, change: State) -> State:
+    """Add a mean change to what is not trained; a counter takes the nearest integer."""
+
+    def leaf(before: jax.Array, change: jax.Array) -> jax.Array:
+        if jnp.issubdtype(before.dtype, jnp.inexact):
+            return before + change.astype(before.dtype)
+        return before + jnp.round(change).astype(before.dtype)
+
+    return jax.tree.map(leaf, model_state, change)
+
+
+def zero_pruned(server: optax.GradientTransformation, state: State, masks: Masks) -> State:
+    """Set what the server remembers about pruned entries to exact zeros, whatever it was.
+
+    Else old momentum would move a weight that is pruned, or that has just grown back. Memory that
+    is not of the parameters' shape (a factored second moment) has no pruned entries and stays.
+    """
+
+    def leaf(value: Any, mask: jax.Array) -> Any:
+        if isinstance(value, optax.MaskedNode) or value.shape != mask.shape:
+            return value
+        return jnp.where(mask, value, jnp.zeros_like(value))
+
+    def is_leaf(value: Any) -> bool:
+        return isinstance(value, optax.MaskedNode)
+
+    with jax.numpy_dtype_promotion("standard"):  # init is called to tell the state's leaves apart
+        return optax.tree.map_params(server, leaf, state, masks, is_leaf=is_leaf)
+
+
+def _check_positive(name: str, value: float) -> None:
+    """Refuse a rate that does not move or goes backwards."""
+    if not value > 0.0:
+        raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def _check_decay(name: str, value: float) -> None:
+    """Refuse a memory that does not fade."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}.")

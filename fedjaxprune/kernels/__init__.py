@@ -1,0 +1,1 @@
+"""Convolutions and dense layers that stay fast in loops and under vmap; JAX only."""

@@ -1,0 +1,348 @@
+"""A two-dimensional convolution that stays fast in loops and under ``vmap`` on CPU.
+
+XLA's CPU back end has one fast convolution, the plain forward form; inside a loop it may take the
+gradients for something else and run them up to a hundred times slower, and under ``vmap`` over
+kernels it makes a grouped convolution. So here both gradients are written in forward forms. The
+input's is a convolution with the flipped kernel; under a stride one such convolution for each
+place in a stride, with the taps that reach it, and nothing is multiplied by the zeros of a dilated
+image. The kernel's is a convolution with batch and channels swapped, a few images at a time where
+that keeps them in the cache; for wide layers with a stride one matrix product per tap. Large
+layers of stride 1 go Winograd's way in all three. Groups are convolved one after the other, a
+depthwise convolution is a sum over its taps. Which form serves which shape was measured
+(docs/performance.md). Under ``vmap`` clients follow each other.
+Elsewhere than on CPU this is XLA's own convolution.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedjaxprune.kernels import depthwise, winograd
+from fedjaxprune.kernels import strides as geometry
+from fedjaxprune.kernels.strides import Pads
+from fedjaxprune.structure import jaxprs
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+_MOST_GROUPS = 32  # that are convolved one after the other; of one channel each any number
+# Where the forms of the kernel's gradient change over, as measured on CPU.
+_SOME_WEIGHTS, _SOME_PIXELS = 2048, 64  # per tap, of an image: above, a few images at a time
+_GROUP, _MAX_GROUPS = 16, 4  # images at a time; groups at most
+_MANY_WEIGHTS = 2**15  # per tap, with a stride: above, one product per tap
+# XLA's fast convolution wants channels, which few channels get from neighbours in a row.
+_ENOUGH_IN, _ENOUGH_OUT, _ENOUGH_OUT_OF_COLOURS, _FEW_TAPS = 24, 32, 48, 7
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """Convolve as ``jax.lax.conv_general_dilated`` does, with gradients that are fast in loops.
+
+    It fits ``Conv(conv_general_dilated=...)`` of ``flax.linen`` and ``flax.nnx``. The fast form
+    serves two-dimensional NHWC images on CPU, without dilation, in at most 32 groups or depthwise;
+    anything else goes to XLA unchanged. The fast form has gradients by reverse mode only
+    (``jax.jvp`` of it fails, ``jax.grad`` and ``jax.vjp`` do not), and of a gradient the derivative
+    by forward mode only (``jax.jvp`` of ``jax.grad``, not ``jax.grad`` of ``jax.grad``).
+    """
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    fast = (
+        jax.default_backend() == "cpu"
+        and lhs.ndim == 4
+        and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
+        and all(d == 1 for dilation in (lhs_dilation, rhs_dilation) for d in _given(dilation))
+        and len(window_strides) == 2
+        and batch_group_count == 1
+        and (feature_group_count <= _MOST_GROUPS or feature_group_count == lhs.shape[3])
+        and lhs.dtype == rhs.dtype == jnp.float32
+        and precision is None
+        and preferred_element_type in (None, lhs.dtype)
+        and out_sharding is None
+    )
+    if not fast:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type,
+            out_sharding,
+        )
+    strides = (int(window_strides[0]), int(window_strides[1]))
+    pads = padding
+    if isinstance(pads, str):
+        pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, pads)
+    (top, bottom), (left, right) = pads
+    return conv(
+        lhs,
+        rhs,
+        strides=strides,
+        padding=((top, bottom), (left, right)),
+        groups=feature_group_count,
+    )
+
+
+def _given(values: Sequence[int] | None) -> Sequence[int]:
+    return () if values is None else values
+
+
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: tuple[int, int],
+    padding: Pads,
+    groups: int = 1,
+) -> jax.Array:
+    """Convolve ``[B, H, W, C]`` with ``[kh, kw, C / G, O]`` in the forms that are fast on CPU.
+
+    Args:
+      x: images.
+      kernel: taps down, taps across, channels in of a group, channels out of all.
+      strides: down and across.
+      padding: zeros (before, after) down and across; negative ones crop.
+      groups: ``G``; each makes ``O / G`` outputs from ``C / G`` inputs.
+
+    Returns:
+      ``[B, H', W', O]``.
+    """
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
+        dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
+    )
+    if not min(*x.shape, *kernel.shape, *geometry.outputs(x.shape, kernel.shape, strides, padding)):
+        return plain(x, kernel)
+    if groups > 1:
+        jax.eval_shape(plain, x, kernel)  # refuses groups that do not divide the channels
+    if groups == 1:
+        output = _of_one_group(x, kernel, strides, padding)
+    elif groups == x.shape[3]:
+        output = depthwise.conv(x, kernel, strides, padding)
+    else:
+        parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
+        output = jnp.concatenate([_of_one_group(*one, strides, padding) for one in parts], axis=3)
+    return jaxprs.equivalent_to(output, plain, x, kernel)
+
+
+def _of_one_group(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads
+) -> jax.Array:
+    if kernel.shape[:2] == (1, 1):
+        pixels = geometry.pad(x, padding)
+        pixels = pixels[:, :: strides[0], :: strides[1]]
+        return lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
+    return _conv(x, kernel, strides, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> jax.Array:
+    return _plain(x, kernel, strides, padding)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> Any:
+    return _plain(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides: tuple[int, int], padding: Pads, residuals: Any, cotangent: Any) -> Any:
+    x, kernel = residuals
+
+    def convolve(cotangent, taps, pads):
+        return _plain(cotangent, jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2), (1, 1), pads)
+
+    return (
+        geometry.input_gradient(convolve, kernel, cotangent, x.shape[1:3], strides, padding),
+        _kernel_gradient(x, cotangent, kernel.shape[:2], strides, padding),
+    )
+
+
+_conv.defvjp(_forward, _backward)
+
+
+def _kernel_gradient(
+    x: jax.Array,
+    cotangent: jax.Array,
+    size: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> jax.Array:
+    """Convolve the images with the cotangent, channels as batch and batch as channels."""
+    batch, height, width, out_channels = cotangent.shape
+    shape = (*size, x.shape[3], out_channels)
+    if strides == (1, 1) and winograd.pays(
+        x.shape, shape, (height, width), fewest=winograd.GRADIENT
+    ):
+        return _one_by_one(
+            lambda x, cotangent: winograd.kernel_gradient(x, cotangent, size[0], padding),
+            is_by_image=False,
+        )(x, cotangent)
+    weights_per_tap = x.shape[3] * out_channels
+    if strides != (1, 1) and weights_per_tap >= _MANY_WEIGHTS:
+        return _kernel_gradient_by_taps(x, cotangent, size, strides, padding)
+    # Crop what no tap of the kernel reaches.
+    pads = [
+        (before, size[i] + strides[i] * (cotangent.shape[i + 1] - 1) - x.shape[i + 1] - before)
+        for i, (before, _) in enumerate(padding)
+    ]
+    is_large = weights_per_tap >= _SOME_WEIGHTS and height * width >= _SOME_PIXELS
+    num_groups = max(1, min(_MAX_GROUPS, batch // _GROUP)) if is_large else 1
+    ends = [batch * i // num_groups for i in range(num_groups + 1)]
+    parts = [
+        _plain(
+            x[begin:end].transpose(3, 1, 2, 0),
+            cotangent[begin:end].transpose(1, 2, 0, 3),
+            (1, 1),
+            (pads[0], pads[1]),
+            dilation=strides,
+        )
+        for begin, end in itertools.pairwise(ends)
+    ]
+    return functools.reduce(jnp.add, parts).transpose(1, 2, 0, 3)
+
+
+def _kernel_gradient_by_taps(
+    x: jax.Array,
+    cotangent: jax.Array,
+    size: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> jax.Array:
+    """Multiply for each tap the pixels that it meets with the cotangent."""
+    height, width = cotangent.shape[1:3]
+    reach = [size[i] + strides[i] * (cotangent.shape[i + 1] - 1) for i in range(2)]
+    pads = [(p, reach[i] - x.shape[i + 1] - p) for i, (p, _) in enumerate(padding)]
+    x = geometry.pad(x, (pads[0], pads[1]))
+    flat = cotangent.reshape(-1, cotangent.shape[3])
+    rows = []
+    for i in range(size[0]):
+        row = []
+        for j in range(size[1]):
+            met = geometry.met(x, (i, j), strides, (height, width))
+            row.append(met.reshape(-1, x.shape[3]).T @ flat)
+        rows.append(jnp.stack(row))
+    return jnp.stack(rows)
+
+
+def _plain(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Any,
+    *,
+    dilation: tuple[int, int] = (1, 1),
+) -> jax.Array:
+    """Run a forward convolution, Winograd's or XLA's; under ``vmap`` over kernels in sequence."""
+
+    def convolve(x, kernel):
+        outputs = geometry.outputs(x.shape, kernel.shape, strides, padding)
+        if strides == dilation == (1, 1) and winograd.pays(
+            x.shape, kernel.shape, outputs, fewest=winograd.CONVOLVE
+        ):
+            return winograd.convolve(x, kernel, padding)
+        x, pads = _crop(x, padding)
+        if dilation == (1, 1) and (number := _neighbours(kernel.shape, outputs[1])) > 1:
+            return _side_by_side(x, kernel, strides, pads, number)
+        return lax.conv_general_dilated(
+            x, kernel, strides, pads, rhs_dilation=dilation, dimension_numbers=_LAYOUT
+        )
+
+    return _one_by_one(convolve, is_by_image=True)(x, kernel)
+
+
+def _crop(x: jax.Array, padding: Pads) -> tuple[jax.Array, Pads]:
+    """Pad by itself where the padding crops at the start, or crops all.
+
+    There XLA's CPU convolution reads past the images, and gives what it finds (openxla/xla#48713).
+    """
+    first, rest = (
+        tuple(
+            (0, 0) if is_first != (low < 0 or size + high <= 0) else (low, high)
+            for size, (low, high) in zip(x.shape[1:3], padding, strict=True)
+        )
+        for is_first in (True, False)
+    )
+    if any(map(any, first)):
+        x = geometry.pad(x, (first[0], first[1]))
+    return x, (rest[0], rest[1])
+
+
+def _neighbours(kernel: tuple[int, ...], width: int) -> int:
+    """Choose how many outputs of a row are computed as one: 1, 2 or 4."""
+    _, taps, in_channels, out_channels = kernel
+    if in_channels >= _ENOUGH_IN or taps > _FEW_TAPS:
+        return 1
+    enough = _ENOUGH_OUT_OF_COLOURS if in_channels in (2, 3) else _ENOUGH_OUT
+    number = next((n for n in (1, 2) if n * out_channels >= enough), 4)
+    while width % number:
+        number //= 2
+    return number
+
+
+def _side_by_side(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, number: int
+) -> jax.Array:
+    """Compute `number` neighbours in a row as channels of one output, by a wider kernel.
+
+    Its copies of the taps are shifted by a stride each, and what they do not reach is zero.
+    """
+    down, across = strides
+    copies = [
+        jnp.pad(kernel, ((0, 0), (i * across, (number - 1 - i) * across), (0, 0), (0, 0)))
+        for i in range(number)
+    ]
+    output = lax.conv_general_dilated(
+        x,
+        jnp.concatenate(copies, axis=3),
+        (down, number * across),
+        padding,
+        dimension_numbers=_LAYOUT,
+    )
+    batch, height, width, _ = output.shape
+    return output.reshape(batch, height, number * width, kernel.shape[3])
+
+
+def _one_by_one(function: Any, *, is_by_image: bool) -> Any:
+    """Map a function of images and something else under ``vmap`` client by client.
+
+    Args:
+      function: ``(images, other) -> outputs``.
+      is_by_image: whether each image has its own output, so that images alone under ``vmap`` may
+        become one larger batch.
+    """
+
+    def rule(axis_size, in_batched, x, other):
+        x_batched, other_batched = in_batched
+        if not other_batched and is_by_image:
+            outputs = run(x.reshape(axis_size * x.shape[1], *x.shape[2:]), other)
+            return outputs.reshape(axis_size, x.shape[1], *outputs.shape[1:]), True
+        if not x_batched:
+            return lax.map(lambda other: run(x, other), other), True
+        if not other_batched:
+            return lax.map(lambda x: run(x, other), x), True
+        return lax.map(lambda pair: run(*pair), (x, other)), True
+
+    run = jax.custom_batching.custom_vmap(function)
+    run.def_vmap(rule)
+    return run

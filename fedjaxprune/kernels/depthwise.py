@@ -1,0 +1,92 @@
+"""A depthwise convolution that stays fast in loops and under ``vmap`` on CPU.
+
+Every channel has a kernel of its own, so there is no matrix product to be had: the forward form is
+a sum over the taps of what they meet, and so is the input's gradient. The kernel's gradient is a
+sum over pixels for each tap, image by image, so that an image stays in the cache. XLA's own kernel
+gradient takes hundreds of times as long (docs/performance.md).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedjaxprune.kernels import strides as geometry
+from fedjaxprune.kernels.strides import Pads
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> jax.Array:
+    """Convolve each channel of ``[B, H, W, C]`` by itself.
+
+    Args:
+      x: images.
+      kernel: ``[kh, kw, 1, C * m]``; channel `c` makes the outputs ``c * m ... (c + 1) * m - 1``.
+      strides: down and across.
+      padding: zeros (before, after) down and across; negative ones crop.
+
+    Returns:
+      ``[B, H', W', C * m]``.
+    """
+    size = geometry.outputs(x.shape, kernel.shape, strides, padding)
+    padded = _copies(geometry.pad(x, padding), kernel)
+    return functools.reduce(
+        jnp.add,
+        (
+            geometry.met(padded, (i, j), strides, size) * kernel[i : i + 1, j : j + 1]
+            for i in range(kernel.shape[0])
+            for j in range(kernel.shape[1])
+        ),
+    )
+
+
+def _copies(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Repeat each channel for all outputs that it makes."""
+    copies = kernel.shape[3] // x.shape[3]
+    return x if copies == 1 else jnp.repeat(x, copies, axis=3)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> Any:
+    return conv(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides: tuple[int, int], padding: Pads, residuals: Any, cotangent: Any) -> Any:
+    x, kernel = residuals
+    d_copies = geometry.input_gradient(
+        lambda cotangent, taps, pads: conv(cotangent, jnp.flip(taps, (0, 1)), (1, 1), pads),
+        kernel,
+        cotangent,
+        x.shape[1:3],
+        strides,
+        padding,
+    )
+    d_x = d_copies.reshape(*x.shape, -1).sum(axis=4)
+    return d_x, _kernel_gradient(x, kernel, cotangent, strides, padding)
+
+
+def _kernel_gradient(
+    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, strides: tuple[int, int], padding: Pads
+) -> jax.Array:
+    height, width, _, channels = kernel.shape
+    size = cotangent.shape[1:3]
+    padded = geometry.pad(x, padding)
+    ones = jnp.ones((1, size[0] * size[1]), x.dtype)
+
+    def add(sums, image):
+        pixels, out = (leaf[None] for leaf in image)
+        pixels = _copies(pixels, kernel)
+        taps = [
+            ones @ (geometry.met(pixels, (i, j), strides, size) * out).reshape(-1, channels)
+            for i in range(height)
+            for j in range(width)
+        ]
+        return sums + jnp.stack(taps), None
+
+    sums = jnp.zeros((height * width, 1, channels), x.dtype)
+    sums, _ = lax.scan(add, sums, (padded, cotangent))
+    return sums.reshape(kernel.shape)
+
+
+conv.defvjp(_forward, _backward)

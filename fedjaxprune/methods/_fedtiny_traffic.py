@@ -1,0 +1,90 @@
+"""What FedTiny's selection puts on the wire and computes, and what its authors charge."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.costs import ledger, storage_models
+from fedjaxprune.rounds import reporting
+from fedjaxprune.traffic import EVALUATED, FieldLength, ModeledBits
+from fedjaxprune.types import PrunableFn, RoundMetrics, RoundState
+
+
+def download(
+    state: RoundState, stale: jax.Array, statistics: list[Any], *, prunable: PrunableFn
+) -> reporting.Download:
+    """Say what a client receives: statistics, and the candidates if it has not got them.
+
+    Each candidate comes as values and masks of its own; what is never pruned is the same in all of
+    them and comes once.
+
+    Args:
+      state: its `method` is a `fedtiny.Pool`.
+      stale: ``[C]`` bool, clients without the candidates.
+      statistics: what travels of the statistics, as leaves ``[0, ...]``; [] for none.
+      prunable: which leaves may be pruned.
+    """
+    counts = state.method.counts
+    num_candidates = counts.shape[0]
+    flags = masks_lib.prunable_leaves(state.params, prunable)
+    leaves = list(zip(jax.tree.leaves(state.params), flags, strict=True))
+    values = trees.shape_only([[leaf for leaf, flag in leaves if flag]] * num_candidates)
+    rest = trees.shape_only([leaf for leaf, flag in leaves if not flag])
+    masks = jax.tree.map(lambda leaf: leaf.astype(jnp.bool_), values)
+    layers = iter(range(counts.shape[1]))
+    kept = [
+        counts[:, next(layers)] if flag else jnp.zeros_like(counts[:, 0]).at[0].set(leaf.size)
+        for leaf, flag in leaves
+    ]
+    messages = {
+        "candidates": {
+            "params": FieldLength(like=values, slots=stale, known=counts.reshape(-1)),
+            "masks": FieldLength(like=masks, slots=stale, pairs=counts.reshape(-1)),
+            "unpruned": FieldLength(like=rest, slots=stale),
+        }
+    }
+    if statistics:
+        messages["broadcast"] = {"statistics": FieldLength(like=statistics)}
+    return reporting.Download(
+        messages=messages,
+        kept=jnp.where(stale[:, None, None], jnp.stack(kept, axis=1)[None], 0),
+        num_masks=jnp.where(stale, num_candidates, 0),
+    )
+
+
+def looked(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
+    """Say which models a client passes its examples through: all candidates, forward alone."""
+    counts = state.method.counts
+    flags = masks_lib.prunable_leaves(state.params, prunable)
+    layers = iter(range(counts.shape[1]))
+    kept = [
+        counts[:, next(layers)] if flag else jnp.full_like(counts[:, 0], size)
+        for size, flag in zip(trees.sizes(state.params), flags, strict=True)
+    ]
+    return {EVALUATED: jnp.stack(kept, axis=1)}
+
+
+def formula(metrics: RoundMetrics, state: RoundState) -> ModeledBits:
+    """Charge what the authors' group charges for FedTiny: sparse models, and pairs going up.
+
+    Models are stored by `storage_models.fedrts_f4`, each candidate of the selection too; a pair
+    takes 32 bits and ``ceil(log2 n)`` for its place in a leaf of `n` entries. The mask is in the
+    encoding. Statistics and losses are not charged.
+
+    References:
+      Tan et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
+    """
+    stored = ledger.charge_storage(metrics, state, storage_models.fedrts_f4)
+    field = metrics.sent.up.get("reply", {}).get("grads")
+    if field is None or isinstance(field.pairs, tuple):
+        return stored
+    counts = (
+        np.asarray(field.pairs, np.int64)[np.asarray(metrics.participated)].sum(axis=0).tolist()
+    )
+    sizes = trees.sizes(state.params)
+    pair_bits = sum(storage_models.pairs(n, size) for n, size in zip(counts, sizes, strict=True))
+    return stored._replace(uplink=stored.uplink + pair_bits)

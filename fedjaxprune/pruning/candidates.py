@@ -1,0 +1,149 @@
+"""Pools of candidate masks: several answers to "how much in each layer?" for one set of weights.
+
+A candidate is a list of counts, one a layer; its mask keeps that many of the largest weights of
+each layer. So a pool is a small table ``[candidates, layers]``, and its masks are made when they
+are needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.pruning import allocation
+from fedjaxprune.topk import top_k
+from fedjaxprune.types import Key, Masks, Params, PrunableFn
+
+NUM_TRIES = 10_000  # draws of a candidate before the closest one so far is taken
+TOLERANCE = 0.02  # relative, of the density of a candidate: fixed in FedTiny's code
+
+# (params, kept share of the prunable weights, prunable) -> density of each layer [layers], float64
+DensityFn = Callable[[Params, float, PrunableFn], np.ndarray]
+
+
+def pool_size(density: float) -> int:
+    """Take so many candidates that sending them costs a tenth of a dense model: ``0.1 / density``.
+
+    At least one.
+
+    References:
+      Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must lie in (0, 1], got {density}.")
+    return max(1, round(0.1 / density))
+
+
+def noisy_counts(
+    key: Key,
+    sizes: np.ndarray,
+    densities: np.ndarray,
+    *,
+    noise: float,
+    num_wanted: float,
+    tolerance: float,
+) -> jax.Array:
+    """Draw one candidate: layer densities with noise, whose total comes close to what is wanted.
+
+    Layer `l` keeps ``max(floor(densities[l] * (1 + u) * sizes[l]), 1)`` with ``u`` uniform in
+    ``(-noise, noise)``; if the total misses `num_wanted` by more than `tolerance`, all layers are
+    drawn again. After 10,000 draws the closest one so far is taken: in a small network no counts
+    may come close enough. Where all weights are wanted, all are kept, without a draw.
+
+    Args:
+      key: of the draw.
+      sizes: ``[layers]`` integers.
+      densities: ``[layers]`` in [0, 1], around which is drawn.
+      noise: largest relative deviation, in [0, 1].
+      num_wanted: of all layers together.
+      tolerance: weights by which the total may be off.
+
+    Returns:
+      ``[layers]`` int32.
+    """
+    if num_wanted >= sizes.sum():
+        return jnp.asarray(sizes, jnp.int32)
+    with jax.enable_x64(True):
+        base = jnp.asarray(densities, jnp.float64)
+        whole = jnp.asarray(sizes, jnp.float64)
+
+        def draw(step):
+            own = jax.random.fold_in(key, step)
+            u = jax.random.uniform(own, base.shape, jnp.float32, -noise, noise)
+            return counts_of(base * (1.0 + u.astype(jnp.float64)), whole)
+
+        def miss(counts):
+            return jnp.abs(jnp.sum(counts.astype(jnp.float64)) - num_wanted)
+
+        def unfinished(carry):
+            step, _, best = carry
+            return (step < NUM_TRIES) & (best >= tolerance)
+
+        def again(carry):
+            step, counts, best = carry
+            new = draw(step)
+            is_better = miss(new) < best
+            counts = jnp.where(is_better, new, counts)
+            return step + jnp.int32(1), counts, jnp.minimum(best, miss(new))
+
+        first = draw(jnp.int32(0))
+        _, counts, _ = jax.lax.while_loop(unfinished, again, (jnp.int32(1), first, miss(first)))
+    return counts
+
+
+def counts_of(densities: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Turn layer densities into counts: ``max(floor(density * size), 1)``, at most the size.
+
+    Both ``[layers]`` float64; a product within a part in 10¹² below an integer counts as it.
+    """
+    kept = jnp.floor(jnp.clip(densities, 0.0, 1.0) * sizes * (1.0 + 1e-12))
+    return jnp.minimum(jnp.maximum(kept, 1.0), sizes).astype(jnp.int32)
+
+
+def uniform(params: Params, share: float, prunable: PrunableFn) -> np.ndarray:
+    """Give every prunable leaf the same density: ``[layers]`` float64."""
+    return np.full(len(sizes_of(params, prunable)), share, np.float64)
+
+
+def erk(params: Params, share: float, prunable: PrunableFn) -> np.ndarray:
+    """Give small layers more, as `allocation.erk_densities` does: ``[layers]`` float64."""
+    flags = masks_lib.prunable_leaves(params, prunable)
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True)
+        if flag
+    ]
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        return np.asarray(allocation.erk_densities(leaves, jnp.float64(1.0 - share)))
+
+
+def sizes_of(params: Params, prunable: PrunableFn) -> np.ndarray:
+    """List the sizes of the prunable leaves: ``[layers]`` int64."""
+    flags = masks_lib.prunable_leaves(params, prunable)
+    pairs = zip(trees.sizes(params), flags, strict=True)
+    return np.array([size for size, flag in pairs if flag], np.int64)
+
+
+def magnitude_masks(params: Params, counts: jax.Array, prunable: PrunableFn) -> Masks:
+    """Make a candidate's masks: of every prunable leaf the largest weights, by number.
+
+    Args:
+      params: dense weights that the pool was made for.
+      counts: ``[layers]`` int32.
+      prunable: which leaves these are; all others are kept whole.
+    """
+    flags = masks_lib.prunable_leaves(params, prunable)
+    rows = iter(range(counts.shape[0]))
+
+    def leaf(values: Any, flag: bool) -> jax.Array:
+        if not flag:
+            return jnp.ones(values.shape, jnp.bool_)
+        return top_k(jnp.abs(values.astype(jnp.float32)), counts[next(rows)])
+
+    leaves, structure = jax.tree.flatten(params)
+    kept = [leaf(values, flag) for values, flag in zip(leaves, flags, strict=True)]
+    return jax.tree.unflatten(structure, kept)

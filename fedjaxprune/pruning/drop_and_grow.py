@@ -1,0 +1,221 @@
+"""Readjustment: how many weights of which layers change places, and in which rounds.
+
+Papers count rounds from 1 here: round `r` is the one with index ``r - 1``. Readjustments fall at
+the end of rounds `period`, ``2 * period``, ... up to `until`; number ``j`` of them, from 0, turns
+to the next block of layers.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.pruning import schedules, scores
+from fedjaxprune.topk import top_k
+from fedjaxprune.types import Masks, PrunableFn, Pruner, Schedule
+
+# (masks, round []) -> the tree with the number of weights to exchange, [] int32, per leaf
+CountFn = Callable[[Masks, jax.Array], Any]
+# (paths of the prunable leaves) -> the block of each, numbered from 0, from input to output
+BlockFn = Callable[[Sequence[str]], Sequence[int]]
+
+
+def every(*, period: int, until: int) -> schedules.Predicate:
+    """Be due in the rounds ``r = period, 2 * period, ...`` with ``r <= until``, counted from 1."""
+    if period < 1 or until < period:
+        raise ValueError(
+            f"period must be at least 1 and at most until, got period={period} and until={until}."
+        )
+    return schedules.every(period, start=period - 1, until=until)
+
+
+def cosine_decay(*, initial: float, until: int) -> Schedule:
+    """Let a fraction fade as ``initial / 2 * (1 + cos(pi * r / until))``, ``r`` counted from 1.
+
+    References:
+      Dettmers and Zettlemoyer, `Sparse Networks from Scratch <https://arxiv.org/abs/1907.04840>`_,
+      2019; with ``initial = 0.3`` and ``until = 100`` it is FedTiny's.
+    """
+    if not 0.0 <= initial < 1.0:
+        raise ValueError(f"initial must lie in [0, 1), got {initial}.")
+    if until < 1:
+        raise ValueError(f"until must be at least 1 round, got {until}.")
+
+    def schedule(round: jax.Array) -> jax.Array:
+        progress = jnp.clip((round + 1.0) / until, 0.0, 1.0)
+        return 0.5 * initial * (1.0 + jnp.cos(math.pi * progress))
+
+    return schedule
+
+
+def whole_model(paths: Sequence[str]) -> Sequence[int]:
+    """Put all leaves into one block."""
+    return [0] * len(paths)
+
+
+def consecutive(order: Sequence[str], *, num_blocks: int) -> BlockFn:
+    """Cut the layers into blocks of consecutive ones, as equal in number as possible.
+
+    With as many blocks as layers, each layer is one.
+
+    Args:
+      order: paths of the layers' kernels from input to output; may name others than are prunable.
+      num_blocks: how many; the first ones are larger where the layers do not divide.
+
+    Raises:
+      ValueError: when used, if there are fewer layers than blocks, or one is missing in `order`.
+    """
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}.")
+
+    def blocks(paths):
+        ordered = _ordered(order, paths)
+        if len(ordered) < num_blocks:
+            raise ValueError(
+                f"num_blocks must be at most the number of prunable layers ({len(ordered)}), "
+                f"got {num_blocks}."
+            )
+        small, larger = divmod(len(ordered), num_blocks)
+        sizes = [small + (block < larger) for block in range(num_blocks)]
+        numbers = [block for block, size in enumerate(sizes) for _ in range(size)]
+        by_path = dict(zip(ordered, numbers, strict=True))
+        return [by_path[path] for path in paths]
+
+    return blocks
+
+
+def by_stage(order: Sequence[str]) -> BlockFn:
+    """Make a block of every stage of a residual network (``stage_2_block_1/...``).
+
+    A layer outside the stages belongs with the layer before it, as the head with the last stage,
+    or with the first stage.
+
+    Args:
+      order: as in `consecutive`.
+
+    Raises:
+      ValueError: when used, if a layer is missing in `order`.
+    """
+
+    def blocks(paths):
+        names = {path: re.match(r"(?:.*/)?(stage_\d+)", path) for path in order}
+        found = list(dict.fromkeys(match.group(1) for match in names.values() if match))
+        number, by_path = 0, {}
+        for path in _ordered(order, paths):
+            match = names[path]
+            number = found.index(match.group(1)) if match else number
+            by_path[path] = number
+        present = sorted(set(by_path.values()))  # a stage without prunable layers is no block
+        return [present.index(by_path[path]) for path in paths]
+
+    return blocks
+
+
+def _ordered(order: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """List `paths` in their order from input to output."""
+    missing = sorted(set(paths) - set(order))
+    if missing:
+        raise ValueError(f"order must name every prunable layer, but lacks {', '.join(missing)}.")
+    return [path for path in order if path in set(paths)]
+
+
+def counts(
+    *,
+    fraction: Schedule,
+    period: int,
+    until: int,
+    blocks: BlockFn,
+    order: Literal["backward", "forward"],
+    prunable: PrunableFn,
+) -> CountFn:
+    """Count the weights that are exchanged: ``ceil(fraction * live)`` of each layer of one block.
+
+    Counts are computed in float64; a product within a part in 10¹² above an integer counts as it.
+
+    Args:
+      fraction: of a layer's live weights, by round.
+      period: rounds from one readjustment to the next.
+      until: last round, counted from 1, in which one may fall.
+      blocks: which layers change together.
+      order: whether blocks take their turns from output to input or the other way; after the last
+        it is the first one's turn again.
+      prunable: which leaves take part.
+
+    Returns:
+      ``(masks, round) -> counts``, zero for all but the leaves of the block whose turn it is, and
+      for all leaves in rounds in which nothing is due. Masks may lack leaves that are not prunable.
+
+    Raises:
+      ValueError: if a number is out of range, or the order is neither.
+    """
+    is_due = every(period=period, until=until)
+    if order not in ("backward", "forward"):
+        raise ValueError(f"order must be 'backward' or 'forward', got {order!r}.")
+
+    def counts(masks, round_index):
+        leaves, structure = jax.tree.flatten(masks)
+        flags = masks_lib.prunable_leaves(masks, prunable)
+        paths = [path for path, flag in zip(trees.paths(masks), flags, strict=True) if flag]
+        numbers = iter(blocks(paths))
+        num_blocks = max(blocks(paths), default=0) + 1
+        turn = ((round_index + 1) // period - 1) % num_blocks
+        turn = num_blocks - 1 - turn if order == "backward" else turn
+        part = schedules.evaluate(fraction, round_index)
+
+        def count(mask, flag):
+            if not flag:
+                return jnp.int32(0)
+            active = is_due(round_index) & (turn == next(numbers))
+            with jax.enable_x64(True):
+                num_live = jnp.sum(mask, dtype=jnp.int32).astype(jnp.float64)
+                number = jnp.ceil(part * num_live * (1.0 - 1e-12)).astype(jnp.int32)
+            return jnp.where(active, number, jnp.int32(0))
+
+        found = [count(mask, flag) for mask, flag in zip(leaves, flags, strict=True)]
+        return jax.tree.unflatten(structure, found)
+
+    return counts
+
+
+def drop_and_grow(
+    num_exchanged: CountFn,
+    *,
+    drop: scores.ScoreFn = scores.magnitude,
+    grow: scores.ScoreFn = scores.gradient,
+) -> Pruner:
+    """Switch off the worst live weights of every leaf, and as many of the best dead ones on.
+
+    Both are chosen among the masks as they were, so a weight neither comes back at once nor goes
+    at once. A dead weight of score 0 (whose gradient nobody sent) is not there to be grown: if
+    fewer are offered than asked for, fewer are exchanged. The number of live weights of a leaf
+    never changes.
+
+    Args:
+      num_exchanged: ``(masks, round) -> counts``, as `counts` makes it.
+      drop: what a live weight is worth.
+      grow: what a dead weight is worth.
+    """
+
+    def update_fn(key, masks, state, inputs):
+        drop_key, grow_key = jax.random.split(key)
+
+        def leaf(mask, worth, promise, count):
+            num_live = jnp.sum(mask, dtype=jnp.int32)
+            offered = ~mask & (promise > 0)
+            num = jnp.minimum(count, jnp.sum(offered, dtype=jnp.int32))
+            num = jnp.minimum(num, num_live)
+            lowest = jnp.finfo(worth.dtype).min
+            worth = jnp.where(jnp.isnan(worth), lowest, jnp.maximum(worth, lowest))
+            kept = mask & top_k(jnp.where(mask, worth, -jnp.inf), num_live - num)
+            return kept | (offered & top_k(jnp.where(offered, promise, -jnp.inf), num))
+
+        counts = num_exchanged(masks, inputs.round)
+        worth, promise = drop(drop_key, inputs), grow(grow_key, inputs)
+        return jax.tree.map(leaf, masks, worth, promise, counts), state
+
+    return Pruner(init=lambda params: (), update=update_fn)

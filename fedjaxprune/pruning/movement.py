@@ -1,0 +1,183 @@
+"""Which weights did the clients have to move? From squared deviations to masks, and again later.
+
+Guidance is a score that clients bring: the mean over clients of how far each weight moved, squared.
+It is put on one scale from leaf to leaf, weighed by how many clients agree, and what scores lowest
+in the whole model goes.
+
+References:
+  Internò et al., `AutoFLIP <https://arxiv.org/abs/2405.10271>`_, 2024; the versions of 2026 weigh
+  by the clients' agreement.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import topk
+from fedjaxprune.pruning import allocation as allocations
+from fedjaxprune.pruning import pruners, scores
+from fedjaxprune.types import Key, Masks, Params, PrunableFn, Pruner, PrunerInputs, State
+
+# (values [...], live [...] bool) -> [...] float32; only live entries are looked at
+ScaleFn = Callable[[jax.Array, jax.Array], jax.Array]
+Agreement = Literal["none", "scaled", "majority"]
+
+
+def min_max(values: jax.Array, live: jax.Array) -> jax.Array:
+    """Stretch a leaf's live values to [0, 1]; where all are alike they are 0."""
+    low = jnp.min(jnp.where(live, values, jnp.inf), initial=jnp.inf)
+    high = jnp.max(jnp.where(live, values, -jnp.inf), initial=-jnp.inf)
+    width = high - low
+    usable = live & (width > 0)
+    divisor = jnp.where(width > 0, width, jnp.ones_like(width))
+    return jnp.where(usable, (values - low) / divisor, jnp.zeros_like(values))
+
+
+def robust(values: jax.Array, live: jax.Array) -> jax.Array:
+    """Subtract the median of a leaf's live values and divide by their interquartile range.
+
+    Where that is 0 the values stay at 0. One outlier decides less than in `min_max`.
+    """
+    known = jnp.where(live, values, jnp.nan)
+    low, middle, high = jnp.nanquantile(known, jnp.array([0.25, 0.5, 0.75]))
+    width = high - low
+    usable = live & (width > 0)
+    divisor = jnp.where(width > 0, width, jnp.ones_like(width))
+    return jnp.where(usable, (values - middle) / divisor, jnp.zeros_like(values))
+
+
+def ranks(values: jax.Array, live: jax.Array) -> jax.Array:
+    """Replace a leaf's live values by their ranks, from 0 to 1, so that all leaves prune alike.
+
+    Of equal values the lower flat index ranks higher, as in `topk.top_k`.
+    """
+    flat = jnp.where(live, values, -jnp.inf).ravel()[::-1]
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    places = jnp.zeros(flat.shape, jnp.int32)
+    places = places.at[order].set(jnp.arange(flat.size, dtype=jnp.int32))[::-1]
+    num_live = jnp.sum(live, dtype=jnp.int32)
+    above_dead = (places.reshape(live.shape) - (live.size - num_live)).astype(jnp.float32)
+    share = above_dead / jnp.maximum(num_live - 1, 1).astype(jnp.float32)
+    return jnp.where(live, share, jnp.zeros_like(share))
+
+
+def plain(values: jax.Array, live: jax.Array) -> jax.Array:
+    """Leave a leaf's live values as they are."""
+    return jnp.where(live, values, jnp.zeros_like(values))
+
+
+def votes(
+    deviations: Params, masks: Masks, *, sparsity: float, scale: ScaleFn, prunable: PrunableFn
+) -> Params:
+    """Let one client vote for the live weights that it would keep by its own deviations.
+
+    These are its highest-scoring share ``1 - sparsity`` of the live prunable weights of the whole
+    model, after its own scaling of each leaf: at most ``size - round(sparsity * size)`` of them.
+    Weights that tie with the best one left out get no vote, or clients would agree on those that
+    they never moved, by their place in the array.
+
+    Args:
+      deviations: of one client.
+      masks: live weights.
+      sparsity: share of them that gets no vote, in [0, 1).
+      scale: as in `by_movement`.
+      prunable: which leaves are voted on; all others get every vote.
+
+    Returns:
+      1.0 for a vote, else 0.0: their mean over clients is the agreement.
+    """
+    flags = masks_lib.prunable_leaves(masks, prunable)
+    leaves, structure = jax.tree.flatten(deviations)
+    own = zip(leaves, jax.tree.leaves(masks), flags, strict=True)
+    ranked = [jnp.where(live, scale(values, live), -jnp.inf) for values, live, flag in own if flag]
+    num_live = sum((jnp.sum(leaf > -jnp.inf, dtype=jnp.int32) for leaf in ranked), jnp.int32(0))
+    with jax.enable_x64(True):
+        size = num_live.astype(jnp.float64)
+        num_kept = (size - jnp.round(sparsity * size)).astype(jnp.int32)
+    best = topk.tree_top_k(ranked, num_kept)
+    order = [topk.order_keys(leaf) for leaf in ranked]
+    left_out = jnp.uint32(0)  # below all that is live
+    for keys, chosen in zip(order, best, strict=True):
+        left_out = jnp.maximum(left_out, jnp.max(jnp.where(chosen, jnp.uint32(0), keys), initial=0))
+    kept = (chosen & (keys > left_out) for keys, chosen in zip(order, best, strict=True))
+    given = [
+        next(kept).astype(jnp.float32) if flag else jnp.ones(leaf.shape, jnp.float32)
+        for leaf, flag in zip(leaves, flags, strict=True)
+    ]
+    return jax.tree.unflatten(structure, given)
+
+
+def by_movement(
+    sparsity: float, *, scale: ScaleFn = min_max, agreement: Agreement = "none"
+) -> Pruner:
+    """Keep the weights of the highest guidance in the whole model, and one of every leaf at least.
+
+    The guidance of a live weight is its scaled mean deviation; a pruned weight, which no client
+    moves, keeps the guidance that it had, so that it returns when live weights fall below it. The
+    number that is kept is exact, ``size - round(sparsity * size)``.
+
+    Args:
+      sparsity: pruned fraction in [0, 1).
+      scale: makes leaves comparable: `min_max` (published), `ranks`, `robust` or `plain`.
+      agreement: ``"scaled"`` multiplies the guidance by the agreement, the share of clients that
+        vote for the weight; ``"majority"`` drops what less than half of them vote for, so that more
+        may be pruned than `sparsity` says.
+
+    Returns:
+      A `Pruner` that reads ``inputs.evidence``: `deviations`, their mean over clients, and, if it
+      asks for agreement, `agreement`, the mean of `votes`. Its state is the guidance.
+
+    Raises:
+      ValueError: if an option is out of range; while tracing, if the evidence is not there.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}.")
+    if agreement not in ("none", "scaled", "majority"):
+        raise ValueError(f"agreement must be 'none', 'scaled' or 'majority', got {agreement!r}.")
+    if agreement == "scaled" and scale is robust:
+        raise ValueError(
+            "agreement must be 'none' or 'majority' with the scale `robust`, whose guidance may be "
+            "negative and would rank lower the more clients agree, got 'scaled'."
+        )
+    needed = ("deviations",) if agreement == "none" else ("deviations", "agreement")
+    best = pruners.prune_to(
+        sparsity, score=scores.value, allocation=allocations.global_pool(least=1)
+    )
+
+    def init_fn(params: Params) -> State:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+
+    def update_fn(
+        key: Key, masks: Masks, state: State, inputs: PrunerInputs
+    ) -> tuple[Masks, State]:
+        missing = [name for name in needed if name not in dict(inputs.evidence)]
+        if missing:
+            raise ValueError(
+                "guidance.guided ranks weights by what clients report of them, but "
+                f"PrunerInputs.evidence lacks {', '.join(missing)}."
+            )
+        fresh = jax.tree.map(scale, inputs.evidence["deviations"], masks)
+        if agreement == "scaled":
+            fresh = jax.tree.map(jnp.multiply, fresh, inputs.evidence["agreement"])
+        elif agreement == "majority":
+            fresh = jax.tree.map(
+                lambda leaf, share: jnp.where(share >= 0.5, leaf, -jnp.inf),
+                fresh,
+                inputs.evidence["agreement"],
+            )
+        guide = jax.tree.map(jnp.where, masks, fresh, state)
+        kept, _ = best.update(key, masks_lib.full(masks), (), inputs._replace(params=guide))
+        if agreement == "majority":
+            kept = jax.tree.map(_outvote, kept, guide)
+        return kept, guide
+
+    return Pruner(init=init_fn, update=update_fn)
+
+
+def _outvote(kept: jax.Array, guide: jax.Array) -> jax.Array:
+    """Drop what most clients are against, but for one weight if the whole leaf would go."""
+    wanted = kept & ~jnp.isneginf(guide)
+    return jnp.where(jnp.any(wanted), wanted, kept & topk.top_k(guide, jnp.int32(1)))

@@ -1,0 +1,1 @@
+"""Masks of whole filters and channels, and the rules by which votes become one mask."""

@@ -1,0 +1,1 @@
+"""One compiled round: the training round, reporting rounds, work at the server, simulation."""

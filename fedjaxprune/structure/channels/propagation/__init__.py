@@ -1,0 +1,1 @@
+"""How labels of channels pass through the operations of a jaxpr."""

@@ -1,0 +1,154 @@
+"""What the ledger is told and what it says: counts of what was sent, and bits."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+# How a field of a message travels: all of it, its entries under the masks in training, pairs of
+# position and value among the entries that those masks rule out, or bits in a counted coding.
+SentAs = Literal["whole", "live", "pairs", "bits"]
+
+
+# A report ``[C, L]`` int32 of the entries per leaf that each client trained, in stages from which
+# no delta travels.
+TRAINED = "trained"
+# Reports ``[C, T, L]`` int32, in stages in which nothing is trained: entries per leaf of the T
+# models that each client passes its examples through, forward alone, or for the gradient too.
+EVALUATED, BACKPROPAGATED = "looked", "differentiated"
+# A report ``[C, layers]`` float32, the same for all: how far voters agreed on each layer's filters.
+AGREEMENT = "agreement"
+# Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
+# of them, pruned ones included: ``[]``, or ``[L]`` where it differs by leaf.
+DENSE_GRADIENT = "dense_gradient"
+
+
+class Payload(NamedTuple):
+    """What an uplink sends of one leaf, in counts; from it the ledger knows the message's length.
+
+    Attributes:
+      num_values: entries that are sent.
+      positions: how the receiver knows which: they are all that may travel (`known`), they follow
+        from the message's seed (`seed`), or their positions are `sent`.
+      level_bits: bits of a quantized value; 0 for values as they are.
+      num_scales: float32 numbers that say what the levels mean.
+    """
+
+    num_values: int
+    positions: Literal["known", "seed", "sent"] = "known"
+    level_bits: int = 0
+    num_scales: int = 0
+
+
+class FieldLength(NamedTuple):
+    """What of one field of a message travels, as far as the length depends on it.
+
+    ``L`` counts the leaves of the field's own tree. The default is all of it, to or from everybody.
+
+    Attributes:
+      like: the tree with leaves ``[0, ...]``, their shapes and types (`trees.blank`); () for what
+        the state tells: `model_state` like the model's, `masks` the prunable leaves, anything else
+        like the parameters.
+      slots: ``[C]`` bool, to or from whom it travels; () for all.
+      known: ``[L]`` or ``[C, L]`` int32, entries under masks that the receiver knows, which alone
+        may travel; () where there are no such masks.
+      pairs: ``[L]`` or ``[C, L]`` int32, entries that travel with their positions, which are
+        numbered among those; a leaf without any stays away. () where all travel. Of a mask it is
+        how many entries are live, and every leaf travels.
+    """
+
+    like: Any = ()
+    slots: Any = ()
+    known: Any = ()
+    pairs: Any = ()
+
+
+class Sent(NamedTuple):
+    """What a round's messages were, as far as their length depends on it.
+
+    A message is a mapping from names to fields. It travels where any of its fields does.
+
+    Attributes:
+      round: ``[]`` int32, the round's index.
+      client_ids: ``[C]`` int32; below 0 where nobody is meant.
+      num_masks: ``[C]`` int32, masks that each slot has to be sent: one where a client holds other
+        masks than those in force.
+      packed_masks: tuple of ``[ceil(size / 8)]`` uint8, the masks in force of the prunable leaves
+        as `masks.pack` gives them, anything where nobody is sent them; () where they never travel
+        or are fields of a message.
+      down: the server's messages by name, but for the masks in force.
+      up: the clients' messages by name. What the field `delta` takes is the uplink's business.
+      reports: by name, ``[C, ...]`` that the simulator was told and that does not travel.
+    """
+
+    round: jax.Array
+    client_ids: jax.Array
+    num_masks: jax.Array
+    packed_masks: Any
+    down: Mapping[str, Mapping[str, FieldLength]]
+    up: Mapping[str, Mapping[str, FieldLength]]
+    reports: Mapping[str, Any]
+
+
+class LinkBits(NamedTuple):
+    """Bits in one direction, by kind; together they are the messages' length.
+
+    Attributes:
+      values: weights, deltas, gradients, quantized or not, with their scales.
+      positions: which weights they are, where the receiver cannot know; seeds.
+      masks: masks.
+      statistics: what is not trained (BatchNorm statistics).
+      framing: names, shapes, checksums, and the client's number of examples.
+    """
+
+    values: int
+    positions: int
+    masks: int
+    statistics: int
+    framing: int
+
+
+class ClientBits(NamedTuple):
+    """What each of some clients sent and received in a round.
+
+    Attributes:
+      uplink_bits: sent by each.
+      downlink_bits: received by each.
+      client_ids: whom it is about, ascending.
+    """
+
+    uplink_bits: int
+    downlink_bits: int
+    client_ids: tuple[int, ...]
+
+
+class ModeledBits(NamedTuple):
+    """What a published formula charges for a round, all clients together.
+
+    Attributes:
+      uplink: from the clients.
+      downlink: to the clients.
+    """
+
+    uplink: int
+    downlink: int
+
+
+class Traffic(NamedTuple):
+    """Bits of one round, in Python integers.
+
+    Attributes:
+      uplink_bits: length of all messages from the clients.
+      downlink_bits: length of all messages to the clients, those that dropped out afterwards too.
+      uplink: `uplink_bits` by kind.
+      downlink: `downlink_bits` by kind.
+      clients: the same by client; clients with the same bits share an entry.
+      modeled: by name, what published formulas charge instead.
+    """
+
+    uplink_bits: int
+    downlink_bits: int
+    uplink: LinkBits
+    downlink: LinkBits
+    clients: tuple[ClientBits, ...]
+    modeled: Mapping[str, ModeledBits]

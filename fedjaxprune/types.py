@@ -1,0 +1,360 @@
+"""The vocabulary: type aliases and the protocol tuples that the rest of the house speaks.
+
+Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of the whole population,
+``B`` batch, ``L`` leaves of the parameters. A tuple of functions is a component (what optax calls a
+transformation); a tuple of arrays is state or data. No component keeps anything mutable.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from fedjaxprune.traffic import Payload, Sent, Traffic
+
+Key = jax.Array  # a typed key, as jax.random.key makes it
+Params = Any  # tree of float arrays
+Masks = Any  # the tree of the parameters, every leaf bool; True means kept
+Delta = Any  # local minus broadcast parameters
+State = Any  # a component's own tree of arrays
+Metrics = Any  # tree of metrics accumulators
+Examples = Any  # tree of arrays [E, ...]
+
+Schedule = Callable[[jax.Array], jax.Array]  # round [] -> value []; optax schedules fit
+PrunableFn = Callable[[str, jax.Array], bool]  # (path "a/b/kernel", leaf) -> may it be pruned?
+
+
+class Batch(NamedTuple):
+    """Examples of one local step.
+
+    Attributes:
+      inputs: ``[B, ...]``.
+      labels: ``[B]`` integer classes; ``[B, T]`` for one at each position of a sequence, negative
+        where there is none.
+      weights: ``[B]`` float32; 0 marks filling (a client's last batch may be partly filled with
+        repeated examples, which count for nothing in losses and statistics).
+    """
+
+    inputs: Any
+    labels: Any
+    weights: jax.Array
+
+
+class Model(NamedTuple):
+    """A network as three pure functions.
+
+    Attributes:
+      init: ``key -> (params, state)``; `state` is what is not trained (BatchNorm statistics),
+        ``{}`` where there is none.
+      loss: ``(params, state, batch, key) -> (loss, (state, metrics))``: the weighted mean loss over
+        the batch's labels in training mode; metrics is a dict of accumulators with at least
+        ``loss``.
+      predict: ``(params, state, inputs [B, ...]) -> logits [B, classes]``, or ``[B, T, classes]``,
+        in inference mode.
+      inspect: ``(params, state, inputs [B, ...], counts [B] bool) -> metrics``: what the layers say
+        of a prediction (what gates let through), over the examples that count; None where they say
+        nothing.
+    """
+
+    init: Callable[[Key], tuple[Params, State]]
+    loss: Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
+    predict: Callable[[Params, State, Any], jax.Array]
+    inspect: Callable[[Params, State, Any, jax.Array], Metrics] | None = None
+
+
+class Population(NamedTuple):
+    """The examples of all clients, stored once, as compressed rows: no client is padded.
+
+    Client `i` holds ``examples[order[offsets[i]:offsets[i + 1]]]``.
+
+    Attributes:
+      examples: tree of ``[E, ...]``, as stored (images uint8).
+      order: ``[sum of sizes]`` int32, rows of the examples, grouped by client.
+      offsets: ``[N + 1]`` int32.
+    """
+
+    examples: Examples
+    order: jax.Array
+    offsets: jax.Array
+
+
+class ClientData(NamedTuple):
+    """What one client sees of the population: its own `size` entries of `order` from `start`.
+
+    Attributes:
+      examples: tree of ``[E, ...]``, shared by all clients.
+      order: ``[sum of sizes]`` int32, shared by all clients.
+      start: ``[]`` int32.
+      size: ``[]`` int32, the number of the client's examples.
+    """
+
+    examples: Examples
+    order: jax.Array
+    start: jax.Array
+    size: jax.Array
+
+
+def client_data(population: Population, client_id: jax.Array) -> ClientData:
+    """Look up what client `client_id` ``[]`` holds; nothing is copied."""
+    start = population.offsets[client_id]
+    return ClientData(
+        examples=population.examples,
+        order=population.order,
+        start=start,
+        size=population.offsets[client_id + 1] - start,
+    )
+
+
+class Batcher(NamedTuple):
+    """How a client's examples become local steps.
+
+    Attributes:
+      num_steps: ``data -> [] int32``, dynamic: it depends on the client's size.
+      batch: ``(key, data, step []) -> Batch``; the same key for all steps of a round.
+    """
+
+    num_steps: Callable[[ClientData], jax.Array]
+    batch: Callable[[Key, ClientData, jax.Array], Batch]
+
+
+class Broadcast(NamedTuple):
+    """What a client starts a round from.
+
+    Attributes:
+      params: global parameters.
+      masks: the masks to train under.
+      model_state: what is not trained (BatchNorm statistics).
+      round: ``[]`` int32.
+      drift: what the server tells every client against drift (control variates), or ``()``.
+      correction: added to the gradient of every local step, or ``()``; the tree of the parameters.
+    """
+
+    params: Params
+    masks: Masks
+    model_state: State
+    round: jax.Array
+    drift: State = ()
+    correction: Params = ()
+
+
+class Message(NamedTuple):
+    """What one client sends up.
+
+    Attributes:
+      fields: named trees; each name has an aggregator of its own. `delta` is always there; `masks`
+        are personal masks, for the aggregators that count holders.
+      weight: ``[]`` float32, usually the number of examples; 0 for a client that counts for
+        nothing.
+    """
+
+    fields: Mapping[str, Any]
+    weight: jax.Array
+
+
+class Client(NamedTuple):
+    """One client's local work, written without a client axis.
+
+    Attributes:
+      init: ``params -> state``, the state of a client that has never taken part.
+      update: ``(key, broadcast, state, data) -> (message, state)``.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[Key, Broadcast, State, ClientData], tuple[Message, State]]
+
+
+class Uplink(NamedTuple):
+    """What a delta looks like after the wire.
+
+    Attributes:
+      init: ``params -> state`` of one client.
+      update: ``(key, delta, state, masks) -> (delta, state)``; `masks` marks the entries that may
+        travel, the others are zero and the receiver knows it.
+      payload: ``num_kept -> Payload`` on the host, in Python integers: what one client sends of a
+        leaf of which `num_kept` entries may travel.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[Key, Delta, State, Masks], tuple[Delta, State]]
+    payload: Callable[[int], Payload]
+
+
+class Aggregator(NamedTuple):
+    """Many messages to one, as a monoid, so that a cohort of any size streams through it.
+
+    Attributes:
+      init: ``like -> accumulator``, the zero, from one client's value.
+      add: ``(accumulator, value, masks, weight) -> accumulator``; masks may be None. A value of
+        weight 0 adds nothing, be it NaN.
+      merge: ``(accumulator, accumulator) -> accumulator``, associative and commutative.
+      finish: ``accumulator -> value``.
+    """
+
+    init: Callable[[Any], Any]
+    add: Callable[[Any, Any, Masks | None, jax.Array], Any]
+    merge: Callable[[Any, Any], Any]
+    finish: Callable[[Any], Any]
+
+
+class CohortAggregator(NamedTuple):
+    """Many messages to one where all are needed at once: memory grows with the cohort.
+
+    Attributes:
+      reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; clients of weight
+        0 are absent.
+    """
+
+    reduce: Callable[[Any, Masks | None, jax.Array], Any]
+
+
+class PrunerInputs(NamedTuple):
+    """What a pruner may look at.
+
+    Attributes:
+      params: parameters to be ranked.
+      grads: mean dense gradient over the cohort, or None if the clients report none.
+      round: ``[]`` int32.
+      evidence: what else is known of every weight, by name: trees of the parameters; or ().
+    """
+
+    params: Params
+    grads: Params | None
+    round: jax.Array
+    evidence: Any = ()
+
+
+class Pruner(NamedTuple):
+    """Masks to masks; the mask flows through as an update flows through optax.
+
+    Attributes:
+      init: ``params -> state``.
+      update: ``(key, masks, state, inputs) -> (masks, state)``.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[Key, Masks, State, PrunerInputs], tuple[Masks, State]]
+
+
+class Cohort(NamedTuple):
+    """Who takes part in a round, and what they remember.
+
+    Attributes:
+      client_ids: ``[C]`` int32, distinct where present.
+      participated: ``[C]`` bool; False for a client that dropped out after it had received the
+        broadcast, and for filling, which is told by an id below 0 or one that another slot has.
+      states: tree of ``[C, ...]``, the clients' own rows.
+    """
+
+    client_ids: jax.Array
+    participated: jax.Array
+    states: State
+
+
+class RoundState(NamedTuple):
+    """All that the next round needs, besides the clients' rows.
+
+    Attributes:
+      round: ``[]`` int32, rounds completed.
+      params: global parameters.
+      masks: masks in force.
+      mask_version: ``[]`` int32, 0 for the all-True masks of the start; grows by one whenever the
+        masks change, so that it can be told who holds which.
+      model_state: what is not trained.
+      server: state of the server's optimizer.
+      pruner: state of the pruner.
+      drift: the server's part of a remedy against client drift (control variates), or ``()``.
+      method: what the method's stages hand on to one another (candidates), or ``()``.
+    """
+
+    round: jax.Array
+    params: Params
+    masks: Masks
+    mask_version: jax.Array
+    model_state: State
+    server: State
+    pruner: State
+    drift: State = ()
+    method: State = ()
+
+
+class ClientState(NamedTuple):
+    """What the simulator keeps for one client between rounds.
+
+    Attributes:
+      client: the client's own state.
+      uplink: the uplink's state (a residual, for instance).
+      mask_version: ``[]`` int32, the version of the masks that the client received last.
+    """
+
+    client: State
+    uplink: State
+    mask_version: jax.Array
+
+
+class RoundMetrics(NamedTuple):
+    """What a human wants to know of a round; counts are of elements, never of bits.
+
+    Attributes:
+      train: merged accumulators of the clients' training metrics (at least ``loss``).
+      kept: ``[L]`` int32, live entries per leaf after the round.
+      num_changed: ``[]`` int32, mask entries that the round flipped.
+      num_downloaded: ``[L]`` int32, entries per leaf that one client received; ``[C, T, L]`` in
+        stages that do not train, where clients differ and may receive several models.
+      num_uploaded: ``[C, L]`` int32, entries per leaf that each client could send; only rows of
+        present clients mean anything.
+      participated: ``[C]`` bool, who took part.
+      num_participating: ``[]`` int32, clients that took part.
+      num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
+      num_masks_sent: ``[]`` int32, masks that clients which took part had to be sent.
+      num_personal_masks: ``[]`` int32, clients that sent masks of their own.
+      sent: the messages, as the ledger needs them.
+    """
+
+    train: Metrics
+    kept: jax.Array
+    num_changed: jax.Array
+    num_downloaded: jax.Array
+    num_uploaded: jax.Array
+    participated: jax.Array
+    num_participating: jax.Array
+    num_rejected: jax.Array
+    num_masks_sent: jax.Array
+    num_personal_masks: jax.Array
+    sent: Sent
+
+
+class Stage(NamedTuple):
+    """A run of alike rounds.
+
+    Attributes:
+      name: shown in the record.
+      num_rounds: how many.
+      round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, one pure
+        function, traced once.
+    """
+
+    name: str
+    num_rounds: int
+    round: Callable[
+        [Key, RoundState, Cohort, Population], tuple[RoundState, ClientState, RoundMetrics]
+    ]
+
+
+class Algorithm(NamedTuple):
+    """A federated pruning method.
+
+    Attributes:
+      init: ``(params, model_state) -> RoundState``.
+      init_client: ``params -> ClientRow`` of a client that has never taken part.
+      stages: in order; they share one `RoundState`.
+      deployed_params: ``state -> params`` to be evaluated and shipped; pruned entries are exact
+        zeros.
+      num_bits: ``(metrics, state) -> Traffic`` on the host, in Python integers; of the state only
+        the shapes are read.
+    """
+
+    init: Callable[[Params, State], RoundState]
+    init_client: Callable[[Params], ClientState]
+    stages: tuple[Stage, ...]
+    deployed_params: Callable[[RoundState], Params]
+    num_bits: Callable[[RoundMetrics, RoundState], Traffic]

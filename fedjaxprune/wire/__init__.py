@@ -1,0 +1,1 @@
+"""The message format: what a client sends, as bytes."""

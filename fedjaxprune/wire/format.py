@@ -1,0 +1,384 @@
+"""Messages as bytes, and their exact length; ``docs/wire.md`` describes the format.
+
+A message is a mapping from names to tensors. A plain NumPy array travels whole, in the shortest
+coding; `kept`, `pairs`, `levels` and `counted` say what the receiver knows already, or that the
+length must follow from counts alone. Everything is NumPy on the host.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjaxprune.wire import codings, headers, packing
+from fedjaxprune.wire.codings import Coding
+from fedjaxprune.wire.headers import Lengths, Plan
+from fedjaxprune.wire.packing import WireError
+
+MAGIC = b"FJP\x01"  # the last byte is the version
+DEFLATED = 0x01
+MAX_BYTES = 1 << 32
+CHECKSUM_BYTES = 4
+
+
+class Part(NamedTuple):
+    """One tensor of a message; made by the functions below.
+
+    Attributes:
+      values: ``[...]`` numbers, or levels as uint16, or a bool mask.
+      known: ``[...]`` bool, entries that may travel, which the receiver knows; None if all.
+      chosen: ``[...]`` bool, entries that travel with their positions; None if all that may.
+      scales: ``[s]`` float32, what levels mean.
+      level_bits: bits of a level; 0 for values as they are.
+    """
+
+    values: np.ndarray
+    known: np.ndarray | None = None
+    chosen: np.ndarray | None = None
+    scales: np.ndarray | None = None
+    level_bits: int = 0
+
+
+class Levels(NamedTuple):
+    """Quantized values as they arrive.
+
+    Attributes:
+      levels: ``[...]`` uint16; 0 where nothing travelled.
+      scales: ``[s]`` float32.
+      level_bits: bits of a level.
+    """
+
+    levels: np.ndarray
+    scales: np.ndarray
+    level_bits: int
+
+
+Message = Mapping[str, np.ndarray] | Mapping[str, Part] | Mapping[str, np.ndarray | Part]
+
+
+def kept(values: np.ndarray, mask: np.ndarray | None) -> Part:
+    """Send the entries under a mask that the receiver knows, all of them, as they are.
+
+    Entries outside the mask are not looked at, and arrive as zeros. The length depends on the
+    number of live entries alone. Without a mask all entries are sent.
+    """
+    return Part(values=values, known=mask)
+
+
+def pairs(values: np.ndarray, chosen: np.ndarray, *, known: np.ndarray | None = None) -> Part:
+    """Send chosen entries with their positions (top-k); the others arrive as zeros.
+
+    Positions are numbered among the `known` entries, and are coded so that their length depends on
+    the counts alone.
+    """
+    return Part(values=values, known=known, chosen=chosen)
+
+
+def levels(
+    values: np.ndarray,
+    *,
+    bits: int,
+    scales: np.ndarray,
+    known: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
+) -> Part:
+    """Send quantized values: levels of `bits` bits, and the float32 numbers that give them sense.
+
+    Raises:
+      ValueError: if `bits` is outside [1, 16], a level has more, or levels are no integers.
+    """
+    if not 1 <= bits <= headers.MAX_LEVEL_BITS:
+        raise ValueError(f"bits must lie in [1, {headers.MAX_LEVEL_BITS}], got {bits}.")
+    values = np.asarray(values)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"levels must be integers, got {values.dtype}.")
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
+        raise ValueError(
+            f"levels of {bits} bits must lie in [0, {2**bits - 1}], "
+            f"got [{values.min()}, {values.max()}]."
+        )
+    scales = np.asarray(scales, np.float32).reshape(-1)
+    if len(scales) > 255:
+        raise ValueError(f"a tensor may have 255 scales, got {len(scales)}.")
+    return Part(values.astype(np.uint16), known, chosen, scales, bits)
+
+
+def counted(mask: np.ndarray) -> Part:
+    """Send a mask in a coding whose length depends on the number of live entries alone."""
+    return Part(values=mask, chosen=mask)
+
+
+def encode(message: Message, *, deflate_level: int | None = None) -> bytes:
+    """Write a message.
+
+    Args:
+      message: named tensors, in the order in which they travel.
+      deflate_level: if given, the body goes through zlib at this level (1 to 9), and the length is
+        no longer that of `num_bits`.
+
+    Raises:
+      ValueError: if a type, a shape or a name is not one that travels.
+    """
+    planned = [_plan(name, part) for name, part in message.items()]
+    plans, work = [item for item, _ in planned], [part for _, part in planned]
+    body: list[bytes | memoryview] = [packing.varint(len(plans))]
+    body.extend(headers.write(item, old) for item, old in zip(plans, _before(plans), strict=True))
+    for item, part in zip(plans, work, strict=True):
+        body.extend(_payload(item, part))
+    flags = 0
+    if deflate_level is not None:
+        raw, flags = b"".join(body), DEFLATED
+        body = [packing.varint(len(raw)), zlib.compress(raw, deflate_level)]
+    body.insert(0, MAGIC + bytes([flags]))
+    digest = 0
+    for piece in body:
+        digest = zlib.crc32(piece, digest)
+    for part in work:
+        digest = _crc_known(part.known, digest)
+    return b"".join([*body, digest.to_bytes(CHECKSUM_BYTES, "little")])
+
+
+def num_bits(message: Message) -> int:
+    """Count the bits of ``encode(message)`` without writing it."""
+    plans = plan(message)
+    return 8 * (frame_bytes(len(plans)) + sum(sum(length) for length in measure(plans)))
+
+
+def measure(plans: Sequence[Plan]) -> list[Lengths]:
+    """Tell the bytes of every tensor of a message."""
+    return [headers.lengths(item, old) for item, old in zip(plans, _before(plans), strict=True)]
+
+
+def plan(message: Message) -> list[Plan]:
+    """Decide how every tensor of a message is written, as `encode` does."""
+    return [_plan(name, part)[0] for name, part in message.items()]
+
+
+def frame_bytes(num_tensors: int) -> int:
+    """Count the bytes of a message that belong to no tensor."""
+    return len(MAGIC) + 1 + len(packing.varint(num_tensors)) + CHECKSUM_BYTES
+
+
+def decode(
+    data: bytes | bytearray | memoryview,
+    *,
+    known: Mapping[str, np.ndarray] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> dict[str, np.ndarray | Levels]:
+    """Read a message back, bit for bit; what did not travel is zero.
+
+    Args:
+      data: what `encode` wrote, from whomever it comes.
+      known: masks ``[...]`` bool that the receiver holds, by the tensors' names.
+      max_bytes: how much the tensors together may take; what is declared is compared with it before
+        anything is allocated.
+
+    Raises:
+      WireError: if the data are no whole and undamaged message, or too large, or made for other
+        masks than the known ones.
+    """
+    view = memoryview(data).cast("B")
+    if len(view) < frame_bytes(0) or view[: len(MAGIC)] != MAGIC:
+        raise WireError("this is no message of version 1.")
+    flags, at = packing.read_byte(view, len(MAGIC))
+    body = view[at : len(view) - CHECKSUM_BYTES]
+    if flags == DEFLATED:
+        body = _inflate(body, max_bytes)
+    elif flags:
+        raise WireError("a flag of the message is unknown.")
+    plans, at = _read_plans(body, max_bytes)
+    masks = [_known_mask(item, known or {}) for item in plans]
+    digest = zlib.crc32(view[: len(view) - CHECKSUM_BYTES])
+    for mask in masks:
+        digest = _crc_known(mask, digest)
+    if digest != int.from_bytes(view[len(view) - CHECKSUM_BYTES :], "little"):
+        raise WireError("the checksum does not fit: damaged, or made for other known masks.")
+    tensors = {}
+    for item, mask, length in zip(plans, masks, measure(plans), strict=True):
+        middle, end = at + length.positions, at + length.positions + length.values
+        tensors[item.name] = _tensor(item, mask, body[at:middle], body[middle:end])
+        at = end
+    return tensors
+
+
+def _plan(name: str, given: np.ndarray | Part) -> tuple[Plan, "_Work"]:
+    """Decide how a tensor is written."""
+    part = given if isinstance(given, Part) else Part(np.asarray(given))
+    values = np.asarray(part.values)
+    dtype = values.dtype
+    if len(name.encode()) > headers.MAX_NAME:
+        raise ValueError(f"a name may have {headers.MAX_NAME} bytes, got {name!r}.")
+    if values.dtype not in headers.DTYPES:
+        raise ValueError(f"{name}: tensors of type {values.dtype} do not travel.")
+    if values.ndim > headers.MAX_AXES:
+        raise ValueError(f"{name}: {values.ndim} axes, at most {headers.MAX_AXES} travel.")
+    for mask in (part.known, part.chosen):
+        if mask is not None and (mask.shape != values.shape or mask.dtype != np.bool_):
+            raise ValueError(
+                f"{name}: a mask must be bool and of the shape {values.shape}, "
+                f"got {mask.dtype} and {mask.shape}."
+            )
+    is_mask = dtype == headers.BOOL
+    if is_mask and part.known is not None:
+        raise ValueError(f"{name}: a mask travels whole, not under another one.")
+    if is_mask and part.chosen is not None and part.chosen is not part.values:
+        raise ValueError(f"{name}: a mask has no values beside the positions that are chosen.")
+    num_known = None if part.known is None else int(np.count_nonzero(part.known))
+    listed = None
+    if not isinstance(given, Part):
+        chosen = values if is_mask else _bits(values) != 0
+        coding, listed = codings.shortest(chosen)
+        dense = Coding(codings.ALL)
+        if not is_mask and _size(coding, values) >= _size(dense, values):
+            coding, chosen = dense, None
+    elif part.chosen is None and not is_mask:
+        coding, chosen = Coding(codings.ALL), None
+    else:
+        chosen = values if part.chosen is None else part.chosen
+        if part.known is not None:
+            chosen = chosen[part.known]
+        n = values.size if num_known is None else num_known
+        coding = codings.counted(n, int(np.count_nonzero(chosen)))
+    num_scales = 0 if part.scales is None else len(part.scales)
+    made = Plan(name, dtype, values.shape, num_known, coding, part.level_bits, num_scales)
+    return made, _Work(values, part.known, chosen, listed, part.scales)
+
+
+class _Work(NamedTuple):
+    """What of a tensor is to be written: marked entries among those that may travel."""
+
+    values: np.ndarray
+    known: np.ndarray | None
+    chosen: np.ndarray | None
+    listed: np.ndarray | None
+    scales: np.ndarray | None
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    """See numbers as the integers of their bits, so that no NaN and no -0.0 is lost."""
+    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").reshape(values.shape)
+
+
+def _size(coding: Coding, values: np.ndarray) -> int:
+    """Count the bytes of a plain tensor's payload in a coding."""
+    marked = codings.num_marked(coding, values.size)
+    return codings.num_bytes(coding, values.size, values.shape) + marked * values.dtype.itemsize
+
+
+def _payload(plan: Plan, work: _Work) -> list[bytes | memoryview]:
+    """Write positions, scales and values of a tensor."""
+    pieces: list[bytes | memoryview] = []
+    if work.chosen is not None:
+        pieces.extend(codings.write(plan.coding, work.chosen, work.listed))
+    if plan.dtype == headers.BOOL:
+        return pieces
+    sent = _bits(work.values).reshape(-1)
+    if work.known is not None:
+        sent = sent[np.flatnonzero(work.known)]
+    if work.chosen is not None and plan.coding.code != codings.ALL:
+        is_listed = work.listed is not None and not plan.coding.complement
+        sent = sent[work.listed if is_listed else np.flatnonzero(work.chosen)]
+    if plan.level_bits:
+        scales = np.zeros(0, np.float32) if work.scales is None else work.scales
+        pieces.append(scales.astype("<f4").tobytes())
+        pieces.append(packing.pack(sent, plan.level_bits))
+    else:
+        pieces.append(sent.astype(sent.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
+    return pieces
+
+
+def _tensor(
+    plan: Plan, mask: np.ndarray | None, positions: memoryview, values: memoryview
+) -> np.ndarray | Levels:
+    """Read a tensor back."""
+    n, coding = headers.num_entries(plan), plan.coding
+    where = None
+    if coding.code != codings.ALL:
+        where = codings.read(coding, positions, n, plan.shape)
+    if plan.dtype == headers.BOOL:
+        drawn = np.ones(n, np.bool_) if where is None else where
+        if drawn.dtype != np.bool_:
+            drawn = np.zeros(n, np.bool_)
+            drawn[where] = True
+        return drawn.reshape(plan.shape).copy()
+    marked = codings.num_marked(coding, n)
+    holder = np.dtype(f"u{plan.dtype.itemsize}")
+    scales = np.frombuffer(values[: 4 * plan.num_scales], "<f4").astype(np.float32)
+    if plan.level_bits:
+        sent = packing.unpack(values[4 * plan.num_scales :], marked, plan.level_bits)
+        sent = sent.astype(holder)
+    else:
+        sent = np.frombuffer(values, holder.newbyteorder("<"))
+    if where is not None and where.dtype == np.bool_:
+        where = np.flatnonzero(where)
+    if mask is not None:
+        places = np.flatnonzero(mask)
+        where = places if where is None else places[where]
+    if where is None:
+        out = sent.astype(holder)
+    else:
+        out = np.zeros(math.prod(plan.shape), holder)
+        out[where] = sent
+    out = out.view(plan.dtype).reshape(plan.shape)
+    return Levels(out, scales, plan.level_bits) if plan.level_bits else out
+
+
+def _read_plans(body: memoryview, max_bytes: int) -> tuple[list[Plan], int]:
+    """Read all headers, and see that what they declare is there and not too much."""
+    count, at = packing.read_varint(body, 0)
+    plans, name, declared, names = [], "", 0, set()
+    for _ in range(count):
+        item, at = headers.read(body, at, name)
+        name = item.name
+        if name in names:
+            raise WireError("two tensors have the same name.")
+        names.add(name)
+        if item.dtype == headers.BOOL and item.num_known is not None:
+            raise WireError("a mask travels whole, not under another one.")
+        declared += math.prod(max(size, 1) for size in item.shape) * item.dtype.itemsize
+        if declared > max_bytes:
+            raise WireError(f"the tensors take more than {max_bytes} bytes.")
+        plans.append(item)
+    payload = sum(length.positions + length.values for length in measure(plans))
+    if payload != len(body) - at:
+        raise WireError(f"the payload has {len(body) - at} bytes, not {payload}.")
+    return plans, at
+
+
+def _known_mask(plan: Plan, known: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Look up the mask under which a tensor was sent."""
+    if plan.num_known is None:
+        return None
+    mask = known.get(plan.name)
+    if mask is None or mask.dtype != np.bool_ or mask.shape != plan.shape:
+        raise WireError(f"{plan.name!r} needs a known bool mask of the shape {plan.shape}.")
+    if int(np.count_nonzero(mask)) != plan.num_known:
+        raise WireError(f"{plan.name!r} was sent under another mask than the known one.")
+    return mask
+
+
+def _crc_known(mask: np.ndarray | None, digest: int) -> int:
+    """Let a known mask into the checksum, so that no message is read under another one."""
+    return digest if mask is None else zlib.crc32(np.packbits(mask).data, digest)
+
+
+def _inflate(body: memoryview, max_bytes: int) -> memoryview:
+    """Undo zlib, as far as the declared length and no further."""
+    size, at = packing.read_varint(body, 0)
+    if size > 1032 * len(body) or size > 2 * max_bytes + (1 << 20):
+        raise WireError("the message declares more than it can hold.")
+    inflater = zlib.decompressobj()
+    try:
+        raw = inflater.decompress(body[at:], size + 1)
+    except zlib.error:
+        raise WireError("the message cannot be inflated.") from None
+    if len(raw) != size or not inflater.eof or inflater.unused_data:
+        raise WireError("the message inflates to another length than it declares.")
+    return memoryview(raw)
+
+
+def _before(plans: Sequence[Plan]) -> list[str]:
+    """Give the name before each, from which its own is told."""
+    return ["", *(plan.name for plan in plans)][: len(plans)]
