@@ -614,8 +614,8 @@ def test_other_wrong_options_are_refused():
     for hold, until in ((0.6, 0.5), (1.0, 1.0), (-0.1, 0.5)):
         with pytest.raises(ValueError, match="hold and until must be in order"):
             adp.warm_up(density=0.5, num_rounds=10, hold=hold, until=until)
+    any_client: Any = local_training.Client(init=tuple, update=local_training.local_sgd)  # pyright: ignore
     with pytest.raises(ValueError, match="rule must be 'salient' or 'touched', got 'best'"):
-        any_client: Any = local_training.Client(init=tuple, update=local_training.local_sgd)  # pyright: ignore
         gated_updates.report(any_client, rule="best")  # pyright: ignore
     for options, sentence in (
         ({"threshold": -1.0}, "threshold must not be negative or infinite, got -1.0"),

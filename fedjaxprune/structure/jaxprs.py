@@ -2,8 +2,8 @@
 
 A convolution written as a product with a kernel spread out among zeros does more arithmetic than
 the convolution. `equivalent_to` ties its output to the plain form: the compiled program knows
-nothing of it and the plain form is not even traced, but who walks the graph (`costs.flops`) finds it,
-and `plain` swaps the one for the other. So a kernel that no walker can look into (Pallas, foreign
+nothing of it and the plain form is not even traced, but whoever walks the graph (`costs.flops`) finds
+it, and `plain` swaps the one for the other. So a kernel that no walker can look into (Pallas, foreign
 call) is counted too.
 """
 
