@@ -1,0 +1,32 @@
+"""The errors that a user can cause, and what their sentences share; imports nothing heavy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedJaxPruneError(ValueError):
+    """Say in one sentence what was given and what is allowed; the command prints only that."""
+
+
+class ConfigError(FedJaxPruneError):
+    """A setting, an option or the name of a part that cannot be used."""
+
+
+class RunFolderError(FedJaxPruneError):
+    """A run folder that is missing, in use, damaged or of another configuration."""
+
+
+class DataError(FedJaxPruneError):
+    """A data set that is missing or does not have the required form."""
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's text, or the name of its type where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def near_miss(given: object, names: Iterable[object]) -> str:
+    """Suggest the closest of `names` as ``"; did you mean 'x'?"``, or end the sentence."""
+    text = str(given).lower().replace("-", "_")
+    close = difflib.get_close_matches(text, [str(name) for name in names], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else "."
