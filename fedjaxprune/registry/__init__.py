@@ -1,0 +1,19 @@
+"""Parts by name: built-in ones, those of installed packages and those of a user's own files."""
+
+from fedjaxprune.registry.finding import Found, find
+from fedjaxprune.registry.listing import KINDS, Kind, Listed, Origin, names
+from fedjaxprune.registry.parts import Part, part
+from fedjaxprune.settings import describe_settings
+
+__all__ = [
+    "KINDS",
+    "Found",
+    "Kind",
+    "Listed",
+    "Origin",
+    "Part",
+    "describe_settings",
+    "find",
+    "names",
+    "part",
+]

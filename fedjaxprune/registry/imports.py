@@ -1,0 +1,105 @@
+"""Import a file or a module that a user names, and say in one sentence why that failed."""
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+from fedjaxprune.errors import ConfigError, first_line, near_miss
+from fedjaxprune.registry.listing import Origin
+
+
+def refer(place: str, name: str, what: str) -> tuple[Any, Origin]:
+    """Import a file or a module and give one of its names, and whose code it is.
+
+    Raises:
+      ConfigError: it cannot be read or imported, or has no such name; begins with `what`.
+    """
+    if place.endswith(".py"):
+        module, origin = _import_file(place, what)
+    else:
+        _see(os.getcwd())
+        module = load(lambda: importlib.import_module(place), what)
+        origin = _origin_of(module, place)
+    if not hasattr(module, name):
+        public = [one for one in vars(module) if one[0] != "_"]
+        raise ConfigError(f"{what} does not exist: {place} has no {name}{near_miss(name, public)}")
+    return getattr(module, name), origin
+
+
+def _import_file(place: str, what: str) -> tuple[types.ModuleType, Origin]:
+    """Import a file under a name of its path and content; a changed file is imported again."""
+    file = pathlib.Path(place).expanduser().resolve()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"{what} cannot be read ({reason}).") from None
+    checksum = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(f"{file}:{checksum}".encode()).hexdigest()[:12]
+    module_name = f"fedjaxprune_file_{file.stem}_{digest}"
+    if module_name not in sys.modules:
+        _see(str(file.parent))
+        load(lambda: _execute(module_name, file), what)
+    return sys.modules[module_name], Origin("file", path=str(file), sha256=checksum)
+
+
+def _execute(module_name: str, file: pathlib.Path) -> None:
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where pydantic looks up a class's annotations
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+
+
+def _see(folder: str) -> None:
+    """Let imports find the modules of a folder, after all others."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def _origin_of(module: types.ModuleType, place: str) -> Origin:
+    """Say which package a module is of, or which file it is."""
+    owners = importlib.metadata.packages_distributions().get(place.partition(".")[0], [])
+    if owners:
+        return Origin("package", package=owners[0], version=importlib.metadata.version(owners[0]))
+    file = getattr(module, "__file__", None)
+    if not file or not os.path.isfile(file):
+        return Origin("package", package=place.partition(".")[0])
+    checksum = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+    return Origin("file", path=file, sha256=checksum)
+
+
+def load(import_it: Callable[[], Any], what: str) -> Any:
+    """Import something.
+
+    Raises:
+      ConfigError: whatever the code that was imported raised, in one sentence with its place.
+    """
+    try:
+        return import_it()
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}{_line_of(error)}"
+        raise ConfigError(f"{what} cannot be imported ({reason}).") from error
+
+
+def _line_of(error: BaseException) -> str:
+    """Say in which line of which file an error arose, as far as that is known."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f", {os.path.basename(error.filename)} line {error.lineno}"
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename[0] != "<"]
+    if not frames or frames[-1].filename == __file__:
+        return ""
+    return f", {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}"

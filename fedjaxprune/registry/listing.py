@@ -1,0 +1,217 @@
+"""Which parts there are, read from the text of modules and from package metadata.
+
+Nothing that is listed is imported: a name, a summary and the names of variants stand as literals
+in a module's text, and an installed package lists its parts as entry points.
+"""
+
+import ast
+import importlib.metadata
+import importlib.util
+import pathlib
+import sys
+from typing import Any, Literal, NamedTuple
+
+from fedjaxprune.errors import ConfigError
+
+
+class Kind(NamedTuple):
+    """One kind of part.
+
+    Attributes:
+      place: module, or package of modules, that holds the built-in ones.
+      context: names of the arguments of a part's `build` besides its settings; the first
+        `num_positional` of them are given by position.
+      fallback: built-in part that stands for names that nobody offers, and its setting that takes
+        such a name.
+      is_component: a plain function is what `build` would return, not a `build`.
+    """
+
+    place: str
+    context: tuple[str, ...] = ()
+    num_positional: int = 0
+    fallback: tuple[str, str] | None = None
+    is_component: bool = False
+
+
+# Entry points are in the group ``fedjaxprune.<kind>s``, such as ``fedjaxprune.methods``.
+KINDS: dict[str, Kind] = {
+    "method": Kind("fedjaxprune.methods", ("task",), num_positional=1),
+    "model": Kind("fedjaxprune.models", ("input_shape", "num_classes")),
+    "dataset": Kind("fedjaxprune.data.sources", fallback=("tfds", "tfds_name")),
+    "partition": Kind(
+        "fedjaxprune.data.partitions", ("rng", "labels", "num_clients", "keys"), num_positional=2
+    ),
+    "sampling": Kind("fedjaxprune.federated.sampling", ("num_clients", "cohort_size", "sizes")),
+    "optimizer": Kind("fedjaxprune.federated.optimizers"),
+    "correction": Kind("fedjaxprune.federated.corrections", ("batcher", "optimizer_settings")),
+    "uplink": Kind("fedjaxprune.federated.uplinks"),
+    "aggregator": Kind("fedjaxprune.federated.aggregators"),
+    "server_optimizer": Kind("fedjaxprune.federated.server_optimizers"),
+    "tracker": Kind("fedjaxprune.experiment.tracking", is_component=True),
+    "consensus": Kind("fedjaxprune.pruning.structured.voting"),
+}
+
+
+class Origin(NamedTuple):
+    """Whose code a part is.
+
+    Attributes:
+      source: a built-in, an installed package, a file, or a value given in Python.
+      package: name of the installed package.
+      version: its version.
+      path: of the file.
+      sha256: checksum of the file.
+    """
+
+    source: Literal["built-in", "package", "file", "value"]
+    package: str = ""
+    version: str = ""
+    path: str = ""
+    sha256: str = ""
+
+
+class Listed(NamedTuple):
+    """What a list says of a part: its summary, whose it is, and the names of its variants."""
+
+    summary: str
+    origin: Origin
+    variants: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """Where a built-in stands: the module, the name in it, and what its text says."""
+
+    module: str
+    listed: Listed
+
+
+def names(kind: str) -> dict[str, Listed]:
+    """List the parts of a kind by name, built-in ones first; imports none of them."""
+    found = {name: place.listed for name, place in built_in(kind).items()}
+    for name, points in entry_points(kind).items():
+        if name not in found:
+            found[name] = Listed(_summary(points[0]), origin(points[0]))
+    return found
+
+
+def built_in(kind: str) -> dict[str, Place]:
+    """Find the built-in parts of a kind in the text of its modules."""
+    place, found = KINDS[kind].place, {}
+    for module, file in _modules(place):
+        text = file.read_text(encoding="utf-8")
+        if kind == "method":
+            name = module.rpartition(".")[2]
+            found[name] = Place(module, _method(ast.parse(text)))
+        elif "PARTS" in text:
+            found |= {name: Place(module, one) for name, one in _table(ast.parse(text)).items()}
+    return found
+
+
+def entry_points(kind: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Find the parts that installed packages offer; a name that two offer has two entries."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    group = f"fedjaxprune.{kind.removesuffix('s')}s"
+    for point in sorted(importlib.metadata.entry_points(group=group)):
+        found.setdefault(point.name, []).append(point)
+    return dict(sorted(found.items()))
+
+
+def origin(point: importlib.metadata.EntryPoint) -> Origin:
+    """Say which package an entry point is of."""
+    if point.dist is None:
+        return Origin("package", package=point.module.partition(".")[0])
+    return Origin("package", package=point.dist.name, version=point.dist.version)
+
+
+def top_names(file: pathlib.Path) -> list[str]:
+    """List the public names that a file assigns or defines, in its order."""
+    return [
+        name for name in _assigned(ast.parse(file.read_text(encoding="utf-8"))) if name[0] != "_"
+    ]
+
+
+def check_kind(kind: str) -> Kind:
+    """Look up a kind.
+
+    Raises:
+      ConfigError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"the kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    return KINDS[kind]
+
+
+def _modules(place: str) -> list[tuple[str, pathlib.Path]]:
+    """List a module, or the public modules of a package, with their files."""
+    top, _, rest = place.partition(".")
+    spec = sys.modules[top].__spec__ if top in sys.modules else importlib.util.find_spec(top)
+    for root in (spec and spec.submodule_search_locations) or ():
+        path = pathlib.Path(root, *rest.split("."))
+        if path.with_suffix(".py").is_file():
+            return [(place, path.with_suffix(".py"))]
+        if path.is_dir():
+            inside = ((one, one / "__init__.py" if one.is_dir() else one) for one in path.iterdir())
+            return sorted(
+                (f"{place}.{one.stem}", file)
+                for one, file in inside
+                if one.stem[0] not in "_." and file.suffix == ".py" and file.is_file()
+            )
+    return []
+
+
+def _assigned(tree: ast.Module) -> dict[str, ast.AST]:
+    """Give what stands at the top of a module by name: assigned values, functions, classes."""
+    found: dict[str, ast.AST] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.AnnAssign) and node.value and isinstance(node.target, ast.Name):
+            found[node.target.id] = node.value
+        elif isinstance(node, ast.Assign):
+            found |= {one.id: node.value for one in node.targets if isinstance(one, ast.Name)}
+    return found
+
+
+def _first_sentence(tree: ast.Module) -> str:
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+def _method(tree: ast.Module) -> Listed:
+    variants = _keys(_keyword(_assigned(tree).get("METHOD"), "variants"))
+    return Listed(_first_sentence(tree), Origin("built-in"), tuple(variants))
+
+
+def _table(tree: ast.Module) -> dict[str, Listed]:
+    """Read a module's ``PARTS``; a part without a summary has its module's first line."""
+    found = {}
+    for name, value in _keys(_assigned(tree).get("PARTS")).items():
+        summary = _keyword(value, "summary")
+        text = summary.value if isinstance(summary, ast.Constant) else ""
+        found[name] = Listed(str(text) or _first_sentence(tree), Origin("built-in"))
+    return found
+
+
+def _keyword(call: ast.AST | None, name: str) -> ast.AST | None:
+    keywords = call.keywords if isinstance(call, ast.Call) else []
+    return next((one.value for one in keywords if one.arg == name), None)
+
+
+def _keys(node: ast.AST | None) -> dict[str, ast.AST]:
+    """Give the entries of a dict literal whose keys are literal texts."""
+    pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+    return {str(k.value): value for k, value in pairs if isinstance(k, ast.Constant)}
+
+
+def _summary(point: importlib.metadata.EntryPoint) -> str:
+    """Read the first line of an entry point's module, or else its package's summary."""
+    if point.dist is None:
+        return ""
+    stem = point.module.replace(".", "/")
+    for inside in (f"{stem}.py", f"{stem}/__init__.py"):
+        file: Any = point.dist.locate_file(inside)
+        try:
+            if text := _first_sentence(ast.parse(file.read_text(encoding="utf-8"))):
+                return text
+        except (OSError, SyntaxError, ValueError):
+            continue
+    return (point.dist.metadata or {}).get("Summary", "")

@@ -1,0 +1,146 @@
+"""Parts as values: what a config can name, and parts made of plain functions."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pydantic
+
+from fedjaxprune.errors import ConfigError, first_line
+from fedjaxprune.registry.listing import KINDS, Kind
+from fedjaxprune.settings import Settings
+
+_LONGEST = 80  # characters of a value that a sentence repeats
+
+
+class Part(NamedTuple):
+    """Something that a config can name.
+
+    Attributes:
+      build: ``(settings, ...) -> component``, with the context of its kind (`KINDS`).
+      settings: type of its settings.
+      summary: one line for lists; empty: the first line of its module.
+    """
+
+    build: Callable[..., Any]
+    settings: type[Settings] = Settings
+    summary: str = ""
+
+
+def part(function: Callable[..., Any], *, kind: str = "") -> Part:
+    """Make a part of a plain function: its annotated keyword-only parameters are the settings.
+
+    Its other parameters take the context of the kind by name, such as `num_classes`. Where the
+    first one is called `settings`, the function is a `build` as it is.
+
+    Args:
+      function: makes the component.
+      kind: whose context it may name; without one, the context of every kind, and positional
+        context is passed on in order.
+
+    Raises:
+      ConfigError: a parameter is neither context nor a setting that can be described.
+    """
+    return _part(function, kind, f"the function {name_of(function)!r}")
+
+
+def as_part(kind: str, value: Any, what: str) -> Any:
+    """Take a `Part`, a `Method` or a plain function for a part of a kind.
+
+    Raises:
+      ConfigError: it is none of them; the sentence begins with `what`.
+    """
+    wanted = "a Method, a Part or a function" if kind == "method" else "a Part or a function"
+    if inspect.isroutine(value) or isinstance(value, functools.partial):
+        if KINDS[kind].is_component:
+            return Part(build=lambda *_, **__: value)
+        value = _part(value, kind, what)
+    is_part = isinstance(value, tuple) and hasattr(value, "build") and hasattr(value, "settings")
+    if not is_part:
+        is_class = isinstance(value, type)
+        given = f"the class {value.__name__}" if is_class else f"of type {type(value).__name__}"
+        raise ConfigError(f"{what} is {given}, not {a_kind(kind)}: it must be {wanted}.")
+    part: Any = value
+    if not callable(part.build):
+        raise ConfigError(f"{what} has a `build` that is no function.")
+    if not (isinstance(part.settings, type) and issubclass(part.settings, Settings)):
+        raise ConfigError(f"{what} has `settings` that are no subclass of fedjaxprune.Settings.")
+    if "name" in part.settings.model_fields:
+        raise ConfigError(f"{what} has a setting called 'name', which a config keeps for the part.")
+    is_method = hasattr(part, "variants")
+    if is_method and kind != "method":
+        raise ConfigError(f"{what} is a method, not {a_kind(kind)}.")
+    if kind == "method" and not is_method:
+        from fedjaxprune.types import Method  # with JAX, which any method needs
+
+        return Method(build=part.build, settings=part.settings)
+    return part
+
+
+def name_of(value: Any) -> str:
+    """Name a value: a function by its name, a part by its `build`, or that one's module."""
+    function = getattr(value, "build", value)
+    function = getattr(function, "func", function)
+    name = getattr(function, "__name__", type(function).__name__)
+    return function.__module__.rpartition(".")[2] if name == "build" else name
+
+
+def shown(value: Any) -> str:
+    """Repeat a value in a sentence, cut after 80 characters."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def a_kind(kind: str) -> str:
+    """Say a kind in words: ``"a method"``, ``"an uplink"``, ``"a server optimizer"``."""
+    rule = " rule" if kind in ("sampling", "consensus") else ""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind.replace('_', ' ')}{rule}"
+
+
+def _part(function: Callable[..., Any], kind: str, what: str) -> Part:
+    kinds = [KINDS[kind]] if kind else KINDS.values()
+    context = tuple(name for one in kinds for name in one.context)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+        hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
+    except Exception as error:
+        raise ConfigError(f"{what} has a signature that fails: {first_line(error)}.") from None
+    summary = (inspect.getdoc(function) or "").partition("\n")[0]
+    if parameters and parameters[0].name == "settings":
+        return Part(function, hints.get("settings", Settings), summary)
+    fields: dict[str, Any] = {}
+    for one in parameters:
+        if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) or one.name in context:
+            continue
+        if one.kind is one.KEYWORD_ONLY and one.name in hints:
+            fields[one.name] = (hints[one.name], ... if one.default is one.empty else one.default)
+        elif one.kind is one.KEYWORD_ONLY or one.default is one.empty:
+            given = f"one of {', '.join(context)}" if context else "given"
+            raise ConfigError(
+                f"{what} has the parameter {one.name!r}, which is neither a setting (keyword-only "
+                f"and annotated) nor {given}."
+            )
+    try:
+        settings = pydantic.create_model(name_of(function), __base__=Settings, **fields)
+    except Exception as error:
+        raise ConfigError(f"{what} has unusable settings: {first_line(error)}.") from None
+    return Part(_build(function, parameters, KINDS.get(kind)), settings, summary)
+
+
+def _build(
+    function: Callable[..., Any], parameters: list[inspect.Parameter], kind: Kind | None
+) -> Callable[..., Any]:
+    """Make a `build` that gives a plain function its settings and what it names of the context."""
+    taken = {one.name for one in parameters}
+    in_order = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
+
+    @functools.wraps(function)
+    def build(settings: Settings, *positional: Any, **context: Any) -> Any:
+        given = kind.context[: kind.num_positional] if kind else in_order
+        context |= dict(zip(given, positional, strict=False))
+        chosen = {name: getattr(settings, name) for name in type(settings).model_fields}
+        return function(**{k: v for k, v in context.items() if k in taken}, **chosen)
+
+    return build
