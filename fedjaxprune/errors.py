@@ -27,6 +27,7 @@ def first_line(error: BaseException) -> str:
 
 def near_miss(given: object, names: Iterable[object]) -> str:
     """Suggest the closest of `names` as ``"; did you mean 'x'?"``, or end the sentence."""
+    lowered = {str(name).lower(): name for name in names}
     text = str(given).lower().replace("-", "_")
-    close = difflib.get_close_matches(text, [str(name) for name in names], n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    close = difflib.get_close_matches(text, lowered, n=1, cutoff=0.6)
+    return f"; did you mean {str(lowered[close[0]])!r}?" if close else "."

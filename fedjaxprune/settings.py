@@ -121,7 +121,7 @@ def allowed(
     texts = [_WITH_ARTICLE[leaf] for leaf in leaves if leaf in _WITH_ARTICLE]
     if choices:
         texts.insert(0, choices[0] if len(choices) == 1 else "one of " + ", ".join(choices))
-    text = " or ".join(dict.fromkeys(texts)) or "a valid value"
+    text = " or ".join(dict.fromkeys(texts)) or f"a value of type {_type_text(annotation)}"
     bounds = limits(annotation, machine_limits=machine_limits)
     return f"{text} {bounds}".rstrip() + (", or none" if type(None) in leaves else "")
 

@@ -1,5 +1,6 @@
 """Find the part that a name, a reference or a Python value stands for; imports that part alone."""
 
+import difflib
 import importlib
 import pathlib
 import re
@@ -84,9 +85,9 @@ def _look_up(kind: str, base: str, name: str, label: str) -> tuple[Any, Origin, 
     if points:
         value = load(points[0].load, f"{label}: {base!r} of {listing.origin(points[0]).package}")
         return value, listing.origin(points[0]), {}
-    fallback, near = KINDS[kind].fallback, near_miss(base, places)
+    fallback, near = KINDS[kind].fallback, difflib.get_close_matches(name, places, cutoff=0.8)
     other = next((k for k in KINDS if k != kind and name in listing.built_in(k)), "")
-    is_free = not other and near == "." and _TFDS_NAME.fullmatch(name)
+    is_free = not other and not near and _TFDS_NAME.fullmatch(name)
     if fallback and fallback[0] in places and is_free:
         part_name, setting = fallback
         module = places[part_name].module

@@ -97,9 +97,9 @@ def load(import_it: Callable[[], Any], what: str) -> Any:
 
 def _line_of(error: BaseException) -> str:
     """Say in which line of which file an error arose, as far as that is known."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f", {os.path.basename(error.filename)} line {error.lineno}"
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename[0] != "<"]
-    if not frames or frames[-1].filename == __file__:
-        return ""
-    return f", {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}"
+    if isinstance(error, SyntaxError):
+        return ""  # its text says where
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = ("<", __file__, os.path.dirname(importlib.__file__))
+    frames = [one for one in frames if not one.filename.startswith(ours)]
+    return f", {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else ""

@@ -99,11 +99,13 @@ def built_in(kind: str) -> dict[str, Place]:
     place, found = KINDS[kind].place, {}
     for module, file in _modules(place):
         text = file.read_text(encoding="utf-8")
+        if ("METHOD" if kind == "method" else "PARTS") not in text:
+            continue
         if kind == "method":
-            name = module.rpartition(".")[2]
-            found[name] = Place(module, _method(ast.parse(text)))
-        elif "PARTS" in text:
-            found |= {name: Place(module, one) for name, one in _table(ast.parse(text)).items()}
+            listed = {module.rpartition(".")[2]: _method(_parse(text))}
+        else:
+            listed = _table(_parse(text))
+        found |= {name: Place(module, one) for name, one in listed.items()}
     return found
 
 
@@ -159,6 +161,14 @@ def _modules(place: str) -> list[tuple[str, pathlib.Path]]:
     return []
 
 
+def _parse(text: str) -> ast.Module:
+    """Parse a module; a broken one is empty, and its import says what is wrong."""
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        return ast.Module(body=[], type_ignores=[])
+
+
 def _assigned(tree: ast.Module) -> dict[str, ast.AST]:
     """Give what stands at the top of a module by name: assigned values, functions, classes."""
     found: dict[str, ast.AST] = {}
@@ -210,8 +220,8 @@ def _summary(point: importlib.metadata.EntryPoint) -> str:
     for inside in (f"{stem}.py", f"{stem}/__init__.py"):
         file: Any = point.dist.locate_file(inside)
         try:
-            if text := _first_sentence(ast.parse(file.read_text(encoding="utf-8"))):
+            if text := _first_sentence(_parse(file.read_text(encoding="utf-8"))):
                 return text
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, ValueError):
             continue
     return (point.dist.metadata or {}).get("Summary", "")

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def _part(function: Callable[..., Any], kind: str, what: str) -> Part:
     context = tuple(name for one in kinds for name in one.context)
     try:
         parameters = list(inspect.signature(function).parameters.values())
-        hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
+        hints = _hints(function, {one.name: one.annotation for one in parameters}, context)
     except Exception as error:
         raise ConfigError(f"{what} has a signature that fails: {first_line(error)}.") from None
     summary = (inspect.getdoc(function) or "").partition("\n")[0]
@@ -127,6 +128,18 @@ def _part(function: Callable[..., Any], kind: str, what: str) -> Part:
     except Exception as error:
         raise ConfigError(f"{what} has unusable settings: {first_line(error)}.") from None
     return Part(_build(function, parameters, KINDS.get(kind)), settings, summary)
+
+
+def _hints(function: Any, annotations: dict[str, Any], context: tuple[str, ...]) -> dict[str, Any]:
+    """Evaluate the annotations of all but context, whose types may be known to a checker only."""
+    annotated = {
+        name: one
+        for name, one in annotations.items()
+        if name not in context and one is not inspect.Parameter.empty
+    }
+    names = getattr(inspect.unwrap(getattr(function, "func", function)), "__globals__", {})
+    holder = types.SimpleNamespace(__annotations__=annotated)
+    return typing.get_type_hints(holder, globalns=names, include_extras=True)
 
 
 def _build(
