@@ -101,16 +101,14 @@ def describe_settings(settings_type: type[pydantic.BaseModel]) -> list[Row]:
             type=_type_text(annotation),
             default=_default_text(field, str(extra.get("unset") or "")),
             unit=str(extra.get("unit") or ""),
-            bounds=limits(annotation),
+            bounds=_limits(annotation, machine_limits=False),
             meaning=field.description or "",
         )
         rows.append(row)
     return rows
 
 
-def allowed(
-    settings_type: type[pydantic.BaseModel], name: str, *, machine_limits: bool = False
-) -> str:
+def allowed(settings_type: type[pydantic.BaseModel], name: str, *, machine_limits: bool) -> str:
     """Say what a setting may be, for an error: ``"a number in [0, 1)"``, ``"one of a, b"``.
 
     With `machine_limits` the largest numbers of int32 and float32 are named, too.
@@ -122,7 +120,7 @@ def allowed(
     if choices:
         texts.insert(0, choices[0] if len(choices) == 1 else "one of " + ", ".join(choices))
     text = " or ".join(dict.fromkeys(texts)) or f"a value of type {_type_text(annotation)}"
-    bounds = limits(annotation, machine_limits=machine_limits)
+    bounds = _limits(annotation, machine_limits=machine_limits)
     return f"{text} {bounds}".rstrip() + (", or none" if type(None) in leaves else "")
 
 
@@ -132,7 +130,7 @@ def alternatives(settings_type: type[pydantic.BaseModel], name: str) -> list[str
     return [str(word) for leaf, _ in leaves for word in _words(leaf)]
 
 
-def limits(annotation: Any, *, machine_limits: bool = False) -> str:
+def _limits(annotation: Any, *, machine_limits: bool) -> str:
     """Say where the numbers of a type lie: ``"in [0, 1)"``, ``"at least 1"``; empty without limits.
 
     The largest numbers of int32 and float32 are named only with `machine_limits`.
