@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjaxprune import topk, trees
-from fedjaxprune.federated.local_training import Local, LocalStep, SettleFn
+from fedjaxprune.federated.local_training import Local, LocalStep, PostStepFn
 from fedjaxprune.models import gates
 from fedjaxprune.types import Client, Masks, Metrics
 
@@ -91,7 +91,7 @@ def of_readers(bits: Bits, readers: tuple[Reader, ...], params: Any) -> Masks:
     return trees.map_with_path(leaf_mask, params)
 
 
-def freeze_unused(optimizer: optax.GradientTransformation) -> SettleFn:
+def freeze_unused(optimizer: optax.GradientTransformation) -> PostStepFn:
     """Take back what a local step did to channels that no example of its batch kept.
 
     Their gradient is zero as it is; but momentum would go on moving them, weight decay would shrink
@@ -105,7 +105,7 @@ def freeze_unused(optimizer: optax.GradientTransformation) -> SettleFn:
       A function for `clients.local_sgd`.
     """
 
-    def settle_fn(step: LocalStep) -> Local:
+    def post_step_fn(step: LocalStep) -> Local:
         bits = touched(step.metrics)
         masks = of_params(bits, step.after.params)
         new, old = step.after, step.before
@@ -115,7 +115,7 @@ def freeze_unused(optimizer: optax.GradientTransformation) -> SettleFn:
             model_state=_where(of_state(bits, new.model_state), new.model_state, old.model_state),
         )
 
-    return settle_fn
+    return post_step_fn
 
 
 def report(client: Client, *, rule: Literal["salient", "touched"]) -> Client:

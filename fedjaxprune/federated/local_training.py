@@ -109,7 +109,7 @@ class LocalStep(NamedTuple):
     num_steps: jax.Array
 
 
-SettleFn = Callable[[LocalStep], Local]  # decides what of a step holds
+PostStepFn = Callable[[LocalStep], Local]  # decides what of a step holds
 
 
 class _Progress(NamedTuple):
@@ -134,7 +134,7 @@ def local_sgd(
     penalties: Sequence[PenaltyFn] = (),
     report_grads: Callable[[jax.Array], jax.Array] | None = None,
     report_steps: StepPredicate | None = None,
-    settle: SettleFn | None = None,
+    post_step: PostStepFn | None = None,
 ) -> Client:
     """Train the live weights: gradients are masked, and pruned entries stay exact zeros.
 
@@ -154,7 +154,7 @@ def local_sgd(
         must be due in these rounds only, else it ranks zeros.
       report_steps: of which local steps `grads` is the mean (`last_step`); all by default. The
         gradient is the one that the step is about to follow.
-      settle: decides after each step what of it holds (a part may be taken back, small weights
+      post_step: decides after each step what of it holds (a part may be taken back, small weights
         become zero); the masks have the last word. All of it holds by default.
 
     Returns:
@@ -172,7 +172,7 @@ def local_sgd(
         learning_rate_scale,
         penalties,
         reports,
-        settle,
+        post_step,
         dense_updates=False,
     )
 
@@ -209,7 +209,7 @@ class _Reports(NamedTuple):
 
 
 def _client(
-    loss, batcher, optimizer, scale, penalties, reports, settle, *, dense_updates
+    loss, batcher, optimizer, scale, penalties, reports, post_step, *, dense_updates
 ) -> Client:
     def objective(params, broadcast, model_state, batch, key):
         value, aux = loss(params, model_state, batch, key)
@@ -277,9 +277,9 @@ def _client(
                 optimizer=optimizer_state,
                 model_state=model_state,
             )
-            if settle is not None:
+            if post_step is not None:
                 before = Local(progress.params, progress.optimizer, progress.model_state)
-                now = settle(LocalStep(before, now, step_metrics, step, num_steps))
+                now = post_step(LocalStep(before, now, step_metrics, step, num_steps))
             params = now.params if dense_updates else masks_lib.apply(masks, now.params)
             return _Progress(
                 params=params,

@@ -107,7 +107,7 @@ def adaptive_dynamic_pruning(
         batcher=setup.batcher,
         optimizer=setup.optimizer,
         learning_rate_scale=setup.learning_rate_scale,
-        settle=gated_updates.freeze_unused(setup.optimizer) if gradient == "strict" else None,
+        post_step=gated_updates.freeze_unused(setup.optimizer) if gradient == "strict" else None,
     )
     if gates == "personal":
         client = personalization.keep_own(client, is_own=gating.is_gate)

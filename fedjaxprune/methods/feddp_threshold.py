@@ -68,7 +68,7 @@ def feddp_threshold(
 
         return trees.map_with_path(leaf, params)
 
-    def settle(step: local_training.LocalStep) -> local_training.Local:
+    def post_step(step: local_training.LocalStep) -> local_training.Local:
         epoch = jnp.maximum(step.num_steps // num_epochs, 1)
         ends = (step.step + 1) % epoch == 0
         params = step.after.params
@@ -82,7 +82,7 @@ def feddp_threshold(
                 batcher=setup.batcher,
                 optimizer=setup.optimizer,
                 learning_rate_scale=setup.learning_rate_scale,
-                settle=settle,
+                post_step=post_step,
             ),
             prunable,
         ),

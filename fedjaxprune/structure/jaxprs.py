@@ -1,10 +1,10 @@
 """Say what a fast form computes, so that costs can be counted of the layer and not of the trick.
 
 A convolution written as a product with a kernel spread out among zeros does more arithmetic than
-the convolution. `equivalent_to` ties its output to the plain form: the compiled program knows
-nothing of it and the plain form is not even traced, but whoever walks the graph (`costs.flops`) finds
-it, and `plain` swaps the one for the other. So a kernel that no walker can look into (Pallas, foreign
-call) is counted too.
+the convolution. `equivalent_to` ties its output to the plain form: the compiled program does not
+contain it and the plain form is not even traced, but whoever walks the graph (`costs.flops`) finds
+it, and `plain` swaps the one for the other. So a kernel that no walker can look into (Pallas, a
+foreign call) is counted too.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,63 @@
+"""A method that describes itself: what the value ``METHOD`` of a method's module says."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fedjaxprune.types import Algorithm
+
+
+class Paper(NamedTuple):
+    """Where a method was published.
+
+    Attributes:
+      authors: for example ``"Long et al."``.
+      year: of the paper.
+      title: of the paper, or the method's name in it.
+      arxiv: identifier such as ``"2309.06805"``; empty if there is none.
+      code: address of the authors' public code; empty if there is none.
+    """
+
+    authors: str
+    year: int
+    title: str
+    arxiv: str = ""
+    code: str = ""
+
+
+class Needs(NamedTuple):
+    """What a method needs of the network and the data, as facts that any network can have.
+
+    Attributes:
+      batch_norm: running statistics of batch normalization in the model state.
+      convolutions: at least one convolution kernel.
+      gates: layers that choose their channels for every example (`models.gates`).
+      server_examples: examples that the server holds.
+    """
+
+    batch_norm: bool = False
+    convolutions: bool = False
+    gates: bool = False
+    server_examples: bool = False
+
+
+class Method(NamedTuple):
+    """A federated pruning method that describes itself: the value ``METHOD`` of its module.
+
+    Attributes:
+      build: ``(settings, task) -> Algorithm``; `task` is a `rounds.task.Task`.
+      settings: the type of its settings (`settings.Settings`).
+      paper: where it was published; None for a control.
+      needs: of the network and the data.
+      default_model: name of the network that a run takes if none is given.
+      variants: by name, settings of the method (``{"max_penalty": 0.0}``) or, by full path, of
+        other sections (``{"client.correction": "scaffold"}``).
+      law_settings: settings under which a test of six clients and six rounds makes sense.
+    """
+
+    build: Callable[[Any, Any], Algorithm]
+    settings: type[Any]
+    paper: Paper | None = None
+    needs: Needs = Needs()
+    default_model: str = "mlp"
+    variants: Mapping[str, Mapping[str, Any]] = {}  # never changed
+    law_settings: Mapping[str, Any] = {}

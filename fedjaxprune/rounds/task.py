@@ -1,0 +1,107 @@
+"""What a method is built for: the network, the protocol, and what is known of network and data."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from fedjaxprune.federated import local_training
+from fedjaxprune.rounds import facts as facts_lib
+from fedjaxprune.rounds import reporting, training
+from fedjaxprune.types import Batcher, Client, Model
+
+
+class BatchesFn(Protocol):
+    """Make local steps out of a client's examples, beside those of the protocol.
+
+    ``batches(epochs=1, examples="all", share=0.1, augment=True) -> Batcher``: passes over all
+    examples, or one pass over the ``share`` of them that is held out for ``"validation"``, or over
+    the others, for ``"training"``. The held-out examples are the same in every round.
+    """
+
+    def __call__(
+        self,
+        *,
+        epochs: int = ...,
+        examples: Literal["all", "validation", "training"] = ...,
+        share: float = ...,
+        augment: bool = ...,
+    ) -> Batcher:
+        """Make a batcher."""
+        ...
+
+
+class Task(NamedTuple):
+    """What a method's `build` is given.
+
+    Attributes:
+      model: the network.
+      protocol: what every method shares.
+      facts: of the network.
+      batches: local steps beside those of the protocol.
+      server_examples: ``[S]`` int32, rows of the population's examples that the server holds.
+      num_clients: ``N``.
+      largest_client: examples that the largest client holds.
+      num_epochs: passes over its examples that a client makes in a round; 1 where the protocol
+        counts steps.
+      penalties: terms that every method adds to the loss of a local step (FedProx's).
+    """
+
+    model: Model
+    protocol: training.Protocol
+    facts: facts_lib.Facts
+    batches: BatchesFn
+    server_examples: np.ndarray
+    num_clients: int
+    largest_client: int
+    num_epochs: int = 1
+    penalties: tuple[local_training.PenaltyFn, ...] = ()
+
+    def local_client(
+        self,
+        *,
+        batcher: Batcher | None = None,
+        penalties: Sequence[local_training.PenaltyFn] = (),
+        report_grads: Callable[[Any], Any] | None = None,
+        report_steps: local_training.StepPredicate | None = None,
+        post_step: local_training.PostStepFn | None = None,
+    ) -> Client:
+        """Make a client that trains its live weights as the protocol says.
+
+        Options are those of `local_training.local_sgd`; `batcher` replaces the protocol's.
+        """
+        return local_training.local_sgd(
+            self.model.loss,
+            batcher=self.protocol.batcher if batcher is None else batcher,
+            optimizer=self.protocol.optimizer,
+            learning_rate_scale=self.protocol.learning_rate_scale,
+            penalties=(*self.penalties, *penalties),
+            report_grads=report_grads,
+            report_steps=report_steps,
+            post_step=post_step,
+        )
+
+    def dense_feedback_client(
+        self, *, penalties: Sequence[local_training.PenaltyFn] = ()
+    ) -> Client:
+        """Make a client that applies gradients at masked weights to the dense ones."""
+        return local_training.dense_feedback_sgd(
+            self.model.loss,
+            batcher=self.protocol.batcher,
+            optimizer=self.protocol.optimizer,
+            learning_rate_scale=self.protocol.learning_rate_scale,
+            penalties=(*self.penalties, *penalties),
+        )
+
+    def server_source(self) -> reporting.SourceFn:
+        """Give the server's own examples.
+
+        Raises:
+          ValueError: the server holds none.
+        """
+        if len(self.server_examples) == 0:
+            raise ValueError(
+                "the method needs examples at the server: set `server.data_fraction` (in Python: "
+                "`server_examples`)."
+            )
+        return reporting.server_examples(self.server_examples)
