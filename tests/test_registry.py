@@ -364,6 +364,9 @@ def test_values_are_parts_too():
     partial = registry.find("model", functools.partial(make_net, (4,), width=5))
     assert partial.part.build(partial.part.settings(), num_classes=1) == ((4,), 1, 5)
     assert refused("model", method).endswith("is a method, not a model.")
+    assert refused("model", split).startswith(
+        "model: the function 'split' has the parameter 'labels', which is neither a setting "
+    )
 
 
 def test_a_part_of_no_method_becomes_one(monkeypatch):
@@ -375,7 +378,7 @@ def test_a_part_of_no_method_becomes_one(monkeypatch):
 
     made = registry.find("method", mine).part
     assert isinstance(made, Method)
-    assert made.build(made.settings(rate=1), "task") == ("task", 1.0)
+    assert made.build(made.settings.model_validate({"rate": 1}), "task") == ("task", 1.0)
 
 
 def test_positional_context_is_passed_by_the_names_of_the_kind():
@@ -416,7 +419,7 @@ def test_a_setting_of_a_function_may_be_described():
     assert row == ("width", "integer", "4", "channels", "at least 1", "How wide.")
     assert made.build(made.settings()) == 4
     with pytest.raises(pydantic.ValidationError):
-        made.settings(width=0)
+        made.settings.model_validate({"width": 0})
 
 
 def test_errors_share_their_sentences():

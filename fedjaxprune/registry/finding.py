@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import pathlib
 import re
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ def find(kind: str, name: Any, *, path: str = "") -> Found:
     if isinstance(name, Found):
         return name
     if not isinstance(name, str):
-        made = as_part(kind, name, f"{label}: {shown(name)}")
+        given = f"the function {name_of(name)!r}" if inspect.isroutine(name) else shown(name)
+        made = as_part(kind, name, f"{label}: {given}")
         return Found(kind, name_of(name), made, {}, Origin("value"))
     base, variant = name, ""
     if kind == "method" and not name.endswith(".py"):

@@ -224,4 +224,5 @@ def _summary(point: importlib.metadata.EntryPoint) -> str:
                 return text
         except (OSError, ValueError):
             continue
-    return (point.dist.metadata or {}).get("Summary", "")
+    metadata = point.dist.metadata
+    return metadata["Summary"] if "Summary" in metadata else ""
