@@ -15,6 +15,8 @@ from fedjaxprune.costs import flops
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.federated import gated_updates
 from fedjaxprune.models import gates
+from fedjaxprune.rounds.facts import Facts
+from fedjaxprune.rounds.task import Task
 from fedjaxprune.structure.channels.groups import Analysis, Group, Member
 from fedjaxprune.types import Batch, Batcher, Cohort, Model, Population
 
@@ -81,6 +83,42 @@ def full_batches(num_steps, max_size=8):
         num_steps=lambda data: jnp.where(data.size > 0, jnp.int32(num_steps), jnp.int32(0)),
         batch=batch,
     )
+
+
+def task(protocol, *, model=MODEL, state=None, channels=CHANNELS, max_size=8, **changes):
+    """Make what a method's `build` is given: six clients, three examples at the server.
+
+    Args:
+      protocol: what every method shares.
+      model: one of this module.
+      state: its state, if it is not the one of `init`.
+      channels: what is one channel.
+      max_size: examples of the largest client or, where their data are pooled, of all.
+      **changes: other fields of `Task`.
+    """
+    params, own_state = jax.eval_shape(model.init, jax.random.key(0))
+    facts = Facts(
+        params=params,
+        state=own_state if state is None else jax.eval_shape(lambda: state),
+        inputs=jax.ShapeDtypeStruct((2, NUM_WEIGHTS), jnp.float32),
+        reading_order=lambda: trees.paths(params),
+        channels=lambda: channels,
+    )
+
+    def batches(*, epochs=1, examples="all", share=0.1, augment=True):
+        del examples, share, augment  # every step sees all
+        return full_batches(epochs, max_size)
+
+    given = Task(
+        model=model,
+        protocol=protocol,
+        facts=facts,
+        batches=batches,
+        server_examples=np.arange(3, dtype=np.int32),
+        num_clients=6,
+        largest_client=8,
+    )
+    return given._replace(**changes)
 
 
 def population(sizes=(3, 5, 2, 8, 4, 6), seed=0):
