@@ -5,31 +5,25 @@ import hashlib
 import subprocess
 import sys
 import textwrap
-import types
-from typing import Any, NamedTuple
+from typing import Any
 
 import pydantic
 import pytest
 
 from fedjaxprune import registry
 from fedjaxprune.errors import ConfigError, FedJaxPruneError, first_line, near_miss
+from fedjaxprune.method import Method
 from fedjaxprune.registry import listing
 from fedjaxprune.settings import Settings, setting
 
 HEAD = """
-from typing import Any, NamedTuple
+from fedjaxprune.method import Method
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings, setting
 """
 METHOD = (
     HEAD
     + """
-class Method(NamedTuple):
-    build: Any
-    settings: type[Settings] = Settings
-    needs: Any = ()
-    variants: Any = {}
-
 class Mine(Settings):
     rate: float = setting(0.5, "A rate.", ge=0)
 
@@ -66,7 +60,11 @@ def folder(tmp_path, monkeypatch):
     write(root / "__init__.py", "")
     write(root / "methods" / "__init__.py", "")
     write(root / "methods" / "pruned.py", METHOD + variants, "Pruned: it prunes.\n\nMore.")
-    write(root / "methods" / "large" / "__init__.py", METHOD + "METHOD = Method(build)", "Large.")
+    write(
+        root / "methods" / "large" / "__init__.py",
+        METHOD + "METHOD = Method(build, Mine)",
+        "Large.",
+    )
     write(root / "methods" / "_shared.py", "raise RuntimeError")
     write(root / "methods" / "no_method.py", "x = 1")
     write(root / "methods" / "unfinished.py", "METHOD = (")
@@ -112,7 +110,7 @@ def test_a_built_in_method_is_a_file_and_nothing_else_is_imported(folder):
     assert found.part.build(found.part.settings(rate=2), "task") == ("built", 2.0, "task")
     loaded = [name for name in sys.modules if name.startswith(f"{folder.name}.methods.")]
     assert loaded == [f"{folder.name}.methods.pruned"]
-    assert registry.find("method", "large").part.settings is Settings
+    assert registry.find("method", "large").part.settings().rate == 0.5
 
 
 def test_a_variant_is_addressed_through_its_method(folder):
@@ -181,7 +179,7 @@ def test_an_installed_package_offers_parts(folder, tmp_path):
     )
     text = (
         METHOD
-        + 'METHOD = Method(build, variants={"v": {"rate": 1}})\n'
+        + 'METHOD = Method(build, Mine, variants={"v": {"rate": 1}})\n'
         + "def net(*, width: int = 3): return width\n"
     )
     install(tmp_path, "lab-one", points, text='"""From the lab."""\n' + text, module="lab_one")
@@ -282,7 +280,7 @@ def test_a_module_is_found_from_the_working_folder(folder, tmp_path):
         (HEAD + "P = Part(build=3)", "x.py:P", "X has a `build` that is no function."),
         (HEAD + "P = Part(len, dict)", "x.py:P", "X has `settings` that are no subclass of "),
         ("def f(*, name: int = 1): 0", "x.py:f", "X has a setting called 'name', which a config "),
-        (METHOD + "P = Method(build)", "x.py:P", "X is a method, not a model."),
+        (METHOD + "P = Method(build, Mine)", "x.py:P", "X is a method, not a model."),
         ("def f(width, *, input_shape): 0", "x.py:f", f"X has the parameter 'width'{NEITHER}"),
         ("def f(*, width=3): 0", "x.py:f", f"X has the parameter 'width'{NEITHER}"),
         ("def f(*, w: 'No' = 3): 0", "x.py:f", "X has a signature that fails: name 'No' is not "),
@@ -331,11 +329,8 @@ class Width(Settings):
     width: int = setting(3, "How wide.")
 
 
-class Method(NamedTuple):
-    build: Any
-    settings: type[Settings] = Settings
-    needs: Any = ()
-    variants: Any = ()
+def _build(settings: Width, task: Any) -> Any:
+    return settings, task
 
 
 def make_net(input_shape, *, num_classes, width: int = 3):
@@ -358,7 +353,7 @@ def test_values_are_parts_too():
     assert found.part.build(own, input_shape=(2,), num_classes=9) == ((2,), 9, 7)
     given = registry.Part(make_net, Width)
     assert registry.find("model", given).part is given
-    method = Method(lambda settings, task: task, Width)
+    method = Method(_build, Width)
     assert registry.find("method", method).part is method
     assert registry.find("method", registry.find("method", method)).part is method
     partial = registry.find("model", functools.partial(make_net, (4,), width=5))
@@ -369,15 +364,13 @@ def test_values_are_parts_too():
     )
 
 
-def test_a_part_of_no_method_becomes_one(monkeypatch):
-    fake = types.SimpleNamespace(Method=Method)
-    monkeypatch.setitem(sys.modules, "fedjaxprune.types", fake)  # type: ignore[arg-type]
-
+def test_a_function_and_a_part_become_methods():
     def mine(task, *, rate: float = 0.25):
         return task, rate
 
     made = registry.find("method", mine).part
     assert isinstance(made, Method)
+    assert registry.find("method", registry.Part(_build, Width)).part == Method(_build, Width)
     assert made.build(made.settings.model_validate({"rate": 1}), "task") == ("task", 1.0)
 
 

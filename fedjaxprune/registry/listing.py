@@ -224,5 +224,5 @@ def _summary(point: importlib.metadata.EntryPoint) -> str:
                 return text
         except (OSError, ValueError):
             continue
-    metadata = point.dist.metadata
-    return metadata["Summary"] if "Summary" in metadata else ""
+    metadata: Any = point.dist.metadata
+    return metadata.get("Summary", "")

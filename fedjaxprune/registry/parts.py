@@ -74,7 +74,7 @@ def as_part(kind: str, value: Any, what: str) -> Any:
     if is_method and kind != "method":
         raise ConfigError(f"{what} is a method, not {a_kind(kind)}.")
     if kind == "method" and not is_method:
-        from fedjaxprune.types import Method  # with JAX, which any method needs
+        from fedjaxprune.method import Method  # with JAX, which any method needs
 
         return Method(build=part.build, settings=part.settings)
     return part
