@@ -103,6 +103,7 @@ def task(protocol, *, model=MODEL, state=None, channels=CHANNELS, max_size=8, **
         inputs=jax.ShapeDtypeStruct((2, NUM_WEIGHTS), jnp.float32),
         reading_order=lambda: trees.paths(params),
         channels=lambda: channels,
+        gate_readers=lambda: READERS,
     )
 
     def batches(*, epochs=1, examples="all", share=0.1, augment=True):

@@ -10,11 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from fedjaxprune import masks as masks_lib
 from fedjaxprune import topk, trees
 from fedjaxprune.federated.local_training import Local, LocalStep, PostStepFn
 from fedjaxprune.models import gates
+from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Client, Masks, Metrics
 
 SALIENT = "salient"  # the field of the message
@@ -33,6 +36,43 @@ class Reader(NamedTuple):
     path: str
     axis: int
     layer: str
+
+
+def readers_of(channels: groups.Analysis, params: Any) -> tuple[Reader, ...]:
+    """Find the kernels of gated layers that read the channels of one other gated layer alone.
+
+    Where layers are added up, as on a residual network's main path, channels have several makers,
+    and the kernels that read them are left out.
+
+    Args:
+      channels: of a gated network (`groups.analyze`).
+      params: arrays or shapes.
+    """
+    leaves = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
+    layers = gates.layers_of(params)
+
+    def owner(path: str) -> str | None:
+        return next((layer for layer in layers if path.startswith(f"{layer}/")), None)
+
+    def is_in_order(member: groups.Member) -> bool:
+        size = leaves[member.path].shape[member.axis]
+        return bool(np.array_equal(member.indices, np.arange(size)[:, None]))
+
+    found = []
+    for group in channels.groups:
+        makers = [member for member in group.members if member.role == "filter"]
+        (layer, *others) = {owner(member.path) for member in makers}
+        if layer is None or others or not all(map(is_in_order, makers)):
+            continue
+        found += [
+            Reader(member.path, member.axis, layer)
+            for member in group.members
+            if member.role == "input"
+            and owner(member.path) is not None
+            and masks_lib.is_kernel(member.path, leaves[member.path])
+            and is_in_order(member)
+        ]
+    return tuple(found)
 
 
 def touched(metrics: Metrics) -> dict[str, jax.Array]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
+from fedjaxprune.federated import gated_updates
 from fedjaxprune.models import gates
 from fedjaxprune.structure import reading_order as reading_order_lib
 from fedjaxprune.structure.channels import groups
@@ -26,6 +27,7 @@ class Facts(NamedTuple):
       inputs: shapes of a batch of two examples, as the network takes them.
       reading_order: ``() -> paths`` of the parameters in the order in which inference uses them.
       channels: ``() -> Analysis``, which indices of which leaves are one channel.
+      gate_readers: ``() -> readers``, kernels that read the channels of one gated layer alone.
     """
 
     params: Any
@@ -33,6 +35,7 @@ class Facts(NamedTuple):
     inputs: Any
     reading_order: Callable[[], list[str]]
     channels: Callable[[], groups.Analysis]
+    gate_readers: Callable[[], tuple[gated_updates.Reader, ...]] = tuple
 
 
 def of_model(model: Model, *, inputs: Any) -> Facts:
@@ -44,12 +47,17 @@ def of_model(model: Model, *, inputs: Any) -> Facts:
     """
     params, state = jax.eval_shape(model.init, jax.random.key(0))
     inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+
+    def channels() -> groups.Analysis:
+        return groups.analyze(model.predict, params, state, inputs)
+
     return Facts(
         params=params,
         state=state,
         inputs=inputs,
         reading_order=lambda: reading_order_lib.reading_order(model, input_shape=inputs.shape[1:]),
-        channels=lambda: groups.analyze(model.predict, params, state, inputs),
+        channels=channels,
+        gate_readers=lambda: gated_updates.readers_of(channels(), params),
     )
 
 
