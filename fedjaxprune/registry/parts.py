@@ -63,7 +63,7 @@ def as_part(kind: str, value: Any, what: str) -> Any:
         is_class = isinstance(value, type)
         given = f"the class {value.__name__}" if is_class else f"of type {type(value).__name__}"
         raise ConfigError(f"{what} is {given}, not {a_kind(kind)}: it must be {wanted}.")
-    part = typing.cast(Any, value)
+    part: Any = value
     if not callable(part.build):
         raise ConfigError(f"{what} has a `build` that is no function.")
     if not (isinstance(part.settings, type) and issubclass(part.settings, Settings)):
@@ -76,7 +76,7 @@ def as_part(kind: str, value: Any, what: str) -> Any:
     if kind == "method" and not is_method:
         from fedjaxprune.method import Method  # with JAX, which any method needs
 
-        return Method(build=part.build, settings=part.settings)
+        return Method(build=typing.cast(Any, part.build), settings=part.settings)
     return part
 
 
