@@ -281,7 +281,7 @@ def test_votes_that_are_not_bool_are_refused_by_name():
         aggregators.vote_counts().init({"w": jnp.ones(3)})
 
 
-@pytest.mark.parametrize("name", ["weighted_mean", "holder_mean", "votes", "total"])
+@pytest.mark.parametrize("name", ["weighted_mean", "holder_mean", "vote_counts", "unweighted_sum"])
 def test_a_field_without_leaves_is_fine(name):
     aggregator = getattr(aggregators, name)()
     accumulator = aggregator.add(aggregator.init({}), {}, {}, jnp.float32(1.0))
