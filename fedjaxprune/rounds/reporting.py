@@ -220,7 +220,7 @@ def _finish(before, after, rows, *, version_step, **counts):
     """Count the round and the masks' version, and report the masks."""
     num_changed = masks_lib.num_changed(before.masks, after.masks)
     down = counts["num_downloaded"]
-    shape = (counts["present"].shape[0], down.shape[-1])
+    shape = (counts["participated"].shape[0], down.shape[-1])
     trained = down if down.ndim == 1 else jnp.zeros_like(down[0, 0])
     state = after._replace(
         round=before.round + 1,
