@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from fedjaxprune.kernels import shapes
 from fedjaxprune.models import adapters, layers
+from fedjaxprune.registry import Part, call
+from fedjaxprune.settings import Count, Settings, setting
 from fedjaxprune.types import Model
 
 Labels = Literal["last", "every"]
@@ -153,3 +155,20 @@ def char_lstm(
         labels=labels,
     )
     return adapters.from_linen(module, input_shape=input_shape, input_dtype=jnp.int32)
+
+
+class CharLstmSettings(Settings):
+    """Settings of `char_lstm`."""
+
+    embedding_size: Count = setting(8, "Width of the embedding.", unit="units")
+    hidden_sizes: tuple[Count, ...] = setting((256, 256), "Widths of the LSTMs.", unit="units")
+    labels: Labels = setting("last", "Positions that have a label.")
+
+
+PARTS = {
+    "char_lstm": Part(
+        call(char_lstm),
+        CharLstmSettings,
+        summary="two LSTM layers of 256 over characters; sequences of tokens",
+    ),
+}

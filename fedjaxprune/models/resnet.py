@@ -7,13 +7,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.kernels import pooling
-from fedjaxprune.models import layers
+from fedjaxprune.kernels import pooling, shapes
+from fedjaxprune.models import adapters, layers
+from fedjaxprune.registry import Part, call
+from fedjaxprune.settings import Settings, setting
+from fedjaxprune.types import Model
 
 Norm = Literal["batch", "group"]
 Stem = Literal["cifar", "imagenet"]
 BlockKind = Literal["plain", "projection", "bottleneck"]
 
+_WIDE = (64, 128, 256, 512)  # channels of the four stages of the larger ResNets
 _EXPANSION = 4  # of a bottleneck's output over its inner width
 
 
@@ -132,3 +136,177 @@ class ResNet(nn.Module):
                 )
                 x = block(x, train, mask)
         return layers.Dense(self.num_classes, name="dense_1")(pooling.global_average_pool(x))
+
+
+def resnet18(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: Norm,
+    stem: Stem = "cifar",
+) -> Model:
+    """Make ResNet-18, by default in its CIFAR form: 3×3 stem without pooling, widths 64 to 512.
+
+    11,220,132 parameters for 100 classes. Shortcuts that change shape are 1×1 convolutions with
+    normalization; their kernels' paths end in ``shortcut/kernel``, for those who exempt them.
+    Convolutions start as He's normal by fan-out, the dense layer as in PyTorch.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 8×8, 32×32 with the ImageNet
+        stem.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+      stem: ``"cifar"``, or ``"imagenet"`` for a 7×7 convolution of stride 2 and a max-pooling,
+        which leave a sixteenth of the pixels.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or an option is unknown.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet("resnet18", input_shape, num_classes, norm, _WIDE, (2, 2, 2, 2), stem=stem)
+
+
+def resnet34(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: Norm,
+    stem: Stem = "cifar",
+) -> Model:
+    """Make ResNet-34: `resnet18` with 3, 4, 6 and 3 blocks, 21 million kernel weights."""
+    return _resnet("resnet34", input_shape, num_classes, norm, _WIDE, (3, 4, 6, 3), stem=stem)
+
+
+def resnet50(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: Norm,
+    stem: Stem = "cifar",
+) -> Model:
+    """Make ResNet-50: `resnet34` with bottlenecks; 23,705,252 parameters for 100 classes."""
+    return _resnet(
+        "resnet50", input_shape, num_classes, norm, _WIDE, (3, 4, 6, 3), "bottleneck", stem=stem
+    )
+
+
+def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
+    """Make the smallest of He's ResNets for CIFAR: as `resnet20`, with one block each.
+
+    75,290 parameters for 32×32×3 and 10 classes.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 4×4.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or `norm` is neither.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet("resnet8", input_shape, num_classes, norm, (16, 32, 64), (1, 1, 1), "plain")
+
+
+def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
+    """Make He's ResNet-20 for CIFAR: widths 16, 32 and 64, three blocks each.
+
+    Shortcuts have no parameters (option A of section 4.2); 0.27 million parameters for 10 classes.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 4×4.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or `norm` is neither.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet("resnet20", input_shape, num_classes, norm, (16, 32, 64), (3, 3, 3), "plain")
+
+
+def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
+    """Make He's ResNet-32 for CIFAR: as `resnet20`, with five blocks each; 0.46 million parameters.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 4×4.
+      num_classes: width of the output.
+      norm: ``"batch"`` or ``"group"``.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or `norm` is neither.
+
+    References:
+      He et al., `Deep residual learning for image recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    """
+    return _resnet("resnet32", input_shape, num_classes, norm, (16, 32, 64), (5, 5, 5), "plain")
+
+
+def _resnet(
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    norm: Norm,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    block: BlockKind = "projection",
+    *,
+    stem: Stem = "cifar",
+) -> Model:
+    shapes.check_sizes(num_classes, input_shape=input_shape)
+    check_norm(norm)
+    if stem not in ("cifar", "imagenet"):
+        raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}.')
+    smallest = 32 if stem == "imagenet" else 2 ** (len(widths) - 1)
+    shapes.check_image(name, input_shape, smallest=smallest)
+    module = ResNet(
+        widths=widths, depths=depths, num_classes=num_classes, norm=norm, block=block, stem=stem
+    )
+    return adapters.from_linen(module, input_shape=input_shape)
+
+
+class SmallSettings(Settings):
+    """Settings of the smaller ResNets."""
+
+    norm: Norm = setting("batch", "Normalization layers.")
+
+
+class LargeSettings(SmallSettings):
+    """Settings of the larger ResNets."""
+
+    stem: Stem = setting(
+        "cifar", "First layers: a 3x3 convolution, or ImageNet's 7x7 of stride 2 with max-pooling."
+    )
+
+
+PARTS = {
+    "resnet8": Part(
+        call(resnet8), SmallSettings, summary="residual, CIFAR form, 75 thousand weights"
+    ),
+    "resnet18": Part(
+        call(resnet18), LargeSettings, summary="residual, CIFAR form, 11 million weights"
+    ),
+    "resnet20": Part(
+        call(resnet20), SmallSettings, summary="residual, CIFAR form, 0.27 million weights"
+    ),
+    "resnet32": Part(
+        call(resnet32), SmallSettings, summary="residual, CIFAR form, 0.46 million weights"
+    ),
+    "resnet34": Part(
+        call(resnet34), LargeSettings, summary="residual, CIFAR form, 21 million weights"
+    ),
+    "resnet50": Part(
+        call(resnet50),
+        LargeSettings,
+        summary="residual with bottlenecks, 24 million weights",
+    ),
+}

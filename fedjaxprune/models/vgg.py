@@ -8,6 +8,8 @@ import jax
 
 from fedjaxprune.kernels import pooling, shapes
 from fedjaxprune.models import adapters, layers, resnet
+from fedjaxprune.registry import Part, call
+from fedjaxprune.settings import Count, Fraction, Settings, setting
 from fedjaxprune.types import Model
 
 VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -161,3 +163,35 @@ def _vgg(
         raise ValueError(f'norm must be "none", "batch" or "group", got {norm!r}.')
     module = Vgg(plan=plan, head=head, norm=norm)
     return adapters.from_linen(module, input_shape=input_shape)
+
+
+class VggSettings(Settings):
+    """Settings of VGGs."""
+
+    norm: Norm = setting("batch", "Normalization layers.")
+    hidden_sizes: tuple[Count, ...] = setting(
+        (), "Widths of the hidden dense layers; torchvision's are 4096 and 4096.", unit="units"
+    )
+    pool: Count = setting(1, "Side of the image that the dense layers see.", unit="pixels")
+    dropout: Fraction = setting(0.5, "Dropout rate after each hidden layer.", unit="fraction")
+
+
+class PlainVggSettings(VggSettings):
+    """Settings of a VGG without normalization by default."""
+
+    norm: Norm = setting("none", "Normalization layers.")
+
+
+PARTS = {
+    "vgg11": Part(
+        call(vgg11),
+        PlainVggSettings,
+        summary="8 convolutions without normalization, 9.2 million weights",
+    ),
+    "vgg11_bn": Part(
+        call(vgg11), VggSettings, summary="8 convolutions with normalization, 9.2 million weights"
+    ),
+    "vgg16_bn": Part(
+        call(vgg16), VggSettings, summary="13 convolutions with normalization, 14.7 million weights"
+    ),
+}

@@ -2,7 +2,7 @@
 
 from fedjaxprune.registry.finding import Found, find
 from fedjaxprune.registry.listing import KINDS, Kind, Listed, Origin, names
-from fedjaxprune.registry.parts import Part, part
+from fedjaxprune.registry.parts import Part, call, part
 from fedjaxprune.settings import describe_settings
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Listed",
     "Origin",
     "Part",
+    "call",
     "describe_settings",
     "find",
     "names",

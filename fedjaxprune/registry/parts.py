@@ -47,6 +47,20 @@ def part(function: Callable[..., Any], *, kind: str = "") -> Part:
     return _part(function, kind, f"the function {name_of(function)!r}")
 
 
+def call(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a `build` that calls a factory with the settings that it has parameters for.
+
+    Context that is given by keyword, such as `num_classes`, is passed on.
+    """
+    names = inspect.signature(factory).parameters
+
+    def build(settings: Settings, **context: Any) -> Any:
+        given = {name: value for name, value in settings if name in names and name not in context}
+        return factory(**given, **{name: one for name, one in context.items() if name in names})
+
+    return build
+
+
 def as_part(kind: str, value: Any, what: str) -> Any:
     """Take a `Part`, a `Method` or a plain function for a part of a kind.
 

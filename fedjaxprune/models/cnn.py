@@ -1,0 +1,195 @@
+"""Plain convolutional networks of the papers' protocols."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune.kernels import pooling, shapes
+from fedjaxprune.models import adapters, layers
+from fedjaxprune.registry import Part, call
+from fedjaxprune.settings import Count, Fraction, Settings, setting
+from fedjaxprune.types import Model
+
+
+class TwoCnn(nn.Module):
+    """Two 5×5 convolutions, each with 2×2 max-pooling, averaged to 7×7, and two dense layers.
+
+    Convolutions and poolings have a border of one. Xavier's normal initialization, biases of zero.
+
+    Attributes:
+      width: channels of the first convolution; the second has twice as many.
+      hidden_size: width of the hidden dense layer.
+      num_classes: width of the output.
+      dropout: rate after the hidden dense layer.
+    """
+
+    width: int
+    hidden_size: int
+    num_classes: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Map ``[B, H, W, C]`` to logits ``[B, num_classes]``."""
+        for i, width in enumerate((self.width, 2 * self.width), start=1):
+            conv = layers.Conv(
+                width, 5, padding=1, bias="channel", start="xavier", name=f"conv_{i}"
+            )
+            # After ReLU a border of zeros wins no maximum that counts.
+            x = pooling.max_pool(jnp.pad(nn.relu(conv(x)), ((0, 0), (1, 1), (1, 1), (0, 0))))
+        x = pooling.adaptive_average_pool(x, size=7)
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(layers.Dense(self.hidden_size, "xavier", name="dense_1")(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return layers.Dense(self.num_classes, "xavier", name="dense_2")(x)
+
+
+class PooledCnn(nn.Module):
+    """3×3 convolutions, each with ReLU and 2×2 max-pooling, and two dense layers.
+
+    Attributes:
+      channels: of the convolutions.
+      hidden_size: width of the hidden dense layer.
+      num_classes: width of the output.
+    """
+
+    channels: Sequence[int]
+    hidden_size: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``[B, H, W, C]`` to logits ``[B, num_classes]``."""
+        for i, width in enumerate(self.channels, start=1):
+            x = layers.ConvReluMaxPool(width, 3, 1, name=f"conv_{i}")(x)
+        x = nn.relu(layers.Dense(self.hidden_size, name="dense_1")(x.reshape(x.shape[0], -1)))
+        return layers.Dense(self.num_classes, name="dense_2")(x)
+
+
+def two_cnn(*, input_shape: Sequence[int], num_classes: int, width: int = 32) -> Model:
+    """Make AutoFLIP's two-layer CNN.
+
+    1,663,370 parameters for grey images and 10 classes, 1,664,970 for colour; with a width of 128,
+    colour and 100 classes 7,303,524. The numbers do not depend on the images' size.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 6×6.
+      num_classes: width of the output.
+      width: channels of the first convolution; the second has twice as many.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or a width is not positive.
+
+    References:
+      Internò et al., `AutoFLIP <https://arxiv.org/abs/2405.10271>`_, 2024, and its public code.
+    """
+    return _two_cnn("two_cnn", input_shape, num_classes, width, 512, 0.0)
+
+
+def femnist_cnn(*, input_shape: Sequence[int], num_classes: int, dropout: float = 0.1) -> Model:
+    """Make AutoFLIP's CNN for FEMNIST: `two_cnn` of width 64 and 2,048 hidden units, with dropout.
+
+    13,180,734 parameters for grey images and 62 classes.
+
+    Args:
+      input_shape: height, width and channels of one example; at least 6×6.
+      num_classes: width of the output.
+      dropout: rate after the hidden dense layer.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or the rate is out of range.
+    """
+    return _two_cnn("femnist_cnn", input_shape, num_classes, 64, 2048, dropout)
+
+
+def pooled_cnn(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    channels: Sequence[int] = (32, 64, 32),
+    hidden_size: int = 128,
+) -> Model:
+    """Make the small dense CNN that FedTiny's code sets beside its sparse networks.
+
+    Its smaller siblings have channels (8, 16, 32), (8, 16, 16) and, with 64 hidden units,
+    (8, 8, 8). PyTorch's initialization.
+
+    Args:
+      input_shape: height, width and channels of one example; each convolution halves the image.
+      num_classes: width of the output.
+      channels: of the convolutions.
+      hidden_size: width of the hidden dense layer.
+
+    Raises:
+      ValueError: if the examples are no images, or too small, or a size is not positive.
+
+    References:
+      Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023, and its public code.
+    """
+    shapes.check_sizes(
+        num_classes, input_shape=input_shape, channels=channels, hidden_size=(hidden_size,)
+    )
+    shapes.check_image("pooled_cnn", input_shape, smallest=2 ** len(channels))
+    module = PooledCnn(tuple(channels), hidden_size=hidden_size, num_classes=num_classes)
+    return adapters.from_linen(module, input_shape=input_shape)
+
+
+def _two_cnn(
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    width: int,
+    hidden_size: int,
+    dropout: float,
+) -> Model:
+    shapes.check_sizes(num_classes, input_shape=input_shape, width=(width,))
+    shapes.check_image(name, input_shape, smallest=6)
+    shapes.check_rate("dropout", dropout)
+    module = TwoCnn(width, hidden_size, num_classes, dropout)
+    return adapters.from_linen(module, input_shape=input_shape)
+
+
+class TwoCnnSettings(Settings):
+    """Settings of `two_cnn`."""
+
+    width: Count = setting(
+        32,
+        "Channels of the first convolution; the second has twice as many.",
+        unit="channels",
+    )
+
+
+class FemnistCnnSettings(Settings):
+    """Settings of `femnist_cnn`."""
+
+    dropout: Fraction = setting(0.1, "Dropout rate after the hidden layer.", unit="fraction")
+
+
+class PooledCnnSettings(Settings):
+    """Settings of `pooled_cnn`."""
+
+    channels: tuple[Count, ...] = setting(
+        (32, 64, 32), "Channels of the convolutions.", unit="channels"
+    )
+    hidden_size: Count = setting(128, "Width of the hidden dense layer.", unit="units")
+
+
+PARTS = {
+    "two_cnn": Part(
+        call(two_cnn),
+        TwoCnnSettings,
+        summary="two 5x5 convolutions averaged to 7x7, 512 hidden units (AutoFLIP)",
+    ),
+    "femnist_cnn": Part(
+        call(femnist_cnn),
+        FemnistCnnSettings,
+        summary="two_cnn of width 64, 2,048 hidden units and dropout (AutoFLIP)",
+    ),
+    "pooled_cnn": Part(
+        call(pooled_cnn),
+        PooledCnnSettings,
+        summary="three 3x3 convolutions, 128 hidden units (FedTiny's small dense network)",
+    ),
+}
