@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from fedjaxprune.registry import Part
 from fedjaxprune.types import Key
 
 # key -> (client_ids [C] int32, distinct and ascending; present [C] bool)
@@ -142,3 +143,19 @@ def _check_cohort(cohort_size: int, num_clients: int, which: str) -> None:
             f"cohort_size must be at most the number of {which}, "
             f"got cohort_size={cohort_size} and {num_clients} {which}."
         )
+
+
+PARTS = {
+    "uniform": Part(
+        lambda settings, *, num_clients, cohort_size, sizes: uniform(
+            num_clients=num_clients, cohort_size=cohort_size
+        ),
+        summary="every client alike, without repetition",
+    ),
+    "weighted": Part(
+        lambda settings, *, num_clients, cohort_size, sizes: weighted(
+            jnp.asarray(sizes, jnp.float32), cohort_size=cohort_size
+        ),
+        summary="by the clients' numbers of examples, without repetition",
+    ),
+}

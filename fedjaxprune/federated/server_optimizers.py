@@ -1,11 +1,14 @@
 """One delta to new parameters: a server is an optax optimizer whose gradient is minus the delta."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune.registry import Part
+from fedjaxprune.settings import FLOAT_MAX, Fraction, Positive, Settings, setting
 from fedjaxprune.types import Delta, Masks, Params, State
 
 
@@ -151,3 +154,52 @@ def _check_decay(name: str, value: float) -> None:
     """Refuse a memory that does not fade."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {value}.")
+
+
+class FedAvgSettings(Settings):
+    """Settings of `fedavg`."""
+
+    server_learning_rate: Positive = setting(1.0, "The server's step size.", unit="factor")
+
+
+class FedAvgMSettings(FedAvgSettings):
+    """Settings of `fedavgm`."""
+
+    server_momentum: Fraction = setting(0.9, "The server's momentum.", unit="factor")
+
+
+class AdaptiveSettings(Settings):
+    """Settings of `fedadam` and `fedyogi`; the defaults are the paper's, but for the step size."""
+
+    server_learning_rate: Positive = setting(..., "The server's step size.", unit="factor")
+    b1: Fraction = setting(0.9, "Decay of the mean delta.", unit="factor")
+    b2: Fraction = setting(0.99, "Decay of the second moment.", unit="factor")
+    eps: float = setting(
+        1e-3, "Degree of adaptivity, the paper's tau.", unit="step", gt=0, le=FLOAT_MAX
+    )
+
+
+def _adaptive(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def build(settings: AdaptiveSettings) -> optax.GradientTransformation:
+        rate = settings.server_learning_rate
+        return factory(learning_rate=rate, b1=settings.b1, b2=settings.b2, eps=settings.eps)
+
+    return build
+
+
+PARTS = {
+    "fedavg": Part(
+        lambda settings: fedavg(learning_rate=settings.server_learning_rate),
+        FedAvgSettings,
+        summary="adds the mean delta, times a step size",
+    ),
+    "fedavgm": Part(
+        lambda settings: fedavgm(
+            learning_rate=settings.server_learning_rate, momentum=settings.server_momentum
+        ),
+        FedAvgMSettings,
+        summary="adds the mean delta with momentum",
+    ),
+    "fedadam": Part(_adaptive(fedadam), AdaptiveSettings, summary="Adam on the mean delta"),
+    "fedyogi": Part(_adaptive(fedyogi), AdaptiveSettings, summary="Yogi on the mean delta"),
+}

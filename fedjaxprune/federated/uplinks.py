@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import topk
+from fedjaxprune.registry import Part, call
+from fedjaxprune.settings import Settings, Share, setting
 from fedjaxprune.traffic import Payload
 from fedjaxprune.types import Delta, Key, Masks, State, Uplink
 
@@ -291,3 +293,35 @@ def _map_leaves(function: Callable) -> Callable:
         return jax.tree.unflatten(structure, sent), state
 
     return update_fn
+
+
+class FractionSettings(Settings):
+    """Settings of uplinks that send some entries of each leaf."""
+
+    fraction: Share = setting(0.1, "Fraction of the entries that are sent.", unit="fraction")
+
+
+class QuantizeSettings(Settings):
+    """Settings of `quantize`."""
+
+    bits: int = setting(8, "Bits of a sent value.", unit="bits", ge=1, le=16)
+
+
+PARTS = {
+    "identity": Part(call(identity), summary="sends the delta as it is"),
+    "top_k": Part(call(top_k), FractionSettings, summary="sends the largest entries of each leaf"),
+    "random_k": Part(
+        call(random_k),
+        FractionSettings,
+        summary="sends random entries, whose places follow from a seed",
+    ),
+    "unbiased_random_k": Part(
+        call(unbiased_random_k),
+        FractionSettings,
+        summary="random_k, scaled so that its mean is right",
+    ),
+    "sign": Part(call(sign), summary="sends signs and one scale a leaf"),
+    "quantize": Part(
+        call(quantize), QuantizeSettings, summary="rounds values at random to a few levels"
+    ),
+}
