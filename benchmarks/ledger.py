@@ -24,7 +24,7 @@ import optax
 
 from fedjaxprune import masks
 from fedjaxprune.data import batching, partitions
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build as catalog
 from fedjaxprune.experiment.run import launch, round_costs
 from fedjaxprune.federated import sampling

@@ -31,7 +31,7 @@ from benchmarks import claims, picture
 from fedjaxprune.data import datasets
 from fedjaxprune.experiment import methods
 from fedjaxprune.experiment.analysis import compare
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load
 from fedjaxprune.experiment.sweeps import execute, plan
 

@@ -5,8 +5,8 @@ import pathlib
 
 import numpy as np
 
-from fedjaxprune.experiment.config import files
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat import files
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.folder import record
 
 MIB = 8 * 2**20

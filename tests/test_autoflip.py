@@ -13,7 +13,7 @@ import pytest
 from fedjaxprune import masks, metrics, trees
 from fedjaxprune.costs import flop_formulas, flops, storage_models
 from fedjaxprune.experiment import cohorts
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.run import build, round_costs
 from fedjaxprune.federated import early_stopping, sampling, server_optimizers
 from fedjaxprune.methods import autoflip

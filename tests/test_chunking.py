@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment.config.sections import RunConfig
-from fedjaxprune.experiment.config.validation import validate
+from fedjaxprune.experiment.config.flat.sections import RunConfig
+from fedjaxprune.experiment.config.flat.validation import validate
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial
 from fedjaxprune.experiment.folder import record
 from fedjaxprune.experiment.run import build, launch

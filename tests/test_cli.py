@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune.cli.main import cli, main
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config import identity, validation
+from fedjaxprune.experiment.config.flat import identity, validation
 from fedjaxprune.experiment.folder import checkpoints, record
 from fedjaxprune.experiment.run import build, launch, loop
 
@@ -458,7 +458,7 @@ try:
 except SystemExit as stop:
     assert stop.code in (0, None)
 assert "jax" not in sys.modules
-from fedjaxprune.experiment.config import RunConfig
+from fedjaxprune.experiment.config.flat import RunConfig
 for name in RunConfig.model_fields:
     print("expected", name)
 """

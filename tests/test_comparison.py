@@ -13,8 +13,8 @@ import pytest
 from fedjaxprune.cli.main import main
 from fedjaxprune.experiment import methods
 from fedjaxprune.experiment.analysis import compare, tables
-from fedjaxprune.experiment.config import files, identity, validation
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat import files, identity, validation
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.folder import failure, load, record
 from tests.folders import MIB, line, rising, write
 

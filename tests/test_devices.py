@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.folder import record
 from fedjaxprune.experiment.run import build, loop
 from fedjaxprune.experiment.tracking import progress

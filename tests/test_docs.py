@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from fedjaxprune.experiment.config import files, validation
+from fedjaxprune.experiment.config.flat import files, validation
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

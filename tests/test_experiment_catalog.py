@@ -6,9 +6,9 @@ import pytest
 
 from fedjaxprune import trees
 from fedjaxprune.experiment import cohorts, methods
-from fedjaxprune.experiment.config import files
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
-from fedjaxprune.experiment.config.validation import alternatives, validate
+from fedjaxprune.experiment.config.flat import files
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat.validation import alternatives, validate
 from fedjaxprune.experiment.execution import chunk_trial
 from fedjaxprune.experiment.run import build, loop
 

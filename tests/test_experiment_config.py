@@ -7,9 +7,9 @@ import pytest
 
 from fedjaxprune.experiment import filter_recipes, methods
 from fedjaxprune.experiment.analysis import plots
-from fedjaxprune.experiment.config import files, validation
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
-from fedjaxprune.experiment.config.validation import validate
+from fedjaxprune.experiment.config.flat import files, validation
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat.validation import validate
 from fedjaxprune.experiment.folder import record
 from fedjaxprune.experiment.run import build
 from fedjaxprune.experiment.tracking import progress

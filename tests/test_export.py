@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import trees
 from fedjaxprune.cli import main
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.exporting import export, model_card
 from fedjaxprune.experiment.exporting import safetensors as tensors
 from fedjaxprune.experiment.folder.record import CHECKPOINTS, CONFIG

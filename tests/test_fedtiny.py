@@ -12,7 +12,7 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.costs import storage_models
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build, round_costs
 from fedjaxprune.federated import batch_norm, local_training, sampling, sparse_gradients
 from fedjaxprune.methods import fedtiny

@@ -13,7 +13,7 @@ import pytest
 
 from fedjaxprune import masks
 from fedjaxprune.costs import flops
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build
 from fedjaxprune.federated import sampling, uplinks
 from fedjaxprune.kernels import convolution

@@ -3,8 +3,8 @@
 import pytest
 
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config import validation
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat import validation
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build
 from tests import resuming
 

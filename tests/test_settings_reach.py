@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config import identity
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat import identity
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build, loop
 
 METHODS = typing.get_args(methods.Name)

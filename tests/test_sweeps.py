@@ -17,8 +17,8 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune.cli.main import main
-from fedjaxprune.experiment.config import files
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat import files
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load, record
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.experiment.sweeps import execute, plan

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.tracking import progress, tracker
 from tests.folders import line, rising
 

@@ -17,7 +17,7 @@ def export(run: str, out: str | None, data_dir: str | None) -> None:
     (safetensors), the whole network as a program for any batch (StableHLO), and a model card. The
     run is not touched, and may still be going on.
     """
-    from fedjaxprune.experiment.config import sections
+    from fedjaxprune.experiment.config.flat import sections
     from fedjaxprune.experiment.run import launch
 
     folder = pathlib.Path(os.path.expanduser(run))

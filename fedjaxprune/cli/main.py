@@ -14,8 +14,8 @@ import click
 from fedjaxprune import __version__
 from fedjaxprune.cli import export, viewing
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config import files, identity, validation
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat import files, identity, validation
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.run import launch
 
 USAGE = 2  # exit status

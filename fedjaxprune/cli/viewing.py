@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.run import launch
 
 _WIDE = 200  # columns of a table that goes into a file

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjaxprune.data import batching
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.federated import batch_norm, early_stopping

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune.data import batching
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.methods import filter_controls, mpfl
 from fedjaxprune.pruning.structured import voting

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.methods import adaptive_dynamic_pruning as adp
 from fedjaxprune.methods import feddp_threshold

@@ -10,7 +10,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.data import batching
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.methods import feddip, fedtiny, fixed_masks, gradual_magnitude
 from fedjaxprune.pruning import allocation, drop_and_grow

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.experiment.config import identity
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat import identity
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load
 from fedjaxprune.experiment.folder.load import Run
 from fedjaxprune.experiment.folder.record import RoundRecord

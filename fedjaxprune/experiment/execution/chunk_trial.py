@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from fedjaxprune import __version__, trees
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import flops
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size
 from fedjaxprune.federated import aggregators, cohort, local_training
 from fedjaxprune.types import Batcher, Broadcast, Cohort, Model, Population, client_data

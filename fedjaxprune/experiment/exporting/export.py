@@ -23,7 +23,7 @@ import numpy as np
 from jax import export as jax_export
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.exporting import model_card, restore, safetensors
 from fedjaxprune.experiment.folder import load as runs
 from fedjaxprune.experiment.folder import record

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.exporting import restore
 from fedjaxprune.experiment.folder import record
 from fedjaxprune.structure.compaction import compact

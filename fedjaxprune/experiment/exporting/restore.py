@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fedjaxprune.experiment.config import files
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat import files
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.folder import checkpoints, load, record
 from fedjaxprune.experiment.run import build, loop
 from fedjaxprune.types import Masks, Params, State

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedjaxprune import trees
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.types import Masks
 
 FORMAT, VERSION = "fedjaxprune", "1"

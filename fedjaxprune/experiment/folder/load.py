@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from fedjaxprune.experiment.config import files, validation
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat import files, validation
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.folder import failure, record
 from fedjaxprune.experiment.folder.record import RoundRecord
 

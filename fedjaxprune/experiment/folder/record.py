@@ -25,9 +25,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment.config import files
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
-from fedjaxprune.experiment.config.validation import validate
+from fedjaxprune.experiment.config.flat import files
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat.validation import validate
 from fedjaxprune.experiment.run import round_costs
 
 try:

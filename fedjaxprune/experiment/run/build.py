@@ -19,7 +19,7 @@ from fedjaxprune.experiment import (
     methods,
     recipes,
 )
-from fedjaxprune.experiment.config.sections import INT_MAX, RunConfig, UserError
+from fedjaxprune.experiment.config.flat.sections import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.experiment.run.evaluation import TestSet

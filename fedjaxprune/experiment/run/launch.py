@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config import files
-from fedjaxprune.experiment.config.sections import RunConfig, Settings, UserError
+from fedjaxprune.experiment.config.flat import files
+from fedjaxprune.experiment.config.flat.sections import RunConfig, Settings, UserError
 from fedjaxprune.experiment.folder import failure
 
 ShowFn = Callable[[pathlib.Path, RunConfig, list[Any]], None]  # (folder, config, lines)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import traffic as accounts
 from fedjaxprune import trees
-from fedjaxprune.experiment.config.sections import INT_MAX
+from fedjaxprune.experiment.config.flat.sections import INT_MAX
 from fedjaxprune.experiment.execution import chunk_size
 from fedjaxprune.experiment.folder import checkpoints, record
 from fedjaxprune.experiment.run import client_accuracy, evaluation, round_costs

@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from fedjaxprune.experiment.config import validation
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat import validation
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.experiment.sweeps import plan
 from fedjaxprune.experiment.sweeps.plan import Member, Sweep

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fedjaxprune.experiment.config import files, identity, validation
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat import files, identity, validation
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 
 PRESET, CASES = "preset", "cases"
 _BARE = ("algorithm", "dataset", "model")  # whose values say what they are

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fedjaxprune.experiment.config.sections import RunConfig, UserError
-from fedjaxprune.experiment.config.validation import near_miss
+from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
+from fedjaxprune.experiment.config.flat.validation import near_miss
 from fedjaxprune.experiment.folder.record import RoundRecord
 from fedjaxprune.experiment.tracking.progress import Listener
 

@@ -19,8 +19,8 @@ from fedjaxprune import __version__
 from fedjaxprune.experiment.analysis import compare, tables
 from fedjaxprune.experiment.analysis.compare import Comparison, Group
 from fedjaxprune.experiment.analysis.report import figures, frame
-from fedjaxprune.experiment.config import files, identity
-from fedjaxprune.experiment.config.sections import UserError
+from fedjaxprune.experiment.config.flat import files, identity
+from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load
 from fedjaxprune.experiment.folder.load import Run
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import annotated_types
 import pydantic
 
-from fedjaxprune.experiment.config.sections import (
+from fedjaxprune.experiment.config.flat.sections import (
     FLOAT_MAX,
     INT_MAX,
     RunConfig,

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from fedjaxprune.experiment.config import identity
-from fedjaxprune.experiment.config.sections import RunConfig, Settings, UserError
-from fedjaxprune.experiment.config.validation import near_miss
+from fedjaxprune.experiment.config.flat import identity
+from fedjaxprune.experiment.config.flat.sections import RunConfig, Settings, UserError
+from fedjaxprune.experiment.config.flat.validation import near_miss
 
 VERSIONS = "versions"  # the key of config.yaml that records packages and is no setting
 PLACES = ("out", "data_dir")  # where things lie: they may differ when a run is resumed

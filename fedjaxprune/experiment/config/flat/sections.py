@@ -11,8 +11,11 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from fedjaxprune.errors import FedJaxPruneError
 from fedjaxprune.experiment import explore_settings, gate_settings, mask_settings, methods
 from fedjaxprune.experiment.fields import field as _field
+
+UserError = FedJaxPruneError
 
 # Bounds of the machine's numbers, int32 and float32; a setting's own bounds are narrower or none.
 INT_MAX, FLOAT_MAX = 2**31 - 1, 1e30
@@ -20,10 +23,6 @@ Count = Annotated[int, Field(ge=1, le=INT_MAX)]
 NotNegative = Annotated[float, Field(ge=0, le=FLOAT_MAX)]
 Positive = Annotated[float, Field(gt=0, le=FLOAT_MAX)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class UserError(ValueError):
-    """Say in one sentence what the user gave and what is allowed; the command prints just that."""
 
 
 def _at_most(limit: float, other: str) -> Callable[[dict[str, Any]], Any]:
