@@ -167,7 +167,7 @@ def _build(
     def build(settings: Settings, *positional: Any, **context: Any) -> Any:
         given = kind.context[: kind.num_positional] if kind else in_order
         context |= dict(zip(given, positional, strict=False))
-        chosen = {name: getattr(settings, name) for name in type(settings).model_fields}
+        chosen = {n: getattr(settings, n) for n in type(settings).model_fields if n in taken}
         return function(**{k: v for k, v in context.items() if k in taken}, **chosen)
 
     return build

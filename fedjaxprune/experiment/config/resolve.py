@@ -1,0 +1,280 @@
+"""From what users give to a `RunConfig`: find the parts, make one type of their settings, validate.
+
+Settings are kept by full path on the way (``{"client.optimizer.name": "sgd"}``), so that layers
+(a variant's settings, a file, options) are merged by path and an error can say where each is from.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pydantic
+
+from fedjaxprune import registry
+from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.config import errors
+from fedjaxprune.experiment.config.sections import (
+    PLACES,
+    SCHEMA,
+    Parts,
+    RunConfig,
+    Uplink,
+    plain,
+)
+from fedjaxprune.registry import Found, Part
+from fedjaxprune.registry.listing import Origin
+from fedjaxprune.settings import Settings
+
+_CLIENTS, _COHORT = 20, 10  # where the user says nothing
+_SECTIONS = frozenset(
+    name
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+)
+
+
+class Given(NamedTuple):
+    """Settings as somebody gave them.
+
+    Attributes:
+      values: by full path; the name of a part is ``PATH.name``.
+      sources: where each came from (``"--num-rounds"``, a file), for errors.
+    """
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str] = {}
+
+
+def read(values: Mapping[str, Any], *, source: str = "") -> Given:
+    """Read nested settings, or settings by dotted path, or both.
+
+    Raises:
+      ConfigError: a setting comes twice, or a section is no mapping; in one sentence.
+    """
+    origin = f" (from {source})" if source else ""
+    found: dict[str, Any] = {}
+    for path, value in _flat(values, "", origin):
+        if path in found:
+            raise ConfigError(f"{path} is set twice{origin}.")
+        found[path] = value
+    schema = found.pop("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise ConfigError(
+            f"schema must be {SCHEMA} for this version of fedjaxprune, got {schema!r}{origin}."
+        )
+    return Given(found, dict.fromkeys(found, source) if source else {})
+
+
+def _flat(values: Mapping[str, Any], prefix: str, origin: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{prefix}{key} must be a text, as names of settings are{origin}.")
+        path = prefix + key
+        is_nested = isinstance(value, Mapping) and not _holds_arrays(value)
+        if path in PLACES:
+            if is_nested:
+                yield from _flat(value, f"{path}.", origin)
+            elif isinstance(value, Settings):
+                yield from _flat(value.model_dump(), f"{path}.", origin)
+            else:
+                yield f"{path}.name", value
+        elif path in _SECTIONS:
+            if isinstance(value, Settings):
+                value = value.model_dump()
+            elif value is not None and not is_nested:
+                given = errors.shown(value)
+                raise ConfigError(f"{path} must be settings as `name: value`, got {given}{origin}.")
+            yield from _flat(value or {}, f"{path}.", origin)
+        else:
+            yield path, value
+
+
+def _holds_arrays(value: Mapping[Any, Any]) -> bool:
+    """Tell a data set, a mapping of arrays, from settings."""
+    return any(hasattr(one, "shape") for one in value.values())
+
+
+def merge(first: Given, then: Given) -> Given:
+    """Put settings over others; where they name another part, the old one's settings go."""
+    values = dict(first.values)
+    for path, place in PLACES.items():
+        new = then.values.get(f"{path}.name")
+        old = values.get(f"{path}.name", place.default)
+        if new is not None and old is not None and not _is_same(place.kind, new, old):
+            kept = Uplink.model_fields if path == "uplink" else {}
+            for one in [one for one in values if one.startswith(f"{path}.")]:
+                if one.removeprefix(f"{path}.") not in kept:
+                    del values[one]
+    return Given({**values, **then.values}, {**first.sources, **then.sources})
+
+
+def _is_same(kind: str, new: Any, old: Any) -> bool:
+    """Tell whether two names are of one part, such as two variants of a method."""
+    if kind == "method" and isinstance(new, str) and isinstance(old, str):
+        return _without_variant(new) == _without_variant(old)
+    return new is old or (isinstance(new, str) and new == old)
+
+
+def _without_variant(name: str) -> str:
+    head, colon, tail = name.rpartition(":")
+    return name if name.endswith(".py") else head + colon + tail.partition("/")[0]
+
+
+class Resolved(NamedTuple):
+    """Settings with the parts that they name, not validated yet.
+
+    Attributes:
+      given: all settings, those that names of parts set included.
+      parts: by the path of their section.
+      type: of a config with these parts.
+    """
+
+    given: Given
+    parts: dict[str, Found]
+    type: type[RunConfig]
+
+
+def find_parts(given: Given) -> Resolved:
+    """Look up the parts that settings name; imports their modules.
+
+    Raises:
+      ConfigError: a part cannot be found; in one sentence.
+    """
+    default = PLACES["method"].default
+    method = _find("method", given.values.get("method.name", default), given)
+    layer = {name if "." in name else f"method.{name}": v for name, v in method.variant.items()}
+    base = read({"method.name": method.name, **layer}, source=f"method {method.name!r}")
+    full = merge(base, given)
+    parts, values = {"method": method}, dict(full.values)
+    for path in PLACES:
+        if path == "method":
+            continue
+        name = values.get(f"{path}.name", PLACES[path].default)
+        found = _find(path, method.part.default_model if name is None else name, full)
+        parts[path] = found
+        values = {f"{path}.{one}": value for one, value in found.variant.items()} | values
+    values |= {f"{path}.name": found.name for path, found in parts.items()}
+    types = tuple(found.part.settings for found in parts.values())
+    return Resolved(Given(values, full.sources), parts, _type_of(tuple(parts), types))
+
+
+def _find(path: str, name: Any, given: Given) -> Found:
+    """Find one part: by name, by the path of a file of data, or a value."""
+    kind = PLACES[path].kind
+    if kind == "dataset" and isinstance(name, str) and name not in registry.names(kind):
+        from fedjaxprune.data.sources import source_for_path
+
+        if source := source_for_path(name):
+            found = registry.find(kind, source[0], path=path)
+            return found._replace(name=name, variant=source[1])
+    is_component = not isinstance(name, str | int | float | type | None | Part | Found)
+    if is_component and kind in ("model", "dataset") and not callable(name):
+        part = Part(build=lambda *_, **__: name)
+        return Found(kind, f"own_{kind}", part, {}, Origin("value"))
+    if is_component and hasattr(name, "stages") and kind == "method":
+        from fedjaxprune.method import Method
+
+        made = Method(build=lambda settings, task: name, settings=Settings)
+        return Found(kind, "own_method", made, {}, Origin("value"))
+    return registry.find(kind, name, path=f"{path}{errors.source_of(path, given.sources)}")
+
+
+@functools.cache
+def _type_of(paths: tuple[str, ...], settings: tuple[type[Settings], ...]) -> type[RunConfig]:
+    """Make the type of a config in which the places of parts have the parts' own settings."""
+    chosen = dict(zip(paths, settings, strict=True))
+
+    def concrete(kind: type[Settings], prefix: str) -> type[Any]:
+        fields: dict[str, Any] = {}
+        for name, field in kind.model_fields.items():
+            path = prefix + name
+            inner: Any = field.annotation
+            if path in chosen:
+                base: Any = (Uplink, chosen[path]) if path == "uplink" else chosen[path]
+                inner = pydantic.create_model(chosen[path].__name__, __base__=base, name=(str, ...))
+            elif path in _SECTIONS:
+                inner = concrete(inner, f"{path}.")
+            if inner is not field.annotation:
+                fields[name] = (inner, pydantic.Field(description=field.description))
+        return pydantic.create_model(kind.__name__, __base__=kind, **fields) if fields else kind
+
+    return concrete(RunConfig, "")
+
+
+def resolve(
+    values: Mapping[str, Any] | Given, *, sources: Mapping[str, str] | None = None
+) -> RunConfig:
+    """Make a config: find the parts that it names, fill in defaults, and check everything once.
+
+    Args:
+      values: nested settings, settings by dotted path, or both. A part is a name (``"feddip"``,
+        ``"feddip/without_penalty"``, ``"file.py:NAME"``, ``"module:NAME"``), a mapping with its
+        ``name`` and settings, or a value: a `Part`, a `Method`, a function, a model, a data set.
+      sources: where settings came from, by path, for errors.
+
+    Raises:
+      ConfigError: what is wrong, in one sentence with the full path.
+    """
+    given = values if isinstance(values, Given) else read(values)
+    found = find_parts(given._replace(sources={**given.sources, **(sources or {})}))
+    check_names(found)
+    settings = dict(found.given.values)
+    if (
+        settings.get("data.num_clients") is None
+        and "key" not in found.parts["data.partition"].part.settings.model_fields
+    ):
+        settings["data.num_clients"] = _CLIENTS
+    by_kind = {PLACES[path].kind: one for path, one in found.parts.items()}
+    return _make(found.type, settings, Parts(**by_kind), found.given.sources)
+
+
+def check_names(found: Resolved) -> None:
+    """Refuse a setting that a run with these parts does not have."""
+    known = paths(found.type)
+    for path in found.given.values:
+        if path not in known:
+            hint = errors.explain(path, known, found.parts)
+            raise errors.unknown(path, hint, errors.source_of(path, found.given.sources))
+
+
+def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Change settings by path, not parts; the whole is checked again."""
+    values = {**read(plain(config)).values, **read(changes).values}
+    return _make(type(config), values, config.parts, {})
+
+
+def _make(
+    kind: type[RunConfig], values: Mapping[str, Any], parts: Parts, sources: Mapping[str, str]
+) -> RunConfig:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *steps, name = path.split(".")
+        inner = tree
+        for step in steps:
+            inner = inner.setdefault(step, {})
+        inner[name] = value
+    for section in _SECTIONS:
+        tree.setdefault(section, {})
+    try:
+        config = kind.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise errors.refuse(error, kind, sources) from None
+    if config.federation.cohort_size is None and config.data.num_clients is not None:
+        size = min(_COHORT, config.data.num_clients)
+        federation = config.federation.model_copy(update={"cohort_size": size})
+        config = config.model_copy(update={"federation": federation})
+    config._parts = parts
+    return config
+
+
+@functools.cache
+def paths(kind: type[Settings], prefix: str = "") -> dict[str, tuple[type[Settings], str]]:
+    """List the settings of a config by full path: the section's type, and the name in it."""
+    found = {}
+    for name, field in kind.model_fields.items():
+        inner: Any = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            found |= paths(inner, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = (kind, name)
+    return found

@@ -1,0 +1,12 @@
+"""Stub of a method without settings."""
+
+from fedjaxprune.method import Method
+from fedjaxprune.settings import Settings
+
+
+def build(settings, task):
+    """Build nothing."""
+    return settings, task
+
+
+METHOD = Method(build=build, settings=Settings, default_model="gated_resnet8")
