@@ -25,7 +25,7 @@ from fedjaxprune.registry import Found, Part
 from fedjaxprune.registry.listing import Origin
 from fedjaxprune.settings import Settings
 
-_CLIENTS, _COHORT = 20, 10  # where the user says nothing
+CLIENTS, COHORT = 20, 10  # where the user says nothing
 _SECTIONS = frozenset(
     name
     for name, field in RunConfig.model_fields.items()
@@ -142,8 +142,8 @@ def find_parts(given: Given) -> Resolved:
     """
     default = PLACES["method"].default
     method = _find("method", given.values.get("method.name", default), given)
-    layer = {name if "." in name else f"method.{name}": v for name, v in method.variant.items()}
-    base = read({"method.name": method.name, **layer}, source=f"method {method.name!r}")
+    layer = {"method.name": method.name, **by_path(method.variant, "method")}
+    base = read(layer, source=f"method {method.name!r}")
     full = merge(base, given)
     parts, values = {"method": method}, dict(full.values)
     for path in PLACES:
@@ -152,10 +152,16 @@ def find_parts(given: Given) -> Resolved:
         name = values.get(f"{path}.name", PLACES[path].default)
         found = _find(path, method.part.default_model if name is None else name, full)
         parts[path] = found
-        values = {f"{path}.{one}": value for one, value in found.variant.items()} | values
+        values = by_path(found.variant, path) | values
     values |= {f"{path}.name": found.name for path, found in parts.items()}
     types = tuple(found.part.settings for found in parts.values())
     return Resolved(Given(values, full.sources), parts, _type_of(tuple(parts), types))
+
+
+def by_path(variant: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Give settings that the name of a part sets by full path."""
+    named = {one if "." in one else f"{section}.{one}": v for one, v in variant.items()}
+    return dict(read(named).values)
 
 
 def _find(path: str, name: Any, given: Given) -> Found:
@@ -167,8 +173,13 @@ def _find(path: str, name: Any, given: Given) -> Found:
         if source := source_for_path(name):
             found = registry.find(kind, source[0], path=path)
             return found._replace(name=name, variant=source[1])
-    is_component = not isinstance(name, str | int | float | type | None | Part | Found)
-    if is_component and kind in ("model", "dataset") and not callable(name):
+    if name is None or isinstance(name, int | float | list):
+        raise ConfigError(
+            f"{path} must be a name, such as those of `fedjaxprune list {kind}`, got "
+            f"{errors.shown(name)}{errors.source_of(path, given.sources)}."
+        )
+    is_component = not isinstance(name, str | type | Part | Found)
+    if is_component and kind in ("model", "dataset") and not _is_part(name):
         part = Part(build=lambda *_, **__: name)
         return Found(kind, f"own_{kind}", part, {}, Origin("value"))
     if is_component and hasattr(name, "stages") and kind == "method":
@@ -177,6 +188,10 @@ def _find(path: str, name: Any, given: Given) -> Found:
         made = Method(build=lambda settings, task: name, settings=Settings)
         return Found(kind, "own_method", made, {}, Origin("value"))
     return registry.find(kind, name, path=f"{path}{errors.source_of(path, given.sources)}")
+
+
+def _is_part(value: Any) -> bool:
+    return callable(value) or (hasattr(value, "build") and hasattr(value, "settings"))
 
 
 @functools.cache
@@ -223,7 +238,7 @@ def resolve(
         settings.get("data.num_clients") is None
         and "key" not in found.parts["data.partition"].part.settings.model_fields
     ):
-        settings["data.num_clients"] = _CLIENTS
+        settings["data.num_clients"] = CLIENTS
     by_kind = {PLACES[path].kind: one for path, one in found.parts.items()}
     return _make(found.type, settings, Parts(**by_kind), found.given.sources)
 
@@ -260,7 +275,7 @@ def _make(
     except pydantic.ValidationError as error:
         raise errors.refuse(error, kind, sources) from None
     if config.federation.cohort_size is None and config.data.num_clients is not None:
-        size = min(_COHORT, config.data.num_clients)
+        size = min(COHORT, config.data.num_clients)
         federation = config.federation.model_copy(update={"cohort_size": size})
         config = config.model_copy(update={"federation": federation})
     config._parts = parts

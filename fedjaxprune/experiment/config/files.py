@@ -1,0 +1,275 @@
+"""Configurations as text: YAML files, presets, the config of a run folder, the shortest command."""
+
+import importlib.resources
+import json
+import pathlib
+import shlex
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+
+from fedjaxprune.errors import ConfigError, first_line, near_miss
+from fedjaxprune.experiment.config import identity, resolve
+from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, plain
+from fedjaxprune.registry import Found
+
+# Keys of a run folder's config.yaml that are no settings.
+VERSIONS, PARTS, COMMAND = "versions", "parts", "command"
+_NOTES = (VERSIONS, PARTS, COMMAND)
+_CHOSEN_HERE = ("execution.devices", "execution.chunk_size")  # "auto" leaves them to the run
+
+
+class Stored(NamedTuple):
+    """The config of a run folder, as it stands in the file.
+
+    Attributes:
+      values: nested settings.
+      versions: of packages that the run was made with.
+      parts: whose code ran, by the path of a part's section; built-in parts are not in it.
+      command: the shortest command that makes such a run.
+    """
+
+    values: dict[str, Any]
+    versions: dict[str, str]
+    parts: dict[str, dict[str, str]]
+    command: str
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe reader, but a key that comes twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, unless a key comes twice."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value!r} is set twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str, *, source: str) -> dict[str, Any]:
+    """Read a mapping of names to values.
+
+    Raises:
+      ConfigError: the text is no YAML, or no such mapping.
+    """
+    try:
+        values = yaml.load(text, _Loader)  # as safe as SafeLoader, of which it is one
+    except yaml.constructor.ConstructorError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{source} cannot be used{where}: {error.problem}.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source} is not valid YAML{where}, or just before.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {first_line(error)}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        given = str(values)[:80]
+        raise ConfigError(f"{source} must hold settings as `name: value`, got {given!r}.")
+    return values
+
+
+def read_stored(text: str, *, source: str) -> Stored:
+    """Read the config of a run folder; imports none of its parts.
+
+    Raises:
+      ConfigError: it is not the whole config of a run, or of another schema.
+    """
+    values = load_yaml(text, source=source)
+    schema = values.pop("schema", None)
+    if schema != SCHEMA:
+        raise ConfigError(
+            f"schema must be {SCHEMA} for this version of fedjaxprune, got "
+            f"{'none' if schema is None else repr(schema)} (from {source})."
+        )
+    versions = values.pop(VERSIONS, None)
+    parts, command = values.pop(PARTS, {}), values.pop(COMMAND, "")
+    whole = [*(name for name in RunConfig.model_fields if name not in values)]
+    if not isinstance(versions, dict) or not isinstance(parts, dict) or whole:
+        lost = [*whole, *([] if isinstance(versions, dict) else [VERSIONS])] or [PARTS]
+        raise ConfigError(
+            f"{source} is not the whole config of a run: it lacks {', '.join(lost[:3])}"
+            f"{' and more' if len(lost) > 3 else ''}."
+        )
+    return Stored(values, versions, parts, str(command))
+
+
+def read_source(name: str) -> resolve.Given:
+    """Read the settings of a preset by its name or of a YAML file by its path.
+
+    A run folder's config.yaml is such a file, too.
+
+    Raises:
+      ConfigError: there is no such preset or file, or it cannot be read.
+    """
+    values = load_source(name)
+    return resolve.read({k: v for k, v in values.items() if k not in _NOTES}, source=name)
+
+
+def load_source(name: str) -> dict[str, Any]:
+    """Read a preset or a YAML file as it stands.
+
+    Raises:
+      ConfigError: there is no such preset or file, or it cannot be read.
+    """
+    path = pathlib.Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            text = path.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ConfigError(f"cannot read the YAML file {name!r}: {reason}.") from None
+        return load_yaml(text, source=name)
+    texts = preset_texts()
+    if name in texts:
+        return load_yaml(texts[name], source=f"preset {name}")
+    known = f"expected is a preset ({', '.join(texts)}) or the path of a .yaml file"
+    if len(path.parts) != 1 or path.exists():
+        raise ConfigError(f"{name!r} is neither a preset nor a .yaml file: {known}.")
+    raise ConfigError(f"unknown preset {name!r}: {known}{near_miss(name, texts)}")
+
+
+def preset_texts() -> dict[str, str]:
+    """Read every preset that ships with the package: name to YAML text, in order.
+
+    They lie beside the parts that they are of, in folders called ``presets``.
+    """
+    package = importlib.resources.files("fedjaxprune")
+    folders = [one / "presets" for one in package.iterdir() if (one / "presets").is_dir()]
+    files = [entry for folder in folders for entry in folder.iterdir()]
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in sorted(files, key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def to_yaml(config: RunConfig, *, versions: Mapping[str, str] | None = None) -> str:
+    """Write a complete config, and for a run folder whose code runs and a command for it."""
+    values: dict[str, Any] = {"schema": SCHEMA, **plain(config)}
+    if versions is not None:
+        values |= {PARTS: whose_code(config), COMMAND: command(config), VERSIONS: dict(versions)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def whose_code(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Say whose code the parts of a config are, by the path of their section.
+
+    A package with its version, a file with its checksum, or a value; nothing for built-in parts.
+    """
+    found = {}
+    for path, place in PLACES.items():
+        part: Found = getattr(config.parts, place.kind)
+        if part.origin.source != "built-in":
+            noted = {name: text for name, text in part.origin._asdict().items() if text}
+            found[path] = {"name": part.name, **noted}
+    return found
+
+
+def code_changes(then: Mapping[str, Mapping[str, str]], config: RunConfig) -> list[str]:
+    """Say which parts of a stored run have other code now, one phrase for each."""
+    now = whose_code(config)
+    changes = []
+    for path in dict.fromkeys([*then, *now]):
+        old, new = _code(then.get(path)), _code(now.get(path))
+        if old != new:
+            changes.append(f"{path} was {old} then and is {new} now")
+    return changes
+
+
+def _code(origin: Mapping[str, str] | None) -> str:
+    if not origin:
+        return "built in"
+    if origin.get("package"):
+        return f"{origin['package']} {origin.get('version', '')}".rstrip()
+    checksum = origin.get("sha256", "")
+    return f"a file with checksum {checksum[:8]}" if checksum else "a value given in Python"
+
+
+def fingerprint(config: RunConfig) -> int:
+    """Sum up all that decides a run's bits, so that a checkpoint can tell which run it is of."""
+    values = identity.flat(plain(config))
+    values.pop(identity.DATA_DIR, None)
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
+    """List how explicitly given settings differ from a stored run's.
+
+    Where the data lie may differ; ``auto`` leaves devices and chunks to the run, and a number of
+    them is compared at most as large as the cohort.
+
+    Raises:
+      ConfigError: the given settings cannot be those of any run.
+    """
+    there = resolve.read(plain(stored))
+    merged = resolve.resolve(resolve.merge(there, given))
+    here = identity.flat(plain(merged))
+    different = []
+    for path, value in there.values.items():
+        new = here.get(path)
+        if path in _CHOSEN_HERE:
+            new = value if new == "auto" else min(new, stored.federation.cohort_size or new)
+        if path in given.values and path != identity.DATA_DIR and value != new:
+            different.append(
+                f"{path.removesuffix('.name')} is {value!r} in the run, {new!r} was given"
+            )
+    return different
+
+
+def command(config: RunConfig) -> str:
+    """Write the shortest command that makes such a run; devices, chunks and places are left out."""
+    values, usual = identity.flat(plain(config)), _defaults(config)
+    given: dict[str, Any] = {"method": values["method.name"]}
+    for path in PLACES:
+        if path != "method" and values[f"{path}.name"] != usual[f"{path}.name"]:
+            given[path] = values[f"{path}.name"]
+    for path, value in values.items():
+        is_told = identity.matters(path) or path.startswith("evaluation.") or path == identity.SEED
+        if is_told and not path.endswith(".name") and value != usual.get(path):
+            given[path] = value
+    known = [path for path in values if not path.endswith(".name")]
+    words = ["fedjaxprune", "run"]
+    for path, value in given.items():
+        option = short_option(path, known).replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", "none" if value is None else str(value)]
+    return shlex.join(words)
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """Give what each setting is where only the parts are named."""
+    known = resolve.paths(type(config))
+    usual = {path: owner.model_fields[name].default for path, (owner, name) in known.items()}
+    usual |= {f"{path}.name": place.default for path, place in PLACES.items()}
+    usual["model.name"] = config.parts.method.part.default_model
+    for path, place in reversed(PLACES.items()):  # a method's variant may set other sections
+        usual |= resolve.by_path(getattr(config.parts, place.kind).variant, path)
+    if config.data.num_clients is not None:
+        usual["data.num_clients"] = resolve.CLIENTS
+        usual["federation.cohort_size"] = min(resolve.COHORT, config.data.num_clients)
+    return usual
+
+
+def short_option(path: str, known: list[str]) -> str:
+    """Give the shortest option of a setting: its last word where no other setting ends in it.
+
+    The option of a part is its kind.
+    """
+    if path in PLACES:
+        return PLACES[path].kind
+    last = path.rpartition(".")[2]
+    kinds = [place.kind for place in PLACES.values()]
+    is_unique = sum(one.rpartition(".")[2] == last for one in known) == 1
+    return last if is_unique and last not in kinds else path
