@@ -8,7 +8,7 @@ from benchmarks import claims, picture
 from benchmarks import methods as benchmark
 from fedjaxprune.experiment import methods
 from fedjaxprune.experiment.folder import record
-from fedjaxprune.experiment.sweeps import plan
+from fedjaxprune.experiment.sweeps import flat_plan as plan
 from tests.folders import line, write
 
 SHORT = {"rounds": 2, "num_clients": 4, "cohort_size": 2}

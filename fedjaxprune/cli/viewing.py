@@ -196,7 +196,7 @@ def sweep(
     stop the others.
     """
     from fedjaxprune.experiment.sweeps import execute
-    from fedjaxprune.experiment.sweeps import plan as sweeps
+    from fedjaxprune.experiment.sweeps import flat_plan as sweeps
 
     plan = sweeps.read(file, out=launch.path(out) if out else None)
     openers = trackers(track)

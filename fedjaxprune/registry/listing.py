@@ -5,6 +5,7 @@ in a module's text, and an installed package lists its parts as entry points.
 """
 
 import ast
+import functools
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -113,9 +114,16 @@ def entry_points(kind: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
     """Find the parts that installed packages offer; a name that two offer has two entries."""
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
     group = f"fedjaxprune.{kind.removesuffix('s')}s"
-    for point in sorted(importlib.metadata.entry_points(group=group)):
+    for point in sorted(_installed(tuple(sys.path)).select(group=group)):
         found.setdefault(point.name, []).append(point)
     return dict(sorted(found.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _installed(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+    """Read the metadata of all packages, once for each value of ``sys.path``."""
+    del path
+    return importlib.metadata.entry_points()
 
 
 def origin(point: importlib.metadata.EntryPoint) -> Origin:

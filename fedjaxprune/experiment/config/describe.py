@@ -192,7 +192,10 @@ def _lines(one: Description) -> list[str]:
     if one.settings:
         lines += ["", "settings:"]
         for row in one.settings:
-            lines += [f"  {row.name}  {_in_words(row)}", _wrapped(row.meaning)]
+            lines.append(f"  {row.name}  {in_words(row)}")
+            lines += textwrap.wrap(
+                row.meaning, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
     if one.variants:
         lines += ["", "variants:"]
         for name, settings in one.variants.items():
@@ -204,6 +207,6 @@ def _lines(one: Description) -> list[str]:
 
 def in_words(row: Row) -> str:
     """Say what a setting may be, its unit and its default, in brackets."""
-    kind = f"{row.type.removesuffix(' | none')} {row.bounds}".rstrip()
+    kind = f"{row.type.removesuffix(' | none')} {row.bounds}".strip()
     notes = (kind, row.unit, f"default: {row.default}")
     return f"[{'; '.join(note for note in notes if note)}]"

@@ -21,8 +21,6 @@ RENAMED: Mapping[str, str] = {
     "algorithm": "method",
     "drift": "client.correction",
     "normalise": "data.normalize",
-    "data_dir": "data.dataset.data_dir",
-    "min_client_size": "data.partition.min_client_size",
     "rounds": "federation.num_rounds",
     "participation": "federation.sampling",
     "dropout_probability": "federation.dropout_rate",

@@ -187,7 +187,8 @@ def _find(path: str, name: Any, given: Given) -> Found:
 
         made = Method(build=lambda settings, task: name, settings=Settings)
         return Found(kind, "own_method", made, {}, Origin("value"))
-    return registry.find(kind, name, path=f"{path}{errors.source_of(path, given.sources)}")
+    source = errors.source_of(path, given.sources)
+    return registry.find(kind, name, path=path if "from --" in source else f"{path}{source}")
 
 
 def _is_part(value: Any) -> bool:

@@ -20,8 +20,8 @@ import click
 from fedjaxprune.experiment.config.flat import validation
 from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.run import launch
-from fedjaxprune.experiment.sweeps import plan
-from fedjaxprune.experiment.sweeps.plan import Member, Sweep
+from fedjaxprune.experiment.sweeps import flat_plan as plan
+from fedjaxprune.experiment.sweeps.flat_plan import Member, Sweep
 
 # Each process keeps to cores of its own.
 _LAUNCH = """

@@ -1,16 +1,16 @@
-"""Many runs from one file: what is missing is run, what was broken off goes on.
+"""Many runs from one file: which runs it stands for, and where each is.
 
 ::
 
-    preset: feddip-fashion-mnist    # or a YAML file; its settings come first
-    rounds: 100                     # settings of all runs
-    seed: [0, 1, 2]                 # a list stands for a run with each of its values
-    cases:                          # one after the other, each with lists of its own
-      - {algorithm: fedavg}
-      - {algorithm: feddip, sparsity: [0.8, 0.9]}
+    preset: feddip-fashion-mnist       # or a YAML file; its settings come first
+    federation.num_rounds: 100         # settings of all runs, nested or by full path
+    seed: [0, 1, 2]                    # a list stands for a run with each of its values
+    cases:                             # one after the other, each with lists of its own
+      - method: fedavg
+      - method: {name: feddip, sparsity: [0.8, 0.9]}
 
 Every combination is a member with a folder of its own, named by what the file varies. Members that
-differ only in what does not matter to them (the sparsity of a dense method) are one.
+differ in nothing that matters to their numbers are one.
 """
 
 import itertools
@@ -18,16 +18,17 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
 
-from fedjaxprune.experiment.config.flat import files, identity, validation
-from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
+from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.config import files, identity, resolve
+from fedjaxprune.experiment.config.sections import PLACES, RunConfig, plain
 
-PRESET, CASES = "preset", "cases"
-_BARE = ("algorithm", "dataset", "model")  # whose values say what they are
+PRESET, CASES, FOLDER = "preset", "cases", "folder"
+_METHOD = "method.name"
 
 
 class Member(NamedTuple):
@@ -35,11 +36,13 @@ class Member(NamedTuple):
 
     Attributes:
       name: of its folder.
-      config: validated, with `out` set.
+      config: of the run.
+      folder: of the run.
     """
 
     name: str
     config: RunConfig
+    folder: pathlib.Path
 
 
 class Sweep(NamedTuple):
@@ -49,46 +52,62 @@ class Sweep(NamedTuple):
       source: its name, for messages.
       folder: of the members' folders.
       members: in the order in which they are run.
+      notes: what the user should know before they run, a sentence each.
     """
 
     source: str
     folder: pathlib.Path
     members: tuple[Member, ...]
+    notes: tuple[str, ...]
 
 
-def read(source: str, *, out: pathlib.Path | None) -> Sweep:
+def is_sweep(values: Mapping[str, Any]) -> bool:
+    """Tell the file of a sweep from that of one run."""
+    if CASES in values or PRESET in values:
+        return True
+    return any(isinstance(value, list) for value in resolve.read(values).values.values())
+
+
+def read(source: str, *, folder: pathlib.Path | None) -> Sweep:
     """Read a sweep and check all of its members, those that have been run included.
 
     Args:
       source: path of the YAML file.
-      out: folder of the members' folders; None for the file's `out`, or ``runs/`` and its name.
+      folder: of the members' folders; None for the file's `folder`, or ``runs/`` and its name.
 
     Raises:
-      UserError: the file cannot be read, a member is no run that could be made, or a folder holds
-        another run.
+      ConfigError: the file cannot be read, a member is no run that could be made, or a folder
+        holds another run.
     """
     path = pathlib.Path(source)
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{source!r} is no sweep: expected is the path of a .yaml file.")
-    values = files.read_source(source)
+        raise ConfigError(f"{source!r} is no sweep: expected is the path of a .yaml file.")
+    values = files.load_source(source)
     cases = values.pop(CASES, [{}])
-    if not isinstance(cases, list) or not all(_is_settings(case) for case in cases) or not cases:
-        raise UserError(
-            f"{CASES} (from {source}) must be a list of settings such as "
-            "`- {algorithm: fedavg}`, each as `name: value`."
+    if not isinstance(cases, list) or not cases or not all(map(_is_settings, cases)):
+        raise ConfigError(
+            f"{CASES} must be a list of settings such as `- {{method: fedavg}}`, each as "
+            f"`name: value` (from {source})."
         )
     preset = values.pop(PRESET, None)
     if preset is not None and not isinstance(preset, str):
-        raise UserError(f"{PRESET} (from {source}) must be a preset or a .yaml file.")
-    common = {} if preset is None else files.read_source(preset)
-    named = values.pop("out", None)
+        raise ConfigError(f"{PRESET} must be a preset or a .yaml file (from {source}).")
+    common = resolve.Given({}) if preset is None else files.read_source(preset)
+    named = values.pop(FOLDER, None)
     if named is not None and (not isinstance(named, str) or not named):
-        raise UserError(f"out (from {source}) must be a text that is not empty, got {named!r}.")
-    folder = out or pathlib.Path(os.path.expanduser(named or pathlib.Path("runs") / path.stem))
-    members = tuple(_members(source, common, values, cases, folder))
+        raise ConfigError(
+            f"{FOLDER} must be a text that is not empty, got {named!r} (from {source})."
+        )
+    folder = folder or pathlib.Path(os.path.expanduser(named or pathlib.Path("runs") / path.stem))
+    if (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"{str(folder)!r} is the folder of a single run; give the sweep another --folder."
+        )
+    given = [resolve.read(one, source=source) for one in (values, *cases)]
+    members = tuple(_members(source, common, given[0], given[1:], folder))
     for member in members:
-        _check_folder(folder / member.name, member, source)
-    return Sweep(source=source, folder=folder, members=members)
+        _check_folder(member, source)
+    return Sweep(source, folder, members, tuple(_notes(members, common, given)))
 
 
 def _is_settings(case: Any) -> bool:
@@ -97,74 +116,100 @@ def _is_settings(case: Any) -> bool:
 
 def _members(
     source: str,
-    common: Mapping[str, Any],
-    values: Mapping[str, Any],
-    cases: list[dict[str, Any]],
+    common: resolve.Given,
+    values: resolve.Given,
+    cases: Sequence[resolve.Given],
     folder: pathlib.Path,
 ) -> Iterator[Member]:
     """Make the members in order: case by case, the lists that stand last in the file fastest."""
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     names: set[str] = set()
     for case in cases:
-        given = {**values, **case}
-        varied = [name for name in given if isinstance(given[name], list) or name in case]
-        for name, value in given.items():
+        given = {**values.values, **case.values}
+        varied = [p for p, value in given.items() if isinstance(value, list) or p in case.values]
+        for path, value in given.items():
             if isinstance(value, list) and not value:
-                raise UserError(f"{name} (from {source}) is a list without a value.")
+                raise ConfigError(
+                    f"{path.removesuffix('.name')} is a list without a value (from {source})."
+                )
         choices = [value if isinstance(value, list) else [value] for value in given.values()]
         for chosen in itertools.product(*choices):
-            settings = {**common, **dict(zip(given, chosen, strict=True))}
-            config = validation.validate(settings, sources=dict.fromkeys(settings, source))
-            plain = config.model_dump()
-            key = json.dumps([config.seed, identity.configuration(plain)], sort_keys=True)
-            name = _name(varied, plain)
+            config = _config(common, values, case, dict(zip(given, chosen, strict=True)), source)
+            settings = plain(config)
+            key = json.dumps([config.seed, identity.configuration(settings)], sort_keys=True)
             if key in seen:
                 continue
+            name = _name(varied, identity.flat(settings))
             if name in names:
-                raise UserError(
+                raise ConfigError(
                     f"two members of the sweep {source} would have the folder {name!r}; give each "
                     "case a setting that tells it from the others."
                 )
-            seen[key] = name
+            seen.add(key)
             names.add(name)
-            out = str(folder / name)
-            yield Member(name=name, config=config.model_copy(update={"out": out}))
+            yield Member(name, config, folder / name)
 
 
-def _name(varied: list[str], config: Mapping[str, Any]) -> str:
-    """Name a member by what the file varies, as far as it matters to it, and by its seed."""
+def _config(
+    common: resolve.Given,
+    values: resolve.Given,
+    case: resolve.Given,
+    chosen: Mapping[str, Any],
+    source: str,
+) -> RunConfig:
+    """Make the config of one combination; a case goes before what is common to all."""
+
+    def part(of: resolve.Given) -> resolve.Given:
+        inside = {path: chosen[path] for path in of.values}
+        return resolve.Given(inside, dict.fromkeys(inside, source))
+
+    shared = {p: value for p, value in values.values.items() if p not in case.values}
+    return resolve.resolve(
+        resolve.merge(resolve.merge(common, part(resolve.Given(shared))), part(case))
+    )
+
+
+def _name(varied: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Name a member by its method, by what else the file varies, and by its seed."""
+    own = [path for path in varied if path not in (_METHOD, identity.SEED)]
     parts = []
-    varied = [name for name in varied if name not in ("algorithm", identity.SEED)]
-    for name in dict.fromkeys(["algorithm", *varied, identity.SEED]):
-        if name == "algorithm" or identity.matters(name, config):
-            value = yaml.safe_dump(config[name]).splitlines()[0]
-            parts.append(value if name in _BARE else f"{name}-{value}")
+    for path in dict.fromkeys([_METHOD, *own, identity.SEED]):
+        if path in settings and (identity.matters(path) or path == identity.SEED):
+            value = yaml.safe_dump(settings[path]).splitlines()[0]
+            is_part = path.removesuffix(".name") in PLACES
+            parts.append(value if is_part else f"{path.rpartition('.')[2]}-{value}")
     return re.sub(r"[^A-Za-z0-9.+]+", "-", "-".join(parts)).strip("-.")
 
 
-def is_finished(member: Member) -> bool:
-    """Tell whether nothing is left to do for a member."""
-    from fedjaxprune.experiment.folder import failure, record
-
-    folder = pathlib.Path(str(member.config.out))
-    return (folder / record.SUMMARY).exists() and failure.read(folder) is None
-
-
-def _check_folder(folder: pathlib.Path, member: Member, source: str) -> None:
-    """Refuse a folder that another file made."""
-    from fedjaxprune.experiment.folder import record
-
-    if not (folder / record.CONFIG).exists():
+def _check_folder(member: Member, source: str) -> None:
+    """Refuse a folder that another configuration made."""
+    path = member.folder / "config.yaml"
+    if not path.exists():
         return
-    there = record.stored(folder)[0].model_dump()
-    here = member.config.model_dump()
+    there = files.read_stored(path.read_text(encoding="utf-8"), source=str(path)).values
     different = [
-        f"{name} is {there.get(name)!r} there and {here[name]!r} in {source}"
-        for name in here
-        if (name == identity.SEED or identity.matters(name, here)) and there.get(name) != here[name]
+        f"{name.removesuffix('.name')} is {old!r} there and {new!r} in {source}"
+        for name, old, new in identity.differences(there, plain(member.config))
+        if name == identity.SEED or identity.matters(name)
     ]
     if different:
-        raise UserError(
-            f"the folder {str(folder)!r} holds another run: {'; '.join(different)}; "
-            "give the sweep another folder with --out."
+        raise ConfigError(
+            f"the folder {str(member.folder)!r} holds another run: {'; '.join(different)}; "
+            "give the sweep another --folder."
         )
+
+
+def _notes(
+    members: Sequence[Member], common: resolve.Given, given: Sequence[resolve.Given]
+) -> Iterator[str]:
+    """Say that methods are compared on different networks, where nobody asked for that."""
+    if any("model.name" in one.values for one in (common, *given)):
+        return
+    models: dict[str, list[str]] = {}
+    for member in members:
+        methods = models.setdefault(member.config.model.name, [])
+        if member.config.method.name not in methods:
+            methods.append(member.config.method.name)
+    if len(models) > 1:
+        each = "; ".join(f"{model} for {', '.join(methods)}" for model, methods in models.items())
+        yield f"no model is given, so the networks differ: {each}; set `model` to compare on one."

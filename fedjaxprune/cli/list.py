@@ -1,0 +1,48 @@
+"""The command ``fedjaxprune list``."""
+
+import click
+
+from fedjaxprune import registry
+from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.experiment.config import files
+
+PRESETS = "preset"
+
+
+@click.command(name="list")
+@click.argument("kind", required=False)
+def list_(kind: str | None) -> None:
+    """List the parts of a KIND, or all parts and presets; imports none of them.
+
+    Parts of installed packages are in the list, too. `fedjaxprune describe NAME` says more.
+    """
+    kinds = [*registry.KINDS, PRESETS]
+    wanted = kind.replace("-", "_").removesuffix("s") if kind else None
+    if wanted and wanted not in kinds:
+        raise ConfigError(
+            f"the kind must be one of {', '.join(kinds)}, got {kind!r}{near_miss(wanted, kinds)}"
+        )
+    for one in [wanted] if wanted else kinds:
+        rows = _presets() if one == PRESETS else _parts(one)
+        click.echo(f"{one}:")
+        width = max((len(name) for name in rows), default=0)
+        for name, text in rows.items():
+            click.echo(f"  {name:<{width}}  {text}".rstrip())
+
+
+def _parts(kind: str) -> dict[str, str]:
+    rows = {}
+    for name, listed in registry.names(kind).items():
+        of = listed.origin
+        is_foreign = of.source != "built-in"
+        whose = f"  (from {of.package} {of.version})" if is_foreign else ""
+        rows[name] = listed.summary.rstrip(".") + whose
+        rows |= {f"{name}/{variant}": "variant" for variant in listed.variants}
+    if fallback := registry.KINDS[kind].fallback:
+        rows["..."] = f"any other name: {fallback[0]} with this {fallback[1]}"
+    return rows
+
+
+def _presets() -> dict[str, str]:
+    texts = files.preset_texts().items()
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in texts}

@@ -1,0 +1,183 @@
+"""The command ``fedjaxprune run``: a run from a preset or a file and options.
+
+Its options are the settings of this very run: the parts that the arguments name are looked up
+first, then options are made of their settings. Help that names no part imports none.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import click
+
+from fedjaxprune import registry
+from fedjaxprune.cli import viewing
+from fedjaxprune.cli.options import is_flag, options, read_options, settings_of
+from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.config import files, resolve
+from fedjaxprune.experiment.config.sections import PLACES, RunConfig
+
+
+class Command(click.Command):
+    """``run``: reads which parts are named before it knows its options."""
+
+    config_type: type[RunConfig] = RunConfig
+    parts: Mapping[str, registry.Found] = MappingProxyType({})
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> click.Context:
+        """Look up the parts that the arguments name, and read the arguments with their settings."""
+        seen = _scan(args)
+        has_help = bool({"-h", "--help"} & set(args))
+        command = Command(self.name, callback=self.callback, help=self.help)
+        if seen.names or seen.source or not has_help:
+            found = resolve.find_parts(resolve.merge(_base(seen), _given(seen.names)))
+            command.config_type, command.parts = found.type, found.parts
+        command.params = [*options(command.config_type), *self.params]
+        return click.Command.make_context(command, info_name, args, parent, **extra)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read options with dashes or underscores alike."""
+        ctx.token_normalize_func = lambda text: text.replace("_", "-")
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the settings by section, then the command's own options."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            row = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+            if row is not None:
+                heading = _heading(param)
+                shown = min(param.opts, key=len)
+                names, metavar = shown, row[0].rpartition(" ")[2]
+                if param.secondary_opts:
+                    names, metavar = f"{shown} / --no-{shown[2:]}", ""
+                is_own = heading == "Command"
+                groups.setdefault(heading, []).append(
+                    (row[0] if is_own else f"{names} {metavar}".rstrip(), row[1])
+                )
+        for heading, rows in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows, col_max=36)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Say where the settings of parts are described."""
+        name = self.parts["method"].name if self.parts else PLACES["method"].default
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Each setting may also be given by its full path, as --client.batch-size."
+        )
+        formatter.write_text(f"settings of the chosen parts: `fedjaxprune describe {name}`")
+
+
+def _heading(param: click.Parameter) -> str:
+    one = getattr(param, "setting", None)
+    return "Command" if one is None else one.path.partition(".")[0].capitalize()
+
+
+class _Seen(NamedTuple):
+    """What arguments say at first sight: the source, names of parts, and folder to resume."""
+
+    source: str
+    names: dict[str, tuple[str, str]]  # by the path of the section: the name, and its option
+    resumed: str
+
+
+def _scan(args: Sequence[str]) -> _Seen:
+    """Find the source and the names of parts in arguments whose options are not known yet."""
+    parts = {f"--{one.replace('_', '-')}": one for one in PLACES}
+    parts |= {f"--{place.kind.replace('_', '-')}": path for path, place in PLACES.items()}
+    flags = {"-h", "--help", "--details"}
+    for one in settings_of(RunConfig):
+        if is_flag(one):
+            flags |= {f"--{name.replace('_', '-')}" for name in (one.name, one.path)}
+    names, source, folder, is_resumed, resumed = {}, "", "", False, ""
+    rest = list(args)
+    while rest:
+        token = rest.pop(0)
+        option, has_value, value = token.partition("=")
+        option = option.replace("_", "-").removesuffix(".name")
+        if not token.startswith("-"):
+            source = source or token
+            continue
+        stands_alone = option in flags or option.startswith("--no-")
+        if not has_value and rest and not stands_alone and not rest[0].startswith("--"):
+            is_source = option not in parts and rest[0].endswith((".yaml", ".yml"))
+            value = "" if is_source else rest.pop(0)
+        if option in parts and value:
+            names[parts[option]] = (value, option)
+        elif option == "--folder":
+            folder = value
+        elif option == "--resume":
+            is_resumed, resumed = True, value
+    return _Seen(source, names, (resumed or folder) if is_resumed else "")
+
+
+def _given(names: dict[str, tuple[str, str]]) -> resolve.Given:
+    values = {f"{path}.name": name for path, (name, _) in names.items()}
+    return resolve.Given(values, {f"{path}.name": option for path, (_, option) in names.items()})
+
+
+def _base(seen: _Seen) -> resolve.Given:
+    """Read what comes before the options: a preset or file, or the config of a run to resume."""
+    base = resolve.Given({})
+    if seen.resumed:
+        path = pathlib.Path(os.path.expanduser(seen.resumed)) / "config.yaml"
+        if os.path.isfile(path):  # else resuming says what is wrong
+            stored = files.read_stored(path.read_text(encoding="utf-8"), source=str(path))
+            base = resolve.read(stored.values, source=str(path))
+    return resolve.merge(base, files.read_source(seen.source)) if seen.source else base
+
+
+@click.command(cls=Command)
+@click.argument("source", required=False, metavar="[PRESET or FILE.yaml]")
+@click.option("--folder", metavar="FOLDER", help="New run folder  [default: runs/METHOD-DATA-TIME]")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    metavar="[FOLDER]",
+    help="Continue the run in FOLDER, or in --folder, with the config that it holds, to the same "
+    "bits as if it had never stopped. Settings given besides must agree with that config.",
+)
+@click.option("--details", is_flag=True, help="Show everything that was measured at the end.")
+@viewing.TRACK
+@click.pass_context
+def run(
+    context: click.Context,
+    source: str | None,
+    folder: str | None,
+    resume: str | None,
+    details: bool,
+    track: tuple[str, ...],
+    **values: Any,
+) -> None:
+    """Run one experiment and write its folder.
+
+    Settings come from the defaults, then from the preset or YAML file, then from the options.
+    `fedjaxprune list` names presets and parts; a part is also FILE.py:NAME or MODULE:NAME.
+    """
+    from fedjaxprune.experiment.run import launch
+
+    command: Any = context.command
+    given = read_options(command, values)
+    if source:
+        given = resolve.merge(files.read_source(source), given)
+    trackers = viewing.trackers(track)
+    for name, text in {"--folder": folder, "--resume": resume}.items():
+        if text == "" and not (name == "--resume" and folder):
+            raise ConfigError(f"{name} must be a folder, got none.")
+    if resume is None:
+        config = resolve.resolve(given)
+        place = launch.path(folder) if folder else None
+        launch.start(config, folder=place, trackers=trackers, details=details)
+        return
+    if resume and folder and launch.path(resume) != launch.path(folder):
+        raise ConfigError(
+            f"--resume names the folder {resume!r} and --folder {folder!r}; give one."
+        )
+    launch.resume(launch.path(resume or folder or ""), given, trackers=trackers, details=details)
