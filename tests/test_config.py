@@ -93,7 +93,7 @@ def test_replacing_checks_the_whole_again():
     assert (known.data.num_clients, known.federation.cohort_size) == (7, 7)
     assert known.execution.chunk_size == 2
     assert known.parts is config.parts
-    with pytest.raises(ConfigError, match="federation.cohort_size must be at most"):
+    with pytest.raises(ConfigError, match=r"federation\.cohort_size must be at most"):
         resolve.replace(known, {"data.num_clients": 3})
 
 
@@ -283,7 +283,8 @@ def test_every_old_name_leads_to_a_path_of_a_section():
     tops = set(RunConfig.model_fields)
     for old, new in errors.RENAMED.items():
         assert new.partition(".")[0] in tops
-        assert f"since schema 2 it is {new}." in refused({old: 1})
+        if old not in tops:  # a section has the old name of `server`
+            assert f"since schema 2 it is {new}." in refused({old: 1})
 
 
 def test_shared_settings_are_described():
@@ -418,7 +419,7 @@ def test_descriptions_say_all_that_a_part_declares():
     adam = describe.describe("server_optimizer/fedadam")
     assert adam.command == ("fedjaxprune run --server-optimizer fedadam --server-learning-rate ...")
     assert describe.describe("top_k").settings[0].bounds == "in (0, 1]"
-    with pytest.raises(ConfigError, match="there is no part 'fedipp'.*did you mean 'feddip'"):
+    with pytest.raises(ConfigError, match=r"there is no part 'fedipp'.*did you mean 'feddip'"):
         describe.describe("fedipp")
 
 

@@ -41,6 +41,8 @@ RENAMED: Mapping[str, str] = {
     "feddip_mode": "method.mode",
     "fedtiny_selection": "method.selection",
     "mask_start": "method.start_from",
+    "mask_client": "method.client_id",
+    "explore_start": "method.start_from",
     "mask_iterations": "method.num_prune_steps",
     "filter_factor": "method.prune_fraction_per_step",
     "drops": "method.remove",

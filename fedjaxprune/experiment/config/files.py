@@ -133,7 +133,7 @@ def load_source(name: str) -> dict[str, Any]:
     if name in texts:
         return load_yaml(texts[name], source=f"preset {name}")
     known = f"expected is a preset ({', '.join(texts)}) or the path of a .yaml file"
-    if len(path.parts) != 1 or path.exists():
+    if "/" in name or path.suffix or path.exists():
         raise ConfigError(f"{name!r} is neither a preset nor a .yaml file: {known}.")
     raise ConfigError(f"unknown preset {name!r}: {known}{near_miss(name, texts)}")
 
