@@ -21,7 +21,8 @@ from fedjaxprune.experiment.config.flat import files
 from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load, record
 from fedjaxprune.experiment.run import launch
-from fedjaxprune.experiment.sweeps import execute, flat_plan as plan
+from fedjaxprune.experiment.sweeps import execute
+from fedjaxprune.experiment.sweeps import flat_plan as plan
 from tests.folders import rising, write
 
 TINY = {"rounds": 2, "num_clients": 4, "cohort_size": 2, "local_steps": 1, "devices": 1}
