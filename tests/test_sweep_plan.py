@@ -112,8 +112,9 @@ BAD = {
     "folder": ("folder: [a]", ["folder must be a text"]),
     "syntax": ("seed: [1", ["mine.yaml is not valid YAML"]),
     "same name": (
-        "data.dataset: [a/b.csv, a b.csv]\nmodel: mlp",
-        ["two members", "'feddip-a-b.csv"],
+        "data.dataset: tfds
+data.dataset.tfds_name: [a/b, a b]",
+        ["two members", "'feddip-tfds-name-a-b-seed-0'"],
     ),
 }
 

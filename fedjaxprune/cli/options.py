@@ -60,7 +60,8 @@ def options(config_type: type[RunConfig]) -> list[click.Option]:
 
 
 def _option(one: Setting, short: str) -> click.Option:
-    names = dict.fromkeys(name.replace("_", "-") for name in (short, one.path))
+    paths = (short, one.path, *([f"{one.path}.name"] if one.kind else []))
+    names = dict.fromkeys(path.replace("_", "-") for path in paths)
     extra: dict[str, Any] = {"default": None}
     if is_flag(one):
         words = ["/".join((f"--{name}", f"--no-{name}")) for name in names]
