@@ -112,8 +112,7 @@ BAD = {
     "folder": ("folder: [a]", ["folder must be a text"]),
     "syntax": ("seed: [1", ["mine.yaml is not valid YAML"]),
     "same name": (
-        "data.dataset: tfds
-data.dataset.tfds_name: [a/b, a b]",
+        "data.dataset: tfds\ndata.dataset.tfds_name: [a/b, a b]",
         ["two members", "'feddip-tfds-name-a-b-seed-0'"],
     ),
 }
