@@ -458,7 +458,7 @@ try:
 except SystemExit as stop:
     assert stop.code in (0, None)
 assert "jax" not in sys.modules
-from fedjaxprune.experiment.config.flat import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 for name in RunConfig.model_fields:
     print("expected", name)
 """
