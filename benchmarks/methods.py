@@ -33,7 +33,8 @@ from fedjaxprune.experiment import methods
 from fedjaxprune.experiment.analysis import compare
 from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load
-from fedjaxprune.experiment.sweeps import execute, flat_plan as plan
+from fedjaxprune.experiment.sweeps import execute
+from fedjaxprune.experiment.sweeps import flat_plan as plan
 
 DEFAULT = "all"
 SWEEPS = {
