@@ -70,7 +70,7 @@ def make_ours(mesh: Any, num_rounds: int, *, chunk_size: int = 1) -> Contender:
     from fedjaxprune.federated import aggregators, sampling
     from fedjaxprune.methods import fedavg
     from fedjaxprune.rounds import simulation
-    from fedjaxprune.rounds.training import Protocol
+    from fedjaxprune.rounds.protocol import Protocol
     from fedjaxprune.types import Population
 
     total = NUM_USERS * NUM_IMAGES

@@ -36,7 +36,7 @@ def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
     from fedjaxprune.methods import fedavg
     from fedjaxprune.models import zoo
     from fedjaxprune.rounds import simulation
-    from fedjaxprune.rounds.training import Protocol
+    from fedjaxprune.rounds.protocol import Protocol
     from fedjaxprune.types import Population
 
     total = NUM_CLIENTS * BATCH_SIZE

@@ -68,7 +68,8 @@ def overhead(model, params, image, repeats=20):
     kept = np.array(profile.sizes) // 2
     reported = types.SimpleNamespace(
         num_uploaded=np.tile(kept, (20, 1)),
-        num_downloaded=kept,
+        num_downloaded=np.tile(kept, (20, 1, 1)),
+        sent=types.SimpleNamespace(reports={}, up={"reply": {"delta": ()}}),
         participated=np.ones(20, bool),
         num_changed=0,
         train={"loss": metrics.Mean(total=np.float32(1), weight=np.float32(6000))},  # pyright: ignore[reportArgumentType]

@@ -4,7 +4,7 @@
     python benchmarks/ledger.py resnet18   the same with ResNet-18, 2 clients of 32 examples
     python benchmarks/ledger.py digits     `fedjaxprune run` as it is by default: an MLP on digits
 
-`host` is `Algorithm.num_bits`; in a revision round it also counts new masks, which is `host, new
+`host` is `ledger.account`; in a revision round it also counts new masks, which is `host, new
 masks`. `arithmetic` is `round_costs.of_round`. `device` is what the round computes for the ledger
 alone (it is part of the round). Times are of the processor, of all threads for a round, so that
 other people's work does not count; on `digits` a round has all that the command does.
@@ -30,7 +30,7 @@ from fedjaxprune.experiment.run import launch, round_costs
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import feddip
 from fedjaxprune.models import zoo
-from fedjaxprune.rounds import simulation, training
+from fedjaxprune.rounds import protocol, simulation
 
 ROUNDS = 12
 DIGITS_ROUNDS, BLOCK = 800, 10
@@ -47,7 +47,7 @@ def build(network):
         "inputs": rng.standard_normal((clients * size, *shape), np.float32),
         "labels": rng.integers(0, 10, clients * size).astype(np.int32),
     }
-    setup = training.Protocol(
+    setup = protocol.Protocol(
         num_rounds=ROUNDS,
         batcher=batching.epochs(num_epochs=1, batch_size=32, preprocess=lambda key, inputs: inputs),
         optimizer=optax.sgd(0.01),
@@ -117,17 +117,13 @@ def digits():
 
         return switched_fn
 
-    def built(config, **options):
-        parts = build(config, **options)
-        count = switched("host", of_this_thread(parts.algorithm.num_bits, host))
+    count = switched("host", of_this_thread(ledger.account, host))
 
-        def num_bits(*arguments):
-            begins.append((time.perf_counter(), time.process_time()))
-            return count(*arguments)
+    def account(*arguments):
+        begins.append((time.perf_counter(), time.process_time()))
+        return count(*arguments)
 
-        return parts._replace(algorithm=parts.algorithm._replace(num_bits=num_bits))
-
-    catalog.build = built
+    ledger.account = account
     of_round = of_this_thread(round_costs.of_round, arithmetic)
     round_costs.of_round = switched("arithmetic", of_round)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +166,7 @@ def main(*, network="lenet5"):
         before = run.state
         seconds, (run, metrics) = timed(advance, key, run, population)
         metrics = jax.device_get(metrics)
-        spent, _ = timed(algorithm.num_bits, metrics, run.state)
+        spent, _ = timed(ledger.account, metrics, run.state, algorithm)
         at_once, _ = timed(round_costs.of_round, profile, metrics)
         if index > 0:
             arithmetic.append(at_once)

@@ -18,7 +18,7 @@ from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
 from fedjaxprune.rounds import simulation
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import Protocol
 
 MODELS = {
     "lenet5": lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10),

@@ -74,7 +74,7 @@ def _rounds(
 
     def contender(population):
         def keep_accounts(metrics):
-            algorithm.num_bits(jax.device_get(metrics), shapes)
+            ledger.account(jax.device_get(metrics), shapes, algorithm)
 
         run, metrics = play(key, start, population)  # later rounds have masks, residuals, states
         keep_accounts(metrics)  # which compiles a little the first time
@@ -110,7 +110,7 @@ def _setup(mesh: Any, *, num_epochs: int = 1, **changes: Any) -> Any:
     import optax
 
     from fedjaxprune.data import batching, transforms
-    from fedjaxprune.rounds.training import Protocol
+    from fedjaxprune.rounds.protocol import Protocol
 
     epochs = batching.epochs(
         num_epochs=num_epochs, batch_size=BATCH_SIZE, preprocess=transforms.scale(max_value=255.0)

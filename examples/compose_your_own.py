@@ -14,13 +14,13 @@ from fedjaxprune.data import batching, datasets, partitions, transforms
 from fedjaxprune.federated import local_training, sampling, server_optimizers
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, pruners, schedules, scores
-from fedjaxprune.rounds import simulation, training
+from fedjaxprune.rounds import protocol, simulation, training
 
 
 def build(model, *, num_rounds, sparsity, prepare):
     """Put the method together from parts of the two wings."""
     revision = schedules.every(5, start=5, until=3 * num_rounds // 4)
-    setup = training.Protocol(
+    setup = protocol.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=2, batch_size=16, preprocess=prepare),
         optimizer=optax.sgd(0.3),
@@ -35,7 +35,7 @@ def build(model, *, num_rounds, sparsity, prepare):
         pruners.grow_to(sparsity, score=scores.gradient, allocation=allocation.erk()),
     )
     pruner = pruners.chain(pruners.when(schedules.at(0), erk_start), pruners.when(revision, revise))
-    return training.compose(setup, client=client, pruner=pruner)
+    return training.training(setup, client=client, pruner=pruner)
 
 
 def main(*, num_rounds=60, num_clients=20, cohort_size=10, sparsity=0.9, seed=0):

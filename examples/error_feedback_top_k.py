@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import optax
 
+from fedjaxprune.costs import ledger
 from fedjaxprune.data import batching, datasets, partitions, transforms
 from fedjaxprune.federated import sampling
 from fedjaxprune.federated import uplinks as uplink
 from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
-from fedjaxprune.rounds import simulation, training
+from fedjaxprune.rounds import protocol, simulation
 
 
 def uplinks(fraction):
@@ -31,7 +32,7 @@ def train(wire, *, num_rounds, num_clients, cohort_size, seed):
     digits = datasets.load("digits")
     train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
     model = zoo.mlp(input_shape=digits.image_shape, num_classes=digits.num_classes)
-    setup = training.Protocol(
+    setup = protocol.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=1, batch_size=16, preprocess=train_prepare),
         optimizer=optax.sgd(0.1),
@@ -51,7 +52,7 @@ def train(wire, *, num_rounds, num_clients, cohort_size, seed):
     uplink_bits = 0
     for _ in range(num_rounds):
         run, record = advance(run_key, run, population)
-        uplink_bits += algorithm.num_bits(jax.device_get(record), run.state).uplink_bits
+        uplink_bits += ledger.account(jax.device_get(record), run.state, algorithm).uplink_bits
 
     inputs = test_prepare(test_key, digits.test["inputs"])
     logits = model.predict(algorithm.deployed_params(run.state), run.state.model_state, inputs)

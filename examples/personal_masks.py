@@ -15,7 +15,7 @@ from fedjaxprune.data import batching, datasets, partitions, transforms
 from fedjaxprune.federated import aggregators, local_training, sampling
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, pruners, scores
-from fedjaxprune.rounds import simulation, training
+from fedjaxprune.rounds import protocol, simulation, training
 from fedjaxprune.types import Client, PrunerInputs
 
 
@@ -41,14 +41,14 @@ def train(aggregator, *, num_rounds, num_clients, cohort_size, sparsity, seed):
     digits = datasets.load("digits")
     train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
     model = zoo.mlp(input_shape=digits.image_shape, num_classes=digits.num_classes)
-    setup = training.Protocol(
+    setup = protocol.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=3, batch_size=16, preprocess=train_prepare),
         optimizer=optax.sgd(0.3),
         aggregator=aggregator,
     )
     local = local_training.local_sgd(model.loss, batcher=setup.batcher, optimizer=setup.optimizer)
-    algorithm = training.compose(
+    algorithm = training.training(
         setup, client=with_personal_mask(local, sparsity=sparsity, seed=seed)
     )
 

@@ -1,4 +1,4 @@
-"""What the ledger is told and what it says: counts of what was sent, and bits."""
+"""What the ledger reads and what it returns: counts of what was sent, and bits."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -6,16 +6,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 # How a field of a message travels: all of it, its entries under the masks in training, pairs of
-# position and value among the entries that those masks rule out, or bits in a counted coding.
-SentAs = Literal["whole", "live", "pairs", "bits"]
+# index and value among the entries that those masks rule out (one for each entry that is not zero),
+# bits in a coding of counts, in a message of their own that comes first, or not at all.
+Send = Literal["whole", "masked", "pairs", "bits", "nothing"]
 
 
-# A report ``[C, L]`` int32 of the entries per leaf that each client trained, in stages from which
-# no delta travels.
-TRAINED = "trained"
-# Reports ``[C, T, L]`` int32, in stages in which nothing is trained: entries per leaf of the T
-# models that each client passes its examples through, forward alone, or for the gradient too.
-EVALUATED, BACKPROPAGATED = "looked", "differentiated"
+# Reports ``[C, T, L]`` int32 of stages from which no delta travels: entries per leaf of the T
+# models that each client trained, passed its examples through, or differentiated.
+TRAINED, EVALUATED, BACKPROPAGATED = "trained", "evaluated", "backpropagated"
 # A report ``[C, layers]`` float32, the same for all: how far voters agreed on each layer's filters.
 AGREEMENT = "agreement"
 # Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
@@ -28,14 +26,14 @@ class Payload(NamedTuple):
 
     Attributes:
       num_values: entries that are sent.
-      positions: how the receiver knows which: they are all that may travel (`known`), they follow
-        from the message's seed (`seed`), or their positions are `sent`.
+      indices: how the receiver knows which: they are all that may travel (`implied`), they follow
+        from the message's seed (`from_seed`), or they are sent (`explicit`).
       level_bits: bits of a quantized value; 0 for values as they are.
       num_scales: float32 numbers that say what the levels mean.
     """
 
     num_values: int
-    positions: Literal["known", "seed", "sent"] = "known"
+    indices: Literal["implied", "from_seed", "explicit"] = "implied"
     level_bits: int = 0
     num_scales: int = 0
 
@@ -46,21 +44,21 @@ class FieldLength(NamedTuple):
     ``L`` counts the leaves of the field's own tree. The default is all of it, to or from everybody.
 
     Attributes:
-      like: the tree with leaves ``[0, ...]``, their shapes and types (`trees.blank`); () for what
-        the state tells: `model_state` like the model's, `masks` the prunable leaves, anything else
-        like the parameters.
-      slots: ``[C]`` bool, to or from whom it travels; () for all.
-      known: ``[L]`` or ``[C, L]`` int32, entries under masks that the receiver knows, which alone
-        may travel; () where there are no such masks.
-      pairs: ``[L]`` or ``[C, L]`` int32, entries that travel with their positions, which are
+      template: the tree with leaves ``[0, ...]``, their shapes and types (`trees.shape_only`); ()
+        for what the state tells: `model_state` like the model's, `masks` the prunable leaves,
+        anything else like the parameters.
+      clients: ``[C]`` bool, to or from whom it travels; () for all.
+      live_counts: ``[L]`` or ``[C, L]`` int32, entries under masks that the receiver knows, which
+        alone may travel; () where there are no such masks.
+      sent_counts: ``[L]`` or ``[C, L]`` int32, entries that travel with their indices, which are
         numbered among those; a leaf without any stays away. () where all travel. Of a mask it is
         how many entries are live, and every leaf travels.
     """
 
-    like: Any = ()
-    slots: Any = ()
-    known: Any = ()
-    pairs: Any = ()
+    template: Any = ()
+    clients: Any = ()
+    live_counts: Any = ()
+    sent_counts: Any = ()
 
 
 class Sent(NamedTuple):
@@ -78,7 +76,7 @@ class Sent(NamedTuple):
         or are fields of a message.
       down: the server's messages by name, but for the masks in force.
       up: the clients' messages by name. What the field `delta` takes is the uplink's business.
-      reports: by name, ``[C, ...]`` that the simulator was told and that does not travel.
+      reports: by name, ``[C, ...]`` that the simulator is given and that does not travel.
     """
 
     round: jax.Array
@@ -95,14 +93,14 @@ class LinkBits(NamedTuple):
 
     Attributes:
       values: weights, deltas, gradients, quantized or not, with their scales.
-      positions: which weights they are, where the receiver cannot know; seeds.
+      indices: which weights they are, where the receiver cannot know; seeds.
       masks: masks.
       statistics: what is not trained (BatchNorm statistics).
       framing: names, shapes, checksums, and the client's number of examples.
     """
 
     values: int
-    positions: int
+    indices: int
     masks: int
     statistics: int
     framing: int
@@ -122,7 +120,7 @@ class ClientBits(NamedTuple):
     client_ids: tuple[int, ...]
 
 
-class ModeledBits(NamedTuple):
+class PublishedBits(NamedTuple):
     """What a published formula charges for a round, all clients together.
 
     Attributes:
@@ -143,7 +141,7 @@ class Traffic(NamedTuple):
       uplink: `uplink_bits` by kind.
       downlink: `downlink_bits` by kind.
       clients: the same by client; clients with the same bits share an entry.
-      modeled: by name, what published formulas charge instead.
+      published: by name, what published formulas charge instead.
     """
 
     uplink_bits: int
@@ -151,4 +149,4 @@ class Traffic(NamedTuple):
     uplink: LinkBits
     downlink: LinkBits
     clients: tuple[ClientBits, ...]
-    modeled: Mapping[str, ModeledBits]
+    published: Mapping[str, PublishedBits]

@@ -1,4 +1,4 @@
-"""The vocabulary: type aliases and the protocol tuples that the rest of the house speaks.
+"""The vocabulary: type aliases and the protocol tuples that the rest of the package uses.
 
 Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of the whole population,
 ``B`` batch, ``L`` leaves of the parameters. A tuple of functions is a component (what optax calls a
@@ -6,11 +6,12 @@ transformation); a tuple of arrays is state or data. No component keeps anything
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import jax
 
-from fedjaxprune.traffic import Payload, Sent, Traffic
+from fedjaxprune.traffic import Payload, PublishedBits, Send, Sent
 
 Key = jax.Array  # a typed key, as jax.random.key makes it
 Params = Any  # tree of float arrays
@@ -125,7 +126,7 @@ class Broadcast(NamedTuple):
       masks: the masks to train under.
       model_state: what is not trained (BatchNorm statistics).
       round: ``[]`` int32.
-      drift: what the server tells every client against drift (control variates), or ``()``.
+      correction_state: the server's part of the correction (`RoundState.correction`), or ``()``.
       correction: added to the gradient of every local step, or ``()``; the tree of the parameters.
     """
 
@@ -133,7 +134,7 @@ class Broadcast(NamedTuple):
     masks: Masks
     model_state: State
     round: jax.Array
-    drift: State = ()
+    correction_state: State = ()
     correction: Params = ()
 
 
@@ -207,6 +208,42 @@ class CohortAggregator(NamedTuple):
     reduce: Callable[[Any, Masks | None, jax.Array], Any]
 
 
+class FieldSpec(NamedTuple):
+    """How one field of the clients' messages travels, and what becomes of it.
+
+    Attributes:
+      aggregate: joins the clients' values. None takes the protocol's for `delta`, the sum for
+        `metrics`, each client's value of what is sent as ``"nothing"`` (a report ``[C, ...]`` for
+        the simulator), else the weighted mean.
+      send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
+      read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta
+        as it arrives, instead of a field that clients send: the pruner sees it as
+        ``inputs.statistics``. It follows from what travels, and is charged nothing.
+    """
+
+    aggregate: Aggregator | CohortAggregator | None = None
+    send: Send = "whole"
+    read: Callable[[Delta, Broadcast], Params] | None = None
+
+
+class Correction(NamedTuple):
+    """A correction of client drift that goes around any local client, under any masks.
+
+    Attributes:
+      init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
+        client receives, with the model, the entries that it trains.
+      wrap: ``client -> client``; the result sees that part as ``broadcast.correction_state``.
+      update: ``(aggregated fields, state, population) -> (delta, state)`` at the server; a round in
+        which nobody was heard must leave the state as it was.
+      fields: of the wrapped client's message.
+    """
+
+    init: Callable[[Params], State]
+    wrap: Callable[[Client], Client]
+    update: Callable[[Mapping[str, Any], State, Population], tuple[Delta, State]]
+    fields: Mapping[str, FieldSpec]
+
+
 class PrunerInputs(NamedTuple):
     """What a pruner may look at.
 
@@ -214,13 +251,13 @@ class PrunerInputs(NamedTuple):
       params: parameters to be ranked.
       grads: mean dense gradient over the cohort, or None if the clients report none.
       round: ``[]`` int32.
-      evidence: what else is known of every weight, by name: trees of the parameters; or ().
+      statistics: trees of the parameters, by name, that the server read (`FieldSpec.read`); or ().
     """
 
     params: Params
     grads: Params | None
     round: jax.Array
-    evidence: Any = ()
+    statistics: Any = ()
 
 
 class Pruner(NamedTuple):
@@ -257,38 +294,38 @@ class RoundState(NamedTuple):
       round: ``[]`` int32, rounds completed.
       params: global parameters.
       masks: masks in force.
-      mask_version: ``[]`` int32, 0 for the all-True masks of the start; grows by one whenever the
-        masks change, so that it can be told who holds which.
+      masks_id: ``[]`` int32, 0 for the all-True masks of the start; grows whenever the masks
+        change, so that it can be told who holds them.
       model_state: what is not trained.
       server: state of the server's optimizer.
       pruner: state of the pruner.
-      drift: the server's part of a remedy against client drift (control variates), or ``()``.
+      correction: the server's part of a correction of client drift (control variates), or ``()``.
       method: what the method's stages hand on to one another (candidates), or ``()``.
     """
 
     round: jax.Array
     params: Params
     masks: Masks
-    mask_version: jax.Array
+    masks_id: jax.Array
     model_state: State
     server: State
     pruner: State
-    drift: State = ()
+    correction: State = ()
     method: State = ()
 
 
 class ClientState(NamedTuple):
-    """What the simulator keeps for one client between rounds.
+    """What the simulator keeps for one client.
 
     Attributes:
       client: the client's own state.
       uplink: the uplink's state (a residual, for instance).
-      mask_version: ``[]`` int32, the version of the masks that the client received last.
+      masks_held: ``[]`` int32, `masks_id` of the masks that it received last.
     """
 
     client: State
     uplink: State
-    mask_version: jax.Array
+    masks_held: jax.Array
 
 
 class RoundMetrics(NamedTuple):
@@ -296,31 +333,35 @@ class RoundMetrics(NamedTuple):
 
     Attributes:
       train: merged accumulators of the clients' training metrics (at least ``loss``).
-      kept: ``[L]`` int32, live entries per leaf after the round.
+      num_live: ``[L]`` int32, live entries per leaf after the round.
       num_changed: ``[]`` int32, mask entries that the round flipped.
-      num_downloaded: ``[L]`` int32, entries per leaf that one client received; ``[C, T, L]`` in
-        stages that do not train, where clients differ and may receive several models.
+      num_downloaded: ``[C, T, L]`` int32, entries per leaf of the models that each client received;
+        ``T`` is 1 in training.
       num_uploaded: ``[C, L]`` int32, entries per leaf that each client could send; only rows of
         present clients mean anything.
       participated: ``[C]`` bool, who took part.
       num_participating: ``[]`` int32, clients that took part.
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
-      num_masks_sent: ``[]`` int32, masks that clients which took part had to be sent.
-      num_personal_masks: ``[]`` int32, clients that sent masks of their own.
       sent: the messages, as the ledger needs them.
     """
 
     train: Metrics
-    kept: jax.Array
+    num_live: jax.Array
     num_changed: jax.Array
     num_downloaded: jax.Array
     num_uploaded: jax.Array
     participated: jax.Array
     num_participating: jax.Array
     num_rejected: jax.Array
-    num_masks_sent: jax.Array
-    num_personal_masks: jax.Array
     sent: Sent
+
+
+_RoundResult = tuple[RoundState, ClientState, RoundMetrics]
+RoundFn = Callable[[Key, RoundState, Cohort, Population], _RoundResult]
+FormulaFn = Callable[[RoundMetrics, RoundState], PublishedBits]  # on the host, of shapes of a state
+# Who is asked in a stage's rounds: a new sample in each (as the run samples), one and the same
+# sample in all, every client, or a sample of so many clients.
+CohortRule = Literal["sampled", "same", "everyone"] | int
 
 
 class Stage(NamedTuple):
@@ -331,13 +372,13 @@ class Stage(NamedTuple):
       num_rounds: how many.
       round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, one pure
         function, traced once.
+      cohort: who is asked.
     """
 
     name: str
     num_rounds: int
-    round: Callable[
-        [Key, RoundState, Cohort, Population], tuple[RoundState, ClientState, RoundMetrics]
-    ]
+    round: RoundFn
+    cohort: CohortRule = "sampled"
 
 
 class Algorithm(NamedTuple):
@@ -345,16 +386,21 @@ class Algorithm(NamedTuple):
 
     Attributes:
       init: ``(params, model_state) -> RoundState``.
-      init_client: ``params -> ClientRow`` of a client that has never taken part.
+      init_client: ``params -> ClientState`` of a client that has never taken part.
       stages: in order; they share one `RoundState`.
       deployed_params: ``state -> params`` to be evaluated and shipped; pruned entries are exact
         zeros.
-      num_bits: ``(metrics, state) -> Traffic`` on the host, in Python integers; of the state only
-        the shapes are read.
+      prunable: the leaves whose masks travel and whose sparsity is on record.
+      payload: of the uplink, from which the ledger knows the length of a delta; hashable.
+      published: by name, what papers charge for a round, beside what is measured.
+      diagnostics: ``metrics -> dict`` on the host, what the method itself puts on record.
     """
 
     init: Callable[[Params, State], RoundState]
     init_client: Callable[[Params], ClientState]
     stages: tuple[Stage, ...]
     deployed_params: Callable[[RoundState], Params]
-    num_bits: Callable[[RoundMetrics, RoundState], Traffic]
+    prunable: PrunableFn
+    payload: Callable[[int], Payload]
+    published: Mapping[str, FormulaFn] = MappingProxyType({})
+    diagnostics: Callable[[RoundMetrics], dict[str, Any]] = lambda metrics: {}

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-from fedjaxprune.costs import flops
+from fedjaxprune.costs import flops, ledger
 from fedjaxprune.experiment.run import evaluation, round_costs
 from fedjaxprune.federated import (
     aggregators,
@@ -28,7 +28,7 @@ from fedjaxprune.methods import adaptive_dynamic_pruning as adp
 from fedjaxprune.methods import fedavg, feddp_threshold
 from fedjaxprune.models import adapters, gated, layers, resnet, vgg
 from fedjaxprune.models import gates as gating
-from fedjaxprune.rounds import simulation, training
+from fedjaxprune.rounds import protocol, simulation
 from fedjaxprune.types import Broadcast, Population, client_data
 from tests import quadratic, resuming
 
@@ -68,7 +68,7 @@ PEOPLE = population()
 
 def setup(num_rounds=2, **changes):
     batcher = quadratic.full_batches(2, max_size=max(SIZES))
-    return training.Protocol(num_rounds, batcher, OPTIMIZER)._replace(**changes)
+    return protocol.Protocol(num_rounds, batcher, OPTIMIZER)._replace(**changes)
 
 
 def play(algorithm, model=GATED, num_rounds=2):
@@ -232,7 +232,9 @@ def test_readers_are_kernels_with_one_gated_maker():
 def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
     algorithm, now, history = played()
     (bits,) = [dict(told.sent.up[gated_updates.SALIENT]) for told in history[:1]]
-    np.testing.assert_array_equal(bits[gated_updates.SALIENT].pairs, [[2, 3]] * 3)  # round(rho C)
+    np.testing.assert_array_equal(
+        bits[gated_updates.SALIENT].sent_counts, [[2, 3]] * 3
+    )  # round(rho C)
     by_path = dict(zip(trees.paths(now.state.params), history[0].num_uploaded.T, strict=True))
     expected = {
         "conv_1/conv/kernel": 9 * 3 * 2,  # the image's channels are not gated
@@ -254,13 +256,13 @@ def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
     values = sum(expected.values())
     statistics = 2 * (2 + 3) + 1  # means, variances, and the density
     all_statistics = 2 * sum(WIDTHS) + 1
-    charged = algorithm.num_bits(history[0], now.state)
+    charged = ledger.account(history[0], now.state, algorithm)
     assert charged.uplink.values == 3 * 32 * values
     assert charged.uplink.statistics == 3 * 32 * statistics
-    assert charged.uplink.positions == 3 * 2 * 8  # a bit a channel; each layer fills a byte
-    assert charged.modeled[adp.NAME].uplink == 3 * (32 * (values + statistics) + sum(WIDTHS))
+    assert charged.uplink.indices == 3 * 2 * 8  # a bit a channel; each layer fills a byte
+    assert charged.published[adp.NAME].uplink == 3 * (32 * (values + statistics) + sum(WIDTHS))
     everything = sum(trees.sizes(now.state.params)) + all_statistics
-    assert charged.modeled[adp.NAME].downlink == 3 * 32 * everything
+    assert charged.published[adp.NAME].downlink == 3 * 32 * everything
 
 
 def test_the_most_kept_are_counted_over_the_round():
@@ -311,7 +313,7 @@ def test_absent_entries_count_as_no_change_or_for_nobody():
         order=jnp.arange(8, dtype=jnp.int32),
         offsets=jnp.array([0, 4, 8], jnp.int32),
     )
-    shared = training.Protocol(1, quadratic.full_batches(1), optax.sgd(0.5))
+    shared = protocol.Protocol(1, quadratic.full_batches(1), optax.sgd(0.5))
     zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
     found = {}
     for name, rule in (("mean", None), ("holders", aggregators.holder_mean())):
@@ -362,7 +364,7 @@ def test_the_density_follows_its_schedule_and_waits_where_nobody_is_heard():
 
 
 def setup_of_points(**changes):
-    return training.Protocol(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
+    return protocol.Protocol(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
 
 
 def test_personal_gates_stay_at_home():
@@ -380,7 +382,7 @@ def test_personal_gates_stay_at_home():
         assert all(np.any(np.asarray(row - begun)) for row in leaf)  # each client has its own
         assert np.any(np.asarray(leaf[0] - leaf[1]))
     counts = zip(
-        history[0].num_uploaded.T, history[0].num_downloaded, trees.sizes(start), strict=True
+        history[0].num_uploaded.T, history[0].num_downloaded[0, 0], trees.sizes(start), strict=True
     )
     for (up, down, size), flag in zip(counts, flags, strict=True):
         assert down == (0 if flag else size)
@@ -505,7 +507,7 @@ def test_small_weights_become_zero_after_each_epoch_and_may_return():
     zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
     algorithm = feddp_threshold.feddp_threshold(
         quadratic.MODEL,
-        training.Protocol(1, quadratic.full_batches(4), optax.sgd(0.5)),
+        protocol.Protocol(1, quadratic.full_batches(4), optax.sgd(0.5)),
         num_epochs=2,
         threshold=0.9,
         prunable=lambda path, leaf: path == "dense/kernel",
@@ -524,7 +526,7 @@ def test_small_weights_become_zero_after_each_epoch_and_may_return():
     assert 0 < np.sum(after == 0) < np.sum(0.75 * points <= 0.9) + 1
     share = told.train[feddp_threshold.SPARSITY]
     assert float(metrics.value(share)) == pytest.approx(np.mean(after == 0))
-    assert told.kept.tolist()[trees.paths(zero).index("dense/kernel")] == np.sum(after != 0)
+    assert told.num_live.tolist()[trees.paths(zero).index("dense/kernel")] == np.sum(after != 0)
 
 
 def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_fedavg():

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
+from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.folder import checkpoints
 from fedjaxprune.experiment.run import build as catalog
 from fedjaxprune.federated import (
@@ -36,7 +37,7 @@ from fedjaxprune.methods import (
 )
 from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
 from fedjaxprune.pruning.structured import voting
-from fedjaxprune.rounds import reporting, training
+from fedjaxprune.rounds import protocol, server_work, training
 from fedjaxprune.structure.channels.groups import Group, Member
 from fedjaxprune.types import ClientData
 from tests import quadratic
@@ -48,7 +49,7 @@ STATE = {"steps": jnp.float32(0.0), **quadratic.NORMALIZED_STATE, **quadratic.GA
 
 
 def setup(**changes):
-    base = training.Protocol(
+    base = protocol.Protocol(
         num_rounds=ROUNDS, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -74,13 +75,13 @@ def dynamic_sparse(s):
     client = local_training.local_sgd(
         quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer, report_grads=due
     )
-    return training.compose(s, client=client, pruner=pruners.when(due, revise))
+    return training.training(s, client=client, pruner=pruners.when(due, revise))
 
 
 def tiny(**options):
     settings = {
         "density": 0.4,
-        "source": reporting.server_examples([0, 1, 2]),
+        "source": server_work.server_examples([0, 1, 2]),
         "pretraining": quadratic.full_batches(1),
         "development": quadratic.full_batches(1),
         "blocks": drop_and_grow.consecutive(["dense/kernel", "head/kernel"], num_blocks=2),
@@ -158,9 +159,9 @@ ALGORITHMS = {
     "scaffold": lambda s: scaffold.scaffold(quadratic.MODEL, s),
     "fednova": lambda s: fednova.fednova(quadratic.MODEL, s),
     "feddip": dip(),
-    "feddip_scaffold": lambda s: dip()(s._replace(drift=scaffold.control_variates())),
+    "feddip_scaffold": lambda s: dip()(s._replace(correction=scaffold.control_variates())),
     "dynamic_sparse_scaffold": lambda s: dynamic_sparse(
-        s._replace(drift=scaffold.control_variates())
+        s._replace(correction=scaffold.control_variates())
     ),
     "feddip_regrow": dip(mode="regrow"),
     "feddip_dense": dip(mode="dense"),
@@ -172,7 +173,7 @@ ALGORITHMS = {
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=reporting.server_examples([0, 1, 2]),
+        source=server_work.server_examples([0, 1, 2]),
         pretraining=quadratic.full_batches(1),
         weights="trained",
     ),
@@ -180,16 +181,16 @@ ALGORITHMS = {
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=reporting.examples_of(2),
+        source=server_work.examples_of(2),
         pretraining=quadratic.full_batches(1),
         weights="initial",
-        guests=(2,),
+        working_clients=(2,),
     ),
     "pooled_masks": lambda s: fixed_masks.magnitude_masks(
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=reporting.all_examples(),
+        source=server_work.all_examples(),
         pretraining=quadratic.full_batches(1, max_size=28),
         weights="initial",
     ),
@@ -197,7 +198,7 @@ ALGORITHMS = {
         quadratic.MODEL,
         s,
         sparsity=0.5,
-        source=reporting.all_examples(),
+        source=server_work.all_examples(),
         batcher=quadratic.full_batches(1),
         num_steps=2,
     ),
@@ -209,7 +210,7 @@ ALGORITHMS = {
     ),
     "fedtiny": tiny(),
     "fedtiny_fednova": lambda s: tiny()(
-        s._replace(drift=fednova.normalized_averaging(batcher=s.batcher))
+        s._replace(correction=fednova.normalized_averaging(batcher=s.batcher))
     ),
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
@@ -367,7 +368,7 @@ def charged(algorithm, metrics, state):
     """Say what each client is charged, by its id: bits up and down."""
     return {
         client: (entry.uplink_bits, entry.downlink_bits)
-        for entry in algorithm.num_bits(metrics, state).clients
+        for entry in ledger.account(metrics, state, algorithm).clients
         for client in entry.client_ids
     }
 
@@ -478,8 +479,8 @@ def assert_as_much_is_live_as_is_specified(name, algorithm, played):
         live = state.masks
         if name == "feddp_threshold":  # which has no masks
             live = jax.tree.map(lambda leaf: leaf != 0, state.params)
-        np.testing.assert_array_equal(metrics.kept, masks.num_kept(live))
-        kept = int(np.asarray(metrics.kept)[kernels].sum())
+        np.testing.assert_array_equal(metrics.num_live, masks.num_kept(live))
+        kept = int(np.asarray(metrics.num_live)[kernels].sum())
         if name in BY_FILTER:
             first, second = (int(np.sum(bits)) for bits in state.method.keep)
             assert min(first, second) > 0
@@ -561,9 +562,9 @@ def assert_absent_clients_change_nothing(algorithm, run, played):
 def charged_for(ids, present, algorithm, step):
     """Say what goes up in all, and what those who are present are charged."""
     state, _, metrics = step
-    traffic, to = algorithm.num_bits(metrics, state), charged(algorithm, metrics, state)
+    traffic, to = ledger.account(metrics, state, algorithm), charged(algorithm, metrics, state)
     here = {i: to.get(i) for i, is_here in zip(ids, present, strict=True) if is_here}
-    modeled = {name: bits.uplink for name, bits in traffic.modeled.items()}
+    modeled = {name: bits.uplink for name, bits in traffic.published.items()}
     return traffic.uplink_bits, traffic.uplink, modeled, here
 
 
@@ -594,7 +595,7 @@ def test_a_round_without_anybody_moves_nothing(name, server):
         chex.assert_trees_all_equal(after._replace(round=before.round), before)
         chex.assert_trees_all_equal(rows_after, rows)
         assert metrics.num_participating == 0
-        traffic = algorithm.num_bits(metrics, after)
+        traffic = ledger.account(metrics, after, algorithm)
         assert traffic.uplink_bits == 0
         if traffic.clients:  # else nothing had to travel to anybody
             lost = charged(algorithm, metrics, after)
@@ -636,7 +637,11 @@ def test_two_devices_give_the_result_of_one(name):
     def play(mesh):
         algorithm = ALGORITHMS[name](setup(mesh=mesh))
         states, rows, history = simulate(algorithm, some, num_rounds=3)
-        return states[-1], rows, [algorithm.num_bits(metrics, states[-1]) for metrics in history]
+        return (
+            states[-1],
+            rows,
+            [ledger.account(metrics, states[-1], algorithm) for metrics in history],
+        )
 
     state, rows, charged = play(cohort.make_mesh(devices=jax.devices()[:2]))
     alone, alone_rows, alone_charged = play(None)
@@ -710,7 +715,7 @@ def test_personal_masks_are_averaged_over_their_holders():
         message, state = inner.update(key, broadcast._replace(masks=mine), state, data)
         return message._replace(fields={**message.fields, "masks": mine}), state
 
-    algorithm = training.compose(
+    algorithm = training.training(
         setup(aggregator=aggregators.holder_mean()), client=inner._replace(update=update)
     )
     state, _, metrics = jax.jit(algorithm.stages[0].round)(
@@ -728,7 +733,7 @@ def test_personal_masks_are_averaged_over_their_holders():
     expected = start + np.where(even, stepped(0, even), stepped(2, ~even))
     np.testing.assert_allclose(quadratic.flatten(state.params), expected, rtol=1e-4, atol=1e-6)
     assert np.asarray(metrics.num_uploaded).sum() == quadratic.NUM_WEIGHTS
-    charged = algorithm.num_bits(metrics, state).uplink
+    charged = ledger.account(metrics, state, algorithm).uplink
     assert charged.values == 32 * quadratic.NUM_WEIGHTS
     assert charged.masks == 2 * quadratic.NUM_PRUNABLE
 
@@ -749,7 +754,7 @@ def test_dropping_and_growing_keep_the_sparsity():
     _, _, history = simulate(algorithm, some, run=run)
     kernels = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
     for metrics in history:
-        assert np.asarray(metrics.kept)[kernels].sum() == 32 - round(0.6 * 32)
+        assert np.asarray(metrics.num_live)[kernels].sum() == 32 - round(0.6 * 32)
     assert sum(int(metrics.num_changed) for metrics in history[1:]) > 0
 
 
@@ -768,7 +773,7 @@ def test_finite_messages_that_overflow_move_nothing_and_are_counted():
         huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), message.fields["delta"])
         return message._replace(fields={**message.fields, "delta": huge}), state
 
-    algorithm = training.compose(
+    algorithm = training.training(
         setup(), client=local_training.Client(init=lambda params: (), update=update)
     )
     states, _, history = simulate(algorithm, lambda r: ([0, 1, 2], None), num_rounds=1)

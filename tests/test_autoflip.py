@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-from fedjaxprune.costs import flop_formulas, flops, storage_models
+from fedjaxprune.costs import flop_formulas, flops, ledger, storage_models
 from fedjaxprune.experiment import cohorts
 from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.run import build, round_costs
@@ -20,7 +20,7 @@ from fedjaxprune.methods import autoflip
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, movement
 from fedjaxprune.pruning.structured import channel_pruning
-from fedjaxprune.rounds import training
+from fedjaxprune.rounds import protocol
 from fedjaxprune.structure.channels import groups as channel_groups
 from fedjaxprune.structure.channels.groups import Group, Member
 from fedjaxprune.types import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
@@ -36,7 +36,7 @@ EPOCHS = 5
 
 
 def setup(num_rounds=6, **changes):
-    base = training.Protocol(
+    base = protocol.Protocol(
         num_rounds=num_rounds, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -218,7 +218,7 @@ def test_the_mask_keeps_what_the_explorers_had_to_move_most():
     for state in states[2:]:
         chex.assert_trees_all_equal(state.masks, states[1].masks)
         assert not np.any(kernels(state.params)[~kept])
-    assert [int(np.sum(m.kept)) - 6 for m in history] == [22] * 5  # 1 - T_p of 32, exactly
+    assert [int(np.sum(m.num_live)) - 6 for m in history] == [22] * 5  # 1 - T_p of 32, exactly
     assert history[0].train["epochs"].total == 6 * EPOCHS
     assert history[0].train["loss"].weight == float(SIZES.sum() * EPOCHS)
 
@@ -243,7 +243,7 @@ def test_the_control_starts_from_the_mean_of_the_explored_models_without_a_mask(
     np.testing.assert_allclose(quadratic.flatten(state.params), mean, rtol=1e-4, atol=1e-6)
     assert state.model_state["steps"] == 1.0 + EPOCHS
     assert jax.tree.all(jax.tree.map(jnp.all, state.masks))
-    charged = algorithm.num_bits(found, state)
+    charged = ledger.account(found, state, algorithm)
     assert charged.uplink.values == 6 * 32 * quadratic.NUM_WEIGHTS
     assert charged.uplink.statistics == charged.downlink.statistics == 6 * 32
 
@@ -254,13 +254,13 @@ def test_an_exploration_that_nobody_answers_leaves_everything_as_it_was():
     nobody = quadratic.cohort(algorithm, range(6), [False] * 6)
     after, _, found = rounds[0](KEY, state, nobody, PEOPLE)
     chex.assert_trees_all_equal(after._replace(round=state.round), state)
-    assert algorithm.num_bits(found, after).uplink_bits == 0
+    assert ledger.account(found, after, algorithm).uplink_bits == 0
 
 
 def inputs(deviations, agreement=None):
-    evidence = {"deviations": deviations}
-    evidence |= {} if agreement is None else {"agreement": agreement}
-    return PrunerInputs(params=deviations, grads=None, round=jnp.int32(0), evidence=evidence)
+    statistics = {"deviations": deviations}
+    statistics |= {} if agreement is None else {"agreement": agreement}
+    return PrunerInputs(params=deviations, grads=None, round=jnp.int32(0), statistics=statistics)
 
 
 def kept_by(pruner, deviations, agreement=None, live=None, state=None):
@@ -408,10 +408,10 @@ def test_a_refresh_takes_what_the_uploads_say_anyway():
     guide = np.where(live, np.concatenate(fresh) * agreed, kernels(before.pruner))
     np.testing.assert_allclose(kernels(after.pruner), guide, rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(kernels(after.masks), best(guide, 22))
-    assert [int(np.sum(m.kept)) - 6 for m in history] == [22] * 5
+    assert [int(np.sum(m.num_live)) - 6 for m in history] == [22] * 5
     # It costs nothing beside the new mask.
-    revised = algorithm.num_bits(history[2], after)
-    usual = algorithm.num_bits(history[1], states[2])
+    revised = ledger.account(history[2], after, algorithm)
+    usual = ledger.account(history[1], states[2], algorithm)
     assert revised.uplink == usual.uplink
 
 
@@ -521,7 +521,7 @@ def test_the_servers_momentum_is_the_published_one():
 
 def test_exploration_is_in_every_total():
     algorithm, states, history = play()
-    charged = [algorithm.num_bits(m, s) for m, s in zip(history, states[1:], strict=True)]
+    charged = [ledger.account(m, s, algorithm) for m, s in zip(history, states[1:], strict=True)]
     dense, live = 32 * quadratic.NUM_WEIGHTS, 32 * (22 + 6)
     assert charged[0].uplink._replace(framing=0) == (6 * dense, 0, 0, 0, 0)
     assert charged[0].downlink._replace(framing=0) == (6 * dense, 0, 0, 0, 0)
@@ -529,7 +529,7 @@ def test_exploration_is_in_every_total():
         assert traffic.uplink.values == traffic.downlink.values == 6 * live
     assert [t.downlink.masks > 0 for t in charged] == [False, True, False, False, False]  # once
     # As the specification charges: one dense model each way, the mask at a bit a weight once.
-    found = [t.modeled["values_and_bitmaps"] for t in charged]
+    found = [t.published["values_and_bitmaps"] for t in charged]
     assert found[0] == (6 * dense, 6 * dense)
     assert found[1] == (6 * live, 6 * (live + quadratic.NUM_PRUNABLE))
     assert found[2] == (6 * live, 6 * live)
@@ -619,7 +619,7 @@ def test_wrong_explorers_are_refused():
         with pytest.raises(ValueError, match=sentence):
             explorer(**options)
     empty = PrunerInputs(params=SPREAD, grads=None, round=jnp.int32(0))
-    with pytest.raises(ValueError, match="evidence lacks deviations"):
+    with pytest.raises(ValueError, match="statistics lacks deviations"):
         movement.by_movement(0.5).update(KEY, masks.full(SPREAD), SPREAD, empty)
 
 

@@ -13,7 +13,8 @@ from fedjaxprune.costs import coverage
 from fedjaxprune.federated import aggregators, local_training, sampling
 from fedjaxprune.pruning import allocation, pruners, schedules, scores
 from fedjaxprune.rounds import simulation
-from fedjaxprune.rounds.training import Protocol, compose
+from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.rounds.training import training
 from tests import quadratic
 
 KEY = jax.random.key(0)
@@ -107,7 +108,7 @@ def test_a_tracked_round_is_the_round_and_counts():
         initial_sparsity=0.0, final_sparsity=0.8, begin_round=0, end_round=3
     )
     setup = Protocol(num_rounds=4, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1))
-    algorithm = compose(
+    algorithm = training(
         setup,
         client=local_training.local_sgd(
             quadratic.MODEL.loss, batcher=setup.batcher, optimizer=setup.optimizer

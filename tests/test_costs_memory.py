@@ -14,7 +14,7 @@ from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
 from fedjaxprune.rounds import simulation
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Batch, Population
 

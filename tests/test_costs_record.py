@@ -28,15 +28,16 @@ def profile(model=MODEL, warn=print):
     )
 
 
-def a_round(kept, rows, present, num_examples, num_changed=0, **reports):
+def a_round(kept, rows, present, num_examples, num_changed=0, trains=True, **reports):
     """Make what a round reports, as far as costs need it."""
     loss = metrics.Mean(total=jnp.float32(1.0), weight=jnp.float32(num_examples))
+    models = np.array(kept)  # [C, T, L], or [L] for the same one to everybody
     made = types.SimpleNamespace(
-        num_downloaded=np.array(kept),
+        num_downloaded=models if models.ndim == 3 else np.tile(models, (len(present), 1, 1)),
         num_uploaded=np.array(rows),
         participated=np.array(present),
         num_changed=np.int32(num_changed),
-        sent=types.SimpleNamespace(reports=reports),
+        sent=types.SimpleNamespace(reports=reports, up={"reply": {"delta": ()}} if trains else {}),
         train={"loss": loss},
     )
     return made
@@ -71,7 +72,9 @@ def test_clients_that_train_and_send_no_delta_are_charged_for_training():
     kept = [6, 12, 2, 4]
     trained = np.array([kept, kept, SIZES])
     unsent = np.zeros((3, 1, 4))  # nor did they receive a model
-    made = a_round(unsent, np.zeros((3, 4)), [True, True, False], 50, trained=trained)
+    made = a_round(
+        unsent, np.zeros((3, 4)), [True, True, False], 50, trains=False, trained=trained[:, None]
+    )
     costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
     assert costs.modeled_flops is not None
     assert costs.modeled_flops["forward"] == 2 * 50 * (12 + 4)
@@ -83,7 +86,7 @@ def test_models_that_are_only_looked_at_cost_their_forward_passes():
     unsent = np.zeros((2, 2, 4))  # a client that has the candidates already
     for name, backward in ((traffic.EVALUATED, 0), (traffic.BACKPROPAGATED, 1)):
         reports = {name: np.repeat([candidates], 2, axis=0)}
-        made = a_round(unsent, np.zeros((2, 4)), [True, True], 100)
+        made = a_round(unsent, np.zeros((2, 4)), [True, True], 100, trains=False)
         made.sent.reports = reports
         costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
         assert costs.modeled_flops == {  # each candidate sees 50 examples

@@ -8,10 +8,11 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
+from fedjaxprune.costs import ledger
 from fedjaxprune.federated import local_training, personalization
 from fedjaxprune.methods import fedavg, feddip, fednova, scaffold
 from fedjaxprune.pruning import pruners, schedules, scores
-from fedjaxprune.rounds import training
+from fedjaxprune.rounds import protocol, training
 from tests import quadratic
 
 KEY = jax.random.key(11)
@@ -25,7 +26,7 @@ def by_size(max_size=8):
 
 
 def setup(**changes):
-    base = training.Protocol(
+    base = protocol.Protocol(
         num_rounds=4, batcher=quadratic.full_batches(2), optimizer=optax.sgd(RATE)
     )
     return base._replace(**changes)
@@ -72,7 +73,7 @@ def test_scaffold_with_equal_clients_is_fedavg():
     chex.assert_trees_all_equal(corrected[0][0].params, plain[0][0].params)  # nothing known yet
     for (one, _, _), (other, _, _) in zip(corrected, plain, strict=True):
         chex.assert_trees_all_close(one.params, other.params, rtol=1e-5, atol=1e-6)
-    control = quadratic.flatten(corrected[-1][0].drift)
+    control = quadratic.flatten(corrected[-1][0].correction)
     assert np.any(np.asarray(control) != 0.0)
 
 
@@ -101,11 +102,11 @@ def test_scaffold_follows_its_formulas():
         server = server + sum(sizes[i] * (ends[i][1] - own[i]) for i in ids) / sizes.sum()
         own |= {i: ends[i][1] for i in ids}
     np.testing.assert_allclose(quadratic.flatten(second.params), here, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(quadratic.flatten(second.drift), server, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(quadratic.flatten(second.correction), server, rtol=1e-4, atol=1e-5)
     for i in (0, 3, 4):
         mine = jax.tree.map(lambda leaf, i=i: leaf[i], after.client.control)
         np.testing.assert_allclose(quadratic.flatten(mine), own[i], rtol=1e-4, atol=1e-5)
-    sent = algorithm.num_bits(metrics, second)
+    sent = ledger.account(metrics, second, algorithm)
     assert sent.uplink.values == sent.downlink.values == 2 * 2 * 32 * quadratic.NUM_WEIGHTS
 
 
@@ -119,7 +120,7 @@ def masked_methods():
         client = local_training.local_sgd(
             quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer, report_grads=due
         )
-        return training.compose(s, client=client, pruner=pruners.when(due, revise))
+        return training.training(s, client=client, pruner=pruners.when(due, revise))
 
     def dip(mode):
         return lambda s: feddip.feddip(
@@ -140,7 +141,7 @@ def masked_methods():
     ["masked", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dynamic", "regrow"))],
 )
 def test_the_servers_control_variate_is_the_mean_of_the_clients_under_any_masks(name):
-    algorithm = masked_methods()[name](setup(drift=scaffold.control_variates()))
+    algorithm = masked_methods()[name](setup(correction=scaffold.control_variates()))
     weights = np.diff(np.asarray(PEOPLE.offsets)).astype(np.float32)
     weights /= weights.sum()
     changed = 0
@@ -149,7 +150,7 @@ def test_the_servers_control_variate_is_the_mean_of_the_clients_under_any_masks(
         mean = jax.tree.map(
             lambda leaf: np.tensordot(weights, np.asarray(leaf), axes=1), rows.client.control
         )
-        chex.assert_trees_all_close(state.drift, mean, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(state.correction, mean, rtol=1e-4, atol=1e-6)
         pruned = jax.tree.map(jnp.logical_not, state.masks)
         assert not np.any(quadratic.flatten(masks.apply(pruned, state.params)))
         changed += int(metrics.num_changed)
@@ -172,21 +173,21 @@ def test_what_is_personal_is_not_corrected_and_its_gradients_stay_at_home():
         client = local_training.local_sgd(
             quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer
         )
-        travel = training.masks_in_force()._replace(send=travelling, receive=travelling)
-        return training.compose(
-            s, client=personalization.keep_own(client, is_own=is_own), travel=travel
+        masking = protocol.Masking(upload=travelling, download=travelling)
+        return training.training(
+            s, client=personalization.keep_own(client, is_own=is_own), masking=masking
         )
 
-    corrected = play(make(setup(drift=scaffold.control_variates())), DROPPING)
+    corrected = play(make(setup(correction=scaffold.control_variates())), DROPPING)
     plain = play(make(setup()), DROPPING)
     state, rows, metrics = corrected[-1]
     np.testing.assert_array_equal(rows.client.inner.own[0], plain[-1][1].client.own[0])
-    for control in (state.drift, rows.client.control):
+    for control in (state.correction, rows.client.control):
         assert not np.any(control["head"]["bias"])
         assert np.any(control["head"]["kernel"])
     place = trees.paths(state.params).index("head/bias")
-    assert metrics.sent.up["reply"]["control"].known[place] == 0
-    assert metrics.sent.down["broadcast"]["drift"].known[place] == 0
+    assert metrics.sent.up["reply"]["control"].live_counts[place] == 0
+    assert metrics.sent.down["broadcast"]["drift"].live_counts[place] == 0
 
 
 def test_fednova_with_equal_numbers_of_steps_is_fedavg():
@@ -230,7 +231,7 @@ def test_a_client_without_examples_changes_nothing():
         scaffold.control_variates(),
         fednova.normalized_averaging(batcher=by_size(), momentum=0.5),
     ):
-        algorithm = fedavg.fedavg(quadratic.MODEL, setup(batcher=by_size(), drift=drift))
+        algorithm = fedavg.fedavg(quadratic.MODEL, setup(batcher=by_size(), correction=drift))
         with_it = play(algorithm, [([0, 1], None)] * 2, people, 3)[-1]
         without = play(algorithm, [([0, 1], [True, False])] * 2, people, 3)[-1]
         chex.assert_trees_all_equal(with_it[0], without[0])

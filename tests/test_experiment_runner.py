@@ -20,7 +20,7 @@ from fedjaxprune.experiment.run.evaluation import TestSet, evaluate
 from fedjaxprune.experiment.tracking import progress
 from fedjaxprune.federated import sampling
 from fedjaxprune.rounds import simulation
-from fedjaxprune.traffic import LinkBits, Sent, Traffic
+from fedjaxprune.traffic import FieldLength, Payload, Sent
 from fedjaxprune.types import (
     Algorithm,
     ClientState,
@@ -66,16 +66,14 @@ def pull() -> Algorithm:
             round=jnp.int32(0),
             params=params,
             masks=masks_lib.full(params),
-            mask_version=jnp.int32(0),
+            masks_id=jnp.int32(0),
             model_state=model_state,
             server=optax.tree.zeros_like(params),
             pruner=(),
         )
 
     def init_client(params):
-        return ClientState(
-            client=optax.tree.zeros_like(params), uplink=(), mask_version=jnp.int32(0)
-        )
+        return ClientState(client=optax.tree.zeros_like(params), uplink=(), masks_held=jnp.int32(0))
 
     def round_fn(key, state, cohort, population):
         kernel = state.params["dense"]["kernel"]
@@ -99,53 +97,45 @@ def pull() -> Algorithm:
             round=state.round + 1,
             params=tree(jnp.where(mask, moved, 0.0)),
             masks=tree(mask),
-            mask_version=state.mask_version + (num_changed > 0).astype(jnp.int32),
+            masks_id=state.masks_id + (num_changed > 0).astype(jnp.int32),
             server=tree(jnp.where(mask, velocity, 0.0)),
         )
         rows = ClientState(
             client=tree(deltas),
             uplink=(),
-            mask_version=jnp.full((COHORT_SIZE,), state.mask_version),
+            masks_held=jnp.full((COHORT_SIZE,), state.masks_id),
         )
         return (
             after,
             rows,
             RoundMetrics(
                 train={"loss": metrics_lib.mean(losses, cohort.participated.astype(jnp.float32))},
-                kept=kept,
+                num_live=kept,
                 num_changed=num_changed,
-                num_downloaded=kept,
+                num_downloaded=jnp.broadcast_to(kept, (COHORT_SIZE, 1, 1)),
                 num_uploaded=jnp.repeat(kept[None], COHORT_SIZE, axis=0),
                 participated=cohort.participated,
                 num_participating=num_participating,
                 num_rejected=jnp.int32(0),
-                num_personal_masks=jnp.int32(0),
-                num_masks_sent=num_participating,
                 sent=Sent(
                     round=state.round,
                     client_ids=cohort.client_ids,
                     num_masks=cohort.participated.astype(jnp.int32),
                     packed_masks=(),
-                    down={},
-                    up={},
+                    down={"broadcast": {"params": FieldLength()}},
+                    up={"reply": {"delta": FieldLength(live_counts=kept)}},
                     reports={},
                 ),
             ),
         )
-
-    def num_bits(metrics, state):
-        del state
-        bits = 32 * int(metrics.num_participating) * int(metrics.kept[0])
-        uplink = LinkBits(values=bits, positions=0, masks=0, statistics=0, framing=0)
-        downlink = uplink._replace(masks=7)
-        return Traffic(sum(uplink), sum(downlink), uplink, downlink, clients=(), modeled={})
 
     return Algorithm(
         init=init,
         init_client=init_client,
         stages=(Stage("warm", 4, round_fn), Stage("train", NUM_ROUNDS - 4, round_fn)),
         deployed_params=lambda state: state.params,
-        num_bits=num_bits,
+        prunable=masks_lib.is_kernel,
+        payload=Payload,
     )
 
 
@@ -254,7 +244,7 @@ def test_the_record_is_valid_json_with_nulls_where_nothing_was_tested(whole):
     assert list(parsed[0]) == list(record.RoundRecord._fields)
     assert lines[-1].num_kept == WIDTH * 2 - round(lines[-1].sparsity * WIDTH * 2)
     assert [line.stage for line in lines] == ["warm"] * 4 + ["train"] * (NUM_ROUNDS - 4)
-    assert lines[0].downlink_bits == lines[0].uplink_bits + 7  # values and masks
+    assert 0 < lines[0].uplink_bits <= lines[0].downlink_bits
     assert 0 < lines[-1].num_kept < WIDTH * 2
     assert sum(COHORT_SIZE - line.num_participating for line in lines) > 0  # some dropped out
 

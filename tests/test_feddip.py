@@ -17,7 +17,7 @@ from fedjaxprune.federated import local_training
 from fedjaxprune.methods import feddip
 from fedjaxprune.models import cnns, zoo
 from fedjaxprune.pruning import pruners, schedules
-from fedjaxprune.rounds import training
+from fedjaxprune.rounds import protocol, training
 from tests import quadratic
 from tests.test_algorithms import ROUNDS, STATE, dip, setup, simulate, some
 
@@ -77,7 +77,7 @@ def test_the_number_of_live_weights_follows_the_curve_exactly(mode):
     _, _, history = simulate(dip(mode=mode)(setup()), some)
     kernels = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
     for index, metrics in enumerate(history):
-        assert np.asarray(metrics.kept)[kernels].sum() == expected_kept(index)
+        assert np.asarray(metrics.num_live)[kernels].sum() == expected_kept(index)
 
 
 @pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
@@ -132,16 +132,15 @@ def test_sending_only_live_entries_loses_nothing_in_the_published_mode():
         masked = masks.apply(mask_tree, inputs.params)
         return revise.update(key, mask_tree, state, inputs._replace(params=masked))
 
-    dense_upload = training.compose(
+    dense_upload = training.training(
         setup(),
         client=client,
         pruner=revise._replace(update=mask_then_rank),
-        travel=training.Masking(
+        masking=protocol.Masking(
             train=lambda key, state: jax.lax.cond(
                 state.round == 0, lambda: draw(key, state.params), lambda: state.masks
             ),
-            send=lambda state: masks.full(state.params),
-            server_is_dense=False,
+            upload=lambda state: masks.full(state.params),
         ),
     )
     expected = simulate(dense_upload, some)[0][-1]
@@ -158,21 +157,21 @@ def test_traffic_follows_the_closed_form():
         live = 32 if index == 0 else expected_kept(index - 1)  # round 0 is dense both ways
         values = 32 * (live + 6)  # with six biases
         new_masks = index > 0 and (index - 1) % 2 == 0  # revised at the end of rounds 0, 2, 4
-        traffic = algorithm.num_bits(metrics, state)
+        traffic = ledger.account(metrics, state, algorithm)
         assert traffic.uplink.values == traffic.downlink.values == 3 * values
-        assert traffic.uplink.positions == traffic.uplink.masks == 0
+        assert traffic.uplink.indices == traffic.uplink.masks == 0
         assert 0 <= traffic.downlink.masks <= (3 * 32 if new_masks else 0)  # a bitmap, or shorter
         assert (
             traffic.uplink.statistics
             == traffic.downlink.statistics
             == 3 * 32 * sum(trees.sizes(STATE))
         )
-        specified = traffic.modeled["values_and_bitmaps"]
+        specified = traffic.published["values_and_bitmaps"]
         assert specified.uplink == 3 * values
         assert specified.downlink == 3 * values + (3 * 32 if new_masks else 0)
         scheduled = 0.75 + (0.25 - 0.75) * (1 - index / ROUNDS) ** 3
         zeros = np.asarray(metrics.sent.reports[feddip.ZEROS]).sum() / (3 * 38)
-        code = traffic.modeled["feddip_code"]
+        code = traffic.published["feddip_code"]
         assert code.downlink == 3 * int(32 * (1 - scheduled) * 38)
         assert code.uplink == 3 * int(32 * (1 - zeros) * 38)
 
@@ -184,7 +183,7 @@ def test_dense_entries_are_charged_where_they_travel(mode):
     state = algorithm.init(quadratic.PARAMS, STATE)
     dense = 3 * 32 * quadratic.NUM_WEIGHTS
     for index, metrics in enumerate(history):
-        uplink_bits = algorithm.num_bits(metrics, state).uplink.values
+        uplink_bits = ledger.account(metrics, state, algorithm).uplink.values
         if mode == "dense" or index % 2 == 0:
             assert uplink_bits == dense
         else:
@@ -195,7 +194,7 @@ def test_masks_are_charged_to_those_who_do_not_hold_them_yet():
     algorithm = dip(period=100)(setup())  # one revision, at the end of round 0
     groups = [[0, 1], [0, 2], [1, 2], [0, 1], [2, 3]]
     _, _, history = simulate(algorithm, lambda r: (groups[r], None), num_rounds=5)
-    assert [int(m.num_masks_sent) for m in history] == [0, 2, 1, 0, 1]
+    assert [ledger.num_masks_sent(m) for m in history] == [0, 2, 1, 0, 1]
 
 
 def test_the_first_round_trains_under_one_random_erk_draw():
@@ -241,7 +240,7 @@ def round_of(index, kept, *, stale):
     sent = sent._replace(reports={feddip.ZEROS: np.zeros([5, 1], np.int64)})
     return blank(
         types.RoundMetrics,
-        num_downloaded=kept,
+        num_downloaded=np.tile(kept, (5, 1, 1)),
         num_uploaded=np.tile(kept, (5, 1)),
         participated=np.ones(5, bool),
         num_participating=5,

@@ -11,14 +11,14 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.costs import storage_models
+from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build, round_costs
 from fedjaxprune.federated import batch_norm, local_training, sampling, sparse_gradients
 from fedjaxprune.methods import fedtiny
 from fedjaxprune.models import adapters, layers, vgg, zoo
 from fedjaxprune.pruning import candidates, drop_and_grow, schedules
-from fedjaxprune.rounds import reporting, training
+from fedjaxprune.rounds import protocol, server_work, training
 from fedjaxprune.structure import reading_order
 from fedjaxprune.types import Broadcast, Message, PrunerInputs, client_data
 from tests import quadratic, resuming
@@ -30,7 +30,7 @@ SERVER = [0, 1, 2]
 
 
 def setup(num_rounds=6, **changes):
-    base = training.Protocol(
+    base = protocol.Protocol(
         num_rounds=num_rounds, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -39,7 +39,7 @@ def setup(num_rounds=6, **changes):
 def tiny(**options):
     settings = {
         "density": 0.4,
-        "source": reporting.server_examples(SERVER),
+        "source": server_work.server_examples(SERVER),
         "pretraining": quadratic.full_batches(1),
         "development": quadratic.full_batches(1),
         "blocks": drop_and_grow.consecutive(LAYERS, num_blocks=2),
@@ -291,14 +291,14 @@ def test_the_server_trains_on_its_own_examples_alone():
 def test_with_one_candidate_the_selection_leaves_the_mask():
     _, states, _ = play(pool_size=1)
     chex.assert_trees_all_equal(states[1].masks, states[3].masks)
-    assert states[3].mask_version == states[1].mask_version
+    assert states[3].masks_id == states[1].masks_id
     moved = states[3].model_state["norm"]["mean"] - states[1].model_state["norm"]["mean"]
     assert np.any(np.asarray(moved) != 0.0)
 
 
 def test_one_candidate_without_readjustment_is_fedavg_under_a_fixed_mask_to_the_bit():
     _, states, _ = play(pool_size=1, swap_fraction=0.0)
-    plain = training.compose(
+    plain = training.training(
         setup(),
         client=local_training.local_sgd(
             quadratic.NORMALIZED.loss, batcher=setup().batcher, optimizer=setup().optimizer
@@ -415,7 +415,7 @@ def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
     grew = 0
     for r in range(1, 7):
         before, after, metrics = states[start + r - 1], states[start + r], history[start + r - 1]
-        assert np.array_equal(history[start + r - 1].kept, history[start - 1].kept)
+        assert np.array_equal(history[start + r - 1].num_live, history[start - 1].num_live)
         adjusts = r % 2 == 0
         block = {2: "head", 4: "dense", 6: "head"}.get(r)
         for name in ("dense", "head"):
@@ -467,7 +467,7 @@ def test_clients_are_charged_for_looking_and_for_dense_gradients_of_the_block():
     kernels = [1, 3]
     for r in range(1, 7):
         cost = costs[2 + r]
-        dense, head = np.asarray(history[2 + r].kept)[kernels].tolist()
+        dense, head = np.asarray(history[2 + r].num_live)[kernels].tolist()
         further = {2: 8 - head, 4: 24 - dense}.get(r, 0)  # in round 6 nothing is left to exchange
         assert cost["forward"] == 2 * 56 * (dense + head)  # two local steps
         assert cost["weight_gradient"] == cost["forward"] + 2 * 28 * further  # of which one looks
@@ -488,7 +488,7 @@ def _place(name):
 
 def test_every_message_is_counted():
     algorithm, states, history = play()
-    traffic = [algorithm.num_bits(m, s) for m, s in zip(history, states[1:], strict=True)]
+    traffic = [ledger.account(m, s, algorithm) for m, s in zip(history, states[1:], strict=True)]
     counts = np.asarray(states[1].method.counts)
     num_statistics, biases = 2 * quadratic.NUM_WEIGHTS, 4 + 2
     statistics = 6 * 32 * 4 * num_statistics
@@ -497,31 +497,31 @@ def test_every_message_is_counted():
     down, up = traffic[1].downlink, traffic[1].uplink
     assert down.values == 6 * 32 * (counts.sum() + biases)
     assert 0 < down.masks <= 6 * 4 * 32  # bitmaps, or shorter
-    assert down.statistics == down.positions == 0
+    assert down.statistics == down.indices == 0
     assert up._replace(framing=0) == (0, 0, 0, statistics, 0)
     # They hold the candidates now, receive the mean statistics, and answer with four losses.
     assert traffic[2].downlink._replace(framing=0) == (0, 0, 0, statistics, 0)
     assert traffic[2].uplink._replace(framing=0) == (6 * 32 * 4, 0, 0, 0, 0)
-    live = int(np.asarray(history[2].kept).sum())
-    changed = bool(states[3].mask_version != states[1].mask_version)
+    live = int(np.asarray(history[2].num_live).sum())
+    changed = bool(states[3].masks_id != states[1].masks_id)
     down, up = traffic[3].downlink, traffic[3].uplink
     assert down.values == up.values == 6 * 32 * live
     assert down.statistics == up.statistics == 6 * 32 * num_statistics
-    assert up.masks == up.positions == down.positions == 0
+    assert up.masks == up.indices == down.indices == 0
     assert (down.masks > 0) == changed
     # Round 2 of training: pairs of the head's kernel, whose positions lie among its dead weights.
     sent = num_pairs(history[4])
     leaf = trees.paths(quadratic.PARAMS).index("head/kernel")
-    room = 8 - int(history[3].kept[leaf])
+    room = 8 - int(history[3].num_live[leaf])
     assert sent.sum() == sent[:, leaf].sum() > 0
     assert traffic[4].uplink.values == 32 * (6 * live + sent.sum())
     bitmaps = 8 * np.count_nonzero((sent[:, leaf] > 0) & (sent[:, leaf] < room))  # of a byte
-    assert 0 <= traffic[4].uplink.positions <= bitmaps
+    assert 0 <= traffic[4].uplink.indices <= bitmaps
     # The published formula: sparse models both ways, and pairs with indices of 3 of 8 weights.
-    stored = [t.modeled["fedrts_f4"] for t in traffic]
-    assert [t.modeled["fedtiny"] for t in traffic[:4]] == stored[:4]
+    stored = [t.published["fedrts_f4"] for t in traffic]
+    assert [t.published["fedtiny"] for t in traffic[:4]] == stored[:4]
     extra = (32 + 3) * sent.sum()
-    assert traffic[4].modeled["fedtiny"] == (stored[4].uplink + extra, stored[4].downlink)
+    assert traffic[4].published["fedtiny"] == (stored[4].uplink + extra, stored[4].downlink)
     shapes = [(4,), (6, 4), (2,), (4, 2)]
     assert stored[1].downlink == 6 * sum(
         storage_models.fedrts_f4([4 * (i == 0), row[0], 2 * (i == 0), row[1]], shapes)
@@ -530,7 +530,7 @@ def test_every_message_is_counted():
 
 
 def num_pairs(metrics):
-    return np.asarray(metrics.sent.up["reply"]["grads"].pairs)
+    return np.asarray(metrics.sent.up["reply"]["grads"].sent_counts)
 
 
 def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
@@ -540,7 +540,7 @@ def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
     for stage, ids in zip(algorithm.stages[:3], ([0, 1], [0, 1], [2, 3]), strict=True):
         members = quadratic.cohort(algorithm, ids)
         state, _, metrics = stage.round(KEY, state, members, PEOPLE)
-        history.append(algorithm.num_bits(metrics, state))
+        history.append(ledger.account(metrics, state, algorithm))
     assert history[2].downlink.values == history[1].downlink.values > 0
     assert history[2].downlink.masks == history[1].downlink.masks > 0
 
@@ -552,9 +552,9 @@ def test_dense_candidates_are_sent_though_their_masks_are_full():
     prepare, calibrate, *_ = algorithm.stages
     state, _, _ = prepare.round(KEY, state, everyone, PEOPLE)
     state, _, metrics = calibrate.round(KEY, state, everyone, PEOPLE)
-    charged = algorithm.num_bits(metrics, state)
+    charged = ledger.account(metrics, state, algorithm)
     assert charged.downlink.values == 6 * 32 * (2 * 32 + 4 + 2)  # biases once
-    assert charged.modeled["fedtiny"].downlink >= charged.downlink.values
+    assert charged.published["fedtiny"].downlink >= charged.downlink.values
 
 
 # Errors and resuming -------------------------------------------------------------------------

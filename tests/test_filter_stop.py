@@ -9,7 +9,7 @@ import pytest
 from fedjaxprune import masks
 from fedjaxprune.methods import _filter_masks, filter_controls, mpfl
 from fedjaxprune.pruning.structured import voting
-from fedjaxprune.rounds import training
+from fedjaxprune.rounds import protocol
 from fedjaxprune.structure.channels.groups import Analysis, Group, Member
 from fedjaxprune.types import Model, Population
 from tests import quadratic
@@ -43,7 +43,7 @@ FACTORIES = {
 def left_after_exchanges(name, **options):
     """Count the filters that are left after each exchange of a method."""
     rule = {"consensus": voting.majority} if name == "mpfl" else {}
-    setup = training.Protocol(
+    setup = protocol.Protocol(
         num_rounds=1, batcher=quadratic.full_batches(1), optimizer=optax.sgd(0.1)
     )
     algorithm = FACTORIES[name](

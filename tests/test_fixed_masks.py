@@ -8,10 +8,11 @@ import optax
 import pytest
 
 from fedjaxprune import masks
+from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.methods import fixed_masks, gradual_magnitude
 from fedjaxprune.pruning import allocation, schedules
-from fedjaxprune.rounds import reporting, training
+from fedjaxprune.rounds import protocol, server_work
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import messages
 from tests import quadratic
@@ -23,7 +24,7 @@ KERNELS = {"dense": 24, "head": 8}
 
 
 def setup(**changes):
-    base = training.Protocol(
+    base = protocol.Protocol(
         num_rounds=3, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -39,7 +40,7 @@ def start(algorithm, participated=None):
             jax.random.fold_in(KEY, state.round), state, members, PEOPLE
         )
         members = members._replace(states=rows)
-        traffic.append(algorithm.num_bits(metrics, state))
+        traffic.append(ledger.account(metrics, state, algorithm))
     return state, members, traffic
 
 
@@ -92,11 +93,11 @@ def small_people(max_size=28):
 
 SOURCES = {
     "held_out": (
-        reporting.server_examples([3, 4]),
+        server_work.server_examples([3, 4]),
         lambda: PEOPLE.examples["inputs"][3:5].mean(axis=0),
     ),
-    "one_client": (reporting.examples_of(3), lambda: quadratic.mean_point(PEOPLE, 3)),
-    "pooled": (reporting.all_examples(), pooled_mean),
+    "one_client": (server_work.examples_of(3), lambda: quadratic.mean_point(PEOPLE, 3)),
+    "pooled": (server_work.all_examples(), pooled_mean),
 }
 
 
@@ -129,10 +130,10 @@ def of_one_client(weights):
         quadratic.MODEL,
         setup(),
         sparsity=0.5,
-        source=reporting.examples_of(3),
+        source=server_work.examples_of(3),
         pretraining=ONE,
         weights=weights,
-        guests=(3,),
+        working_clients=(3,),
     )
 
 
@@ -148,9 +149,11 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
     assert traffic[0].downlink.values == 32 * quadratic.NUM_WEIGHTS
     assert traffic[0].uplink._replace(framing=0, masks=0) == (0, 0, 0, 0, 0)
     assert 0 < traffic[0].uplink.masks <= 24 + 8  # prunable weights, a bit each
-    assert traffic[0].modeled["values_and_bitmaps"] == (32, 32 * quadratic.NUM_WEIGHTS)
+    assert traffic[0].published["values_and_bitmaps"] == (32, 32 * quadratic.NUM_WEIGHTS)
     _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
-    assert 0 < algorithm.num_bits(metrics, state).downlink.masks <= 6 * 32  # then everybody is told
+    assert (
+        0 < ledger.account(metrics, state, algorithm).downlink.masks <= 6 * 32
+    )  # then everybody is told
 
 
 def test_one_clients_weights_travel_under_its_mask_where_training_starts_from_them():
@@ -168,7 +171,7 @@ def test_random_masks_follow_from_the_seed_and_do_not_travel():
     assert kept == [18, 6]
     assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
     after, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
-    assert algorithm.num_bits(metrics, after).downlink.masks == 0
+    assert ledger.account(metrics, after, algorithm).downlink.masks == 0
     chex.assert_trees_all_equal(after.masks, state.masks)
 
 
@@ -182,7 +185,7 @@ def test_snip_keeps_the_largest_products_of_weight_and_gradient():
         quadratic.MODEL,
         setup(),
         sparsity=0.5,
-        source=reporting.all_examples(),
+        source=server_work.all_examples(),
         batcher=small_people(),
     )
     state, _, traffic = start(algorithm)
@@ -197,7 +200,7 @@ def test_snip_in_several_steps_takes_new_gradients_at_each():
         quadratic.MODEL,
         setup(),
         sparsity=0.75,
-        source=reporting.all_examples(),
+        source=server_work.all_examples(),
         batcher=small_people(),
         num_steps=3,
     )
@@ -232,7 +235,7 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     for link in (traffic[1].uplink, traffic[1].downlink):
         assert link._replace(framing=0) == (every, 0, 0, 0, 0)
     _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
-    assert 0 < algorithm.num_bits(metrics, state).downlink.masks <= 6 * 32
+    assert 0 < ledger.account(metrics, state, algorithm).downlink.masks <= 6 * 32
 
 
 def test_snip_of_clients_that_do_not_answer_falls_back_to_magnitude():
@@ -249,7 +252,7 @@ def test_one_pool_lets_layers_compete():
         quadratic.MODEL,
         setup(),
         sparsity=0.5,
-        source=reporting.all_examples(),
+        source=server_work.all_examples(),
         pretraining=ONE,
         weights="initial",
         allocation=allocation.global_pool(),
@@ -272,7 +275,7 @@ def test_gradual_magnitude_follows_its_curve_and_nothing_returns():
         before = state.masks
         state, _, metrics = run(jax.random.fold_in(KEY, r), state, members, PEOPLE)
         due = r - r % 2
-        kept = int(np.asarray(metrics.kept).sum()) - 6  # without biases
+        kept = int(np.asarray(metrics.num_live).sum()) - 6  # without biases
         assert kept == 32 - round(float(curve(jnp.float32(due))) * 32)
         grown = jax.tree.map(lambda new, old: jnp.any(new & ~old), state.masks, before)
         assert not any(jax.tree.leaves(grown))

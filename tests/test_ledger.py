@@ -18,7 +18,7 @@ from fedjaxprune.federated import personalization as personal_lib
 from fedjaxprune.methods import feddip, scaffold
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
-from fedjaxprune.rounds import training
+from fedjaxprune.rounds import protocol, training
 from fedjaxprune.types import Broadcast
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import messages
@@ -63,7 +63,7 @@ def personal(settings):
     inner = local_training.local_sgd(
         quadratic.MODEL.loss, batcher=settings.batcher, optimizer=settings.optimizer
     )
-    return training.compose(settings, client=with_personal_masks(inner))
+    return training.training(settings, client=with_personal_masks(inner))
 
 
 def is_own(path, leaf):
@@ -78,10 +78,10 @@ def personal_parameters(s):
     client = local_training.local_sgd(
         quadratic.MODEL.loss, batcher=s.batcher, optimizer=s.optimizer
     )
-    return training.compose(
+    return training.training(
         s,
         client=personal_lib.keep_own(client, is_own=is_own),
-        travel=training.masks_in_force()._replace(send=travelling, receive=travelling),
+        masking=protocol.Masking(upload=travelling, download=travelling),
     )
 
 
@@ -89,10 +89,10 @@ METHODS = {
     **ALGORITHMS,
     "personal_masks": personal,
     "personal_parameters": lambda s: personal_parameters(
-        s._replace(drift=scaffold.control_variates())
+        s._replace(correction=scaffold.control_variates())
     ),
     "touched_channels_scaffold": lambda s: dynamic(quadratic.GATED, upload="touched")(
-        s._replace(drift=scaffold.control_variates())
+        s._replace(correction=scaffold.control_variates())
     ),
 }
 CASES = [
@@ -159,7 +159,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
     num_pairs = 0
     for index, (stage, metrics) in enumerate(zip(names, history, strict=True)):
         before, after = states[index : index + 2]
-        traffic = algorithm.num_bits(jax.device_get(metrics), before)
+        traffic = ledger.account(jax.device_get(metrics), before, algorithm)
         charged = {
             client: (entry.uplink_bits, entry.downlink_bits)
             for entry in traffic.clients
@@ -174,7 +174,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         assert sorted(charged) == sorted(ids)
         for slot, client in enumerate(ids):
             fields, sent, masks, weight = caught.pop()
-            version = int(before.mask_version)
+            version = int(before.masks_id)
             if stage == "agree" and name == "mpfl_started":
                 version = max(version, 1)  # of a client that was sent the start
             is_stale = versions[client] != version
@@ -230,8 +230,8 @@ def received(name, stage, algorithm, before, masks, is_stale):
         bits = bits_of(messages.whole("statistics", statistics)) if needs else 0
         return bits + is_stale * bits_of(candidates(before))
     message = {}
-    if jax.tree.leaves(before.drift):
-        message |= messages.values("drift", before.drift, at_large(name, masks))
+    if jax.tree.leaves(before.correction):
+        message |= messages.values("drift", before.correction, at_large(name, masks))
     message |= messages.whole("model_state", before.model_state)
     sees = at_large(name, before.masks)
     message |= messages.values("params", algorithm.deployed_params(before), sees)
@@ -380,10 +380,12 @@ def test_counts_of_who_did_not_take_part_may_be_anything():
         return counts
 
     reply = dict(metrics.sent.up["reply"])
-    reply["delta"] = reply["delta"]._replace(known=garble(reply["delta"].known))
+    reply["delta"] = reply["delta"]._replace(live_counts=garble(reply["delta"].live_counts))
     sent = metrics.sent._replace(up={**metrics.sent.up, "reply": reply})
     garbled = metrics._replace(sent=sent, num_uploaded=garble(metrics.num_uploaded))
-    assert algorithm.num_bits(garbled, states[-1]) == algorithm.num_bits(metrics, states[-1])
+    assert ledger.account(garbled, states[-1], algorithm) == ledger.account(
+        metrics, states[-1], algorithm
+    )
 
 
 def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():

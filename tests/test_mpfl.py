@@ -11,12 +11,12 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.costs import storage_models
+from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.federated import sampling, server_optimizers
 from fedjaxprune.methods import fedavg, filter_controls, mpfl
 from fedjaxprune.models import adapters, resnet, vgg, zoo
 from fedjaxprune.pruning.structured import filters, voting
-from fedjaxprune.rounds import training
+from fedjaxprune.rounds import protocol
 from fedjaxprune.structure.channels import groups
 from tests import quadratic, resuming
 
@@ -27,7 +27,7 @@ NUM_FILTERS = 4 + 2
 
 
 def setup(**changes):
-    base = training.Protocol(
+    base = protocol.Protocol(
         num_rounds=ROUNDS, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
     )
     return base._replace(**changes)
@@ -171,10 +171,10 @@ def test_averaged_filters_rank_the_plain_mean_of_the_clients_weights():
         live = [np.asarray(bits) for bits in before.method.keep]
         wanted = tuple(best(mean, live, counts_at(step)))
         chex.assert_trees_all_equal(tuple(map(np.asarray, after.method.keep)), wanted)
-    traffic = algorithm.num_bits(history[-1], states[-1])
+    traffic = ledger.account(history[-1], states[-1], algorithm)
     dense = 6 * 32 * quadratic.NUM_WEIGHTS
     assert traffic.uplink.values == dense
-    assert traffic.modeled["filter_masked"] == (dense, 6 * NUM_FILTERS)
+    assert traffic.published["filter_masked"] == (dense, 6 * NUM_FILTERS)
 
 
 def test_random_filters_follow_from_the_seed_and_do_not_travel():
@@ -183,7 +183,7 @@ def test_random_filters_follow_from_the_seed_and_do_not_travel():
     algorithm = filter_controls.random_filters(quadratic.MODEL, setup(), **options)
     states, history = run(algorithm)
     assert [int(bits.sum()) for bits in states[-1].method.keep] == [2, 1]
-    assert all(algorithm.num_bits(m, states[-1]).downlink.masks == 0 for m in history)
+    assert all(ledger.account(m, states[-1], algorithm).downlink.masks == 0 for m in history)
 
 
 def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
@@ -203,9 +203,9 @@ def test_no_exchange_follows_once_enough_is_pruned():
     states, history = run(algorithm, num_rounds=ITERATIONS + 1)
     assert [int(m.num_participating) for m in history] == [6, 6, 0]  # a quarter goes at first
     chex.assert_trees_all_equal(states[3]._replace(round=states[2].round), states[2])
-    traffic = algorithm.num_bits(history[2], states[3])
+    traffic = ledger.account(history[2], states[3], algorithm)
     assert (traffic.uplink_bits, traffic.downlink_bits, traffic.clients) == (0, 0, ())
-    assert set(map(tuple, traffic.modeled.values())) == {(0, 0)}
+    assert set(map(tuple, traffic.published.values())) == {(0, 0)}
 
 
 def assert_is_fedavg(states):
@@ -290,7 +290,7 @@ def test_training_may_leave_out_what_reads_pruned_channels():
     dense, head = map(np.asarray, states[-1].method.keep)
     assert (dense.sum(), head.sum()) == (2, 1)
     np.testing.assert_array_equal(read, np.outer(dense, head))
-    np.testing.assert_array_equal(history[-1].kept, states[-1].method.removed_kept)
+    np.testing.assert_array_equal(history[-1].num_live, states[-1].method.removed_kept)
 
 
 # Traffic -------------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ def test_all_filters_of_vgg11_are_found():
 
 def test_the_ledger_is_the_closed_form():
     algorithm, states, history = voted()
-    charged = [algorithm.num_bits(m, s) for m, s in zip(history, states[1:], strict=True)]
+    charged = [ledger.account(m, s, algorithm) for m, s in zip(history, states[1:], strict=True)]
     agreed = charged[: ITERATIONS + 1]
-    total = sum(sum(traffic.modeled["filter_masked"]) for traffic in agreed)
+    total = sum(sum(traffic.published["filter_masked"]) for traffic in agreed)
     assert total == storage_models.mpfl_agreement(NUM_FILTERS, 6, ITERATIONS)
     # Measured: the first mask says nothing, the last goes down in the first round of training.
     assert [t.downlink_bits for t in agreed[:2]] == [0, 0]
@@ -350,8 +350,8 @@ def test_the_ledger_is_the_closed_form():
     masked = 32 * (2 * 6 + 1 * 4 + 6)  # filters of 6 and 4 weights; all 6 biases
     removed = 32 * (2 * 6 + 1 * 2 + 3)
     for traffic in (first, second):
-        assert traffic.modeled["filter_masked"] == (6 * masked, 6 * masked)
-        assert traffic.modeled["channel_removed"] == (6 * removed, 6 * removed)
+        assert traffic.published["filter_masked"] == (6 * masked, 6 * masked)
+        assert traffic.published["channel_removed"] == (6 * removed, 6 * removed)
         assert traffic.uplink.values == 6 * (masked - 32 * 3)  # pruned biases do not travel
 
 
@@ -370,10 +370,10 @@ def test_a_trained_start_goes_down_once_to_everybody():
         everyone = jax.tree.map(
             lambda all_, new, ids=ids: all_.at[jnp.asarray(ids)].set(new), everyone, rows
         )
-        traffic = algorithm.num_bits(metrics, state)
+        traffic = ledger.account(metrics, state, algorithm)
         live = 32 * int(masks.num_kept(before.masks).sum())
         received.append(traffic.downlink.values // live)
-        assert traffic.modeled["values"].downlink == traffic.downlink.values
+        assert traffic.published["values"].downlink == traffic.downlink.values
     assert received == [3, 3, 1, 1]  # all for training; all; client 4; client 2
     assert not np.array_equal(state.params["dense"]["bias"], jnp.zeros(4))  # the start moved
 

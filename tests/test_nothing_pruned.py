@@ -11,14 +11,14 @@ import pytest
 from fedjaxprune import masks
 from fedjaxprune.experiment import methods
 from fedjaxprune.methods import fedavg, filter_controls, fixed_masks, gradual_magnitude, mpfl
-from fedjaxprune.rounds import reporting
+from fedjaxprune.rounds import server_work
 from tests import quadratic
 from tests.test_algorithms import by_filter, dip, flip, setup, tiny
 
 KEY = jax.random.key(8)
 PEOPLE = quadratic.population()
 MODEL, ONE = quadratic.MODEL, quadratic.full_batches(1)
-SERVER = reporting.server_examples([0, 1, 2])
+SERVER = server_work.server_examples([0, 1, 2])
 
 
 def magnitude(source, weights: Literal["trained", "initial"] = "initial"):
@@ -34,8 +34,8 @@ METHODS = {
     ),
     "random_masks": lambda s: fixed_masks.random_masks(MODEL, s, sparsity=0.0),
     "magnitude_masks": magnitude(SERVER, weights="trained"),
-    "one_client_masks": magnitude(reporting.examples_of(2)),
-    "pooled_masks": magnitude(reporting.all_examples()),
+    "one_client_masks": magnitude(server_work.examples_of(2)),
+    "pooled_masks": magnitude(server_work.all_examples()),
     "snip_masks": lambda s: fixed_masks.snip_masks(
         MODEL, s, sparsity=0.0, source=SERVER, batcher=ONE
     ),

@@ -12,14 +12,14 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.costs import flops
+from fedjaxprune.costs import flops, ledger
 from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build
 from fedjaxprune.federated import sampling, uplinks
 from fedjaxprune.kernels import convolution
 from fedjaxprune.methods import fedavg, feddip, scaffold
 from fedjaxprune.models import adapters, layers, precision, zoo
-from fedjaxprune.rounds import simulation, training
+from fedjaxprune.rounds import protocol, simulation
 from fedjaxprune.types import Batch
 from tests import quadratic
 
@@ -135,7 +135,7 @@ ROUNDS = 4
 
 def played(make, model):
     """Play some rounds: the simulation, the last round's metrics and the traffic of all."""
-    setup = training.Protocol(
+    setup = protocol.Protocol(
         num_rounds=ROUNDS,
         batcher=quadratic.full_batches(3),
         optimizer=optax.sgd(0.1, momentum=0.5),
@@ -152,7 +152,7 @@ def played(make, model):
     for _ in range(ROUNDS):
         run, metrics = advance(KEY, run, people)
         told.append(jax.device_get(metrics))
-    return run, told[-1], [algorithm.num_bits(metrics, run.state) for metrics in told]
+    return run, told[-1], [ledger.account(metrics, run.state, algorithm) for metrics in told]
 
 
 DEAR = ("fedprox", "scaffold", "feddip_regrow", "feddip_dense")
@@ -172,7 +172,7 @@ def test_methods_keep_float32_exact_zeros_and_counts(name):
     ):
         if name != "feddip_dense":
             assert not np.asarray(leaf)[~np.asarray(mask)].any()
-    chex.assert_trees_all_equal(metrics.kept, exact_metrics.kept)
+    chex.assert_trees_all_equal(metrics.num_live, exact_metrics.num_live)
     sums, exact_sums = ([(b.uplink_bits, b.downlink_bits) for b in x] for x in (bits, exact_bits))
     if name == "fedavg":  # masks that rank otherwise may pack otherwise
         assert sums == exact_sums

@@ -53,7 +53,7 @@ def test_a_scan_over_rounds_is_the_loop(parts):
         lambda run: jax.lax.scan(lambda run, _: advance(KEY, run, PEOPLE), run, None, length=4)
     )(run)
     chex.assert_trees_all_close(scanned, expected, rtol=1e-6, atol=1e-7)
-    assert records.kept.shape == (4, 4)
+    assert records.num_live.shape == (4, 4)
 
 
 def test_seeds_can_be_mapped(parts):

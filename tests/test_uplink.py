@@ -214,9 +214,9 @@ def test_everything_is_sent_by_the_fraction_one():
 
 def test_payloads_are_as_the_doc_strings_say():
     assert uplinks.identity().payload(1000) == Payload(1000)
-    assert uplinks.top_k(fraction=0.01).payload(1000) == Payload(10, positions="sent")
+    assert uplinks.top_k(fraction=0.01).payload(1000) == Payload(10, indices="explicit")
     for make in (uplinks.random_k, uplinks.unbiased_random_k):
-        assert make(fraction=0.01).payload(10) == Payload(1, positions="seed")
+        assert make(fraction=0.01).payload(10) == Payload(1, indices="from_seed")
     assert uplinks.sign().payload(10) == Payload(10, level_bits=1, num_scales=1)
     assert uplinks.quantize(bits=4).payload(10) == Payload(10, level_bits=4, num_scales=2)
 

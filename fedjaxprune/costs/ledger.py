@@ -22,14 +22,13 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import storage_models
-from fedjaxprune.traffic import ClientBits, FieldLength, LinkBits, ModeledBits, Payload, Traffic
-from fedjaxprune.types import PrunableFn, RoundMetrics, RoundState
+from fedjaxprune.traffic import ClientBits, FieldLength, LinkBits, Payload, PublishedBits, Traffic
+from fedjaxprune.types import Algorithm, PrunableFn, RoundMetrics, RoundState
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import headers, messages
 from fedjaxprune.wire.headers import Plan
 from fedjaxprune.wire.messages import Spec
 
-FormulaFn = Callable[[RoundMetrics, RoundState], ModeledBits]
 PayloadFn = Callable[[int], Payload]
 Counts = tuple[int, ...]  # by leaf
 
@@ -38,10 +37,10 @@ KINDS: Mapping[str, str] = {
     "model_state": "statistics",
     "statistics": "statistics",
     messages.WEIGHT: "framing",
-    messages.SEED: "positions",
+    messages.SEED: "indices",
 }
 _ROUNDS = 16  # counts of all slots that are remembered: half a megabyte each for a thousand clients
-NOTHING = LinkBits(values=0, positions=0, masks=0, statistics=0, framing=0)
+NOTHING = LinkBits(values=0, indices=0, masks=0, statistics=0, framing=0)
 
 
 class _Network(NamedTuple):
@@ -57,8 +56,8 @@ class _Part(NamedTuple):
     """One field of one message, all in Python integers."""
 
     leaves: tuple[Spec, ...]
-    known: Counts | None
-    pairs: Counts | None
+    live_counts: Counts | None
+    sent_counts: Counts | None
     payloads: tuple[Payload, ...] | None
 
 
@@ -74,28 +73,20 @@ class _Column(NamedTuple):
 
     name: str
     leaves: tuple[Spec, ...]
-    slots: _Frozen | None
-    known: _Frozen | None
-    pairs: _Frozen | None
+    clients: _Frozen | None
+    live_counts: _Frozen | None
+    sent_counts: _Frozen | None
 
 
-def account(
-    metrics: RoundMetrics,
-    state: RoundState,
-    *,
-    payload: PayloadFn,
-    prunable: PrunableFn,
-    modeled: Mapping[str, FormulaFn],
-) -> Traffic:
+def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> Traffic:
     """Charge a round.
 
     Args:
       metrics: of the round, on the host.
       state: of which only shapes and types are read.
-      payload: of the uplink: hashable, and of nothing but the count, as lengths are looked up.
-      prunable: which leaves' masks travel.
-      modeled: formulas by name, beside those that fit every method (`charge_by_formula`).
+      algorithm: whose `payload`, `prunable` and `published` are read.
     """
+    payload, prunable = algorithm.payload, algorithm.prunable
     sent, present = metrics.sent, np.asarray(metrics.participated)
     ids = np.asarray(sent.client_ids)
     reached = received(present, ids)
@@ -121,7 +112,8 @@ def account(
     groups: dict[tuple[int, int], list[int]] = {}
     for (there, here), who in exchanges.items():
         groups.setdefault((sum(there), sum(here)), []).extend(who)
-    general = _charge_by_formula(metrics, network, present, reached)
+    published = _charge_by_formula(metrics, network, present, reached)
+    published |= {name: charge(metrics, state) for name, charge in algorithm.published.items()}
     return Traffic(
         uplink_bits=sum(up),
         downlink_bits=sum(down),
@@ -131,7 +123,7 @@ def account(
             ClientBits(bits[0], bits[1], tuple(sorted(members)))
             for bits, members in sorted(groups.items())
         ),
-        modeled={**general, **{name: fn(metrics, state) for name, fn in modeled.items()}},
+        published=published,
     )
 
 
@@ -148,9 +140,22 @@ def received(present: np.ndarray, client_ids: np.ndarray) -> np.ndarray:
     return np.array(here, np.bool_)
 
 
+def num_masks_sent(metrics: RoundMetrics) -> int:
+    """Count the masks in force that clients which took part had to be sent."""
+    present = np.asarray(metrics.participated)
+    return int(np.asarray(metrics.sent.num_masks)[present].sum(dtype=np.int64))
+
+
+def num_personal_masks(metrics: RoundMetrics) -> int:
+    """Count the masks of their own that clients sent."""
+    present = np.asarray(metrics.participated)
+    fields = [message["masks"] for message in metrics.sent.up.values() if "masks" in message]
+    return sum(int((_reached(field, present)).sum(dtype=np.int64)) for field in fields)
+
+
 def charge_by_formula(
     metrics: RoundMetrics, state: RoundState, *, prunable: PrunableFn
-) -> dict[str, ModeledBits]:
+) -> dict[str, PublishedBits]:
     """Charge a round by every formula that fits every method.
 
     Those of `storage_models.STORAGE` charge each transfer of a model by what is live;
@@ -164,7 +169,7 @@ def charge_by_formula(
 
 def _charge_by_formula(
     metrics: RoundMetrics, network: _Network, present: np.ndarray, reached: np.ndarray
-) -> dict[str, ModeledBits]:
+) -> dict[str, PublishedBits]:
     storages = tuple(storage_models.STORAGE.values())
     charged = dict(
         zip(
@@ -175,8 +180,8 @@ def _charge_by_formula(
     )
     plain, num_prunable = charged["values"], network.num_prunable
     num_masks = int(np.asarray(metrics.sent.num_masks)[reached].sum(dtype=np.int64))
-    charged["values_and_bitmaps"] = ModeledBits(
-        plain.uplink + int(metrics.num_personal_masks) * num_prunable,
+    charged["values_and_bitmaps"] = PublishedBits(
+        plain.uplink + num_personal_masks(metrics) * num_prunable,
         plain.downlink + num_masks * num_prunable,
     )
     return charged
@@ -184,7 +189,7 @@ def _charge_by_formula(
 
 def charge_storage(
     metrics: RoundMetrics, state: RoundState, storage: storage_models.StorageFn
-) -> ModeledBits:
+) -> PublishedBits:
     """Charge every transfer of a model, or of a delta, by a formula of what is live in it."""
     present = np.asarray(metrics.participated)
     reached = received(present, np.asarray(metrics.sent.client_ids))
@@ -196,11 +201,9 @@ def _transfers(
     metrics: RoundMetrics, present: np.ndarray, reached: np.ndarray
 ) -> tuple[_Frozen, _Frozen]:
     """Tell what is live in each delta from a client and in each model to one: ``[m, L]``."""
-    down = np.asarray(metrics.num_downloaded)
-    if down.ndim == 1:
-        down = np.broadcast_to(down, (len(reached), len(down)))
+    down = np.asarray(metrics.num_downloaded)[reached]
     up = np.asarray(metrics.num_uploaded)[present]
-    return _freeze(up), _freeze(down[reached].reshape(-1, down.shape[-1]))
+    return _freeze(up), _freeze(down.reshape(-1, down.shape[-1]))
 
 
 @functools.lru_cache(maxsize=_ROUNDS)
@@ -208,7 +211,7 @@ def _charge(
     transfers: tuple[_Frozen, _Frozen],
     leaves: tuple[Spec, ...],
     storages: tuple[storage_models.StorageFn, ...],
-) -> tuple[ModeledBits, ...]:
+) -> tuple[PublishedBits, ...]:
     """Charge transfers both ways by each formula; what carries no model is none."""
     shapes = [leaf.shape for leaf in leaves]
     models = [collections.Counter(map(tuple, _thaw(rows).tolist())) for rows in transfers]
@@ -216,7 +219,7 @@ def _charge(
     def charge(storage: storage_models.StorageFn, models: collections.Counter[Counts]) -> int:
         return sum(n * storage(kept, shapes) for kept, n in models.items() if any(kept))
 
-    return tuple(ModeledBits(*(charge(fn, both) for both in models)) for fn in storages)
+    return tuple(PublishedBits(*(charge(fn, both) for both in models)) for fn in storages)
 
 
 def message_bits(plans: Sequence[Plan]) -> LinkBits:
@@ -227,7 +230,7 @@ def message_bits(plans: Sequence[Plan]) -> LinkBits:
         field = plan.name.split("/", 1)[0]
         of_values = KINDS.get(field, "values")
         kinds["framing"] += length.header
-        kinds["masks" if field == "masks" else "positions"] += length.positions
+        kinds["masks" if field == "masks" else "indices"] += length.positions
         kinds[of_values] += length.values
     return LinkBits(**{name: 8 * num_bytes for name, num_bytes in kinds.items()})
 
@@ -270,8 +273,8 @@ def _by_slot(
                 tuple(
                     _Part(
                         leaves=column.leaves,
-                        known=here[0],
-                        pairs=here[1],
+                        live_counts=here[0],
+                        sent_counts=here[1],
                         payloads=tuple(map(payload, here[0])) if column.name == "delta" else None,
                     )
                     for column, here in zip(columns, case, strict=True)
@@ -288,14 +291,16 @@ def _message(parts: tuple[_Part, ...]) -> LinkBits:
     plans = []
     for part in parts:
         if part.payloads is not None:
-            plans += messages.plan_delta(part.leaves, part.known or (), part.payloads)
-        elif part.pairs is not None and all(leaf.dtype == headers.BOOL for leaf in part.leaves):
-            plans += messages.plan_masks(part.leaves, part.pairs)
-        elif part.pairs is not None:
-            places = part.known or [math.prod(leaf.shape) for leaf in part.leaves]
-            plans += messages.plan_pairs(part.leaves, places, part.pairs)
-        elif part.known is not None:
-            plans += messages.plan_values(part.leaves, part.known)
+            plans += messages.plan_delta(part.leaves, part.live_counts or (), part.payloads)
+        elif part.sent_counts is not None and all(
+            leaf.dtype == headers.BOOL for leaf in part.leaves
+        ):
+            plans += messages.plan_masks(part.leaves, part.sent_counts)
+        elif part.sent_counts is not None:
+            places = part.live_counts or [math.prod(leaf.shape) for leaf in part.leaves]
+            plans += messages.plan_pairs(part.leaves, places, part.sent_counts)
+        elif part.live_counts is not None:
+            plans += messages.plan_values(part.leaves, part.live_counts)
         else:
             plans += messages.plan_whole(part.leaves)
     return message_bits(plans) if parts else NOTHING
@@ -305,8 +310,8 @@ def _leaves(
     name: str, field: FieldLength, state: RoundState, network: _Network
 ) -> tuple[Spec, ...]:
     """Describe the tensors of a field."""
-    if not isinstance(field.like, tuple) or field.like:
-        those = messages.specs(name, field.like)
+    if not isinstance(field.template, tuple) or field.template:
+        those = messages.specs(name, field.template)
         return tuple(spec._replace(shape=spec.shape[1:]) for spec in those)
     if name == "masks":
         return network.masks
@@ -317,21 +322,32 @@ def _column(
     name: str, field: FieldLength, state: RoundState, network: _Network, who: np.ndarray
 ) -> _Column:
     """Take a field's counts off it; those of slots not in `who` may be anything."""
-    pairs = field.pairs
-    if name == "masks" and isinstance(field.like, tuple) and not field.like:
-        pairs = np.asarray(pairs)[..., np.asarray(network.flags)]  # of the leaves that travel
-    slots = who if isinstance(field.slots, tuple) else np.asarray(field.slots) & who
-    counts = (None if isinstance(n, tuple) else _freeze(n) for n in (field.known, pairs))
+    sent_counts = field.sent_counts
+    if name == "masks" and isinstance(field.template, tuple) and not field.template:
+        sent_counts = np.asarray(sent_counts)[
+            ..., np.asarray(network.flags)
+        ]  # of the leaves that travel
+    slots = _reached(field, who)
+    counts = (
+        None if isinstance(n, tuple) else _freeze(n) for n in (field.live_counts, sent_counts)
+    )
     leaves = _leaves(name, field, state, network)
     return _Column(name, leaves, None if slots.all() else _freeze(slots), *counts)
 
 
+def _reached(field: FieldLength, who: np.ndarray) -> np.ndarray:
+    """Mark those of some slots to or from which a field travels."""
+    return who if isinstance(field.clients, tuple) else np.asarray(field.clients) & who
+
+
 def _cells(column: _Column, num_slots: int) -> Sequence[tuple[Counts | None, Counts | None] | None]:
-    """Read `known` and `pairs` of a field for each slot; None for slots that it is not for."""
-    both = tuple(zip(_rows(column.known, num_slots), _rows(column.pairs, num_slots), strict=True))
-    if column.slots is None:
+    """Read both counts of a field for each slot; None for slots that it is not for."""
+    both = tuple(
+        zip(_rows(column.live_counts, num_slots), _rows(column.sent_counts, num_slots), strict=True)
+    )
+    if column.clients is None:
         return both
-    here = _thaw(column.slots).tolist()
+    here = _thaw(column.clients).tolist()
     return [counts if is_here else None for counts, is_here in zip(both, here, strict=True)]
 
 

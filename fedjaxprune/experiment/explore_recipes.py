@@ -13,7 +13,7 @@ from fedjaxprune.experiment.run import loop
 from fedjaxprune.federated import batch_norm, early_stopping
 from fedjaxprune.methods import autoflip
 from fedjaxprune.pruning import movement
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure.channels import groups as channel_groups
 from fedjaxprune.types import Algorithm, Client, Model
 

@@ -11,7 +11,7 @@ from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.methods import filter_controls, mpfl
 from fedjaxprune.pruning.structured import voting
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Algorithm, Model
 

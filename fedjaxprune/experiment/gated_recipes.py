@@ -11,7 +11,7 @@ from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.methods import adaptive_dynamic_pruning as adp
 from fedjaxprune.methods import feddp_threshold
 from fedjaxprune.models import gated
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.types import Algorithm, Model
 
 

@@ -15,8 +15,8 @@ from fedjaxprune.experiment.run import loop
 from fedjaxprune.methods import feddip, fedtiny, fixed_masks, gradual_magnitude
 from fedjaxprune.pruning import allocation, drop_and_grow
 from fedjaxprune.pruning.structured import filters
-from fedjaxprune.rounds import reporting
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds import server_work
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure import reading_order
 from fedjaxprune.types import Algorithm, Batcher, Model, PrunableFn
 
@@ -62,7 +62,7 @@ def tiny(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algo
         model,
         setup,
         density=1.0 - config.sparsity,
-        source=reporting.server_examples(given.held),
+        source=server_work.server_examples(given.held),
         pretraining=_server_epochs(config, given),
         development=batching.development(
             jax.random.fold_in(jax.random.key(config.seed), loop.DEVELOPMENT),
@@ -149,7 +149,7 @@ def _uniform_but_first(config: RunConfig, model: Model, given: Given) -> allocat
 
 
 def magnitude(
-    config: RunConfig, model: Model, setup: Protocol, given: Given, source: reporting.SourceFn
+    config: RunConfig, model: Model, setup: Protocol, given: Given, source: server_work.SourceFn
 ) -> Algorithm:
     """Build one-shot magnitude masks.
 
@@ -164,7 +164,7 @@ def magnitude(
         source=source,
         pretraining=_server_epochs(config, given),
         weights=config.mask_start or own,
-        guests=(config.mask_client,) if config.algorithm == "one_client_masks" else (),
+        working_clients=(config.mask_client,) if config.algorithm == "one_client_masks" else (),
         allocation=shares(config, model, given),
     )
 
@@ -175,7 +175,7 @@ def snip(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algo
         model,
         setup,
         sparsity=config.sparsity,
-        source=reporting.server_examples(given.held),
+        source=server_work.server_examples(given.held),
         batcher=_one_pass(config, given),
         allocation=shares(config, model, given),
     )

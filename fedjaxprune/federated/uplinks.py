@@ -73,7 +73,7 @@ def top_k(*, fraction: float) -> Uplink:
 
     def payload_fn(num_kept):
         num_sent = _num_sent(fraction, num_kept)
-        return Payload(num_sent, positions="sent" if num_sent < num_kept else "known")
+        return Payload(num_sent, indices="explicit" if num_sent < num_kept else "implied")
 
     return Uplink(init=_init_empty, update=update_fn, payload=payload_fn)
 
@@ -275,7 +275,7 @@ def _random_k_payload(fraction: float) -> Callable[[int], Payload]:
 
     def payload_fn(num_kept):
         num_sent = _num_sent(fraction, num_kept)
-        return Payload(num_sent, positions="seed" if num_sent < num_kept else "known")
+        return Payload(num_sent, indices="from_seed" if num_sent < num_kept else "implied")
 
     return payload_fn
 

@@ -10,12 +10,12 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.rounds import reporting
-from fedjaxprune.traffic import EVALUATED, FieldLength, ModeledBits
+from fedjaxprune.traffic import EVALUATED, FieldLength, PublishedBits
 from fedjaxprune.types import PrunableFn, RoundMetrics, RoundState
 
 
 def download(
-    state: RoundState, stale: jax.Array, statistics: list[Any], *, prunable: PrunableFn
+    state: RoundState, masks_held: jax.Array, statistics: list[Any], *, prunable: PrunableFn
 ) -> reporting.Download:
     """Say what a client receives: statistics, and the candidates if it has not got them.
 
@@ -24,11 +24,11 @@ def download(
 
     Args:
       state: its `method` is a `fedtiny.Pool`.
-      stale: ``[C]`` bool, clients without the candidates.
+      masks_held: ``[C]`` int32; who holds other masks has not got the candidates.
       statistics: what travels of the statistics, as leaves ``[0, ...]``; [] for none.
       prunable: which leaves may be pruned.
     """
-    counts = state.method.counts
+    counts, stale = state.method.counts, masks_held != state.masks_id
     num_candidates = counts.shape[0]
     flags = masks_lib.prunable_leaves(state.params, prunable)
     leaves = list(zip(jax.tree.leaves(state.params), flags, strict=True))
@@ -42,16 +42,16 @@ def download(
     ]
     messages = {
         "candidates": {
-            "params": FieldLength(like=values, slots=stale, known=counts.reshape(-1)),
-            "masks": FieldLength(like=masks, slots=stale, pairs=counts.reshape(-1)),
-            "unpruned": FieldLength(like=rest, slots=stale),
+            "params": FieldLength(template=values, clients=stale, live_counts=counts.reshape(-1)),
+            "masks": FieldLength(template=masks, clients=stale, sent_counts=counts.reshape(-1)),
+            "unpruned": FieldLength(template=rest, clients=stale),
         }
     }
     if statistics:
-        messages["broadcast"] = {"statistics": FieldLength(like=statistics)}
+        messages["broadcast"] = {"statistics": FieldLength(template=statistics)}
     return reporting.Download(
         messages=messages,
-        kept=jnp.where(stale[:, None, None], jnp.stack(kept, axis=1)[None], 0),
+        num_downloaded=jnp.where(stale[:, None, None], jnp.stack(kept, axis=1)[None], 0),
         num_masks=jnp.where(stale, num_candidates, 0),
     )
 
@@ -68,7 +68,7 @@ def looked(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
     return {EVALUATED: jnp.stack(kept, axis=1)}
 
 
-def formula(metrics: RoundMetrics, state: RoundState) -> ModeledBits:
+def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
     """Charge what the authors' group charges for FedTiny: sparse models, and pairs going up.
 
     Models are stored by `storage_models.fedrts_f4`, each candidate of the selection too; a pair
@@ -80,10 +80,12 @@ def formula(metrics: RoundMetrics, state: RoundState) -> ModeledBits:
     """
     stored = ledger.charge_storage(metrics, state, storage_models.fedrts_f4)
     field = metrics.sent.up.get("reply", {}).get("grads")
-    if field is None or isinstance(field.pairs, tuple):
+    if field is None or isinstance(field.sent_counts, tuple):
         return stored
     counts = (
-        np.asarray(field.pairs, np.int64)[np.asarray(metrics.participated)].sum(axis=0).tolist()
+        np.asarray(field.sent_counts, np.int64)[np.asarray(metrics.participated)]
+        .sum(axis=0)
+        .tolist()
     )
     sizes = trees.sizes(state.params)
     pair_bits = sum(storage_models.pairs(n, size) for n, size in zip(counts, sizes, strict=True))

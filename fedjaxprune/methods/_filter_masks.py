@@ -15,7 +15,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import server_optimizers
 from fedjaxprune.pruning.structured import filters
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Model, Params, PrunableFn, RoundState
 

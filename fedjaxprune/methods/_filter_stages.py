@@ -17,16 +17,24 @@ from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.federated import local_training
 from fedjaxprune.methods._filter_masks import FilterState, Plan, is_over
 from fedjaxprune.pruning.structured import filters
-from fedjaxprune.rounds import reporting
-from fedjaxprune.rounds.training import Protocol, compose
-from fedjaxprune.traffic import AGREEMENT, TRAINED, FieldLength, ModeledBits
+from fedjaxprune.rounds.protocol import (
+    FieldSpec,
+    Hooks,
+    Masking,
+    MaskTransport,
+    Protocol,
+    add_reports,
+    broadcast_of,
+)
+from fedjaxprune.rounds.reporting import Download, Exchange, reporting_round
+from fedjaxprune.rounds.stages import in_order
+from fedjaxprune.rounds.training import training
+from fedjaxprune.traffic import AGREEMENT, TRAINED, FieldLength, PublishedBits
 from fedjaxprune.types import (
-    Aggregator,
     Algorithm,
     Broadcast,
     Client,
     ClientData,
-    CohortAggregator,
     Key,
     Message,
     Model,
@@ -42,11 +50,17 @@ COUNTS, REMOVED = "num_filters", "removed_kept"  # reports [C, layers] and [C, L
 Local = Callable[[Key, tuple[Broadcast, filters.Keep], State, ClientData], tuple[Message, State]]
 
 
-def mask_field(keep: filters.Keep, slots: jax.Array) -> FieldLength:
-    """Describe the filters in force as a message to some of the cohort; all are known to live."""
-    return FieldLength(
-        like=trees.shape_only(keep), slots=slots & ~_is_whole(keep), pairs=filters.num_kept(keep)
-    )
+def _bits(state: RoundState) -> FieldLength:
+    """Describe the filters in force as a field of a message."""
+    keep = state.method.keep
+    return FieldLength(template=trees.shape_only(keep), sent_counts=filters.num_kept(keep))
+
+
+# The filters in force travel as a bit each, to whom they are news; all are known to live at first.
+TRANSPORT = MaskTransport(
+    encode=_bits,
+    is_needed=lambda state: ~_is_whole(state.method.keep),
+)
 
 
 def exchange(
@@ -55,9 +69,8 @@ def exchange(
     *,
     name: str,
     client: Local,
-    aggregators: Mapping[str, Aggregator | CohortAggregator],
+    fields: Mapping[str, FieldSpec],
     conclude: Callable[[Key, RoundState, Mapping[str, Any]], RoundState],
-    upload: str,
     start_rounds: int,
 ) -> Stage:
     """Make the stage in which clients train from the start, again and again, and report.
@@ -71,71 +84,57 @@ def exchange(
       the: what is pruned; there are ``iterations + 1`` exchanges.
       name: the stage's name in the record.
       client: one client's work; it trains under the broadcast's masks.
-      aggregators: by field of the message.
+      fields: of the message.
       conclude: ``(key, state, fields) -> state`` from the aggregated fields; `settle` is its end.
-      upload: field of the message that travels.
       start_rounds: whether, and how long, the start was trained.
     """
 
-    def broadcast(state: RoundState) -> tuple[Broadcast, filters.Keep]:
-        known = Broadcast(
-            params=state.params,
-            masks=state.masks,
-            model_state=state.model_state,
-            round=state.round,
-        )
-        return known, state.method.keep
-
-    def survey(newcomers: jax.Array) -> Stage:
-        def download(state, stale):
-            kept = masks_lib.num_kept(state.masks)
-            in_force = mask_field(state.method.keep, stale)
-            messages = {"masks": {"masks": in_force}}
-            if start_rounds:
-                messages["start"] = {
-                    "params": FieldLength(slots=newcomers, known=kept),
-                    "model_state": FieldLength(slots=newcomers),
-                }
-            return reporting.Download(
-                messages=messages,
-                kept=jnp.where(newcomers[:, None, None], kept[None, None], 0),
-                num_masks=in_force.slots.astype(jnp.int32),
-            )
-
-        return reporting.reporting_round(
-            setup,
-            name=name,
-            client=Client(init=lambda params: (), update=client),  # pyright: ignore[reportArgumentType]
-            aggregators=aggregators,
-            broadcast=broadcast,  # pyright: ignore[reportArgumentType]
-            conclude=conclude,
-            download=download,
-            upload=(upload,),
+    def download(state: RoundState, masks_held: jax.Array) -> Download:
+        newcomers = (masks_held == 0) & (start_rounds > 0)
+        kept = masks_lib.num_kept(state.masks)
+        receivers = TRANSPORT.receivers(state, masks_held)
+        messages = {"masks": {"masks": _bits(state)._replace(clients=receivers)}}
+        if start_rounds:
+            messages["start"] = {
+                "params": FieldLength(clients=newcomers, live_counts=kept),
+                "model_state": FieldLength(clients=newcomers),
+            }
+        return Download(
+            messages=messages,
+            num_downloaded=jnp.where(newcomers[:, None, None], kept[None, None], 0),
+            num_masks=receivers.astype(jnp.int32),
         )
 
-    def round_fn(key, state, cohort, population):
-        # Version 0 is that of clients which have not been told anything; a trained start is told.
-        version = jnp.maximum(state.mask_version, 1) if start_rounds else state.mask_version
-        newcomers = (cohort.states.mask_version == 0) & (start_rounds > 0)
-        over = is_over(the, state.method.keep)
-        after, rows, metrics = survey(newcomers).round(
-            key,
-            state._replace(mask_version=version),
-            cohort._replace(participated=cohort.participated & ~over),
-            population,
-        )
-        reports = {TRAINED: masks_lib.num_kept(state.masks)}
-        if upload == "masks":
-            reports[AGREEMENT] = trees.take_rows(after.method.agreement, state.round)
-        num_slots = cohort.participated.shape[0]
-        sent = metrics.sent._replace(
-            client_ids=jnp.where(over, -1, cohort.client_ids),  # then nobody is reached
-            reports={n: jnp.repeat(one[None], num_slots, axis=0) for n, one in reports.items()},
-        )
-        heard_of = jnp.where(metrics.num_participating > 0, after.mask_version, state.mask_version)
-        return after._replace(mask_version=heard_of), rows, metrics._replace(sent=sent)
+    def before_round(state: RoundState) -> RoundState:
+        # Masks of id 0 are those of clients which know nothing yet; a trained start has to be sent.
+        first = 1 if start_rounds else 0
+        return state._replace(masks_id=jnp.maximum(state.masks_id, first))
 
-    return Stage(name=name, num_rounds=the.iterations + 1, round=round_fn)
+    def after_round(
+        before: RoundState, after: RoundState, metrics: RoundMetrics
+    ) -> tuple[RoundState, RoundMetrics]:
+        reports = {AGREEMENT: trees.take_rows(after.method.agreement, before.round)}
+        if "masks" in fields:
+            metrics = add_reports(metrics, reports)
+        masks_id = jnp.where(metrics.num_participating > 0, after.masks_id, before.masks_id)
+        return after._replace(masks_id=masks_id), metrics
+
+    return reporting_round(
+        setup,
+        name=name,
+        client=Client(init=lambda params: (), update=client),  # pyright: ignore[reportArgumentType]
+        fields=fields,
+        server_update=conclude,
+        broadcast=lambda state: (broadcast_of(state), state.method.keep),
+        download=download,
+        exchange=Exchange(
+            num_rounds=the.iterations + 1,
+            cohort="everyone",
+            compute=lambda state: {TRAINED: masks_lib.num_kept(state.masks)[None]},
+            is_over=lambda state: is_over(the, state.method.keep),
+            hooks=Hooks(before_round, after_round),
+        ),
+    )
 
 
 def federate(
@@ -152,7 +151,7 @@ def federate(
     """
     if start_rounds < 0:
         raise ValueError(f"start_rounds must not be negative, got {start_rounds}.")
-    training = compose(
+    trained = training(
         setup,
         client=local_training.local_sgd(
             model.loss,
@@ -161,55 +160,35 @@ def federate(
             learning_rate_scale=setup.learning_rate_scale,
         ),
         prunable=lambda path, leaf: path in the.paths,
-        modeled={
-            "filter_masked": lambda metrics, state: _formula(the, metrics, state, _filter_masked),
-            "channel_removed": lambda metrics, state: _formula(the, metrics, state, _removed),
-        },
+        masking=Masking(transport=TRANSPORT),
+        hooks=Hooks(after_round=_report),
     )
-    (train,) = training.stages
-    train = train._replace(round=_reporting(train))
-    all_of_them: list[Stage] = []
-    if start_rounds:
-        all_of_them.append(train._replace(name="start", num_rounds=start_rounds))
-    for stage in (*before, train):
-        all_of_them.append(
-            reporting.shift_rounds(stage, sum(each.num_rounds for each in all_of_them))
-        )
+    (train,) = trained.stages
+    start = (train._replace(name="start", num_rounds=start_rounds),) if start_rounds else ()
 
-    def init_fn(params, model_state):
+    def init_fn(state):
         method = FilterState(
             keep=filters.full(the.layers),
             agreement=jnp.zeros((the.iterations + 1, len(the.layers)), jnp.float32),
-            removed_kept=jnp.asarray(trees.sizes(params), jnp.int32),
+            removed_kept=jnp.asarray(trees.sizes(state.params), jnp.int32),
         )
-        return training.init(params, model_state)._replace(method=method)
+        return state._replace(method=method)
 
-    return training._replace(init=init_fn, stages=tuple(all_of_them))
+    return in_order(trained, (*start, *before), init=init_fn)._replace(
+        published={
+            "filter_masked": lambda metrics, state: _formula(the, metrics, state, _filter_masked),
+            "channel_removed": lambda metrics, state: _formula(the, metrics, state, _removed),
+        }
+    )
 
 
-def _reporting(stage: Stage):
-    """Let the masks of a training round travel as bits, and report what formulas need."""
-
-    def round_fn(key, state, cohort, population):
-        method: FilterState = state.method
-        field = mask_field(method.keep, cohort.states.mask_version != state.mask_version)
-        after, rows, metrics = stage.round(key, state, cohort, population)
-        size = cohort.participated.shape[0]
-        sent = metrics.sent
-        reports = {COUNTS: filters.num_kept(method.keep), REMOVED: method.removed_kept}
-        sent = sent._replace(
-            num_masks=field.slots.astype(jnp.int32),
-            packed_masks=(),
-            down={**sent.down, "masks": {"masks": field}},
-            reports={
-                **sent.reports,
-                **{n: jnp.broadcast_to(x[None], (size, *x.shape)) for n, x in reports.items()},
-            },
-        )
-        num_sent = jnp.sum(field.slots & cohort.participated, dtype=jnp.int32)
-        return after, rows, metrics._replace(num_masks_sent=num_sent, sent=sent)
-
-    return round_fn
+def _report(
+    before: RoundState, after: RoundState, metrics: RoundMetrics
+) -> tuple[RoundState, RoundMetrics]:
+    """Report what formulas need."""
+    method: FilterState = before.method
+    counts = {COUNTS: filters.num_kept(method.keep), REMOVED: method.removed_kept}
+    return after, add_reports(metrics, counts)
 
 
 def _formula(
@@ -217,7 +196,7 @@ def _formula(
     metrics: RoundMetrics,
     state: RoundState,
     transfer: Callable[[Plan, Mapping[str, np.ndarray], RoundState], int],
-) -> ModeledBits:
+) -> PublishedBits:
     """Charge a bit a filter in exchanges about masks, and `transfer` for a model in training.
 
     Statistics are not charged, and the last masks only once, in the exchange that finds them. What
@@ -229,11 +208,11 @@ def _formula(
     reply = metrics.sent.up.get("reply", {})
     if "delta" in reply:
         bits = transfer(the, metrics.sent.reports, state)
-        return ModeledBits(num_up * bits, num_down * bits)
+        return PublishedBits(num_up * bits, num_down * bits)
     stored = ledger.charge_storage(metrics, state, storage_models.values)
     num_filters = sum(group.size for group in the.layers)
     up = num_filters if "masks" in reply else 32 * sum(trees.sizes(state.params))
-    return ModeledBits(num_up * up, num_down * num_filters + stored.downlink)
+    return PublishedBits(num_up * up, num_down * num_filters + stored.downlink)
 
 
 def _filter_masked(the: Plan, reports: Mapping[str, np.ndarray], state: RoundState) -> int:

@@ -39,9 +39,10 @@ from fedjaxprune.costs import ledger
 from fedjaxprune.federated import aggregators, gated_updates, local_training, personalization
 from fedjaxprune.federated.gated_updates import Reader
 from fedjaxprune.models import gates as gating
-from fedjaxprune.rounds.training import Masking, Protocol, compose
+from fedjaxprune.rounds.protocol import FieldSpec, Hooks, Masking, Protocol
+from fedjaxprune.rounds.training import training
 from fedjaxprune.structure.channels import groups
-from fedjaxprune.traffic import ModeledBits
+from fedjaxprune.traffic import PublishedBits
 from fedjaxprune.types import (
     Algorithm,
     Masks,
@@ -51,7 +52,6 @@ from fedjaxprune.types import (
     RoundMetrics,
     RoundState,
     Schedule,
-    Stage,
 )
 
 NAME = "adaptive_dynamic_pruning"
@@ -127,23 +127,21 @@ def adaptive_dynamic_pruning(
             "model_state": gated_updates.of_state(bits, fields["model_state"]),
         }
 
-    training = compose(
+    masking = _without_gates() if gates == "personal" else Masking()
+    trained = training(
         setup,
         client=client,
         prunable=prunable,
-        aggregators={gated_updates.SALIENT: aggregators.vote_counts()},
-        travel=_without_gates() if gates == "personal" else None,
-        sent_as={gated_updates.SALIENT: "bits"},
-        narrow=None if upload == "dense" else narrow,
-        modeled={NAME: formula},
+        fields={gated_updates.SALIENT: FieldSpec(aggregators.vote_counts(), send="bits")},
+        masking=masking._replace(upload_masks=None if upload == "dense" else narrow),
+        hooks=_density_hooks(scheduled),
     )
 
     def init_fn(params, model_state):
         gating.density(model_state)  # complains if there are no gates
-        return training.init(params, model_state)
+        return trained.init(params, model_state)
 
-    (train,) = training.stages
-    return training._replace(init=init_fn, stages=(_steered(train, scheduled),))
+    return trained._replace(init=init_fn, published={NAME: formula})
 
 
 def squeeze_excitation(model: Model, setup: Protocol) -> Algorithm:
@@ -228,12 +226,12 @@ def readers_of(model: Model, inputs: Any) -> tuple[Reader, ...]:
     return tuple(found)
 
 
-def formula(metrics: RoundMetrics, state: RoundState) -> ModeledBits:
+def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
     """Charge 32 bits for each value that travels and one for each channel of a salient set."""
     present = np.asarray(metrics.participated)
     reached = ledger.received(present, np.asarray(metrics.sent.client_ids))
     statistics = trees.sizes(state.model_state)
-    reply = metrics.sent.up["reply"]["model_state"].known
+    reply = metrics.sent.up["reply"]["model_state"].live_counts
     num_bits = sum(
         math.prod(leaf.shape[1:])
         for leaf in jax.tree.leaves(metrics.sent.up.get(gated_updates.SALIENT, {}))
@@ -245,8 +243,8 @@ def formula(metrics: RoundMetrics, state: RoundState) -> ModeledBits:
         if isinstance(reply, tuple)
         else np.asarray(reply, np.int64)[present].sum()
     )
-    down = int(np.asarray(metrics.num_downloaded, np.int64).sum()) + sum(statistics)
-    return ModeledBits(
+    down = int(np.asarray(metrics.num_downloaded, np.int64)[0].sum()) + sum(statistics)
+    return PublishedBits(
         uplink=32 * int(values + of_state) + num_bits * int(np.count_nonzero(present)),
         downlink=32 * down * int(np.count_nonzero(reached)),
     )
@@ -268,27 +266,24 @@ def _without_gates() -> Masking:
     def travelling(state: RoundState) -> Params:
         return personalization.shared(state.masks, is_own=gating.is_gate)
 
-    return Masking(
-        train=lambda key, state: state.masks,
-        send=travelling,
-        server_is_dense=False,
-        receive=travelling,
-    )
+    return Masking(upload=travelling, download=travelling)
 
 
-def _steered(stage: Stage, schedule: Schedule) -> Stage:
+def _density_hooks(schedule: Schedule) -> Hooks:
     """Set the gates' density before each round; a round in which nobody was heard leaves it."""
 
-    def round_fn(key, state, cohort, population):
+    def before_round(state: RoundState) -> RoundState:
         steered = gating.with_density(state.model_state, schedule(state.round))
-        after, rows, metrics = stage.round(
-            key, state._replace(model_state=steered), cohort, population
-        )
-        heard = metrics.num_participating > metrics.num_rejected
-        kept = gating.with_density(
-            after.model_state,
-            jnp.where(heard, gating.density(after.model_state), gating.density(state.model_state)),
-        )
-        return after._replace(model_state=kept), rows, metrics
+        return state._replace(model_state=steered)
 
-    return stage._replace(round=round_fn)
+    def after_round(
+        before: RoundState, after: RoundState, metrics: RoundMetrics
+    ) -> tuple[RoundState, RoundMetrics]:
+        heard = metrics.num_participating > metrics.num_rejected
+        density = jnp.where(
+            heard, gating.density(after.model_state), gating.density(before.model_state)
+        )
+        kept = gating.with_density(after.model_state, density)
+        return after._replace(model_state=kept), metrics
+
+    return Hooks(before_round, after_round)

@@ -21,6 +21,7 @@ References:
   Scoring <https://arxiv.org/abs/2405.10271>`_, 2024 to 2026.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -32,10 +33,11 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, early_stopping, local_training, server_optimizers
 from fedjaxprune.pruning import movement, pruners, schedules
 from fedjaxprune.pruning.structured import channel_pruning
-from fedjaxprune.rounds import reporting
-from fedjaxprune.rounds.training import Protocol, compose
+from fedjaxprune.rounds.protocol import FieldSpec, Protocol, broadcast_of
+from fedjaxprune.rounds.reporting import Exchange, dense_download, reporting_round
+from fedjaxprune.rounds.stages import in_order
+from fedjaxprune.rounds.training import training
 from fedjaxprune.structure.channels.groups import Group
-from fedjaxprune.traffic import FieldLength
 from fedjaxprune.types import (
     Algorithm,
     Broadcast,
@@ -120,30 +122,32 @@ def autoflip(
         "examples": aggregators.weighted_mean(),
     }[explorer_weights]
 
-    evidence = {}
+    statistics: dict[str, FieldSpec] = {}
     due = schedules.every(refresh_every or 1, start=(refresh_every or 1) - 1)
     if refreshes:
-        evidence = {name: _when(due, reading) for name, reading in readings.items()}
-    training = compose(
+        statistics = {
+            name: FieldSpec(mean, send="nothing", read=_when(due, reading))
+            for name, reading in readings.items()
+        }
+    trained = training(
         setup,
         client=_local(model, setup),
         pruner=pruners.when(due, pruner) if refreshes else None,
         prunable=reached,
-        aggregators=dict.fromkeys(evidence, mean),
-        evidence=evidence,
+        fields=statistics,
     )
     whole = pruners.exempt(pruner, reached)
 
-    def init_fn(params, model_state):
-        _check(params, sparsity, prunable)
-        return training.init(params, model_state)
+    def init_fn(state):
+        _check(state.params, sparsity, prunable)
+        return state
 
     def conclude(key, state, fields):
         inputs = PrunerInputs(
             params=state.params,
             grads=None,
             round=state.round,
-            evidence={name: fields[name] for name in readings},
+            statistics={name: fields[name] for name in readings},
         )
         masks, guide = whole.update(key, state.masks, whole.init(state.params), inputs)
         if start == "explored":
@@ -163,10 +167,10 @@ def autoflip(
             keep=("metrics", "model_state") if explored else ("metrics",),
         ),
         conclude,
-        aggregators=dict.fromkeys(readings, mean),
+        fields=dict.fromkeys(readings, FieldSpec(mean)),
         upload=("model_state", "move") if explored else ("deviations",),  # squares follow
     )
-    return _in_order(training._replace(init=init_fn), explore)
+    return in_order(trained, (explore,), init=init_fn)
 
 
 def explored_start(model: Model, setup: Protocol, *, explorer: Client) -> Algorithm:
@@ -180,15 +184,15 @@ def explored_start(model: Model, setup: Protocol, *, explorer: Client) -> Algori
       setup: what every method shares; `num_rounds` counts the rounds of training alone.
       explorer: how a client explores.
     """
-    training = compose(setup, client=_local(model, setup))
+    trained = training(setup, client=_local(model, setup))
     explore = _exploring(
         setup,
         early_stopping.report(explorer, readings=_MOVE, keep=("metrics", "model_state")),
         lambda key, state, fields: _moved(state, fields),
-        aggregators={},
+        fields={},
         upload=("model_state", "move"),
     )
-    return _in_order(training, explore)
+    return in_order(trained, (explore,))
 
 
 def _local(model: Model, setup: Protocol) -> Client:
@@ -200,44 +204,27 @@ def _local(model: Model, setup: Protocol) -> Client:
     )
 
 
-def _in_order(training: Algorithm, explore: Stage) -> Algorithm:
-    (train,) = training.stages
-    return training._replace(
-        stages=(explore, reporting.shift_rounds(train, 1)),
-        deployed_params=lambda state: masks_lib.apply(state.masks, state.params),
-    )
-
-
-def _exploring(setup, client, conclude, *, aggregators: dict[str, Any], upload) -> Stage:
+def _exploring(setup, client, conclude, *, fields: dict[str, FieldSpec], upload) -> Stage:
     """Make the exchange: the dense model down, what `upload` names up."""
-
-    def download(state, stale):
-        return reporting.Download(
-            messages={"broadcast": {"params": FieldLength(), "model_state": FieldLength()}},
-            kept=jnp.asarray(trees.sizes(state.params), jnp.int32),
-            num_masks=jnp.zeros(stale.shape, jnp.int32),
-        )
-
-    return reporting.reporting_round(
+    fields = {**_BY_EXAMPLES, **fields}
+    return reporting_round(
         setup,
         name="explore",
         client=client,
-        aggregators={**_BY_EXAMPLES, **aggregators},
-        broadcast=lambda state: Broadcast(
-            params=state.params,
-            masks=masks_lib.full(state.params),
-            model_state=state.model_state,
-            round=state.round,
-        ),
-        conclude=conclude,
-        download=download,
-        upload=upload,
+        fields={
+            name: spec if name in upload else spec._replace(send="nothing")
+            for name, spec in fields.items()
+        },
+        broadcast=lambda state: broadcast_of(state)._replace(masks=masks_lib.full(state.params)),
+        server_update=conclude,
+        download=functools.partial(dense_download, is_trained=True),
+        exchange=Exchange(cohort="everyone"),
     )
 
 
 # How an explorer moved: not called a delta, which would go through the uplink.
 _MOVE = {"move": lambda delta, masks: delta}
-_BY_EXAMPLES = dict.fromkeys(("move", "model_state"), aggregators.weighted_mean())
+_BY_EXAMPLES = dict.fromkeys(("move", "model_state"), FieldSpec(aggregators.weighted_mean()))
 
 
 def _moved(state: RoundState, fields: Any) -> RoundState:

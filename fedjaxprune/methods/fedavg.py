@@ -9,7 +9,8 @@ References:
 from collections.abc import Sequence
 
 from fedjaxprune.federated import local_training
-from fedjaxprune.rounds.training import Protocol, compose
+from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.rounds.training import training
 from fedjaxprune.types import Algorithm, Model
 
 
@@ -32,7 +33,7 @@ def fedavg(
         learning_rate_scale=setup.learning_rate_scale,
         penalties=penalties,
     )
-    return compose(setup, client=client)
+    return training(setup, client=client)
 
 
 def fedprox(model: Model, setup: Protocol, *, mu: float) -> Algorithm:

@@ -31,15 +31,17 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.costs import ledger, storage_models
+from fedjaxprune.costs import storage_models
 from fedjaxprune.federated import local_training
 from fedjaxprune.methods.fedavg import fedavg
 from fedjaxprune.pruning import allocation, pruners, schedules, scores
-from fedjaxprune.rounds.training import Masking, Protocol, compose
-from fedjaxprune.traffic import ModeledBits
+from fedjaxprune.rounds.protocol import FieldSpec, Masking, Protocol
+from fedjaxprune.rounds.training import training
+from fedjaxprune.traffic import PublishedBits
 from fedjaxprune.types import (
     Algorithm,
     Client,
+    FormulaFn,
     Key,
     Masks,
     Model,
@@ -214,26 +216,23 @@ def feddip(
         learning_rate_scale=setup.learning_rate_scale,
         penalties=penalties,
     )
-    return compose(
+    algorithm = training(
         setup,
         client=_count_zeros(client),
         pruner=pruners.when(due, tighten),
         prunable=prunable,
-        travel=Masking(train=train_masks, send=sent_masks, server_is_dense=mode == "dense"),
-        reports=(ZEROS,),
-        modeled={
-            "feddip_code": code_formula(
-                final_sparsity=final_sparsity,
-                initial_sparsity=initial_sparsity,
-                num_rounds=setup.num_rounds,
-            )
-        },
+        masking=Masking(train=train_masks, upload=sent_masks, server_is_dense=mode == "dense"),
+        fields={ZEROS: FieldSpec(send="nothing")},
     )
+    charge = code_formula(
+        final_sparsity=final_sparsity,
+        initial_sparsity=initial_sparsity,
+        num_rounds=setup.num_rounds,
+    )
+    return algorithm._replace(published={"feddip_code": charge})
 
 
-def code_formula(
-    *, final_sparsity: float, initial_sparsity: float, num_rounds: int
-) -> ledger.FormulaFn:
+def code_formula(*, final_sparsity: float, initial_sparsity: float, num_rounds: int) -> FormulaFn:
     """Make the charge of the public code for a round: nothing for masks, all values alike.
 
     Down it takes the sparsity that the schedule has in the round, whatever masks are in force (and
@@ -248,7 +247,7 @@ def code_formula(
         scheduled = final_sparsity + (initial_sparsity - final_sparsity) * left**3
         zeros = np.asarray(metrics.sent.reports[ZEROS])[np.asarray(metrics.participated)]
         measured = int(zeros.sum(dtype=np.int64)) / (num_params * max(num_clients, 1))
-        return ModeledBits(
+        return PublishedBits(
             uplink=num_clients * storage_models.feddip_code(measured, num_params),
             downlink=num_clients * storage_models.feddip_code(scheduled, num_params),
         )

@@ -17,8 +17,10 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import local_training
-from fedjaxprune.rounds.training import Protocol, compose
-from fedjaxprune.types import Algorithm, Client, Model, Params, PrunableFn, Stage
+from fedjaxprune.rounds.protocol import AfterRound, Hooks, Protocol
+from fedjaxprune.rounds.stages import check_prunable
+from fedjaxprune.rounds.training import training
+from fedjaxprune.types import Algorithm, Client, Model, Params, PrunableFn, RoundMetrics, RoundState
 
 SPARSITY, _ZEROS = "layer_sparsity", "zeros"  # of the training metrics
 _ROUNDING = 1e-4  # of a weight: more than the sum of a cohort's deltas is rounded by
@@ -48,8 +50,8 @@ def feddp_threshold(
       prunable: which leaves (public code: convolutions).
 
     Returns:
-      An `Algorithm` without masks: `kept`, and so the sparsity of the record, is of the entries of
-      the deployed weights that are not zero. The training metrics have ``layer_sparsity``, the
+      An `Algorithm` without masks: `num_live`, and so the sparsity of the record, is of the entries
+      of the deployed weights that are not zero. The training metrics have ``layer_sparsity``, the
       code's measure: the zeros of the layers of the clients' own models, each layer alike.
 
     Raises:
@@ -74,7 +76,7 @@ def feddp_threshold(
         params = step.after.params
         return step.after._replace(params=trees.tree_where(ends, zeroed(params), params))
 
-    training = compose(
+    trained = training(
         setup,
         client=_measured(
             local_training.local_sgd(
@@ -86,18 +88,15 @@ def feddp_threshold(
             ),
             prunable,
         ),
+        prunable=prunable,
+        hooks=Hooks(after_round=_counted(prunable)),
     )
 
     def init_fn(params, model_state):
-        if not any(masks_lib.prunable_leaves(params, prunable)):
-            raise ValueError(
-                "there is nothing to prune: FedDP's threshold is for the kernels of convolutions, "
-                "and the network has none."
-            )
-        return training.init(params, model_state)
+        check_prunable(params, prunable)
+        return trained.init(params, model_state)
 
-    (train,) = training.stages
-    return training._replace(init=init_fn, stages=(_counted(train, prunable),))
+    return trained._replace(init=init_fn)
 
 
 def layer_sparsity(params: Params, prunable: PrunableFn) -> jax.Array:
@@ -130,7 +129,7 @@ def _measured(inner: Client, prunable: PrunableFn) -> Client:
     return Client(init=inner.init, update=update_fn)
 
 
-def _counted(stage: Stage, prunable: PrunableFn) -> Stage:
+def _counted(prunable: PrunableFn) -> AfterRound:
     """Make zero what comes to zero but for rounding, and report what is not, as no masks tell.
 
     Where every client made a weight zero the mean of models is zero; the mean of deltas, from which
@@ -138,21 +137,21 @@ def _counted(stage: Stage, prunable: PrunableFn) -> Stage:
     or deltas that did not travel whole, lead elsewhere, and there the weight stays.
     """
 
-    def round_fn(key, state, cohort, population):
-        after, rows, metrics = stage.round(key, state, cohort, population)
+    def after_round(
+        before: RoundState, after: RoundState, metrics: RoundMetrics
+    ) -> tuple[RoundState, RoundMetrics]:
         train = dict(metrics.train)
         counts, heard = iter(train.pop(_ZEROS)), train[SPARSITY].weight
 
-        def leaf(path, value, before):
+        def leaf(path, value, old):
             if not prunable(path, value):
                 return value
             agreed = (next(counts).astype(jnp.float32) >= heard) & (heard > 0)
-            rest = jnp.abs(value) <= _ROUNDING * jnp.abs(before)
+            rest = jnp.abs(value) <= _ROUNDING * jnp.abs(old)
             return jnp.where(agreed & rest, jnp.zeros_like(value), value)
 
-        params = trees.map_with_path(leaf, after.params, state.params)
-        live = jax.tree.map(lambda value: value != 0, params)
-        reported = metrics._replace(train=train, kept=masks_lib.num_kept(live))
-        return after._replace(params=params), rows, reported
+        params = trees.map_with_path(leaf, after.params, before.params)
+        num_live = masks_lib.num_kept(jax.tree.map(lambda value: value != 0, params))
+        return after._replace(params=params), metrics._replace(train=train, num_live=num_live)
 
-    return stage._replace(round=round_fn)
+    return after_round

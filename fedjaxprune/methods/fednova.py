@@ -14,8 +14,16 @@ import jax.numpy as jnp
 
 from fedjaxprune.federated import aggregators
 from fedjaxprune.methods.fedavg import fedavg
-from fedjaxprune.rounds.training import Correction, Protocol
-from fedjaxprune.types import Algorithm, Batcher, Client, Message, Model
+from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.types import (
+    Algorithm,
+    Batcher,
+    Client,
+    Correction,
+    FieldSpec,
+    Message,
+    Model,
+)
 
 
 def effective_steps(num_steps: jax.Array, *, momentum: float) -> jax.Array:
@@ -35,16 +43,16 @@ def effective_steps(num_steps: jax.Array, *, momentum: float) -> jax.Array:
 def normalized_averaging(*, batcher: Batcher, momentum: float = 0.0) -> Correction:
     """Average any client's deltas per effective local step, under any masks.
 
-    Put it into the setup of any method:
-    ``setup._replace(drift=normalized_averaging(batcher=setup.batcher))``. What goes through the
-    uplink is the divided delta, as in the paper; one more value goes up.
+    Put it into the protocol of any method:
+    ``protocol._replace(correction=normalized_averaging(batcher=protocol.batcher))``. What goes
+    through the uplink is the divided delta, as in the paper; one more value goes up.
 
     Args:
       batcher: the clients', which knows their numbers of steps.
       momentum: of the local optimizer, in [0, 1).
 
     Returns:
-      A `Drift` without state.
+      A `Correction` without state.
 
     Raises:
       ValueError: if `momentum` is outside [0, 1).
@@ -73,9 +81,8 @@ def normalized_averaging(*, batcher: Batcher, momentum: float = 0.0) -> Correcti
     return Correction(
         init=lambda params: (),
         wrap=wrap_fn,
-        aggregators={"effective_steps": aggregators.weighted_mean()},
         update=update_fn,
-        sent_as={},
+        fields={"effective_steps": FieldSpec(aggregators.weighted_mean())},
     )
 
 
@@ -84,10 +91,10 @@ def fednova(model: Model, setup: Protocol, *, momentum: float = 0.0) -> Algorith
 
     Args:
       model: the network.
-      setup: what every method shares; its `drift` is replaced.
+      setup: what every method shares; its `correction` is replaced.
       momentum: of ``setup.optimizer``, in [0, 1).
     """
     return fedavg(
         model,
-        setup._replace(drift=normalized_averaging(batcher=setup.batcher, momentum=momentum)),
+        setup._replace(correction=normalized_averaging(batcher=setup.batcher, momentum=momentum)),
     )

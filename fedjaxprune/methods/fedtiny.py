@@ -37,8 +37,11 @@ from fedjaxprune.federated import aggregators, batch_norm, local_training, spars
 from fedjaxprune.methods import _fedtiny_traffic
 from fedjaxprune.pruning import candidates as pools
 from fedjaxprune.pruning import drop_and_grow
-from fedjaxprune.rounds import reporting
-from fedjaxprune.rounds.training import Protocol, compose
+from fedjaxprune.rounds import server_work
+from fedjaxprune.rounds.protocol import FieldSpec, Protocol
+from fedjaxprune.rounds.reporting import Exchange, reporting_round
+from fedjaxprune.rounds.stages import in_order
+from fedjaxprune.rounds.training import training
 from fedjaxprune.types import Algorithm, Batcher, Broadcast, Model, Params, PrunableFn, Stage
 
 
@@ -63,7 +66,7 @@ def fedtiny(
     setup: Protocol,
     *,
     density: float,
-    source: reporting.SourceFn,
+    source: server_work.SourceFn,
     pretraining: Batcher,
     development: Batcher,
     blocks: drop_and_grow.BlockFn,
@@ -87,7 +90,7 @@ def fedtiny(
       setup: what every method shares (published code: 5 local epochs of batches of 64, Adam);
         `num_rounds` counts the rounds of training alone.
       density: live share of all kernels, in (0, 1]; those that are not `prunable` count as live.
-      source: the server's own examples (`reporting.server_examples`).
+      source: the server's own examples (`server_work.server_examples`).
       pretraining: the server's local steps on them (published code: 3 epochs).
       development: the part of a client's data that chooses, without augmentation, the same in every
         round (published code: a tenth).
@@ -152,19 +155,18 @@ def fedtiny(
         )
         client = sparse_gradients.top_gradients(client, num_pairs=num_swapped)
         pruner = drop_and_grow.drop_and_grow(num_swapped)
-    equally = {"grads": aggregators.unweighted_sum()} if gradient_weights == "clients" else {}
-    training = compose(
+    equally = aggregators.unweighted_sum() if gradient_weights == "clients" else None
+    trained = training(
         setup,
         client=client,
         pruner=pruner,
         prunable=prunable,
-        aggregators=equally,
-        sent_as={"grads": "pairs"},
-        modeled={"fedtiny": _fedtiny_traffic.formula},
-    )
+        fields={"grads": FieldSpec(equally, send="pairs")},
+    )._replace(published={"fedtiny": _fedtiny_traffic.formula})
 
-    def init_fn(params, model_state):
-        statistics = batch_norm.pick(model_state, batch_norm.normalization)
+    def init_fn(state):
+        params = state.params
+        statistics = batch_norm.pick(state.model_state, batch_norm.normalization)
         if not statistics:
             raise ValueError(
                 "FedTiny chooses its start by BatchNorm statistics, but the network has none: "
@@ -180,9 +182,9 @@ def fedtiny(
             losses=jnp.full(num_candidates, jnp.inf, jnp.float32),
             chosen=jnp.int32(0),
         )
-        return training.init(params, model_state)._replace(method=pool)
+        return state._replace(method=pool)
 
-    pretrain = reporting.train_at(
+    pretrain = server_work.train_at(
         local_training.local_sgd(model.loss, batcher=pretraining, optimizer=setup.optimizer), source
     )
 
@@ -230,18 +232,18 @@ def fedtiny(
             round=state.round,
         )
 
-    def calibrate_download(state, stale):
+    def calibrate_download(state, masks_held):
         one = [leaf[:, 0] for leaf in trees.shape_only(state.method.statistics)]
         # Exact statistics start from nothing.
         return _fedtiny_traffic.download(
-            state, stale, [] if calibration_passes is None else one, prunable=prunable
+            state, masks_held, [] if calibration_passes is None else one, prunable=prunable
         )
 
-    def compare_download(state, stale):
+    def compare_download(state, masks_held):
         every = trees.shape_only(state.method.statistics)
         one = [leaf[:, 0] for leaf in every]
         return _fedtiny_traffic.download(
-            state, stale, every if selection == "adaptive" else one, prunable=prunable
+            state, masks_held, every if selection == "adaptive" else one, prunable=prunable
         )
 
     def look(state):
@@ -278,50 +280,35 @@ def fedtiny(
         )
     if variance == "total":
         measure = batch_norm.with_squares(measure)
-    calibrate = reporting.reporting_round(
+    mean, exchange = aggregators.weighted_mean(), Exchange(cohort="same", compute=look)
+    calibrate = reporting_round(
         setup,
         name="calibrate",
         client=batch_norm.each_candidate(measure),
-        aggregators={
-            "statistics": aggregators.weighted_mean(),
-            "squares": aggregators.weighted_mean(),
+        fields={
+            "statistics": FieldSpec(mean),
+            "squares": FieldSpec(mean, send="nothing"),
         },
         broadcast=candidates,
-        conclude=calibrated,
+        server_update=calibrated,
         download=calibrate_download,
-        upload=("statistics",),
-        work=look,
+        exchange=exchange,
     )
-    compare = reporting.reporting_round(
+    compare = reporting_round(
         setup,
         name="compare",
         client=batch_norm.each_candidate(batch_norm.losses(model.predict, batcher=development)),
-        aggregators={"losses": aggregators.weighted_mean()},
+        fields={"losses": FieldSpec(mean)},
         broadcast=candidates,
-        conclude=compared,
+        server_update=compared,
         download=compare_download,
-        upload=("losses",),
-        work=look,
+        exchange=exchange,
     )
-    before: tuple[Stage, ...] = (_unheard_of(reporting.server_round("prepare", prepare_fn)),)
+    # Nobody is taken to hold the candidates, even where they are dense and masks full.
+    prepare = server_work.server_round("prepare", prepare_fn, masks_known_to="nobody")
+    before: tuple[Stage, ...] = (prepare,)
     before += (calibrate, compare) if selection == "adaptive" else (compare,)
-    (train,) = training.stages
-    return training._replace(
-        init=init_fn,
-        stages=(*before, reporting.shift_rounds(train, len(before))),
-        deployed_params=lambda state: masks_lib.apply(state.masks, state.params),
-    )
-
-
-def _unheard_of(stage: Stage) -> Stage:
-    """See that nobody is taken to hold the candidates, even where they are dense and masks full."""
-
-    def round_fn(key, state, cohort, population):
-        after, rows, metrics = stage.round(key, state, cohort, population)
-        version = jnp.maximum(after.mask_version, 1)
-        return after._replace(mask_version=version), rows, metrics
-
-    return stage._replace(round=round_fn)
+    return in_order(trained, before, init=init_fn)
 
 
 def _paths(params: Params, prunable: PrunableFn) -> list[str]:

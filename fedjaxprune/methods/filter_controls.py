@@ -17,8 +17,8 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, local_training
 from fedjaxprune.methods import _filter_masks, _filter_stages
 from fedjaxprune.pruning.structured import filters
-from fedjaxprune.rounds import reporting
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds import server_work
+from fedjaxprune.rounds.protocol import FieldSpec, Protocol
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Algorithm, Batcher, Message, Model, PrunableFn
 
@@ -57,9 +57,9 @@ def random_filters(
                 jax.random.split(key, len(keep)), keep, targets(last, keep), strict=True
             )
         )
-        return _filter_masks.settle(the, setup, state, drawn, step=last), reporting.no_loss()
+        return _filter_masks.settle(the, setup, state, drawn, step=last), server_work.no_loss()
 
-    draw = reporting.server_round("draw", work, masks_from="seed")
+    draw = server_work.server_round("draw", work, masks_known_to="everybody")
     return _filter_stages.federate(model, setup, the, (draw,), start_rounds=start_rounds)
 
 
@@ -96,9 +96,9 @@ def pooled_filters(
         prunable=prunable,
     )
     targets = _filter_masks.targets(the, sparsity, factor)
-    train = reporting.train_at(
+    train = server_work.train_at(
         local_training.local_sgd(model.loss, batcher=agreement, optimizer=setup.optimizer),
-        reporting.all_examples(),
+        server_work.all_examples(),
     )
 
     def work(key, state, population):
@@ -112,7 +112,7 @@ def pooled_filters(
         )
         return _filter_masks.settle(the, setup, state, keep, step=state.round), seen
 
-    prepare = reporting.server_round("prepare", work)._replace(num_rounds=iterations + 1)
+    prepare = server_work.server_round("prepare", work, num_rounds=iterations + 1)
     return _filter_stages.federate(model, setup, the, (prepare,), start_rounds=start_rounds)
 
 
@@ -170,9 +170,8 @@ def averaged_filters(
         the,
         name="average",
         client=update,
-        aggregators={"trained": aggregators.unweighted_sum()},
+        fields={"trained": FieldSpec(aggregators.unweighted_sum())},
         conclude=conclude,
-        upload="trained",
         start_rounds=start_rounds,
     )
     return _filter_stages.federate(model, setup, the, (average,), start_rounds=start_rounds)

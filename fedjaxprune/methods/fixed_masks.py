@@ -27,13 +27,15 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, local_training
 from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import pruners, scores
-from fedjaxprune.rounds import reporting
-from fedjaxprune.rounds.training import Protocol, compose
-from fedjaxprune.traffic import BACKPROPAGATED, FieldLength
+from fedjaxprune.rounds import server_work
+from fedjaxprune.rounds.protocol import FieldSpec, Protocol, broadcast_of
+from fedjaxprune.rounds.reporting import Exchange, reporting_round
+from fedjaxprune.rounds.stages import in_order
+from fedjaxprune.rounds.training import training
+from fedjaxprune.traffic import BACKPROPAGATED
 from fedjaxprune.types import (
     Algorithm,
     Batcher,
-    Broadcast,
     Client,
     Model,
     PrunableFn,
@@ -64,10 +66,14 @@ def random_masks(
 
     def work(key, state, population):
         del population  # no data decides
-        return choose(key, state, state.params, None), reporting.no_loss()
+        return choose(key, state, state.params, None), server_work.no_loss()
 
     return _train(
-        model, setup, reporting.server_round("draw", work, masks_from="seed"), sparsity, prunable
+        model,
+        setup,
+        server_work.server_round("draw", work, masks_known_to="everybody"),
+        sparsity,
+        prunable,
     )
 
 
@@ -76,10 +82,10 @@ def magnitude_masks(
     setup: Protocol,
     *,
     sparsity: float,
-    source: reporting.SourceFn,
+    source: server_work.SourceFn,
     pretraining: Batcher,
     weights: Literal["trained", "initial"],
-    guests: Sequence[int] = (),
+    working_clients: Sequence[int] = (),
     allocation: allocations.AllocationFn = allocations.uniform(),  # noqa: B008
     prunable: PrunableFn = masks_lib.is_kernel,
 ) -> Algorithm:
@@ -89,13 +95,13 @@ def magnitude_masks(
       model: the network.
       setup: what every method shares.
       sparsity: pruned fraction of the prunable weights, in [0, 1).
-      source: whose examples: `reporting.server_examples`, `reporting.examples_of` or
-        `reporting.all_examples`.
+      source: whose examples: `server_work.server_examples`, `server_work.examples_of` or
+        `server_work.all_examples`.
       pretraining: the local steps there.
       weights: whether the federation goes on from the weights trained there, or from the initial
         ones, so that nothing but the mask is learnt from them.
-      guests: clients that are sent the dense model for it and send a mask back, with the weights
-        under it if these are wanted: the one of `reporting.examples_of`.
+      working_clients: clients that are sent the dense model for it and send a mask back, with the
+        weights under it if these are wanted: the one of `server_work.examples_of`.
       allocation: how many each layer keeps.
       prunable: which leaves may be pruned.
     """
@@ -103,7 +109,7 @@ def magnitude_masks(
         raise ValueError(f"weights must be 'trained' or 'initial', got {weights!r}.")
     choose = _chooser(sparsity, scores.magnitude, allocation, prunable)
     client = local_training.local_sgd(model.loss, batcher=pretraining, optimizer=setup.optimizer)
-    pretrain = reporting.train_at(client, source)
+    pretrain = server_work.train_at(client, source)
 
     def work(key, state, population):
         train_key, choose_key = jax.random.split(key)
@@ -111,11 +117,11 @@ def magnitude_masks(
         start = trained if weights == "trained" else state
         return choose(choose_key, start, trained.params, None), train
 
-    prepare = reporting.server_round(
+    prepare = server_work.server_round(
         "prepare",
         work,
-        guests=guests,
-        guests_send="model" if weights == "trained" else "masks",
+        working_clients=working_clients,
+        clients_send="model" if weights == "trained" else "masks",
     )
     return _train(model, setup, prepare, sparsity, prunable)
 
@@ -125,7 +131,7 @@ def snip_masks(
     setup: Protocol,
     *,
     sparsity: float,
-    source: reporting.SourceFn,
+    source: server_work.SourceFn,
     batcher: Batcher,
     num_steps: int = 1,
     allocation: allocations.AllocationFn = allocations.uniform(),  # noqa: B008
@@ -153,15 +159,15 @@ def snip_masks(
     client = _gradients(model, batcher)
 
     def work(key, state, population):
-        train = reporting.no_loss()
+        train = server_work.no_loss()
         for step, choose in enumerate(choosers):
             look_key, choose_key = jax.random.split(jax.random.fold_in(key, step))
-            message, _ = client.update(look_key, _broadcast(state), (), source(population))
+            message, _ = client.update(look_key, broadcast_of(state), (), source(population))
             state = choose(choose_key, state, state.params, message.fields["grads"])
             train = message.fields["metrics"]
         return state, train
 
-    return _train(model, setup, reporting.server_round("prepare", work), sparsity, prunable)
+    return _train(model, setup, server_work.server_round("prepare", work), sparsity, prunable)
 
 
 def snip_masks_of_clients(
@@ -192,42 +198,34 @@ def snip_masks_of_clients(
     def prepare(key, state, population):
         del population  # no data decides
         chosen = fallback(key, state, state.params, None)
-        return chosen._replace(params=state.params), reporting.no_loss()
+        return chosen._replace(params=state.params), server_work.no_loss()
 
     def conclude(key, state, fields):
         return choose(
             key, state._replace(masks=masks_lib.full(state.params)), state.params, fields["grads"]
         )
 
-    def download(state, stale):
-        sizes = jnp.asarray(trees.sizes(state.params), jnp.int32)
-        return reporting.Download(
-            messages={"broadcast": {"params": FieldLength(), "model_state": FieldLength()}},
-            kept=jnp.broadcast_to(sizes[None, None], (stale.shape[0], 1, sizes.shape[0])),
-            num_masks=jnp.zeros(stale.shape, jnp.int32),
-        )
-
-    survey = reporting.reporting_round(
+    mean = aggregators.weighted_mean()
+    survey = reporting_round(
         setup,
         name="score",
         client=_gradients(model, batcher),
-        aggregators={
-            "grads": aggregators.weighted_mean(),
-            "delta": aggregators.weighted_mean(),
-            "model_state": aggregators.weighted_mean(),
+        fields={
+            "grads": FieldSpec(mean),
+            **dict.fromkeys(("delta", "model_state"), FieldSpec(mean, send="nothing")),
         },
-        broadcast=lambda state: _broadcast(state)._replace(masks=masks_lib.full(state.params)),
-        conclude=conclude,
-        download=download,
-        upload=("grads",),
-        work=lambda state: {
-            BACKPROPAGATED: jnp.asarray(trees.sizes(state.params), jnp.int32)[None]
-        },
+        broadcast=lambda state: broadcast_of(state)._replace(masks=masks_lib.full(state.params)),
+        server_update=conclude,
+        exchange=Exchange(
+            compute=lambda state: {
+                BACKPROPAGATED: jnp.asarray(trees.sizes(state.params), jnp.int32)[None]
+            }
+        ),
     )
     return _train(
         model,
         setup,
-        reporting.server_round("prepare", prepare, masks_from="seed"),
+        server_work.server_round("prepare", prepare, masks_known_to="everybody"),
         sparsity,
         prunable,
         survey,
@@ -243,7 +241,7 @@ def _train(
     *further: Stage,
 ) -> Algorithm:
     """Put plain training under the masks in force behind the stages that choose them."""
-    training = compose(
+    trained = training(
         setup,
         client=local_training.local_sgd(
             model.loss,
@@ -253,19 +251,7 @@ def _train(
         ),
         prunable=prunable,
     )
-    before = (start, *further)
-    (train,) = training.stages
-
-    def init_fn(params, model_state):
-        if sparsity > 0.0 and not any(masks_lib.prunable_leaves(params, prunable)):
-            raise ValueError("there is nothing to prune: none of the leaves is prunable.")
-        return training.init(params, model_state)
-
-    return training._replace(
-        init=init_fn,
-        stages=(*before, reporting.shift_rounds(train, len(before))),
-        deployed_params=lambda state: masks_lib.apply(state.masks, state.params),
-    )
+    return in_order(trained, (start, *further), prunes=sparsity > 0.0)
 
 
 def _chooser(sparsity: float, score: scores.ScoreFn, allocation: Any, prunable: PrunableFn) -> Any:
@@ -289,13 +275,4 @@ def _gradients(model: Model, batcher: Batcher) -> Client:
         batcher=batcher,
         optimizer=optax.set_to_zero(),
         report_grads=lambda round_index: round_index >= 0,
-    )
-
-
-def _broadcast(state: RoundState) -> Broadcast:
-    return Broadcast(
-        params=state.params,
-        masks=state.masks,
-        model_state=state.model_state,
-        round=state.round,
     )

@@ -12,7 +12,8 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import local_training
 from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import pruners, schedules
-from fedjaxprune.rounds.training import Protocol, compose
+from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.rounds.training import training
 from fedjaxprune.types import Algorithm, Model, PrunableFn
 
 
@@ -60,7 +61,7 @@ def gradual_magnitude(
         learning_rate_scale=setup.learning_rate_scale,
     )
     revise = pruners.prune_to(curve, allocation=allocation)
-    return compose(
+    return training(
         setup,
         client=client,
         pruner=pruners.when(schedules.every(period), revise),

@@ -33,7 +33,7 @@ from fedjaxprune.federated import aggregators, local_training
 from fedjaxprune.methods import _filter_masks, _filter_stages
 from fedjaxprune.pruning.structured import filters
 from fedjaxprune.pruning.structured import voting as rules
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import FieldSpec, Protocol
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Algorithm, Batcher, Client, Message, Model, PrunableFn
 
@@ -134,13 +134,12 @@ def mpfl(
             the,
             _filter_masks.targets(the, sparsity, factor),
         ),
-        aggregators={
-            "masks": aggregators.vote_counts(),
-            "ballot": counts,
-            "size": aggregators.unweighted_sum(),
+        fields={
+            "masks": FieldSpec(aggregators.vote_counts(), send="bits"),
+            "ballot": FieldSpec(counts, send="nothing"),
+            "size": FieldSpec(aggregators.unweighted_sum(), send="nothing"),
         },
         conclude=conclude,
-        upload="masks",
         start_rounds=start_rounds,
     )
     return _filter_stages.federate(model, setup, the, (agree,), start_rounds=start_rounds)

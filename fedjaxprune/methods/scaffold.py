@@ -25,8 +25,17 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import aggregators
 from fedjaxprune.methods.fedavg import fedavg
-from fedjaxprune.rounds.training import Correction, Protocol
-from fedjaxprune.types import Algorithm, Client, Message, Model, Params, State
+from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.types import (
+    Algorithm,
+    Client,
+    Correction,
+    FieldSpec,
+    Message,
+    Model,
+    Params,
+    State,
+)
 
 
 class ControlState(NamedTuple):
@@ -44,12 +53,12 @@ class ControlState(NamedTuple):
 def control_variates() -> Correction:
     """Correct any client's local steps by control variates, under any masks.
 
-    Put it into the setup of any method: ``setup._replace(drift=control_variates())``. A client
+    Put it into the setup of any method: ``setup._replace(correction=control_variates())``. A client
     keeps one value for each weight; each way one more value travels for each live weight,
     uncompressed.
 
     Returns:
-      A `Drift` whose state is the server's control variate.
+      A `Correction` whose state is the server's control variate.
     """
 
     def init_fn(params):
@@ -60,7 +69,7 @@ def control_variates() -> Correction:
             return ControlState(control=init_fn(params), inner=client.init(params))
 
         def update_fn(key, broadcast, state, data):
-            correction = jax.tree.map(jnp.subtract, broadcast.drift, state.control)
+            correction = jax.tree.map(jnp.subtract, broadcast.correction_state, state.control)
             message, inner = client.update(
                 key, broadcast._replace(correction=correction), state.inner, data
             )
@@ -97,9 +106,8 @@ def control_variates() -> Correction:
     return Correction(
         init=init_fn,
         wrap=wrap_fn,
-        aggregators={"control": aggregators.weighted_sum()},
         update=update_fn,
-        sent_as={"control": "live"},
+        fields={"control": FieldSpec(aggregators.weighted_sum(), send="masked")},
     )
 
 
@@ -110,4 +118,4 @@ def scaffold(model: Model, setup: Protocol) -> Algorithm:
       model: the network.
       setup: what every method shares; its `drift` is replaced.
     """
-    return fedavg(model, setup._replace(drift=control_variates()))
+    return fedavg(model, setup._replace(correction=control_variates()))

@@ -127,11 +127,11 @@ def by_movement(
         may be pruned than `sparsity` says.
 
     Returns:
-      A `Pruner` that reads ``inputs.evidence``: `deviations`, their mean over clients, and, if it
+      A `Pruner` that reads ``inputs.statistics``: `deviations`, their mean over clients, and, if it
       asks for agreement, `agreement`, the mean of `votes`. Its state is the guidance.
 
     Raises:
-      ValueError: if an option is out of range; while tracing, if the evidence is not there.
+      ValueError: if an option is out of range; while tracing, if a statistic is not there.
     """
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}.")
@@ -153,20 +153,20 @@ def by_movement(
     def update_fn(
         key: Key, masks: Masks, state: State, inputs: PrunerInputs
     ) -> tuple[Masks, State]:
-        missing = [name for name in needed if name not in dict(inputs.evidence)]
+        missing = [name for name in needed if name not in dict(inputs.statistics)]
         if missing:
             raise ValueError(
                 "guidance.guided ranks weights by what clients report of them, but "
-                f"PrunerInputs.evidence lacks {', '.join(missing)}."
+                f"PrunerInputs.statistics lacks {', '.join(missing)}."
             )
-        fresh = jax.tree.map(scale, inputs.evidence["deviations"], masks)
+        fresh = jax.tree.map(scale, inputs.statistics["deviations"], masks)
         if agreement == "scaled":
-            fresh = jax.tree.map(jnp.multiply, fresh, inputs.evidence["agreement"])
+            fresh = jax.tree.map(jnp.multiply, fresh, inputs.statistics["agreement"])
         elif agreement == "majority":
             fresh = jax.tree.map(
                 lambda leaf, share: jnp.where(share >= 0.5, leaf, -jnp.inf),
                 fresh,
-                inputs.evidence["agreement"],
+                inputs.statistics["agreement"],
             )
         guide = jax.tree.map(jnp.where, masks, fresh, state)
         kept, _ = best.update(key, masks_lib.full(masks), (), inputs._replace(params=guide))

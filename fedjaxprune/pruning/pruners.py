@@ -176,7 +176,7 @@ def exempt(pruner: Pruner, prunable: PrunableFn) -> Pruner:
             params=_hide(inputs.params, flags),
             grads=None if inputs.grads is None else _hide(inputs.grads, flags),
             round=inputs.round,
-            evidence={name: _hide(tree, flags) for name, tree in dict(inputs.evidence).items()},
+            statistics={name: _hide(tree, flags) for name, tree in dict(inputs.statistics).items()},
         )
         changed, state = pruner.update(key, _hide(masks, flags), state, seen)
         changed_leaves = iter(jax.tree.leaves(changed))

@@ -1,67 +1,93 @@
-"""Stages beside training: exchanges in which clients only report, and work at the server alone.
+"""Exchanges in which clients only report, and the server draws its conclusions."""
 
-Each is one pure function with the signature of a training round, so that stages share one
-`RoundState`, one way to be run, and one way to be resumed.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import metrics as metrics_lib
 from fedjaxprune import trees
-from fedjaxprune.federated import aggregators as aggregators_lib
+from fedjaxprune.federated import aggregators
 from fedjaxprune.federated import cohort as cohort_lib
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds import traffic
+from fedjaxprune.rounds.protocol import Hooks, Protocol, add_reports, broadcast_of
+from fedjaxprune.rounds.stages import close, with_hooks
 from fedjaxprune.traffic import TRAINED, FieldLength, Sent
 from fedjaxprune.types import (
-    Aggregator,
-    Broadcast,
     Client,
-    ClientData,
-    CohortAggregator,
+    CohortRule,
+    FieldSpec,
     Key,
     Message,
-    Metrics,
-    Population,
     RoundMetrics,
     RoundState,
     Stage,
-    client_data,
 )
-
-SourceFn = Callable[[Population], ClientData]  # whose examples work at the server is done with
 
 
 class Download(NamedTuple):
-    """What clients receive in an exchange that trains nothing.
+    """What clients receive in an exchange.
 
     Attributes:
-      messages: by name, the fields of each (see `accounts.Sent`).
-      kept: ``[C, T, L]`` int32, live entries per leaf of the models that each client receives; or
-        ``[L]`` where all receive the same one, train it, and send as many entries back.
+      messages: by name, the fields of each (see `traffic.Sent`).
+      num_downloaded: ``[C, T, L]`` int32, live entries per leaf of the models that each receives.
       num_masks: ``[C]`` int32, masks among it.
+      is_trained: whether clients train the one model that they receive, and send as many entries
+        back.
     """
 
     messages: Mapping[str, Mapping[str, FieldLength]]
-    kept: jax.Array
+    num_downloaded: jax.Array
     num_masks: jax.Array
+    is_trained: bool = False
+
+
+class Exchange(NamedTuple):
+    """How often an exchange takes place, who is asked, and what is computed for it.
+
+    Attributes:
+      num_rounds: how often.
+      cohort: who is asked (`Stage.cohort`).
+      compute: ``state -> {TRAINED, EVALUATED or BACKPROPAGATED: [T, L]}`` (of `traffic`), models
+        that each client passes its examples through, for the record of arithmetic; None for none.
+      is_over: ``state -> [] bool``; once it is True nobody is asked any more. None goes on.
+      hooks: what happens before and after each round.
+    """
+
+    num_rounds: int = 1
+    cohort: CohortRule = "sampled"
+    compute: Callable[[RoundState], Mapping[str, jax.Array]] | None = None
+    is_over: Callable[[RoundState], jax.Array] | None = None
+    hooks: Hooks | None = None
+
+
+DownloadFn = Callable[[RoundState, jax.Array], Download]
+
+
+def dense_download(
+    state: RoundState, masks_held: jax.Array, *, is_trained: bool = False
+) -> Download:
+    """Send the dense model and what is not trained to everybody, and no masks."""
+    sizes = jnp.asarray(trees.sizes(state.params), jnp.int32)
+    return Download(
+        messages={"broadcast": {"params": FieldLength(), "model_state": FieldLength()}},
+        num_downloaded=jnp.broadcast_to(sizes[None, None], (*masks_held.shape, 1, *sizes.shape)),
+        num_masks=jnp.zeros(masks_held.shape, jnp.int32),
+        is_trained=is_trained,
+    )
 
 
 def reporting_round(
-    setup: Protocol,
+    protocol: Protocol,
     *,
     name: str,
     client: Client,
-    aggregators: Mapping[str, Aggregator | CohortAggregator],
-    broadcast: Callable[[RoundState], Broadcast],
-    conclude: Callable[[Key, RoundState, Mapping[str, Any]], RoundState],
-    download: Callable[[RoundState, jax.Array], Download],
-    upload: Sequence[str],
-    work: Callable[[RoundState], Mapping[str, jax.Array]] | None = None,
+    fields: Mapping[str, FieldSpec],
+    server_update: Callable[[Key, RoundState, Mapping[str, Any]], RoundState],
+    broadcast: Callable[[RoundState], Any] = broadcast_of,
+    download: DownloadFn = dense_download,
+    exchange: Exchange = Exchange(),  # noqa: B008
 ) -> Stage:
     """Make an exchange in which clients report and the server draws its conclusions.
 
@@ -69,276 +95,115 @@ def reporting_round(
     which nobody was heard changes nothing.
 
     Args:
-      setup: says how the cohort is mapped.
+      protocol: says how the cohort is mapped.
       name: the stage's name in the record.
       client: reports; its message needs no delta, and has `metrics`.
-      aggregators: by field of the message, `metrics` beside.
-      broadcast: ``state -> Broadcast``, what clients look at.
-      conclude: ``(key, state, fields) -> state``, from the aggregated fields.
-      download: ``(state, stale [C]) -> Download``; `stale` marks the clients that do not hold the
-        masks in force.
-      upload: fields of the message that travel, trees of numbers whole, trees of booleans as masks
-        (call the field `masks`, as which it is counted); the others follow from them, or are for
-        the record alone.
-      work: ``state -> {accounts.LOOKED or DIFFERENTIATED: [T, L]}``, the models that each client
-        passes its examples through, for the record of arithmetic; None for none.
+      fields: of its message. ``"whole"`` travels, ``"bits"`` are masks (call the field `masks`, as
+        which it is counted), ``"nothing"`` follows from the others or is for the record alone.
+      server_update: ``(key, state, fields) -> state``, from the aggregated fields.
+      broadcast: ``state -> Broadcast``, or whatever the client understands.
+      download: ``(state, masks_held [C]) -> Download``; a client whose `masks_held` is not the
+        state's `masks_id` does not hold the masks in force.
+      exchange: how often, with whom, and what is computed.
+
+    Raises:
+      ValueError: if a field is to travel in a way that exchanges do not know.
     """
-    by_field = {
-        "metrics": aggregators_lib.unweighted_sum(),
-        **aggregators,
-        "num_messages": aggregators_lib.unweighted_sum(),
-        **dict.fromkeys(("like", "num_marked"), aggregators_lib.stack()),
-    }
+    joined = {"metrics": aggregators.unweighted_sum()}
+    for field, spec in fields.items():
+        if spec.send not in ("whole", "bits", "nothing"):
+            raise ValueError(
+                f"the field {field!r} of the exchange {name!r} must be sent as 'whole', 'bits' or "
+                f"'nothing', got {spec.send!r}."
+            )
+        joined[field] = aggregators.weighted_mean() if spec.aggregate is None else spec.aggregate
+    joined[traffic.NUM_MESSAGES] = aggregators.unweighted_sum()
+    joined[traffic.SUMMARY] = aggregators.stack()
+    travelling = [field for field, spec in fields.items() if spec.send != "nothing"]
 
-    def round_fn(key, state, cohort, population):
+    def update(key, given, own, data):
+        message, _ = client.update(key, given, (), data)
+        sent = {field: message.fields[field] for field in travelling}
+        summary = {
+            "template": trees.shape_only(sent),
+            "sent_counts": {
+                field: masks_lib.num_kept(tree)
+                for field, tree in sent.items()
+                if fields[field].send == "bits"
+            },
+        }
+        added = {traffic.NUM_MESSAGES: jnp.int32(1), traffic.SUMMARY: summary}
+        return Message(fields={**message.fields, **added}, weight=message.weight), own
+
+    def round_fn(key, state, members, population):
         client_key, own_key = jax.random.split(key)
-
-        def update(key, broadcast, own, data):
-            message, _ = client.update(key, broadcast, (), data)
-            sent = {name: message.fields[name] for name in upload}
-            fields = {
-                **message.fields,
-                "num_messages": jnp.int32(1),
-                "like": trees.shape_only(sent),
-                "num_marked": {n: masks_lib.num_kept(t) for n, t in sent.items() if _is_mask(t)},
-            }
-            return Message(fields=fields, weight=message.weight), own
-
-        rows = cohort.states
+        ids, present, rows = members
+        if exchange.is_over is not None:
+            is_over = exchange.is_over(state)
+            present, ids = present & ~is_over, jnp.where(is_over, -1, ids)
         outcome = cohort_lib.run(
             client_key,
             update,
-            by_field,
+            joined,
             broadcast(state),
-            cohort._replace(states=()),
+            members._replace(participated=present, states=()),
             population,
-            chunk_size=setup.chunk_size,
-            mesh=setup.mesh,
+            chunk_size=protocol.chunk_size,
+            mesh=protocol.mesh,
         )
-        heard = outcome.fields["num_messages"] > 0
-        concluded = trees.tree_where(heard, conclude(own_key, state, outcome.fields), state)
-        received = download(state, rows.mask_version != state.mask_version)
-        like = jax.tree.map(lambda leaf: leaf[0], outcome.fields["like"])
-        marked = outcome.fields["num_marked"]
-        reply = {name: FieldLength(like=like[name], pairs=marked.get(name, ())) for name in upload}
-        reply["weight"] = FieldLength(like=trees.shape_only(jnp.float32(0.0)))
-        masks_received = jnp.where(cohort.participated, received.num_masks, 0)
-        return _finish(
-            state,
-            concluded,
-            rows._replace(
-                mask_version=jnp.where(cohort.participated, state.mask_version, rows.mask_version)
-            ),
-            version_step=1,
+        is_heard = outcome.fields[traffic.NUM_MESSAGES] > 0
+        after = trees.tree_where(is_heard, server_update(own_key, state, outcome.fields), state)
+        received = download(state, rows.masks_held)
+        metrics = RoundMetrics(
             train=jax.tree.map(_sum_candidates, outcome.fields["metrics"]),
-            num_downloaded=received.kept,
-            participated=cohort.participated,
-            num_participating=jnp.sum(cohort.participated, dtype=jnp.int32),
-            num_rejected=jnp.sum(outcome.rejected, dtype=jnp.int32),
-            num_masks_sent=jnp.sum(masks_received, dtype=jnp.int32),
-            num_personal_masks=jnp.sum(cohort.participated, dtype=jnp.int32) * len(marked),
-            sent=Sent(
-                round=state.round,
-                client_ids=cohort.client_ids,
-                num_masks=received.num_masks,
-                packed_masks=(),
-                down=received.messages,
-                up={"reply": reply},
-                reports={
-                    name: jnp.broadcast_to(kept[None], (cohort.participated.shape[0], *kept.shape))
-                    for name, kept in ({} if work is None else work(state)).items()
-                },
-            ),
-        )
-
-    return Stage(name=name, num_rounds=1, round=round_fn)
-
-
-def server_round(
-    name: str,
-    work: Callable[[Key, RoundState, Population], tuple[RoundState, Metrics]],
-    *,
-    masks_from: Literal["data", "seed"] = "data",
-    guests: Sequence[int] = (),
-    guests_send: Literal["masks", "model"] = "masks",
-) -> Stage:
-    """Make a round in which the server works alone: no client takes part, nothing travels.
-
-    Args:
-      name: the stage's name in the record.
-      work: ``(key, state, population) -> (state, metrics)``.
-      masks_from: masks that follow from the run's seed and the weights that everybody has
-        need not be sent to anybody.
-      guests: ids of clients that do the work in truth, for the record: each is sent the dense
-        model, trains it and sends a mask back. No more than a cohort.
-      guests_send: whether they send the mask alone, or also what they have trained, under it.
-    """
-
-    def round_fn(key, state, cohort, population):
-        after, train = work(key, state, population)
-        num_slots = cohort.participated.shape[0]
-        if len(guests) > num_slots:
-            raise ValueError(f"guests must be at most a cohort ({num_slots}), got {len(guests)}.")
-        ids = jnp.asarray([*guests, *[-1] * (num_slots - len(guests))], jnp.int32)
-        present = ids >= 0
-        sizes = jnp.asarray(trees.sizes(state.params), jnp.int32)
-        down, up, reports = {}, {}, {}
-        if guests:
-            reports = {TRAINED: jnp.broadcast_to(sizes[None], (num_slots, sizes.shape[0]))}
-            down = {"broadcast": {"params": FieldLength(), "model_state": FieldLength()}}
-            kept = masks_lib.num_kept(after.masks)
-            up = {"masks": {"masks": FieldLength(pairs=kept)}}
-            if guests_send == "model":
-                up["model"] = {"params": FieldLength(known=kept), "model_state": FieldLength()}
-        return _finish(
-            state,
-            after,
-            cohort.states,
-            version_step=0 if masks_from == "seed" else 1,
-            train=train,
-            num_downloaded=jnp.where(present[:, None, None], sizes[None, None], 0),
+            num_live=masks_lib.num_kept(after.masks),
+            num_changed=masks_lib.num_changed(state.masks, after.masks),
+            num_downloaded=received.num_downloaded,
+            num_uploaded=_num_uploaded(received),
             participated=present,
-            num_participating=jnp.int32(len(guests)),
-            num_rejected=jnp.int32(0),
-            num_masks_sent=jnp.int32(0),
-            num_personal_masks=jnp.int32(len(guests)),
+            num_participating=jnp.sum(present, dtype=jnp.int32),
+            num_rejected=jnp.sum(outcome.rejected, dtype=jnp.int32),
             sent=Sent(
                 round=state.round,
                 client_ids=ids,
-                num_masks=jnp.zeros(num_slots, jnp.int32),
+                num_masks=received.num_masks,
                 packed_masks=(),
-                down=down,
-                up=up,
-                reports=reports,
+                down=received.messages,
+                up={"reply": _reply(outcome.fields[traffic.SUMMARY])},
+                reports={TRAINED: received.num_downloaded} if received.is_trained else {},
             ),
         )
+        if exchange.compute is not None:
+            metrics = add_reports(metrics, exchange.compute(state))
+        rows = rows._replace(masks_held=jnp.where(present, state.masks_id, rows.masks_held))
+        return close(state, after), rows, metrics
 
-    return Stage(name=name, num_rounds=1, round=round_fn)
-
-
-def _finish(before, after, rows, *, version_step, **counts):
-    """Count the round and the masks' version, and report the masks."""
-    num_changed = masks_lib.num_changed(before.masks, after.masks)
-    down = counts["num_downloaded"]
-    shape = (counts["participated"].shape[0], down.shape[-1])
-    trained = down if down.ndim == 1 else jnp.zeros_like(down[0, 0])
-    state = after._replace(
-        round=before.round + 1,
-        mask_version=before.mask_version + version_step * (num_changed > 0).astype(jnp.int32),
+    return Stage(
+        name=name,
+        num_rounds=exchange.num_rounds,
+        round=with_hooks(round_fn, exchange.hooks),
+        cohort=exchange.cohort,
     )
-    round_metrics = RoundMetrics(
-        kept=masks_lib.num_kept(after.masks),
-        num_changed=num_changed,
-        num_uploaded=jnp.broadcast_to(trained[None], shape),
-        **counts,
-    )
-    return state, rows, round_metrics
 
 
-def _is_mask(tree: Any) -> bool:
-    """Tell whether a field is made of booleans; one without entries is not."""
-    leaves = jax.tree.leaves(tree)
-    return bool(leaves) and all(leaf.dtype == jnp.bool_ for leaf in leaves)
+def _num_uploaded(received: Download) -> jax.Array:
+    """Count as many entries of a model going up as came down, or none: ``[C, L]``."""
+    one = received.num_downloaded[:, 0]
+    return one if received.is_trained else jnp.zeros_like(one)
+
+
+def _reply(summary: Mapping[str, Any]) -> dict[str, FieldLength]:
+    """Describe the clients' message by what was noted of its fields, gathered ``[C, ...]``."""
+    reply = {
+        name: FieldLength(
+            template=jax.tree.map(lambda leaf: leaf[0], template),
+            sent_counts=summary["sent_counts"].get(name, ()),
+        )
+        for name, template in summary["template"].items()
+    }
+    return {**reply, "weight": traffic.weight_field()}
 
 
 def _sum_candidates(leaf: jax.Array) -> jax.Array:
     """Add up accumulators over an axis of candidates, if there is one."""
     return jnp.sum(leaf) if leaf.ndim else leaf
-
-
-def train_at(
-    client: Client, source: SourceFn
-) -> Callable[[Key, RoundState, Population], tuple[RoundState, Metrics]]:
-    """Make the server train its model on examples of its own, under the masks in force.
-
-    Args:
-      client: any local work; its state is forgotten.
-      source: ``population -> ClientData``.
-
-    Returns:
-      Work for `server_round`. Training that ends in NaN or infinities changes nothing.
-    """
-
-    def work(key, state, population):
-        broadcast = Broadcast(
-            params=state.params,
-            masks=state.masks,
-            model_state=state.model_state,
-            round=state.round,
-        )
-        message, _ = client.update(key, broadcast, client.init(state.params), source(population))
-        trained = (
-            jax.tree.map(jnp.add, state.params, message.fields["delta"]),
-            jax.tree.map(
-                lambda old, change: old + change.astype(old.dtype),
-                state.model_state,
-                message.fields["model_state"],
-            ),
-        )
-        params, model_state = trees.tree_where(
-            trees.all_finite(trained), trained, (state.params, state.model_state)
-        )
-        return state._replace(params=params, model_state=model_state), message.fields["metrics"]
-
-    return work
-
-
-def no_loss() -> Metrics:
-    """Report work that has no loss."""
-    return {"loss": metrics_lib.zero()}
-
-
-def server_examples(rows: Any) -> SourceFn:
-    """Give the server examples of its own, which no client holds.
-
-    Args:
-      rows: ``[S]`` integers, rows of the population's examples; at least one.
-    """
-    order = jnp.asarray(rows, jnp.int32)
-    if order.ndim != 1 or order.shape[0] == 0:
-        raise ValueError(f"rows must list at least one example, got the shape {order.shape}.")
-
-    def source(population):
-        return ClientData(
-            examples=population.examples,
-            order=order,
-            start=jnp.int32(0),
-            size=jnp.int32(order.shape[0]),
-        )
-
-    return source
-
-
-def examples_of(client_id: int) -> SourceFn:
-    """Take one client's examples, for a mask that knows no other client."""
-    if client_id < 0:
-        raise ValueError(f"client_id must not be negative, got {client_id}.")
-    return lambda population: client_data(population, jnp.int32(client_id))
-
-
-def all_examples() -> SourceFn:
-    """Take the examples of all clients, which no server has: the bound of what data can tell."""
-
-    def source(population):
-        return ClientData(
-            examples=population.examples,
-            order=population.order,
-            start=jnp.int32(0),
-            size=population.offsets[-1],
-        )
-
-    return source
-
-
-def shift_rounds(stage: Stage, num_before: int) -> Stage:
-    """Let a stage count its rounds from 0, though `num_before` rounds of others came before it.
-
-    Schedules of learning rates, sparsities and readjustments are the stage's own.
-    """
-
-    def round_fn(key, state, cohort, population):
-        shifted = state._replace(round=state.round - num_before)
-        result, rows, round_metrics = stage.round(key, shifted, cohort, population)
-        return result._replace(round=result.round + num_before), rows, round_metrics
-
-    return stage._replace(round=round_fn)

@@ -7,7 +7,8 @@ import numpy as np
 
 from fedjaxprune.federated import local_training
 from fedjaxprune.rounds import facts as facts_lib
-from fedjaxprune.rounds import reporting, training
+from fedjaxprune.rounds import protocol as protocol_lib
+from fedjaxprune.rounds import server_work
 from fedjaxprune.types import Batcher, Client, Model
 
 
@@ -48,7 +49,7 @@ class Task(NamedTuple):
     """
 
     model: Model
-    protocol: training.Protocol
+    protocol: protocol_lib.Protocol
     facts: facts_lib.Facts
     batches: BatchesFn
     server_examples: np.ndarray
@@ -93,7 +94,7 @@ class Task(NamedTuple):
             penalties=(*self.penalties, *penalties),
         )
 
-    def server_source(self) -> reporting.SourceFn:
+    def server_source(self) -> server_work.SourceFn:
         """Give the server's own examples.
 
         Raises:
@@ -104,4 +105,4 @@ class Task(NamedTuple):
                 "the method needs examples at the server: set `server.data_fraction` (in Python: "
                 "`server_examples`)."
             )
-        return reporting.server_examples(self.server_examples)
+        return server_work.server_examples(self.server_examples)

@@ -1,6 +1,6 @@
-"""What a client's message was, told in counts: noted at the client, read for the ledger."""
+"""What a round's messages were, in counts: noted at the client, gathered for the ledger."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,54 +8,125 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.traffic import FieldLength, SentAs
-from fedjaxprune.types import Masks
+from fedjaxprune.rounds.protocol import MaskTransport
+from fedjaxprune.traffic import FieldLength, Send, Sent
+from fedjaxprune.types import Broadcast, Cohort, FieldSpec, Masks, PrunableFn, RoundState
 
 # Fields of a message that are charged in their own way, or, as metrics, not at all: what a run
 # reports to its reader is no part of the method.
 SPECIAL = ("delta", "masks", "metrics")
-_SHAPED: tuple[SentAs, ...] = ("whole", "bits")  # that are told by their own shapes
+_SHAPED: tuple[Send, ...] = ("whole", "bits")  # whose lengths follow from their own shapes
+# Fields that training itself adds to each client's message: for the ledger, and for counting.
+NUM_UPLOADED, NUM_MESSAGES, SUMMARY = "num_uploaded", "num_messages", "message_summary"
 
 
 def summarize_message(
-    fields: Mapping[str, Any],
-    codes: Mapping[str, SentAs],
-    reports: Sequence[str],
-    narrowed: Mapping[str, Masks],
+    fields: Mapping[str, Any], specs: Mapping[str, FieldSpec], narrowed: Mapping[str, Masks]
 ) -> dict[str, Any]:
     """Note of a client's message what the ledger has to know.
 
     Args:
       fields: of the message.
-      codes: how fields travel, where it is not ``"whole"``.
-      reports: fields that do not travel.
+      specs: how fields travel, where it is not ``"whole"``.
       narrowed: of fields that travel in part, masks of it that the receiver knows.
     """
-    others = {name: tree for name, tree in fields.items() if name not in (*SPECIAL, *reports)}
+    others = {
+        name: tree
+        for name, tree in fields.items()
+        if name not in SPECIAL and _send(specs, name) != "nothing"
+    }
 
-    def of(*kinds: SentAs) -> dict[str, Any]:
-        return {n: tree for n, tree in others.items() if codes.get(n, "whole") in kinds}
+    def of(*kinds: Send) -> dict[str, Any]:
+        return {name: tree for name, tree in others.items() if _send(specs, name) in kinds}
 
-    told = {
-        "slots": {
+    summary = {
+        "clients": {
             name: jnp.bool_(True) if name == "model_state" else _says_anything(tree)
             for name, tree in others.items()
         },
-        "like": trees.shape_only(of(*_SHAPED)),
-        "pairs": {
+        "template": trees.shape_only(of(*_SHAPED)),
+        "sent_counts": {
             name: masks_lib.num_kept(jax.tree.map(_is_set, tree))
             for name, tree in of("pairs", "bits").items()
         },
-        "known": {name: masks_lib.num_kept(masks) for name, masks in narrowed.items()},
+        "live_counts": {name: masks_lib.num_kept(masks) for name, masks in narrowed.items()},
     }
     if "masks" in fields:
-        told["masks"] = masks_lib.num_kept(fields["masks"])
-    return told
+        summary["masks"] = masks_lib.num_kept(fields["masks"])
+    return summary
 
 
-def to_fields(
-    told: Mapping[str, Any],
-    codes: Mapping[str, SentAs],
+def sent(
+    state: RoundState,
+    given: tuple[Broadcast, Masks, Masks],
+    cohort: Cohort,
+    fields: Mapping[str, Any],
+    *,
+    specs: Mapping[str, FieldSpec],
+    prunable: PrunableFn,
+    transport: MaskTransport,
+) -> Sent:
+    """Say what the messages of a training round were.
+
+    Args:
+      state: before the round.
+      given: the broadcast, masks of what a client sends, masks of what it receives.
+      cohort: who took part.
+      fields: the aggregated fields, with those that training adds.
+      specs: how fields travel.
+      prunable: which leaves' masks travel.
+      transport: how they do.
+    """
+    broadcast, upload, download = given
+    summary = fields[SUMMARY]
+    shared = jax.tree.map(jnp.logical_and, broadcast.masks, upload)
+    trained = masks_lib.num_kept(shared)  # what stays at home has no drift from others
+    pruned = masks_lib.num_kept(jax.tree.map(jnp.logical_not, broadcast.masks))
+
+    reply = {"delta": FieldLength(live_counts=fields[NUM_UPLOADED]), "weight": weight_field()}
+    up: dict[str, dict[str, FieldLength]] = {"reply": reply}
+    for name, field in _to_fields(summary, specs, trained=trained, pruned=pruned).items():
+        if _send(specs, name) == "bits":  # a message of its own: how the reply is to be read
+            up[name] = {name: field}
+        else:
+            reply[name] = field
+    if "masks" in summary:
+        up["masks"] = {"masks": FieldLength(sent_counts=summary["masks"])}
+
+    params = FieldLength(live_counts=masks_lib.num_kept(download))
+    down = {"broadcast": {"params": params, "model_state": FieldLength()}}
+    if jax.tree.leaves(state.correction):
+        down["broadcast"]["drift"] = FieldLength(live_counts=trained)
+    receivers = transport.receivers(state, cohort.states.masks_held)
+    packed: Any = ()
+    if transport.encode is None:
+        packed = _pack(state.masks, prunable, needed=jnp.any(receivers))
+    else:
+        down["masks"] = {"masks": transport.encode(state)._replace(clients=receivers)}
+    return Sent(
+        round=state.round,
+        client_ids=cohort.client_ids,
+        num_masks=receivers.astype(jnp.int32),
+        packed_masks=packed,
+        down=down,
+        up=up,
+        reports={name: fields[name] for name in reported(specs)},
+    )
+
+
+def reported(specs: Mapping[str, FieldSpec]) -> list[str]:
+    """List the fields that clients report to the simulator, and that do not travel."""
+    return [n for n, s in specs.items() if s.send == "nothing" and s.read is None]
+
+
+def weight_field() -> FieldLength:
+    """Describe a client's number of examples, which goes with every reply."""
+    return FieldLength(template=trees.shape_only(jnp.float32(0.0)))
+
+
+def _to_fields(
+    summary: Mapping[str, Any],
+    specs: Mapping[str, FieldSpec],
     *,
     trained: jax.Array,
     pruned: jax.Array,
@@ -63,23 +134,36 @@ def to_fields(
     """Say for each field that a cohort's clients sent beside their deltas what of it travelled.
 
     Args:
-      told: what `summarize_message` noted, gathered ``[C, ...]``.
-      codes: as for `summarize_message`.
+      summary: what `summarize_message` noted, gathered ``[C, ...]``.
+      specs: how fields travel.
       trained: ``[L]`` int32, entries of the parameters that clients trained.
       pruned: ``[L]`` int32, the others.
     """
     fields = {}
-    for name, slots in told["slots"].items():
-        code = codes.get(name, "whole")
-        like = jax.tree.map(lambda leaf: leaf[0], told["like"][name]) if code in _SHAPED else ()
-        known: Any = {"live": trained, "pairs": pruned}.get(code, ())
+    for name, clients in summary["clients"].items():
+        send = _send(specs, name)
+        template = summary["template"][name] if send in _SHAPED else ()
+        live: Any = {"masked": trained, "pairs": pruned}.get(send, ())
         fields[name] = FieldLength(
-            like=like,
-            slots=slots,
-            known=told["known"].get(name, known),
-            pairs=told["pairs"].get(name, ()),
+            template=jax.tree.map(lambda leaf: leaf[0], template),
+            clients=clients,
+            live_counts=summary["live_counts"].get(name, live),
+            sent_counts=summary["sent_counts"].get(name, ()),
         )
     return fields
+
+
+def _pack(masks: Masks, prunable: PrunableFn, *, needed: jax.Array) -> tuple[jax.Array, ...]:
+    """Pack the masks to bits for the ledger, in the rounds in which somebody is sent them."""
+    flags = masks_lib.prunable_leaves(masks, prunable)
+    leaves = zip(jax.tree.leaves(masks), flags, strict=True)
+    own = tuple(leaf for leaf, flag in leaves if flag)
+    blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(masks_lib.pack, own))
+    return jax.lax.cond(needed, masks_lib.pack, lambda own: blank, own)
+
+
+def _send(specs: Mapping[str, FieldSpec], name: str) -> Send:
+    return specs[name].send if name in specs else "whole"
 
 
 def _says_anything(tree: Any) -> jax.Array:

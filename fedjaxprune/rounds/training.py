@@ -1,6 +1,10 @@
-"""client + uplink + aggregators + server + pruner -> Algorithm: where the two wings meet."""
+"""The training round of a method: broadcast, local work, upload, aggregation, server, revision.
 
-from collections.abc import Callable, Mapping, Sequence
+Each step is a function of plain values; `training` puts them in order.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -9,23 +13,21 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.costs import ledger
-from fedjaxprune.federated import aggregators as aggregators_lib
-from fedjaxprune.federated import cohort as cohort_lib
-from fedjaxprune.federated import server_optimizers
-from fedjaxprune.federated import uplinks as uplink_lib
+from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
 from fedjaxprune.pruning import pruners
 from fedjaxprune.rounds import traffic
-from fedjaxprune.traffic import FieldLength, Sent, SentAs
+from fedjaxprune.rounds.protocol import Hooks, Masking, Protocol, broadcast_of
+from fedjaxprune.rounds.stages import check_prunable, with_hooks
 from fedjaxprune.types import (
-    Aggregator,
     Algorithm,
-    Batcher,
     Broadcast,
     Client,
+    ClientData,
     ClientState,
-    CohortAggregator,
+    Cohort,
+    Correction,
     Delta,
+    FieldSpec,
     Key,
     Masks,
     Message,
@@ -36,365 +38,375 @@ from fedjaxprune.types import (
     PrunerInputs,
     RoundMetrics,
     RoundState,
-    Schedule,
     Stage,
     State,
     Uplink,
 )
 
-EvidenceFn = Callable[[Delta, Broadcast], Params]
 
-
-class Correction(NamedTuple):
-    """A remedy against client drift that goes around any local client, under any masks.
+class Parts(NamedTuple):
+    """What the steps of a round are made of; nothing is missing.
 
     Attributes:
-      init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
-        client receives, with the model, the entries that it trains.
-      wrap: ``client -> client``; the result sees the server's part as ``broadcast.drift``.
-      aggregators: by field of the wrapped client's message.
-      update: ``(fields, state, population) -> (delta, state)`` at the server, from the aggregated
-        fields; a round in which nobody was heard must leave the state as it was.
-      sent_as: how fields of the wrapped client's message travel, where it is not ``"whole"``.
+      protocol: says how the cohort is mapped.
+      client: with the correction around it.
+      uplink: of the deltas.
+      server: the server's optimizer.
+      correction: of client drift.
+      pruner: of the prunable leaves.
+      prunable: which leaves these are.
+      fields: how the fields of messages travel and are aggregated; each has an aggregator.
+      masking: which masks rule where.
     """
 
-    init: Callable[[Params], State]
-    wrap: Callable[[Client], Client]
-    aggregators: Mapping[str, Aggregator | CohortAggregator]
-    update: Callable[[Mapping[str, Any], State, Population], tuple[Delta, State]]
-    sent_as: Mapping[str, SentAs]
+    protocol: Protocol
+    client: Client
+    uplink: Uplink
+    server: optax.GradientTransformation
+    correction: Correction
+    pruner: Pruner
+    prunable: PrunableFn
+    fields: Mapping[str, FieldSpec]
+    masking: Masking
+
+    @property
+    def read(self) -> dict[str, Callable[[Delta, Broadcast], Params]]:
+        """What the server reads off each delta, by field."""
+        return {n: spec.read for n, spec in self.fields.items() if spec.read is not None}
 
 
-class Protocol(NamedTuple):
-    """What every method shares: one protocol under which methods can be compared.
+class Given(NamedTuple):
+    """What the clients of a round are given.
 
     Attributes:
-      num_rounds: rounds of the run; schedules stretch over them.
-      batcher: how a client's examples become local steps.
-      optimizer: local optimizer, any optax transformation.
-      learning_rate_scale: factor on local updates, by round (an optax schedule fits).
-      uplink: what a delta looks like after the wire; None sends it as it is.
-      aggregator: of the deltas; None takes the weighted mean.
-      server: the server's optimizer, an optax transformation (see `servers`); None takes the
-        aggregated delta as it is.
-      chunk_size: clients that run side by side; changes nothing but speed and memory.
-      mesh: devices that share the cohort (`cohort.make_mesh`); changes nothing but speed and
-        memory. None uses one device.
-      drift: remedy against client drift (SCAFFOLD, FedNova); None trains and averages plainly.
+      broadcast: where they start from.
+      upload: masks of the entries that they send.
+      download: masks of the entries that they received.
     """
 
-    num_rounds: int
-    batcher: Batcher
-    optimizer: optax.GradientTransformation
-    learning_rate_scale: Schedule | None = None
-    uplink: Uplink | None = None
-    aggregator: Aggregator | CohortAggregator | None = None
-    server: optax.GradientTransformation | None = None
-    chunk_size: int = 1
-    mesh: jax.sharding.Mesh | None = None
-    drift: Correction | None = None
+    broadcast: Broadcast
+    upload: Masks
+    download: Masks
 
 
-class Masking(NamedTuple):
-    """Which masks rule where, for methods in which training, sending and storing differ.
+class Stepped(NamedTuple):
+    """What the server made of the messages, before masks are revised.
 
     Attributes:
-      train: ``(key, state) -> masks`` that the clients train under.
-      send: ``state -> masks`` of the entries that a client sends.
-      server_is_dense: whether the server keeps the values of pruned entries to itself (what it
-        broadcasts and deploys is masked all the same).
-      receive: ``state -> masks`` of the entries that a client receives; None for those in force.
+      params: stepped.
+      server: state of the server's optimizer.
+      model_state: what is not trained.
+      correction: the server's part.
+      is_heard: ``[]`` bool; False where nobody was heard, or messages came to something that is not
+        finite, and then nothing moves, momentum and masks included.
+      has_overflown: ``[]`` bool, whether it was the latter.
     """
 
-    train: Callable[[Key, RoundState], Masks]
-    send: Callable[[RoundState], Masks]
-    server_is_dense: bool
-    receive: Callable[[RoundState], Masks] | None = None
+    params: Params
+    server: State
+    model_state: State
+    correction: State
+    is_heard: jax.Array
+    has_overflown: jax.Array
 
 
-# From the fields of a client's message, what it sends of others: masks by field.
-NarrowFn = Callable[[Mapping[str, Any]], Mapping[str, Masks]]
-
-
-def masks_in_force() -> Masking:
-    """Train, send and store under the masks in force: the plain case."""
-    return Masking(
-        train=lambda key, state: state.masks,
-        send=lambda state: state.masks,
-        server_is_dense=False,
-    )
-
-
-def compose(
-    setup: Protocol,
+def training(
+    protocol: Protocol,
     *,
     client: Client,
     pruner: Pruner | None = None,
     prunable: PrunableFn = masks_lib.is_kernel,
-    aggregators: Mapping[str, Aggregator | CohortAggregator] | None = None,
-    travel: Masking | None = None,
-    reports: Sequence[str] = (),
-    sent_as: Mapping[str, SentAs] | None = None,
-    narrow: NarrowFn | None = None,
-    modeled: Mapping[str, ledger.FormulaFn] | None = None,
-    evidence: Mapping[str, EvidenceFn] | None = None,
+    fields: Mapping[str, FieldSpec] = MappingProxyType({}),
+    masking: Masking | None = None,
+    hooks: Hooks | None = None,
     name: str = "train",
 ) -> Algorithm:
     """Build a federated pruning method of one stage.
 
-    A round: clients train from the broadcast (``travel.train`` masks), each delta goes through the
+    A round: clients train from the broadcast (under `masking.train`), each delta goes through the
     uplink, messages are aggregated by field, the server steps, the pruner revises the masks, and
     what is pruned becomes exact zero in the parameters and in the server's memory.
 
     Args:
-      setup: what every method shares; its batcher, optimizer and scale are the client's business
+      protocol: what every method shares; its batcher, optimizer and scale are the client's business
         and are not read here.
       client: local work; its message has at least `delta`, `model_state` and `metrics`.
       pruner: revises the masks at the end of a round, seeing only the `prunable` leaves; by default
         the masks stay.
       prunable: which leaves may be pruned.
-      aggregators: by field of the message, beside the defaults: ``setup.aggregator`` for `delta`,
-        weighted means of `model_state` and `grads`, the sum of `metrics`.
-      travel: where which masks rule; by default the masks in force, everywhere.
-      reports: fields of the message that tell the simulator something of each client, and would
-        not travel; they end up in ``metrics.sent.reports`` and are charged nothing.
-      sent_as: how fields of the message travel, where it is not ``"whole"``: ``"live"`` for the
-        entries that clients train and may send, ``"pairs"`` for pairs of position and value among
-        those that they do not train, one for each entry that is not zero, ``"bits"`` for booleans,
-        in a message of their own that comes first. A field of zeros alone does not travel.
-      narrow: ``fields -> masks by field``: what a client sends of its `delta` and other fields,
-        where that follows from its bits. What does not travel counts as zero; a
-        ``setup.aggregator`` that counts holders sees who sent an entry.
-      modeled: by name, what the method's own paper charges for a round, to stand in the ledger
-        beside what is measured.
-      evidence: by name, what the server reads off each delta as it arrives, a tree of the
-        parameters: the pruner sees it as ``inputs.evidence``, joined by the aggregator of that
-        name. It follows from what travels, and is charged nothing.
+      fields: of the message, those that are not sent whole or aggregated by default.
+      masking: which masks rule where.
+      hooks: what happens before and after each round.
       name: the stage's name in the record.
+
+    Raises:
+      ValueError: in `init`, if there is a pruner and nothing prunable.
     """
-    uplink = uplink_lib.identity() if setup.uplink is None else setup.uplink
-    server = server_optimizers.fedavg() if setup.server is None else setup.server
-    drift = plain() if setup.drift is None else setup.drift
-    client = drift.wrap(client)
-    is_pruning = pruner is not None
-    pruner = pruners.exempt(pruner, prunable) if pruner is not None else pruners.keep()
-    codes: Mapping[str, SentAs] = {**drift.sent_as, **(sent_as or {})}
-    travel = masks_in_force() if travel is None else travel
-    evidence = evidence or {}
-    mean = aggregators_lib.weighted_mean()
-    by_field = {
-        "delta": mean if setup.aggregator is None else setup.aggregator,
-        "model_state": mean,
-        "grads": mean,
-        "metrics": aggregators_lib.unweighted_sum(),
-        **drift.aggregators,
-        **(aggregators or {}),
-        **dict.fromkeys(("num_uploaded", "told", *reports), aggregators_lib.stack()),
-        **dict.fromkeys(("num_messages", "num_personal_masks"), aggregators_lib.unweighted_sum()),
-    }
+    parts = _complete(protocol, client, pruner, prunable, fields, masking)
 
     def init_fn(params, model_state):
-        if is_pruning and not any(masks_lib.prunable_leaves(params, prunable)):
-            raise ValueError(
-                "the pruner has nothing to prune: none of the leaves "
-                f"{', '.join(trees.paths(params))} is prunable; say which are by `prunable=`."
-            )
-        return RoundState(
-            round=jnp.int32(0),
-            params=params,
-            masks=masks_lib.full(params),
-            mask_version=jnp.int32(0),
-            model_state=model_state,
-            server=server_optimizers.init(server, params),
-            pruner=pruner.init(params),
-            drift=drift.init(params),
-        )
+        if pruner is not None:
+            check_prunable(params, prunable)
+        return _init(parts, params, model_state)
 
     def init_client_fn(params):
         return ClientState(
-            client=client.init(params), uplink=uplink.init(params), mask_version=jnp.int32(0)
+            client=parts.client.init(params),
+            uplink=parts.uplink.init(params),
+            masks_held=jnp.int32(0),
         )
 
-    def deployed_fn(state):
-        return (
-            masks_lib.apply(state.masks, state.params) if travel.server_is_dense else state.params
-        )
+    def one_client(key, given, own, data):
+        work_key, wire_key = jax.random.split(key)
+        message, client_state = local_work(parts, work_key, given.broadcast, own[0], data)
+        message, uplink_state = upload(parts, wire_key, message, given, own[1])
+        return message, (client_state, uplink_state)
 
-    def received(state):
-        return state.masks if travel.receive is None else travel.receive(state)
-
-    def pack_masks(masks, *, needed):
-        """Pack the masks to bits for the ledger, in the rounds in which somebody is sent them."""
-        flags = masks_lib.prunable_leaves(masks, prunable)
-        leaves = zip(jax.tree.leaves(masks), flags, strict=True)
-        own = tuple(leaf for leaf, flag in leaves if flag)
-        blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(masks_lib.pack, own))
-        return jax.lax.cond(needed, masks_lib.pack, lambda own: blank, own)
-
-    def sent_fn(state, broadcast, sendable, cohort, fields):
-        """Say what the messages of a round were."""
-        num_masks = (cohort.states.mask_version != state.mask_version).astype(jnp.int32)
-        shared = jax.tree.map(jnp.logical_and, broadcast.masks, sendable)
-        trained = masks_lib.num_kept(shared)  # what stays at home has no drift from others
-        pruned = masks_lib.num_kept(jax.tree.map(jnp.logical_not, broadcast.masks))
-        told = fields["told"]
-        reply = {
-            "delta": FieldLength(known=fields["num_uploaded"]),
-            "weight": FieldLength(like=trees.shape_only(jnp.float32(0.0))),
-        }
-        alone = {}  # messages of their own, which say how the reply is to be read
-        for name, field in traffic.to_fields(told, codes, trained=trained, pruned=pruned).items():
-            if codes.get(name) == "bits":
-                alone[name] = {name: field}
-            else:
-                reply[name] = field
-        own = {"masks": FieldLength(pairs=told["masks"])} if "masks" in told else {}
-        down = {
-            "params": FieldLength(known=masks_lib.num_kept(received(state))),
-            "model_state": FieldLength(),
-        }
-        if jax.tree.leaves(state.drift):
-            down["drift"] = FieldLength(known=trained)
-        return Sent(
-            round=state.round,
-            client_ids=cohort.client_ids,
-            num_masks=num_masks,
-            packed_masks=pack_masks(state.masks, needed=jnp.any(num_masks > 0)),
-            down={"broadcast": down},
-            up={"reply": reply, **alone, **({"masks": own} if own else {})},
-            reports={name: fields[name] for name in reports},
-        )
-
-    def round_fn(key, state, cohort, population):
+    def round_fn(key, state, members, population):
         client_key, train_key, pruner_key = jax.random.split(key, 3)
-        sendable = travel.send(state)
-        broadcast = Broadcast(
-            params=deployed_fn(state),
-            masks=travel.train(train_key, state),
-            model_state=state.model_state,
-            round=state.round,
-            drift=state.drift,
-        )
-
-        def update(key, given, own, data):
-            broadcast, sendable = given
-            work_key, wire_key = jax.random.split(key)
-            message, client_state = client.update(work_key, broadcast, own[0], data)
-            sent = sendable
-            is_personal = "masks" in message.fields
-            if is_personal:
-                sent = jax.tree.map(jnp.logical_and, sent, message.fields["masks"])
-            narrowed = dict(narrow(message.fields)) if narrow is not None else {}
-            holders = {}
-            if "delta" in narrowed:
-                sent = jax.tree.map(jnp.logical_and, sent, narrowed.pop("delta"))
-                holders = {} if setup.aggregator is None else {"masks": sent}
-            parts = {n: masks_lib.apply(m, message.fields[n]) for n, m in narrowed.items()}
-            delta = masks_lib.apply(sent, message.fields["delta"])
-            delta, uplink_state = uplink.update(wire_key, delta, own[1], sent)
-            fields = {
-                **message.fields,
-                **parts,
-                **holders,
-                "delta": delta,
-                **{name: read(delta, broadcast) for name, read in evidence.items()},
-                "num_uploaded": masks_lib.num_kept(sent),
-                "told": traffic.summarize_message(message.fields, codes, reports, narrowed),
-                "num_personal_masks": jnp.int32(is_personal),
-                "num_messages": jnp.int32(1),
-            }
-            return Message(fields=fields, weight=message.weight), (client_state, uplink_state)
-
-        rows = cohort.states
-        outcome = cohort_lib.run(
-            client_key,
-            update,
-            by_field,
-            (broadcast, sendable),
-            cohort._replace(states=(rows.client, rows.uplink)),
-            population,
-            chunk_size=setup.chunk_size,
-            mesh=setup.mesh,
-        )
-        fields = outcome.fields
-
-        delta, drift_state = drift.update(fields, state.drift, population)
-        stepped = server_optimizers.step(server, delta, state.server, state.params)
-        # A round in which nobody was heard moves nothing, momentum and masks included; nor does one
-        # in which finite messages came to something that is not finite.
-        overflown = (fields["num_messages"] > 0) & ~trees.all_finite(stepped)
-        heard = (fields["num_messages"] > 0) & ~overflown
-        params, server_state = trees.tree_where(heard, stepped, (state.params, state.server))
-        inputs = PrunerInputs(
-            params=params,
-            grads=fields.get("grads"),
-            round=state.round,
-            evidence={name: fields[name] for name in evidence},
-        )
-        masks, pruner_state = trees.tree_where(
-            heard,
-            pruner.update(pruner_key, state.masks, state.pruner, inputs),
-            (state.masks, state.pruner),
-        )
-        if not travel.server_is_dense:
-            params = masks_lib.apply(masks, params)
-            server_state = server_optimizers.zero_pruned(server, server_state, masks)
-
-        num_changed = masks_lib.num_changed(state.masks, masks)
-        shifted = server_optimizers.shift(state.model_state, fields["model_state"])
-        new_state = state._replace(
-            round=state.round + 1,
-            params=params,
-            masks=masks,
-            mask_version=state.mask_version + (num_changed > 0).astype(jnp.int32),
-            model_state=trees.tree_where(heard, shifted, state.model_state),
-            server=server_state,
-            pruner=pruner_state,
-            drift=trees.tree_where(trees.all_finite(drift_state), drift_state, state.drift),
-        )
-        stale = cohort.participated & (rows.mask_version != state.mask_version)
-        new_rows = ClientState(
+        given = broadcast(parts, train_key, state)
+        outcome = aggregate(parts, client_key, one_client, given, members, population)
+        stepped = server_step(parts, state, outcome.fields, population)
+        after = revise(parts, pruner_key, state, stepped, outcome.fields)
+        rows = ClientState(
             client=outcome.states[0],
             uplink=outcome.states[1],
-            mask_version=jnp.where(cohort.participated, state.mask_version, rows.mask_version),
+            masks_held=jnp.where(members.participated, state.masks_id, members.states.masks_held),
         )
-        round_metrics = RoundMetrics(
-            train=fields["metrics"],
-            kept=masks_lib.num_kept(masks),
-            num_changed=num_changed,
-            num_downloaded=masks_lib.num_kept(received(state)),
-            num_uploaded=fields["num_uploaded"],
-            participated=cohort.participated,
-            num_participating=jnp.sum(cohort.participated, dtype=jnp.int32),
-            num_rejected=jnp.sum(
-                outcome.rejected | (cohort.participated & overflown), dtype=jnp.int32
-            ),
-            num_masks_sent=jnp.sum(stale, dtype=jnp.int32),
-            num_personal_masks=fields["num_personal_masks"],
-            sent=sent_fn(state, broadcast, sendable, cohort, fields),
-        )
-        return new_state, new_rows, round_metrics
+        return after, rows, _metrics(parts, state, after, given, members, outcome, stepped)
 
-    def num_bits_fn(metrics, state):
-        return ledger.account(
-            metrics, state, payload=uplink.payload, prunable=prunable, modeled=modeled or {}
-        )
-
+    stage = Stage(name=name, num_rounds=protocol.num_rounds, round=with_hooks(round_fn, hooks))
     return Algorithm(
         init=init_fn,
         init_client=init_client_fn,
-        stages=(Stage(name=name, num_rounds=setup.num_rounds, round=round_fn),),
-        deployed_params=deployed_fn,
-        num_bits=num_bits_fn,
+        stages=(stage,),
+        deployed_params=lambda state: deployed_params(parts, state),
+        prunable=prunable,
+        payload=parts.uplink.payload,
     )
 
 
-def plain() -> Correction:
-    """Do nothing against drift."""
+def deployed_params(parts: Parts, state: RoundState) -> Params:
+    """Give the parameters that clients receive, and that are evaluated."""
+    if parts.masking.server_is_dense:
+        return masks_lib.apply(state.masks, state.params)
+    return state.params
+
+
+def broadcast(parts: Parts, key: Key, state: RoundState) -> Given:
+    """Give every client the model, and masks to train under."""
+    rules = parts.masking
+    return Given(
+        upload=state.masks if rules.upload is None else rules.upload(state),
+        download=state.masks if rules.download is None else rules.download(state),
+        broadcast=broadcast_of(state)._replace(
+            params=deployed_params(parts, state),
+            masks=state.masks if rules.train is None else rules.train(key, state),
+            correction_state=state.correction,
+        ),
+    )
+
+
+def local_work(
+    parts: Parts, key: Key, given: Broadcast, state: State, data: ClientData
+) -> tuple[Message, State]:
+    """Let one client train on its own data."""
+    return parts.client.update(key, given, state, data)
+
+
+def upload(
+    parts: Parts, key: Key, message: Message, given: Given, state: State
+) -> tuple[Message, State]:
+    """Make of one client's message what arrives: masked, through the uplink, and counted."""
+    fields, rules = message.fields, parts.masking
+    sendable = given.upload
+    if "masks" in fields:  # personal ones
+        sendable = jax.tree.map(jnp.logical_and, sendable, fields["masks"])
+    narrowed = {} if rules.upload_masks is None else dict(rules.upload_masks(fields))
+    holders = {}
+    if "delta" in narrowed:
+        sendable = jax.tree.map(jnp.logical_and, sendable, narrowed.pop("delta"))
+        holders = {} if parts.protocol.aggregator is None else {"masks": sendable}
+    delta = masks_lib.apply(sendable, fields["delta"])
+    delta, state = parts.uplink.update(key, delta, state, sendable)
+    arrived = {
+        **fields,
+        **{name: masks_lib.apply(masks, fields[name]) for name, masks in narrowed.items()},
+        **holders,
+        "delta": delta,
+        **{name: read(delta, given.broadcast) for name, read in parts.read.items()},
+        traffic.NUM_UPLOADED: masks_lib.num_kept(sendable),
+        traffic.SUMMARY: traffic.summarize_message(fields, parts.fields, narrowed),
+        traffic.NUM_MESSAGES: jnp.int32(1),
+    }
+    return Message(fields=arrived, weight=message.weight), state
+
+
+def aggregate(
+    parts: Parts,
+    key: Key,
+    update: cohort.ClientUpdate,
+    given: Given,
+    members: Cohort,
+    population: Population,
+) -> cohort.Outcome:
+    """Let the cohort work, and join its messages field by field."""
+    by_field = {name: spec.aggregate for name, spec in parts.fields.items()}
+    rows = members.states
+    return cohort.run(
+        key,
+        update,
+        {
+            **by_field,
+            traffic.NUM_UPLOADED: aggregators.stack(),
+            traffic.SUMMARY: aggregators.stack(),
+            traffic.NUM_MESSAGES: aggregators.unweighted_sum(),
+        },
+        given,
+        members._replace(states=(rows.client, rows.uplink)),
+        population,
+        chunk_size=parts.protocol.chunk_size,
+        mesh=parts.protocol.mesh,
+    )
+
+
+def server_step(
+    parts: Parts, state: RoundState, fields: Mapping[str, Any], population: Population
+) -> Stepped:
+    """Move the model by what was aggregated."""
+    delta, correction = parts.correction.update(fields, state.correction, population)
+    stepped = server_optimizers.step(parts.server, delta, state.server, state.params)
+    num_messages = fields[traffic.NUM_MESSAGES]
+    has_overflown = (num_messages > 0) & ~trees.all_finite(stepped)
+    is_heard = (num_messages > 0) & ~has_overflown
+    params, server = trees.tree_where(is_heard, stepped, (state.params, state.server))
+    shifted = server_optimizers.shift(state.model_state, fields["model_state"])
+    return Stepped(
+        params=params,
+        server=server,
+        model_state=trees.tree_where(is_heard, shifted, state.model_state),
+        correction=trees.tree_where(trees.all_finite(correction), correction, state.correction),
+        is_heard=is_heard,
+        has_overflown=has_overflown,
+    )
+
+
+def revise(
+    parts: Parts, key: Key, state: RoundState, stepped: Stepped, fields: Mapping[str, Any]
+) -> RoundState:
+    """Revise the masks, and make what is pruned exact zero."""
+    inputs = PrunerInputs(
+        params=stepped.params,
+        grads=fields.get("grads"),
+        round=state.round,
+        statistics={name: fields[name] for name in parts.read},
+    )
+    masks, pruner_state = trees.tree_where(
+        stepped.is_heard,
+        parts.pruner.update(key, state.masks, state.pruner, inputs),
+        (state.masks, state.pruner),
+    )
+    params, server = stepped.params, stepped.server
+    if not parts.masking.server_is_dense:
+        params = masks_lib.apply(masks, params)
+        server = server_optimizers.zero_pruned(parts.server, server, masks)
+    has_changed = masks_lib.num_changed(state.masks, masks) > 0
+    return state._replace(
+        round=state.round + 1,
+        params=params,
+        masks=masks,
+        masks_id=state.masks_id + has_changed.astype(jnp.int32),
+        model_state=stepped.model_state,
+        server=server,
+        pruner=pruner_state,
+        correction=stepped.correction,
+    )
+
+
+def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
+    """Put a part in the place of everything that was left out."""
+    correction = _no_correction() if protocol.correction is None else protocol.correction
+    mean = aggregators.weighted_mean()
+    defaults = {
+        "delta": mean if protocol.aggregator is None else protocol.aggregator,
+        "metrics": aggregators.unweighted_sum(),
+    }
+
+    def complete(name: str, spec: FieldSpec) -> FieldSpec:
+        is_report = spec.send == "nothing" and spec.read is None
+        default = defaults.get(name, aggregators.stack() if is_report else mean)
+        return spec if spec.aggregate is not None else spec._replace(aggregate=default)
+
+    named = dict.fromkeys(("delta", "model_state", "grads", "metrics"), FieldSpec())
+    named |= {**correction.fields, **fields}
+    return Parts(
+        protocol=protocol,
+        client=correction.wrap(client),
+        uplink=uplinks.identity() if protocol.uplink is None else protocol.uplink,
+        server=server_optimizers.fedavg() if protocol.server is None else protocol.server,
+        correction=correction,
+        pruner=pruners.keep() if pruner is None else pruners.exempt(pruner, prunable),
+        prunable=prunable,
+        fields={name: complete(name, spec) for name, spec in named.items()},
+        masking=Masking() if masking is None else masking,
+    )
+
+
+def _init(parts: Parts, params: Params, model_state: State) -> RoundState:
+    """Start with all weights in force."""
+    return RoundState(
+        round=jnp.int32(0),
+        params=params,
+        masks=masks_lib.full(params),
+        masks_id=jnp.int32(0),
+        model_state=model_state,
+        server=server_optimizers.init(parts.server, params),
+        pruner=parts.pruner.init(params),
+        correction=parts.correction.init(params),
+    )
+
+
+def _metrics(
+    parts: Parts,
+    before: RoundState,
+    after: RoundState,
+    given: Given,
+    members: Cohort,
+    outcome: cohort.Outcome,
+    stepped: Stepped,
+) -> RoundMetrics:
+    """Count the round."""
+    present, fields = members.participated, outcome.fields
+    received = masks_lib.num_kept(given.download)
+    rejected = outcome.rejected | (present & stepped.has_overflown)
+    return RoundMetrics(
+        train=fields["metrics"],
+        num_live=masks_lib.num_kept(after.masks),
+        num_changed=masks_lib.num_changed(before.masks, after.masks),
+        num_downloaded=jnp.broadcast_to(
+            received[None, None], (present.shape[0], 1, received.shape[0])
+        ),
+        num_uploaded=fields[traffic.NUM_UPLOADED],
+        participated=present,
+        num_participating=jnp.sum(present, dtype=jnp.int32),
+        num_rejected=jnp.sum(rejected, dtype=jnp.int32),
+        sent=traffic.sent(
+            before,
+            given,
+            members,
+            fields,
+            specs=parts.fields,
+            prunable=parts.prunable,
+            transport=parts.masking.transport,
+        ),
+    )
+
+
+def _no_correction() -> Correction:
+    """Train and average plainly."""
     return Correction(
         init=lambda params: (),
         wrap=lambda client: client,
-        aggregators={},
         update=lambda fields, state, population: (fields["delta"], state),
-        sent_as={},
+        fields={},
     )

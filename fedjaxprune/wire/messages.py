@@ -66,17 +66,17 @@ def plan_delta(
     """Plan what an uplink sends of each leaf, of which `kept` entries may travel."""
     plans = []
     for leaf, n, payload in zip(leaves, kept, payloads, strict=True):
-        by_seed = payload.positions == "seed"
+        by_seed = payload.indices == "from_seed"
         plans.append(
             headers.plan_counts(
                 *leaf._replace(dtype=np.dtype("uint16") if payload.level_bits else leaf.dtype),
                 num_known=_known(leaf, payload.num_values if by_seed else n),
-                num_chosen=payload.num_values if payload.positions == "sent" else None,
+                num_chosen=payload.num_values if payload.indices == "explicit" else None,
                 level_bits=payload.level_bits,
                 num_scales=payload.num_scales,
             )
         )
-    is_seeded = any(p.positions == "seed" and p.num_values for p in payloads)
+    is_seeded = any(p.indices == "from_seed" and p.num_values for p in payloads)
     return [*plans, _SEED_PLAN] if is_seeded else plans
 
 
@@ -134,9 +134,9 @@ def delta(
     message = {}
     rows = zip(_named("delta", tree), _leaves(masks), payloads, strict=True)
     for (name, leaf), mask, payload in rows:
-        if payload.positions != "known":
+        if payload.indices != "implied":
             chosen = _first(leaf, mask, payload.num_values)
-            if payload.positions == "seed":
+            if payload.indices == "from_seed":
                 message[name] = wire_format.kept(leaf, _known_mask(chosen))
             else:
                 message[name] = wire_format.pairs(leaf, chosen, known=_known_mask(mask))
@@ -147,7 +147,7 @@ def delta(
             )
         else:
             message[name] = wire_format.kept(leaf, _known_mask(mask))
-    if any(p.positions == "seed" and p.num_values for p in payloads):
+    if any(p.indices == "from_seed" and p.num_values for p in payloads):
         message[SEED] = wire_format.kept(np.asarray(seed, np.uint32), None)
     return message
 

@@ -26,8 +26,8 @@ from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
 from fedjaxprune.methods import fedavg, feddip, fednova, fixed_masks, scaffold
 from fedjaxprune.models import cnns, lstm, precision, vgg, zoo
-from fedjaxprune.rounds import reporting, simulation
-from fedjaxprune.rounds.training import Correction, Protocol
+from fedjaxprune.rounds import server_work, simulation
+from fedjaxprune.rounds.protocol import Correction, Protocol
 from fedjaxprune.types import (
     Aggregator,
     Algorithm,
@@ -81,13 +81,13 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, recipes.Given], A
         model, setup, sparsity=config.sparsity, allocation=recipes.shares(config, model, given)
     ),
     "magnitude_masks": lambda config, model, setup, given: recipes.magnitude(
-        config, model, setup, given, reporting.server_examples(given.held)
+        config, model, setup, given, server_work.server_examples(given.held)
     ),
     "one_client_masks": lambda config, model, setup, given: recipes.magnitude(
-        config, model, setup, given, reporting.examples_of(config.mask_client)
+        config, model, setup, given, server_work.examples_of(config.mask_client)
     ),
     "pooled_masks": lambda config, model, setup, given: recipes.magnitude(
-        config, model, setup, given, reporting.all_examples()
+        config, model, setup, given, server_work.all_examples()
     ),
     "snip_masks": recipes.snip,
     "snip_masks_of_clients": recipes.snip_of_clients,
@@ -343,7 +343,7 @@ def _setup(config: RunConfig, preprocess_fn: Any) -> Protocol:
         server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
         chunk_size=1 if config.chunk_size == "auto" else config.chunk_size,
         mesh=_mesh(config),
-        drift=DRIFTS[config.drift](config, batcher),
+        correction=DRIFTS[config.drift](config, batcher),
     )
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import traffic as accounts
 from fedjaxprune import trees
+from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.config.flat.sections import INT_MAX
 from fedjaxprune.experiment.execution import chunk_size
 from fedjaxprune.experiment.folder import checkpoints, record
@@ -262,10 +263,10 @@ def _line(
 ) -> record.RoundRecord:
     """Turn a round's metrics, read to the host, into a line of the record."""
     metrics, tested = pending.metrics, pending.tested
-    traffic = parts.algorithm.num_bits(metrics, shapes)
+    traffic = ledger.account(metrics, shapes, parts.algorithm)
     sizes = trees.sizes(shapes.params)
     num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
-    num_kept = sum(int(kept) for kept, flag in zip(metrics.kept, flags, strict=True) if flag)
+    num_kept = sum(int(kept) for kept, flag in zip(metrics.num_live, flags, strict=True) if flag)
     num_tested = int(parts.test.labels.shape[0])
     loss = metrics.train["loss"]
     weight = float(loss.weight)
@@ -287,7 +288,7 @@ def _line(
         client_bits=[
             {**entry._asdict(), "client_ids": list(entry.client_ids)} for entry in traffic.clients
         ],
-        modeled_bits={name: bits._asdict() for name, bits in traffic.modeled.items()},
+        modeled_bits={name: bits._asdict() for name, bits in traffic.published.items()},
         num_participating=int(metrics.num_participating),
         num_rejected=int(metrics.num_rejected),
         **round_costs.of_round(profile, metrics)._asdict(),
@@ -299,7 +300,7 @@ def _line(
         layer_sparsity={
             path: round(1.0 - int(kept) / max(1, size), 6)
             for path, kept, size, flag in zip(
-                profile.paths, metrics.kept, sizes, flags, strict=True
+                profile.paths, metrics.num_live, sizes, flags, strict=True
             )
             if flag
         },

@@ -103,15 +103,15 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     sizes = np.asarray(profile.sizes, np.int64)
     num_prunable = max(1, int(sizes[flags].sum()))
     told = metrics.sent.reports.get(traffic.TRAINED)
-    counts = metrics.num_uploaded if told is None else told
+    counts = metrics.num_uploaded if told is None else told[:, 0]
     trained = np.asarray(counts, np.int64)[np.asarray(metrics.participated)]
-    kept = np.asarray(metrics.num_downloaded, np.int64)
-    trains = kept.ndim == 1 or told is not None
-    kept = kept if kept.ndim == 1 else sizes * trains
+    sends_delta = "delta" in metrics.sent.up.get("reply", {})
+    trains = sends_delta or told is not None
+    kept = np.asarray(metrics.num_downloaded, np.int64)[0, 0] if sends_delta else sizes * trains
     through = gates.through(metrics.train)
     moved = kept
     if through:
-        kept = moved = np.asarray(metrics.kept, np.int64)
+        kept = moved = np.asarray(metrics.num_live, np.int64)
     elif len(trained):
         moved = np.round(trained.mean(axis=0)).astype(np.int64)
         kept = np.minimum(kept, moved)
@@ -214,7 +214,7 @@ def of_inference(
       open; `without_gates`: the network without masks, gates, and what these compute. None if the
       network has no gates or cannot be counted.
     """
-    masked = _masked(profile, tuple(np.asarray(metrics.kept).tolist()))
+    masked = _masked(profile, tuple(np.asarray(metrics.num_live).tolist()))
     if masked is None or not through:
         return None
     own = [layer for layer in masked if any(map(_is_gate, layer.weights))]

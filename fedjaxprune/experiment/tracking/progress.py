@@ -144,7 +144,7 @@ def table(summary: dict[str, Any], *, target: float | None) -> Table:
         "sent up, measured": mib(summary["uplink_bits"]),
         "sent down, measured": mib(summary["downlink_bits"]),
     }
-    for kind in ("values", "positions", "masks", "statistics", "framing"):
+    for kind in ("values", "indices", "masks", "statistics", "framing"):
         bits = summary["uplink_parts"].get(kind, 0) + summary["downlink_parts"].get(kind, 0)
         if bits:
             rows[f"  of both: {kind}"] = mib(bits)

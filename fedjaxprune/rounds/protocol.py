@@ -1,0 +1,141 @@
+"""What a training round is made of: the protocol that methods share, and rules that they set."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjaxprune.traffic import FieldLength
+from fedjaxprune.types import (
+    Aggregator,
+    Batcher,
+    Broadcast,
+    CohortAggregator,
+    Correction,
+    FieldSpec,
+    Key,
+    Masks,
+    RoundMetrics,
+    RoundState,
+    Schedule,
+    Uplink,
+)
+
+__all__ = [
+    "AfterRound",
+    "Correction",
+    "FieldSpec",
+    "Hooks",
+    "MaskTransport",
+    "Masking",
+    "Protocol",
+    "add_reports",
+    "broadcast_of",
+]
+
+
+class Protocol(NamedTuple):
+    """What every method shares: one protocol under which methods can be compared.
+
+    Attributes:
+      num_rounds: rounds of the run; schedules stretch over them.
+      batcher: how a client's examples become local steps.
+      optimizer: local optimizer, any optax transformation.
+      learning_rate_scale: factor on local updates, by round (an optax schedule fits).
+      uplink: what a delta looks like after the wire; None sends it as it is.
+      aggregator: of the deltas; None takes the weighted mean.
+      server: the server's optimizer, an optax transformation (see `server_optimizers`); None takes
+        the aggregated delta as it is.
+      chunk_size: clients that run side by side; changes nothing but speed and memory.
+      mesh: devices that share the cohort (`cohort.make_mesh`); changes nothing but speed and
+        memory. None uses one device.
+      correction: of client drift (SCAFFOLD, FedNova); None trains and averages plainly.
+    """
+
+    num_rounds: int
+    batcher: Batcher
+    optimizer: optax.GradientTransformation
+    learning_rate_scale: Schedule | None = None
+    uplink: Uplink | None = None
+    aggregator: Aggregator | CohortAggregator | None = None
+    server: optax.GradientTransformation | None = None
+    chunk_size: int = 1
+    mesh: jax.sharding.Mesh | None = None
+    correction: Correction | None = None
+
+
+class MaskTransport(NamedTuple):
+    """How the masks in force reach the clients; a client that holds them is sent none.
+
+    Attributes:
+      encode: ``state -> FieldLength`` of the field `masks`, in a message of that name. None sends
+        the prunable leaves in the shortest coding, which the ledger finds out on the host.
+      is_needed: ``state -> [] bool``, whether there is anything to say; None always sends them.
+    """
+
+    encode: Callable[[RoundState], FieldLength] | None = None
+    is_needed: Callable[[RoundState], jax.Array] | None = None
+
+    def receivers(self, state: RoundState, masks_held: jax.Array) -> jax.Array:
+        """Mark the clients that have to be sent the masks, ``[C]``, by what each holds."""
+        missing = masks_held != state.masks_id
+        return missing if self.is_needed is None else missing & self.is_needed(state)
+
+
+class Masking(NamedTuple):
+    """Which masks rule where; by default the masks in force, everywhere.
+
+    Attributes:
+      train: ``(key, state) -> masks`` that the clients train under.
+      upload: ``state -> masks`` of the entries that a client sends.
+      download: ``state -> masks`` of the entries that a client receives.
+      server_is_dense: whether the server keeps the values of pruned entries to itself (what it
+        broadcasts and deploys is masked all the same).
+      upload_masks: ``fields -> masks by field``, what one client sends of its `delta` and other
+        fields, where that follows from its own bits. What does not travel counts as zero; a
+        ``protocol.aggregator`` that counts holders sees who sent an entry.
+      transport: how the masks travel.
+    """
+
+    train: Callable[[Key, RoundState], Masks] | None = None
+    upload: Callable[[RoundState], Masks] | None = None
+    download: Callable[[RoundState], Masks] | None = None
+    server_is_dense: bool = False
+    upload_masks: Callable[[Mapping[str, Any]], Mapping[str, Masks]] | None = None
+    transport: MaskTransport = MaskTransport()
+
+
+AfterRound = Callable[[RoundState, RoundState, RoundMetrics], tuple[RoundState, RoundMetrics]]
+
+
+class Hooks(NamedTuple):
+    """What a method adds to every round of a stage.
+
+    Attributes:
+      before_round: ``state -> state`` that the round starts from.
+      after_round: ``(before, after, metrics) -> (after, metrics)``; `before` is the state that came
+        in, as it was before `before_round`.
+    """
+
+    before_round: Callable[[RoundState], RoundState] | None = None
+    after_round: AfterRound | None = None
+
+
+def broadcast_of(state: RoundState) -> Broadcast:
+    """Give clients the parameters and the masks in force."""
+    return Broadcast(
+        params=state.params,
+        masks=state.masks,
+        model_state=state.model_state,
+        round=state.round,
+    )
+
+
+def add_reports(metrics: RoundMetrics, reports: Mapping[str, jax.Array]) -> RoundMetrics:
+    """Put arrays that hold for all clients alike into the round's reports, as ``[C, ...]``."""
+    num_slots = metrics.participated.shape[0]
+    alike = {n: jnp.broadcast_to(x[None], (num_slots, *x.shape)) for n, x in reports.items()}
+    sent = metrics.sent._replace(reports={**metrics.sent.reports, **alike})
+    return metrics._replace(sent=sent)

@@ -1,0 +1,109 @@
+"""Stages in a row: training behind the stages that decide what it starts from."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.rounds.protocol import Hooks
+from fedjaxprune.types import Algorithm, Params, PrunableFn, RoundFn, RoundState, Stage
+
+
+def in_order(
+    training: Algorithm,
+    before: Sequence[Stage],
+    *,
+    init: Callable[[RoundState], RoundState] | None = None,
+    prunes: bool = False,
+) -> Algorithm:
+    """Put stages before training; what is deployed is under the masks in force.
+
+    Args:
+      training: an algorithm, usually of one stage; every stage counts its rounds from 0.
+      before: what comes first, in order.
+      init: ``state -> state``, what the stages find; raises where the network does not fit.
+      prunes: whether the stages prune, so that a network without prunable leaves is refused.
+    """
+
+    def init_fn(params, model_state):
+        if prunes:
+            check_prunable(params, training.prunable)
+        state = training.init(params, model_state)
+        return state if init is None else init(state)
+
+    stages: list[Stage] = []
+    for stage in (*before, *training.stages):
+        stages.append(shift_rounds(stage, sum(each.num_rounds for each in stages)))
+    return training._replace(
+        init=init_fn,
+        stages=tuple(stages),
+        deployed_params=lambda state: masks_lib.apply(state.masks, training.deployed_params(state)),
+    )
+
+
+def check_prunable(params: Params, prunable: PrunableFn) -> None:
+    """See that a network has something to prune.
+
+    Raises:
+      ValueError: if none of the leaves is prunable.
+    """
+    if not any(masks_lib.prunable_leaves(params, prunable)):
+        raise ValueError(
+            "there is nothing to prune: none of the leaves "
+            f"{', '.join(trees.paths(params))} is prunable; say which are by `prunable=`."
+        )
+
+
+def shift_rounds(stage: Stage, num_before: int) -> Stage:
+    """Let a stage count its rounds from 0, though `num_before` rounds of others came before it.
+
+    Schedules of learning rates, sparsities and exchanges of weights are the stage's own.
+    """
+    if num_before == 0:
+        return stage
+
+    def round_fn(key, state, cohort, population):
+        shifted = state._replace(round=state.round - num_before)
+        result, rows, metrics = stage.round(key, shifted, cohort, population)
+        return result._replace(round=result.round + num_before), rows, metrics
+
+    return stage._replace(round=round_fn)
+
+
+def close(
+    before: RoundState,
+    after: RoundState,
+    *,
+    known_to: Literal["holders", "everybody", "nobody"] = "holders",
+) -> RoundState:
+    """Count a round that does not train, and say who holds the masks that it leaves.
+
+    Args:
+      before: the state that came in.
+      after: what the round made of it.
+      known_to: ``"holders"``: who held the masks, if they did not change; ``"everybody"`` who did,
+        though they changed; ``"nobody"``, though they did not.
+    """
+    has_changed = masks_lib.num_changed(before.masks, after.masks) > 0
+    step = {"holders": has_changed, "everybody": jnp.bool_(False), "nobody": jnp.bool_(True)}
+    return after._replace(
+        round=before.round + 1,
+        masks_id=before.masks_id + step[known_to].astype(jnp.int32),
+    )
+
+
+def with_hooks(round_fn: RoundFn, hooks: Hooks | None) -> RoundFn:
+    """Add a method's hooks to a round."""
+    if hooks is None:
+        return round_fn
+
+    def hooked_fn(key, state, cohort, population):
+        start = state if hooks.before_round is None else hooks.before_round(state)
+        after, rows, metrics = round_fn(key, start, cohort, population)
+        if hooks.after_round is not None:
+            after, metrics = hooks.after_round(state, after, metrics)
+        return after, rows, metrics
+
+    return hooked_fn
