@@ -23,9 +23,9 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks
+from fedjaxprune.costs import ledger
 from fedjaxprune.data import batching, partitions
 from fedjaxprune.experiment.config.flat.sections import RunConfig
-from fedjaxprune.experiment.run import build as catalog
 from fedjaxprune.experiment.run import launch, round_costs
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import feddip
@@ -105,7 +105,7 @@ def digits():
     difference: a time taken around them also has what their first steps wait for, as the round's
     arithmetic has emptied the caches, and without them whatever comes next would wait instead.
     """
-    host, arithmetic, begins, build = [], [], [], catalog.build
+    host, arithmetic, begins = [], [], []
     remembered = {}
 
     def switched(name, function):

@@ -59,6 +59,7 @@ def _rounds(
     import jax
     import jax.numpy as jnp
 
+    from fedjaxprune.costs import ledger
     from fedjaxprune.rounds import simulation
 
     num_clients = next(iter(populations.values())).offsets.shape[0] - 1

@@ -237,7 +237,7 @@ def round_of(index, kept, *, stale):
     """Make the metrics of a round of five clients, as far as formulas read them."""
     num_masks = np.full(5, stale, np.int32)
     sent = blank(accounts.Sent, round=index, client_ids=np.arange(5), num_masks=num_masks)
-    sent = sent._replace(reports={feddip.ZEROS: np.zeros([5, 1], np.int64)})
+    sent = sent._replace(up={}, reports={feddip.ZEROS: np.zeros([5, 1], np.int64)})
     return blank(
         types.RoundMetrics,
         num_downloaded=np.tile(kept, (5, 1, 1)),
