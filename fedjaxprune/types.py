@@ -1,12 +1,11 @@
 """The vocabulary: type aliases and the protocol tuples that the rest of the package uses.
 
-Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of the whole population,
-``B`` batch, ``L`` leaves of the parameters. A tuple of functions is a component (what optax calls a
+Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of all, ``B`` batch, ``L`` leaves
+of the parameters, ``T`` models. A tuple of functions is a component (what optax calls a
 transformation); a tuple of arrays is state or data. No component keeps anything mutable.
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -126,7 +125,7 @@ class Broadcast(NamedTuple):
       masks: the masks to train under.
       model_state: what is not trained (BatchNorm statistics).
       round: ``[]`` int32.
-      correction_state: the server's part of the correction (`RoundState.correction`), or ``()``.
+      correction_state: `RoundState.correction`.
       correction: added to the gradient of every local step, or ``()``; the tree of the parameters.
     """
 
@@ -185,8 +184,8 @@ class Aggregator(NamedTuple):
 
     Attributes:
       init: ``like -> accumulator``, the zero, from one client's value.
-      add: ``(accumulator, value, masks, weight) -> accumulator``; masks may be None. A value of
-        weight 0 adds nothing, be it NaN.
+      add: ``(accumulator, value, masks or None, weight) -> accumulator``; weight 0 adds nothing,
+        not even NaN.
       merge: ``(accumulator, accumulator) -> accumulator``, associative and commutative.
       finish: ``accumulator -> value``.
     """
@@ -201,8 +200,7 @@ class CohortAggregator(NamedTuple):
     """Many messages to one where all are needed at once: memory grows with the cohort.
 
     Attributes:
-      reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; clients of weight
-        0 are absent.
+      reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; 0 is absent.
     """
 
     reduce: Callable[[Any, Masks | None, jax.Array], Any]
@@ -212,13 +210,12 @@ class FieldSpec(NamedTuple):
     """How one field of the clients' messages travels, and what becomes of it.
 
     Attributes:
-      aggregate: joins the clients' values. None takes the protocol's for `delta`, the sum for
-        `metrics`, each client's value of what is sent as ``"nothing"`` (a report ``[C, ...]`` for
-        the simulator), else the weighted mean.
+      aggregate: joins the clients' values; None takes the protocol's for `delta`, the sum for
+        `metrics`, all values ``[C, ...]`` of what is not sent (a report), else the weighted mean.
       send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
       read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta
-        as it arrives, instead of a field that clients send: the pruner sees it as
-        ``inputs.statistics``. It follows from what travels, and is charged nothing.
+        as it arrives, in the place of a field that clients send; the pruner sees it as
+        ``inputs.statistics``, and it is charged nothing.
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
@@ -231,10 +228,10 @@ class Correction(NamedTuple):
 
     Attributes:
       init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
-        client receives, with the model, the entries that it trains.
-      wrap: ``client -> client``; the result sees that part as ``broadcast.correction_state``.
-      update: ``(aggregated fields, state, population) -> (delta, state)`` at the server; a round in
-        which nobody was heard must leave the state as it was.
+        client receives the entries that it trains, as ``broadcast.correction_state``.
+      wrap: ``client -> client``.
+      update: ``(aggregated fields, state, population) -> (delta, state)`` at the server; where nobody
+        was heard the state must stay as it was.
       fields: of the wrapped client's message.
     """
 
@@ -335,10 +332,8 @@ class RoundMetrics(NamedTuple):
       train: merged accumulators of the clients' training metrics (at least ``loss``).
       num_live: ``[L]`` int32, live entries per leaf after the round.
       num_changed: ``[]`` int32, mask entries that the round flipped.
-      num_downloaded: ``[C, T, L]`` int32, entries per leaf of the models that each client received;
-        ``T`` is 1 in training.
-      num_uploaded: ``[C, L]`` int32, entries per leaf that each client could send; only rows of
-        present clients mean anything.
+      num_downloaded: ``[C, T, L]`` int32, entries per leaf of the `T` models that each received.
+      num_uploaded: ``[C, L]`` int32, entries per leaf that each present client could send.
       participated: ``[C]`` bool, who took part.
       num_participating: ``[]`` int32, clients that took part.
       num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
@@ -356,11 +351,10 @@ class RoundMetrics(NamedTuple):
     sent: Sent
 
 
-_RoundResult = tuple[RoundState, ClientState, RoundMetrics]
-RoundFn = Callable[[Key, RoundState, Cohort, Population], _RoundResult]
+_Result = tuple[RoundState, ClientState, RoundMetrics]
+RoundFn = Callable[[Key, RoundState, Cohort, Population], _Result]
 FormulaFn = Callable[[RoundMetrics, RoundState], PublishedBits]  # on the host, of shapes of a state
-# Who is asked in a stage's rounds: a new sample in each (as the run samples), one and the same
-# sample in all, every client, or a sample of so many clients.
+# Who is asked: a new sample in each round, the same one in all, every client, or so many.
 CohortRule = Literal["sampled", "same", "everyone"] | int
 
 
@@ -392,7 +386,7 @@ class Algorithm(NamedTuple):
         zeros.
       prunable: the leaves whose masks travel and whose sparsity is on record.
       payload: of the uplink, from which the ledger knows the length of a delta; hashable.
-      published: by name, what papers charge for a round, beside what is measured.
+      published: by name, what papers charge for a round.
       diagnostics: ``metrics -> dict`` on the host, what the method itself puts on record.
     """
 
@@ -402,5 +396,5 @@ class Algorithm(NamedTuple):
     deployed_params: Callable[[RoundState], Params]
     prunable: PrunableFn
     payload: Callable[[int], Payload]
-    published: Mapping[str, FormulaFn] = MappingProxyType({})
+    published: Mapping[str, FormulaFn] = {}
     diagnostics: Callable[[RoundMetrics], dict[str, Any]] = lambda metrics: {}

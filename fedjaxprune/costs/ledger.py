@@ -95,7 +95,8 @@ def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> T
 
     in_force = NOTHING
     if len(sent.packed_masks) and uninformed.any():
-        in_force = _masks_in_force(network.masks, sent.packed_masks)
+        packed = tuple(np.asarray(bits).tobytes() for bits in sent.packed_masks)
+        in_force = _count_masks(network.masks, packed)
     going_down = _lengths(sent.down, state, network, payload, reached)
     going_up = _lengths(sent.up, state, network, payload, present)
     informed = {bits: _sum([bits, in_force]) for bits in set(going_down)}
@@ -140,19 +141,6 @@ def received(present: np.ndarray, client_ids: np.ndarray) -> np.ndarray:
     return np.array(here, np.bool_)
 
 
-def num_masks_sent(metrics: RoundMetrics) -> int:
-    """Count the masks in force that clients which took part had to be sent."""
-    present = np.asarray(metrics.participated)
-    return int(np.asarray(metrics.sent.num_masks)[present].sum(dtype=np.int64))
-
-
-def num_personal_masks(metrics: RoundMetrics) -> int:
-    """Count the masks of their own that clients sent."""
-    present = np.asarray(metrics.participated)
-    fields = [message["masks"] for message in metrics.sent.up.values() if "masks" in message]
-    return sum(int((_reached(field, present)).sum(dtype=np.int64)) for field in fields)
-
-
 def charge_by_formula(
     metrics: RoundMetrics, state: RoundState, *, prunable: PrunableFn
 ) -> dict[str, PublishedBits]:
@@ -180,8 +168,10 @@ def _charge_by_formula(
     )
     plain, num_prunable = charged["values"], network.num_prunable
     num_masks = int(np.asarray(metrics.sent.num_masks)[reached].sum(dtype=np.int64))
+    own = [message["masks"] for message in metrics.sent.up.values() if "masks" in message]
+    num_own = sum(np.count_nonzero(_travels(field, present)) for field in own)
     charged["values_and_bitmaps"] = PublishedBits(
-        plain.uplink + num_personal_masks(metrics) * num_prunable,
+        plain.uplink + num_own * num_prunable,
         plain.downlink + num_masks * num_prunable,
     )
     return charged
@@ -327,7 +317,7 @@ def _column(
         sent_counts = np.asarray(sent_counts)[
             ..., np.asarray(network.flags)
         ]  # of the leaves that travel
-    slots = _reached(field, who)
+    slots = _travels(field, who)
     counts = (
         None if isinstance(n, tuple) else _freeze(n) for n in (field.live_counts, sent_counts)
     )
@@ -335,7 +325,7 @@ def _column(
     return _Column(name, leaves, None if slots.all() else _freeze(slots), *counts)
 
 
-def _reached(field: FieldLength, who: np.ndarray) -> np.ndarray:
+def _travels(field: FieldLength, who: np.ndarray) -> np.ndarray:
     """Mark those of some slots to or from which a field travels."""
     return who if isinstance(field.clients, tuple) else np.asarray(field.clients) & who
 
@@ -368,11 +358,6 @@ def _freeze(counts: Any) -> _Frozen:
 def _thaw(counts: _Frozen) -> np.ndarray:
     """Undo `_freeze`."""
     return np.frombuffer(counts.data, np.int64).reshape(counts.shape)
-
-
-def _masks_in_force(leaves: tuple[Spec, ...], packed: Sequence[Any]) -> LinkBits:
-    """Charge the message of the masks in force."""
-    return _count_masks(leaves, tuple(np.asarray(bits).tobytes() for bits in packed))
 
 
 @functools.lru_cache(maxsize=2)

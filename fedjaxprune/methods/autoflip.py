@@ -21,7 +21,6 @@ References:
   Scoring <https://arxiv.org/abs/2405.10271>`_, 2024 to 2026.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ from fedjaxprune.federated import aggregators, early_stopping, local_training, s
 from fedjaxprune.pruning import movement, pruners, schedules
 from fedjaxprune.pruning.structured import channel_pruning
 from fedjaxprune.rounds.protocol import FieldSpec, Protocol, broadcast_of
-from fedjaxprune.rounds.reporting import Exchange, dense_download, reporting_round
+from fedjaxprune.rounds.reporting import Exchange, dense_and_trained, reporting_round
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.training import training
 from fedjaxprune.structure.channels.groups import Group
@@ -217,7 +216,7 @@ def _exploring(setup, client, conclude, *, fields: dict[str, FieldSpec], upload)
         },
         broadcast=lambda state: broadcast_of(state)._replace(masks=masks_lib.full(state.params)),
         server_update=conclude,
-        download=functools.partial(dense_download, is_trained=True),
+        download=dense_and_trained,
         exchange=Exchange(cohort="everyone"),
     )
 

@@ -251,7 +251,7 @@ def _train(
         ),
         prunable=prunable,
     )
-    return in_order(trained, (start, *further), prunes=sparsity > 0.0)
+    return in_order(trained, (start, *further), sparsity=sparsity)
 
 
 def _chooser(sparsity: float, score: scores.ScoreFn, allocation: Any, prunable: PrunableFn) -> Any:

@@ -33,6 +33,7 @@ __all__ = [
     "Protocol",
     "add_reports",
     "broadcast_of",
+    "no_correction",
 ]
 
 
@@ -139,3 +140,13 @@ def add_reports(metrics: RoundMetrics, reports: Mapping[str, jax.Array]) -> Roun
     alike = {n: jnp.broadcast_to(x[None], (num_slots, *x.shape)) for n, x in reports.items()}
     sent = metrics.sent._replace(reports={**metrics.sent.reports, **alike})
     return metrics._replace(sent=sent)
+
+
+def no_correction() -> Correction:
+    """Train and average plainly."""
+    return Correction(
+        init=lambda params: (),
+        wrap=lambda client: client,
+        update=lambda fields, state, population: (fields["delta"], state),
+        fields={},
+    )

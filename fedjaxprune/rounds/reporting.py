@@ -65,17 +65,19 @@ class Exchange(NamedTuple):
 DownloadFn = Callable[[RoundState, jax.Array], Download]
 
 
-def dense_download(
-    state: RoundState, masks_held: jax.Array, *, is_trained: bool = False
-) -> Download:
+def dense_download(state: RoundState, masks_held: jax.Array) -> Download:
     """Send the dense model and what is not trained to everybody, and no masks."""
     sizes = jnp.asarray(trees.sizes(state.params), jnp.int32)
     return Download(
         messages={"broadcast": {"params": FieldLength(), "model_state": FieldLength()}},
         num_downloaded=jnp.broadcast_to(sizes[None, None], (*masks_held.shape, 1, *sizes.shape)),
         num_masks=jnp.zeros(masks_held.shape, jnp.int32),
-        is_trained=is_trained,
     )
+
+
+def dense_and_trained(state: RoundState, masks_held: jax.Array) -> Download:
+    """Do as `dense_download`, to clients that train it and send as many entries back."""
+    return dense_download(state, masks_held)._replace(is_trained=True)
 
 
 def reporting_round(

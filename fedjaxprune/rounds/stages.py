@@ -16,7 +16,7 @@ def in_order(
     before: Sequence[Stage],
     *,
     init: Callable[[RoundState], RoundState] | None = None,
-    prunes: bool = False,
+    sparsity: float = 0.0,
 ) -> Algorithm:
     """Put stages before training; what is deployed is under the masks in force.
 
@@ -24,11 +24,11 @@ def in_order(
       training: an algorithm, usually of one stage; every stage counts its rounds from 0.
       before: what comes first, in order.
       init: ``state -> state``, what the stages find; raises where the network does not fit.
-      prunes: whether the stages prune, so that a network without prunable leaves is refused.
+      sparsity: that the stages lead to; above 0 a network without prunable leaves is refused.
     """
 
     def init_fn(params, model_state):
-        if prunes:
+        if sparsity > 0.0:
             check_prunable(params, training.prunable)
         state = training.init(params, model_state)
         return state if init is None else init(state)

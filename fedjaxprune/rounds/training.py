@@ -16,7 +16,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
 from fedjaxprune.pruning import pruners
 from fedjaxprune.rounds import traffic
-from fedjaxprune.rounds.protocol import Hooks, Masking, Protocol, broadcast_of
+from fedjaxprune.rounds.protocol import Hooks, Masking, Protocol, broadcast_of, no_correction
 from fedjaxprune.rounds.stages import check_prunable, with_hooks
 from fedjaxprune.types import (
     Algorithm,
@@ -128,8 +128,7 @@ def training(
     what is pruned becomes exact zero in the parameters and in the server's memory.
 
     Args:
-      protocol: what every method shares; its batcher, optimizer and scale are the client's business
-        and are not read here.
+      protocol: what every method shares; batcher, optimizer and scale are the client's business.
       client: local work; its message has at least `delta`, `model_state` and `metrics`.
       pruner: revises the masks at the end of a round, seeing only the `prunable` leaves; by default
         the masks stay.
@@ -156,18 +155,12 @@ def training(
             masks_held=jnp.int32(0),
         )
 
-    def one_client(key, given, own, data):
-        work_key, wire_key = jax.random.split(key)
-        message, client_state = local_work(parts, work_key, given.broadcast, own[0], data)
-        message, uplink_state = upload(parts, wire_key, message, given, own[1])
-        return message, (client_state, uplink_state)
-
     def round_fn(key, state, members, population):
         client_key, train_key, pruner_key = jax.random.split(key, 3)
-        given = broadcast(parts, train_key, state)
-        outcome = aggregate(parts, client_key, one_client, given, members, population)
+        given = broadcast(train_key, parts, state)
+        outcome = aggregate(client_key, parts, given, members, population)
         stepped = server_step(parts, state, outcome.fields, population)
-        after = revise(parts, pruner_key, state, stepped, outcome.fields)
+        after = revise(pruner_key, parts, state, stepped, outcome.fields)
         rows = ClientState(
             client=outcome.states[0],
             uplink=outcome.states[1],
@@ -193,7 +186,7 @@ def deployed_params(parts: Parts, state: RoundState) -> Params:
     return state.params
 
 
-def broadcast(parts: Parts, key: Key, state: RoundState) -> Given:
+def broadcast(key: Key, parts: Parts, state: RoundState) -> Given:
     """Give every client the model, and masks to train under."""
     rules = parts.masking
     return Given(
@@ -208,14 +201,17 @@ def broadcast(parts: Parts, key: Key, state: RoundState) -> Given:
 
 
 def local_work(
-    parts: Parts, key: Key, given: Broadcast, state: State, data: ClientData
-) -> tuple[Message, State]:
-    """Let one client train on its own data."""
-    return parts.client.update(key, given, state, data)
+    key: Key, parts: Parts, given: Given, own: tuple[State, State], data: ClientData
+) -> tuple[Message, tuple[State, State]]:
+    """Let one client train on its own data, and send what came of it."""
+    work_key, wire_key = jax.random.split(key)
+    message, client_state = parts.client.update(work_key, given.broadcast, own[0], data)
+    message, uplink_state = upload(wire_key, parts, message, given, own[1])
+    return message, (client_state, uplink_state)
 
 
 def upload(
-    parts: Parts, key: Key, message: Message, given: Given, state: State
+    key: Key, parts: Parts, message: Message, given: Given, state: State
 ) -> tuple[Message, State]:
     """Make of one client's message what arrives: masked, through the uplink, and counted."""
     fields, rules = message.fields, parts.masking
@@ -243,25 +239,21 @@ def upload(
 
 
 def aggregate(
-    parts: Parts,
     key: Key,
-    update: cohort.ClientUpdate,
+    parts: Parts,
     given: Given,
     members: Cohort,
     population: Population,
 ) -> cohort.Outcome:
     """Let the cohort work, and join its messages field by field."""
     by_field = {name: spec.aggregate for name, spec in parts.fields.items()}
+    by_field |= dict.fromkeys((traffic.NUM_UPLOADED, traffic.SUMMARY), aggregators.stack())
+    by_field[traffic.NUM_MESSAGES] = aggregators.unweighted_sum()
     rows = members.states
     return cohort.run(
         key,
-        update,
-        {
-            **by_field,
-            traffic.NUM_UPLOADED: aggregators.stack(),
-            traffic.SUMMARY: aggregators.stack(),
-            traffic.NUM_MESSAGES: aggregators.unweighted_sum(),
-        },
+        lambda key, given, own, data: local_work(key, parts, given, own, data),
+        by_field,
         given,
         members._replace(states=(rows.client, rows.uplink)),
         population,
@@ -292,7 +284,7 @@ def server_step(
 
 
 def revise(
-    parts: Parts, key: Key, state: RoundState, stepped: Stepped, fields: Mapping[str, Any]
+    key: Key, parts: Parts, state: RoundState, stepped: Stepped, fields: Mapping[str, Any]
 ) -> RoundState:
     """Revise the masks, and make what is pruned exact zero."""
     inputs = PrunerInputs(
@@ -325,7 +317,7 @@ def revise(
 
 def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
-    correction = _no_correction() if protocol.correction is None else protocol.correction
+    correction = no_correction() if protocol.correction is None else protocol.correction
     mean = aggregators.weighted_mean()
     defaults = {
         "delta": mean if protocol.aggregator is None else protocol.aggregator,
@@ -399,14 +391,4 @@ def _metrics(
             prunable=parts.prunable,
             transport=parts.masking.transport,
         ),
-    )
-
-
-def _no_correction() -> Correction:
-    """Train and average plainly."""
-    return Correction(
-        init=lambda params: (),
-        wrap=lambda client: client,
-        update=lambda fields, state, population: (fields["delta"], state),
-        fields={},
     )
