@@ -230,8 +230,8 @@ class Correction(NamedTuple):
       init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
         client receives the entries that it trains, as ``broadcast.correction_state``.
       wrap: ``client -> client``.
-      update: ``(aggregated fields, state, population) -> (delta, state)`` at the server; where nobody
-        was heard the state must stay as it was.
+      update: ``(aggregated fields, state, population) -> (delta, state)`` at the server; a round in
+        which nobody was heard must leave the state alone.
       fields: of the wrapped client's message.
     """
 
