@@ -9,7 +9,7 @@ from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.rounds import facts
 from fedjaxprune.rounds.task import Task
-from fedjaxprune.rounds.training import Protocol
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.types import Batcher, Model
 
 
