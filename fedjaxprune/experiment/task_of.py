@@ -8,8 +8,8 @@ from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.rounds import facts
-from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.rounds.task import Task
 from fedjaxprune.types import Batcher, Model
 
 
