@@ -1,0 +1,300 @@
+"""Why arrays cannot be used as examples, in one sentence each, and the types they are kept in."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedjaxprune.data.datasets import Task
+from fedjaxprune.errors import DataError
+
+_INT32_MAX = 2**31 - 1
+
+
+class Labels(NamedTuple):
+    """Labels of training and test examples, in the type that they are kept in.
+
+    Attributes:
+      train: see `Dataset`.
+      test: likewise.
+      num_classes: 0 for a regression.
+      class_names: empty where classes were given as integers.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...]
+
+
+def array(values: Any, what: str) -> np.ndarray:
+    """Make an array of values, called `what` in errors, that NumPy can hold in one block.
+
+    Raises:
+      DataError: the rows differ in length, or it is no array.
+    """
+    if callable(values):
+        name = getattr(values, "__name__", "it")
+        raise DataError(f"{what} must be an array, got a function; call it: {name}().")
+    try:
+        made = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{what} cannot be made an array: {reason}") from None
+    if made.ndim == 0:
+        raise DataError(
+            f"{what} must be an array with an axis of examples, got {type(values).__name__}."
+        )
+    return made
+
+
+def inputs(values: Any, what: str, *, task: Task) -> np.ndarray:
+    """Check the inputs ``[E, ...]`` and give them as uint8, float32 or, for tokens, int32.
+
+    Grayscale images ``[E, H, W]`` of uint8 get an axis of channels.
+
+    Raises:
+      DataError: naming `what` and what is wrong with it.
+    """
+    made = array(values, what)
+    kind = made.dtype.kind
+    if kind in "OUS":
+        given = "text" if kind in "US" or _holds_text(made) else "rows of differing shapes"
+        raise DataError(f"{what} must be numbers of one shape per example, got {given}.")
+    if kind not in "buif":
+        raise DataError(f"{what} must be real numbers, got {made.dtype}.")
+    if made.shape[0] == 0:
+        raise DataError(f"{what} must have at least one example, got shape {made.shape}.")
+    if made.ndim < 2:
+        raise DataError(
+            f"{what} must have an axis of examples and at least one of features, got shape "
+            f"{made.shape}; one feature per example is inputs[:, None]."
+        )
+    if 0 in made.shape:
+        raise DataError(f"{what} must have no empty axis, got shape {made.shape}.")
+    if made.ndim == 4 and made.shape[1] in (1, 3) and made.shape[3] > 4:
+        raise DataError(
+            f"{what} of shape {made.shape} have the channels first; give "
+            "inputs.transpose(0, 2, 3, 1)."
+        )
+    if task == "sequence":
+        return _tokens(made, what)
+    if made.dtype == np.uint8:
+        return made[..., None] if made.ndim == 3 else made
+    with np.errstate(over="ignore"):
+        floats = made.astype(np.float32)
+    if not np.isfinite(floats).all():
+        num_nan, num_bad = int(np.isnan(floats).sum()), int((~np.isfinite(floats)).sum())
+        example = int(np.argwhere(~np.isfinite(floats))[0][0])
+        raise DataError(
+            f"{what} must be finite float32 numbers, but {num_bad} of {floats.size} values are "
+            f"not ({num_nan} NaN), the first in example {example}."
+        )
+    return floats
+
+
+def labels(
+    train: Any, test: Any, *, task: Task, num_classes: int | None, class_names: Sequence[str]
+) -> Labels:
+    """Check labels of both splits for a task.
+
+    Args:
+      train: classes as integers or text; numbers for a regression.
+      test: likewise.
+      task: what they are for.
+      num_classes: how many there are; None counts the training examples' classes.
+      class_names: of integer classes, or empty.
+
+    Raises:
+      DataError: saying which labels do not fit, and how to convert them.
+    """
+    both = array(train, "train labels"), array(test, "test labels")
+    if task == "regression":
+        return Labels(_targets(both[0], "train"), _targets(both[1], "test"), 0, ())
+    if all(_is_text(values) for values in both):
+        return _from_text(both, task=task)
+    made = [_classes(values, name, task) for values, name in zip(both, ("train", "test"), strict=True)]
+    present = [np.unique(values[values >= 0] if values.ndim > 1 else values) for values in made]
+    if task == "binary":
+        _check_binary(present)
+        return Labels(made[0], made[1], 2, tuple(class_names) or ("0", "1"))
+    for classes, name in zip(present, ("train", "test"), strict=True):
+        if classes.size and classes[0] < 0:
+            raise DataError(
+                f"{name} labels must not be negative, got {classes[0]}; leave out examples "
+                "without a label, and number the classes from 0."
+            )
+    if num_classes is None:
+        if task == "classification":
+            _check_numbering(present, len(made[0]))
+        num_classes = int(max(classes.max(initial=0) for classes in present)) + 1
+    for classes, name in zip(present, ("train", "test"), strict=True):
+        if classes.size and classes[-1] >= num_classes:
+            raise DataError(
+                f"{name} labels must be less than the number of classes ({num_classes}), got "
+                f"{classes[-1]}."
+            )
+    if num_classes < 2:
+        raise DataError(f"labels must have at least two classes, got {num_classes}.")
+    return Labels(made[0], made[1], num_classes, tuple(map(str, class_names)))
+
+
+def lengths(values: Sequence[Any], names: Sequence[str]) -> None:
+    """Refuse arrays that differ in their number of examples.
+
+    Raises:
+      DataError: with the numbers.
+    """
+    sizes = [len(value) for value in values]
+    if len(set(sizes)) > 1:
+        counts = ", ".join(f"{size} {name}" for size, name in zip(sizes, names, strict=True))
+        raise DataError(f"inputs and labels must have the same number of examples, got {counts}.")
+
+
+def keys(values: Any, name: str, num_examples: int) -> np.ndarray:
+    """Check a column of client ids ``[E]``.
+
+    Raises:
+      DataError: it does not give every training example one id.
+    """
+    made = array(values, f"client ids {name!r}")
+    if made.shape != (num_examples,):
+        raise DataError(
+            f"client ids {name!r} must be one id per training example, shape ({num_examples},), "
+            f"got shape {made.shape}."
+        )
+    if made.dtype.kind == "O":
+        if any(value is None or value != value for value in made):
+            raise DataError(f"client ids {name!r} must have no missing values.")
+        made = made.astype(str)
+    if made.dtype.kind == "f" and not np.isfinite(made).all():
+        raise DataError(f"client ids {name!r} must have no missing values.")
+    return made
+
+
+def _tokens(made: np.ndarray, what: str) -> np.ndarray:
+    if made.dtype.kind not in "ui":
+        raise DataError(
+            f"{what} of the task sequence must be integer tokens, got {made.dtype}; numbers are "
+            "for classification or regression."
+        )
+    if made.min() < 0 or made.max() > _INT32_MAX:
+        raise DataError(f"{what} must be tokens of at least 0, got {made.min()} to {made.max()}.")
+    return made.astype(np.int32)
+
+
+def _targets(made: np.ndarray, name: str) -> np.ndarray:
+    if made.dtype.kind not in "buif":
+        raise DataError(f"{name} labels of a regression must be numbers, got {_type(made)}.")
+    if made.ndim > 2 or 0 in made.shape:
+        raise DataError(
+            f"{name} labels of a regression must have shape (examples,) or (examples, targets), "
+            f"got {made.shape}."
+        )
+    floats = made.astype(np.float32)
+    if not np.isfinite(floats).all():
+        row = int(np.argwhere(~np.isfinite(floats))[0][0])
+        raise DataError(f"{name} labels must be finite numbers, got {made[row]} in example {row}.")
+    return floats
+
+
+def _from_text(both: Sequence[np.ndarray], *, task: Task) -> Labels:
+    """Number the classes that are given as text, in alphabetical order."""
+    texts = [values.astype(str) for values in both]
+    if any(values.ndim != 1 for values in texts):
+        raise DataError(f"labels as text must be one per example, got shape {texts[0].shape}.")
+    if any(value is None for values in both for value in values.ravel().tolist()):
+        raise DataError("labels must not be missing, but some are None.")
+    names = np.unique(texts[0])
+    if unknown := sorted(set(texts[1].tolist()) - set(names.tolist())):
+        raise DataError(
+            f"test labels have the class {unknown[0]!r}, which no training example has."
+        )
+    _check_count(len(names), len(texts[0]), task)
+    made = [np.searchsorted(names, values).astype(np.int32) for values in texts]
+    return Labels(made[0], made[1], len(names), tuple(names.tolist()))
+
+
+def _classes(made: np.ndarray, name: str, task: Task) -> np.ndarray:
+    """Check that labels are integers, one an example, or one a position of a sequence."""
+    if made.ndim == 2 and made.shape[1] == 1:
+        raise DataError(
+            f"{name} labels must have shape (examples,), got the column {made.shape}; give "
+            "labels[:, 0]."
+        )
+    if made.ndim == 2 and made.dtype.kind in "buif" and task != "sequence":
+        is_one_hot = np.isin(made, (0, 1)).all() and (made.sum(axis=1) == 1).all()
+        advice = "; they look one-hot: give labels.argmax(axis=1)" if is_one_hot else ""
+        raise DataError(
+            f"{name} labels must have shape (examples,), got {made.shape}{advice}; several numbers "
+            "per example are a task of regression."
+        )
+    if made.ndim > (2 if task == "sequence" else 1):
+        raise DataError(f"{name} labels must have shape (examples,), got {made.shape}.")
+    if made.dtype.kind == "f":
+        is_whole = bool(np.isfinite(made).all() and (made == np.round(made)).all())
+        advice = "give labels.astype(int), or" if is_whole else "for numbers"
+        raise DataError(
+            f"{name} labels must be integer classes, got {made.dtype}; {advice} set the task "
+            "regression."
+        )
+    if made.dtype.kind not in "bui":
+        raise DataError(f"{name} labels must be integer classes or text, got {_type(made)}.")
+    if made.size == 0:
+        raise DataError(f"{name} labels must have at least one example, got none.")
+    if np.abs(made.astype(np.float64)).max() > _INT32_MAX:
+        raise DataError(f"{name} labels must fit int32, got {made.max()}.")
+    return made.astype(np.int32)
+
+
+def _check_binary(present: Sequence[np.ndarray]) -> None:
+    for classes, name in zip(present, ("train", "test"), strict=True):
+        if not np.isin(classes, (0, 1)).all():
+            found = ", ".join(map(str, classes[:5]))
+            advice = "; give (labels > 0).astype(int)" if set(classes.tolist()) == {-1, 1} else ""
+            raise DataError(f"{name} labels of the task binary must be 0 or 1, got {found}{advice}.")
+    if len(present[0]) < 2:
+        raise DataError(f"train labels must have two classes, got only {present[0][0]}.")
+
+
+def _check_numbering(present: Sequence[np.ndarray], num_examples: int) -> None:
+    """Refuse classes that nobody counted from 0, and test classes without training examples."""
+    train, test = present
+    _check_count(len(train), num_examples, "classification")
+    if train[0] > 0:
+        raise DataError(
+            f"train labels must be numbered from 0, got {train[0]} to {train[-1]}; give labels - "
+            f"{train[0]}."
+        )
+    if train[-1] >= 10 * len(train):
+        raise DataError(
+            f"train labels are {len(train)} classes numbered up to {train[-1]}; number them "
+            "without gaps: give numpy.unique(labels, return_inverse=True)[1]."
+        )
+    if unknown := np.setdiff1d(test, train).tolist():
+        raise DataError(f"test labels have the class {unknown[0]}, which no training example has.")
+
+
+def _check_count(num_classes: int, num_examples: int, task: Task) -> None:
+    """Refuse a set with one class, and one in which classes have hardly an example each."""
+    if num_classes < 2:
+        raise DataError("train labels must have at least two classes, got one.")
+    if task == "binary" and num_classes != 2:
+        raise DataError(f"the task binary needs two classes, got {num_classes}.")
+    if num_classes > max(20, num_examples // 2):
+        raise DataError(
+            f"train labels have {num_classes} distinct values in {num_examples} examples: they "
+            "are no classes; for numbers set the task regression."
+        )
+
+
+def _holds_text(made: np.ndarray) -> bool:
+    return made.dtype.kind in "US" or isinstance(made.flat[0] if made.size else None, str)
+
+
+def _is_text(made: np.ndarray) -> bool:
+    return made.size > 0 and (made.dtype.kind == "U" or (made.dtype.kind == "O" and _holds_text(made)))
+
+
+def _type(made: np.ndarray) -> str:
+    return "text" if _holds_text(made) else str(made.dtype)

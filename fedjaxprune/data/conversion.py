@@ -1,0 +1,263 @@
+"""From arrays, mappings of arrays and Hugging Face data sets to a `Dataset`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedjaxprune.data import checks
+from fedjaxprune.data.datasets import Dataset, Task
+from fedjaxprune.errors import DataError, near_miss
+
+# Names that mappings and files use: training inputs and labels, test inputs and labels.
+_NAMES = (
+    ("inputs", "labels", "test_inputs", "test_labels"),
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("X_train", "y_train", "X_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x", "y", "x_test", "y_test"),
+    ("X", "y", "X_test", "y_test"),
+)
+_TASKS = ("classification", "binary", "regression", "sequence")
+_FORMS = (
+    "a mapping of arrays {'inputs', 'labels', 'test_inputs', 'test_labels', and client ids}, "
+    "(inputs, labels), ((inputs, labels), (test_inputs, test_labels)), a Dataset, or a Hugging "
+    "Face Dataset or DatasetDict"
+)
+
+
+def as_dataset(
+    value: Any,
+    *,
+    name: str = "arrays",
+    task: Task | None = None,
+    num_classes: int | None = None,
+    class_names: tuple[str, ...] = (),
+    may_flip: bool = False,
+    test_fraction: float = 0.2,
+) -> Dataset:
+    """Make a `Dataset` of whatever holds examples, or say why it cannot be used.
+
+    uint8 inputs are divided by 255, others are used as they are. Of a mapping, arrays that are
+    neither inputs nor labels are client ids of the training examples, by their name.
+
+    Args:
+      value: a mapping of arrays ``inputs``, ``labels``, optionally ``test_inputs`` and
+        ``test_labels``, and client ids; a mapping ``{"train": ..., "test": ...}`` or a pair of
+        these; a pair of inputs and labels, or of two such pairs; a Hugging Face ``Dataset`` or
+        ``DatasetDict``; or a `Dataset`.
+      name: for records and errors.
+      task: None is ``classification``; labels that are numbers need ``regression``, integer inputs
+        that are tokens ``sequence``.
+      num_classes: None counts the classes of the training examples.
+      class_names: of integer classes.
+      may_flip: whether augmentation may mirror images.
+      test_fraction: share of the examples that are held out for tests where no test examples are
+        given; the same ones every time, of each class alike.
+
+    Raises:
+      DataError: what is wrong, in one sentence.
+    """
+    if task is not None and task not in _TASKS:
+        raise DataError(f"task must be one of {', '.join(_TASKS)}, got {task!r}.")
+    if isinstance(value, Dataset):
+        check(value)
+        return value
+    if hasattr(value, "column_names") and hasattr(value, "features") or _is_dataset_dict(value):
+        from fedjaxprune.data.sources import huggingface  # it uses this function
+
+        return huggingface.convert(value, name=name, task=task, test_fraction=test_fraction)
+    train, test, columns = _split(value)
+    task = task or "classification"
+    checks.lengths(train, ("train inputs", "train labels"))
+    if test is not None:
+        checks.lengths(test, ("test inputs", "test labels"))
+        columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
+    else:
+        columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
+        rows, held = split_rows(train[1], test_fraction=test_fraction, by_class=task != "regression")
+        test = train[0][held], train[1][held]
+        train = train[0][rows], train[1][rows]
+        columns = {key: ids[rows] for key, ids in columns.items()}
+    inputs = checks.inputs(train[0], "train inputs", task=task)
+    test_inputs = checks.inputs(test[0], "test inputs", task=task)
+    if inputs.shape[1:] != test_inputs.shape[1:] or inputs.dtype != test_inputs.dtype:
+        raise DataError(
+            f"train and test inputs must be alike, got {inputs.dtype} of shape {inputs.shape[1:]} "
+            f"and {test_inputs.dtype} of shape {test_inputs.shape[1:]} per example."
+        )
+    if task == "sequence" and num_classes is None:  # symbols in and out
+        num_classes = _count_symbols(inputs, test_inputs, train[1], test[1])
+    labels = checks.labels(
+        train[1], test[1], task=task, num_classes=num_classes, class_names=class_names
+    )
+    if labels.train.shape[1:] != labels.test.shape[1:]:
+        raise DataError(
+            f"train and test labels must be alike, got shapes {labels.train.shape} and "
+            f"{labels.test.shape}."
+        )
+    if labels.train.ndim == 2 and task == "sequence" and labels.train.shape[1] != inputs.shape[1]:
+        raise DataError(
+            f"labels of a sequence must have shape (examples,) or {inputs.shape[:2]}, got "
+            f"{labels.train.shape}."
+        )
+    return Dataset(
+        name=name,
+        train={"inputs": inputs, "labels": labels.train},
+        test={"inputs": test_inputs, "labels": labels.test},
+        task=task,
+        num_classes=labels.num_classes,
+        class_names=labels.class_names,
+        input_shape=inputs.shape[1:],
+        max_value=255.0 if inputs.dtype == np.uint8 else None,
+        may_flip=may_flip,
+        keys=columns,
+    )
+
+
+def check(dataset: Dataset) -> None:
+    """Refuse a `Dataset` whose fields do not fit each other.
+
+    Raises:
+      DataError: naming the field.
+    """
+    if dataset.task not in _TASKS:
+        raise DataError(f"task must be one of {', '.join(_TASKS)}, got {dataset.task!r}.")
+    for split, arrays in (("train", dataset.train), ("test", dataset.test)):
+        if missing := {"inputs", "labels"} - set(arrays):
+            raise DataError(f"{split} must have inputs and labels, but has no {min(missing)}.")
+        checks.lengths(
+            (arrays["inputs"], arrays["labels"]), (f"{split} inputs", f"{split} labels")
+        )
+        shape = np.shape(arrays["inputs"])[1:]
+        if shape != tuple(dataset.input_shape):
+            raise DataError(
+                f"input_shape is {tuple(dataset.input_shape)}, but {split} inputs have shape "
+                f"{shape} per example."
+            )
+        checks.inputs(arrays["inputs"], f"{split} inputs", task=dataset.task)
+    checks.labels(
+        dataset.train["labels"],
+        dataset.test["labels"],
+        task=dataset.task,
+        num_classes=dataset.num_classes,
+        class_names=(),
+    )
+    for key, ids in dataset.keys.items():
+        checks.keys(ids, key, len(dataset.train["labels"]))
+
+
+def split_rows(
+    labels: np.ndarray, *, test_fraction: float, by_class: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out some examples for tests, the same ones every time: ``(rows, held)``, ascending.
+
+    Args:
+      labels: ``[E]`` of anything that sorts.
+      test_fraction: in (0, 1).
+      by_class: the same share of each class; a class with one example is for training.
+
+    Raises:
+      DataError: a side would be empty.
+    """
+    labels = np.asarray(labels)
+    if not 0.0 < test_fraction < 1.0:
+        raise DataError(f"test_fraction must lie in (0, 1), got {test_fraction}.")
+    rng = np.random.default_rng(0)
+    groups = [np.arange(len(labels))]
+    if by_class and labels.ndim == 1:
+        classes = labels.astype(str) if labels.dtype.kind == "O" else labels
+        order = np.argsort(classes, kind="stable")
+        _, first = np.unique(classes[order], return_index=True)
+        if len(first) <= max(20, len(labels) // 2):
+            groups = np.split(order, first[1:])
+    held = np.zeros(len(labels), bool)
+    for rows in groups:
+        held[rng.permutation(rows)[: round(test_fraction * len(rows))]] = True
+    if held.all() or not held.any():
+        raise DataError(
+            f"{len(labels)} examples cannot be split for training and tests by a test_fraction "
+            f"of {test_fraction}."
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _split(value: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Find training arrays, test arrays (None: not given) and columns of client ids."""
+    if isinstance(value, Mapping) and "train" in value:
+        return _two(value["train"], value.get("test", value.get("validation")))
+    if isinstance(value, Mapping):
+        return _of_mapping(value)
+    if isinstance(value, tuple) and len(value) == 2:
+        if all(isinstance(part, tuple | list | Mapping) and len(part) == 2 for part in value):
+            return _two(*value)
+        if isinstance(value[0], Mapping):
+            return _two(*value)
+        return (checks.array(value[0], "inputs"), checks.array(value[1], "labels")), None, {}
+    if hasattr(value, "columns") and hasattr(value, "to_numpy"):
+        raise DataError(
+            "a data frame is no data set: give its columns as arrays, such as {'inputs': "
+            "frame[features].to_numpy(), 'labels': frame[label].to_numpy()}."
+        )
+    if callable(value):
+        name = getattr(value, "__name__", "it")
+        raise DataError(f"data must be {_FORMS}, got a function; call it: {name}().")
+    raise DataError(f"data must be {_FORMS}, got {type(value).__name__}.")
+
+
+def _two(train: Any, test: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Read two splits that are pairs or mappings each."""
+    first, _, columns = _split(_pair(train, "train"))
+    if test is None:
+        return first, None, columns
+    second, _, _ = _split(_pair(test, "test"))
+    return first, second, columns
+
+
+def _pair(split: Any, name: str) -> Any:
+    if isinstance(split, Mapping):
+        return split
+    if isinstance(split, tuple | list) and len(split) == 2:
+        return tuple(split)
+    raise DataError(f"{name} must be (inputs, labels) or a mapping of them, got {_describe(split)}.")
+
+
+def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
+    """Read a mapping of arrays by the names that it uses."""
+    for inputs, labels, test_inputs, test_labels in _NAMES:
+        if inputs in value and labels in value:
+            break
+    else:
+        have = ", ".join(map(str, value)) or "none"
+        wanted = next((n for n in ("inputs", "labels") if n not in value), "inputs")
+        hint = near_miss(wanted, value)
+        raise DataError(
+            f"data must have the arrays inputs and labels (or x_train and y_train), got {have}{hint}"
+        )
+    if (test_inputs in value) != (test_labels in value):
+        absent = test_labels if test_inputs in value else test_inputs
+        raise DataError(f"data have test examples, but no {absent}.")
+    train = checks.array(value[inputs], inputs), checks.array(value[labels], labels)
+    test = None
+    if test_inputs in value:
+        test = tuple(checks.array(value[key], key) for key in (test_inputs, test_labels))
+    known = {inputs, labels, test_inputs, test_labels}
+    return train, test, {str(key): ids for key, ids in value.items() if key not in known}
+
+
+def _count_symbols(*arrays: Any) -> int:
+    """Count the symbols in tokens and labels together; labels that are none are refused later."""
+    return max((int(a.max()) for a in map(np.asarray, arrays) if a.dtype.kind in "ui"), default=0) + 1
+
+
+def _is_dataset_dict(value: Any) -> bool:
+    """Tell a mapping of Hugging Face data sets."""
+    return isinstance(value, Mapping) and any(
+        hasattr(part, "column_names") and hasattr(part, "features") for part in value.values()
+    )
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else (
+        type(value).__name__
+    )
