@@ -18,8 +18,8 @@ from fedjaxprune.errors import DataError
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings, setting
 
-# Per channel, over the training images: mean and deviation.
-_STATISTICS = {
+# Per channel, over the training images: mean and standard deviation.
+KNOWN = {
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -174,7 +174,7 @@ def _read(name: str, folder: pathlib.Path) -> Dataset:
     test = _decode(name, builder, test_split, image, label, classes.num_classes)
     if train["inputs"].shape[1:] != test["inputs"].shape[1:]:
         raise _sizes_differ(name, train["inputs"].shape[1:], test["inputs"].shape[1:])
-    mean, std = _STATISTICS.get(name.partition(":")[0], (None, None))
+    mean, std = KNOWN.get(name.partition(":")[0], (None, None))
     return Dataset(
         name=name,
         train=train,
