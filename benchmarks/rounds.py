@@ -174,7 +174,7 @@ def scanned_against_called(
     digits = datasets.load("digits")
     parts = partitions.iid(_generator(), digits.train["labels"], num_clients=20)
     population = partitions.population(digits.train, parts)
-    model = zoo.mlp(input_shape=digits.image_shape, num_classes=10, hidden_sizes=hidden_sizes)
+    model = zoo.mlp(input_shape=digits.input_shape, num_classes=10, hidden_sizes=hidden_sizes)
     prepare, _ = transforms.for_dataset(digits, augment=False)
     batcher = batching.steps(num_steps=1, batch_size=16, preprocess=prepare)
     setup = _setup(None, batcher=batcher, optimizer=optax.sgd(0.1), chunk_size=10)

@@ -31,7 +31,7 @@ def train(wire, *, num_rounds, num_clients, cohort_size, seed):
     """Run FedAvg over one uplink; give the test accuracy and the bits sent."""
     digits = datasets.load("digits")
     train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
-    model = zoo.mlp(input_shape=digits.image_shape, num_classes=digits.num_classes)
+    model = zoo.mlp(input_shape=digits.input_shape, num_classes=digits.num_classes)
     setup = protocol.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=1, batch_size=16, preprocess=train_prepare),

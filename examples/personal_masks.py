@@ -40,7 +40,7 @@ def train(aggregator, *, num_rounds, num_clients, cohort_size, sparsity, seed):
     """Train with personal masks; give the test accuracy of the server's dense model."""
     digits = datasets.load("digits")
     train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
-    model = zoo.mlp(input_shape=digits.image_shape, num_classes=digits.num_classes)
+    model = zoo.mlp(input_shape=digits.input_shape, num_classes=digits.num_classes)
     setup = protocol.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=3, batch_size=16, preprocess=train_prepare),

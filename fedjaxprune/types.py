@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     Attributes:
       inputs: ``[B, ...]``.
       labels: ``[B]`` integer classes; ``[B, T]`` for one at each position of a sequence, negative
-        where there is none.
+        where there is none; ``[B]`` or ``[B, K]`` float32 targets of a regression.
       weights: ``[B]`` float32; 0 marks filling (a client's last batch may be partly filled with
         repeated examples, which count for nothing in losses and statistics).
     """
@@ -38,6 +38,20 @@ class Batch(NamedTuple):
     inputs: Any
     labels: Any
     weights: jax.Array
+
+
+class Head(NamedTuple):
+    """What a network's output is for; each function maps outputs and labels to ``[B]`` or more.
+
+    Attributes:
+      loss: ``(outputs, labels) -> losses`` in training.
+      test_loss: the same in tests, always in float32.
+      hits: ``(outputs, labels) -> bool``: which labels are predicted right; None for numbers.
+    """
+
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    test_loss: Callable[[jax.Array, jax.Array], jax.Array]
+    hits: Callable[[jax.Array, jax.Array], jax.Array] | None
 
 
 class Model(NamedTuple):
@@ -54,12 +68,17 @@ class Model(NamedTuple):
       inspect: ``(params, state, inputs [B, ...], counts [B] bool) -> metrics``: what the layers say
         of a prediction (what gates let through), over the examples that count; None where they say
         nothing.
+      head: what the output is for; None where the loss is the model's own.
+      with_head: ``head -> Model``: the same network for another task; None where the loss is the
+        model's own.
     """
 
     init: Callable[[Key], tuple[Params, State]]
     loss: Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
     predict: Callable[[Params, State, Any], jax.Array]
     inspect: Callable[[Params, State, Any, jax.Array], Metrics] | None = None
+    head: Head | None = None
+    with_head: Callable[[Head], "Model"] | None = None
 
 
 class Population(NamedTuple):

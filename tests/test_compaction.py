@@ -352,7 +352,7 @@ REAL = {
 def test_on_real_test_images_half_the_channels_say_the_same(name, tfds_data_dir):
     dataset_name, make = REAL[name]
     data = real_data(dataset_name, tfds_data_dir)
-    model = make(input_shape=data.image_shape, num_classes=10)
+    model = make(input_shape=data.input_shape, num_classes=10)
     _, prepare = transforms.for_dataset(data, augment=False)
     images = prepare(KEY, jnp.asarray(data.test["inputs"][:32]))
     params, state = jax.jit(model.init)(KEY)

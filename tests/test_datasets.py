@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from fedjaxprune.data import datasets
+from fedjaxprune.data.sources import tfds
+from fedjaxprune.errors import DataError
 
 FEATURES = "tensorflow_datasets.core.features"
 LABEL = {
@@ -35,7 +37,7 @@ def pictures(num, *, size=(5, 4), seed=0):
 
 def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="array_record"):
     """Lay the files of a prepared TFDS set; `splits` maps names to lists of (image, label)."""
-    datasets._tfds()  # imports it without its warnings
+    tfds._tfds()  # imports it without its warnings
     # Generated code, opaque to the type checker.
     array_record: Any = importlib.import_module("array_record.python.array_record_module")
     proto: Any = importlib.import_module("tensorflow_datasets.proto")
@@ -122,14 +124,14 @@ def test_a_prepared_set_is_read_as_stored(tmp_path, test_split):
     assert_holds(dataset.train, train)
     assert_holds(dataset.test, test)
     assert dataset.class_names == ("cat", "dog", "owl")
-    assert (dataset.num_classes, dataset.image_shape) == (3, (5, 4, 1))
+    assert (dataset.num_classes, dataset.input_shape) == (3, (5, 4, 1))
     assert (dataset.max_value, dataset.mean, dataset.std) == (255, None, None)
 
 
 def test_the_environment_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     prepare(tmp_path, "my_pets", {"train": pictures(3), "test": pictures(2)})
-    assert datasets.prepared() == ["my_pets"]
+    assert tfds.prepared() == ["my_pets"]
     assert len(datasets.load("my_pets").train["labels"]) == 3
 
 
@@ -138,17 +140,17 @@ def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
         prepare(tmp_path, "my_pets", {"train": pictures(num), "test": pictures(1)}, version=version)
     assert len(datasets.load("my_pets", data_dir=tmp_path).train["labels"]) == 3
     assert len(datasets.load("my_pets:1.9.0", data_dir=tmp_path).train["labels"]) == 4
-    with pytest.raises(datasets.DataError, match=r"1.10.0.*not '3.0.0'"):
+    with pytest.raises(DataError, match=r"1.10.0.*not '3.0.0'"):
         datasets.load("my_pets:3.0.0", data_dir=tmp_path)
 
 
 def test_configurations_are_read_by_name(tmp_path):
     for config in ("big", "small"):
         prepare(tmp_path, f"my_pets/{config}", {"train": pictures(2), "test": pictures(1)})
-    assert datasets.prepared(tmp_path) == ["my_pets/big", "my_pets/small"]
+    assert tfds.prepared(tmp_path) == ["my_pets/big", "my_pets/small"]
     assert datasets.load("my_pets/big", data_dir=tmp_path).name == "my_pets/big"
     for name in ("my_pets", "my_pets/tiny"):
-        with pytest.raises(datasets.DataError, match=r"prepared there are my_pets/big, my_pets/sm"):
+        with pytest.raises(DataError, match=r"prepared there are my_pets/big, my_pets/sm"):
             datasets.load(name, data_dir=tmp_path)
 
 
@@ -174,7 +176,7 @@ def test_configurations_are_read_by_name(tmp_path):
 def test_a_set_that_does_not_classify_images_is_refused(tmp_path, features, splits, message):
     splits = {split: pictures(num) for split, num in splits.items()}
     prepare(tmp_path, "my_pets", splits, features=features)
-    with pytest.raises(datasets.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         datasets.load("my_pets", data_dir=tmp_path)
 
 
@@ -185,14 +187,14 @@ def test_images_of_differing_sizes_are_refused(tmp_path, where):
     if where == "test":
         splits[where] = pictures(3, size=(6, 4))
     prepare(tmp_path, "my_pets", splits)
-    with pytest.raises(datasets.DataError, match="images of differing sizes"):
+    with pytest.raises(DataError, match="images of differing sizes"):
         datasets.load("my_pets", data_dir=tmp_path)
 
 
 def test_examples_without_a_label_are_refused(tmp_path):
     test = [(pixels, -1) for pixels, _ in pictures(3)]
     prepare(tmp_path, "my_pets", {"train": pictures(3), "test": test})
-    with pytest.raises(datasets.DataError, match="without a label in its split test"):
+    with pytest.raises(DataError, match="without a label in its split test"):
         datasets.load("my_pets", data_dir=tmp_path)
 
 
@@ -210,30 +212,30 @@ def test_damaged_or_foreign_files_are_one_clear_error(tmp_path, damage):
         file = folder / "my_pets-train.array_record-00000-of-00001"
         file.write_bytes(file.read_bytes()[:100])
     message = "without random access; prepare it" if damage == "tfrecord" else "cannot be read"
-    with pytest.raises(datasets.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         datasets.load("my_pets", data_dir=tmp_path)
 
 
 def test_a_set_that_is_not_prepared_says_how(tmp_path):
-    with pytest.raises(datasets.DataError, match=r"builder\('mnist', file_format='array_record'"):
+    with pytest.raises(DataError, match=r"builder\('mnist', file_format='array_record'"):
         datasets.load("mnist", data_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
     absent = r"absent \(named by data_dir\), which does not exist; prepare it once"
-    with pytest.raises(datasets.DataError, match=absent):
+    with pytest.raises(DataError, match=absent):
         datasets.load("mnist", data_dir=tmp_path / "absent")
-    assert datasets.prepared(tmp_path / "absent") == []
+    assert tfds.prepared(tmp_path / "absent") == []
 
 
 def test_who_named_the_folder_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file"))
-    with pytest.raises(datasets.DataError, match=r"named by TFDS_DATA_DIR\), which is no folder"):
+    with pytest.raises(DataError, match=r"named by TFDS_DATA_DIR\), which is no folder"):
         datasets.load("mnist")
 
 
 @pytest.mark.parametrize("name", ["mnist:", "mnist/", "/mnist", "a/b/c", "mnist:1:2", "m nist"])
 def test_a_name_that_is_none_is_refused(tmp_path, name):
-    with pytest.raises(datasets.DataError, match="expected is `name` or `name/config`"):
+    with pytest.raises(DataError, match="expected is `name` or `name/config`"):
         datasets.load(name, data_dir=tmp_path)
 
 
@@ -243,7 +245,7 @@ def test_a_name_that_is_none_is_refused(tmp_path, name):
 )
 def test_an_unknown_name_gets_a_near_miss(tmp_path, name, near):
     prepare(tmp_path, "my_pets", {"train": pictures(1), "test": pictures(1)})
-    with pytest.raises(datasets.DataError, match=f"unknown .*{name}.* did you mean .*'{near}'"):
+    with pytest.raises(DataError, match=f"unknown .*{name}.* did you mean .*'{near}'"):
         datasets.load(name, data_dir=tmp_path)
 
 
@@ -258,7 +260,7 @@ def test_an_unknown_name_gets_a_near_miss(tmp_path, name, near):
 def test_real_sets_are_the_ones_that_everybody_knows(
     tfds_data_dir, record_property, name, num_train, shape, labels
 ):
-    if name not in datasets.prepared(tfds_data_dir):
+    if name not in tfds.prepared(tfds_data_dir):
         pytest.skip(f"no prepared {name} in {tfds_data_dir}")
     start = time.perf_counter()
     dataset = datasets.load(name, data_dir=tfds_data_dir)

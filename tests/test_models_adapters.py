@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from fedjaxprune import masks, trees
-from fedjaxprune.models import adapters
+from fedjaxprune.models import adapters, heads
 from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
@@ -97,5 +97,5 @@ def test_filling_enters_neither_loss_nor_state(name):
 
 
 def test_cross_entropy_of_equal_logits_is_the_logarithm_of_their_number():
-    losses = adapters.cross_entropy(jnp.zeros((2, 8)), jnp.array([0, 7], jnp.int32))
+    losses = heads.cross_entropy(jnp.zeros((2, 8)), jnp.array([0, 7], jnp.int32))
     np.testing.assert_allclose(losses, np.log(8.0), rtol=1e-6)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.models import adapters, lstm
+from fedjaxprune.models import heads, lstm
 from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
@@ -100,8 +100,8 @@ def test_the_loss_is_the_mean_over_labels_and_negative_ones_do_not_count():
 def test_the_cross_entropy_of_sequences_is_that_of_their_positions():
     logits = jax.random.normal(KEY, (2, 3, 4))
     labels = jnp.array([[0, 1, 2], [3, 2, 1]], jnp.int32)
-    flat = adapters.cross_entropy(logits.reshape(6, 4), labels.ravel())
-    np.testing.assert_array_equal(adapters.cross_entropy(logits, labels).ravel(), flat)
+    flat = heads.cross_entropy(logits.reshape(6, 4), labels.ravel())
+    np.testing.assert_array_equal(heads.cross_entropy(logits, labels).ravel(), flat)
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,12 @@ def test_only_training_is_augmented(channels):
         test={},
         num_classes=2,
         class_names=("a", "b"),
-        image_shape=(16, 16, channels),
+        task="classification",
+        input_shape=(16, 16, channels),
         max_value=255.0,
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
+        may_flip=channels > 1,
     )
     inputs = jax.random.bits(KEY, (8, 16, 16, channels), jnp.uint8)
     plain = (inputs.astype(jnp.float32) / 255 - 0.5) / 0.25

@@ -144,14 +144,14 @@ def _say_what_is_idle(given: Sequence[str], config: RunConfig) -> None:
 def list_(data_dir: str | None) -> None:
     """List algorithms, models, data sets and presets."""
     with launch.jax_set_up():
-        from fedjaxprune.data import datasets
+        from fedjaxprune.data.sources import tfds
         from fedjaxprune.experiment import summaries
         from fedjaxprune.experiment.run import build
 
         if data_dir == "":
             raise UserError("data_dir must be a text that is not empty, got ''.")
-        prepared = datasets.prepared(data_dir)
-        searched, named_by = datasets.folder_of(data_dir)
+        prepared = tfds.prepared(data_dir)
+        searched, named_by = tfds.folder_of(data_dir)
     names = {
         "algorithms": {name: summaries.SUMMARIES[name] for name in build.ALGORITHMS},
         "models": {name: summaries.SUMMARIES[name] for name in build.MODELS},

@@ -275,9 +275,14 @@ def _gather(
 
     return Batch(
         inputs=preprocess(key, jax.tree.map(take, data.examples["inputs"])),
-        labels=take(data.examples["labels"]).astype(jnp.int32),
+        labels=_in_own_type(take(data.examples["labels"])),
         weights=weights,
     )
+
+
+def _in_own_type(labels: jax.Array) -> jax.Array:
+    """Give classes as int32; the targets of a regression keep their floating type."""
+    return labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(jnp.int32)
 
 
 def _ceil_divide(size: jax.Array, batch_size: int) -> jax.Array:

@@ -113,7 +113,9 @@ def labels(
         return Labels(_targets(both[0], "train"), _targets(both[1], "test"), 0, ())
     if all(_is_text(values) for values in both):
         return _from_text(both, task=task)
-    made = [_classes(values, name, task) for values, name in zip(both, ("train", "test"), strict=True)]
+    made = [
+        _classes(values, name, task) for values, name in zip(both, ("train", "test"), strict=True)
+    ]
     present = [np.unique(values[values >= 0] if values.ndim > 1 else values) for values in made]
     if task == "binary":
         _check_binary(present)
@@ -252,7 +254,9 @@ def _check_binary(present: Sequence[np.ndarray]) -> None:
         if not np.isin(classes, (0, 1)).all():
             found = ", ".join(map(str, classes[:5]))
             advice = "; give (labels > 0).astype(int)" if set(classes.tolist()) == {-1, 1} else ""
-            raise DataError(f"{name} labels of the task binary must be 0 or 1, got {found}{advice}.")
+            raise DataError(
+                f"{name} labels of the task binary must be 0 or 1, got {found}{advice}."
+            )
     if len(present[0]) < 2:
         raise DataError(f"train labels must have two classes, got only {present[0][0]}.")
 
@@ -293,7 +297,9 @@ def _holds_text(made: np.ndarray) -> bool:
 
 
 def _is_text(made: np.ndarray) -> bool:
-    return made.size > 0 and (made.dtype.kind == "U" or (made.dtype.kind == "O" and _holds_text(made)))
+    return made.size > 0 and (
+        made.dtype.kind == "U" or (made.dtype.kind == "O" and _holds_text(made))
+    )
 
 
 def _type(made: np.ndarray) -> str:

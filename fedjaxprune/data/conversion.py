@@ -63,7 +63,7 @@ def as_dataset(
     if isinstance(value, Dataset):
         check(value)
         return value
-    if hasattr(value, "column_names") and hasattr(value, "features") or _is_dataset_dict(value):
+    if (hasattr(value, "column_names") and hasattr(value, "features")) or _is_dataset_dict(value):
         from fedjaxprune.data.sources import huggingface  # it uses this function
 
         return huggingface.convert(value, name=name, task=task, test_fraction=test_fraction)
@@ -75,7 +75,9 @@ def as_dataset(
         columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
     else:
         columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
-        rows, held = split_rows(train[1], test_fraction=test_fraction, by_class=task != "regression")
+        rows, held = split_rows(
+            train[1], test_fraction=test_fraction, by_class=task != "regression"
+        )
         test = train[0][held], train[1][held]
         train = train[0][rows], train[1][rows]
         columns = {key: ids[rows] for key, ids in columns.items()}
@@ -126,9 +128,7 @@ def check(dataset: Dataset) -> None:
     for split, arrays in (("train", dataset.train), ("test", dataset.test)):
         if missing := {"inputs", "labels"} - set(arrays):
             raise DataError(f"{split} must have inputs and labels, but has no {min(missing)}.")
-        checks.lengths(
-            (arrays["inputs"], arrays["labels"]), (f"{split} inputs", f"{split} labels")
-        )
+        checks.lengths((arrays["inputs"], arrays["labels"]), (f"{split} inputs", f"{split} labels"))
         shape = np.shape(arrays["inputs"])[1:]
         if shape != tuple(dataset.input_shape):
             raise DataError(
@@ -219,21 +219,22 @@ def _pair(split: Any, name: str) -> Any:
         return split
     if isinstance(split, tuple | list) and len(split) == 2:
         return tuple(split)
-    raise DataError(f"{name} must be (inputs, labels) or a mapping of them, got {_describe(split)}.")
+    raise DataError(
+        f"{name} must be (inputs, labels) or a mapping of them, got {_describe(split)}."
+    )
 
 
 def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
     """Read a mapping of arrays by the names that it uses."""
-    for inputs, labels, test_inputs, test_labels in _NAMES:
-        if inputs in value and labels in value:
-            break
-    else:
+    found = next((names for names in _NAMES if names[0] in value and names[1] in value), None)
+    if found is None:
         have = ", ".join(map(str, value)) or "none"
-        wanted = next((n for n in ("inputs", "labels") if n not in value), "inputs")
-        hint = near_miss(wanted, value)
+        wanted = next((name for name in _NAMES[0][:2] if name not in value), "inputs")
         raise DataError(
-            f"data must have the arrays inputs and labels (or x_train and y_train), got {have}{hint}"
+            "data must have the arrays inputs and labels (or x_train and y_train), got "
+            f"{have}{near_miss(wanted, value)}"
         )
+    inputs, labels, test_inputs, test_labels = found
     if (test_inputs in value) != (test_labels in value):
         absent = test_labels if test_inputs in value else test_inputs
         raise DataError(f"data have test examples, but no {absent}.")
@@ -247,7 +248,9 @@ def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
 
 def _count_symbols(*arrays: Any) -> int:
     """Count the symbols in tokens and labels together; labels that are none are refused later."""
-    return max((int(a.max()) for a in map(np.asarray, arrays) if a.dtype.kind in "ui"), default=0) + 1
+    return (
+        max((int(a.max()) for a in map(np.asarray, arrays) if a.dtype.kind in "ui"), default=0) + 1
+    )
 
 
 def _is_dataset_dict(value: Any) -> bool:
@@ -258,6 +261,8 @@ def _is_dataset_dict(value: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
-    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else (
-        type(value).__name__
+    return (
+        f"{type(value).__name__} of length {len(value)}"
+        if hasattr(value, "__len__")
+        else (type(value).__name__)
     )

@@ -6,8 +6,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.errors import ConfigError
-
 Task = Literal["classification", "binary", "regression", "sequence"]
 
 
@@ -44,7 +42,7 @@ class Dataset(NamedTuple):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     may_flip: bool = False
-    keys: Mapping[str, np.ndarray] = {}  # noqa: RUF012 never written to
+    keys: Mapping[str, np.ndarray] = {}
 
     @property
     def num_outputs(self) -> int:
@@ -72,11 +70,8 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
     from fedjaxprune.data import sources
     from fedjaxprune.data.sources import tfds
 
-    source, options = sources.source_for_path(name, data_dir=data_dir) or (name, {})
-    if source == "tfds":
-        return tfds.read(options["tfds_name"], data_dir=data_dir)
-    try:
-        part = registry.find("dataset", source).part
-    except ConfigError:
-        return tfds.read(name, data_dir=data_dir)  # its error lists what is here
+    source, options = sources.source_for_path(name) or (name, {})
+    if source not in registry.names("dataset"):
+        return tfds.read(name, data_dir=data_dir)
+    part = registry.find("dataset", source).part
     return part.build(part.settings(**options))

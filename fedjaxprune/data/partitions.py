@@ -5,12 +5,16 @@ they are the whole data set. Randomness comes from the given NumPy generator alo
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.registry import Part
+from fedjaxprune.settings import Count, Positive, Settings, setting
 from fedjaxprune.types import Examples, Population
 
 Partition = list[np.ndarray]
@@ -205,17 +209,36 @@ def hold_out(
     return tuple(np.sort(np.concatenate(part)).astype(np.int32) for part in (held, rest))  # pyright: ignore[reportReturnType]
 
 
-def by_key(keys: np.ndarray | Sequence) -> Partition:
+def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
     """Make one client of each distinct key (a writer, a device), in the order of the keys.
 
     Args:
       keys: ``[E]`` of anything that sorts.
+      min_size: examples of a key with fewer are given to nobody.
+
+    Raises:
+      ValueError: if there are no keys, or none has so many examples.
     """
     keys = np.asarray(keys)
     if keys.ndim != 1 or keys.size == 0:
         raise ValueError(f"keys must be a list of at least one key, got shape {keys.shape}.")
     _, inverse = np.unique(keys, return_inverse=True)
-    return [rows.astype(np.int32) for rows in _by_class(inverse)]
+    parts = [rows.astype(np.int32) for rows in _by_class(inverse)]
+    kept = [rows for rows in parts if rows.size >= min_size]
+    if not kept:
+        raise ValueError(
+            f"none of the {len(parts)} clients has {min_size} examples; the largest has "
+            f"{max(rows.size for rows in parts)}."
+        )
+    return kept
+
+
+def classes_or_one(labels: np.ndarray) -> np.ndarray:
+    """Give classes ``[E]`` as they are; any other labels as one class for all examples."""
+    labels = np.asarray(labels)
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        return labels
+    return np.zeros(len(labels), np.int32)
 
 
 def population(examples: Examples, parts: Sequence[np.ndarray]) -> Population:
@@ -322,3 +345,114 @@ def _check(labels: np.ndarray, num_clients: int, *, min_size: int = 1) -> np.nda
     if labels.size == 0:
         raise ValueError("labels must have at least one example, got none.")
     return labels
+
+
+class ShardsSettings(Settings):
+    """How many classes a client holds."""
+
+    classes_per_client: Count = setting(2, "Classes that every client holds.", unit="classes")
+
+
+class DirichletSettings(Settings):
+    """How unevenly the classes are spread."""
+
+    alpha: Positive = setting(0.5, "Concentration: small is skewed, large is even.")
+    min_client_size: Count = setting(
+        10, "Examples that every client gets at least.", unit="examples"
+    )
+
+
+class ByKeySettings(Settings):
+    """Which column of the data set names the clients."""
+
+    key: str | None = setting(None, "Column with client ids.", unset="the only one")
+    min_client_size: Count = setting(
+        1, "A client with fewer examples is left out with them.", unit="examples"
+    )
+
+
+def _build_iid(settings: Settings, rng: np.random.Generator, labels: Any, **context) -> Partition:
+    """Deal shuffled examples."""
+    del settings
+    return iid(rng, classes_or_one(labels), num_clients=context["num_clients"])
+
+
+def _build_stratified(
+    settings: Settings, rng: np.random.Generator, labels: Any, **context
+) -> Partition:
+    """Deal each class round-robin."""
+    del settings
+    return stratified(rng, _need_classes("stratified", labels), num_clients=context["num_clients"])
+
+
+def _build_shards(
+    settings: ShardsSettings, rng: np.random.Generator, labels: Any, **context
+) -> Partition:
+    """Give every client so many classes."""
+    return shards(
+        rng,
+        _need_classes("shards", labels),
+        num_clients=context["num_clients"],
+        classes_per_client=settings.classes_per_client,
+    )
+
+
+def _build_dirichlet(
+    settings: DirichletSettings, rng: np.random.Generator, labels: Any, **context
+) -> Partition:
+    """Spread each class by Dirichlet shares."""
+    return dirichlet(
+        rng,
+        _need_classes("dirichlet", labels),
+        num_clients=context["num_clients"],
+        alpha=settings.alpha,
+        min_size=settings.min_client_size,
+    )
+
+
+def _build_by_key(
+    settings: ByKeySettings,
+    rng: np.random.Generator,
+    labels: Any,
+    *,
+    num_clients: int | None = None,
+    keys: Mapping[str, np.ndarray] | None = None,
+) -> Partition:
+    """Make one client of each distinct id; `num_clients` is not read."""
+    del rng, labels, num_clients
+    keys = keys or {}
+    have = ", ".join(keys) or "none"
+    name = next(iter(keys)) if settings.key is None and len(keys) == 1 else settings.key
+    if name is None:
+        raise ConfigError(f"key must name a column with client ids; the data set has {have}.")
+    if name not in keys:
+        raise ConfigError(
+            f"key must be a column with client ids ({have}), got {name!r}{near_miss(name, keys)}"
+        )
+    return by_key(keys[name], min_size=settings.min_client_size)
+
+
+def _need_classes(name: str, labels: Any) -> np.ndarray:
+    """Refuse a partition by classes of labels that are none."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(
+            f"partition {name} needs one class per example, but the labels are {labels.dtype} of "
+            f"shape {labels.shape}; use iid or by_key."
+        )
+    return labels
+
+
+PARTS = {
+    "iid": Part(build=_build_iid, summary="shuffled examples, sizes differ by at most one"),
+    "stratified": Part(build=_build_stratified, summary="every client has all classes alike"),
+    "shards": Part(
+        build=_build_shards, settings=ShardsSettings, summary="a number of classes per client"
+    ),
+    "dirichlet": Part(
+        build=_build_dirichlet, settings=DirichletSettings, summary="Dirichlet shares of each class"
+    ),
+    "by_key": Part(
+        build=_build_by_key, settings=ByKeySettings, summary="one client per value of a column"
+    ),
+}

@@ -140,19 +140,28 @@ def random_flip() -> Preprocess:
 def for_dataset(dataset: Dataset, *, augment: bool) -> tuple[Preprocess, Preprocess]:
     """Make the usual pipelines of a data set, for training and for testing.
 
-    Both scale to ``[0, 1]`` and normalize where the data set has statistics
-    (``dataset._replace(mean=None, std=None)`` leaves that out). Augmentation is for training only:
-    a crop after zero-padding by an eighth of the height and, for colour images, a flip; a mirrored
-    character is another character or none.
+    Both scale to ``[0, 1]`` where the data set has a largest value, and normalize where it has
+    statistics (``dataset._replace(mean=None, std=None)`` leaves that out); else inputs are used as
+    stored. Augmentation is for training only: a crop after zero-padding by an eighth of the height
+    and, where images may be mirrored, a flip.
+
+    Raises:
+      ValueError: if examples that are no images are to be augmented.
     """
-    fixed = [scale(max_value=dataset.max_value)]
+    fixed = []
+    if dataset.max_value is not None:
+        fixed.append(scale(max_value=dataset.max_value))
     if dataset.mean is not None and dataset.std is not None:
         fixed.append(normalize(mean=dataset.mean, std=dataset.std))
     random = []
     if augment:
-        height, _, channels = dataset.image_shape
-        random.append(random_crop(padding=max(height // 8, 1)))
-        if channels > 1:
+        if len(dataset.input_shape) != 3:
+            raise ValueError(
+                "augment crops and flips images (height, width, channels), but the examples of "
+                f"{dataset.name!r} have shape {tuple(dataset.input_shape)}."
+            )
+        random.append(random_crop(padding=max(dataset.input_shape[0] // 8, 1)))
+        if dataset.may_flip:
             random.append(random_flip())
     return chain(*random, *fixed), chain(*fixed)
 

@@ -10,20 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedjaxprune import metrics
-from fedjaxprune.models import precision
-from fedjaxprune.types import Batch, Key, Metrics, Model, Params, State
+from fedjaxprune.models import heads, precision
+from fedjaxprune.types import Batch, Head, Key, Metrics, Model, Params, State
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
 
 _SOWN = "metrics"  # collection in which a linen module's layers leave accumulators
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Compute the softmax cross-entropy of every label, in nats: labels' shape, ``[B]`` or more."""
-    classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
-    chosen = labels[..., None] == classes.reshape(*[1] * labels.ndim, -1)
-    picked = jnp.sum(jnp.where(chosen, logits, jnp.zeros_like(logits)), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def from_linen(
@@ -31,7 +23,7 @@ def from_linen(
     *,
     input_shape: Sequence[int],
     input_dtype: Any = jnp.float32,
-    loss: LossFn = cross_entropy,
+    loss: LossFn | None = None,
 ) -> Model:
     """Make a model from a flax linen module.
 
@@ -48,7 +40,8 @@ def from_linen(
         for a label at each of ``T`` positions.
       input_shape: of one example.
       input_dtype: of the inputs, an integer one for tokens.
-      loss: of each label, from logits and labels.
+      loss: of each label, from logits and labels; None is that of the data's task, which is
+        cross-entropy for classes (`heads`).
     """
     names = inspect.signature(type(module).__call__).parameters
     has_mask = "mask" in names
@@ -93,15 +86,10 @@ def from_linen(
             _, said = module.apply({"params": params, **state}, inputs, mutable=[_SOWN], **options)
         return {"layers": _by_path(dict(said).pop(_SOWN, {}))}
 
-    return Model(
-        init=init_fn,
-        loss=_training_loss(apply_fn, loss),
-        predict=predict_fn,
-        inspect=inspect_fn,
-    )
+    return _model(init_fn, apply_fn, predict_fn, loss, inspect_fn)
 
 
-def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn = cross_entropy) -> Model:
+def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn | None = None) -> Model:
     """Make a model from a flax nnx module.
 
     Its variables of type ``nnx.Param`` become the parameters, all others but its random streams
@@ -112,7 +100,7 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn = cross_ent
 
     Args:
       make: builds the module, which takes ``[B, ...]`` and gives logits ``[B, classes]``.
-      loss: of each example, from logits and labels.
+      loss: as in `from_linen`.
     """
 
     def build(key: Key) -> Any:
@@ -154,21 +142,21 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn = cross_ent
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return module(inputs)
 
-    return Model(init=init_fn, loss=_training_loss(apply_fn, loss), predict=predict_fn)
+    return _model(init_fn, apply_fn, predict_fn, loss)
 
 
 def from_functions(
     init: Callable[[Key], Params],
     apply: Callable[[Params, Any], jax.Array],
     *,
-    loss: LossFn = cross_entropy,
+    loss: LossFn | None = None,
 ) -> Model:
     """Make a model without state from two plain functions.
 
     Args:
       init: ``key -> params``.
       apply: ``(params, inputs [B, ...]) -> logits [B, classes]``, in training and inference alike.
-      loss: of each example, from logits and labels.
+      loss: as in `from_linen`.
     """
 
     def init_fn(key: Key) -> tuple[Params, State]:
@@ -184,7 +172,7 @@ def from_functions(
         del state
         return apply(params, inputs)
 
-    return Model(init=init_fn, loss=_training_loss(apply_fn, loss), predict=predict_fn)
+    return _model(init_fn, apply_fn, predict_fn, loss)
 
 
 def _restore(like: Any, values: Any) -> Any:
@@ -215,12 +203,25 @@ def _by_path(sown: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], loss: LossFn) -> Any:
+def _model(init: Any, apply: Any, predict: Any, loss: LossFn | None, inspect: Any = None) -> Model:
+    """Make a model; without a loss of its own it can be given the head of any task."""
+    made = Model(init=init, loss=apply, predict=predict, inspect=inspect)
+    if loss is not None:
+        own = Head(loss=loss, test_loss=loss, hits=heads.is_largest)
+        return made._replace(loss=_training_loss(apply, own))
+
+    def with_head(head: Head) -> Model:
+        return made._replace(loss=_training_loss(apply, head), head=head, with_head=with_head)
+
+    return with_head(heads.CLASSES)
+
+
+def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], head: Head) -> Any:
     """Make a model's loss: the weighted mean over the batch's labels, and its metrics.
 
     Logits of fewer bits are widened to float32 first.
 
-    With several labels an example (``[B, T]``) every one has the example's weight, and a negative
+    With several classes an example (``[B, T]``) every one has the example's weight, and a negative
     one, which marks the filling of a short sequence, has none.
     """
 
@@ -228,15 +229,17 @@ def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], lo
         logits, state, layers = apply_fn(params, state, batch.inputs, batch.weights > 0, key)
         logits = precision.widen(logits)
         labels, weights = batch.labels, batch.weights
-        if labels.ndim > 1:
+        are_classes = jnp.issubdtype(labels.dtype, jnp.integer)
+        if labels.ndim > 1 and are_classes:
             weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
             weights = jnp.where(labels >= 0, weights, jnp.zeros_like(weights))
-        losses = metrics.mean(loss(logits, labels), weights)
-        correct = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
-        accuracy = metrics.mean(correct.astype(jnp.float32), weights)
+        losses = metrics.mean(head.loss(logits, labels), weights)
+        report = {"loss": losses}
+        if head.hits is not None and are_classes:
+            correct = head.hits(logits, labels)
+            report["accuracy"] = metrics.mean(correct.astype(jnp.float32), weights)
         # Zero, with zero gradients, for a batch that is all filling.
         mean = losses.total / jnp.where(losses.weight > 0, losses.weight, 1)
-        report = {"loss": losses, "accuracy": accuracy}
         return mean, (state, {**report, "layers": layers} if layers else report)
 
     return loss_fn

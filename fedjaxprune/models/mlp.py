@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fedjaxprune.kernels import shapes
 from fedjaxprune.models import adapters, layers
@@ -26,6 +27,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map ``[B, ...]`` to logits ``[B, num_classes]``."""
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"mlp reads numbers, not tokens, which are integers, got {x.dtype}.")
         x = x.reshape(x.shape[0], -1)
         for i, size in enumerate(self.hidden_sizes, start=1):
             x = nn.relu(layers.Dense(size, name=f"dense_{i}")(x))

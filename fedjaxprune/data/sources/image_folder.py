@@ -48,7 +48,9 @@ def build(settings: ImageFolderSettings) -> Dataset:
     if test_root is not None:
         test_names, test_listed, test_classes = _list(test_root)
         if unknown := sorted(set(test_names) - set(names)):
-            raise DataError(f"{test_root} has the class {unknown[0]!r}, which {train_root} has not.")
+            raise DataError(
+                f"{test_root} has the class {unknown[0]!r}, which {train_root} has not."
+            )
         test_labels = [names.index(test_names[label]) for label in test_classes]
     images = _stack([*listed, *test_listed], settings.resize)
     arrays = {"inputs": images[: len(listed)], "labels": np.array(labels)}

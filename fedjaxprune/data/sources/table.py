@@ -148,7 +148,9 @@ def _features(settings: TableSettings, names: list[str], path: pathlib.Path) -> 
                 f"features must not contain the label, keys or split, got {min(map(str, clash))!r}."
             )
     if not chosen:
-        raise DataError(f"{path} has no feature columns beside {', '.join(sorted(filter(None, taken)))}.")
+        raise DataError(
+            f"{path} has no feature columns beside {', '.join(sorted(filter(None, taken)))}."
+        )
     return chosen
 
 
@@ -162,7 +164,9 @@ def _rows(
     words = np.array([str(word).lower() for word in table[settings.split]])
     is_test, is_train = np.isin(words, _TEST_WORDS), words == "train"
     if other := sorted(set(words[~is_test & ~is_train])):
-        raise DataError(f"split: column {settings.split!r} must hold train or test, got {other[0]!r}.")
+        raise DataError(
+            f"split: column {settings.split!r} must hold train or test, got {other[0]!r}."
+        )
     if is_test.all() or is_train.all():
         raise DataError(f"split: column {settings.split!r} must hold both train and test.")
     return np.flatnonzero(is_train), np.flatnonzero(is_test)

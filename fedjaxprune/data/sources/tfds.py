@@ -19,7 +19,7 @@ from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings, setting
 
 # Per channel, over the training images: mean and standard deviation.
-KNOWN = {
+_STATISTICS = {
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -67,7 +67,7 @@ def read(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
             f"data set {name!r} is no name of one: expected is `name` or `name/config`, and "
             "either may end in `:version`, such as mnist:3.0.1."
         )
-    folder, named_by = folder_of(data_dir)
+    folder = folder_of(data_dir)[0]
     path, _, version = name.partition(":")
     versions = _versions(folder).get(path, {})
     if not versions:
@@ -142,7 +142,11 @@ def missing(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dat
             f"data set {name!r} is not prepared in {folder} ({named_by}){state}; {_recipe(name)}"
         )
     near = difflib.get_close_matches(name.lower(), ["digits", *here, *known - set(here)], n=3)
-    advice = f"did you mean {' or '.join(map(repr, near))}?" if near else "any TFDS name can be prepared."
+    advice = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else "any TFDS name can be prepared."
+    )
     have = ", ".join(["digits", *here])
     return DataError(f"unknown data set {name!r}: ready to use are {have}; {advice}")
 
@@ -174,7 +178,7 @@ def _read(name: str, folder: pathlib.Path) -> Dataset:
     test = _decode(name, builder, test_split, image, label, classes.num_classes)
     if train["inputs"].shape[1:] != test["inputs"].shape[1:]:
         raise _sizes_differ(name, train["inputs"].shape[1:], test["inputs"].shape[1:])
-    mean, std = KNOWN.get(name.partition(":")[0], (None, None))
+    mean, std = _STATISTICS.get(name.partition(":")[0], (None, None))
     return Dataset(
         name=name,
         train=train,

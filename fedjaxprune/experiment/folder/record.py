@@ -59,8 +59,8 @@ class RoundRecord(NamedTuple):
       stage: name of the algorithm's stage.
       round: rounds completed, counted from 1 over all stages.
       train_loss: mean of the clients' local losses in the round.
-      test_loss: mean cross-entropy on the test set, nats.
-      test_accuracy: fraction of the test set classified rightly.
+      test_loss: mean over the test set: cross-entropy in nats, or the squared error.
+      test_accuracy: fraction of the test set classified rightly; None for a regression.
       sparsity: pruned fraction of the prunable weights after the round.
       num_kept: live prunable weights after the round.
       num_changed: mask entries that the round flipped.
@@ -85,6 +85,7 @@ class RoundRecord(NamedTuple):
         by convolution in the network's order; None in rounds in which nobody votes on filters.
       layer_sparsity: pruned fraction of each prunable leaf after the round, by its path.
       client_accuracy: how `test_accuracy` spreads over the clients; see `spread`.
+      test_error: mean absolute error of a regression, in the unit of its targets.
     """
 
     stage: str
@@ -113,6 +114,7 @@ class RoundRecord(NamedTuple):
     vote_agreement: list | None = None
     layer_sparsity: dict | None = None
     client_accuracy: dict | None = None
+    test_error: float | None = None
 
 
 def finite(value: Any) -> float | None:
@@ -312,7 +314,7 @@ def summarize(lines: Sequence[RoundRecord]) -> dict[str, Any]:
 
     Tests of the last stage alone are averaged: before it, nothing has been trained that is to last.
     """
-    tested = [line for line in lines if line.test_accuracy is not None]
+    tested = [line for line in lines if (line.test_accuracy, line.test_error) != (None, None)]
     end = lines[-1]
     own = [line for line in tested if line.stage == end.stage]
     last = [line.test_accuracy for line in own[-10:] if line.test_accuracy is not None]
@@ -323,6 +325,7 @@ def summarize(lines: Sequence[RoundRecord]) -> dict[str, Any]:
         "test_accuracy_mean_of_last_10": math.fsum(last) / len(last) if last else None,
         "num_tests_averaged": len(last),
         "test_loss": tested[-1].test_loss if tested else None,
+        "test_error": tested[-1].test_error if tested else None,
         "train_loss": end.train_loss,
         "sparsity": end.sparsity,
         "num_kept": end.num_kept,

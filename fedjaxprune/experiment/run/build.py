@@ -1,6 +1,7 @@
 """From names to functions: the one place where the config's words become components."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from fedjaxprune.data import batching, datasets, partitions, transforms
+from fedjaxprune.errors import ConfigError, DataError
 from fedjaxprune.experiment import (
     cohorts,
     explore_recipes,
@@ -21,7 +23,7 @@ from fedjaxprune.experiment import (
 )
 from fedjaxprune.experiment.config.flat.sections import INT_MAX, RunConfig, UserError
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial
-from fedjaxprune.experiment.run import loop
+from fedjaxprune.experiment.run import fitting, loop
 from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
 from fedjaxprune.methods import fedavg, feddip, fednova, fixed_masks, scaffold
@@ -190,7 +192,7 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
     config = resolve(config)
     try:
         dataset = datasets.load(config.dataset, data_dir=config.data_dir)
-    except datasets.DataError as error:
+    except DataError as error:
         raise UserError(f"dataset: {error}") from None
     labels = np.asarray(dataset.train["labels"])
     held, rest = _hold_out(config, labels)
@@ -209,7 +211,7 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
     model = _model(config, dataset, test_fn)
     if complaint := recipes.emptied(config, model):
         raise UserError(complaint)
-    given = recipes.Given(held=held, input_shape=dataset.image_shape, train=train_fn, test=test_fn)
+    given = recipes.Given(held=held, input_shape=dataset.input_shape, train=train_fn, test=test_fn)
     population = partitions.population(dataset.train, parts)
     test = TestSet(
         inputs=jnp.asarray(dataset.test["inputs"]), labels=jnp.asarray(dataset.test["labels"])
@@ -230,6 +232,7 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
             prunable=recipes.reported(config),
             mesh=_mesh(config),
             chunk=chunk,
+            task=dataset.task,
         )
 
     built = assemble(config, None)
@@ -259,10 +262,12 @@ def _refusals(config: RunConfig) -> Iterator[None]:
 def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Set the server's examples aside, where there are to be any: ``(held, rest)``."""
     if config.server_share is None and config.algorithm not in methods.AT_SERVER:
-        return np.zeros(0, np.int32), np.arange(labels.size, dtype=np.int32)
+        return np.zeros(0, np.int32), np.arange(len(labels), dtype=np.int32)
     rng = np.random.default_rng([config.seed, 1])  # leaves the partition's draws as they were
     try:
-        return partitions.hold_out(rng, labels, share=config.server_share)
+        return partitions.hold_out(
+            rng, partitions.classes_or_one(labels), share=config.server_share
+        )
     except ValueError as error:
         raise UserError(f"server_share: {error}") from None
 
@@ -299,20 +304,14 @@ def _preprocess(dataset: datasets.Dataset, config: RunConfig) -> tuple[Any, Any]
 def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> Model:
     """Make the network, and see by shapes alone that it takes the data."""
     try:
-        model = MODELS[config.model](
-            config, input_shape=dataset.image_shape, num_classes=dataset.num_classes
+        model = fitting.make_model(
+            functools.partial(MODELS[config.model], config),
+            dataset,
+            preprocess=preprocess_fn,
+            what=f"model {config.model!r}",
         )
-        key = jax.random.key(0)
-        inputs = jax.eval_shape(preprocess_fn, key, jnp.asarray(dataset.test["inputs"][:1]))
-        params, state = jax.eval_shape(model.init, key)
-        logits = jax.eval_shape(model.predict, params, state, inputs)
-        if logits.shape != (1, dataset.num_classes):
-            raise ValueError(f"its output has the shape {logits.shape}.")
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"model {config.model!r} does not fit the data set {config.dataset!r} "
-            f"(images {tuple(dataset.image_shape)}): {_first_line(error)}"
-        ) from None
+    except ConfigError as error:
+        raise UserError(str(error)) from None
     return precision.compute_in(model, config.compute_dtype)
 
 

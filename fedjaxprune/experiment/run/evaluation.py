@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fedjaxprune import metrics
 from fedjaxprune.federated import cohort
 from fedjaxprune.models import gates as gating
+from fedjaxprune.models import heads
 from fedjaxprune.types import Key, Model, Params, State
 
 BATCH_SIZE = 500  # examples at once; decides memory, not the result
@@ -21,15 +22,17 @@ class Evaluation(NamedTuple):
     """Sums over the test set, to be divided on the host.
 
     Attributes:
-      total_loss: ``[]`` float32, summed cross-entropy, nats.
-      num_correct: ``[]`` int32.
-      class_correct: ``[K]`` int32, by the example's class.
+      total_loss: ``[]`` float32, summed over labels: cross-entropy in nats, or squared error.
+      num_correct: ``[]`` int32; 0 for a regression.
+      class_correct: ``[K]`` int32, by the label's class; empty for a regression.
+      total_error: ``[]`` float32, summed absolute error of a regression, else 0.
       through: by gated layer, what its gates let through (`gating.through`); {} without gates.
     """
 
     total_loss: jax.Array
     num_correct: jax.Array
     class_correct: jax.Array
+    total_error: jax.Array
     through: dict[str, metrics.Mean] = {}  # noqa: RUF012 never written to
 
 
@@ -38,7 +41,7 @@ class TestSet(NamedTuple):
 
     Attributes:
       inputs: ``[T, ...]``, as stored.
-      labels: ``[T]`` integer classes.
+      labels: ``[T]`` or more, as `Dataset.test` has them.
     """
 
     __test__ = False  # no test case, whatever pytest makes of the name
@@ -47,18 +50,54 @@ class TestSet(NamedTuple):
     labels: jax.Array
 
 
+class Scores(NamedTuple):
+    """What one test found, as numbers of the host.
+
+    Attributes:
+      loss: mean over the labels: cross-entropy in nats, or the squared error of a regression.
+      accuracy: fraction of the labels that are predicted right; None for a regression.
+      error: mean absolute error of a regression, in the unit of its targets; None for classes.
+    """
+
+    loss: float
+    accuracy: float | None
+    error: float | None
+
+
+def scores(evaluation: Evaluation, labels: Any, *, task: str = "classification") -> Scores:
+    """Divide the sums of a test, read to the host, by the number of its labels."""
+    labels = np.asarray(labels)
+    is_regression = heads.HEADS[task].hits is None
+    several = labels.ndim > 1 and not is_regression
+    num_labels = int((labels >= 0).sum()) if several else len(labels)
+    return Scores(
+        loss=float(evaluation.total_loss / num_labels),
+        accuracy=None if is_regression else int(evaluation.num_correct) / num_labels,
+        error=float(evaluation.total_error) / num_labels if is_regression else None,
+    )
+
+
 def evaluate(
     model: Model,
     preprocess: Callable[[Key, Any], Any],
     *,
+    task: str = "classification",
     batch_size: int = BATCH_SIZE,
     mesh: Mesh | None = None,
 ) -> Callable[[Params, State, TestSet], Evaluation]:
     """Make ``(params, model_state, test) -> Evaluation`` in inference mode.
 
-    The last batch is filled with repeated examples, which count for nothing. The devices of a mesh
+    The last batch is filled with repeated examples, which have weight 0. The devices of a mesh
     share the batches; everything else is replicated.
+
+    Args:
+      model: whose predictions are tested.
+      preprocess: ``(key, inputs) -> inputs`` for tests; reads no key.
+      task: what the labels are, as `Dataset.task`; decides loss and hits.
+      batch_size: examples at once.
+      mesh: the devices that share the batches.
     """
+    head = heads.HEADS[task]
     num_devices = 1 if mesh is None else mesh.size
 
     def evaluate_fn(params: Params, model_state: State, test: TestSet) -> Evaluation:
@@ -70,18 +109,30 @@ def evaluate(
             places = start + jnp.arange(size, dtype=jnp.int32)
             counts = places < num_examples
             places = jnp.minimum(places, num_examples - 1)
-            labels = test.labels[places].astype(jnp.int32)
+            labels = test.labels[places]
             logits = model.predict(params, model_state, preprocess(key, test.inputs[places]))
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits.astype(jnp.float32), labels
+            through = metrics.merge(
+                total.through, gates(params, model_state, test.inputs[places], counts)
             )
-            correct = counts & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels)
-            through = gates(params, model_state, test.inputs[places], counts)
-            return Evaluation(
+            if head.hits is None:
+                losses = head.test_loss(logits, labels)
+                errors = heads.absolute_error(logits, labels)
+                return total._replace(
+                    total_loss=total.total_loss + jnp.sum(jnp.where(counts, losses, 0.0)),
+                    total_error=total.total_error + jnp.sum(jnp.where(counts, errors, 0.0)),
+                    through=through,
+                ), None
+            labels = labels.astype(jnp.int32)
+            if labels.ndim > 1:  # one label per position; negative: none
+                counts = counts[:, None] & (labels >= 0)
+                labels = jnp.maximum(labels, 0)
+            losses = head.test_loss(logits, labels)
+            correct = counts & head.hits(logits, labels)
+            return total._replace(
                 total_loss=total.total_loss + jnp.sum(jnp.where(counts, losses, 0.0)),
                 num_correct=total.num_correct + jnp.sum(correct, dtype=jnp.int32),
                 class_correct=total.class_correct.at[labels].add(correct.astype(jnp.int32)),
-                through=metrics.merge(total.through, through),
+                through=through,
             ), None
 
         def gates(params, model_state, inputs, counts):
@@ -97,10 +148,12 @@ def evaluate(
             )
             one = jax.eval_shape(lambda: preprocess(key, test.inputs[:1]))
             num_classes = jax.eval_shape(model.predict, params, model_state, one).shape[-1]
+            num_classes = {"binary": 2, "regression": 0}.get(task, num_classes)
             zero = Evaluation(
                 total_loss=jnp.float32(0.0),
                 num_correct=jnp.int32(0),
                 class_correct=jnp.zeros((num_classes,), jnp.int32),
+                total_error=jnp.float32(0.0),
                 through={name: metrics.zero() for name in layers},
             )
             step = functools.partial(add, params, model_state, test)

@@ -56,6 +56,7 @@ class RunParts(NamedTuple):
       prunable: what sparsity is reported of.
       mesh: the devices that the algorithm shares a cohort out to; None for one device.
       chunk: how many clients a device trains at once, if that was left to a trial.
+      task: what the labels are, as `Dataset.task`.
     """
 
     model: Model
@@ -67,6 +68,7 @@ class RunParts(NamedTuple):
     prunable: PrunableFn
     mesh: Mesh | None = None
     chunk: chunk_size.Choice | None = None
+    task: str = "classification"
 
 
 class _Pending(NamedTuple):
@@ -131,7 +133,7 @@ def train(
     )
 
     classes = client_accuracy.of_population(parts.population, parts.test.labels)
-    test_fn = evaluation.evaluate(parts.model, parts.preprocess, mesh=parts.mesh)
+    test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
     try_out = jax.jit(
         lambda state, test: test_fn(algorithm.deployed_params(state), state.model_state, test)
     )
@@ -267,15 +269,15 @@ def _line(
     sizes = trees.sizes(shapes.params)
     num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
     num_kept = sum(int(kept) for kept, flag in zip(metrics.num_live, flags, strict=True) if flag)
-    num_tested = int(parts.test.labels.shape[0])
+    scores = evaluation.scores(tested, parts.test.labels, task=parts.task) if tested else None
     loss = metrics.train["loss"]
     weight = float(loss.weight)
     return record.RoundRecord(
         stage=pending.stage,
         round=pending.round,
         train_loss=record.finite(float(loss.total) / weight) if weight > 0 else None,
-        test_loss=record.finite(tested.total_loss / num_tested) if tested else None,
-        test_accuracy=int(tested.num_correct) / num_tested if tested else None,
+        test_loss=record.finite(scores.loss) if scores else None,
+        test_accuracy=scores.accuracy if scores else None,
         sparsity=(num_prunable - num_kept) / num_prunable if num_prunable else 0.0,
         num_kept=num_kept,
         num_changed=int(metrics.num_changed),
@@ -307,6 +309,7 @@ def _line(
         client_accuracy=client_accuracy.of_clients(classes, tested.class_correct)
         if tested and classes
         else None,
+        test_error=record.finite(scores.error) if scores and scores.error is not None else None,
     )
 
 
