@@ -10,7 +10,7 @@ from fedjaxprune.data.datasets import Dataset, Task
 from fedjaxprune.errors import DataError, near_miss
 
 # Names that mappings and files use: training inputs and labels, test inputs and labels.
-_NAMES = (
+NAMES = (
     ("inputs", "labels", "test_inputs", "test_labels"),
     ("x_train", "y_train", "x_test", "y_test"),
     ("X_train", "y_train", "X_test", "y_test"),
@@ -70,28 +70,21 @@ def as_dataset(
     train, test, columns = _split(value)
     task = task or "classification"
     checks.lengths(train, ("train inputs", "train labels"))
+    columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
     if test is not None:
         checks.lengths(test, ("test inputs", "test labels"))
-        columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
-    else:
-        columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
-        rows, held = split_rows(
-            train[1], test_fraction=test_fraction, by_class=task != "regression"
-        )
-        test = train[0][held], train[1][held]
-        train = train[0][rows], train[1][rows]
-        columns = {key: ids[rows] for key, ids in columns.items()}
     inputs = checks.inputs(train[0], "train inputs", task=task)
-    test_inputs = checks.inputs(test[0], "test inputs", task=task)
+    test_inputs = inputs if test is None else checks.inputs(test[0], "test inputs", task=task)
     if inputs.shape[1:] != test_inputs.shape[1:] or inputs.dtype != test_inputs.dtype:
         raise DataError(
             f"train and test inputs must be alike, got {inputs.dtype} of shape {inputs.shape[1:]} "
             f"and {test_inputs.dtype} of shape {test_inputs.shape[1:]} per example."
         )
+    test_labels = train[1] if test is None else test[1]
     if task == "sequence" and num_classes is None:  # symbols in and out
-        num_classes = _count_symbols(inputs, test_inputs, train[1], test[1])
+        num_classes = _count_symbols(inputs, test_inputs, train[1], test_labels)
     labels = checks.labels(
-        train[1], test[1], task=task, num_classes=num_classes, class_names=class_names
+        train[1], test_labels, task=task, num_classes=num_classes, class_names=class_names
     )
     if labels.train.shape[1:] != labels.test.shape[1:]:
         raise DataError(
@@ -103,17 +96,21 @@ def as_dataset(
             f"labels of a sequence must have shape (examples,) or {inputs.shape[:2]}, got "
             f"{labels.train.shape}."
         )
+    rows = held = slice(None)
+    if test is None:
+        by_class = task != "regression"
+        rows, held = split_rows(labels.train, test_fraction=test_fraction, by_class=by_class)
     return Dataset(
         name=name,
-        train={"inputs": inputs, "labels": labels.train},
-        test={"inputs": test_inputs, "labels": labels.test},
+        train={"inputs": inputs[rows], "labels": labels.train[rows]},
+        test={"inputs": test_inputs[held], "labels": labels.test[held]},
         task=task,
         num_classes=labels.num_classes,
         class_names=labels.class_names,
         input_shape=inputs.shape[1:],
         max_value=255.0 if inputs.dtype == np.uint8 else None,
         may_flip=may_flip,
-        keys=columns,
+        keys={key: ids[rows] for key, ids in columns.items()},
     )
 
 
@@ -174,6 +171,8 @@ def split_rows(
     held = np.zeros(len(labels), bool)
     for rows in groups:
         held[rng.permutation(rows)[: round(test_fraction * len(rows))]] = True
+    if not held.any():  # classes too small to share
+        held[rng.permutation(len(labels))[: round(test_fraction * len(labels))]] = True
     if held.all() or not held.any():
         raise DataError(
             f"{len(labels)} examples cannot be split for training and tests by a test_fraction "
@@ -226,10 +225,10 @@ def _pair(split: Any, name: str) -> Any:
 
 def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
     """Read a mapping of arrays by the names that it uses."""
-    found = next((names for names in _NAMES if names[0] in value and names[1] in value), None)
+    found = next((names for names in NAMES if names[0] in value and names[1] in value), None)
     if found is None:
         have = ", ".join(map(str, value)) or "none"
-        wanted = next((name for name in _NAMES[0][:2] if name not in value), "inputs")
+        wanted = next((name for name in NAMES[0][:2] if name not in value), "inputs")
         raise DataError(
             "data must have the arrays inputs and labels (or x_train and y_train), got "
             f"{have}{near_miss(wanted, value)}"

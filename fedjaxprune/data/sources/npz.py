@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedjaxprune.data.conversion import as_dataset
+from fedjaxprune.data.conversion import NAMES, as_dataset
 from fedjaxprune.data.datasets import Dataset, Task
 from fedjaxprune.data.sources import files
 from fedjaxprune.registry import Part
@@ -33,17 +33,22 @@ class NpzSettings(Settings):
 
 
 def build(settings: NpzSettings) -> Dataset:
-    """Read the archive; arrays that are neither inputs nor labels are client ids."""
+    """Read the archive; other arrays with one value per training example are client ids."""
     path = files.find(settings.path)
     arrays = files.read(path, _load, "an .npz archive")
-    renamed = dict(arrays)
-    for key in ("inputs", "labels", "test_inputs", "test_labels"):
-        if given := getattr(settings, key):
+    names = next((names for names in NAMES if names[0] in arrays and names[1] in arrays), NAMES[0])
+    chosen = {}
+    for key, usual in zip(NAMES[0], names, strict=True):
+        given = getattr(settings, key)
+        if given is not None:
             files.column(given, list(arrays), key, str(path))
-            renamed.pop(given, None)
-            renamed[key] = arrays[given]
+        if (given or usual) in arrays:
+            chosen[key] = arrays.pop(given or usual)
+    if "labels" in chosen:
+        shape = chosen["labels"].shape[:1]
+        chosen |= {key: ids for key, ids in arrays.items() if ids.shape == shape}
     return as_dataset(
-        renamed,
+        chosen,
         name=path.stem,
         task=settings.task,
         may_flip=settings.flip,

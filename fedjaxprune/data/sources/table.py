@@ -165,7 +165,7 @@ def _rows(
     is_test, is_train = np.isin(words, _TEST_WORDS), words == "train"
     if other := sorted(set(words[~is_test & ~is_train])):
         raise DataError(
-            f"split: column {settings.split!r} must hold train or test, got {other[0]!r}."
+            f"split: column {settings.split!r} must hold train or test, got {str(other[0])!r}."
         )
     if is_test.all() or is_train.all():
         raise DataError(f"split: column {settings.split!r} must hold both train and test.")
