@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.data import batching, partitions
+from fedjaxprune.data import batching, partitions, splits
 from fedjaxprune.types import client_data
 
 KEY = jax.random.key(4)
@@ -17,11 +17,11 @@ LABELS = np.repeat([0, 1, 2], [20, 50, 10])
     [({}, [5, 5, 5]), ({"num": 3}, [3, 3, 3]), ({"share": 0.1}, [2, 5, 1])],
 )
 def test_the_server_holds_its_part_of_every_class(options, counts):
-    held, rest = partitions.hold_out(np.random.default_rng(0), LABELS, **options)
+    held, rest = splits.hold_out(np.random.default_rng(0), LABELS, **options)
     assert np.bincount(LABELS[held]).tolist() == counts
     assert sorted([*held, *rest]) == list(range(80))
-    again, _ = partitions.hold_out(np.random.default_rng(0), LABELS, **options)
-    other, _ = partitions.hold_out(np.random.default_rng(1), LABELS, **options)
+    again, _ = splits.hold_out(np.random.default_rng(0), LABELS, **options)
+    other, _ = splits.hold_out(np.random.default_rng(1), LABELS, **options)
     assert held.tolist() == again.tolist() != other.tolist()
 
 
@@ -36,7 +36,7 @@ def test_the_server_holds_its_part_of_every_class(options, counts):
 )
 def test_a_class_without_examples_is_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        partitions.hold_out(np.random.default_rng(0), LABELS, **options)
+        splits.hold_out(np.random.default_rng(0), LABELS, **options)
 
 
 def test_a_client_always_looks_at_the_same_examples():

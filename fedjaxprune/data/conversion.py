@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fedjaxprune.data import checks
+from fedjaxprune.data import checks, splits
 from fedjaxprune.data.datasets import Dataset, Task
 from fedjaxprune.errors import DataError, near_miss
 
@@ -99,7 +99,7 @@ def as_dataset(
     rows = held = slice(None)
     if test is None:
         by_class = task != "regression"
-        rows, held = split_rows(labels.train, test_fraction=test_fraction, by_class=by_class)
+        rows, held = splits.split_rows(labels.train, test_fraction=test_fraction, by_class=by_class)
     return Dataset(
         name=name,
         train={"inputs": inputs[rows], "labels": labels.train[rows]},
@@ -142,43 +142,6 @@ def check(dataset: Dataset) -> None:
     )
     for key, ids in dataset.keys.items():
         checks.keys(ids, key, len(dataset.train["labels"]))
-
-
-def split_rows(
-    labels: np.ndarray, *, test_fraction: float, by_class: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out some examples for tests, the same ones every time: ``(rows, held)``, ascending.
-
-    Args:
-      labels: ``[E]`` of anything that sorts.
-      test_fraction: in (0, 1).
-      by_class: the same share of each class; a class with one example is for training.
-
-    Raises:
-      DataError: a side would be empty.
-    """
-    labels = np.asarray(labels)
-    if not 0.0 < test_fraction < 1.0:
-        raise DataError(f"test_fraction must lie in (0, 1), got {test_fraction}.")
-    rng = np.random.default_rng(0)
-    groups = [np.arange(len(labels))]
-    if by_class and labels.ndim == 1:
-        classes = labels.astype(str) if labels.dtype.kind == "O" else labels
-        order = np.argsort(classes, kind="stable")
-        _, first = np.unique(classes[order], return_index=True)
-        if len(first) <= max(20, len(labels) // 2):
-            groups = np.split(order, first[1:])
-    held = np.zeros(len(labels), bool)
-    for rows in groups:
-        held[rng.permutation(rows)[: round(test_fraction * len(rows))]] = True
-    if not held.any():  # classes too small to share
-        held[rng.permutation(len(labels))[: round(test_fraction * len(labels))]] = True
-    if held.all() or not held.any():
-        raise DataError(
-            f"{len(labels)} examples cannot be split for training and tests by a test_fraction "
-            f"of {test_fraction}."
-        )
-    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def _split(value: Any) -> tuple[Any, Any, dict[str, Any]]:

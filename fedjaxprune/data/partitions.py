@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjaxprune.data import splits
 from fedjaxprune.errors import ConfigError, near_miss
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, Positive, Settings, setting
@@ -55,7 +56,7 @@ def stratified(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int
       ValueError: if some client would go without examples.
     """
     labels = _check(labels, num_clients)
-    dealt = np.concatenate([rng.permutation(rows) for rows in _by_class(labels)])
+    dealt = np.concatenate([rng.permutation(rows) for rows in splits.by_class(labels)])
     return [np.sort(dealt[client::num_clients]).astype(np.int32) for client in range(num_clients)]
 
 
@@ -83,7 +84,7 @@ def shards(
       <https://arxiv.org/abs/1602.05629>`_, 2017.
     """
     labels = _check(labels, num_clients)
-    classes = _by_class(labels)
+    classes = splits.by_class(labels)
     num_shards = num_clients * classes_per_client
     if not 1 <= classes_per_client <= len(classes):
         raise ValueError(
@@ -158,7 +159,7 @@ def dirichlet(
     labels = _check(labels, num_clients, min_size=min_size)
     if not (np.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be a positive number, got {alpha}.")
-    classes = [rng.permutation(rows) for rows in _by_class(labels)]
+    classes = [rng.permutation(rows) for rows in splits.by_class(labels)]
     counts = np.zeros((len(classes), num_clients), np.int64)
     for _ in range(_NUM_TRIES):
         counts = _dirichlet_counts(rng, [rows.size for rows in classes], num_clients, alpha)
@@ -169,44 +170,6 @@ def dirichlet(
     ]
     parts = [np.concatenate(held) for held in zip(*pieces, strict=True)]
     return [np.sort(part).astype(np.int32) for part in _top_up(rng, parts, min_size)]
-
-
-def hold_out(
-    rng: np.random.Generator, labels: np.ndarray, *, share: float | None = None, num: int = 5
-) -> tuple[np.ndarray, np.ndarray]:
-    """Set some examples of each class aside for the server, before the rest goes to clients.
-
-    Args:
-      rng: decides which.
-      labels: ``[E]`` integers.
-      share: of each class's examples, rounded; None takes `num` of each class.
-      num: examples of each class where no share is given.
-
-    Returns:
-      ``(held, rest)``, int32 rows in ascending order.
-
-    Raises:
-      ValueError: if a class is left without examples at the server or among the clients.
-    """
-    labels = _check(labels, 1)
-    if share is not None and not 0.0 < share < 1.0:
-        raise ValueError(f"share must lie in (0, 1), got {share}.")
-    held, rest = [], []
-    for rows in _by_class(labels):
-        rows, count = rng.permutation(rows), num if share is None else round(share * rows.size)
-        if not 0 < count < rows.size:
-            where, asked = "at the server", f"{count} examples of each class"
-            if count >= rows.size:
-                where = "among the clients"
-            if share is not None:
-                asked = f"a held-out share of {share}"
-            raise ValueError(
-                f"{asked} leaves class {labels[rows[0]]}, which has {rows.size} training "
-                f"examples, without any {where}."
-            )
-        held.append(rows[:count])
-        rest.append(rows[count:])
-    return tuple(np.sort(np.concatenate(part)).astype(np.int32) for part in (held, rest))  # pyright: ignore[reportReturnType]
 
 
 def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
@@ -223,7 +186,7 @@ def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
     if keys.ndim != 1 or keys.size == 0:
         raise ValueError(f"keys must be a list of at least one key, got shape {keys.shape}.")
     _, inverse = np.unique(keys, return_inverse=True)
-    parts = [rows.astype(np.int32) for rows in _by_class(inverse)]
+    parts = [rows.astype(np.int32) for rows in splits.by_class(inverse)]
     kept = [rows for rows in parts if rows.size >= min_size]
     if not kept:
         raise ValueError(
@@ -231,14 +194,6 @@ def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
             f"{max(rows.size for rows in parts)}."
         )
     return kept
-
-
-def classes_or_one(labels: np.ndarray) -> np.ndarray:
-    """Give classes ``[E]`` as they are; any other labels as one class for all examples."""
-    labels = np.asarray(labels)
-    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-        return labels
-    return np.zeros(len(labels), np.int32)
 
 
 def population(examples: Examples, parts: Sequence[np.ndarray]) -> Population:
@@ -319,13 +274,6 @@ def _top_up(rng: np.random.Generator, parts: list[np.ndarray], min_size: int) ->
     return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
-def _by_class(labels: np.ndarray) -> list[np.ndarray]:
-    """List the rows of each label that occurs, in the order of the labels."""
-    order = np.argsort(labels, kind="stable")
-    _, first = np.unique(labels[order], return_index=True)
-    return np.split(order, first[1:])
-
-
 def _check(labels: np.ndarray, num_clients: int, *, min_size: int = 1) -> np.ndarray:
     """Refuse labels that are no classes, and populations with too few examples for everybody."""
     labels = np.asarray(labels)
@@ -371,46 +319,33 @@ class ByKeySettings(Settings):
     )
 
 
-def _build_iid(settings: Settings, rng: np.random.Generator, labels: Any, **context) -> Partition:
-    """Deal shuffled examples."""
-    del settings
-    return iid(rng, classes_or_one(labels), num_clients=context["num_clients"])
+def _iid(settings: Settings, rng: Any, labels: Any, *, num_clients: int, keys=None) -> Partition:
+    return iid(rng, splits.classes_or_one(labels), num_clients=num_clients)
 
 
-def _build_stratified(
-    settings: Settings, rng: np.random.Generator, labels: Any, **context
+def _stratified(
+    settings: Settings, rng: Any, labels: Any, *, num_clients: int, keys=None
 ) -> Partition:
-    """Deal each class round-robin."""
-    del settings
-    return stratified(rng, _need_classes("stratified", labels), num_clients=context["num_clients"])
+    return stratified(rng, _need_classes("stratified", labels), num_clients=num_clients)
 
 
-def _build_shards(
-    settings: ShardsSettings, rng: np.random.Generator, labels: Any, **context
+def _shards(
+    settings: ShardsSettings, rng: Any, labels: Any, *, num_clients: int, keys=None
 ) -> Partition:
-    """Give every client so many classes."""
-    return shards(
-        rng,
-        _need_classes("shards", labels),
-        num_clients=context["num_clients"],
-        classes_per_client=settings.classes_per_client,
-    )
+    classes = _need_classes("shards", labels)
+    per_client = settings.classes_per_client
+    return shards(rng, classes, num_clients=num_clients, classes_per_client=per_client)
 
 
-def _build_dirichlet(
-    settings: DirichletSettings, rng: np.random.Generator, labels: Any, **context
+def _dirichlet(
+    settings: DirichletSettings, rng: Any, labels: Any, *, num_clients: int, keys=None
 ) -> Partition:
-    """Spread each class by Dirichlet shares."""
-    return dirichlet(
-        rng,
-        _need_classes("dirichlet", labels),
-        num_clients=context["num_clients"],
-        alpha=settings.alpha,
-        min_size=settings.min_client_size,
-    )
+    classes = _need_classes("dirichlet", labels)
+    options = {"alpha": settings.alpha, "min_size": settings.min_client_size}
+    return dirichlet(rng, classes, num_clients=num_clients, **options)
 
 
-def _build_by_key(
+def _by_key(
     settings: ByKeySettings,
     rng: np.random.Generator,
     labels: Any,
@@ -444,15 +379,15 @@ def _need_classes(name: str, labels: Any) -> np.ndarray:
 
 
 PARTS = {
-    "iid": Part(build=_build_iid, summary="shuffled examples, sizes differ by at most one"),
-    "stratified": Part(build=_build_stratified, summary="every client has all classes alike"),
+    "iid": Part(build=_iid, summary="shuffled examples, sizes differ by at most one"),
+    "stratified": Part(build=_stratified, summary="every client has all classes alike"),
     "shards": Part(
-        build=_build_shards, settings=ShardsSettings, summary="a number of classes per client"
+        build=_shards, settings=ShardsSettings, summary="a number of classes per client"
     ),
     "dirichlet": Part(
-        build=_build_dirichlet, settings=DirichletSettings, summary="Dirichlet shares of each class"
+        build=_dirichlet, settings=DirichletSettings, summary="Dirichlet shares of each class"
     ),
     "by_key": Part(
-        build=_build_by_key, settings=ByKeySettings, summary="one client per value of a column"
+        build=_by_key, settings=ByKeySettings, summary="one client per value of a column"
     ),
 }

@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.data.conversion import as_dataset, split_rows
+from fedjaxprune.data import splits
+from fedjaxprune.data.conversion import as_dataset
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.data.sources import files
 from fedjaxprune.errors import DataError
@@ -160,7 +161,7 @@ def _rows(
     """Choose training and test rows of one table."""
     if settings.split is None:
         by_class = settings.task != "regression"
-        return split_rows(label, test_fraction=settings.test_fraction, by_class=by_class)
+        return splits.split_rows(label, test_fraction=settings.test_fraction, by_class=by_class)
     words = np.array([str(word).lower() for word in table[settings.split]])
     is_test, is_train = np.isin(words, _TEST_WORDS), words == "train"
     if other := sorted(set(words[~is_test & ~is_train])):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjaxprune.data import batching, datasets, partitions, transforms
+from fedjaxprune.data import batching, datasets, partitions, splits, transforms
 from fedjaxprune.errors import ConfigError, DataError
 from fedjaxprune.experiment import (
     cohorts,
@@ -265,9 +265,7 @@ def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.nda
         return np.zeros(0, np.int32), np.arange(len(labels), dtype=np.int32)
     rng = np.random.default_rng([config.seed, 1])  # leaves the partition's draws as they were
     try:
-        return partitions.hold_out(
-            rng, partitions.classes_or_one(labels), share=config.server_share
-        )
+        return splits.hold_out(rng, labels, share=config.server_share)
     except ValueError as error:
         raise UserError(f"server_share: {error}") from None
 
