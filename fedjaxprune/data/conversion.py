@@ -33,7 +33,6 @@ def as_dataset(
     task: Task | None = None,
     num_classes: int | None = None,
     class_names: tuple[str, ...] = (),
-    may_flip: bool = False,
     test_fraction: float = 0.2,
 ) -> Dataset:
     """Make a `Dataset` of whatever holds examples, or say why it cannot be used.
@@ -51,7 +50,6 @@ def as_dataset(
         that are tokens ``sequence``.
       num_classes: None counts the classes of the training examples.
       class_names: of integer classes.
-      may_flip: whether augmentation may mirror images.
       test_fraction: share of the examples that are held out for tests where no test examples are
         given; the same ones every time, of each class alike.
 
@@ -109,7 +107,6 @@ def as_dataset(
         class_names=labels.class_names,
         input_shape=inputs.shape[1:],
         max_value=255.0 if inputs.dtype == np.uint8 else None,
-        may_flip=may_flip,
         keys={key: ids[rows] for key, ids in columns.items()},
     )
 

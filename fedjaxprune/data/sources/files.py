@@ -7,16 +7,28 @@ from typing import Any
 from fedjaxprune.errors import DataError, first_line, near_miss
 
 
-def find(path: str, *, folder: bool = False) -> pathlib.Path:
-    """Find a file, or a folder.
+def find(path: str) -> pathlib.Path:
+    """Find a file.
 
     Raises:
       DataError: there is none; the nearest name beside it is suggested.
     """
+    found = _find(path, "file")
+    if found.is_dir():
+        raise DataError(f"path must be a file, but {path} is a folder.")
+    return found
+
+
+def find_folder(path: str) -> pathlib.Path:
+    """Find a folder; errors are those of `find`."""
+    found = _find(path, "folder")
+    if not found.is_dir():
+        raise DataError(f"path must be a folder, but {path} is a file.")
+    return found
+
+
+def _find(path: str, kind: str) -> pathlib.Path:
     found = pathlib.Path(path).expanduser()
-    kind, other = ("folder", "file") if folder else ("file", "folder")
-    if found.exists() and found.is_dir() != folder:
-        raise DataError(f"path must be a {kind}, but {path} is a {other}.")
     if not found.exists():
         beside = found.parent
         names = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []

@@ -38,7 +38,7 @@ class ImageFolderSettings(Settings):
 
 def build(settings: ImageFolderSettings) -> Dataset:
     """Read the images as uint8; they are grayscale if all of them are, else RGB."""
-    root = files.find(settings.path, folder=True)
+    root = files.find_folder(settings.path)
     train_root, test_root = root, None
     if (root / "train").is_dir():
         train_root = root / "train"
@@ -61,11 +61,10 @@ def build(settings: ImageFolderSettings) -> Dataset:
         name=root.resolve().name,
         num_classes=len(names),
         class_names=tuple(names),
-        may_flip=settings.flip,
         test_fraction=settings.test_fraction,
     )
     mean, std = _statistics(made.train["inputs"])
-    return made._replace(mean=mean, std=std)
+    return made._replace(mean=mean, std=std, may_flip=settings.flip)
 
 
 def _list(root: pathlib.Path) -> tuple[list[str], list[pathlib.Path], list[int]]:

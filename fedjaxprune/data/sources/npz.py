@@ -47,13 +47,13 @@ def build(settings: NpzSettings) -> Dataset:
     if "labels" in chosen:
         shape = chosen["labels"].shape[:1]
         chosen |= {key: ids for key, ids in arrays.items() if ids.shape == shape}
-    return as_dataset(
+    made = as_dataset(
         chosen,
         name=path.stem,
         task=settings.task,
-        may_flip=settings.flip,
         test_fraction=settings.test_fraction,
     )
+    return made._replace(may_flip=settings.flip)
 
 
 def _load(path) -> dict[str, np.ndarray]:
