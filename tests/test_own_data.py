@@ -186,6 +186,7 @@ def test_a_folder_of_images_is_read_split_and_learnt(tmp_path):
     assert dataset.input_shape == (12, 12, 1)
     assert dataset.train["inputs"].dtype == np.uint8
     assert dataset.mean is not None
+    assert dataset.std is not None
     np.testing.assert_allclose(dataset.train["inputs"].mean() / 255, dataset.mean, rtol=1e-6)
     np.testing.assert_allclose(dataset.train["inputs"].std() / 255, dataset.std, rtol=1e-6)
     scores, _, _ = train(dataset, zoo.lenet5, num_steps=20)
@@ -659,3 +660,12 @@ def test_paths_choose_their_source(tmp_path):
         assert sources.source_for_path(text) == (source, {"path": text})
     for text in ("digits", "cifar10", "my.py:data", "package.module:data", "my_pets/big"):
         assert sources.source_for_path(text) is None
+
+
+def test_predictions_have_the_loss_of_the_task():
+    model = mlp(input_shape=(3,), num_classes=1)
+    assert heads.prediction_loss(model) is heads.CLASSES.test_loss
+    numbers = heads.for_task(model, "regression")
+    assert heads.prediction_loss(numbers) is heads.squared_error
+    with pytest.raises(ValueError, match="task must be one of classification, .* got 'ranking'"):
+        heads.for_task(model, "ranking")

@@ -1,6 +1,6 @@
 """What a network's output is for: losses and hits of classes, of one logit and of numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +75,8 @@ def for_task(model: Model, task: str) -> Model:
     if model.with_head is None or HEADS[task] is CLASSES:
         return model
     return model.with_head(HEADS[task])
+
+
+def prediction_loss(model: Model) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Give the loss of predictions for the model's task; cross-entropy for a loss of its own."""
+    return (model.head or CLASSES).test_loss

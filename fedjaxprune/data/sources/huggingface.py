@@ -1,5 +1,6 @@
 """A Hugging Face data set: in memory, saved to a folder, or by name through `datasets`."""
 
+import importlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +44,7 @@ class HuggingFaceSettings(Settings):
 def build(settings: HuggingFaceSettings) -> Dataset:
     """Load the data set; its columns of one number or text per example are client ids."""
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        package: Any = importlib.import_module("datasets")
     except ImportError:
         raise DataError(
             "data sets of Hugging Face by name need the package datasets: pip install "
@@ -52,9 +53,9 @@ def build(settings: HuggingFaceSettings) -> Dataset:
     folder = pathlib.Path(settings.source).expanduser()
     try:
         if folder.is_dir():
-            value = datasets.load_from_disk(str(folder))
+            value = package.load_from_disk(str(folder))
         else:
-            value = datasets.load_dataset(settings.source, settings.subset)
+            value = package.load_dataset(settings.source, settings.subset)
     except Exception as error:  # of the network, the cache, the format
         raise DataError(
             f"source: {settings.source!r} cannot be loaded: {first_line(error)}"
