@@ -667,5 +667,5 @@ def test_predictions_have_the_loss_of_the_task():
     assert heads.prediction_loss(model) is heads.CLASSES.test_loss
     numbers = heads.for_task(model, "regression")
     assert heads.prediction_loss(numbers) is heads.squared_error
-    with pytest.raises(ValueError, match="task must be one of classification, .* got 'ranking'"):
+    with pytest.raises(ValueError, match=r"task must be one of classification, .* got 'ranking'"):
         heads.for_task(model, "ranking")
