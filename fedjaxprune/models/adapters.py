@@ -86,7 +86,7 @@ def from_linen(
             _, said = module.apply({"params": params, **state}, inputs, mutable=[_SOWN], **options)
         return {"layers": _by_path(dict(said).pop(_SOWN, {}))}
 
-    return _model(init_fn, apply_fn, predict_fn, loss, inspect_fn)
+    return make_model(init_fn, apply_fn, predict_fn, loss, inspect_fn)
 
 
 def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn | None = None) -> Model:
@@ -142,7 +142,7 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn | None = No
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return module(inputs)
 
-    return _model(init_fn, apply_fn, predict_fn, loss)
+    return make_model(init_fn, apply_fn, predict_fn, loss)
 
 
 def from_functions(
@@ -172,7 +172,7 @@ def from_functions(
         del state
         return apply(params, inputs)
 
-    return _model(init_fn, apply_fn, predict_fn, loss)
+    return make_model(init_fn, apply_fn, predict_fn, loss)
 
 
 def _restore(like: Any, values: Any) -> Any:
@@ -203,7 +203,9 @@ def _by_path(sown: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _model(init: Any, apply: Any, predict: Any, loss: LossFn | None, inspect: Any = None) -> Model:
+def make_model(
+    init: Any, apply: Any, predict: Any, loss: LossFn | None, inspect: Any = None
+) -> Model:
     """Make a model; without a loss of its own it can be given the head of any task."""
     made = Model(init=init, loss=apply, predict=predict, inspect=inspect)
     if loss is not None:

@@ -1,0 +1,163 @@
+"""Any network as a `Model`: flax linen, flax nnx, Equinox, plain functions."""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedjaxprune import trees
+from fedjaxprune.models import adapters
+from fedjaxprune.types import Key, Metrics, Model, Params, State
+
+_ALLOWED = (
+    "a Model, a flax linen module, a function of `rngs` that gives a flax nnx module, a function "
+    "of `key` that gives an Equinox module, or a pair of functions (init, apply)"
+)
+
+
+def as_model(value: Any, *, input_shape: Sequence[int], input_dtype: Any = jnp.float32) -> Model:
+    """Take a network of any of the libraries for a `Model`.
+
+    Args:
+      value: a `Model`; a linen module; ``rngs -> nnx module``; ``key -> Equinox module`` or ``key
+        -> (module, equinox.nn.State)``; or functions ``(key -> params, (params, inputs) ->
+        outputs)``.
+      input_shape: of one example.
+      input_dtype: of the inputs, an integer one for tokens.
+
+    Raises:
+      TypeError: it is none of them; the sentence says what it is.
+    """
+    if isinstance(value, Model):
+        return value
+    if isinstance(value, nn.Module):
+        return adapters.from_linen(value, input_shape=input_shape, input_dtype=input_dtype)
+    if isinstance(value, tuple) and len(value) == 2 and all(map(callable, value)):
+        return adapters.from_functions(*value)
+    if isinstance(value, type):
+        raise TypeError(f"it is the class {value.__name__}, which must be called: {_ALLOWED}.")
+    if isinstance(value, nnx.Module):
+        name = type(value).__name__
+        raise TypeError(
+            f"it is one nnx module, but every seed starts from its own: give the function `lambda "
+            f"rngs: {name}(..., rngs=rngs)`."
+        )
+    if _is_equinox(value):
+        name = type(value).__name__
+        raise TypeError(
+            f"it is one Equinox module, but every seed starts from its own: give the function "
+            f"`lambda key: {name}(..., key=key)`."
+        )
+    names = list(inspect.signature(value).parameters) if inspect.isroutine(value) else []
+    if names == ["rngs"]:
+        return adapters.from_nnx(value)
+    if names == ["key"]:
+        return from_equinox(value)
+    given = f"a function of {', '.join(names) or 'nothing'}" if names else type(value).__name__
+    raise TypeError(f"it must be {_ALLOWED}, got {given}.")
+
+
+def from_equinox(make: Callable[[Key], Any], *, loss: adapters.LossFn | None = None) -> Model:
+    """Make a model from an Equinox module, which takes one example, as Equinox's layers do.
+
+    Its inexact arrays become the parameters, as nested dictionaries; an `equinox.nn.State` (of
+    BatchNorm, say) the model state. Examples are mapped with ``axis_name="batch"``, the name that
+    Equinox's own BatchNorm is usually given. Where the module takes a `key`, every example of a
+    training step has one of its own. Predictions use `equinox.nn.inference_mode`.
+
+    Args:
+      make: ``key -> module`` or ``key -> (module, state)``.
+      loss: as in `adapters.from_linen`.
+
+    Raises:
+      TypeError: `make` gives no Equinox module.
+    """
+    import equinox as eqx
+
+    def build(key: Key) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            made = make(key)
+        module, state = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        if not isinstance(module, eqx.Module):
+            raise TypeError(f"it must give an Equinox module, got {type(module).__name__}.")
+        return module, state
+
+    module, like_state = eqx.filter_eval_shape(build, jax.random.key(0))
+    like_params, _ = eqx.partition(module, _is_param)
+    has_state = like_state is not None
+    takes_key = "key" in inspect.signature(type(module).__call__).parameters
+
+    def init_fn(key: Key) -> tuple[Params, State]:
+        module, state = build(key)
+        params, _ = eqx.partition(module, eqx.is_inexact_array)
+        return _nested(params), _nested(state) if has_state else {}
+
+    # What is neither trained nor state (sizes, functions, integer tables) follows from no key.
+    _, static = eqx.partition(build(jax.random.key(0))[0], eqx.is_inexact_array)
+
+    def run(params: Params, state: State, inputs: Any, key: Key | None) -> tuple[jax.Array, State]:
+        module = eqx.combine(_restored(like_params, params), static)
+        if key is None:
+            module = eqx.nn.inference_mode(module)
+        own = _restored(like_state, state) if has_state else None
+
+        def one(example: Any, index: jax.Array) -> Any:
+            options = {}
+            if takes_key:
+                options["key"] = None if key is None else jax.random.fold_in(key, index)
+            return module(example, own, **options) if has_state else module(example, **options)
+
+        size = jax.tree.leaves(inputs)[0].shape[0]
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            out_axes = (0, None) if has_state else 0
+            mapped = jax.vmap(one, out_axes=out_axes, axis_name="batch")
+            outputs = mapped(inputs, jnp.arange(size, dtype=jnp.int32))
+        if not has_state:
+            return outputs, {}
+        return outputs[0], _nested(outputs[1])
+
+    def apply_fn(
+        params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
+    ) -> tuple[jax.Array, State, Metrics]:
+        del mask  # Equinox's layers have no place for it
+        outputs, state = run(params, state, inputs, key)
+        return outputs, state, {}
+
+    def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
+        return run(params, state, inputs, None)[0]
+
+    return adapters.make_model(init_fn, apply_fn, predict_fn, loss)
+
+
+def _is_equinox(value: Any) -> bool:
+    """Tell whether a value is an Equinox module, without importing Equinox."""
+    equinox = sys.modules.get("equinox")
+    return equinox is not None and isinstance(value, equinox.Module)
+
+
+def _is_param(leaf: Any) -> bool:
+    """Tell whether a leaf, or its shape, is an inexact array."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """Turn any tree of arrays into nested dictionaries by the parts of its paths."""
+    nested: dict[str, Any] = {}
+    for path, leaf in zip(trees.paths(tree), jax.tree.leaves(tree), strict=True):
+        *parents, name = path.split("/")
+        inside = nested
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[name] = leaf
+    return nested
+
+
+def _restored(like: Any, nested: Any) -> Any:
+    """Turn nested dictionaries back into the tree that they were made of."""
+    by_path = dict(zip(trees.paths(nested), jax.tree.leaves(nested), strict=True))
+    return jax.tree.unflatten(jax.tree.structure(like), [by_path[p] for p in trees.paths(like)])
