@@ -54,10 +54,11 @@ def as_model(value: Any, *, input_shape: Sequence[int], input_dtype: Any = jnp.f
             f"`lambda key: {name}(..., key=key)`."
         )
     names = list(inspect.signature(value).parameters) if inspect.isroutine(value) else []
+    function: Any = value
     if names == ["rngs"]:
-        return adapters.from_nnx(value)
+        return adapters.from_nnx(function)
     if names == ["key"]:
-        return from_equinox(value)
+        return from_equinox(function)
     given = f"a function of {', '.join(names) or 'nothing'}" if names else type(value).__name__
     raise TypeError(f"it must be {_ALLOWED}, got {given}.")
 
