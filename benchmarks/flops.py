@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import masks, metrics
-from fedjaxprune.costs import coverage, flops
+from fedjaxprune.costs import flops
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
 from fedjaxprune.structure import jaxprs
@@ -78,17 +78,7 @@ def overhead(model, params, image, repeats=20):
     for _ in range(repeats):
         round_costs.of_round(profile, reported)  # pyright: ignore[reportArgumentType]
     per_round = (time.perf_counter() - begin) / repeats
-    add = jax.jit(coverage.add, donate_argnums=0)
-    full, three = masks.full(params), jnp.int32(3)
-    covered = jax.block_until_ready(add(coverage.zero(params), full, three))
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        covered = add(covered, full, three)
-    jax.block_until_ready(covered)
-    per_add = (time.perf_counter() - begin) / repeats
-    return (
-        f"{once:.2f} s once, {1e3 * per_round:.2f} ms a round, coverage.add {1e3 * per_add:.1f} ms"
-    )
+    return f"{once:.2f} s once, {1e3 * per_round:.2f} ms a round"
 
 
 def count():

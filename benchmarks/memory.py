@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjaxprune.costs import program_memory
+from benchmarks import program_memory
 from fedjaxprune.data import batching, partitions
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-from fedjaxprune.costs import flop_formulas, flops, ledger, storage_models
+from fedjaxprune.costs import flops, ledger, storage_models
 from fedjaxprune.experiment import cohorts
 from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.run import build, round_costs
@@ -24,7 +24,7 @@ from fedjaxprune.rounds import protocol
 from fedjaxprune.structure.channels import groups as channel_groups
 from fedjaxprune.structure.channels.groups import Group, Member
 from fedjaxprune.types import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
-from tests import quadratic, resuming
+from tests import published_flops, quadratic, resuming
 from tests.test_algorithms import UNITS
 
 KEY = jax.random.key(7)
@@ -546,11 +546,11 @@ def test_exploration_is_in_every_total():
 def test_the_published_settings_cost_more_arithmetic_than_they_save():
     """20 clients, a quarter a round, 200 rounds of 5 epochs; 150 epochs of exploration at most."""
     fedavg_epochs = 200 * 5 * 5
-    explored = flop_formulas.autoflip_run(1.0, 0.7, 20 * 150, 0.0)
-    assert explored / flop_formulas.dense_round(1.0, 20 * 5) == 30  # rounds of everybody
-    total = flop_formulas.autoflip_run(1.0, 0.7, 20 * 150, fedavg_epochs)
-    assert explored / flop_formulas.dense_round(1.0, fedavg_epochs) == pytest.approx(0.6)
-    assert total / flop_formulas.dense_round(1.0, fedavg_epochs) == pytest.approx(1.3)
+    explored = published_flops.autoflip_run(1.0, 0.7, 20 * 150, 0.0)
+    assert explored / published_flops.dense_round(1.0, 20 * 5) == 30  # rounds of everybody
+    total = published_flops.autoflip_run(1.0, 0.7, 20 * 150, fedavg_epochs)
+    assert explored / published_flops.dense_round(1.0, fedavg_epochs) == pytest.approx(0.6)
+    assert total / published_flops.dense_round(1.0, fedavg_epochs) == pytest.approx(1.3)
     size = 1_000_000
     bits = storage_models.autoflip_run(
         num_params=size, num_live=7 * size // 10, num_prunable=size,

@@ -13,11 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fedjaxprune import masks, trees
-from fedjaxprune.costs import flop_formulas as formulas
 from fedjaxprune.costs import flops
 from fedjaxprune.models import adapters, cnns, gated, lstm, vgg, zoo
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Batch
+from tests import published_flops as formulas
 
 KEY = jax.random.key(0)
 IMAGE = ("NHWC", "HWIO", "NHWC")

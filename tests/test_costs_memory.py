@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from benchmarks import program_memory
+from benchmarks import step_memory as memory
 from fedjaxprune import trees
-from fedjaxprune.costs import memory, program_memory
 from fedjaxprune.data import batching
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg
