@@ -169,7 +169,7 @@ def _charge_by_formula(
     plain, num_prunable = charged["values"], network.num_prunable
     num_masks = int(np.asarray(metrics.sent.num_masks)[reached].sum(dtype=np.int64))
     own = [message["masks"] for message in metrics.sent.up.values() if "masks" in message]
-    num_own = sum(np.count_nonzero(_travels(field, present)) for field in own)
+    num_own = sum(int(np.count_nonzero(_travels(field, present))) for field in own)
     charged["values_and_bitmaps"] = PublishedBits(
         plain.uplink + num_own * num_prunable,
         plain.downlink + num_masks * num_prunable,

@@ -15,7 +15,9 @@ from fedjaxprune.rounds.protocol import Hooks, Protocol, add_reports, broadcast_
 from fedjaxprune.rounds.stages import close, with_hooks
 from fedjaxprune.traffic import TRAINED, FieldLength, Sent
 from fedjaxprune.types import (
+    Aggregator,
     Client,
+    CohortAggregator,
     CohortRule,
     FieldSpec,
     Key,
@@ -111,7 +113,7 @@ def reporting_round(
     Raises:
       ValueError: if a field is to travel in a way that exchanges do not know.
     """
-    joined = {"metrics": aggregators.unweighted_sum()}
+    joined: dict[str, Aggregator | CohortAggregator] = {"metrics": aggregators.unweighted_sum()}
     for field, spec in fields.items():
         if spec.send not in ("whole", "bits", "nothing"):
             raise ValueError(

@@ -5,7 +5,7 @@ Each step is a function of plain values; `training` puts them in order.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,16 @@ from fedjaxprune.pruning import pruners
 from fedjaxprune.rounds import traffic
 from fedjaxprune.rounds.protocol import Hooks, Masking, Protocol, broadcast_of, no_correction
 from fedjaxprune.rounds.stages import check_prunable, with_hooks
+from fedjaxprune.traffic import Send
 from fedjaxprune.types import (
+    Aggregator,
     Algorithm,
     Broadcast,
     Client,
     ClientData,
     ClientState,
     Cohort,
+    CohortAggregator,
     Correction,
     Delta,
     FieldSpec,
@@ -55,7 +58,8 @@ class Parts(NamedTuple):
       correction: of client drift.
       pruner: of the prunable leaves.
       prunable: which leaves these are.
-      fields: how the fields of messages travel and are aggregated; each has an aggregator.
+      fields: how the fields of messages travel.
+      aggregators: of all fields.
       masking: which masks rule where.
     """
 
@@ -67,6 +71,7 @@ class Parts(NamedTuple):
     pruner: Pruner
     prunable: PrunableFn
     fields: Mapping[str, FieldSpec]
+    aggregators: Mapping[str, Aggregator | CohortAggregator]
     masking: Masking
 
     @property
@@ -146,7 +151,16 @@ def training(
     def init_fn(params, model_state):
         if pruner is not None:
             check_prunable(params, prunable)
-        return _init(parts, params, model_state)
+        return RoundState(
+            round=jnp.int32(0),
+            params=params,
+            masks=masks_lib.full(params),
+            masks_id=jnp.int32(0),
+            model_state=model_state,
+            server=server_optimizers.init(parts.server, params),
+            pruner=parts.pruner.init(params),
+            correction=parts.correction.init(params),
+        )
 
     def init_client_fn(params):
         return ClientState(
@@ -239,21 +253,14 @@ def upload(
 
 
 def aggregate(
-    key: Key,
-    parts: Parts,
-    given: Given,
-    members: Cohort,
-    population: Population,
+    key: Key, parts: Parts, given: Given, members: Cohort, population: Population
 ) -> cohort.Outcome:
     """Let the cohort work, and join its messages field by field."""
-    by_field = {name: spec.aggregate for name, spec in parts.fields.items()}
-    by_field |= dict.fromkeys((traffic.NUM_UPLOADED, traffic.SUMMARY), aggregators.stack())
-    by_field[traffic.NUM_MESSAGES] = aggregators.unweighted_sum()
     rows = members.states
     return cohort.run(
         key,
         lambda key, given, own, data: local_work(key, parts, given, own, data),
-        by_field,
+        parts.aggregators,
         given,
         members._replace(states=(rows.client, rows.uplink)),
         population,
@@ -318,19 +325,29 @@ def revise(
 def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
     correction = no_correction() if protocol.correction is None else protocol.correction
-    mean = aggregators.weighted_mean()
-    defaults = {
+    fields = {**correction.fields, **fields}
+    mean, total, stack = (
+        aggregators.weighted_mean(),
+        aggregators.unweighted_sum(),
+        aggregators.stack(),
+    )
+    by_field = {
         "delta": mean if protocol.aggregator is None else protocol.aggregator,
-        "metrics": aggregators.unweighted_sum(),
+        "model_state": mean,
+        "grads": mean,
+        "metrics": total,
+        **dict.fromkeys(traffic.reported(fields), stack),
+        traffic.NUM_UPLOADED: stack,
+        traffic.SUMMARY: stack,
+        traffic.NUM_MESSAGES: total,
     }
-
-    def complete(name: str, spec: FieldSpec) -> FieldSpec:
-        is_report = spec.send == "nothing" and spec.read is None
-        default = defaults.get(name, aggregators.stack() if is_report else mean)
-        return spec if spec.aggregate is not None else spec._replace(aggregate=default)
-
-    named = dict.fromkeys(("delta", "model_state", "grads", "metrics"), FieldSpec())
-    named |= {**correction.fields, **fields}
+    for name, spec in fields.items():
+        if spec.send not in get_args(Send):
+            raise ValueError(
+                f"the field {name!r} must be sent as one of {', '.join(get_args(Send))}; "
+                f"got {spec.send!r}."
+            )
+        by_field[name] = by_field.get(name, mean) if spec.aggregate is None else spec.aggregate
     return Parts(
         protocol=protocol,
         client=correction.wrap(client),
@@ -339,22 +356,9 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
         correction=correction,
         pruner=pruners.keep() if pruner is None else pruners.exempt(pruner, prunable),
         prunable=prunable,
-        fields={name: complete(name, spec) for name, spec in named.items()},
+        fields=fields,
+        aggregators=by_field,
         masking=Masking() if masking is None else masking,
-    )
-
-
-def _init(parts: Parts, params: Params, model_state: State) -> RoundState:
-    """Start with all weights in force."""
-    return RoundState(
-        round=jnp.int32(0),
-        params=params,
-        masks=masks_lib.full(params),
-        masks_id=jnp.int32(0),
-        model_state=model_state,
-        server=server_optimizers.init(parts.server, params),
-        pruner=parts.pruner.init(params),
-        correction=parts.correction.init(params),
     )
 
 
