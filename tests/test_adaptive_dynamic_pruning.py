@@ -28,7 +28,9 @@ from fedjaxprune.methods import adaptive_dynamic_pruning as adp
 from fedjaxprune.methods import fedavg, feddp_threshold
 from fedjaxprune.models import adapters, gated, layers, resnet, vgg
 from fedjaxprune.models import gates as gating
-from fedjaxprune.rounds import protocol, simulation
+from fedjaxprune.pruning.structured import filters
+from fedjaxprune.rounds import facts, simulation
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.types import Broadcast, Population, client_data
 from tests import quadratic, resuming
 
@@ -46,8 +48,15 @@ def chain(module, **options):
     return adapters.from_linen(made, input_shape=SHAPE)
 
 
-GATED = chain(gated.GatedVgg, density=0.5, choice="salient", gate_scale=1.0)
-READERS = adp.readers_of(GATED, jnp.zeros((2, *SHAPE)))
+def gated_chain(density):
+    return chain(gated.GatedVgg, density=density, choice="salient", gate_scale=1.0)
+
+
+GATED = gated_chain(0.5)
+
+
+def readers_of(model, shape=SHAPE):
+    return facts.of_model(model, inputs=facts.float_inputs(shape)).gate_readers()
 
 
 def population(seed=0):
@@ -68,7 +77,7 @@ PEOPLE = population()
 
 def setup(num_rounds=2, **changes):
     batcher = quadratic.full_batches(2, max_size=max(SIZES))
-    return protocol.Protocol(num_rounds, batcher, OPTIMIZER)._replace(**changes)
+    return Protocol(num_rounds, batcher, OPTIMIZER)._replace(**changes)
 
 
 def play(algorithm, model=GATED, num_rounds=2):
@@ -85,12 +94,32 @@ def play(algorithm, model=GATED, num_rounds=2):
     return now, history
 
 
+def task(protocol, model=GATED):
+    if model in (quadratic.MODEL, quadratic.GATED):
+        return quadratic.task(protocol, model=model)
+    inputs = facts.float_inputs(SHAPE)
+    return quadratic.task(protocol, model=model, facts=facts.of_model(model, inputs=inputs))
+
+
+def dynamic(protocol, model=GATED, **settings):
+    return adp.build(adp.AdaptiveDynamicPruning(**settings), task(protocol, model))
+
+
+def threshold(protocol, model=quadratic.MODEL, *, num_epochs=1, **settings):
+    settings = feddp_threshold.FedDPThreshold(**{"layers": "all", **settings})
+    return feddp_threshold.build(settings, task(protocol, model)._replace(num_epochs=num_epochs))
+
+
 @functools.cache
-def played(**options):
+def played(*, density=0.5, **settings):
     """Play a variant once for all laws."""
-    settings: Any = {"density": 0.5, "readers": READERS, **options}
-    algorithm = adp.adaptive_dynamic_pruning(GATED, setup(), **settings)
-    return algorithm, *play(algorithm)
+    model = gated_chain(density)
+    algorithm = dynamic(setup(), model, **settings)
+    return algorithm, *play(algorithm, model)
+
+
+def charge(algorithm, metrics, state):
+    return ledger.account(metrics, state, algorithm)
 
 
 # Degenerate settings -------------------------------------------------------------------------
@@ -139,7 +168,9 @@ def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
 
 
 def test_the_reference_is_fedavg_of_the_squeeze_excitation_network_to_the_bit():
-    now, _ = play(adp.squeeze_excitation(GATED, setup()))
+    variant = dict(adp.METHOD.variants["squeeze_excitation"])
+    model = gated_chain(variant.pop("model.density"))
+    now, _ = play(dynamic(setup(), model, **variant), model)
     chex.assert_trees_all_equal(now.state.params, squeezed().params)
     statistics = {k: v for k, v in now.state.model_state.items() if k != gating.COLLECTION}
     chex.assert_trees_all_equal(statistics, squeezed().model_state)
@@ -221,10 +252,10 @@ def wide_chain():
 
 
 def test_readers_are_kernels_with_one_gated_maker():
-    (only,) = READERS
+    (only,) = readers_of(GATED)
     assert only == ("conv_2/conv/kernel", 2, "conv_1")
     model = gated.gated_resnet8(input_shape=(8, 8, 1), num_classes=3, norm="batch", density=0.7)
-    residual = adp.readers_of(model, jnp.zeros((2, 8, 8, 1)))
+    residual = readers_of(model, (8, 8, 1))
     blocks = [f"stage_{i}_block_1" for i in (1, 2, 3)]
     assert sorted(residual) == [(f"{b}/conv_2/conv/kernel", 2, f"{b}/conv_1") for b in blocks]
 
@@ -256,7 +287,7 @@ def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
     values = sum(expected.values())
     statistics = 2 * (2 + 3) + 1  # means, variances, and the density
     all_statistics = 2 * sum(WIDTHS) + 1
-    charged = ledger.account(history[0], now.state, algorithm)
+    charged = charge(algorithm, history[0], now.state)
     assert charged.uplink.values == 3 * 32 * values
     assert charged.uplink.statistics == 3 * 32 * statistics
     assert charged.uplink.indices == 3 * 2 * 8  # a bit a channel; each layer fills a byte
@@ -282,7 +313,7 @@ def test_the_most_kept_are_counted_over_the_round():
 def test_a_plain_chain_sends_the_square_of_the_density(density, share):
     model = wide_chain()
     params, _ = jax.eval_shape(model.init, KEY)
-    read = adp.readers_of(model, jnp.zeros((2, *SHAPE)))
+    read = readers_of(model)
     wide = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
     bits = {}
     for layer in gating.layers_of(params):
@@ -313,13 +344,11 @@ def test_absent_entries_count_as_no_change_or_for_nobody():
         order=jnp.arange(8, dtype=jnp.int32),
         offsets=jnp.array([0, 4, 8], jnp.int32),
     )
-    shared = protocol.Protocol(1, quadratic.full_batches(1), optax.sgd(0.5))
+    shared = Protocol(1, quadratic.full_batches(1), optax.sgd(0.5))
     zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
     found = {}
     for name, rule in (("mean", None), ("holders", aggregators.holder_mean())):
-        algorithm = adp.adaptive_dynamic_pruning(
-            quadratic.GATED, shared._replace(aggregator=rule), density=0.5, readers=()
-        )
+        algorithm = dynamic(shared._replace(aggregator=rule), quadratic.GATED)
         state, _, _ = jax.jit(algorithm.stages[0].round)(
             KEY,
             algorithm.init(zero, quadratic.GATED_STATE),
@@ -343,12 +372,7 @@ def test_the_warm_up_holds_and_then_follows_a_line():
 
 
 def test_the_density_follows_its_schedule_and_waits_where_nobody_is_heard():
-    def halves(round_index):
-        return jnp.where(round_index == 0, 1.0, 0.5)
-
-    algorithm = adp.adaptive_dynamic_pruning(
-        quadratic.GATED, setup_of_points(), density=halves, readers=quadratic.READERS
-    )
+    algorithm = dynamic(setup_of_points(), quadratic.GATED, warm_up_fraction=0.25, warm_up_end=0.25)
     run = jax.jit(algorithm.stages[0].round)
     state = algorithm.init(quadratic.PARAMS, quadratic.GATED_STATE)
     members = quadratic.cohort(algorithm, [0, 3])
@@ -364,11 +388,11 @@ def test_the_density_follows_its_schedule_and_waits_where_nobody_is_heard():
 
 
 def setup_of_points(**changes):
-    return protocol.Protocol(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
+    return Protocol(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
 
 
 def test_personal_gates_stay_at_home():
-    _, now, history = played(gates="personal")
+    _, now, history = played(gate_sharing="personal")
     start, _ = jax.jit(GATED.init)(KEY)
     flags = masks.prunable_leaves(start, gating.is_gate)
     paths = trees.paths(start)
@@ -456,7 +480,7 @@ def test_the_record_counts_inference_by_what_the_gates_let_through():
         prunable=masks.is_kernel,
         warn=pytest.fail,
     )
-    told: Any = type("Told", (), {"kept": np.array(trees.sizes(params))})
+    told: Any = type("Told", (), {"num_live": np.array(trees.sizes(params))})
     found = round_costs.of_inference(profile, told, tested.through)
     first, second, head = 16 * 9 * 3 * 4, 4 * 9 * 4 * 6, 6 * 3
     own = 3 * 4 + 4 * 6
@@ -505,12 +529,8 @@ def test_small_weights_become_zero_after_each_epoch_and_may_return():
         offsets=jnp.array([0, 1], jnp.int32),
     )
     zero = jax.tree.map(jnp.zeros_like, quadratic.PARAMS)
-    algorithm = feddp_threshold.feddp_threshold(
-        quadratic.MODEL,
-        protocol.Protocol(1, quadratic.full_batches(4), optax.sgd(0.5)),
-        num_epochs=2,
-        threshold=0.9,
-        prunable=lambda path, leaf: path == "dense/kernel",
+    algorithm = threshold(
+        Protocol(1, quadratic.full_batches(4), optax.sgd(0.5)), num_epochs=2, threshold=0.9
     )
     state, _, told = jax.jit(algorithm.stages[0].round)(
         KEY,
@@ -525,7 +545,9 @@ def test_small_weights_become_zero_after_each_epoch_and_may_return():
     np.testing.assert_allclose(state.params["dense"]["kernel"].ravel(), after, rtol=1e-6)
     assert 0 < np.sum(after == 0) < np.sum(0.75 * points <= 0.9) + 1
     share = told.train[feddp_threshold.SPARSITY]
-    assert float(metrics.value(share)) == pytest.approx(np.mean(after == 0))
+    mean = (np.mean(after == 0) + 1.0) / 2.0  # of this layer and the other, which stays at zero
+    assert float(metrics.value(share)) == pytest.approx(mean)
+    assert algorithm.diagnostics(told) == {feddp_threshold.SPARSITY: pytest.approx(mean)}
     assert told.num_live.tolist()[trees.paths(zero).index("dense/kernel")] == np.sum(after != 0)
 
 
@@ -534,20 +556,8 @@ def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_
     ends, sparsity = {}, {}
     for name, algorithm in {
         "fedavg": fedavg.fedavg(quadratic.MODEL, setup_of_points()),
-        "none": feddp_threshold.feddp_threshold(
-            quadratic.MODEL,
-            setup_of_points(),
-            num_epochs=1,
-            threshold=0.0,
-            prunable=masks.is_kernel,
-        ),
-        "all": feddp_threshold.feddp_threshold(
-            quadratic.MODEL,
-            setup_of_points(),
-            num_epochs=1,
-            threshold=9.0,
-            prunable=masks.is_kernel,
-        ),
+        "none": threshold(setup_of_points(), threshold=0.0),
+        "all": threshold(setup_of_points(), threshold=9.0),
     }.items():
         state, _, told = jax.jit(algorithm.stages[0].round)(
             KEY,
@@ -572,13 +582,7 @@ def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_
     ],
 )
 def test_zeros_of_the_clients_are_the_servers_where_its_step_leads_there(changes, share):
-    algorithm = feddp_threshold.feddp_threshold(
-        quadratic.MODEL,
-        setup_of_points(**changes),
-        num_epochs=1,
-        threshold=9.0,
-        prunable=masks.is_kernel,
-    )
+    algorithm = threshold(setup_of_points(**changes), threshold=9.0)
     state, _, _ = jax.jit(algorithm.stages[0].round)(
         KEY,
         algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)}),
@@ -591,58 +595,65 @@ def test_zeros_of_the_clients_are_the_servers_where_its_step_leads_there(changes
 
 def test_layers_count_alike_in_the_sparsity_of_the_threshold():
     params = {"a": {"kernel": jnp.array([[[0.0, 1.0]]])}, "b": {"kernel": jnp.ones((1, 2, 4))}}
-    assert feddp_threshold.layer_sparsity(params, feddp_threshold.convolutions) == 0.25
-    assert not feddp_threshold.convolutions("dense/kernel", jnp.ones((2, 2)))
+    assert feddp_threshold.layer_sparsity(params, filters.convolutions) == 0.25
+    assert not filters.convolutions("dense/kernel", jnp.ones((2, 2)))
 
 
 # Errors and resuming -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("settings", "sentence"),
     [
-        ({"density": 0.0}, r"density must lie in \(0, 1\], got 0.0"),
-        ({"gradient": "lazy"}, "gradient must be 'strict' or 'plain', got 'lazy'"),
-        ({"upload": "all"}, "upload must be 'salient', 'touched' or 'dense', got 'all'"),
-        ({"gates": "mine"}, "gates must be 'global' or 'personal', got 'mine'"),
+        ({"gradient": "lazy"}, "gradient"),
+        ({"upload": "all"}, "upload"),
+        ({"gate_sharing": "mine"}, "gate_sharing"),
+        ({"warm_up_fraction": -0.1}, "warm_up_fraction"),
+        ({"warm_up_fraction": 1.0}, "warm_up_fraction"),
+        (
+            {"warm_up_fraction": 0.6},
+            r"warm_up_fraction must be at most warm_up_end \(0.5\), got 0.6",
+        ),
     ],
 )
-def test_wrong_options_are_refused(options, sentence):
+def test_wrong_settings_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        adp.adaptive_dynamic_pruning(GATED, setup(), **{"density": 0.5, "readers": (), **options})
+        adp.AdaptiveDynamicPruning(**settings)
 
 
 def test_other_wrong_options_are_refused():
-    for hold, until in ((0.6, 0.5), (1.0, 1.0), (-0.1, 0.5)):
-        with pytest.raises(ValueError, match="hold and until must be in order"):
-            adp.warm_up(density=0.5, num_rounds=10, hold=hold, until=until)
     any_client: Any = local_training.Client(init=tuple, update=local_training.local_sgd)  # pyright: ignore
     with pytest.raises(ValueError, match="rule must be 'salient' or 'touched', got 'best'"):
         gated_updates.report(any_client, rule="best")  # pyright: ignore
-    for options, sentence in (
-        ({"threshold": -1.0}, "threshold must not be negative or infinite, got -1.0"),
-        ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            feddp_threshold.feddp_threshold(GATED, setup(), **{"num_epochs": 1, **options})
+    with pytest.raises(ValueError, match="threshold"):
+        threshold(setup_of_points(), threshold=-1.0)
 
 
-def test_networks_that_lack_what_is_needed_are_refused_before_anything_runs():
-    algorithm = adp.adaptive_dynamic_pruning(GATED, setup(), density=0.5, readers=())
+def test_what_does_not_fit_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="the network has no gates"):
-        algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
-    threshold = feddp_threshold.feddp_threshold(quadratic.MODEL, setup(), num_epochs=1)
-    with pytest.raises(ValueError, match="kernels of convolutions, and the network has none"):
-        threshold.init(quadratic.PARAMS, {})
+        dynamic(setup_of_points(), quadratic.MODEL)
+    median = setup(aggregator=aggregators.median())
+    with pytest.raises(ValueError, match=r"server\.aggregator must be a mean.* 'salient'"):
+        dynamic(median)
+    dynamic(median, upload="dense")
+    by_group = {
+        density: gated.gated_resnet8(
+            input_shape=SHAPE, num_classes=3, norm="group", density=density
+        )
+        for density in (0.7, 1.0)
+    }
+    with pytest.raises(ValueError, match=r"model\.norm must be 'batch'"):
+        dynamic(setup(), by_group[0.7])
+    dynamic(setup(), by_group[1.0])
+    algorithm = threshold(setup_of_points(), layers="convolutions")
+    with pytest.raises(ValueError, match="there is nothing to prune"):
+        algorithm.init(quadratic.PARAMS, {})
 
 
 def resumes(folder, stops, model, people, **options):
     """Resume with all that a round carries over: momentum, schedule, own gates, drop-outs."""
-    algorithm = adp.adaptive_dynamic_pruning(
-        model,
-        setup(num_rounds=4),
-        density=adp.warm_up(density=0.5, num_rounds=4, hold=0.25, until=0.75),
-        **options,
+    algorithm = dynamic(
+        setup(num_rounds=4), model, warm_up_fraction=0.25, warm_up_end=0.75, **options
     )
     draw = sampling.with_dropout(sampling.uniform(num_clients=3, cohort_size=2), probability=0.2)
     return resuming.assert_resumes(
@@ -652,10 +663,10 @@ def resumes(folder, stops, model, people, **options):
 
 def test_killed_it_resumes_to_the_same_bits(tmp_path):
     people = quadratic.population(sizes=SIZES)
-    resumes(tmp_path, (3,), quadratic.GATED, people, readers=quadratic.READERS)
+    resumes(tmp_path, (3,), quadratic.GATED, people)
 
 
 @pytest.mark.slow
 def test_killed_after_any_round_it_resumes_with_personal_gates(tmp_path):
-    lines = resumes(tmp_path, (2, 3, 4), GATED, PEOPLE, readers=READERS, gates="personal")
+    lines = resumes(tmp_path, (2, 3, 4), GATED, PEOPLE, gate_sharing="personal")
     assert all(line.inference_flops is not None for line in lines)

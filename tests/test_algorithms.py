@@ -24,19 +24,21 @@ from fedjaxprune.federated import (
 from fedjaxprune.methods import (
     adaptive_dynamic_pruning,
     autoflip,
+    averaged_filters,
     fedavg,
     feddip,
     feddp_threshold,
     fednova,
     fedtiny,
-    filter_controls,
     fixed_masks,
     gradual_magnitude,
     mpfl,
+    pooled_filters,
+    random_filters,
     scaffold,
 )
+from fedjaxprune.models import gates
 from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
-from fedjaxprune.pruning.structured import voting
 from fedjaxprune.rounds import protocol, server_work, training
 from fedjaxprune.structure.channels.groups import Group, Member
 from fedjaxprune.types import ClientData
@@ -118,30 +120,29 @@ def flip(**options):
     return lambda s: autoflip.autoflip(quadratic.MODEL, s, **settings)
 
 
-def by_filter(make, *, iterations=1, **options):
-    settings = {
-        "channels": quadratic.CHANNELS,
-        "sparsity": 0.5,
-        "prunable": masks.is_kernel,
-        **options,
-    }
-    if make is not filter_controls.random_filters:
-        settings |= {"iterations": iterations, "agreement": quadratic.full_batches(3)}
-    return lambda s: make(quadratic.MODEL, s, **settings)
+def by_law(module, *, model=quadratic.MODEL, num_epochs=1, **options):
+    """Build a method that describes itself, with the settings of its laws."""
+    settings = module.METHOD.settings(**{**module.METHOD.law_settings, **options})
+    return lambda s: module.build(settings, quadratic.task(s, model=model, num_epochs=num_epochs))
 
 
 def dynamic(model, **options):
-    def build(s):
-        warm_up = adaptive_dynamic_pruning.warm_up(density=0.5, num_rounds=ROUNDS, hold=0.3)
-        return adaptive_dynamic_pruning.adaptive_dynamic_pruning(
-            model,
-            s._replace(optimizer=optax.sgd(0.1, momentum=0.9)),
-            density=warm_up,
-            readers=quadratic.READERS,
-            **options,
-        )
+    make = by_law(adaptive_dynamic_pruning, model=model, **options)
+    return lambda s: make(s._replace(optimizer=optax.sgd(0.1, momentum=0.9)))
 
-    return build
+
+def squeeze_excitation(s):
+    """Open all gates: the variant, on the network that it asks for."""
+    options = dict(adaptive_dynamic_pruning.METHOD.variants["squeeze_excitation"])
+    density = jnp.float32(options.pop("model.density"))
+    algorithm = by_law(
+        adaptive_dynamic_pruning, model=quadratic.GATED, warm_up_fraction=0.0, **options
+    )(s)
+
+    def init_fn(params, model_state):
+        return algorithm.init(params, gates.with_density(model_state, density))
+
+    return algorithm._replace(init=init_fn)
 
 
 ALGORITHMS = {
@@ -214,19 +215,17 @@ ALGORITHMS = {
     ),
     "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
-    "mpfl": by_filter(mpfl.mpfl),
-    "mpfl_started": by_filter(
-        mpfl.mpfl, start_rounds=1, votes="examples", drops="channels", consensus=voting.top_k
+    "mpfl": by_law(mpfl),
+    "mpfl_started": by_law(
+        mpfl, dense_rounds=1, votes="examples", remove="channels", consensus="top_k"
     ),
-    "random_filters": by_filter(filter_controls.random_filters),
-    "pooled_filters": by_filter(filter_controls.pooled_filters, drops="channels"),
-    "averaged_filters": by_filter(filter_controls.averaged_filters),
+    "random_filters": by_law(random_filters),
+    "pooled_filters": by_law(pooled_filters, remove="channels"),
+    "averaged_filters": by_law(averaged_filters),
     "adaptive_dynamic_pruning": dynamic(quadratic.GATED),
     "random_channels": dynamic(quadratic.DRAWING),
-    "squeeze_excitation": lambda s: adaptive_dynamic_pruning.squeeze_excitation(quadratic.GATED, s),
-    "feddp_threshold": lambda s: feddp_threshold.feddp_threshold(
-        quadratic.MODEL, s, num_epochs=2, threshold=0.3, prunable=masks.is_kernel
-    ),
+    "squeeze_excitation": squeeze_excitation,
+    "feddp_threshold": by_law(feddp_threshold, num_epochs=2),
 }
 BY_FILTER = [name for name in ALGORITHMS if name.startswith("mpfl") or name.endswith("_filters")]
 DROPS_CHANNELS = ("mpfl_started", "pooled_filters")  # what reads them goes with the filters

@@ -8,17 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import trees
+from fedjaxprune import registry, trees
 from fedjaxprune.pruning.structured import filters, voting
+from fedjaxprune.settings import Settings
 
 RULES = {
-    "ascending": voting.ascending,
-    "top_k": voting.top_k,
-    "majority": voting.majority,
-    "unanimous": voting.unanimous,
-    "anybody": voting.anybody,
-    "histogram": voting.histogram,
-    "code_dynamic": voting.code_dynamic,
+    name: registry.find("consensus", name).part.build(Settings())
+    for name in registry.names("consensus")
 }
 SIZE, STEPS = 12, [Fraction(j, 10) for j in range(10)]
 QUOTAS = filters.quotas(STEPS, SIZE)
@@ -83,6 +79,11 @@ def draw(rng, *, weighted):
     masks = (rng.random((num_voters, SIZE)) < rng.choice([0.1, 0.5, 0.9])) & live
     worth = rng.integers(0, 4, SIZE).astype(np.float32)
     return weights @ masks, weights.sum(), num_voters, live, worth
+
+
+def test_the_rules_are_those_of_the_specification():
+    by_threshold = {"ascending", "code_dynamic", "majority", "unanimous", "anybody", "histogram"}
+    assert set(RULES) == by_threshold | {"top_k"}
 
 
 @pytest.mark.parametrize("weighted", [False, True])

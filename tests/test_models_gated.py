@@ -11,7 +11,7 @@ import pytest
 
 from fedjaxprune import metrics, trees
 from fedjaxprune.kernels import pooling
-from fedjaxprune.models import adapters, gated, gates, layers, vgg
+from fedjaxprune.models import adapters, gated, gated_layers, gates, layers, vgg
 from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
@@ -82,7 +82,7 @@ def test_exactly_the_asked_number_of_channels_is_kept_for_every_example(choice, 
 
 
 def test_the_most_salient_channels_are_kept_and_the_others_are_zero():
-    module = gated.GatedConv(features=4, norm="group")
+    module = gated_layers.GatedConv(features=4, norm="group")
     x = jax.random.normal(KEY, (2, 3, 3, 2))
     params = init(module, x, jnp.float32(0.5), False, None)
     params = {**params, "gate_kernel": jnp.zeros((2, 4)), "gate_bias": jnp.array([1.0, -1, 3, 2])}
@@ -114,7 +114,7 @@ class SqueezeExcitation(nn.Module):
 
 def test_a_density_of_one_is_squeeze_and_excitation_gradients_included():
     x = jax.random.normal(KEY, (3, 4, 4, 2))
-    module = gated.GatedConv(features=5, norm="group")
+    module = gated_layers.GatedConv(features=5, norm="group")
     params = init(module, x, jnp.float32(1.0), False, None)
     plain = {**params, "norm": params["norm"]["group"]}
 
@@ -303,7 +303,7 @@ def test_a_block_is_two_gated_convolutions_and_the_shortcut_before_the_last_relu
     ("biases", "alive"), [([1.0] * 4, [1, 1, 0, 0]), ([1.0, 2.0, 1.0, 1.0], [1, 1, 0, 0])]
 )
 def test_of_equally_salient_channels_the_former_stay(biases, alive):
-    module = gated.GatedConv(features=4, norm="group")
+    module = gated_layers.GatedConv(features=4, norm="group")
     x = jax.random.normal(KEY, (2, 3, 3, 2))
     params = init(module, x, jnp.float32(0.5), False, None)
     params = {**params, "gate_kernel": jnp.zeros((2, 4)), "gate_bias": jnp.array(biases)}

@@ -11,12 +11,13 @@ import optax
 import pytest
 
 from fedjaxprune import masks, trees
-from fedjaxprune.costs import ledger, storage_models
+from fedjaxprune.costs import ledger
+from fedjaxprune.errors import ConfigError
 from fedjaxprune.federated import sampling, server_optimizers
-from fedjaxprune.methods import fedavg, filter_controls, mpfl
+from fedjaxprune.methods import averaged_filters, fedavg, mpfl, pooled_filters, random_filters
 from fedjaxprune.models import adapters, resnet, vgg, zoo
-from fedjaxprune.pruning.structured import filters, voting
-from fedjaxprune.rounds import protocol
+from fedjaxprune.pruning.structured import filters
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure.channels import groups
 from tests import quadratic, resuming
 
@@ -27,21 +28,8 @@ NUM_FILTERS = 4 + 2
 
 
 def setup(**changes):
-    base = protocol.Protocol(
-        num_rounds=ROUNDS, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
-    )
+    base = Protocol(num_rounds=ROUNDS, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1))
     return base._replace(**changes)
-
-
-def settings(**options):
-    return {
-        "channels": quadratic.CHANNELS,
-        "sparsity": 0.5,
-        "prunable": masks.is_kernel,
-        "iterations": ITERATIONS,
-        "agreement": quadratic.full_batches(LOCAL_STEPS, max_size=28),
-        **options,
-    }
 
 
 def run(algorithm, ids=tuple(range(6)), people=PEOPLE, num_rounds=None):
@@ -62,14 +50,26 @@ def run(algorithm, ids=tuple(range(6)), people=PEOPLE, num_rounds=None):
     return states, history
 
 
-def make(factory=mpfl.mpfl, **options):
-    return factory(quadratic.MODEL, setup(), **settings(**options))
+def make(module=mpfl, *, model=quadratic.MODEL, protocol=None, **options):
+    """Build a method by filter on the client with a known answer, as if it had two layers."""
+    ranking = {"num_prune_steps": ITERATIONS, "vote_epochs": LOCAL_STEPS}
+    options = {
+        "layers": "all",
+        **({} if module is random_filters else ranking),
+        **options,
+    }
+    task = quadratic.task(protocol or setup(), model=model, max_size=28)
+    return module.build(module.METHOD.settings(**options), task)
+
+
+def charge(algorithm, metrics, state):
+    return ledger.account(metrics, state, algorithm)
 
 
 @functools.cache
 def voted():
     """Play MPFL with all clients, once for all tests."""
-    algorithm = make(consensus=voting.top_k)
+    algorithm = make(consensus="top_k")
     return algorithm, *run(algorithm)
 
 
@@ -141,11 +141,11 @@ def _flat(tree):
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("factory", [mpfl.mpfl, filter_controls.pooled_filters])
-def test_one_node_is_iterative_magnitude_pruning_with_rewinding(factory):
+@pytest.mark.parametrize("module", [mpfl, pooled_filters])
+def test_one_node_is_iterative_magnitude_pruning_with_rewinding(module):
     """Train, prune the smallest of what is left, rewind, repeat, on one node's or pooled data."""
-    algorithm = make(factory)
-    is_vote = factory is mpfl.mpfl
+    algorithm = make(module)
+    is_vote = module is mpfl
     states, _ = run(algorithm, ids=[3], num_rounds=ITERATIONS + 1)
     mean = None if is_vote else np.asarray(PEOPLE.examples["inputs"]).mean(axis=0)
     live, params = [np.ones(4, bool), np.ones(2, bool)], quadratic.PARAMS
@@ -163,7 +163,7 @@ def test_one_node_is_iterative_magnitude_pruning_with_rewinding(factory):
 
 
 def test_averaged_filters_rank_the_plain_mean_of_the_clients_weights():
-    algorithm = make(filter_controls.averaged_filters)
+    algorithm = make(averaged_filters)
     states, history = run(algorithm, num_rounds=ITERATIONS + 1)
     for step, (before, after) in enumerate(itertools.pairwise(states)):
         everybody = [trained(i, before.params) for i in range(6)]
@@ -171,23 +171,21 @@ def test_averaged_filters_rank_the_plain_mean_of_the_clients_weights():
         live = [np.asarray(bits) for bits in before.method.keep]
         wanted = tuple(best(mean, live, counts_at(step)))
         chex.assert_trees_all_equal(tuple(map(np.asarray, after.method.keep)), wanted)
-    traffic = ledger.account(history[-1], states[-1], algorithm)
+    traffic = charge(algorithm, history[-1], states[-1])
     dense = 6 * 32 * quadratic.NUM_WEIGHTS
     assert traffic.uplink.values == dense
     assert traffic.published["filter_masked"] == (dense, 6 * NUM_FILTERS)
 
 
 def test_random_filters_follow_from_the_seed_and_do_not_travel():
-    options = settings()
-    del options["iterations"], options["agreement"]
-    algorithm = filter_controls.random_filters(quadratic.MODEL, setup(), **options)
+    algorithm = make(random_filters)
     states, history = run(algorithm)
     assert [int(bits.sum()) for bits in states[-1].method.keep] == [2, 1]
-    assert all(ledger.account(m, states[-1], algorithm).downlink.masks == 0 for m in history)
+    assert all(charge(algorithm, m, states[-1]).downlink.masks == 0 for m in history)
 
 
 def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
-    algorithm = make(votes="examples", factor=0.4, consensus=voting.majority)
+    algorithm = make(votes="examples", prune_fraction_per_step=0.4, consensus="majority")
     states, _ = run(algorithm, num_rounds=2)
     sizes = np.array([3, 5, 2, 8, 4, 6])
     live = [np.ones(4, bool), np.ones(2, bool)]
@@ -199,11 +197,11 @@ def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
 
 
 def test_no_exchange_follows_once_enough_is_pruned():
-    algorithm = make(stop=0.1)
+    algorithm = make(stop_sparsity=0.1)
     states, history = run(algorithm, num_rounds=ITERATIONS + 1)
     assert [int(m.num_participating) for m in history] == [6, 6, 0]  # a quarter goes at first
     chex.assert_trees_all_equal(states[3]._replace(round=states[2].round), states[2])
-    traffic = ledger.account(history[2], states[3], algorithm)
+    traffic = charge(algorithm, history[2], states[3])
     assert (traffic.uplink_bits, traffic.downlink_bits, traffic.clients) == (0, 0, ())
     assert set(map(tuple, traffic.published.values())) == {(0, 0)}
 
@@ -222,9 +220,7 @@ def assert_is_fedavg(states):
 
 def test_what_the_server_remembers_of_a_trained_start_is_rewound_too():
     server = server_optimizers.fedavgm(learning_rate=1.0, momentum=0.9)
-    algorithm = mpfl.mpfl(
-        quadratic.MODEL, setup(server=server), **settings(start_rounds=2, consensus=voting.top_k)
-    )
+    algorithm = make(protocol=setup(server=server), dense_rounds=2, consensus="top_k")
     states, _ = run(algorithm, num_rounds=2 + ITERATIONS + 1)
     started, agreed = states[2], states[-1]
     assert np.all(quadratic.flatten(optax.tree.get(started.server, "trace")) != 0)
@@ -283,7 +279,7 @@ def test_what_is_pruned_can_be_removed_exactly():
 
 
 def test_training_may_leave_out_what_reads_pruned_channels():
-    algorithm = make(filter_controls.pooled_filters, drops="channels")
+    algorithm = make(pooled_filters, remove="channels")
     states, history = run(algorithm, num_rounds=ITERATIONS + 1)
     assert np.all(np.asarray(states[2].masks["head"]["kernel"]))  # not before the last exchange
     read = np.asarray(states[-1].masks["head"]["kernel"])
@@ -298,7 +294,7 @@ def test_training_may_leave_out_what_reads_pruned_channels():
 
 def test_the_closed_form_of_the_agreement():
     """The specification's figures: bytes of a mask, and of ten exchanges with ten nodes."""
-    assert storage_models.mpfl_agreement(2_752, 10, 9) == 8 * 68_800
+    assert mpfl.agreement_bits(2_752, 10, 9) == 8 * 68_800
     cases = [
         (vgg.vgg11(norm="none", input_shape=(32, 32, 3), num_classes=100), 2_752, 9_217_728, 344),
         (
@@ -335,10 +331,10 @@ def test_all_filters_of_vgg11_are_found():
 
 def test_the_ledger_is_the_closed_form():
     algorithm, states, history = voted()
-    charged = [ledger.account(m, s, algorithm) for m, s in zip(history, states[1:], strict=True)]
+    charged = [charge(algorithm, m, s) for m, s in zip(history, states[1:], strict=True)]
     agreed = charged[: ITERATIONS + 1]
     total = sum(sum(traffic.published["filter_masked"]) for traffic in agreed)
-    assert total == storage_models.mpfl_agreement(NUM_FILTERS, 6, ITERATIONS)
+    assert total == mpfl.agreement_bits(NUM_FILTERS, 6, ITERATIONS)
     # Measured: the first mask says nothing, the last goes down in the first round of training.
     assert [t.downlink_bits for t in agreed[:2]] == [0, 0]
     for traffic, kept in zip(charged, [(4, 2), (3, 2), (2, 1)], strict=False):
@@ -357,7 +353,7 @@ def test_the_ledger_is_the_closed_form():
 
 @pytest.mark.slow  # the ledger's table has the same among its cases
 def test_a_trained_start_goes_down_once_to_everybody():
-    algorithm = make(start_rounds=1)
+    algorithm = make(dense_rounds=1)
     state = algorithm.init(quadratic.PARAMS, {})
     everyone = quadratic.cohort(algorithm, range(6)).states
     received = []
@@ -370,7 +366,7 @@ def test_a_trained_start_goes_down_once_to_everybody():
         everyone = jax.tree.map(
             lambda all_, new, ids=ids: all_.at[jnp.asarray(ids)].set(new), everyone, rows
         )
-        traffic = ledger.account(metrics, state, algorithm)
+        traffic = charge(algorithm, metrics, state)
         live = 32 * int(masks.num_kept(before.masks).sum())
         received.append(traffic.downlink.values // live)
         assert traffic.published["values"].downlink == traffic.downlink.values
@@ -382,21 +378,47 @@ def test_a_trained_start_goes_down_once_to_everybody():
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    "options",
     [
-        ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), got 1.0"),
-        ({"iterations": 0}, "iterations must be at least 1, got 0"),
-        ({"factor": 1.0}, r"factor must lie in \(0, 1\), got 1.0"),
-        ({"votes": "all"}, "votes must be 'clients' or 'examples', got 'all'"),
-        ({"drops": "all"}, "drops must be 'filters' or 'channels', got 'all'"),
-        ({"stop": 1.5}, r"stop must lie in \[0, 1\], got 1.5"),
-        ({"start_rounds": -1}, "start_rounds must not be negative, got -1"),
-        ({"prunable": filters.convolutions}, "there are no filters to prune: the network has no"),
+        {"sparsity": 1.0},
+        {"num_prune_steps": 0},
+        {"prune_fraction_per_step": 1.0},
+        {"votes": "all"},
+        {"remove": "all"},
+        {"stop_sparsity": 1.5},
+        {"dense_rounds": -1},
+        {"vote_epochs": 0},
+        {"layers": "dense"},
     ],
+    ids=lambda options: "".join(options),
 )
-def test_wrong_options_are_refused(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_wrong_settings_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
         make(**options)
+
+
+def test_a_network_without_filters_is_refused():
+    with pytest.raises(ValueError, match="there are no filters to prune: the network has no"):
+        make(layers="convolutions")
+
+
+def half(ballot, quota):
+    """Keep every second filter; a rule of consensus of somebody's own."""
+    del quota
+    return jnp.arange(ballot.votes.shape[0]) % 2 == 0
+
+
+def test_a_consensus_rule_is_found_by_name_wherever_it_is():
+    algorithm = make(consensus=f"{half.__module__}:half")
+    states, _ = run(algorithm, num_rounds=1)
+    assert [bits.tolist() for bits in states[-1].method.keep] == [
+        [True, False, True, False],
+        [True, False],
+    ]
+    with pytest.raises(
+        ConfigError, match=r"method\.consensus must be one of .* did you mean 'top_k'"
+    ):
+        make(consensus="topk")
 
 
 @pytest.mark.parametrize(
@@ -404,19 +426,22 @@ def test_wrong_options_are_refused(options, sentence):
     [
         ({}, ["agree", "agree", "train"]),
         pytest.param(
-            {"start_rounds": 2, "iterations": 2, "votes": "examples", "drops": "channels"},
+            {"dense_rounds": 2, "num_prune_steps": 2, "votes": "examples", "remove": "channels"},
             [*["start"] * 2, *["agree"] * 3, *["train"] * 2],
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path, options, stages):
-    settled = settings(**{"iterations": 1, **options})
-    own = setup(num_rounds=stages.count("train"))
+    algorithm = make(
+        model=quadratic.NORMALIZED,
+        protocol=setup(num_rounds=stages.count("train")),
+        **{"num_prune_steps": 1, **options},
+    )
     uniform = sampling.uniform(num_clients=6, cohort_size=4)
     parts = resuming.parts(
         quadratic.NORMALIZED,
-        mpfl.mpfl(quadratic.NORMALIZED, own, **settled),
+        algorithm,
         PEOPLE,
         sampling.with_dropout(uniform, probability=0.2),
     )

@@ -10,10 +10,18 @@ import pytest
 
 from fedjaxprune import masks
 from fedjaxprune.experiment import methods
-from fedjaxprune.methods import fedavg, filter_controls, fixed_masks, gradual_magnitude, mpfl
+from fedjaxprune.methods import (
+    averaged_filters,
+    fedavg,
+    fixed_masks,
+    gradual_magnitude,
+    mpfl,
+    pooled_filters,
+    random_filters,
+)
 from fedjaxprune.rounds import server_work
 from tests import quadratic
-from tests.test_algorithms import by_filter, dip, flip, setup, tiny
+from tests.test_algorithms import by_law, dip, flip, setup, tiny
 
 KEY = jax.random.key(8)
 PEOPLE = quadratic.population()
@@ -44,10 +52,10 @@ METHODS = {
     ),
     "autoflip": flip(sparsity=0.0),
     "fedtiny": tiny(density=1.0, period=1),
-    "mpfl": by_filter(mpfl.mpfl, sparsity=0.0),
-    "random_filters": by_filter(filter_controls.random_filters, sparsity=0.0),
-    "pooled_filters": by_filter(filter_controls.pooled_filters, sparsity=0.0),
-    "averaged_filters": by_filter(filter_controls.averaged_filters, sparsity=0.0),
+    "mpfl": by_law(mpfl, sparsity=0.0),
+    "random_filters": by_law(random_filters, sparsity=0.0),
+    "pooled_filters": by_law(pooled_filters, sparsity=0.0),
+    "averaged_filters": by_law(averaged_filters, sparsity=0.0),
 }
 TRAINED = ("magnitude_masks", "fedtiny")  # that go on from weights trained at the server
 SLOW = ("one_client_masks", "pooled_masks", "pooled_filters", "averaged_filters")  # share parts

@@ -123,24 +123,6 @@ def autoflip_run(
     return both, both + num_prunable * num_informed
 
 
-def mpfl_agreement(num_filters: int, num_clients: int, iterations: int) -> int:
-    """Charge MPFL's agreement: a bit a filter, up and down, in every exchange, of every client.
-
-    With ``j = 0`` there are ``iterations + 1`` exchanges; initial weights follow from a seed.
-    """
-    return (iterations + 1) * num_clients * 2 * num_filters
-
-
-def filter_masked(kept_filters: Sequence[int], filter_sizes: Sequence[int], num_others: int) -> int:
-    """Charge a transfer of a model under a mask by filters, in bits.
-
-    32 for every weight of a live filter and for all other parameters, live or not: biases,
-    normalization, dense layers. What reads a pruned channel is charged too.
-    """
-    live = sum(n * size for n, size in zip(kept_filters, filter_sizes, strict=True))
-    return 32 * (live + num_others)
-
-
 def _log2(number: int) -> int:
     """Round the binary logarithm up; 0 for numbers below 2."""
     return max(number - 1, 0).bit_length()

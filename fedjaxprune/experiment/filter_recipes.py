@@ -1,91 +1,47 @@
 """From a config to methods that prune whole filters before training."""
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from fedjaxprune.data import batching
-from fedjaxprune.experiment.config.flat.sections import RunConfig
+from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
-from fedjaxprune.methods import filter_controls, mpfl
-from fedjaxprune.pruning.structured import voting
+from fedjaxprune.experiment.task_of import task_of
+from fedjaxprune.methods import averaged_filters, mpfl, pooled_filters, random_filters
 from fedjaxprune.rounds.protocol import Protocol
-from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Algorithm, Model
 
-CONSENSUS: Mapping[str, voting.ConsensusFn] = {
-    "ascending": voting.ascending,
-    "top_k": voting.top_k,
-    "majority": voting.majority,
-    "unanimous": voting.unanimous,
-    "anybody": voting.anybody,
-    "histogram": voting.histogram,
-    "code_dynamic": voting.code_dynamic,
+MODULES: Mapping[str, ModuleType] = {
+    "mpfl": mpfl,
+    "random_filters": random_filters,
+    "pooled_filters": pooled_filters,
+    "averaged_filters": averaged_filters,
 }
 
 
-def by_vote(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
-    """Build MPFL."""
-    return mpfl.mpfl(
-        model,
-        setup,
-        consensus=CONSENSUS[config.consensus],
-        votes=config.votes,
-        **_common(config, model, given),
-        **_iterative(config, given),
-    )
-
-
-def pooled(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
-    """Build the control of filters that the data of all decide."""
-    return filter_controls.pooled_filters(
-        model, setup, **_common(config, model, given), **_iterative(config, given)
-    )
-
-
-def averaged(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
-    """Build the control of filters that averaged weights decide."""
-    return filter_controls.averaged_filters(
-        model, setup, **_common(config, model, given), **_iterative(config, given)
-    )
-
-
-def random(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
-    """Build the control of random filters."""
-    return filter_controls.random_filters(model, setup, **_common(config, model, given))
-
-
-def _common(config: RunConfig, model: Model, given: Given) -> dict[str, Any]:
-    params, state = jax.eval_shape(model.init, jax.random.key(0))
-    inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
-    return {
-        "channels": groups.analyze(model.predict, params, state, inputs),
+def build(config: RunConfig, model: Model, protocol: Protocol, given: Given) -> Algorithm:
+    """Build MPFL or one of its controls."""
+    module = MODULES[config.algorithm]
+    settings: dict[str, Any] = {
         "sparsity": config.sparsity,
-        "start_rounds": config.start_rounds,
-        "drops": config.drops,
+        "dense_rounds": config.start_rounds,
+        "remove": config.drops,
     }
+    if config.algorithm != "random_filters":
+        settings |= {
+            "num_prune_steps": config.mask_iterations,
+            "prune_fraction_per_step": config.filter_factor,
+            "vote_epochs": config.pretrain_epochs,
+        }
+    if config.algorithm == "mpfl":
+        settings |= {"consensus": config.consensus, "votes": config.votes}
+    task = task_of(config, model, protocol, given)
+    return module.build(module.METHOD.settings(**settings), task)
 
 
-def _iterative(config: RunConfig, given: Given) -> dict[str, Any]:
-    return {
-        "iterations": config.mask_iterations,
-        "factor": config.filter_factor,
-        "agreement": batching.epochs(
-            num_epochs=config.pretrain_epochs,
-            batch_size=config.batch_size,
-            preprocess=given.train,
-        ),
-    }
-
-
-ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, Given], Algorithm]] = {
-    "mpfl": by_vote,
-    "random_filters": random,
-    "pooled_filters": pooled,
-    "averaged_filters": averaged,
-}
+ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, Given], Algorithm]] = dict.fromkeys(
+    MODULES, build
+)
 SUMMARIES: Mapping[str, str] = {
     "mpfl": "clients vote on filters, then train what stays (Gez and Cohen, arXiv 2312.03889)",
     "random_filters": "MPFL's control: filters drawn at random",

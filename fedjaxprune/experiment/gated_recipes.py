@@ -3,11 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
-from fedjaxprune.experiment.config.flat.sections import RunConfig
+from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
+from fedjaxprune.experiment.task_of import task_of
 from fedjaxprune.methods import adaptive_dynamic_pruning as adp
 from fedjaxprune.methods import feddp_threshold
 from fedjaxprune.models import gated
@@ -36,32 +34,25 @@ def _vgg16(config: RunConfig, **sizes) -> Model:
     return gated.gated_vgg16(norm=config.norm, density=density, choice=choice, **sizes)
 
 
-def _dynamic(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
+def _dynamic(config: RunConfig, model: Model, protocol: Protocol, given: Given) -> Algorithm:
     """Build adaptive dynamic pruning; its control differs from it by the network's choice alone."""
-    density = config.gate_density
-    inputs = jax.ShapeDtypeStruct((2, *given.input_shape), jnp.float32)
-    return adp.adaptive_dynamic_pruning(
-        model,
-        setup,
-        density=adp.warm_up(density=density, num_rounds=config.rounds, hold=config.gate_warm_up)
-        if config.gate_warm_up
-        else density,
-        readers=adp.readers_of(model, inputs),
+    settings = adp.AdaptiveDynamicPruning(
         gradient=config.gate_gradient,
         upload=config.gate_upload,
-        gates=config.gates,
+        gate_sharing=config.gates,
+        warm_up_fraction=config.gate_warm_up,
     )
+    return adp.build(settings, task_of(config, model, protocol, given))
 
 
-def _threshold(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
-    """Build FedDP's threshold; local steps that are no epochs are taken for one."""
-    del given  # needs nothing beside the protocol
-    return feddp_threshold.feddp_threshold(
-        model,
-        setup,
-        num_epochs=1 if config.local_steps is not None else config.local_epochs,
-        threshold=config.weight_threshold,
-    )
+def _open(config: RunConfig, model: Model, protocol: Protocol, given: Given) -> Algorithm:
+    settings = adp.AdaptiveDynamicPruning(gradient="plain", upload="dense")
+    return adp.build(settings, task_of(config, model, protocol, given))
+
+
+def _threshold(config: RunConfig, model: Model, protocol: Protocol, given: Given) -> Algorithm:
+    settings = feddp_threshold.FedDPThreshold(threshold=config.weight_threshold)
+    return feddp_threshold.build(settings, task_of(config, model, protocol, given))
 
 
 MODELS: Mapping[str, Callable[..., Model]] = {
@@ -71,7 +62,7 @@ MODELS: Mapping[str, Callable[..., Model]] = {
 }
 ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, Given], Algorithm]] = {
     "adaptive_dynamic_pruning": _dynamic,
-    "squeeze_excitation": lambda config, model, setup, given: adp.squeeze_excitation(model, setup),
+    "squeeze_excitation": _open,
     "random_channels": _dynamic,
     "feddp_threshold": _threshold,
 }

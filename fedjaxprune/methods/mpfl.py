@@ -1,8 +1,8 @@
-"""MPFL: agree on a mask of filters first, one bit each, and train the small model then.
+"""Let clients vote on filters, one bit each, and train what the consensus keeps.
 
 Stages of one run:
 
-1. ``start`` (only with `start_rounds`): dense FedAvg, for weights worth pruning;
+1. ``start`` (only with `dense_rounds`): dense FedAvg, for weights worth pruning;
 2. ``agree``: in every exchange the nodes train from the weights of the start under the mask so far,
    rank the filters of each layer by norm, and vote for those they would keep; the server makes one
    mask of the votes, and all weights go back to the start. The first exchange prunes nothing;
@@ -10,153 +10,151 @@ Stages of one run:
 
 The public code has no federated training, hands out pretrained weights with a classifier drawn
 anew in every rebuild, and puts its threshold the wrong way round. Here the start is one, classifier
-included, and follows from the run's seed; the threshold climbs (`consensus.ascending`), with the
-code's rule as an option (`consensus.code_dynamic`); nodes prune towards an absolute share, with the
-code's share of what is left as an option (`factor`); a filter takes its bias and normalization
-along, so that it can be removed; and no layer loses all. Nodes vote with the weights of their last
-epoch, not with those of the epoch that was best on examples set aside.
+included, and follows from the run's seed; the threshold climbs (consensus ``ascending``), with the
+code's rule as an option (``code_dynamic``); nodes prune towards an absolute share, with the code's
+share of the remaining filters as an option (`prune_fraction_per_step`); a filter takes its bias and
+normalization along, so that it can be removed; and no layer loses all. Nodes vote with the weights
+of their last epoch, not with those of the epoch that was best on held-out examples.
 
 References:
   Gez and Cohen, `A Masked Pruning Approach for Dimensionality Reduction in Communication-Efficient
   Federated Learning Systems <https://arxiv.org/abs/2312.03889>`_, 2023.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
+from fedjaxprune import registry, trees
 from fedjaxprune.costs import coverage
-from fedjaxprune.federated import aggregators, local_training
-from fedjaxprune.methods import _filter_masks, _filter_stages
-from fedjaxprune.pruning.structured import filters
-from fedjaxprune.pruning.structured import voting as rules
-from fedjaxprune.rounds.protocol import FieldSpec, Protocol
-from fedjaxprune.structure.channels import groups
-from fedjaxprune.types import Algorithm, Batcher, Client, Message, Model, PrunableFn
+from fedjaxprune.federated import aggregators
+from fedjaxprune.method import Method, Needs, Paper
+from fedjaxprune.methods import _filter_rounds
+from fedjaxprune.pruning.structured import filters, voting
+from fedjaxprune.rounds.protocol import FieldSpec
+from fedjaxprune.rounds.task import Task
+from fedjaxprune.settings import setting
+from fedjaxprune.types import Algorithm, Client, Message, RoundMetrics
+
+AGREEMENT = "agreement"  # of the record, and a report [C, layers] of each exchange
 
 
-def mpfl(
-    model: Model,
-    setup: Protocol,
-    *,
-    channels: groups.Analysis,
-    sparsity: float,
-    iterations: int,
-    agreement: Batcher,
-    consensus: rules.ConsensusFn = rules.ascending,
-    factor: float | None = None,
-    votes: Literal["clients", "examples"] = "clients",
-    stop: float | None = None,
-    start_rounds: int = 0,
-    drops: filters.Drops = "filters",
-    prunable: PrunableFn = filters.convolutions,
-) -> Algorithm:
-    """Let the clients vote on filters, and train what the consensus keeps.
+class MPFL(_filter_rounds.RankingSettings):
+    """Settings of MPFL; its sparsity is what the last exchange wants.
 
-    Args:
-      model: a network with convolutions.
-      setup: what every method shares; `num_rounds` counts the rounds of training alone. The local
-        training of the exchanges takes its optimizer too, without the factor on the learning rate.
-      channels: of the network (`groups.analyze`).
-      sparsity: fraction of each layer's filters that the last exchange wants pruned, in [0, 1).
-        With ``consensus.top_k`` it is what is pruned; other rules may prune more or less.
-      iterations: exchanges that prune, each an equal share of `sparsity` further (public code: 9
-        towards 0.9).
-      agreement: a node's local steps in an exchange (public code: 10 epochs).
-      consensus: how votes become one mask (`fedjaxprune.pruning.structured.voting`).
-      factor: fraction of the filters left that a node would prune in an exchange (public code:
-        0.1); None lets it prune up to the share that is wanted by then.
-      votes: one for every client (public code), or one for every example.
-      stop: share of the layers' weights; once more is pruned no exchange follows. None takes 0.9
-        (public code), or `sparsity` if that is more.
-      start_rounds: rounds of dense FedAvg first, whose result the clients are then sent.
-      drops: what training leaves out: pruned filters, or also what reads their channels, which
-        changes no output and saves traffic.
-      prunable: whose filters (public code: of all convolutions, shortcuts included).
+    With the consensus ``top_k`` it is what is pruned; other rules may prune more or less.
+    """
+
+    consensus: str = setting(
+        "ascending",
+        "How votes become one mask: the lowest threshold that prunes enough (ascending), as many "
+        "as wanted (top_k), more than half (majority), all (unanimous), any (anybody), the "
+        "percentile of the votes (histogram), the public code's rule (code_dynamic), or "
+        "module:NAME.",
+        min_length=1,
+    )
+    votes: Literal["clients", "examples"] = setting(
+        "clients", "Whether every client has one vote (public code), or every example."
+    )
+
+
+def build(settings: MPFL, task: Task) -> Algorithm:
+    """Build MPFL.
 
     Raises:
-      ValueError: if an option is out of range, or the network has no filters.
+      ConfigError: there is no such consensus rule.
+      ValueError: the network has no filters.
     """
-    if votes not in ("clients", "examples"):
-        raise ValueError(f"votes must be 'clients' or 'examples', got {votes!r}.")
-    the = _filter_masks.plan(
-        model,
-        channels=channels,
-        sparsity=sparsity,
-        iterations=iterations,
-        stop=stop,
-        drops=drops,
-        prunable=prunable,
+    part = registry.find("consensus", settings.consensus, path="method.consensus").part
+    rule: voting.ConsensusFn = part.build(part.settings())
+    plan = _filter_rounds.make_plan(
+        task, settings, num_steps=settings.num_prune_steps, stop=settings.stop_sparsity
     )
-    quotas = [
-        filters.quotas(_filter_masks.steps(sparsity, iterations), group.size)
-        for group in the.layers
-    ]
-    counts = {"clients": aggregators.vote_counts, "examples": aggregators.vote_weights}[votes]()
+    wanted = filters.even_steps(settings.sparsity, plan.num_steps)
+    quotas = [filters.quotas(wanted, group.size) for group in plan.layers]
+    counts = {"clients": aggregators.vote_counts, "examples": aggregators.vote_weights}
 
-    def conclude(key, state, fields):
+    def server_update(key, state, fields):
         del key  # deterministic
-        num_voters = fields["num_messages"]
-        keepers, weight = fields["ballot"]
+        votes, weight = fields["ballot"]
         keep = tuple(
-            rules.decide(
-                consensus,
-                rules.Ballot(
-                    votes=line, weight=weight, num_voters=num_voters, live=live, worth=norm
+            voting.decide(
+                rule,
+                voting.Ballot(
+                    votes=line,
+                    weight=weight,
+                    num_voters=fields["num_messages"],
+                    live=live,
+                    worth=norm,
                 ),
                 trees.take_rows(quota, state.round),
             )
             for line, live, norm, quota in zip(
-                keepers,
+                votes,
                 state.method.keep,
-                filters.norms(state.params, the.layers),
+                filters.norms(state.params, plan.layers),
                 quotas,
                 strict=True,
             )
         )
         alike = [
-            coverage.agreement((line,), num_voters, lambda path, leaf: True)
+            coverage.agreement((line,), fields["num_messages"], lambda path, leaf: True)
             for line in fields["masks"]
         ]
-        state = _filter_masks.settle(the, setup, state, keep, step=state.round)
+        state = _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=state.round)
         log = state.method.agreement.at[state.round].set(jnp.stack(alike), mode="drop")
         return state._replace(method=state.method._replace(agreement=log))
 
-    agree = _filter_stages.exchange(
-        setup,
-        the,
+    targets = filters.targets(plan.layers, wanted, of_remaining=settings.prune_fraction_per_step)
+    agree = _filter_rounds.exchange(
+        task,
+        settings,
+        plan,
         name="agree",
-        client=_voter(
-            local_training.local_sgd(model.loss, batcher=agreement, optimizer=setup.optimizer),
-            the,
-            _filter_masks.targets(the, sparsity, factor),
-        ),
+        client=_voter(_filter_rounds.trainer(task, settings), plan, targets),
         fields={
             "masks": FieldSpec(aggregators.vote_counts(), send="bits"),
-            "ballot": FieldSpec(counts, send="nothing"),
+            "ballot": FieldSpec(counts[settings.votes](), send="nothing"),
             "size": FieldSpec(aggregators.unweighted_sum(), send="nothing"),
         },
-        conclude=conclude,
-        start_rounds=start_rounds,
+        server_update=server_update,
+        reports=lambda before, after: {
+            AGREEMENT: trees.take_rows(after.method.agreement, before.round)
+        },
     )
-    return _filter_stages.federate(model, setup, the, (agree,), start_rounds=start_rounds)
+    algorithm = _filter_rounds.train_after(task, settings, plan, (agree,))
+    return algorithm._replace(diagnostics=diagnostics)
 
 
-def _voter(
-    trainer: Client, the: _filter_masks.Plan, targets: _filter_masks.TargetFn
-) -> _filter_stages.Local:
+def diagnostics(metrics: RoundMetrics) -> dict[str, Any]:
+    """Say how far voters agreed on each layer's filters, in an exchange in which any were heard."""
+    found = metrics.sent.reports.get(AGREEMENT)
+    if found is None or int(metrics.num_participating) <= int(metrics.num_rejected):
+        return {}
+    return {AGREEMENT: np.round(np.asarray(found[0], np.float64), 6).tolist()}
+
+
+def agreement_bits(num_filters: int, num_clients: int, num_prune_steps: int) -> int:
+    """Charge the agreement: a bit a filter, up and down, in every exchange, of every client.
+
+    The exchange that prunes nothing counts, too; initial weights follow from a seed.
+    """
+    return (num_prune_steps + 1) * num_clients * 2 * num_filters
+
+
+def _voter(trainer: Client, plan: _filter_rounds.Plan, targets: filters.TargetFn) -> Client:
     """Make a client that trains, ranks its filters and votes; its weights are forgotten."""
 
-    def update_fn(key, given, state, data):
-        broadcast, keep = given
+    def update_fn(key, broadcast, state, data):
         message, _ = trainer.update(key, broadcast, trainer.init(broadcast.params), data)
         start = masks_lib.apply(broadcast.masks, broadcast.params)
         trained = jax.tree.map(jnp.add, start, message.fields["delta"])
-        vote = _filter_masks.ranked(the, trained, keep, targets(broadcast.round, keep))
-        norms = [jnp.sum(norm) for norm in filters.norms(trained, the.layers)]
+        keep = filters.of_masks(plan.layers, broadcast.masks)
+        vote = filters.ranked(plan.layers, trained, keep, targets(broadcast.round, keep))
+        norms = [jnp.sum(norm) for norm in filters.norms(trained, plan.layers)]
         fields = {
             "masks": vote,
             "ballot": (vote, jnp.bool_(True)),
@@ -166,4 +164,21 @@ def _voter(
         }
         return Message(fields=fields, weight=message.weight), state
 
-    return update_fn
+    return Client(init=lambda params: (), update=update_fn)
+
+
+METHOD = Method(
+    build=build,
+    settings=MPFL,
+    paper=Paper(
+        authors="Gez and Cohen",
+        year=2023,
+        title="A Masked Pruning Approach for Dimensionality Reduction in Communication-Efficient "
+        "Federated Learning Systems",
+        arxiv="2312.03889",
+        code="https://github.com/TamirGez/MPFL",
+    ),
+    needs=Needs(convolutions=True),
+    default_model="resnet8",
+    law_settings={"num_prune_steps": 1, "vote_epochs": 3, "layers": "all"},
+)

@@ -15,127 +15,17 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune import metrics
 from fedjaxprune.kernels import pooling, shapes
-from fedjaxprune.metrics import Mean
-from fedjaxprune.models import adapters, gates, layers, resnet, vgg
+from fedjaxprune.models import adapters, gated_layers, gates, layers, resnet, vgg
+from fedjaxprune.models.gated_layers import Choice
+from fedjaxprune.registry import Part
+from fedjaxprune.settings import Count, Positive, Probability, Settings, Share, setting
 from fedjaxprune.types import Model
-
-Choice = Literal["salient", "random"]
-
-
-class GatedConv(nn.Module):
-    """A convolution, normalization and a gate: ``norm(conv(x)) * saliency`` on the kept channels.
-
-    Exactly `gates.num_kept` channels are kept for every example; of equal saliencies
-    the lower channel goes first. The choice has no gradient, the saliencies of kept channels have.
-    How many examples kept each channel is sown as ``kept``, and what share of the layer's products
-    they need as ``through`` (see `gating`).
-
-    Attributes:
-      features: channels of the output.
-      norm: kind of normalization.
-      stride: of the 3×3 convolution.
-      squash: ``"sigmoid"`` squashes the gate's view of the input, ``"none"`` does not.
-      choice: ``"salient"``, or ``"random"`` for the control that keeps as many channels, drawn
-        anew for every example and scaled all the same.
-      gate_scale: of the gate's kernel at the start, as a multiple of He's normal by fan-in; the
-        gate's bias starts at 1, so that a small one begins close to the network without gates.
-    """
-
-    features: int
-    norm: resnet.Norm
-    stride: int = 1
-    squash: Literal["none", "sigmoid"] = "none"
-    choice: Choice = "salient"
-    gate_scale: float = 1.0
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, density: jax.Array, train: bool, mask: jax.Array | None
-    ) -> jax.Array:
-        """Map ``[B, H, W, C]`` to ``[B, H', W', features]``; `density` is ``[]``."""
-        shape = (x.shape[-1], self.features)
-        start = nn.initializers.variance_scaling(2.0 * self.gate_scale**2, "fan_in", "normal")
-        kernel = self.param("gate_kernel", start, shape)
-        bias = self.param("gate_bias", nn.initializers.ones, shape[1:])
-        channels = pooling.global_average_pool(x)
-        summary = nn.sigmoid(channels) if self.squash == "sigmoid" else channels
-        saliency = nn.relu(summary @ kernel + bias[None])
-        scores = jax.lax.stop_gradient(saliency)
-        if self.choice == "random":
-            key = self.make_rng("dropout") if train else jax.random.key(0)
-            scores = _draw(key, jax.lax.stop_gradient(summary), self.features)
-        kept = _rank(scores) < gates.num_kept(density, self.features)
-        counts = jnp.ones(x.shape[:1], jnp.bool_) if mask is None else mask
-        self.sow(
-            "metrics",
-            gates.KEPT,
-            Mean(
-                total=jnp.sum(kept & counts[:, None], axis=0).astype(jnp.float32),
-                weight=jnp.sum(counts).astype(jnp.float32),
-            ),
-            init_fn=metrics.zero,
-            reduce_fn=metrics.merge,
-        )
-        factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))
-        self.sow(
-            "metrics",
-            gates.THROUGH,
-            metrics.mean(_share_through(channels, factor), counts.astype(jnp.float32)),
-            init_fn=metrics.zero,
-            reduce_fn=metrics.merge,
-        )
-        x = layers.Conv(self.features, 3, self.stride, name="conv")(x)
-        return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor[:, None, None]
-
-
-def _share_through(channels: jax.Array, factor: jax.Array) -> jax.Array:
-    """Measure the share of a layer's products that an example needs: ``[B]`` float32.
-
-    Args:
-      channels: ``[B, C]``, means of the input, which is not negative behind a ReLU: zero where a
-        channel is zero everywhere.
-      factor: ``[B, features]``, zero where a channel of the output is.
-    """
-    live_in, live_out = jax.lax.stop_gradient((channels, factor))
-    share_in, share_out = (
-        jnp.mean((x != 0).astype(jnp.float32), axis=1) for x in (live_in, live_out)
-    )
-    return share_in * share_out
-
-
-def _rank(scores: jax.Array) -> jax.Array:
-    """Count, for each entry of ``[B, C]``, the entries of its row that go before it: int32.
-
-    The greater goes first, of equals the former. Rows are short: all pairs cost less than a sort.
-    """
-    first, second = scores[:, :, None], scores[:, None, :]
-    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    former = place[None, None, :] < place[None, :, None]
-    return jnp.sum((second > first) | ((second == first) & former), axis=-1, dtype=jnp.int32)
-
-
-def _draw(key: jax.Array, summary: jax.Array, features: int) -> jax.Array:
-    """Draw scores ``[B, features]`` for each example from its own content.
-
-    So that a prediction, which has no key of its own, depends neither on the example's place in the
-    batch nor on its neighbours.
-    """
-    content = jax.lax.bitcast_convert_type(summary.astype(jnp.float32), jnp.uint32)
-    places = jnp.arange(1, summary.shape[-1] + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
-    seeds = jnp.sum(content * places[None], axis=-1, dtype=jnp.uint32)  # modulo 2^32
-
-    def draw(seed):
-        return jax.random.uniform(jax.random.fold_in(key, seed), (features,))
-
-    return jax.vmap(draw)(seeds)
 
 
 class GatedBlock(nn.Module):
@@ -145,8 +35,8 @@ class GatedBlock(nn.Module):
       features: channels of the output.
       stride: of the first convolution.
       norm: kind of normalization.
-      choice: as in `GatedConv`.
-      gate_scale: as in `GatedConv`.
+      choice: as in `gated_layers.GatedConv`.
+      gate_scale: as in `gated_layers.GatedConv`.
     """
 
     features: int
@@ -164,7 +54,7 @@ class GatedBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.features:
             shortcut = resnet.subsample(x, features=self.features, stride=self.stride)
         for i, stride in enumerate((self.stride, 1), start=1):
-            conv = GatedConv(
+            conv = gated_layers.GatedConv(
                 self.features,
                 self.norm,
                 stride,
@@ -187,8 +77,8 @@ class GatedResNet(nn.Module):
       num_classes: width of the output.
       norm: kind of normalization.
       density: fraction of channels kept, to begin with.
-      choice: as in `GatedConv`.
-      gate_scale: as in `GatedConv`.
+      choice: as in `gated_layers.GatedConv`.
+      gate_scale: as in `gated_layers.GatedConv`.
     """
 
     widths: Sequence[int]
@@ -226,8 +116,8 @@ class GatedVgg(nn.Module):
       head: dense layers at the end.
       norm: kind of normalization.
       density: fraction of channels kept, to begin with.
-      choice: as in `GatedConv`.
-      gate_scale: as in `GatedConv`.
+      choice: as in `gated_layers.GatedConv`.
+      gate_scale: as in `gated_layers.GatedConv`.
     """
 
     plan: Sequence[Sequence[int]]
@@ -246,7 +136,7 @@ class GatedVgg(nn.Module):
             for width in stage:
                 number += 1
                 name = f"conv_{number}"
-                conv = GatedConv(
+                conv = gated_layers.GatedConv(
                     width, self.norm, 1, "sigmoid", self.choice, self.gate_scale, name=name
                 )
                 x = nn.relu(conv(x, density, train, mask))
@@ -257,6 +147,43 @@ class GatedVgg(nn.Module):
 def _density(module: nn.Module, density: float) -> jax.Array:
     """Keep the density in the state."""
     return module.variable(gates.COLLECTION, "density", lambda: jnp.float32(density)).value
+
+
+class GatedSettings(Settings):
+    """Settings of a gated ResNet."""
+
+    norm: resnet.Norm = setting("batch", "Kind of normalization.")
+    density: Share = setting(
+        0.7,
+        "Channels that every gate keeps for an example. With 1 it is a squeeze-and-excitation "
+        "network. A method may change it from round to round.",
+        unit="fraction",
+    )
+    choice: Choice = setting(
+        "salient", "Which channels a gate keeps: the most salient, or random ones (a control)."
+    )
+    gate_scale: Positive = setting(
+        0.1,
+        "Scale of the gates' kernels at the start. The public code has 1, with which saliencies "
+        "and residual stream multiply one another up from block to block.",
+        unit="multiples of He's normal",
+    )
+
+
+class GatedVggSettings(GatedSettings):
+    """Settings of a gated VGG."""
+
+    gate_scale: Positive = setting(
+        1.0,
+        "Scale of the gates' kernels at the start; the gates see a sigmoid of their input.",
+        unit="multiples of He's normal",
+    )
+    hidden_sizes: tuple[Count, ...] = setting(
+        (), "Widths of the hidden dense layers (paper's code: 4096, 4096).", unit="units"
+    )
+    dropout: Probability = setting(
+        0.5, "Probability of dropout before each hidden dense layer.", unit="fraction"
+    )
 
 
 def gated_resnet32(
@@ -271,7 +198,7 @@ def gated_resnet32(
     """Make ResNet-32 with gates on the 30 convolutions of its blocks.
 
     For 10 classes 461,872 weights of convolutions and the dense layer, 2,272 of normalization,
-    52,320 of gates. A density of 1 keeps all channels: a squeeze-and-excitation network.
+    52,320 of gates. Options are those of `GatedSettings`.
 
     Args:
       input_shape: height, width and channels of one example; at least 4×4.
@@ -280,16 +207,14 @@ def gated_resnet32(
       density: fraction of channels that each gate keeps (rho), in (0, 1]; a method may change it
         later, by `gates.with_density`.
       choice: ``"salient"`` channels, or ``"random"`` ones for a control.
-      gate_scale: of the gates' kernels at the start, as a multiple of He's normal. The public code
-        has 1, with which saliencies and residual stream multiply one another up from block to
-        block: on 8×8 digits the loss starts above ten million and the second step is not a number.
+      gate_scale: of the gates' kernels at the start. With the public code's 1 the loss on 8×8
+        digits starts above ten million, and the second step is not a number.
 
     Raises:
       ValueError: if the examples are no images, or too small, or an option is out of range.
     """
-    return _residual(
-        "gated_resnet32", 5, input_shape, num_classes, norm, density, choice, gate_scale
-    )
+    options = (norm, density, choice, gate_scale)
+    return _residual("gated_resnet32", 5, input_shape, num_classes, *options)
 
 
 def gated_resnet8(
@@ -305,9 +230,8 @@ def gated_resnet8(
 
     Arguments and errors are those of `gated_resnet32`.
     """
-    return _residual(
-        "gated_resnet8", 1, input_shape, num_classes, norm, density, choice, gate_scale
-    )
+    options = (norm, density, choice, gate_scale)
+    return _residual("gated_resnet8", 1, input_shape, num_classes, *options)
 
 
 def _residual(name, depth, input_shape, num_classes, norm, density, choice, gate_scale) -> Model:
@@ -370,3 +294,22 @@ def _check(norm: str, density: float, choice: str, gate_scale: float) -> None:
         raise ValueError(f'choice must be "salient" or "random", got {choice!r}.')
     if not 0.0 < gate_scale < float("inf"):
         raise ValueError(f"gate_scale must be positive and finite, got {gate_scale}.")
+
+
+PARTS = {
+    "gated_resnet8": Part(
+        build=lambda settings, **sizes: gated_resnet8(**sizes, **dict(settings)),
+        settings=GatedSettings,
+        summary="resnet8 whose layers choose their channels for every example",
+    ),
+    "gated_resnet32": Part(
+        build=lambda settings, **sizes: gated_resnet32(**sizes, **dict(settings)),
+        settings=GatedSettings,
+        summary="resnet32 whose layers choose their channels for every example",
+    ),
+    "gated_vgg16": Part(
+        build=lambda settings, **sizes: gated_vgg16(**sizes, **dict(settings)),
+        settings=GatedVggSettings,
+        summary="vgg16_bn whose layers choose their channels for every example",
+    ),
+}

@@ -49,7 +49,7 @@ KINDS: dict[str, Kind] = {
     "aggregator": Kind("fedjaxprune.federated.aggregators"),
     "server_optimizer": Kind("fedjaxprune.federated.server_optimizers"),
     "tracker": Kind("fedjaxprune.experiment.tracking", is_component=True),
-    "consensus": Kind("fedjaxprune.pruning.structured.voting"),
+    "consensus": Kind("fedjaxprune.pruning.structured.voting", is_component=True),
 }
 
 

@@ -95,7 +95,7 @@ def has_batch_norm(facts: Facts) -> bool:
 
 def has_gates(facts: Facts) -> bool:
     """Tell whether layers choose their channels for every example."""
-    return bool(gates.layers_of(facts.params))
+    return gates.has_gates(facts.state)
 
 
 def float_inputs(input_shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import traffic as accounts
 from fedjaxprune import trees
 from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.config.flat.sections import INT_MAX
@@ -298,7 +296,7 @@ def _line(
         inference_flops=round_costs.of_inference(profile, metrics, tested.through)
         if tested
         else None,
-        vote_agreement=_agreement(metrics),
+        vote_agreement=parts.algorithm.diagnostics(metrics).get("agreement"),
         layer_sparsity={
             path: round(1.0 - int(kept) / max(1, size), 6)
             for path, kept, size, flag in zip(
@@ -311,11 +309,3 @@ def _line(
         else None,
         test_error=record.finite(scores.error) if scores and scores.error is not None else None,
     )
-
-
-def _agreement(metrics: RoundMetrics) -> list[float] | None:
-    """Read how far voters agreed, if any did vote and were heard."""
-    found = metrics.sent.reports.get(accounts.AGREEMENT)
-    if found is None or int(metrics.num_participating) <= int(metrics.num_rejected):
-        return None
-    return np.round(np.asarray(found[0], np.float64), 6).tolist()

@@ -5,7 +5,7 @@ bits are what methods vote on and what travels; masks are made of them when they
 """
 
 import fractions
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from fedjaxprune.types import Masks, Params, PrunableFn
 
 Keep = tuple[jax.Array, ...]  # one [F] bool a layer, True means kept
 Drops = Literal["filters", "channels"]
+TargetFn = Callable[[jax.Array, Keep], Sequence[jax.Array]]  # (step [], keep) -> [] each
 
 
 class Quota(NamedTuple):
@@ -106,6 +107,16 @@ def largest(scores: Sequence[jax.Array], live: jax.Array, num_kept: jax.Array) -
     return live & (rank < num_kept)
 
 
+def exact(number: float) -> fractions.Fraction:
+    """Take a number for the decimals that it is written with."""
+    return fractions.Fraction(repr(float(number)))
+
+
+def even_steps(sparsity: float, num_steps: int) -> list[fractions.Fraction]:
+    """List the pruned fractions that lead from 0 to `sparsity`: ``j / num_steps`` of it."""
+    return [exact(sparsity) * j / num_steps for j in range(num_steps + 1)]
+
+
 def quotas(fraction_steps: Sequence[fractions.Fraction], size: int) -> Quota:
     """Work out, exactly, what each of some fractions in [0, 1) comes to in a layer of `size`.
 
@@ -128,6 +139,54 @@ def remaining(factor: fractions.Fraction, size: int) -> jax.Array:
     """
     left = [max(k - round(factor * k), min(k, 1)) for k in range(size + 1)]
     return jnp.asarray(np.array(left, np.int32))
+
+
+def targets(
+    filters: Sequence[groups.Group],
+    fraction_steps: Sequence[fractions.Fraction],
+    *,
+    of_remaining: float | None = None,
+) -> TargetFn:
+    """Say how many filters of every layer a ranking keeps in a step; never more than live.
+
+    Args:
+      filters: layer by layer.
+      fraction_steps: fraction of each layer's filters that is pruned after each step.
+      of_remaining: if given, every step but the first prunes this fraction of the remaining filters
+        instead, in (0, 1).
+    """
+    if of_remaining is None:
+        wanted = [quotas(fraction_steps, group.size) for group in filters]
+        return lambda step, keep: [
+            jnp.minimum(bits.shape[0] - quota.nearest[step], jnp.sum(bits, dtype=jnp.int32))
+            for bits, quota in zip(keep, wanted, strict=True)
+        ]
+    tables = [remaining(exact(of_remaining), group.size) for group in filters]
+
+    def relative(step, keep):
+        counts = [jnp.sum(bits, dtype=jnp.int32) for bits in keep]
+        return [
+            jnp.where(step > 0, table[count], count)
+            for table, count in zip(tables, counts, strict=True)
+        ]
+
+    return relative
+
+
+def ranked(
+    filters: Sequence[groups.Group], params: Params, keep: Keep, counts: Sequence[jax.Array]
+) -> Keep:
+    """Keep, of every layer, so many of the live filters of largest norm."""
+    return tuple(
+        largest((norm,), bits, count)
+        for norm, bits, count in zip(norms(params, filters), keep, counts, strict=True)
+    )
+
+
+def of_masks(filters: Sequence[groups.Group], masks: Masks) -> Keep:
+    """Read the live filters off masks that clear whole filters alone."""
+    ones = jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
+    return tuple(norm > 0 for norm in norms(ones, filters))
 
 
 def to_masks(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fedjaxprune.pruning.structured import filters
 from fedjaxprune.pruning.structured.filters import Quota
+from fedjaxprune.registry import Part
 
 
 class Ballot(NamedTuple):
@@ -126,3 +127,20 @@ def _wide(number: jax.Array) -> jax.Array:
 def _best(ballot: Ballot, count: jax.Array) -> jax.Array:
     """Keep the `count` best live filters, by votes, then worth, then index."""
     return filters.largest((ballot.votes, ballot.worth), ballot.live, count)
+
+
+def _rule(function: ConsensusFn) -> Callable[..., ConsensusFn]:
+    return lambda settings: function
+
+
+PARTS = {
+    "ascending": Part(build=_rule(ascending), summary="lowest threshold that prunes enough"),
+    "top_k": Part(build=_rule(top_k), summary="filters with most votes, as many as wanted"),
+    "majority": Part(build=_rule(majority), summary="filters that more than half would keep"),
+    "unanimous": Part(build=_rule(unanimous), summary="filters that everybody would keep"),
+    "anybody": Part(build=_rule(anybody), summary="filters that anybody would keep"),
+    "histogram": Part(build=_rule(histogram), summary="filters from a percentile of the scores up"),
+    "code_dynamic": Part(
+        build=_rule(code_dynamic), summary="threshold from 1 down, as MPFL's public code has it"
+    ),
+}

@@ -1,0 +1,80 @@
+"""Prune filters by the norms of averaged weights; a control of MPFL.
+
+Weights travel whole in every exchange. Clients count equally, as in MPFL's public code; that code
+ranks by weights of another model by mistake, and here it is the averaged ones. Each layer keeps as
+many filters as MPFL's does under the consensus ``top_k``.
+
+References:
+  Gez and Cohen, `MPFL <https://arxiv.org/abs/2312.03889>`_, 2023, whose public code compares its
+  mask with that of averaged weights.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune.federated import aggregators
+from fedjaxprune.method import Method, Needs
+from fedjaxprune.methods import _filter_rounds
+from fedjaxprune.pruning.structured import filters
+from fedjaxprune.rounds.protocol import FieldSpec
+from fedjaxprune.rounds.task import Task
+from fedjaxprune.types import Algorithm, Client, Message
+
+
+class AveragedFilters(_filter_rounds.RankingSettings):
+    """Settings of filters that averaged weights decide."""
+
+
+def build(settings: AveragedFilters, task: Task) -> Algorithm:
+    """Build the control.
+
+    Raises:
+      ValueError: the network has no filters.
+    """
+    plan = _filter_rounds.make_plan(
+        task, settings, num_steps=settings.num_prune_steps, stop=settings.stop_sparsity
+    )
+    targets = filters.targets(
+        plan.layers,
+        filters.even_steps(settings.sparsity, plan.num_steps),
+        of_remaining=settings.prune_fraction_per_step,
+    )
+    trainer = _filter_rounds.trainer(task, settings)
+
+    def update_fn(key, broadcast, state, data):
+        message, _ = trainer.update(key, broadcast, trainer.init(broadcast.params), data)
+        fields = {"trained": message.fields["delta"], "metrics": message.fields["metrics"]}
+        return Message(fields=fields, weight=message.weight), state
+
+    def server_update(key, state, fields):
+        del key  # deterministic
+        share = 1.0 / fields["num_messages"].astype(jnp.float32)
+        mean = jax.tree.map(
+            lambda start, total: start + (share * total).astype(start.dtype),
+            masks_lib.apply(state.masks, state.params),
+            fields["trained"],
+        )
+        keep = state.method.keep
+        keep = filters.ranked(plan.layers, mean, keep, targets(state.round, keep))
+        return _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=state.round)
+
+    average = _filter_rounds.exchange(
+        task,
+        settings,
+        plan,
+        name="average",
+        client=Client(init=lambda params: (), update=update_fn),
+        fields={"trained": FieldSpec(aggregators.unweighted_sum())},
+        server_update=server_update,
+    )
+    return _filter_rounds.train_after(task, settings, plan, (average,))
+
+
+METHOD = Method(
+    build=build,
+    settings=AveragedFilters,
+    needs=Needs(convolutions=True),
+    default_model="resnet8",
+    law_settings={"num_prune_steps": 1, "vote_epochs": 3, "layers": "all"},
+)
