@@ -112,6 +112,11 @@ def test_the_model_follows_the_method_and_data_are_found_by_name():
     assert resolve.resolve({"method": "fedavg"}).model.name == "gated_resnet8"
     data = resolve.resolve({"data.dataset": "cifar10"}).data.dataset
     assert (data.name, data.tfds_name) == ("cifar10", "cifar10")
+    table = resolve.resolve({"data.dataset": "here/mine.csv"})
+    assert (table.data.dataset.path, table.parts.dataset.part.settings.__name__) == (
+        "here/mine.csv",
+        "Table",
+    )
 
 
 def test_naming_another_part_drops_the_settings_of_the_one_before():

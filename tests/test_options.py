@@ -72,6 +72,15 @@ def test_options_go_before_the_file_and_the_file_before_the_defaults(capsys, beg
     assert (begun[-1][0].method.name, begun[-1][0].client.epochs) == ("feddip", 7)
 
 
+def test_lists_are_given_with_commas(capsys, begun):
+    for text in ("7, 8", "[7,8]", "7,8"):
+        assert call(capsys, "run", "--hidden-sizes", text)[::2] == (0, "")
+    assert [config.model.hidden_sizes for config, _ in begun] == [(7, 8)] * 3
+    assert files.command(begun[0][0]).endswith(" --hidden-sizes '[7, 8]'")
+    err = call(capsys, "run", "--hidden-sizes", "7,x")[2]
+    assert err.startswith("error: model.hidden_sizes must be a value of type tuple")
+
+
 def test_resuming_reads_options_with_the_parts_of_the_run(capsys, begun):
     config = resolve.resolve({"method": "fedtiny"})
     pathlib.Path("old").mkdir()

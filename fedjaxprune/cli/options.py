@@ -1,7 +1,8 @@
 """Options of ``fedjaxprune run``, made from the settings of a run, and what unknown ones meant."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -79,6 +80,10 @@ def is_flag(one: Setting) -> bool:
     return one.owner.model_fields[one.name].annotation is bool
 
 
+def _is_list(one: Setting) -> bool:
+    return typing.get_origin(one.owner.model_fields[one.name].annotation) in (tuple, list)
+
+
 def _key(path: str) -> str:
     return path.replace(".", "__")
 
@@ -88,9 +93,9 @@ def _row(one: Setting) -> Any:
 
 
 def _metavar(one: Setting) -> str:
-    kinds = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT"}
+    kinds: Mapping[str, str] = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT"}
     words = _row(one).type.removesuffix(" | none").split(" | ")
-    return "|".join(kinds.get(word, word) for word in words)
+    return "|".join(str(kinds.get(word, word)) for word in words)
 
 
 def _help(one: Setting) -> str:
@@ -127,8 +132,9 @@ def read_options(command: click.Command, values: dict[str, Any]) -> resolve.Give
         row = None if one.kind else _row(one)
         if row is not None and value == "none" and row.type.endswith("| none"):
             value = None
-        elif isinstance(value, str) and value[:1] in ("[", "{") and not one.kind:
-            value = files.load_yaml(f"value: {value}", source=min(param.opts, key=len))["value"]
+        elif isinstance(value, str) and not one.kind and _is_list(one):
+            text = f"value: [{value.strip('[]()')}]"
+            value = files.load_yaml(text, source=min(param.opts, key=len))["value"]
         found[path], sources[path] = value, min(param.opts, key=len)
     return resolve.Given(found, sources)
 

@@ -161,8 +161,9 @@ def run(
     Settings come from the defaults, then from the preset or YAML file, then from the options.
     `fedjaxprune list` names presets and parts; a part is also FILE.py:NAME or MODULE:NAME.
     """
-    from fedjaxprune.experiment.run import launch
+    from fedjaxprune.experiment.run import launch as launching
 
+    launch: Any = launching  # until it takes nested configurations
     command: Any = context.command
     given = read_options(command, values)
     if source:

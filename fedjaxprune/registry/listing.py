@@ -120,7 +120,7 @@ def entry_points(kind: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _installed(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+def _installed(path: tuple[str, ...]) -> Any:
     """Read the metadata of all packages, once for each value of ``sys.path``."""
     del path
     return importlib.metadata.entry_points()

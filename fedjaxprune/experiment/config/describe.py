@@ -13,7 +13,7 @@ from fedjaxprune.registry import Found
 from fedjaxprune.registry.imports import refer
 from fedjaxprune.settings import Row
 
-_NEEDS = {
+_NEEDS: Mapping[str, str] = {
     "batch_norm": "a network with BatchNorm",
     "convolutions": "a network with convolutions",
     "gates": "a network with gates",
@@ -152,7 +152,7 @@ def _paper(paper: Any) -> str:
 
 
 def _needs(needs: Any) -> tuple[str, ...]:
-    wanted = needs._asdict() if needs else {}
+    wanted: dict[str, bool] = needs._asdict() if needs else {}
     return tuple(_NEEDS.get(name, name) for name, is_needed in wanted.items() if is_needed)
 
 

@@ -91,7 +91,7 @@ def refuse(
     error: pydantic.ValidationError, config_type: type[Settings], sources: Mapping[str, str]
 ) -> ConfigError:
     """Turn pydantic's first complaint into one sentence."""
-    first = error.errors()[0]
+    first: Any = error.errors()[0]
     owner, name, path = _find(config_type, [str(part) for part in first["loc"]])
     source = source_of(path, sources)
     if first["type"] == "value_error":

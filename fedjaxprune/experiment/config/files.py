@@ -216,9 +216,10 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
     here = identity.flat(plain(merged))
     different = []
     for path, value in there.values.items():
-        new = here.get(path)
+        new: Any = here.get(path)
         if path in _CHOSEN_HERE:
-            new = value if new == "auto" else min(new, stored.federation.cohort_size or new)
+            largest: Any = stored.federation.cohort_size or new
+            new = value if new == "auto" else min(new, largest)
         if path in given.values and path != identity.DATA_DIR and value != new:
             different.append(
                 f"{path.removesuffix('.name')} is {value!r} in the run, {new!r} was given"
@@ -251,7 +252,7 @@ def command(config: RunConfig) -> str:
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """Give what each setting is where only the parts are named."""
     known = resolve.paths(type(config))
-    usual = {path: owner.model_fields[name].default for path, (owner, name) in known.items()}
+    usual = {path: _json(owner.model_fields[name].default) for path, (owner, name) in known.items()}
     usual |= {f"{path}.name": place.default for path, place in PLACES.items()}
     usual["model.name"] = config.parts.method.part.default_model
     for path, place in reversed(PLACES.items()):  # a method's variant may set other sections
@@ -260,6 +261,10 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
         usual["data.num_clients"] = resolve.CLIENTS
         usual["federation.cohort_size"] = min(resolve.COHORT, config.data.num_clients)
     return usual
+
+
+def _json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def short_option(path: str, known: list[str]) -> str:

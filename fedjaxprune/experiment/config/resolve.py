@@ -5,13 +5,13 @@ Settings are kept by full path on the way (``{"client.optimizer.name": "sgd"}``)
 """
 
 import functools
-import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pydantic
 
 from fedjaxprune import registry
+from fedjaxprune.data.sources import source_for_path
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import errors
 from fedjaxprune.experiment.config.sections import (
@@ -168,7 +168,7 @@ def by_path(variant: Mapping[str, Any], section: str) -> dict[str, Any]:
 def _find(path: str, name: Any, given: Given) -> Found:
     """Find one part: by name, by the path of a file of data, or a value."""
     kind = PLACES[path].kind
-    if kind == "dataset" and isinstance(name, str) and (source := _source(name)):
+    if kind == "dataset" and isinstance(name, str) and (source := source_for_path(name)):
         return registry.find(kind, source[0], path=path)._replace(name=name, variant=source[1])
     if name is None or isinstance(name, int | float | list):
         raise ConfigError(
@@ -186,15 +186,6 @@ def _find(path: str, name: Any, given: Given) -> Found:
         return Found(kind, "own_method", made, {}, Origin("value"))
     source = errors.source_of(path, given.sources)
     return registry.find(kind, name, path=path if "from --" in source else f"{path}{source}")
-
-
-def _source(text: str) -> tuple[str, dict[str, Any]] | None:
-    """Tell which data set part reads a file, and with which settings; None for other names."""
-    is_listed = text in registry.names("dataset")
-    if is_listed or not importlib.util.find_spec("fedjaxprune.data.sources"):  # until there is one
-        return None
-    sources: Any = importlib.import_module("fedjaxprune.data.sources")
-    return sources.source_for_path(text)
 
 
 def _is_part(value: Any) -> bool:

@@ -34,7 +34,7 @@ def part(kind: str, default: str | None, meaning: str, *, unset: str = "") -> An
       meaning: one sentence for the help.
       unset: what a default of None stands for.
     """
-    extra = {"kind": kind, "unit": "", "unset": unset}
+    extra: dict[str, Any] = {"kind": kind, "unit": "", "unset": unset}
     return pydantic.Field(default, description=meaning, json_schema_extra=extra)
 
 

@@ -12,6 +12,12 @@ class Normed(Settings):
     norm: Literal["batch", "group"] = setting("batch", "Normalization layers.")
 
 
+class Wide(Settings):
+    """A network of any width."""
+
+    hidden_sizes: tuple[int, ...] = setting((200, 100), "Units of each layer.", unit="units")
+
+
 class Gated(Normed):
     """A network with gates."""
 
@@ -19,7 +25,9 @@ class Gated(Normed):
 
 
 PARTS = {
-    "mlp": Part(build=lambda settings, **context: settings, summary="two hidden layers"),
+    "mlp": Part(
+        build=lambda settings, **context: settings, settings=Wide, summary="two hidden layers"
+    ),
     "lenet5": Part(build=lambda settings, **context: settings, summary="two convolutions"),
     "resnet8": Part(
         build=lambda settings, **context: settings, settings=Normed, summary="CIFAR form"
