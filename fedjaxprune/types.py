@@ -31,8 +31,7 @@ class Batch(NamedTuple):
       inputs: ``[B, ...]``.
       labels: ``[B]`` integer classes; ``[B, T]`` for one at each position of a sequence, negative
         where there is none; ``[B]`` or ``[B, K]`` float32 targets of a regression.
-      weights: ``[B]`` float32; 0 marks filling (a client's last batch may be partly filled with
-        repeated examples, which count for nothing in losses and statistics).
+      weights: ``[B]`` float32; 0 marks filling of a client's last batch, which counts for nothing.
     """
 
     inputs: Any
@@ -60,17 +59,13 @@ class Model(NamedTuple):
     Attributes:
       init: ``key -> (params, state)``; `state` is what is not trained (BatchNorm statistics),
         ``{}`` where there is none.
-      loss: ``(params, state, batch, key) -> (loss, (state, metrics))``: the weighted mean loss over
-        the batch's labels in training mode; metrics is a dict of accumulators with at least
-        ``loss``.
-      predict: ``(params, state, inputs [B, ...]) -> logits [B, classes]``, or ``[B, T, classes]``,
-        in inference mode.
-      inspect: ``(params, state, inputs [B, ...], counts [B] bool) -> metrics``: what the layers say
-        of a prediction (what gates let through), over the examples that count; None where they say
-        nothing.
+      loss: ``(params, state, batch, key) -> (loss, (state, metrics))``: the weighted mean over the
+        batch's labels in training mode; metrics is a dict of accumulators, ``loss`` among them.
+      predict: ``(params, state, inputs [B, ...]) -> logits [B, (T,) classes]`` in inference mode.
+      inspect: ``(params, state, inputs [B, ...], counts [B] bool) -> metrics``: what gates let
+        through in a prediction, over the examples that count; None without gates.
       head: what the output is for; None where the loss is the model's own.
-      with_head: ``head -> Model``: the same network for another task; None where the loss is the
-        model's own.
+      with_head: ``head -> Model``, the same network for another task; None likewise.
     """
 
     init: Callable[[Key], tuple[Params, State]]
@@ -101,8 +96,7 @@ class ClientData(NamedTuple):
     """What one client sees of the population: its own `size` entries of `order` from `start`.
 
     Attributes:
-      examples: tree of ``[E, ...]``, shared by all clients.
-      order: ``[sum of sizes]`` int32, shared by all clients.
+      examples, order: of the population, shared by all clients.
       start: ``[]`` int32.
       size: ``[]`` int32, the number of the client's examples.
     """
@@ -115,13 +109,8 @@ class ClientData(NamedTuple):
 
 def client_data(population: Population, client_id: jax.Array) -> ClientData:
     """Look up what client `client_id` ``[]`` holds; nothing is copied."""
-    start = population.offsets[client_id]
-    return ClientData(
-        examples=population.examples,
-        order=population.order,
-        start=start,
-        size=population.offsets[client_id + 1] - start,
-    )
+    start, end = population.offsets[client_id], population.offsets[client_id + 1]
+    return ClientData(population.examples, population.order, start, end - start)
 
 
 class Batcher(NamedTuple):
@@ -160,10 +149,8 @@ class Message(NamedTuple):
     """What one client sends up.
 
     Attributes:
-      fields: named trees; each name has an aggregator of its own. `delta` is always there; `masks`
-        are personal masks, for the aggregators that count holders.
-      weight: ``[]`` float32, usually the number of examples; 0 for a client that counts for
-        nothing.
+      fields: named trees, each with its aggregator; `masks` are personal, for those that need them.
+      weight: ``[]`` float32, usually the number of examples; 0 counts for nothing.
     """
 
     fields: Mapping[str, Any]
@@ -187,10 +174,9 @@ class Uplink(NamedTuple):
 
     Attributes:
       init: ``params -> state`` of one client.
-      update: ``(key, delta, state, masks) -> (delta, state)``; `masks` marks the entries that may
-        travel, the others are zero and the receiver knows it.
-      payload: ``num_kept -> Payload`` on the host, in Python integers: what one client sends of a
-        leaf of which `num_kept` entries may travel.
+      update: ``(key, delta, state, masks) -> (delta, state)``; outside `masks` all is zero.
+      payload: ``num_kept -> Payload``, on the host in Python integers: what one client sends of a
+        leaf of which so many entries may travel.
     """
 
     init: Callable[[Params], State]
@@ -203,8 +189,7 @@ class Aggregator(NamedTuple):
 
     Attributes:
       init: ``like -> accumulator``, the zero, from one client's value.
-      add: ``(accumulator, value, masks or None, weight) -> accumulator``; weight 0 adds nothing,
-        not even NaN.
+      add: ``(accumulator, value, masks or None, weight) -> accumulator``; weight 0 adds nothing.
       merge: ``(accumulator, accumulator) -> accumulator``, associative and commutative.
       finish: ``accumulator -> value``.
     """
@@ -219,7 +204,7 @@ class CohortAggregator(NamedTuple):
     """Many messages to one where all are needed at once: memory grows with the cohort.
 
     Attributes:
-      reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; 0 is absent.
+      reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; 0: absent.
     """
 
     reduce: Callable[[Any, Masks | None, jax.Array], Any]
@@ -232,9 +217,8 @@ class FieldSpec(NamedTuple):
       aggregate: joins the clients' values; None takes the protocol's for `delta`, the sum for
         `metrics`, all values ``[C, ...]`` of what is not sent (a report), else the weighted mean.
       send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
-      read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta
-        as it arrives, in the place of a field that clients send; the pruner sees it as
-        ``inputs.statistics``, and it is charged nothing.
+      read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta,
+        in the place of a sent field; the pruner sees it as ``inputs.statistics``, free of charge.
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
@@ -249,8 +233,8 @@ class Correction(NamedTuple):
       init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
         client receives the entries that it trains, as ``broadcast.correction_state``.
       wrap: ``client -> client``.
-      update: ``(aggregated fields, state, population) -> (delta, state)`` at the server; a round in
-        which nobody was heard must leave the state alone.
+      update: ``(aggregated fields, state, population) -> (delta, state)``, at the server; a state
+        stays as it is where nobody was heard.
       fields: of the wrapped client's message.
     """
 
@@ -293,8 +277,8 @@ class Cohort(NamedTuple):
 
     Attributes:
       client_ids: ``[C]`` int32, distinct where present.
-      participated: ``[C]`` bool; False for a client that dropped out after it had received the
-        broadcast, and for filling, which is told by an id below 0 or one that another slot has.
+      participated: ``[C]`` bool; False for a client that dropped out after the broadcast, and for
+        filling, whose id is below 0 or that of another slot.
       states: tree of ``[C, ...]``, the clients' own rows.
     """
 
@@ -310,8 +294,7 @@ class RoundState(NamedTuple):
       round: ``[]`` int32, rounds completed.
       params: global parameters.
       masks: masks in force.
-      masks_id: ``[]`` int32, 0 for the all-True masks of the start; grows whenever the masks
-        change, so that it can be told who holds them.
+      masks_id: ``[]`` int32, 0 for the all-True masks of the start; grows whenever they change.
       model_state: what is not trained.
       server: state of the server's optimizer.
       pruner: state of the pruner.
@@ -373,7 +356,7 @@ class RoundMetrics(NamedTuple):
 _Result = tuple[RoundState, ClientState, RoundMetrics]
 RoundFn = Callable[[Key, RoundState, Cohort, Population], _Result]
 FormulaFn = Callable[[RoundMetrics, RoundState], PublishedBits]  # on the host, of shapes of a state
-# Who is asked: a new sample in each round, the same one in all, every client, or so many.
+# A new sample in each round, the same in all, every client, or a sample of so many.
 CohortRule = Literal["sampled", "same", "everyone"] | int
 
 
@@ -383,8 +366,7 @@ class Stage(NamedTuple):
     Attributes:
       name: shown in the record.
       num_rounds: how many.
-      round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, one pure
-        function, traced once.
+      round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, traced once.
       cohort: who is asked.
     """
 
@@ -401,8 +383,7 @@ class Algorithm(NamedTuple):
       init: ``(params, model_state) -> RoundState``.
       init_client: ``params -> ClientState`` of a client that has never taken part.
       stages: in order; they share one `RoundState`.
-      deployed_params: ``state -> params`` to be evaluated and shipped; pruned entries are exact
-        zeros.
+      deployed_params: ``state -> params`` to be evaluated; pruned entries are exact zeros.
       prunable: the leaves whose masks travel and whose sparsity is on record.
       payload: of the uplink, from which the ledger knows the length of a delta; hashable.
       published: by name, what papers charge for a round.
