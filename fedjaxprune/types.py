@@ -39,20 +39,6 @@ class Batch(NamedTuple):
     weights: jax.Array
 
 
-class Head(NamedTuple):
-    """What a network's output is for; each function maps outputs and labels to ``[B]`` or more.
-
-    Attributes:
-      loss: ``(outputs, labels) -> losses`` in training.
-      test_loss: the same in tests, always in float32.
-      hits: ``(outputs, labels) -> bool``: which labels are predicted right; None for numbers.
-    """
-
-    loss: Callable[[jax.Array, jax.Array], jax.Array]
-    test_loss: Callable[[jax.Array, jax.Array], jax.Array]
-    hits: Callable[[jax.Array, jax.Array], jax.Array] | None
-
-
 class Model(NamedTuple):
     """A network as three pure functions.
 
@@ -72,8 +58,8 @@ class Model(NamedTuple):
     loss: Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
     predict: Callable[[Params, State, Any], jax.Array]
     inspect: Callable[[Params, State, Any, jax.Array], Metrics] | None = None
-    head: Head | None = None
-    with_head: Callable[[Head], "Model"] | None = None
+    head: Any = None
+    with_head: Callable[[Any], "Model"] | None = None
 
 
 class Population(NamedTuple):

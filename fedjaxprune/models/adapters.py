@@ -11,7 +11,8 @@ from flax import nnx
 
 from fedjaxprune import metrics
 from fedjaxprune.models import heads, precision
-from fedjaxprune.types import Batch, Head, Key, Metrics, Model, Params, State
+from fedjaxprune.models.heads import Head
+from fedjaxprune.types import Batch, Key, Metrics, Model, Params, State
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
 

@@ -1,12 +1,27 @@
 """What a network's output is for: losses and hits of classes, of one logit and of numbers."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjaxprune.types import Head, Model
+from fedjaxprune.types import Model
+
+
+class Head(NamedTuple):
+    """What a network's output is for; each function maps outputs and labels to ``[B]`` or more.
+
+    Attributes:
+      loss: ``(outputs, labels) -> losses`` in training.
+      test_loss: the same in tests, always in float32.
+      hits: ``(outputs, labels) -> bool``: which labels are predicted right; None for numbers.
+    """
+
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    test_loss: Callable[[jax.Array, jax.Array], jax.Array]
+    hits: Callable[[jax.Array, jax.Array], jax.Array] | None
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
