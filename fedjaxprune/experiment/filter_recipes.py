@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.experiment.task_of import task_of
 from fedjaxprune.methods import averaged_filters, mpfl, pooled_filters, random_filters

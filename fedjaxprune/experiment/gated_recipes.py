@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.experiment.task_of import task_of
 from fedjaxprune.methods import adaptive_dynamic_pruning as adp
