@@ -5,7 +5,7 @@ import typing
 
 import pytest
 
-from fedjaxprune.experiment import filter_recipes, methods
+from fedjaxprune.experiment import methods
 from fedjaxprune.experiment.analysis import plots
 from fedjaxprune.experiment.config.flat import files, validation
 from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
@@ -14,6 +14,7 @@ from fedjaxprune.experiment.folder import record
 from fedjaxprune.experiment.run import build
 from fedjaxprune.experiment.tracking import progress
 from fedjaxprune.methods import feddip
+from fedjaxprune.pruning.structured import voting
 
 
 def test_yaml_round_trip():
@@ -49,7 +50,7 @@ def test_every_setting_has_a_description_and_a_default():
         ("aggregator", build.AGGREGATORS),
         ("server", build.SERVERS),
         ("drift", build.DRIFTS),
-        ("consensus", filter_recipes.CONSENSUS),
+        ("consensus", voting.PARTS),
     ],
 )
 def test_every_name_has_a_factory_and_every_factory_a_name(setting, table):
