@@ -59,17 +59,11 @@ def setup(**changes):
 
 
 def dip(*, model=quadratic.MODEL, **options):
-    settings = feddip.FedDIP(**{**feddip.METHOD.law_settings, **options})
-    return lambda s: feddip.build(settings, quadratic.task(s, model=model))
+    return by_law(feddip, model=model, **options)
 
 
 def plain(model=quadratic.MODEL, **changes):
     return lambda s: fedavg.build(fedavg.FedAvg(), quadratic.task(s, model=model, **changes))
-
-
-def fixed(method, *, max_size=8, **options):
-    settings = method.METHOD.settings(**{**method.METHOD.law_settings, **options})
-    return lambda s: method.build(settings, quadratic.task(s, max_size=max_size))
 
 
 def dynamic_sparse(s):
@@ -123,10 +117,11 @@ def flip(**options):
     return lambda s: autoflip.autoflip(quadratic.MODEL, s, **settings)
 
 
-def by_law(module, *, model=quadratic.MODEL, num_epochs=1, **options):
+def by_law(module, *, model=quadratic.MODEL, num_epochs=1, max_size=8, **options):
     """Build a method that describes itself, with the settings of its laws."""
     settings = module.METHOD.settings(**{**module.METHOD.law_settings, **options})
-    return lambda s: module.build(settings, quadratic.task(s, model=model, num_epochs=num_epochs))
+    given = {"model": model, "num_epochs": num_epochs, "max_size": max_size}
+    return lambda s: module.build(settings, quadratic.task(s, **given))
 
 
 def dynamic(model, **options):
@@ -174,13 +169,13 @@ ALGORITHMS = {
     "feddip_without_penalty": dip(max_penalty=0.0),
     "feddip_without_pruning": dip(mode="unpruned", max_penalty=1e-3),
     "dynamic_sparse": dynamic_sparse,
-    "random_masks": fixed(random_masks),
-    "magnitude_masks": fixed(magnitude_masks),
-    "one_client_masks": fixed(magnitude_masks, examples="one_client", client_id=2),
-    "pooled_masks": fixed(magnitude_masks, examples="pooled", max_size=28),
-    "snip_masks": fixed(snip, examples="pooled"),
-    "snip_masks_of_clients": fixed(snip, examples="clients", num_prune_steps=1),
-    "gradual_magnitude": fixed(gradual_magnitude),
+    "random_masks": by_law(random_masks),
+    "magnitude_masks": by_law(magnitude_masks),
+    "one_client_masks": by_law(magnitude_masks, examples="one_client", client_id=2),
+    "pooled_masks": by_law(magnitude_masks, examples="pooled", max_size=28),
+    "snip_masks": by_law(snip, examples="pooled"),
+    "snip_masks_of_clients": by_law(snip, examples="clients", num_prune_steps=1),
+    "gradual_magnitude": by_law(gradual_magnitude),
     "fedtiny": tiny(),
     "fedtiny_fednova": lambda s: tiny()(
         s._replace(correction=fednova.normalized_averaging(batcher=s.batcher))

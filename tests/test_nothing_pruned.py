@@ -20,7 +20,7 @@ from fedjaxprune.methods import (
     snip,
 )
 from tests import quadratic
-from tests.test_algorithms import by_law, dip, fixed, flip, setup, tiny
+from tests.test_algorithms import by_law, dip, flip, setup, tiny
 from tests.test_algorithms import plain as fedavg
 
 KEY = jax.random.key(8)
@@ -30,13 +30,13 @@ MODEL = quadratic.MODEL
 
 METHODS = {
     "feddip_without_penalty": dip(sparsity=0.0, initial_sparsity=0.0, max_penalty=0.0),
-    "gradual_magnitude": fixed(gradual_magnitude, sparsity=0.0),
-    "random_masks": fixed(random_masks, sparsity=0.0),
-    "magnitude_masks": fixed(magnitude_masks, sparsity=0.0),
-    "one_client_masks": fixed(magnitude_masks, sparsity=0.0, examples="one_client", client_id=2),
-    "pooled_masks": fixed(magnitude_masks, sparsity=0.0, examples="pooled"),
-    "snip_masks": fixed(snip, sparsity=0.0, num_prune_steps=1),
-    "snip_masks_of_clients": fixed(snip, sparsity=0.0, examples="clients", num_prune_steps=1),
+    "gradual_magnitude": by_law(gradual_magnitude, sparsity=0.0),
+    "random_masks": by_law(random_masks, sparsity=0.0),
+    "magnitude_masks": by_law(magnitude_masks, sparsity=0.0),
+    "one_client_masks": by_law(magnitude_masks, sparsity=0.0, examples="one_client", client_id=2),
+    "pooled_masks": by_law(magnitude_masks, sparsity=0.0, examples="pooled"),
+    "snip_masks": by_law(snip, sparsity=0.0, num_prune_steps=1),
+    "snip_masks_of_clients": by_law(snip, sparsity=0.0, examples="clients", num_prune_steps=1),
     "autoflip": flip(sparsity=0.0),
     "fedtiny": tiny(density=1.0, period=1),
     "mpfl": by_law(mpfl, sparsity=0.0),
