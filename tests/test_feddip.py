@@ -227,17 +227,18 @@ def test_defaults_that_follow_from_the_run_fall_into_it():
 
 
 def test_shortcuts_are_pruned_where_they_are_asked_for():
-    for options, pruned in (({}, False), ({"prune_shortcuts": True}, True)):
-        model = quadratic.MODEL._replace(
-            init=lambda key: ({"shortcut": quadratic.PARAMS["dense"]}, {"steps": jnp.float32(0.0)})
+    model = quadratic.MODEL._replace(
+        init=lambda key: ({"shortcut": quadratic.PARAMS["dense"]}, {"steps": jnp.float32(0.0)})
+    )
+    without, with_them = (
+        feddip.build(
+            feddip.FedDIP(sparsity=0.5, prune_shortcuts=flag), quadratic.task(setup(), model=model)
         )
-        task = quadratic.task(setup(), model=model)
-        algorithm = feddip.build(feddip.FedDIP(sparsity=0.5, **options), task)
-        if pruned:
-            algorithm.init(*model.init(KEY))
-        else:
-            with pytest.raises(ValueError, match="nothing to prune"):
-                algorithm.init(*model.init(KEY))
+        for flag in (False, True)
+    )
+    with_them.init(*model.init(KEY))
+    with pytest.raises(ValueError, match="nothing to prune"):
+        without.init(*model.init(KEY))
 
 
 def test_the_first_round_trains_under_one_random_erk_draw():
