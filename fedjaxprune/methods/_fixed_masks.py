@@ -101,4 +101,4 @@ def _uniform_but_first(
 def train_under(task: Task, sparsity: float, *before: Stage) -> Algorithm:
     """Let plain training under the masks in force follow the stages that choose them."""
     train = training(task.protocol, client=task.local_client())
-    return in_order(train, before, prunes=sparsity > 0.0)
+    return in_order(train, before, sparsity=sparsity)
