@@ -184,7 +184,7 @@ def scanned_against_called(
     batcher = batching.steps(num_steps=1, batch_size=16, preprocess=prepare)
     setup = _setup(None, batcher=batcher, optimizer=optax.sgd(0.1), chunk_size=10)
     algorithm = fedavg.build(
-        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(digits.image_shape))
+        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(digits.input_shape))
     )
     sample = sampling.uniform(num_clients=20, cohort_size=10)
     advance = simulation.advance(algorithm.stages[0], sample)

@@ -39,7 +39,7 @@ def train(wire, *, num_rounds, num_clients, cohort_size, seed):
         uplink=wire,
     )
     algorithm = fedavg.build(
-        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(digits.image_shape))
+        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(digits.input_shape))
     )
 
     parts = partitions.iid(
