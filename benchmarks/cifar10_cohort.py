@@ -69,7 +69,7 @@ def make_ours(mesh: Any, num_rounds: int, *, chunk_size: int = 1) -> Contender:
     from fedjaxprune.data import batching, transforms
     from fedjaxprune.federated import aggregators, sampling
     from fedjaxprune.methods import fedavg
-    from fedjaxprune.rounds import simulation
+    from fedjaxprune.rounds import facts, simulation, task
     from fedjaxprune.rounds.protocol import Protocol
     from fedjaxprune.types import Population
 
@@ -94,7 +94,9 @@ def make_ours(mesh: Any, num_rounds: int, *, chunk_size: int = 1) -> Contender:
         mesh=mesh,
     )
     network = model()
-    algorithm = fedavg.fedavg(network, setup)
+    algorithm = fedavg.build(
+        fedavg.FedAvg(), task.make(network, setup, inputs=facts.float_inputs((32, 32, 3)))
+    )
     sample = sampling.uniform(num_clients=NUM_USERS, cohort_size=COHORT_SIZE)
     advance = simulation.advance(algorithm.stages[0], sample)
     params, state = jax.jit(network.init)(jax.random.key(0))

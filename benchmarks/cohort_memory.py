@@ -35,7 +35,7 @@ def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
     from fedjaxprune.federated import sampling
     from fedjaxprune.methods import fedavg
     from fedjaxprune.models import zoo
-    from fedjaxprune.rounds import simulation
+    from fedjaxprune.rounds import facts, simulation, task
     from fedjaxprune.rounds.protocol import Protocol
     from fedjaxprune.types import Population
 
@@ -56,7 +56,9 @@ def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
         ),
         optimizer=optax.sgd(0.01),
     )
-    algorithm = fedavg.fedavg(model, setup)
+    algorithm = fedavg.build(
+        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs((32, 32, 3)))
+    )
     sample = sampling.uniform(num_clients=NUM_CLIENTS, cohort_size=cohort_size)
     run = simulation.start(
         algorithm, *jax.jit(model.init)(jax.random.key(0)), num_clients=NUM_CLIENTS

@@ -30,7 +30,7 @@ from fedjaxprune.experiment.run import launch, round_costs
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import feddip
 from fedjaxprune.models import zoo
-from fedjaxprune.rounds import protocol, simulation
+from fedjaxprune.rounds import facts, protocol, simulation, task
 
 ROUNDS = 12
 DIGITS_ROUNDS, BLOCK = 800, 10
@@ -52,8 +52,9 @@ def build(network):
         batcher=batching.epochs(num_epochs=1, batch_size=32, preprocess=lambda key, inputs: inputs),
         optimizer=optax.sgd(0.01),
     )
-    algorithm = feddip.feddip(
-        model, setup, final_sparsity=0.9, initial_sparsity=0.5, period=2, num_segments=2
+    algorithm = feddip.build(
+        feddip.FedDIP(sparsity=0.9, initial_sparsity=0.5, prune_every=2, num_segments=2),
+        task.make(model, setup, inputs=facts.float_inputs(shape)),
     )
     parts = partitions.iid(rng, examples["labels"], num_clients=clients)
     return model, algorithm, partitions.population(examples, parts), clients
@@ -61,7 +62,7 @@ def build(network):
 
 def once(state):
     """Do what a round does for the ledger once."""
-    prunable = masks.prunable_leaves(state.params, feddip.prunable_without_shortcuts)
+    prunable = masks.prunable_leaves(state.params, feddip.without_shortcuts)
     leaves = zip(jax.tree.leaves(state.masks), prunable, strict=True)
     return masks.pack(tuple(leaf for leaf, flag in leaves if flag))
 
@@ -159,7 +160,7 @@ def main(*, network="lenet5"):
         run.state.params,
         jax.tree.leaves(population.examples)[0],
         preprocess=lambda key, inputs: inputs,
-        prunable=feddip.prunable_without_shortcuts,
+        prunable=feddip.without_shortcuts,
         warn=print,
     )
     for index in range(ROUNDS):

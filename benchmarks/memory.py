@@ -17,7 +17,7 @@ from fedjaxprune.data import batching, partitions
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
-from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds import facts, simulation, task
 from fedjaxprune.rounds.protocol import Protocol
 
 MODELS = {
@@ -61,7 +61,9 @@ def main():
         optimizer=optax.sgd(0.01, momentum=0.9),
         chunk_size=options.chunk_size,
     )
-    algorithm = fedavg.fedavg(model, setup)
+    algorithm = fedavg.build(
+        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(image))
+    )
     draw = sampling.uniform(num_clients=options.num_clients, cohort_size=options.cohort_size)
     advance = simulation.advance(algorithm.stages[0], draw)
     rng = np.random.default_rng(0)

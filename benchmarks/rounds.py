@@ -123,13 +123,16 @@ def _setup(mesh: Any, *, num_epochs: int = 1, **changes: Any) -> Any:
 def feddip_against_fedavg(mesh: Any, *, num_epochs: int) -> dict[str, Contender]:
     from fedjaxprune.federated import uplinks
     from fedjaxprune.methods import fedavg, feddip
+    from fedjaxprune.rounds import facts, task
 
     model = networks.ours("cnn")
     population = _population([NUM_EXAMPLES] * COHORT_SIZE, networks.CASES["cnn"].image)
     wire = uplinks.error_feedback(uplinks.top_k(fraction=0.1))
     setup = _setup(mesh, num_epochs=num_epochs)
-    dip = feddip.feddip(model, setup._replace(uplink=wire), final_sparsity=0.9, period=1)
-    plain = fedavg.fedavg(model, setup)
+    given = task.make(model, setup, inputs=facts.float_inputs(networks.CASES["cnn"].image))
+    plain = fedavg.build(fedavg.FedAvg(), given)
+    wired = given._replace(protocol=setup._replace(uplink=wire))
+    dip = feddip.build(feddip.FedDIP(sparsity=0.9, prune_every=1), wired)
     return {
         **_rounds(dip, model, {"feddip": population}, mesh),
         **_rounds(plain, model, {"fedavg": population}, mesh),
@@ -140,6 +143,7 @@ def skewed_against_equal(mesh: Any) -> dict[str, Contender]:
     import numpy as np
 
     from fedjaxprune.methods import fedavg
+    from fedjaxprune.rounds import facts, task
 
     model = networks.ours("cnn")
     num_clients, total = 10, 2560
@@ -147,8 +151,9 @@ def skewed_against_equal(mesh: Any) -> dict[str, Contender]:
     shares = np.random.default_rng(0).dirichlet(np.full(num_clients, 0.1), 10).sum(axis=0) / 10
     sizes = np.maximum(np.round(shares * total / BATCH_SIZE), 1).astype(int) * BATCH_SIZE
     sizes[np.argmax(sizes)] -= sizes.sum() - total
-    algorithm = fedavg.fedavg(model, _setup(mesh))
     image = networks.CASES["cnn"].image
+    given = task.make(model, _setup(mesh), inputs=facts.float_inputs(image))
+    algorithm = fedavg.build(fedavg.FedAvg(), given)
     equal = [total // num_clients] * num_clients
     populations = {
         "unequal clients": _population(sizes, image),
@@ -167,7 +172,7 @@ def scanned_against_called(
     from fedjaxprune.federated import sampling
     from fedjaxprune.methods import fedavg
     from fedjaxprune.models import zoo
-    from fedjaxprune.rounds import simulation
+    from fedjaxprune.rounds import facts, simulation, task
 
     del mesh  # a round of this size is faster on one device
     num_rounds = 200
@@ -178,7 +183,9 @@ def scanned_against_called(
     prepare, _ = transforms.for_dataset(digits, augment=False)
     batcher = batching.steps(num_steps=1, batch_size=16, preprocess=prepare)
     setup = _setup(None, batcher=batcher, optimizer=optax.sgd(0.1), chunk_size=10)
-    algorithm = fedavg.fedavg(model, setup)
+    algorithm = fedavg.build(
+        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(digits.input_shape))
+    )
     sample = sampling.uniform(num_clients=20, cohort_size=10)
     advance = simulation.advance(algorithm.stages[0], sample)
     key = jax.random.key(1)

@@ -15,7 +15,7 @@ from fedjaxprune.federated import sampling
 from fedjaxprune.federated import uplinks as uplink
 from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
-from fedjaxprune.rounds import protocol, simulation
+from fedjaxprune.rounds import facts, protocol, simulation, task
 
 
 def uplinks(fraction):
@@ -38,7 +38,9 @@ def train(wire, *, num_rounds, num_clients, cohort_size, seed):
         optimizer=optax.sgd(0.1),
         uplink=wire,
     )
-    algorithm = fedavg.fedavg(model, setup)
+    algorithm = fedavg.build(
+        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(digits.input_shape))
+    )
 
     parts = partitions.iid(
         np.random.default_rng(seed), digits.train["labels"], num_clients=num_clients

@@ -47,7 +47,8 @@ class Method(NamedTuple):
       build: ``(settings, task) -> Algorithm``; `task` is a `rounds.task.Task`.
       settings: the type of its settings (`settings.Settings`).
       paper: where it was published; None for a control.
-      needs: of the network and the data.
+      needs: of the network and the data, or ``settings -> needs`` where they depend on settings;
+        ask by `needs_of`.
       default_model: name of the network that a run takes if none is given.
       variants: by name, settings of the method (``{"max_penalty": 0.0}``) or, by full path, of
         other sections (``{"client.correction": "scaffold"}``).
@@ -57,7 +58,12 @@ class Method(NamedTuple):
     build: Callable[[Any, Any], Algorithm]
     settings: type[Any]
     paper: Paper | None = None
-    needs: Needs = Needs()
+    needs: Needs | Callable[[Any], Needs] = Needs()
     default_model: str = "mlp"
     variants: Mapping[str, Mapping[str, Any]] = {}  # never changed
     law_settings: Mapping[str, Any] = {}
+
+
+def needs_of(method: Method, settings: Any) -> Needs:
+    """Say what a method needs under these settings of it."""
+    return method.needs(settings) if callable(method.needs) else method.needs

@@ -407,6 +407,7 @@ class Algorithm(NamedTuple):
       payload: of the uplink, from which the ledger knows the length of a delta; hashable.
       published: by name, what papers charge for a round.
       diagnostics: ``metrics -> dict`` on the host, what the method itself puts on record.
+      notes: sentences about this run that the user should read before it starts.
     """
 
     init: Callable[[Params, State], RoundState]
@@ -417,3 +418,4 @@ class Algorithm(NamedTuple):
     payload: Callable[[int], Payload]
     published: Mapping[str, FormulaFn] = {}
     diagnostics: Callable[[RoundMetrics], dict[str, Any]] = lambda metrics: {}
+    notes: tuple[str, ...] = ()

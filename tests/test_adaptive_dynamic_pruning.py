@@ -155,7 +155,9 @@ class SqueezeVgg(nn.Module):
 @functools.cache
 def squeezed():
     squeeze = chain(SqueezeVgg)
-    return play(fedavg.fedavg(squeeze, setup()), squeeze)[0].state
+    return play(fedavg.build(fedavg.FedAvg(), quadratic.task(setup(), model=squeeze)), squeeze)[
+        0
+    ].state
 
 
 def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
@@ -555,7 +557,7 @@ def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_
     people = quadratic.population()
     ends, sparsity = {}, {}
     for name, algorithm in {
-        "fedavg": fedavg.fedavg(quadratic.MODEL, setup_of_points()),
+        "fedavg": fedavg.build(fedavg.FedAvg(), quadratic.task(setup_of_points())),
         "none": threshold(setup_of_points(), threshold=0.0),
         "all": threshold(setup_of_points(), threshold=9.0),
     }.items():

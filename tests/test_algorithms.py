@@ -21,6 +21,7 @@ from fedjaxprune.federated import (
     server_optimizers,
     uplinks,
 )
+from fedjaxprune.federated.corrections import fednova, scaffold
 from fedjaxprune.methods import (
     adaptive_dynamic_pruning,
     autoflip,
@@ -28,14 +29,14 @@ from fedjaxprune.methods import (
     fedavg,
     feddip,
     feddp_threshold,
-    fednova,
     fedtiny,
-    fixed_masks,
     gradual_magnitude,
+    magnitude_masks,
     mpfl,
     pooled_filters,
     random_filters,
-    scaffold,
+    random_masks,
+    snip,
 )
 from fedjaxprune.models import gates
 from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
@@ -57,16 +58,18 @@ def setup(**changes):
     return base._replace(**changes)
 
 
-def dip(**options):
-    settings = {
-        "final_sparsity": 0.75,
-        "initial_sparsity": 0.25,
-        "period": 2,
-        "num_segments": 3,
-        "max_penalty": 0.01,
-        **options,
-    }
-    return lambda s: feddip.feddip(quadratic.MODEL, s, **settings)
+def dip(*, model=quadratic.MODEL, **options):
+    settings = feddip.FedDIP(**{**feddip.METHOD.law_settings, **options})
+    return lambda s: feddip.build(settings, quadratic.task(s, model=model))
+
+
+def plain(model=quadratic.MODEL, **changes):
+    return lambda s: fedavg.build(fedavg.FedAvg(), quadratic.task(s, model=model, **changes))
+
+
+def fixed(method, *, max_size=8, **options):
+    settings = method.METHOD.settings(**{**method.METHOD.law_settings, **options})
+    return lambda s: method.build(settings, quadratic.task(s, max_size=max_size))
 
 
 def dynamic_sparse(s):
@@ -155,10 +158,12 @@ ALGORITHMS = {
         start="explored",
     ),
     "explored_start": lambda s: autoflip.explored_start(quadratic.MODEL, s, explorer=EXPLORER),
-    "fedavg": lambda s: fedavg.fedavg(quadratic.MODEL, s),
-    "fedprox": lambda s: fedavg.fedprox(quadratic.MODEL, s, mu=0.1),
-    "scaffold": lambda s: scaffold.scaffold(quadratic.MODEL, s),
-    "fednova": lambda s: fednova.fednova(quadratic.MODEL, s),
+    "fedavg": plain(),
+    "fedprox": plain(penalties=(local_training.proximal(mu=0.1),)),
+    "scaffold": lambda s: plain()(s._replace(correction=scaffold.control_variates())),
+    "fednova": lambda s: plain()(
+        s._replace(correction=fednova.normalized_averaging(batcher=s.batcher))
+    ),
     "feddip": dip(),
     "feddip_scaffold": lambda s: dip()(s._replace(correction=scaffold.control_variates())),
     "dynamic_sparse_scaffold": lambda s: dynamic_sparse(
@@ -167,48 +172,15 @@ ALGORITHMS = {
     "feddip_regrow": dip(mode="regrow"),
     "feddip_dense": dip(mode="dense"),
     "feddip_without_penalty": dip(max_penalty=0.0),
-    "feddip_without_pruning": lambda s: feddip.feddip_without_pruning(quadratic.MODEL, s),
+    "feddip_without_pruning": dip(mode="unpruned", max_penalty=1e-3),
     "dynamic_sparse": dynamic_sparse,
-    "random_masks": lambda s: fixed_masks.random_masks(quadratic.MODEL, s, sparsity=0.5),
-    "magnitude_masks": lambda s: fixed_masks.magnitude_masks(
-        quadratic.MODEL,
-        s,
-        sparsity=0.5,
-        source=server_work.server_examples([0, 1, 2]),
-        pretraining=quadratic.full_batches(1),
-        weights="trained",
-    ),
-    "one_client_masks": lambda s: fixed_masks.magnitude_masks(
-        quadratic.MODEL,
-        s,
-        sparsity=0.5,
-        source=server_work.examples_of(2),
-        pretraining=quadratic.full_batches(1),
-        weights="initial",
-        working_clients=(2,),
-    ),
-    "pooled_masks": lambda s: fixed_masks.magnitude_masks(
-        quadratic.MODEL,
-        s,
-        sparsity=0.5,
-        source=server_work.all_examples(),
-        pretraining=quadratic.full_batches(1, max_size=28),
-        weights="initial",
-    ),
-    "snip_masks": lambda s: fixed_masks.snip_masks(
-        quadratic.MODEL,
-        s,
-        sparsity=0.5,
-        source=server_work.all_examples(),
-        batcher=quadratic.full_batches(1),
-        num_steps=2,
-    ),
-    "snip_masks_of_clients": lambda s: fixed_masks.snip_masks_of_clients(
-        quadratic.MODEL, s, sparsity=0.5, batcher=quadratic.full_batches(1)
-    ),
-    "gradual_magnitude": lambda s: gradual_magnitude.gradual_magnitude(
-        quadratic.MODEL, s, final_sparsity=0.75, period=2, end_round=ROUNDS
-    ),
+    "random_masks": fixed(random_masks),
+    "magnitude_masks": fixed(magnitude_masks),
+    "one_client_masks": fixed(magnitude_masks, examples="one_client", client_id=2),
+    "pooled_masks": fixed(magnitude_masks, examples="pooled", max_size=28),
+    "snip_masks": fixed(snip, examples="pooled"),
+    "snip_masks_of_clients": fixed(snip, examples="clients", num_prune_steps=1),
+    "gradual_magnitude": fixed(gradual_magnitude),
     "fedtiny": tiny(),
     "fedtiny_fednova": lambda s: tiny()(
         s._replace(correction=fednova.normalized_averaging(batcher=s.batcher))
@@ -651,7 +623,7 @@ def test_two_devices_give_the_result_of_one(name):
 
 @pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
 def test_nothing_pruned_and_no_penalty_is_fedavg_to_the_bit(mode):
-    nothing = dip(final_sparsity=0.0, initial_sparsity=0.0, max_penalty=0.0, mode=mode)
+    nothing = dip(sparsity=0.0, initial_sparsity=0.0, max_penalty=0.0, mode=mode)
     algorithm, run = built("fedavg", server="fedavg", wire="identity")
     expected = simulate(algorithm, some, run=run)[0][-1]
     result = simulate(nothing(setup()), some)[0][-1]
@@ -660,10 +632,10 @@ def test_nothing_pruned_and_no_penalty_is_fedavg_to_the_bit(mode):
 
 
 def test_fedprox_without_pull_is_fedavg_to_the_bit():
-    plain = fedavg.fedprox(quadratic.MODEL, setup(), mu=0.0)
+    without_pull = plain(penalties=(local_training.proximal(mu=0.0),))(setup())
     algorithm, run = built("fedavg", server="fedavg", wire="identity")
     expected = simulate(algorithm, some, run=run)[0][-1]
-    chex.assert_trees_all_equal(simulate(plain, some)[0][-1].params, expected.params)
+    chex.assert_trees_all_equal(simulate(without_pull, some)[0][-1].params, expected.params)
 
 
 def test_fedavg_gives_the_known_answer():
@@ -785,7 +757,7 @@ def test_integer_state_follows_the_mean_to_the_nearest_count():
         value, (_, metrics) = quadratic.MODEL.loss(params, {}, batch, key)
         return value, ({"count": state["count"] + 3}, metrics)
 
-    algorithm = fedavg.fedavg(quadratic.MODEL._replace(loss=loss), setup())
+    algorithm = plain(quadratic.MODEL._replace(loss=loss))(setup())
     state = algorithm.init(quadratic.PARAMS, {"count": jnp.int32(1)})
     states, _, _ = simulate(algorithm, some, num_rounds=1, start=state)
     assert states[-1].model_state["count"] == 1 + 2 * 3
@@ -801,8 +773,9 @@ def test_half_precision_parameters_go_through_a_round():
         return value.astype(jnp.bfloat16), aux
 
     model = quadratic.MODEL._replace(loss=loss)
-    algorithm = feddip.feddip(
-        model, setup(uplink=UPLINKS["quantize"]), final_sparsity=0.75, num_segments=3
+    algorithm = feddip.build(
+        feddip.FedDIP(sparsity=0.75, num_segments=3),
+        quadratic.task(setup(uplink=UPLINKS["quantize"]), model=model),
     )
     state = algorithm.init(params, STATE)
     run = jax.jit(algorithm.stages[0].round)

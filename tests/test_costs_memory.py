@@ -14,7 +14,7 @@ from fedjaxprune.data import batching
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg
 from fedjaxprune.models import zoo
-from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds import facts, simulation, task
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Batch, Population
@@ -120,7 +120,9 @@ def round_of(name, image, chunk_size, num_clients=10, num_examples=500):
         optimizer=optax.sgd(0.1, momentum=0.9),
         chunk_size=chunk_size,
     )
-    algorithm = fedavg.fedavg(model, setup)
+    algorithm = fedavg.build(
+        fedavg.FedAvg(), task.make(model, setup, inputs=facts.float_inputs(image))
+    )
     draw = sampling.uniform(num_clients=num_clients, cohort_size=4)
     advance = simulation.advance(algorithm.stages[0], draw)
     start = jax.eval_shape(

@@ -1,5 +1,7 @@
 """SCAFFOLD and FedNova: known answers, and what they come to where clients are alike."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, trees
+from fedjaxprune import masks, registry, trees
 from fedjaxprune.costs import ledger
 from fedjaxprune.federated import local_training, personalization
-from fedjaxprune.methods import fedavg, feddip, fednova, scaffold
+from fedjaxprune.federated.corrections import fednova, scaffold
+from fedjaxprune.methods import fedavg, feddip
 from fedjaxprune.pruning import pruners, schedules, scores
 from fedjaxprune.rounds import protocol, training
 from tests import quadratic
@@ -58,6 +61,17 @@ def alike(num_clients=4):
     )
 
 
+def dense(protocol):
+    return fedavg.build(fedavg.FedAvg(), quadratic.task(protocol))
+
+
+def averaged(momentum=0.0, **changes):
+    rule = fednova.normalized_averaging(
+        batcher=changes.get("batcher", setup().batcher), momentum=momentum
+    )
+    return dense(setup(correction=rule, **changes))
+
+
 DROPPING = [
     ([0, 1, 2, 3], None),
     ([2, 3, 4, 5], [True, False, True, True]),
@@ -68,8 +82,8 @@ DROPPING = [
 
 def test_scaffold_with_equal_clients_is_fedavg():
     everyone = [(range(4), None)] * 4
-    plain = play(fedavg.fedavg(quadratic.MODEL, setup()), everyone, alike(), 4)
-    corrected = play(scaffold.scaffold(quadratic.MODEL, setup()), everyone, alike(), 4)
+    plain = play(dense(setup()), everyone, alike(), 4)
+    corrected = play(dense(setup(correction=scaffold.control_variates())), everyone, alike(), 4)
     chex.assert_trees_all_equal(corrected[0][0].params, plain[0][0].params)  # nothing known yet
     for (one, _, _), (other, _, _) in zip(corrected, plain, strict=True):
         chex.assert_trees_all_close(one.params, other.params, rtol=1e-5, atol=1e-6)
@@ -79,7 +93,7 @@ def test_scaffold_with_equal_clients_is_fedavg():
 
 def test_scaffold_follows_its_formulas():
     cohorts = [([0, 3], None), ([3, 4], None)]
-    algorithm = scaffold.scaffold(quadratic.MODEL, setup())
+    algorithm = dense(setup(correction=scaffold.control_variates()))
     second, after, metrics = play(algorithm, cohorts)[-1]
     sizes = np.diff(np.asarray(PEOPLE.offsets)).astype(float)
     start = np.asarray(quadratic.flatten(quadratic.PARAMS))
@@ -123,15 +137,9 @@ def masked_methods():
         return training.training(s, client=client, pruner=pruners.when(due, revise))
 
     def dip(mode):
-        return lambda s: feddip.feddip(
-            quadratic.MODEL,
-            s,
-            final_sparsity=0.75,
-            initial_sparsity=0.25,
-            period=2,
-            num_segments=3,
-            mode=mode,
-        )
+        # The smaller penalty of the published setting.
+        settings = feddip.FedDIP(**{**feddip.METHOD.law_settings, "mode": mode})
+        return lambda s: feddip.build(settings, quadratic.task(s))
 
     return {"dynamic": dynamic, "masked": dip("masked"), "regrow": dip("regrow")}
 
@@ -191,16 +199,15 @@ def test_what_is_personal_is_not_corrected_and_its_gradients_stay_at_home():
 
 
 def test_fednova_with_equal_numbers_of_steps_is_fedavg():
-    plain = play(fedavg.fedavg(quadratic.MODEL, setup()), DROPPING)
+    plain = play(dense(setup()), DROPPING)
     for momentum in (0.0, 0.9):
-        nova = play(fednova.fednova(quadratic.MODEL, setup(), momentum=momentum), DROPPING)
+        nova = play(averaged(momentum), DROPPING)
         for (one, _, _), (other, _, _) in zip(nova, plain, strict=True):
             chex.assert_trees_all_close(one.params, other.params, rtol=1e-5, atol=1e-6)
 
 
 def test_fednova_averages_directions_when_steps_differ():
-    parts = setup(batcher=by_size())
-    ((after, _, _),) = play(fednova.fednova(quadratic.MODEL, parts), [([0, 3, 2], None)])
+    ((after, _, _),) = play(averaged(batcher=by_size()), [([0, 3, 2], None)])
     start = np.asarray(quadratic.flatten(quadratic.PARAMS))
     sizes = {0: 3, 3: 8, 2: 2}
     moves = {
@@ -231,8 +238,48 @@ def test_a_client_without_examples_changes_nothing():
         scaffold.control_variates(),
         fednova.normalized_averaging(batcher=by_size(), momentum=0.5),
     ):
-        algorithm = fedavg.fedavg(quadratic.MODEL, setup(batcher=by_size(), correction=drift))
+        algorithm = dense(setup(batcher=by_size(), correction=drift))
         with_it = play(algorithm, [([0, 1], None)] * 2, people, 3)[-1]
         without = play(algorithm, [([0, 1], [True, False])] * 2, people, 3)[-1]
         chex.assert_trees_all_equal(with_it[0], without[0])
         chex.assert_trees_all_equal(with_it[1].client, without[1].client)
+
+
+class Sgd(NamedTuple):
+    momentum: float = 0.9
+    name: str = "sgd"
+
+
+class Adam(NamedTuple):
+    name: str = "adam"
+
+
+def test_corrections_are_parts_of_the_client():
+    batcher = by_size()
+
+    def build(name, optimizer_settings):
+        found = registry.find("correction", name)
+        return found.part.build(
+            found.part.settings(), batcher=batcher, optimizer_settings=optimizer_settings
+        )
+
+    assert build("none", Sgd()) is None
+    data = [([0, 3, 2], None)]
+    for name, expected in (
+        ("scaffold", scaffold.control_variates()),
+        ("fednova", fednova.normalized_averaging(batcher=batcher, momentum=0.9)),
+    ):
+        found, wanted = (
+            play(dense(setup(batcher=batcher, correction=rule)), data)[-1][0]
+            for rule in (build(name, Sgd()), expected)
+        )
+        chex.assert_trees_all_equal(found, wanted)
+    assert build("scaffold", Adam()) is not None
+    with pytest.raises(ValueError, match=r"client.optimizer must be 'sgd' with .* got 'adam'"):
+        build("fednova", Adam())
+    variants = fedavg.METHOD.variants
+    assert {name: list(values) for name, values in variants.items()} == {
+        "fedprox": ["client.proximal_mu"],
+        "scaffold": ["client.correction"],
+        "fednova": ["client.correction"],
+    }

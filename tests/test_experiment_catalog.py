@@ -172,7 +172,7 @@ def test_the_first_convolution_can_be_kept_whole_under_fixed_masks():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model": "mlp"}, "keeps the first convolution whole, and the network has none"),
+        ({"model": "mlp"}, "keeps the first convolution dense, and the network has none"),
         ({"model": "resnet8", "sparsity": 0.9999}, "sparsity must be less than 0.99.* got 0.9999"),
     ],
 )

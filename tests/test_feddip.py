@@ -54,10 +54,14 @@ def test_fewer_rounds_than_segments_are_refused():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"final_sparsity": 1.0}, r"final_sparsity must lie in \[0, 1\), got 1.0"),
-        ({"initial_sparsity": -0.1}, r"initial_sparsity must lie in \[0, 1\), got -0.1"),
-        ({"final_sparsity": 0.1}, "must be at least initial_sparsity"),
-        ({"mode": "both"}, "mode must be 'masked', 'regrow' or 'dense', got 'both'"),
+        ({"sparsity": 1.0}, "sparsity\n  Input should be less than 1"),
+        ({"initial_sparsity": -0.1}, "initial_sparsity\n  Input should be greater than or equal"),
+        ({"sparsity": 0.1}, r"initial_sparsity must be at most sparsity \(0.1\), .* got 0.25"),
+        ({"mode": "both"}, "should be 'masked', 'regrow', 'dense' or 'unpruned'"),
+        ({"max_penalty": 1e-4}, "max_penalty must be 0 or at least 0.0005, .*, got 0.0001"),
+        ({"prune_every": 6}, r"method.prune_every must be less than federation.num_rounds \(6\)"),
+        ({"sparsity": 0.99}, "method.sparsity must leave at least one of the 32 prunable weights"),
+        ({"num_segments": 7}, "at least as many rounds; got num_rounds=6"),
     ],
 )
 def test_options_outside_their_range_are_refused(options, sentence):
@@ -191,10 +195,49 @@ def test_dense_entries_are_charged_where_they_travel(mode):
 
 
 def test_masks_are_charged_to_those_who_do_not_hold_them_yet():
-    algorithm = dip(period=100)(setup())  # one revision, at the end of round 0
+    algorithm = dip(sparsity=0.25)(setup())  # one revision, at the end of round 0
     groups = [[0, 1], [0, 2], [1, 2], [0, 1], [2, 3]]
     _, _, history = simulate(algorithm, lambda r: (groups[r], None), num_rounds=5)
     assert [int(m.sent.num_masks[m.participated].sum()) for m in history] == [0, 2, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("num_rounds", "reached"), [(8, "after round 6 of 8, reaches 0.879"), (20, None), (1000, None)]
+)
+def test_a_run_whose_last_revision_falls_short_says_so(num_rounds, reached):
+    """At sparsity 0.9, revised every 5 rounds from 0.5 on, as published."""
+    task = quadratic.task(setup(num_rounds=num_rounds))
+    notes = feddip.build(feddip.FedDIP(), task).notes
+    if reached is None:
+        assert notes == ()
+    else:
+        assert len(notes) == 1
+        assert reached in notes[0]
+
+
+def test_defaults_that_follow_from_the_run_fall_into_it():
+    for num_rounds in (1, 2, 4, 30):
+        short = setup(num_rounds=num_rounds)
+        algorithm = feddip.build(feddip.FedDIP(), quadratic.task(short))
+        assert algorithm.stages[0].num_rounds == num_rounds
+    few = feddip.build(feddip.FedDIP(sparsity=0.3), quadratic.task(setup()))
+    _, _, history = simulate(few, some, num_rounds=1)
+    kernels = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
+    assert np.asarray(history[0].num_live)[kernels].sum() == 32 - round(0.3 * 32)
+
+
+def test_shortcuts_are_pruned_where_they_are_asked_for():
+    for options, pruned in (({}, False), ({"prune_shortcuts": True}, True)):
+        model = quadratic.MODEL._replace(
+            init=lambda key: ({"shortcut": quadratic.PARAMS["dense"]}, {"steps": jnp.float32(0.0)})
+        )
+        task = quadratic.task(setup(), model=model)
+        algorithm = feddip.build(feddip.FedDIP(sparsity=0.5, **options), task)
+        if pruned:
+            algorithm.init(*model.init(KEY))
+        else:
+            with pytest.raises(ValueError, match="nothing to prune"):
+                algorithm.init(*model.init(KEY))
 
 
 def test_the_first_round_trains_under_one_random_erk_draw():
@@ -209,8 +252,8 @@ def test_the_first_round_trains_under_one_random_erk_draw():
 
 def test_shortcuts_of_residual_networks_are_exempt():
     leaf = jnp.zeros([1, 1, 4, 8])
-    assert not feddip.prunable_without_shortcuts("stage_1/block_0/shortcut/kernel", leaf)
-    assert feddip.prunable_without_shortcuts("stage_1/block_0/conv_0/kernel", leaf)
+    assert not feddip.without_shortcuts("stage_1/block_0/shortcut/kernel", leaf)
+    assert feddip.without_shortcuts("stage_1/block_0/conv_0/kernel", leaf)
 
 
 @pytest.mark.slow
@@ -218,7 +261,7 @@ def test_the_first_draw_on_a_residual_network_has_the_published_layer_sparsities
     model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
     params, _ = jax.eval_shape(model.init, KEY)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-    draw = feddip.erk_start(sparsity=0.5, prunable=feddip.prunable_without_shortcuts)
+    draw = feddip.erk_start(sparsity=0.5, prunable=feddip.without_shortcuts)
     drawn = jax.jit(draw)(KEY, params)
     found = {
         path: round(1 - float(jnp.mean(leaf)), 4)
@@ -288,11 +331,11 @@ def test_the_traffic_of_a_long_run_is_that_of_the_specification(
 ):
     """1000 rounds, 5 clients, a revision every 5: GiB both ways at final sparsity .8, .9, .95."""
     params = published(network, classes)
-    flags = np.array(masks.prunable_leaves(params, feddip.prunable_without_shortcuts))
+    flags = np.array(masks.prunable_leaves(params, feddip.without_shortcuts))
     sizes = np.array(trees.sizes(params))
     num_prunable = int(sizes[flags].sum())
     state = blank(types.RoundState, params=params)
-    prunable = feddip.prunable_without_shortcuts
+    prunable = feddip.without_shortcuts
 
     def total_gib(live_at):
         bits = [0, 0]

@@ -7,19 +7,27 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks
+from fedjaxprune import masks, trees
 from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.run import round_costs
-from fedjaxprune.methods import fixed_masks, gradual_magnitude
-from fedjaxprune.pruning import allocation, schedules
-from fedjaxprune.rounds import protocol, server_work
+from fedjaxprune.method import Needs, needs_of
+from fedjaxprune.methods import (
+    _fixed_masks,
+    gradual_magnitude,
+    magnitude_masks,
+    random_masks,
+    snip,
+)
+from fedjaxprune.models import zoo
+from fedjaxprune.pruning import schedules
+from fedjaxprune.rounds import facts, protocol
+from fedjaxprune.rounds import task as task_lib
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import messages
 from tests import quadratic
 
 KEY = jax.random.key(2)
 PEOPLE = quadratic.population()
-ONE = quadratic.full_batches(1)
 KERNELS = {"dense": 24, "head": 8}
 
 
@@ -87,53 +95,44 @@ def pooled_mean():
     return np.asarray(PEOPLE.examples["inputs"]).mean(axis=0)
 
 
-def small_people(max_size=28):
-    return quadratic.full_batches(1, max_size)
-
-
-SOURCES = {
-    "held_out": (
-        server_work.server_examples([3, 4]),
-        lambda: PEOPLE.examples["inputs"][3:5].mean(axis=0),
-    ),
-    "one_client": (server_work.examples_of(3), lambda: quadratic.mean_point(PEOPLE, 3)),
-    "pooled": (server_work.all_examples(), pooled_mean),
+MEANS = {
+    "server": lambda: PEOPLE.examples["inputs"][3:5].mean(axis=0),
+    "one_client": lambda: quadratic.mean_point(PEOPLE, 3),
+    "pooled": pooled_mean,
 }
 
 
-@pytest.mark.parametrize("weights", ["trained", "initial"])
-@pytest.mark.parametrize("name", sorted(SOURCES))
-def test_magnitude_masks_keep_the_largest_weights_after_training_where_they_are_made(name, weights):
-    source, mean = SOURCES[name]
-    algorithm = fixed_masks.magnitude_masks(
-        quadratic.MODEL,
-        setup(),
-        sparsity=0.5,
-        source=source,
-        pretraining=small_people(),
-        weights=weights,
+def make(method, **options):
+    """Build a control; a batch holds the data of all, and the server two examples."""
+    task = quadratic.task(setup(), max_size=28, server_examples=np.array([3, 4], np.int32))
+    return method.build(method.METHOD.settings(**{"sparsity": 0.5, **options}), task)
+
+
+@pytest.mark.parametrize("weights", ["trained", "initial", None])
+@pytest.mark.parametrize("examples", sorted(MEANS))
+def test_magnitude_masks_keep_the_largest_weights_after_training_where_they_are_made(
+    examples, weights
+):
+    algorithm = make(
+        magnitude_masks, examples=examples, client_id=3, server_epochs=1, start_from=weights
     )
     state, _, traffic = start(algorithm)
     before = np.asarray(quadratic.flatten(quadratic.PARAMS))
-    trained = tree(before + 0.1 * (np.asarray(mean()) - before))
+    trained = tree(before + 0.1 * (np.asarray(MEANS[examples]()) - before))
     wanted = expected(jax.tree.map(np.abs, trained))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
-    goes_on = trained if weights == "trained" else quadratic.PARAMS
+    usual = "trained" if examples == "server" else "initial"
+    goes_on = trained if (weights or usual) == "trained" else quadratic.PARAMS
     chex.assert_trees_all_close(
         state.params, masks.apply(state.masks, goes_on), rtol=1e-5, atol=1e-6
     )
-    assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
+    if examples != "one_client":
+        assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
 
 
 def of_one_client(weights):
-    return fixed_masks.magnitude_masks(
-        quadratic.MODEL,
-        setup(),
-        sparsity=0.5,
-        source=server_work.examples_of(3),
-        pretraining=ONE,
-        weights=weights,
-        working_clients=(3,),
+    return make(
+        magnitude_masks, examples="one_client", client_id=3, server_epochs=1, start_from=weights
     )
 
 
@@ -165,7 +164,7 @@ def test_one_clients_weights_travel_under_its_mask_where_training_starts_from_th
 
 
 def test_random_masks_follow_from_the_seed_and_do_not_travel():
-    algorithm = fixed_masks.random_masks(quadratic.MODEL, setup(), sparsity=0.25)
+    algorithm = make(random_masks, sparsity=0.25)
     state, members, traffic = start(algorithm)
     kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]
     assert kept == [18, 6]
@@ -181,13 +180,7 @@ def sensitivity(mean, params=quadratic.PARAMS):
 
 
 def test_snip_keeps_the_largest_products_of_weight_and_gradient():
-    algorithm = fixed_masks.snip_masks(
-        quadratic.MODEL,
-        setup(),
-        sparsity=0.5,
-        source=server_work.all_examples(),
-        batcher=small_people(),
-    )
+    algorithm = make(snip, examples="pooled")
     state, _, traffic = start(algorithm)
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
@@ -196,14 +189,7 @@ def test_snip_keeps_the_largest_products_of_weight_and_gradient():
 
 
 def test_snip_in_several_steps_takes_new_gradients_at_each():
-    algorithm = fixed_masks.snip_masks(
-        quadratic.MODEL,
-        setup(),
-        sparsity=0.75,
-        source=server_work.all_examples(),
-        batcher=small_people(),
-        num_steps=3,
-    )
+    algorithm = make(snip, examples="pooled", sparsity=0.75, num_prune_steps=3)
     state, _, _ = start(algorithm)
     params, live = quadratic.PARAMS, masks.full(quadratic.PARAMS)
     for sparsity in (0.25, 0.5, 0.75):
@@ -218,9 +204,7 @@ def test_snip_in_several_steps_takes_new_gradients_at_each():
 
 
 def test_snip_of_the_clients_is_snip_of_the_pooled_data():
-    algorithm = fixed_masks.snip_masks_of_clients(
-        quadratic.MODEL, setup(), sparsity=0.5, batcher=ONE
-    )
+    algorithm = make(snip, examples="clients")
     state, members, traffic = start(algorithm)
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
@@ -239,24 +223,14 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
 
 
 def test_snip_of_clients_that_do_not_answer_falls_back_to_magnitude():
-    algorithm = fixed_masks.snip_masks_of_clients(
-        quadratic.MODEL, setup(), sparsity=0.5, batcher=ONE
-    )
+    algorithm = make(snip, examples="clients")
     state, _, _ = start(algorithm, participated=[False] * 6)
     wanted = expected(jax.tree.map(np.abs, quadratic.PARAMS))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
 
 
 def test_one_pool_lets_layers_compete():
-    algorithm = fixed_masks.magnitude_masks(
-        quadratic.MODEL,
-        setup(),
-        sparsity=0.5,
-        source=server_work.all_examples(),
-        pretraining=ONE,
-        weights="initial",
-        allocation=allocation.global_pool(),
-    )
+    algorithm = make(magnitude_masks, examples="pooled", server_epochs=1, allocation="global")
     state, _, _ = start(algorithm)
     kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]
     assert sum(kept) == 16
@@ -264,8 +238,8 @@ def test_one_pool_lets_layers_compete():
 
 
 def test_gradual_magnitude_follows_its_curve_and_nothing_returns():
-    algorithm = gradual_magnitude.gradual_magnitude(
-        quadratic.MODEL, setup(), final_sparsity=0.75, period=2, end_round=6
+    algorithm = make(
+        gradual_magnitude, sparsity=0.75, initial_sparsity=0.0, prune_every=2, end_round=6
     )
     curve = schedules.cubic(initial_sparsity=0.0, final_sparsity=0.75, begin_round=0, end_round=6)
     state = algorithm.init(quadratic.PARAMS, {})
@@ -279,12 +253,74 @@ def test_gradual_magnitude_follows_its_curve_and_nothing_returns():
         assert kept == 32 - round(float(curve(jnp.float32(due))) * 32)
         grown = jax.tree.map(lambda new, old: jnp.any(new & ~old), state.masks, before)
         assert not any(jax.tree.leaves(grown))
-    with pytest.raises(ValueError, match="final_sparsity must be at least initial_sparsity"):
-        gradual_magnitude.gradual_magnitude(
-            quadratic.MODEL,
-            setup(),
-            final_sparsity=0.5,
-            initial_sparsity=0.75,
-            period=1,
-            end_round=3,
-        )
+
+
+def test_gradual_magnitude_says_what_its_last_revision_reaches():
+    (note,) = make(gradual_magnitude, sparsity=0.9, prune_every=2, end_round=6).notes
+    assert "after round 3 of 3, reaches 0.781: " in note  # 0.9 - 0.4 (2 / 3)^3
+    assert make(gradual_magnitude, sparsity=0.9, prune_every=1, end_round=2).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sentence"),
+    [
+        (gradual_magnitude, {"initial_sparsity": 0.75}, r"at most sparsity \(0.5\).*, got 0.75"),
+        (gradual_magnitude, {"sparsity": 0.99}, "leave at least one of the 32 prunable weights"),
+        (gradual_magnitude, {"sparsity": 0.9, "prune_every": 3}, r"federation.num_rounds \(3\)"),
+        (random_masks, {"sparsity": 0.99}, "leave at least one of the 32 prunable weights"),
+        (random_masks, {"sparsity": 0.95}, "at least one of the 8 weights of 'head/kernel'.*0.95"),
+        (random_masks, {"allocation": "uniform_but_first"}, "the first convolution dense, and the"),
+        (magnitude_masks, {"sparsity": 0.99}, "leave at least one of the 32 prunable weights"),
+        (snip, {"sparsity": 0.95}, "at least one of the 8 weights of 'head/kernel'"),
+        (snip, {"examples": "clients", "num_prune_steps": 2}, "num_prune_steps must be 1 with"),
+        (
+            magnitude_masks,
+            {"examples": "one_client", "client_id": 6},
+            r"method.client_id must be less than data.num_clients \(6\), got 6",
+        ),
+    ],
+)
+def test_what_leaves_nothing_or_cannot_be_is_refused(method, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make(method, **options)
+
+
+def test_other_allocations_keep_more_of_small_layers():
+    for allocation, num_live in (("erk", 1), ("global", 2)):  # ERK rounds layer by layer
+        state, _, _ = start(make(random_masks, sparsity=0.95, allocation=allocation))
+        assert sum(int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS) == num_live
+
+
+def test_the_first_convolution_stays_dense_where_that_is_asked_for():
+    model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
+    task = task_lib.make(model, setup(), inputs=facts.float_inputs((28, 28, 1)))
+    params, _ = jax.eval_shape(model.init, KEY)
+    settings = random_masks.RandomMasks(sparsity=0.9, allocation="uniform_but_first")
+    share = _fixed_masks.share_out(settings, task)
+    scores = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    counts = share(scores, jnp.float32(0.9))
+    first = facts.first_convolution(task.facts)
+    sizes = facts.sizes(task.facts, masks.is_kernel)
+    by_path = dict(zip(trees.paths(params), jax.tree.leaves(counts), strict=True))
+    assert first is not None
+    assert by_path[first] == sizes[first]
+    assert all(int(by_path[path]) < 0.11 * size for path, size in sizes.items() if path != first)
+    tight = random_masks.RandomMasks(sparsity=0.999, allocation="uniform_but_first")
+    with pytest.raises(ValueError, match=r"method.sparsity must be less than 0.99.* got 0.999"):
+        _fixed_masks.share_out(tight, task)
+
+
+def test_only_masks_from_the_servers_data_need_examples_there():
+    for method, examples, needed in (
+        (magnitude_masks, "server", True),
+        (magnitude_masks, "one_client", False),
+        (magnitude_masks, "pooled", False),
+        (snip, "server", True),
+        (snip, "clients", False),
+    ):
+        settings = method.METHOD.settings(examples=examples)
+        assert needs_of(method.METHOD, settings).server_examples is needed
+    bare = quadratic.task(setup(), server_examples=np.zeros(0, np.int32))
+    with pytest.raises(ValueError, match="the method needs examples at the server"):
+        snip.build(snip.Snip(sparsity=0.5), bare)
+    assert needs_of(random_masks.METHOD, random_masks.RandomMasks()) == Needs()

@@ -15,7 +15,8 @@ from fedjaxprune.experiment.folder import record
 from fedjaxprune.federated import cohort as cohort_lib
 from fedjaxprune.federated import gated_updates, local_training
 from fedjaxprune.federated import personalization as personal_lib
-from fedjaxprune.methods import feddip, scaffold
+from fedjaxprune.federated.corrections import scaffold
+from fedjaxprune.methods import feddip
 from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
 from fedjaxprune.rounds import protocol, training

@@ -208,7 +208,7 @@ def test_no_exchange_follows_once_enough_is_pruned():
 
 def assert_is_fedavg(states):
     """See that plain FedAvg leads from the first of some states to the others, to the bit."""
-    plain = fedavg.fedavg(quadratic.MODEL, setup())
+    plain = fedavg.build(fedavg.FedAvg(), quadratic.task(setup()))
     play, members = jax.jit(plain.stages[0].round), quadratic.cohort(plain, range(6))
     state = plain.init(quadratic.PARAMS, {})
     state = state._replace(params=states[0].params, masks=states[0].masks)

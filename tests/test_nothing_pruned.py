@@ -1,7 +1,6 @@
 """At sparsity 0 every method that has one trains as FedAvg does, to the bit."""
 
 import functools
-from typing import Literal
 
 import chex
 import jax
@@ -12,44 +11,32 @@ from fedjaxprune import masks
 from fedjaxprune.experiment import methods
 from fedjaxprune.methods import (
     averaged_filters,
-    fedavg,
-    fixed_masks,
     gradual_magnitude,
+    magnitude_masks,
     mpfl,
     pooled_filters,
     random_filters,
+    random_masks,
+    snip,
 )
-from fedjaxprune.rounds import server_work
 from tests import quadratic
-from tests.test_algorithms import by_law, dip, flip, setup, tiny
+from tests.test_algorithms import by_law, dip, fixed, flip, setup, tiny
+from tests.test_algorithms import plain as fedavg
 
 KEY = jax.random.key(8)
 PEOPLE = quadratic.population()
-MODEL, ONE = quadratic.MODEL, quadratic.full_batches(1)
-SERVER = server_work.server_examples([0, 1, 2])
-
-
-def magnitude(source, weights: Literal["trained", "initial"] = "initial"):
-    return lambda s: fixed_masks.magnitude_masks(
-        MODEL, s, sparsity=0.0, source=source, pretraining=ONE, weights=weights
-    )
+MODEL = quadratic.MODEL
 
 
 METHODS = {
-    "feddip_without_penalty": dip(final_sparsity=0.0, initial_sparsity=0.0, max_penalty=0.0),
-    "gradual_magnitude": lambda s: gradual_magnitude.gradual_magnitude(
-        MODEL, s, final_sparsity=0.0, period=1, end_round=2
-    ),
-    "random_masks": lambda s: fixed_masks.random_masks(MODEL, s, sparsity=0.0),
-    "magnitude_masks": magnitude(SERVER, weights="trained"),
-    "one_client_masks": magnitude(server_work.examples_of(2)),
-    "pooled_masks": magnitude(server_work.all_examples()),
-    "snip_masks": lambda s: fixed_masks.snip_masks(
-        MODEL, s, sparsity=0.0, source=SERVER, batcher=ONE
-    ),
-    "snip_masks_of_clients": lambda s: fixed_masks.snip_masks_of_clients(
-        MODEL, s, sparsity=0.0, batcher=ONE
-    ),
+    "feddip_without_penalty": dip(sparsity=0.0, initial_sparsity=0.0, max_penalty=0.0),
+    "gradual_magnitude": fixed(gradual_magnitude, sparsity=0.0),
+    "random_masks": fixed(random_masks, sparsity=0.0),
+    "magnitude_masks": fixed(magnitude_masks, sparsity=0.0),
+    "one_client_masks": fixed(magnitude_masks, sparsity=0.0, examples="one_client", client_id=2),
+    "pooled_masks": fixed(magnitude_masks, sparsity=0.0, examples="pooled"),
+    "snip_masks": fixed(snip, sparsity=0.0, num_prune_steps=1),
+    "snip_masks_of_clients": fixed(snip, sparsity=0.0, examples="clients", num_prune_steps=1),
     "autoflip": flip(sparsity=0.0),
     "fedtiny": tiny(density=1.0, period=1),
     "mpfl": by_law(mpfl, sparsity=0.0),
@@ -68,7 +55,7 @@ def test_every_method_with_a_sparsity_is_here():
 @functools.cache
 def plain(name):
     model = quadratic.NORMALIZED if name == "fedtiny" else MODEL
-    algorithm = fedavg.fedavg(model, setup())
+    algorithm = fedavg(model)(setup())
     return algorithm, jax.jit(algorithm.stages[0].round)
 
 

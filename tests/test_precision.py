@@ -15,13 +15,14 @@ from fedjaxprune import masks
 from fedjaxprune.costs import flops, ledger
 from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build
-from fedjaxprune.federated import sampling, uplinks
+from fedjaxprune.federated import local_training, sampling, uplinks
+from fedjaxprune.federated.corrections import scaffold
 from fedjaxprune.kernels import convolution
-from fedjaxprune.methods import fedavg, feddip, scaffold
 from fedjaxprune.models import adapters, layers, precision, zoo
 from fedjaxprune.rounds import protocol, simulation
 from fedjaxprune.types import Batch
 from tests import quadratic
+from tests.test_algorithms import dip, plain
 
 KEY = jax.random.key(5)
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -114,18 +115,12 @@ def test_normalization_takes_its_statistics_in_float32(make):
 
 
 METHODS = {
-    "fedavg": fedavg.fedavg,
-    "fedprox": functools.partial(fedavg.fedprox, mu=0.1),
-    "scaffold": scaffold.scaffold,
+    "fedavg": plain,
+    "fedprox": functools.partial(plain, penalties=(local_training.proximal(mu=0.1),)),
+    "scaffold": lambda model: lambda s: plain(model)(s._replace(drift=scaffold.control_variates())),
     **{
         f"feddip_{mode}": functools.partial(
-            feddip.feddip,
-            mode=mode,
-            final_sparsity=0.75,
-            initial_sparsity=0.25,
-            period=2,
-            num_segments=3,
-            max_penalty=0.01,
+            lambda mode, model: lambda s: dip(model=model, mode=mode)(s), mode
         )
         for mode in ("masked", "regrow", "dense")
     },
@@ -142,7 +137,7 @@ def played(make, model):
         uplink=uplinks.error_feedback(uplinks.top_k(fraction=0.5)),
         chunk_size=2,
     )
-    algorithm = make(model, setup)
+    algorithm = make(model)(setup)
     people = quadratic.population()
     run = simulation.start(algorithm, *model.init(KEY), num_clients=6)
     advance = jax.jit(

@@ -1,4 +1,8 @@
-"""FedAvg and FedProx: dense federated averaging, the baselines of everything else.
+"""FedAvg: dense federated averaging, the baseline of every pruning method.
+
+Clients train the dense model and the server averages their parameters, weighted by their numbers
+of examples. With another server optimizer this is FedAvgM, FedAdam or FedYogi; with
+``client.proximal_mu`` it is FedProx, with ``client.correction`` SCAFFOLD or FedNova.
 
 References:
   McMahan et al., `Communication-Efficient Learning of Deep Networks from Decentralized Data
@@ -6,42 +10,35 @@ References:
   Networks <https://arxiv.org/abs/1812.06127>`_, 2020.
 """
 
-from collections.abc import Sequence
-
-from fedjaxprune.federated import local_training
-from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.method import Method, Paper
+from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
-from fedjaxprune.types import Algorithm, Model
+from fedjaxprune.settings import Settings
+from fedjaxprune.types import Algorithm
 
 
-def fedavg(
-    model: Model, setup: Protocol, *, penalties: Sequence[local_training.PenaltyFn] = ()
-) -> Algorithm:
-    """Average the clients' parameters, weighted by their numbers of examples.
-
-    With another server than the default this is FedAvgM, FedAdam or FedYogi.
-
-    Args:
-      model: the network.
-      setup: what every method shares.
-      penalties: terms added to the local loss.
-    """
-    client = local_training.local_sgd(
-        model.loss,
-        batcher=setup.batcher,
-        optimizer=setup.optimizer,
-        learning_rate_scale=setup.learning_rate_scale,
-        penalties=penalties,
-    )
-    return training(setup, client=client)
+class FedAvg(Settings):
+    """Settings of FedAvg: there are none beside those of the protocol."""
 
 
-def fedprox(model: Model, setup: Protocol, *, mu: float) -> Algorithm:
-    """Do FedAvg with a local loss that pulls towards the broadcast parameters.
+def build(settings: FedAvg, task: Task) -> Algorithm:
+    """Average the clients' parameters, weighted by their numbers of examples."""
+    del settings  # there are none
+    return training(task.protocol, client=task.local_client())
 
-    Args:
-      model: the network.
-      setup: what every method shares.
-      mu: strength of the pull, ``mu / 2 ||w - w_t||^2``; 0 is FedAvg.
-    """
-    return fedavg(model, setup, penalties=(local_training.proximal(mu=mu),) if mu else ())
+
+METHOD = Method(
+    build=build,
+    settings=FedAvg,
+    paper=Paper(
+        "McMahan et al.",
+        2017,
+        "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+        arxiv="1602.05629",
+    ),
+    variants={
+        "fedprox": {"client.proximal_mu": 0.01},
+        "scaffold": {"client.correction": "scaffold"},
+        "fednova": {"client.correction": "fednova"},
+    },
+)

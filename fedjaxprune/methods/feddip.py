@@ -1,9 +1,9 @@
-"""FedDIP: extreme dynamic pruning with error feedback and an incremental penalty.
+"""FedDIP: dynamic pruning with error feedback and an incremental penalty.
 
 One global mask tightens along a cubic schedule by global magnitude; clients take gradients at the
 masked weights and apply them to the dense ones; a penalty on the layers' norms grows in steps.
 
-Three readings of "dynamic pruning" are offered as `mode`:
+Three readings of "dynamic pruning" are offered as `mode`, beside `unpruned`, an ablation:
 
 - ``masked``, what the authors' public code does: what is pruned never returns, and the dense
   entries of a delta have no effect once a mask is in force, so they are not sent;
@@ -28,15 +28,19 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.costs import storage_models
 from fedjaxprune.federated import local_training
-from fedjaxprune.methods.fedavg import fedavg
-from fedjaxprune.pruning import allocation, pruners, schedules, scores
-from fedjaxprune.rounds.protocol import FieldSpec, Masking, Protocol
+from fedjaxprune.method import Method, Paper
+from fedjaxprune.methods import _gradual
+from fedjaxprune.pruning import allocation, pruners, scores
+from fedjaxprune.rounds.protocol import FieldSpec, Masking
+from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
+from fedjaxprune.settings import INT_MAX, NonNegative, Sparsity, setting
 from fedjaxprune.traffic import PublishedBits
 from fedjaxprune.types import (
     Algorithm,
@@ -44,7 +48,6 @@ from fedjaxprune.types import (
     FormulaFn,
     Key,
     Masks,
-    Model,
     Params,
     PrunableFn,
     PrunerInputs,
@@ -128,67 +131,68 @@ def erk_start(*, sparsity: float, prunable: PrunableFn) -> Callable[[Key, Params
     return start
 
 
-def prunable_without_shortcuts(path: str, leaf: jax.Array) -> bool:
+def without_shortcuts(path: str, leaf: jax.Array) -> bool:
     """Call prunable all kernels but those of ResNets' 1x1 shortcut convolutions, as FedDIP does."""
     return masks_lib.is_kernel(path, leaf) and "shortcut" not in path
 
 
-def feddip(
-    model: Model,
-    setup: Protocol,
-    *,
-    final_sparsity: float,
-    initial_sparsity: float = 0.5,
-    period: int = 5,
-    max_penalty: float = 1e-3,
-    num_segments: int = NUM_SEGMENTS,
-    mode: Literal["masked", "regrow", "dense"] = "masked",
-    prunable: PrunableFn = prunable_without_shortcuts,
-) -> Algorithm:
-    """Prune ever more of one global model while it is trained.
+class FedDIP(_gradual.GradualSettings):
+    """Settings of FedDIP; the defaults are the published ones."""
 
-    Args:
-      model: the network.
-      setup: what every method shares (published: SGD 0.1 with weight decay 5e-4 and no momentum,
-        learning rate times 0.998 a round, 5 local epochs of batches of 128).
-      final_sparsity: pruned fraction of the prunable weights that the cubic curve leads to.
-      initial_sparsity: the same after the first revision, at the end of round 0.
-      period: rounds between revisions; they fall at the end of rounds 0, `period`, ...
-      max_penalty: where the penalty's staircase leads (see `stepped_penalty`); 0 switches the
-        penalty off, which is the paper's ablation without it.
-      num_segments: the staircase's number of steps (published: 20).
-      mode: how dynamic the masks are, as the module says.
-      prunable: which leaves may be pruned (published: all kernels but 1x1 shortcuts).
-
-    Raises:
-      ValueError: if a sparsity lies outside [0, 1) or falls, the mode is unknown, or there are
-        fewer rounds than segments of the penalty.
-    """
-    for option, value in (
-        ("final_sparsity", final_sparsity),
-        ("initial_sparsity", initial_sparsity),
-    ):
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{option} must lie in [0, 1), got {value}.")
-    if final_sparsity < initial_sparsity:
-        raise ValueError(
-            f"final_sparsity must be at least initial_sparsity, as FedDIP only tightens its masks; "
-            f"got {final_sparsity} and {initial_sparsity}."
-        )
-    if mode not in ("masked", "regrow", "dense"):
-        raise ValueError(f"mode must be 'masked', 'regrow' or 'dense', got {mode!r}.")
-
-    sparsity = schedules.cubic(
-        initial_sparsity=initial_sparsity,
-        final_sparsity=final_sparsity,
-        begin_round=0,
-        end_round=setup.num_rounds,
+    sparsity: Sparsity = setting(
+        0.9,
+        "Pruned fraction of the prunable weights that the cubic curve leads to at the end of the "
+        "run. The masks follow the curve every prune_every rounds, so the last revision is a "
+        "little short of it.",
+        unit="fraction",
     )
-    due = schedules.every(period)
-    tighten = pruners.prune_to(sparsity)
-    if mode != "masked":  # forget the old masks first, so that all weights compete
+    max_penalty: NonNegative = setting(
+        1e-3,
+        "Coefficient that the staircase of the penalty on the layers' norms leads to; 0 switches "
+        "the penalty off.",
+        unit="loss per norm",
+    )
+    num_segments: int | None = setting(
+        None,
+        "Steps of the penalty's staircase.",
+        unit="steps",
+        unset="20, or one a round in a run of fewer rounds",
+        ge=2,
+        le=INT_MAX,
+    )
+    mode: Literal["masked", "regrow", "dense", "unpruned"] = setting(
+        "masked",
+        "What is ranked: the masked aggregate (the public code), the aggregate before masking "
+        "(pruned weights can return), or a dense server model; unpruned prunes nothing and keeps "
+        "a constant penalty on the norms of all tensors.",
+    )
+    prune_shortcuts: bool = setting(
+        False, "Whether the 1x1 shortcut convolutions of residual networks are pruned, too."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_penalty(self):
+        if self.mode != "unpruned" and 0.0 < self.max_penalty < MIN_PENALTY:
+            raise ValueError(
+                f"max_penalty must be 0 or at least {MIN_PENALTY}, where FedDIP's staircase "
+                f"starts, got {self.max_penalty}."
+            )
+        return self
+
+
+def build(settings: FedDIP, task: Task) -> Algorithm:
+    """Prune ever more of one global model while it is trained."""
+    prunable = masks_lib.is_kernel if settings.prune_shortcuts else without_shortcuts
+    if settings.mode == "unpruned":
+        penalties = _constant_penalty(settings.max_penalty)
+        client = task.local_client(penalties=penalties)
+        return training(task.protocol, client=client, prunable=prunable)
+    num_rounds = task.protocol.num_rounds
+    curve = _gradual.plan(settings, task, end_round=num_rounds, prunable=prunable)
+    tighten = pruners.prune_to(curve.sparsity)
+    if settings.mode != "masked":  # forget the old masks first, so that all weights compete
         tighten = pruners.chain(pruners.grow_to(0.0, score=scores.magnitude), tighten)
-    draw = erk_start(sparsity=initial_sparsity, prunable=prunable)
+    draw = erk_start(sparsity=curve.initial_sparsity, prunable=prunable)
 
     def train_masks(key, state):
         return jax.lax.cond(
@@ -198,38 +202,52 @@ def feddip(
         )
 
     def sent_masks(state):
-        if mode == "masked":
+        if settings.mode == "masked":
             return state.masks
-        dense = jnp.bool_(True) if mode == "dense" else due(state.round)
+        dense = jnp.bool_(True) if settings.mode == "dense" else curve.due(state.round)
         return jax.tree.map(lambda mask: mask | dense, state.masks)
 
-    penalties = ()
-    if max_penalty:
-        coefficient = stepped_penalty(
-            max_penalty=max_penalty, num_rounds=setup.num_rounds, num_segments=num_segments
-        )
-        penalties = (local_training.layer_norms(coefficient=coefficient, prunable=prunable),)
-    client = local_training.dense_feedback_sgd(
-        model.loss,
-        batcher=setup.batcher,
-        optimizer=setup.optimizer,
-        learning_rate_scale=setup.learning_rate_scale,
-        penalties=penalties,
-    )
+    penalties = _staircase(settings, num_rounds, prunable)
     algorithm = training(
-        setup,
-        client=_count_zeros(client),
-        pruner=pruners.when(due, tighten),
+        task.protocol,
+        client=_count_zeros(task.dense_feedback_client(penalties=penalties)),
+        pruner=pruners.when(curve.due, tighten),
         prunable=prunable,
-        masking=Masking(train=train_masks, upload=sent_masks, server_is_dense=mode == "dense"),
+        masking=Masking(
+            train=train_masks, upload=sent_masks, server_is_dense=settings.mode == "dense"
+        ),
         fields={ZEROS: FieldSpec(send="nothing")},
     )
     charge = code_formula(
-        final_sparsity=final_sparsity,
-        initial_sparsity=initial_sparsity,
-        num_rounds=setup.num_rounds,
+        final_sparsity=settings.sparsity,
+        initial_sparsity=curve.initial_sparsity,
+        num_rounds=num_rounds,
     )
-    return algorithm._replace(published={"feddip_code": charge})
+    return algorithm._replace(published={"feddip_code": charge}, notes=curve.notes)
+
+
+def _staircase(
+    settings: FedDIP, num_rounds: int, prunable: PrunableFn
+) -> tuple[local_training.PenaltyFn, ...]:
+    """Choose the penalty of a run; one of a single round has none."""
+    if not settings.max_penalty or num_rounds == 1:
+        return ()
+    coefficient = stepped_penalty(
+        max_penalty=settings.max_penalty,
+        num_rounds=num_rounds,
+        num_segments=settings.num_segments or min(NUM_SEGMENTS, num_rounds),
+    )
+    return (local_training.layer_norms(coefficient=coefficient, prunable=prunable),)
+
+
+def _constant_penalty(coefficient: float) -> tuple[local_training.PenaltyFn, ...]:
+    """Penalize the norms of all tensors alike in every round: the ablation without pruning."""
+    return (
+        local_training.layer_norms(
+            coefficient=lambda round_index: jnp.float32(coefficient),
+            prunable=lambda path, leaf: True,
+        ),
+    )
 
 
 def code_formula(*, final_sparsity: float, initial_sparsity: float, num_rounds: int) -> FormulaFn:
@@ -267,19 +285,25 @@ def _count_zeros(inner: Client) -> Client:
     return Client(init=inner.init, update=update_fn)
 
 
-def feddip_without_pruning(
-    model: Model, setup: Protocol, *, max_penalty: float = 1e-3
-) -> Algorithm:
-    """Do FedAvg with a constant penalty on the norms of *all* tensors: FedDIP's other ablation.
-
-    Args:
-      model: the network.
-      setup: what every method shares.
-      max_penalty: the penalty's coefficient, the same in every round.
-    """
-    if max_penalty < 0.0:
-        raise ValueError(f"max_penalty must not be negative, got {max_penalty}.")
-    penalty = local_training.layer_norms(
-        coefficient=lambda round_index: jnp.float32(max_penalty), prunable=lambda path, leaf: True
-    )
-    return fedavg(model, setup, penalties=(penalty,))
+METHOD = Method(
+    build=build,
+    settings=FedDIP,
+    paper=Paper(
+        "Long et al.",
+        2023,
+        "FedDIP: Federated Learning with Extreme Dynamic Pruning and Incremental Regularization",
+        arxiv="2309.06805",
+        code="https://github.com/EricLoong/feddip",
+    ),
+    variants={
+        "without_penalty": {"max_penalty": 0.0},
+        "without_pruning": {"mode": "unpruned"},
+    },
+    law_settings={
+        "sparsity": 0.75,
+        "initial_sparsity": 0.25,
+        "prune_every": 2,
+        "num_segments": 3,
+        "max_penalty": 0.01,
+    },
+)

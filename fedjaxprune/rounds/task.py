@@ -106,3 +106,30 @@ class Task(NamedTuple):
                 "`server_examples`)."
             )
         return server_work.server_examples(self.server_examples)
+
+
+def make(model: Model, protocol: protocol_lib.Protocol, *, inputs: Any) -> Task:
+    """Make a task of a network and a protocol alone, for methods that need nothing else.
+
+    Give the other fields by ``_replace``, where a method asks for them.
+
+    Args:
+      model: the network.
+      protocol: what every method shares.
+      inputs: tree of shapes ``[2, ...]`` of two examples (`facts.float_inputs`).
+    """
+
+    def batches(**options):
+        raise ValueError(
+            f"the method needs local steps of its own ({options}): give the task its `batches`."
+        )
+
+    return Task(
+        model=model,
+        protocol=protocol,
+        facts=facts_lib.of_model(model, inputs=inputs),
+        batches=batches,
+        server_examples=np.zeros(0, np.int32),
+        num_clients=0,
+        largest_client=0,
+    )

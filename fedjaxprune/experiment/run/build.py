@@ -25,16 +25,26 @@ from fedjaxprune.experiment.config.flat.sections import INT_MAX, RunConfig, User
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial
 from fedjaxprune.experiment.run import fitting, loop
 from fedjaxprune.experiment.run.evaluation import TestSet
+from fedjaxprune.experiment.task_of import task_of
 from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
-from fedjaxprune.methods import fedavg, feddip, fednova, fixed_masks, scaffold
+from fedjaxprune.federated.corrections import fednova, scaffold
+from fedjaxprune.methods import (
+    fedavg,
+    feddip,
+    gradual_magnitude,
+    magnitude_masks,
+    random_masks,
+    snip,
+)
 from fedjaxprune.models import cnns, lstm, precision, vgg, zoo
-from fedjaxprune.rounds import server_work, simulation
-from fedjaxprune.rounds.protocol import Correction, Protocol
+from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.types import (
     Aggregator,
     Algorithm,
     Batcher,
     CohortAggregator,
+    Correction,
     Model,
     Schedule,
     Uplink,
@@ -63,37 +73,52 @@ MODELS: Mapping[str, Callable[..., Model]] = {
 
 
 ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, recipes.Given], Algorithm]] = {
-    "fedavg": lambda config, model, setup, given: fedavg.fedavg(model, setup),
-    "fedprox": lambda config, model, setup, given: fedavg.fedprox(
-        model, setup, mu=config.proximal_mu
+    "fedavg": lambda *run: fedavg.build(fedavg.FedAvg(), task_of(*run)),
+    "fedprox": lambda config, *run: fedavg.build(
+        fedavg.FedAvg(), recipes.with_proximal_term(task_of(config, *run), config.proximal_mu)
     ),
-    "scaffold": lambda config, model, setup, given: scaffold.scaffold(model, setup),
-    "fednova": lambda config, model, setup, given: fednova.fednova(
-        model, setup, momentum=config.momentum
+    "scaffold": lambda config, model, setup, given: fedavg.build(
+        fedavg.FedAvg(),
+        task_of(config, model, setup._replace(correction=scaffold.control_variates()), given),
     ),
-    "feddip": lambda config, model, setup, given: recipes.dip(config, model, setup),
-    "feddip_without_penalty": lambda config, model, setup, given: recipes.dip(
-        config.model_copy(update={"max_penalty": 0.0}), model, setup
+    "fednova": lambda config, model, setup, given: fedavg.build(
+        fedavg.FedAvg(),
+        task_of(
+            config,
+            model,
+            setup._replace(correction=DRIFTS["fednova"](config, setup.batcher)),
+            given,
+        ),
     ),
-    "feddip_without_pruning": lambda config, model, setup, given: feddip.feddip_without_pruning(
-        model, setup, max_penalty=config.max_penalty
+    "feddip": lambda config, *run: feddip.build(recipes.dip(config), task_of(config, *run)),
+    "feddip_without_penalty": lambda config, *run: feddip.build(
+        recipes.dip(config, max_penalty=0.0), task_of(config, *run)
+    ),
+    "feddip_without_pruning": lambda config, *run: feddip.build(
+        feddip.FedDIP(mode="unpruned", max_penalty=config.max_penalty), task_of(config, *run)
     ),
     "fedtiny": recipes.tiny,
-    "random_masks": lambda config, model, setup, given: fixed_masks.random_masks(
-        model, setup, sparsity=config.sparsity, allocation=recipes.shares(config, model, given)
+    "random_masks": lambda config, *run: random_masks.build(
+        random_masks.RandomMasks(**recipes.fixed(config)), task_of(config, *run)
     ),
-    "magnitude_masks": lambda config, model, setup, given: recipes.magnitude(
-        config, model, setup, given, server_work.server_examples(given.held)
+    "magnitude_masks": lambda config, *run: magnitude_masks.build(
+        recipes.magnitude(config, "server"), task_of(config, *run)
     ),
-    "one_client_masks": lambda config, model, setup, given: recipes.magnitude(
-        config, model, setup, given, server_work.examples_of(config.mask_client)
+    "one_client_masks": lambda config, *run: magnitude_masks.build(
+        recipes.magnitude(config, "one_client"), task_of(config, *run)
     ),
-    "pooled_masks": lambda config, model, setup, given: recipes.magnitude(
-        config, model, setup, given, server_work.all_examples()
+    "pooled_masks": lambda config, *run: magnitude_masks.build(
+        recipes.magnitude(config, "pooled"), task_of(config, *run)
     ),
-    "snip_masks": recipes.snip,
-    "snip_masks_of_clients": recipes.snip_of_clients,
-    "gradual_magnitude": recipes.gradual,
+    "snip_masks": lambda config, *run: snip.build(
+        snip.Snip(**recipes.fixed(config)), task_of(config, *run)
+    ),
+    "snip_masks_of_clients": lambda config, *run: snip.build(
+        snip.Snip(examples="clients", **recipes.fixed(config)), task_of(config, *run)
+    ),
+    "gradual_magnitude": lambda config, *run: gradual_magnitude.build(
+        recipes.gradual(config), task_of(config, *run)
+    ),
     **explore_recipes.ALGORITHMS,
     **filter_recipes.ALGORITHMS,
     **gated_recipes.ALGORITHMS,
@@ -209,8 +234,6 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
     _check_sizes(config, sizes)
     train_fn, test_fn = _preprocess(dataset, config)
     model = _model(config, dataset, test_fn)
-    if complaint := recipes.emptied(config, model):
-        raise UserError(complaint)
     given = recipes.Given(held=held, input_shape=dataset.input_shape, train=train_fn, test=test_fn)
     population = partitions.population(dataset.train, parts)
     test = TestSet(

@@ -17,25 +17,16 @@ References:
   Karimireddy et al., `SCAFFOLD <https://arxiv.org/abs/1910.06378>`_, 2020.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import aggregators
-from fedjaxprune.methods.fedavg import fedavg
-from fedjaxprune.rounds.protocol import Protocol
-from fedjaxprune.types import (
-    Algorithm,
-    Client,
-    Correction,
-    FieldSpec,
-    Message,
-    Model,
-    Params,
-    State,
-)
+from fedjaxprune.registry import Part
+from fedjaxprune.settings import Settings
+from fedjaxprune.types import Batcher, Client, Correction, FieldSpec, Message, Params, State
 
 
 class ControlState(NamedTuple):
@@ -53,8 +44,8 @@ class ControlState(NamedTuple):
 def control_variates() -> Correction:
     """Correct any client's local steps by control variates, under any masks.
 
-    Put it into the setup of any method: ``setup._replace(correction=control_variates())``. A client
-    keeps one value for each weight; each way one more value travels for each live weight,
+    Put it into the protocol of any method: ``protocol._replace(correction=control_variates())``. A
+    client keeps one value for each weight; each way one more value travels for each live weight,
     uncompressed.
 
     Returns:
@@ -77,7 +68,7 @@ def control_variates() -> Correction:
             if "local_grads" not in fields:
                 raise ValueError(
                     "scaffold.control_variates needs clients that follow the broadcast's "
-                    "correction and report local_grads, as clients.local_sgd does."
+                    "correction and report local_grads, as local_training.local_sgd does."
                 )
             grads = fields.pop("local_grads")
             change = masks_lib.apply(
@@ -111,11 +102,14 @@ def control_variates() -> Correction:
     )
 
 
-def scaffold(model: Model, setup: Protocol) -> Algorithm:
-    """Do FedAvg with control variates.
+def build(settings: Settings, *, batcher: Batcher, optimizer_settings: Any) -> Correction:
+    """Correct by control variates, with any local optimizer."""
+    del settings, batcher, optimizer_settings  # the rule needs none of them
+    return control_variates()
 
-    Args:
-      model: the network.
-      setup: what every method shares; its `drift` is replaced.
-    """
-    return fedavg(model, setup._replace(correction=control_variates()))
+
+PARTS = {
+    "scaffold": Part(
+        build=build, summary="control variates (Karimireddy et al., 2020, arXiv 1910.06378)"
+    )
+}

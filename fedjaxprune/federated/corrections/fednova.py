@@ -9,27 +9,21 @@ References:
   Optimization <https://arxiv.org/abs/2007.07481>`_, 2020.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from fedjaxprune.federated import aggregators
-from fedjaxprune.methods.fedavg import fedavg
-from fedjaxprune.rounds.protocol import Protocol
-from fedjaxprune.types import (
-    Algorithm,
-    Batcher,
-    Client,
-    Correction,
-    FieldSpec,
-    Message,
-    Model,
-)
+from fedjaxprune.registry import Part
+from fedjaxprune.settings import Settings
+from fedjaxprune.types import Batcher, Client, Correction, FieldSpec, Message
 
 
 def effective_steps(num_steps: jax.Array, *, momentum: float) -> jax.Array:
     """Count how far local steps reach, in plain steps: ``[]`` float32.
 
-    With momentum `rho`, step `k` of `K` goes on in the later ones and counts
+    With momentum `rho`, step `k` of `K` also acts in the later ones and counts
     ``(1 - rho^(K - k + 1)) / (1 - rho)``; together
     ``(K - rho (1 - rho^K) / (1 - rho)) / (1 - rho)``, the paper's ``|a_i|_1``.
     """
@@ -43,9 +37,8 @@ def effective_steps(num_steps: jax.Array, *, momentum: float) -> jax.Array:
 def normalized_averaging(*, batcher: Batcher, momentum: float = 0.0) -> Correction:
     """Average any client's deltas per effective local step, under any masks.
 
-    Put it into the protocol of any method:
-    ``protocol._replace(correction=normalized_averaging(batcher=protocol.batcher))``. What goes
-    through the uplink is the divided delta, as in the paper; one more value goes up.
+    It is a protocol's `correction`, for any method. What goes through the uplink is the divided
+    delta, as in the paper; one more value goes up.
 
     Args:
       batcher: the clients', which knows their numbers of steps.
@@ -86,15 +79,25 @@ def normalized_averaging(*, batcher: Batcher, momentum: float = 0.0) -> Correcti
     )
 
 
-def fednova(model: Model, setup: Protocol, *, momentum: float = 0.0) -> Algorithm:
-    """Do FedAvg with normalized averaging.
+def build(settings: Settings, *, batcher: Batcher, optimizer_settings: Any) -> Correction:
+    """Average per effective step of the clients' optimizer.
 
-    Args:
-      model: the network.
-      setup: what every method shares; its `correction` is replaced.
-      momentum: of ``setup.optimizer``, in [0, 1).
+    Raises:
+      ValueError: the optimizer has no `momentum`, so that it is not SGD.
     """
-    return fedavg(
-        model,
-        setup._replace(correction=normalized_averaging(batcher=setup.batcher, momentum=momentum)),
+    del settings  # there are none
+    momentum = getattr(optimizer_settings, "momentum", None)
+    if momentum is None:
+        raise ValueError(
+            "client.optimizer must be 'sgd' with client.correction 'fednova', which counts steps "
+            f"of SGD, got {getattr(optimizer_settings, 'name', 'another')!r}."
+        )
+    return normalized_averaging(batcher=batcher, momentum=momentum)
+
+
+PARTS = {
+    "fednova": Part(
+        build=build,
+        summary="averages per effective local step (Wang et al., 2020, arXiv 2007.07481)",
     )
+}

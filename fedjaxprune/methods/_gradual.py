@@ -1,0 +1,106 @@
+"""What methods share whose sparsity climbs along a cubic curve while the model is trained."""
+
+from typing import NamedTuple
+
+import pydantic
+
+from fedjaxprune.methods import _sparsity
+from fedjaxprune.pruning import schedules
+from fedjaxprune.rounds.task import Task
+from fedjaxprune.settings import Rounds, Settings, Sparsity, setting
+from fedjaxprune.types import PrunableFn, Schedule
+
+NOTED = 0.01  # a sparsity that is missed by more is said
+
+
+class GradualSettings(Settings):
+    """Settings of a sparsity that climbs."""
+
+    sparsity: Sparsity = setting(
+        0.92,
+        "Pruned fraction of the prunable weights that the cubic curve leads to at the end of the "
+        "run. The masks follow the curve every prune_every rounds, so the last revision is a "
+        "little short of it.",
+        unit="fraction",
+    )
+    initial_sparsity: Sparsity | None = setting(
+        None,
+        "Sparsity after the first revision; at most the sparsity.",
+        unit="fraction",
+        unset="0.5, or the sparsity if that is less",
+    )
+    prune_every: Rounds | None = setting(
+        None,
+        "Rounds from one revision of the masks to the next; the first is at the end of the first "
+        "round.",
+        unit="rounds",
+        unset="5, or less in a run of five rounds or fewer",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_curve(self):
+        if self.initial_sparsity is not None and self.initial_sparsity > self.sparsity:
+            raise ValueError(
+                f"initial_sparsity must be at most sparsity ({self.sparsity}), as the sparsity "
+                f"only climbs, got {self.initial_sparsity}."
+            )
+        return self
+
+
+class Curve(NamedTuple):
+    """A curve of the sparsity, and the rounds in which masks follow it.
+
+    Attributes:
+      sparsity: the cubic curve, by round.
+      initial_sparsity: where it starts.
+      due: rounds at whose end the masks are revised.
+      notes: a sentence, if the last revision is well short of the sparsity that was asked for.
+    """
+
+    sparsity: Schedule
+    initial_sparsity: float
+    due: schedules.Predicate
+    notes: tuple[str, ...]
+
+
+def plan(settings: GradualSettings, task: Task, *, end_round: int, prunable: PrunableFn) -> Curve:
+    """Lay the curve through the rounds of a run.
+
+    Args:
+      settings: of the method.
+      task: what the method is built for.
+      end_round: index of the round in which the curve arrives.
+      prunable: leaves whose sparsity it is.
+
+    Raises:
+      ValueError: no weight would be left, or the masks would never leave their first sparsity.
+    """
+    num_rounds = task.protocol.num_rounds
+    _sparsity.check_something_left(task.facts, prunable, settings.sparsity)
+    start = settings.initial_sparsity
+    start = min(0.5, settings.sparsity) if start is None else start
+    period = settings.prune_every or max(1, min(5, num_rounds - 1))
+    if start < settings.sparsity and period >= num_rounds > 1:
+        raise ValueError(
+            f"method.prune_every must be less than federation.num_rounds ({num_rounds}), as the "
+            f"sparsity would never leave method.initial_sparsity ({start}), got {period}."
+        )
+    last = (num_rounds - 1) // period * period
+    left = 1.0 - min(1.0, last / end_round)
+    reached = settings.sparsity + (start - settings.sparsity) * left**3
+    note = (
+        f"method.sparsity is {settings.sparsity}, but the last revision of the masks, after round "
+        f"{last + 1} of {num_rounds}, reaches {reached:.3g}: more rounds or a smaller "
+        "method.prune_every bring it closer."
+    )
+    return Curve(
+        sparsity=schedules.cubic(
+            initial_sparsity=start,
+            final_sparsity=settings.sparsity,
+            begin_round=0,
+            end_round=end_round,
+        ),
+        initial_sparsity=start,
+        due=schedules.every(period),
+        notes=(note,) if settings.sparsity - reached > NOTED else (),
+    )

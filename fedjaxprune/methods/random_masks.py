@@ -1,0 +1,31 @@
+"""Random masks: a control that runs FedAvg under one mask drawn at random.
+
+The mask follows from the run's seed, so it does not travel. A method whose masks depend on data
+has to do better than this one at the same sparsity and allocation.
+"""
+
+from fedjaxprune.method import Method
+from fedjaxprune.methods import _fixed_masks
+from fedjaxprune.pruning import scores
+from fedjaxprune.rounds import server_work
+from fedjaxprune.rounds.task import Task
+from fedjaxprune.types import Algorithm
+
+
+class RandomMasks(_fixed_masks.FixedMaskSettings):
+    """Settings of random masks."""
+
+
+def build(settings: RandomMasks, task: Task) -> Algorithm:
+    """Draw one mask in a round of the server's own, and train under it."""
+    choose = _fixed_masks.chooser(settings, task, scores.random)
+
+    def work(key, state, population):
+        del population  # no data decides
+        return choose(key, state, state.params, None), server_work.no_loss()
+
+    draw = server_work.server_round("draw", work, masks_known_to="everybody")
+    return _fixed_masks.train_under(task, settings.sparsity, draw)
+
+
+METHOD = Method(build=build, settings=RandomMasks, law_settings={"sparsity": 0.5})
