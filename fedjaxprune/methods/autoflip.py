@@ -26,7 +26,6 @@ References:
   Scoring <https://arxiv.org/abs/2405.10271>`_, 2024 to 2026.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -326,7 +325,7 @@ def _explore(
         fields=fields,
         server_update=server_update,
         broadcast=lambda state: broadcast_of(state)._replace(masks=masks_lib.full(state.params)),
-        download=functools.partial(reporting.dense_download, is_trained=True),
+        download=reporting.dense_and_trained,
         exchange=reporting.Exchange(cohort=settings.num_explorers or "everyone"),
     )
 
