@@ -11,15 +11,8 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-<<<<<<< HEAD
-from fedjaxprune.costs import flop_formulas, flops, ledger, storage_models
-from fedjaxprune.experiment import cohorts
-from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
-from fedjaxprune.experiment.run import build, round_costs
-=======
 from fedjaxprune.costs import flop_formulas, flops, ledger
 from fedjaxprune.experiment.run import round_costs
->>>>>>> 870ce86 (Make FedTiny and AutoFLIP methods that describe themselves)
 from fedjaxprune.federated import early_stopping, sampling, server_optimizers
 from fedjaxprune.methods import autoflip
 from fedjaxprune.models import zoo

@@ -12,12 +12,7 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.costs import ledger, storage_models
-<<<<<<< HEAD
-from fedjaxprune.experiment.config.flat.sections import RunConfig
-from fedjaxprune.experiment.run import build, round_costs
-=======
 from fedjaxprune.experiment.run import round_costs
->>>>>>> 870ce86 (Make FedTiny and AutoFLIP methods that describe themselves)
 from fedjaxprune.federated import batch_norm, local_training, sampling, sparse_gradients
 from fedjaxprune.methods import fedtiny
 from fedjaxprune.models import adapters, layers, vgg, zoo
