@@ -199,7 +199,7 @@ def _check_run(settings: AutoFLIP, task: Task) -> None:
         )
     if period is not None and period > task.protocol.num_rounds:
         raise ValueError(
-            f"method.prune_every must be at most federation.num_rounds "
+            "method.prune_every must be at most federation.num_rounds "
             f"({task.protocol.num_rounds}), as the mask would never be revised, got {period}."
         )
     if settings.stop_on == "validation":
