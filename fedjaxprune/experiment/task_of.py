@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from fedjaxprune.data import batching
-from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.recipes import Given
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.rounds import facts
