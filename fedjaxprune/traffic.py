@@ -1,9 +1,12 @@
 """What the ledger reads and what it returns: counts of what was sent, and bits."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import jax
+if TYPE_CHECKING:  # reading a record needs no JAX
+    import jax
+
+BITS_PER_MIB = 8 * 2**20
 
 # How a field of a message travels: all of it, its entries under the masks in training, pairs of
 # index and value among the entries that those masks rule out (one for each entry that is not zero),
@@ -14,6 +17,8 @@ Send = Literal["whole", "masked", "pairs", "bits", "nothing"]
 # Reports ``[C, T, L]`` int32 of stages from which no delta travels: entries per leaf of the T
 # models that each client trained, passed its examples through, or differentiated.
 TRAINED, EVALUATED, BACKPROPAGATED = "trained", "evaluated", "backpropagated"
+# A report ``[C, layers]`` float32, the same for all: how far voters agreed on each layer's filters.
+AGREEMENT = "agreement"
 # Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
 # of them, pruned ones included: ``[]``, or ``[L]`` where it differs by leaf.
 DENSE_GRADIENT = "dense_gradient"
@@ -77,9 +82,9 @@ class Sent(NamedTuple):
       reports: by name, ``[C, ...]`` that the simulator is given and that does not travel.
     """
 
-    round: jax.Array
-    client_ids: jax.Array
-    num_masks: jax.Array
+    round: "jax.Array"
+    client_ids: "jax.Array"
+    num_masks: "jax.Array"
     packed_masks: Any
     down: Mapping[str, Mapping[str, FieldLength]]
     up: Mapping[str, Mapping[str, FieldLength]]
