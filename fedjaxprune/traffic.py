@@ -17,8 +17,6 @@ Send = Literal["whole", "masked", "pairs", "bits", "nothing"]
 # Reports ``[C, T, L]`` int32 of stages from which no delta travels: entries per leaf of the T
 # models that each client trained, passed its examples through, or differentiated.
 TRAINED, EVALUATED, BACKPROPAGATED = "trained", "evaluated", "backpropagated"
-# A report ``[C, layers]`` float32, the same for all: how far voters agreed on each layer's filters.
-AGREEMENT = "agreement"
 # Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
 # of them, pruned ones included: ``[]``, or ``[L]`` where it differs by leaf.
 DENSE_GRADIENT = "dense_gradient"

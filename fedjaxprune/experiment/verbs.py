@@ -342,7 +342,9 @@ def _as_found(kind: str, value: Any) -> Found | None:
         from fedjaxprune.method import Method
         from fedjaxprune.settings import Settings
 
-        return Found(kind, name, Method(build=_Ready(value), settings=Settings), {}, Origin("value"))
+        return Found(
+            kind, name, Method(build=_Ready(value), settings=Settings), {}, Origin("value")
+        )
     return Found(kind, name, part, {}, Origin("value"))
 
 

@@ -219,9 +219,8 @@ net = export.read(".")  # net.predict(inputs), net.params, net.masks, net.state
 
 def _training(facts: Facts) -> str:
     summary, config = facts.summary, facts.config
-    text = (
-        f"## Training\n\nMade with the settings of `config.yaml`:\n\n```bash\n{facts.command}\n```\n"
-    )
+    text = "## Training\n\nMade with the settings of `config.yaml`:\n\n"
+    text += f"```bash\n{facts.command}\n```\n"
     if summary is None:
         return text
     rows = {

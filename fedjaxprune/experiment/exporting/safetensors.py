@@ -112,7 +112,9 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, RunFolderError):
             raise
-        raise RunFolderError(f"{str(path)!r} cannot be read: it is damaged or no such file.") from None
+        raise RunFolderError(
+            f"{str(path)!r} cannot be read: it is damaged or no such file."
+        ) from None
     return nest(arrays), nest(masks)
 
 

@@ -236,7 +236,7 @@ def _checksums(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, int
 
 
 def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
-    """Read one checkpoint, or the part of it that `like` has, or raise whatever is wrong with it."""
+    """Read one checkpoint, or the part that `like` has, or raise whatever is wrong with it."""
     leaves, treedef = jax.tree.flatten(like)
     names, checksums = _names(like), _checksums(manager, num_rounds)
     # One leaf at a time: of many in flight, all but the first to fail would complain on stderr.

@@ -150,9 +150,7 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
     return Task(
         model=model,
         protocol=make_protocol(config, given.train, chunk=chunk),
-        facts=facts_lib.of_model(
-            model, inputs=jax.eval_shape(given.test, jax.random.key(0), two)
-        ),
+        facts=facts_lib.of_model(model, inputs=jax.eval_shape(given.test, jax.random.key(0), two)),
         batches=composing.batches_of(
             batch_size=section.batch_size, train=given.train, test=given.test, seed=config.seed
         ),

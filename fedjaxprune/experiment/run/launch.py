@@ -88,9 +88,7 @@ def resume(
         )
     _check_untouched(folder, config)
     if identity.DATA_DIR in given.values:
-        config = resolve_lib.replace(
-            config, {identity.DATA_DIR: given.values[identity.DATA_DIR]}
-        )
+        config = resolve_lib.replace(config, {identity.DATA_DIR: given.values[identity.DATA_DIR]})
     listener.begin(config, folder)
     for sentence in changes(stored, config):
         listener.warn(sentence)
@@ -120,7 +118,8 @@ def stored_config(folder: pathlib.Path, given: Given | None = None) -> RunConfig
             kind = "data" if path == "data.dataset" else path
             raise RunFolderError(
                 f"{path} of the run in {str(folder)!r} was a value given in Python "
-                f"({origin.get('name')}): give it again, as fjp.resume({str(folder)!r}, {kind}=...)."
+                f"({origin.get('name')}): give it again, as fjp.resume({str(folder)!r}, "
+                f"{kind}=...)."
             )
         is_found = isinstance(value, Found)  # under the name that the run knows it by
         values[f"{path}.name"] = value._replace(name=origin["name"]) if is_found else value

@@ -30,7 +30,6 @@ from fedjaxprune.types import Algorithm, Key, Model, Population, RoundMetrics, R
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
 
 
-
 class RunParts(NamedTuple):
     """What a run is put together from.
 
@@ -103,6 +102,7 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
     try_out = jax.jit(
         lambda state, test: test_fn(algorithm.deployed_params(state), state.model_state, test)
     )
+    deploy, fingerprint = jax.jit(algorithm.deployed_params), files.fingerprint(config)
     clock = 0.0
 
     def note(pending: _Pending) -> None:
@@ -117,8 +117,7 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
 
     def save(number: int) -> None:
         record.sync(folder)
-        deployed = algorithm.deployed_params(now.state)
-        fingerprint = files.fingerprint(config)
+        deployed = deploy(now.state)
         checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
 
     num_lines = len(record.read(folder).lines)

@@ -5,7 +5,6 @@ layers on the host.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ class RoundCosts(NamedTuple):
         at all of it; and the same with ``dense_`` before it as if nothing were pruned. None if the
         network cannot be counted.
       clients_per_weight: measured: how many clients trained a prunable weight, on average.
-      unchanged_fraction: measured: share of the prunable mask bits that the round left as they were.
+      unchanged_fraction: measured: share of the prunable mask bits that the round did not flip.
     """
 
     training_flops: dict[str, int] | None
