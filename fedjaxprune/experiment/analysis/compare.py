@@ -189,7 +189,7 @@ def compare(
     notes: list[str] = []
     is_relative = len(groups) > 1 or budget is not None or target is not None
     if budget is None:
-        least = min(sum(_sent(run)) for run, _ in pairs)
+        least = min(sum(sent(run)) for run, _ in pairs)
         first = max((float(one.mib[known][0]) for _, one in pairs if (known := _known(one)).any()),
                     default=0.0)  # fmt: skip
         budget = max(least, first)
@@ -225,7 +225,7 @@ def curve(run: RunData, score: Score) -> Curve:
     at = np.flatnonzero(~np.isnan(values) | ~np.isnan(loss))
     return Curve(
         rounds=np.array([run.lines[n]["round"] for n in at], np.int64),
-        mib=np.cumsum(_sent(run))[at],
+        mib=np.cumsum(sent(run))[at],
         flops=np.cumsum(flops(run))[at],
         score=values[at],
         loss=loss[at],
@@ -270,8 +270,8 @@ def _known(one: Curve) -> np.ndarray:
     return ~np.isnan(one.score)
 
 
-def _sent(run: RunData) -> np.ndarray:
-    """Give the MiB of every round, both ways."""
+def sent(run: RunData) -> np.ndarray:
+    """Give the MiB of all messages of each round, both ways, ``[rounds]``."""
     ways = [np.nan_to_num(load.column(run, f"traffic.{way}.total_bits")) for way in WAYS]
     return sum(ways, start=np.zeros(len(run.lines))) / BITS_PER_MIB
 

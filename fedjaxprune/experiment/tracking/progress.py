@@ -68,14 +68,14 @@ def report(console: Console, errors: Console, *, details: bool = False) -> Itera
         say(f"{_what(config)}; folder {folder}")
 
     def finish(config: RunConfig, folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
-        if bar is not None:
-            bar.stop()
+        for one in bars:
+            one.stop()
         console.print(table(summary, config, details=details))
         say(f"results: {folder}")
 
     kept: dict[str, Any] = {"rounds": _Rounds({}, ""), "score": "accuracy -"}
     look = _rejections(warn)
-    bar: Progress | None = None
+    bars: list[Progress] = []  # at most one
 
     def describe(line: Line) -> str:
         kept["score"] = _score(line["test"]) or kept["score"]
@@ -107,6 +107,7 @@ def report(console: Console, errors: Console, *, details: bool = False) -> Itera
         TimeRemainingColumn(),
         console=console,
     )
+    bars.append(bar)
     with bar:
         task = bar.add_task("reading data", total=None)
 
