@@ -29,12 +29,12 @@ def config_of(run: load.RunData) -> Any:
     return made
 
 
-def shown(folder, *, width=100, is_terminal=False, **options):
+def shown(folder, *, width=100, is_terminal=False, details=False):
     """Report a finished run again; give what is printed, and the warnings."""
     run = load.read(folder)
     out, err = io.StringIO(), io.StringIO()
     console = Console(file=out, width=width, force_terminal=is_terminal, color_system=None)
-    with progress.report(console, Console(file=err, width=width), **options) as listener:
+    with progress.report(console, Console(file=err, width=width), details=details) as listener:
         listener.begin(config_of(run), folder)
         listener.start(run.header, [])
         for one in run.lines:
@@ -43,8 +43,8 @@ def shown(folder, *, width=100, is_terminal=False, **options):
     return out.getvalue(), err.getvalue()
 
 
-def rows_of(run, **options):
-    first, second = progress.table(run.summary, config_of(run), **options).columns
+def rows_of(run, *, details=False):
+    first, second = progress.table(run.summary, config_of(run), details=details).columns
     return dict(zip(map(str, first.cells), map(str, second.cells), strict=True))
 
 
@@ -80,7 +80,9 @@ def test_a_long_run_prints_about_twenty_lines(tmp_path):
 def test_a_resumed_run_says_after_which_round(tmp_path):
     run = load.read(feddip(tmp_path / "a", rising([0.5, 0.6, 0.7])))
     out = io.StringIO()
-    with progress.report(Console(file=out, width=100), Console(file=out)) as listener:
+    with progress.report(
+        Console(file=out, width=100), Console(file=out), details=False
+    ) as listener:
         listener.start(run.header, run.lines[:2])
         listener.round(run.lines[2])
     assert out.getvalue().splitlines()[0] == "resuming after round 2/3"

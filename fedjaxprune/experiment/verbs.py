@@ -414,7 +414,7 @@ def _notebook() -> Iterator[Listener]:
 
     from fedjaxprune.experiment.tracking import progress
 
-    with progress.report(Console(), Console(stderr=True)) as listener:
+    with progress.report(Console(), Console(stderr=True), details=False) as listener:
         yield listener
 
 

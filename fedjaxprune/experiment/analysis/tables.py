@@ -151,9 +151,7 @@ def terminal(compared: Comparison, *, width: int) -> list[Table]:
     return made
 
 
-def rows(
-    compared: Comparison, several: Sequence[Column], *, is_short: bool = False
-) -> list[list[str]]:
+def rows(compared: Comparison, several: Sequence[Column], *, is_short: bool) -> list[list[str]]:
     """Make one table of texts, its head first.
 
     Args:
@@ -180,7 +178,7 @@ def everything(compared: Comparison) -> list[Column]:
 
 def markdown(compared: Comparison) -> str:
     """Write everything as one table in Markdown."""
-    table = rows(compared, everything(compared))
+    table = rows(compared, everything(compared), is_short=False)
     head, *body = [[text.replace("|", "\\|") for text in row] for row in table]
     lines = [head, ["---"] * len(head), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

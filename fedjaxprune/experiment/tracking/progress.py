@@ -48,7 +48,7 @@ def _rounds_of(header: Mapping[str, Any]) -> _Rounds:
 
 
 @contextlib.contextmanager
-def report(console: Console, errors: Console, *, details: bool = False) -> Iterator[Listener]:
+def report(console: Console, errors: Console, *, details: bool) -> Iterator[Listener]:
     """Open a report of a run: a bar if `console` is a terminal, else lines; a table at its end.
 
     Args:
@@ -189,7 +189,7 @@ def _of_dense(part: float, dense: float) -> str:
     return f" ({100 * part / dense:.1f} % of dense)" if dense else ""
 
 
-def table(summary: Mapping[str, Any], config: RunConfig, *, details: bool = False) -> Table:
+def table(summary: Mapping[str, Any], config: RunConfig, *, details: bool) -> Table:
     """Lay out the end of a run.
 
     Args:

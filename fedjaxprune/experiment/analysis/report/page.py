@@ -187,7 +187,7 @@ def _table(compared: Comparison) -> str:
     )
     notes = _list("note", compared.notes)
     if len(compared.groups) == 1:
-        head, body = tables.rows(compared, tables.everything(compared))
+        head, body = tables.rows(compared, tables.everything(compared), is_short=False)
         rows = "".join(
             f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
             for name, value in zip(head, body, strict=True)
