@@ -26,13 +26,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from benchmarks import claims, picture
 from fedjaxprune.data import datasets
 from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.analysis import compare
+from fedjaxprune.experiment.analysis import compare, groups
 from fedjaxprune.experiment.config.flat.sections import UserError
-from fedjaxprune.experiment.folder import load
+from fedjaxprune.experiment.folder import load, record
 from fedjaxprune.experiment.sweeps import execute
 from fedjaxprune.experiment.sweeps import flat_plan as plan
 
@@ -132,24 +133,25 @@ def row_name(member: plan.Member) -> str:
     return re.sub(r"-seed-\d+$", "", name)
 
 
-def measure(found: Sequence[load.Run]) -> Point:
+def measure(found: Sequence[load.RunData]) -> Point:
     """Take the means of a row's finished runs of one partition."""
-    measured = compare.compare([compare.Group(label="", runs=tuple(found))]).measures[0]
-    before = [[line for line in run.lines if line.stage != run.lines[-1].stage] for run in found]
-    bits = [sum(line.uplink_bits + line.downlink_bits for line in lines) for lines in before]
-    gates = [run.lines[-1].inference_flops for run in found]
-    shares = [one["gated"] / one["open"] if one else math.nan for one in gates]
+    measured = compare.compare([groups.Group(label="", runs=tuple(found))]).measures[0]
+    before = [np.array([x["stage"] != run.lines[-1]["stage"] for x in run.lines]) for run in found]
+    pairs = list(zip(found, before, strict=True))
+    gates = [record.value(run.lines[-1], "compute.inference_flops") for run in found]
     return Point(
         accuracies={
-            run.config["seed"]: one.accuracy for run, one in zip(found, measured, strict=True)
+            run.config["seed"]: one.mean_last for run, one in zip(found, measured, strict=True)
         },
         up=compare.mean([one.up for one in measured]),
         down=compare.mean([one.down for one in measured]),
-        one_off=compare.mean(bits) / compare.BITS_PER_MIB,
+        one_off=compare.mean([float(compare.sent(run)[early].sum()) for run, early in pairs]),
         sparsity=compare.mean([one.sparsity for one in measured]),
         flops=compare.mean([one.flops for one in measured]),
-        one_off_flops=compare.mean([sum(map(compare.round_flops, lines)) for lines in before]),
-        open_share=compare.mean(shares),
+        one_off_flops=compare.mean(
+            [float(compare.flops(run)[early].sum()) for run, early in pairs]
+        ),
+        open_share=compare.mean([one["gated"] / one["open"] if one else math.nan for one in gates]),
     )
 
 

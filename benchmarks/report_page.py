@@ -48,7 +48,6 @@ def measure(path: pathlib.Path, *, width: int) -> dict[str, int]:
 def main() -> None:
     """Print the median of several openings."""
     from fedjaxprune.experiment.analysis.report import page
-    from fedjaxprune.experiment.folder import load
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -58,8 +57,8 @@ def main() -> None:
         raise SystemExit("there is no chromium or google-chrome in the PATH.")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "report.html"
-        found, _ = load.read_all([folders.big(pathlib.Path(folder) / "run")])
-        page.write(path, page.make(found, budget=None, target=None)[0])
+        run = folders.big(pathlib.Path(folder) / "run")
+        page.of_folders([run], path)
         print(f"size: {path.stat().st_size / 1e6:.2f} MB")
         several = [measure(path, width=args.width) for _ in range(args.repeats)]
     for name in several[0]:

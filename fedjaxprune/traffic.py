@@ -1,9 +1,12 @@
 """What the ledger reads and what it returns: counts of what was sent, and bits."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import jax
+if TYPE_CHECKING:  # reading a record needs no JAX
+    import jax
+
+BITS_PER_MIB = 8 * 2**20
 
 # How a field of a message travels: all of it, its entries under the masks in training, pairs of
 # index and value among the entries that those masks rule out (one for each entry that is not zero),
@@ -77,9 +80,9 @@ class Sent(NamedTuple):
       reports: by name, ``[C, ...]`` that the simulator is given and that does not travel.
     """
 
-    round: jax.Array
-    client_ids: jax.Array
-    num_masks: jax.Array
+    round: "jax.Array"
+    client_ids: "jax.Array"
+    num_masks: "jax.Array"
     packed_masks: Any
     down: Mapping[str, Mapping[str, FieldLength]]
     up: Mapping[str, Mapping[str, FieldLength]]

@@ -14,10 +14,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
-from fedjaxprune.experiment.folder import checkpoints, record
+from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.folder import checkpoints, layout, record
+from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.experiment.run.evaluation import TestSet, evaluate
-from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.federated import sampling
 from fedjaxprune.rounds import simulation
 from fedjaxprune.traffic import FieldLength, Payload, Sent
@@ -139,7 +141,24 @@ def pull() -> Algorithm:
     )
 
 
-def make_parts(trace=lambda: None) -> loop.RunParts:
+NETWORK = Network(
+    task="classification",
+    input_shape=(WIDTH, 2),
+    input_dtype="float32",
+    num_outputs=2,
+    num_classes=2,
+    positions=(),
+    max_value=None,
+    mean=None,
+    std=None,
+    params={},
+    state={},
+    prunable=("dense/kernel",),
+    data_checksum=0,
+)
+
+
+def make_parts(config, trace=lambda: None) -> loop.RunParts:
     """Put the federation together; call `trace` whenever a round is traced."""
     algorithm = pull()
 
@@ -156,6 +175,8 @@ def make_parts(trace=lambda: None) -> loop.RunParts:
         sampling.uniform(num_clients=NUM_CLIENTS, cohort_size=COHORT_SIZE), probability=0.2
     )
     return loop.RunParts(
+        config=config,
+        network=NETWORK,
         model=quadratic(),
         algorithm=algorithm._replace(stages=stages),
         population=Population(
@@ -166,7 +187,6 @@ def make_parts(trace=lambda: None) -> loop.RunParts:
         test=TestSet(jnp.asarray(CENTRES), jnp.asarray(labels)),
         preprocess=lambda key, inputs: inputs,
         advance=tuple(simulation.advance(stage, draw) for stage in stages),
-        prunable=lambda path, leaf: True,
     )
 
 
@@ -174,24 +194,24 @@ class Stop(Exception):
     pass
 
 
-def train(folder, *, stop_after=None, trace=lambda: None, seed=3, **changes):
+def train(folder, *, stop_after=None, trace=lambda: None, **changes):
     """Train in `folder`; return the state, the record without times, and the warnings."""
     folder.mkdir(exist_ok=True)
     warnings = []
 
     def on_round(line):
-        if line.round == stop_after:
+        if line["round"] == stop_after:
             raise Stop
 
-    report = progress.Listener(start=lambda lines: None, round=on_round, warn=warnings.append)
-    options = {"eval_every": 5, "checkpoint_every": 2, "keep_checkpoints": 3, "fingerprint": 7}
-    options.update(changes)
+    options = {"seed": 3, "evaluation.every": 5, "checkpoints.every": 2, "checkpoints.keep": 3}
+    config = resolve.resolve({**options, **changes})
     state = None
     with contextlib.suppress(Stop):
-        parts = make_parts(trace)
-        loop.check(parts)  # as the command does before it makes a folder
-        state = loop.train(parts, seed=seed, folder=folder, report=report, **options)
-    lines = [line._replace(wall_s=0.0) for line in record.read(folder)]
+        parts = make_parts(config, trace)
+        loop.check(parts)  # as a run does before it makes a folder
+        listener = Listener(round=on_round, warn=warnings.append)
+        state = loop.train(parts, folder=folder, listener=listener)
+    lines = [{**line, "time_s": 0.0} for line in record.read(folder).lines]
     return state, lines, warnings
 
 
@@ -232,21 +252,40 @@ def assert_same(state, lines, whole):
 
 def test_the_record_is_valid_json_with_nulls_where_nothing_was_tested(whole):
     folder, _, lines = whole
-    rows = (folder / record.METRICS).read_text().splitlines()
+    rows = (folder / layout.METRICS).read_text().splitlines()
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    parsed = [json.loads(row, parse_constant=refuse) for row in rows]
+    header, *parsed = [json.loads(row, parse_constant=refuse) for row in rows]
+    assert header["schema"] == layout.SCHEMA
+    stages = {stage["name"]: stage["num_rounds"] for stage in header["stages"]}
+    assert stages == {"warm": 4, "train": NUM_ROUNDS - 4}
+    assert header["num_prunable"] == header["num_weights"] == WIDTH * 2
     assert [row["round"] for row in parsed] == list(range(1, NUM_ROUNDS + 1))
-    tested = [row["round"] for row in parsed if row["test_accuracy"] is not None]
+    tested = [row["round"] for row in parsed if row["test"]]
     assert tested == [5, 10, NUM_ROUNDS]
-    assert list(parsed[0]) == list(record.RoundRecord._fields)
-    assert lines[-1].num_kept == WIDTH * 2 - round(lines[-1].sparsity * WIDTH * 2)
-    assert [line.stage for line in lines] == ["warm"] * 4 + ["train"] * (NUM_ROUNDS - 4)
-    assert 0 < lines[0].uplink_bits <= lines[0].downlink_bits
-    assert 0 < lines[-1].num_kept < WIDTH * 2
-    assert sum(COHORT_SIZE - line.num_participating for line in lines) > 0  # some dropped out
+    live = [line["mask"]["num_live"] for line in lines]
+    assert live[-1] == WIDTH * 2 - round(lines[-1]["mask"]["sparsity"] * WIDTH * 2)
+    assert [line["stage"] for line in lines] == ["warm"] * 4 + ["train"] * (NUM_ROUNDS - 4)
+    assert [line["stage_round"] for line in lines] == [*range(1, 5), *range(1, NUM_ROUNDS - 3)]
+    traffic = lines[0]["traffic"]
+    assert 0 < traffic["up"]["total_bits"] <= traffic["down"]["total_bits"]
+    present = [line["clients"]["participating"] for line in lines]
+    assert [line["traffic"]["dense"]["up_bits"] for line in lines] == [
+        32 * WIDTH * 2 * number for number in present
+    ]
+    assert 0 < live[-1] < WIDTH * 2
+    assert sum(COHORT_SIZE - number for number in present) > 0  # some dropped out
+
+
+def test_a_record_is_columns_by_dotted_field(whole):
+    columns = record.columns(whole[2])
+    assert columns["round"].tolist() == list(range(1, NUM_ROUNDS + 1))
+    assert columns["stage"].tolist() == [line["stage"] for line in whole[2]]
+    accuracy = columns["test.accuracy"]
+    assert np.flatnonzero(np.isfinite(accuracy)).tolist() == [4, 9, NUM_ROUNDS - 1]
+    assert columns["traffic.up.total_bits"].dtype == np.float64
 
 
 def test_a_run_traces_the_round_of_each_stage_once(tmp_path):
@@ -279,14 +318,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, whole, stop_after):
 
 
 def test_how_often_one_saves_changes_nothing(tmp_path, whole):
-    state, lines, _ = train(tmp_path / "run", checkpoint_every=100)
+    state, lines, _ = train(tmp_path / "run", **{"checkpoints.every": 100})
     assert_same(state, lines, whole)
 
 
 def test_a_torn_line_is_dropped(tmp_path, whole):
     folder = tmp_path / "run"
     train(folder, stop_after=9)
-    with (folder / record.METRICS).open("a") as file:
+    with (folder / layout.METRICS).open("a") as file:
         file.write('{"stage": "train", "rou')
     state, lines, warnings = train(folder)
     assert_same(state, lines, whole)
@@ -296,12 +335,12 @@ def test_a_torn_line_is_dropped(tmp_path, whole):
 def test_a_checkpoint_that_the_record_does_not_reach_is_skipped(tmp_path, whole):
     folder = tmp_path / "run"
     train(folder, stop_after=9)
-    record.cut(folder, 7)
+    record.cut(folder, record.read(folder).header, 7)
     state, lines, warnings = train(folder)
     assert_same(state, lines, whole)
     assert len(warnings) == 1
     assert "round 8" in warnings[0]
-    assert len(list((folder / record.SKIPPED / "8").iterdir())) > 0  # whole, so not deleted
+    assert len(list((folder / layout.SKIPPED / "8").iterdir())) > 0  # whole, so not deleted
 
 
 def damage_remove(folder: pathlib.Path):
@@ -325,7 +364,7 @@ def damage_checksum(folder: pathlib.Path):
     """Leave a checkpoint that orbax takes for good, with other contents than it was given."""
     about = folder / "about" / "metadata"
     changed = json.loads(about.read_text())
-    changed["checksum"] += 1
+    changed["checksums"]["state/params/dense/kernel"] += 1
     about.write_text(json.dumps(changed))
 
 
@@ -336,7 +375,7 @@ DAMAGES = [damage_remove, damage_truncate, damage_empty, damage_checksum]
 def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, whole, damage):
     folder = tmp_path / "run"
     train(folder, stop_after=9)
-    damage(folder / record.CHECKPOINTS / "8")
+    damage(folder / layout.CHECKPOINTS / "8")
     state, lines, warnings = train(folder)
     assert_same(state, lines, whole)
     assert len(warnings) == 1
@@ -347,17 +386,17 @@ def test_without_any_whole_checkpoint_the_run_starts_again(tmp_path, whole):
     folder = tmp_path / "run"
     train(folder, stop_after=9)
     for step in (4, 6, 8):
-        damage_truncate(folder / record.CHECKPOINTS / str(step))
+        damage_truncate(folder / layout.CHECKPOINTS / str(step))
     state, lines, warnings = train(folder)
     assert_same(state, lines, whole)
     assert len(warnings) == 4
     assert "starts again at round 1" in warnings[-1]
-    assert sorted(entry.name for entry in (folder / record.SKIPPED).iterdir()) == ["4", "6", "8"]
+    assert sorted(entry.name for entry in (folder / layout.SKIPPED).iterdir()) == ["4", "6", "8"]
 
 
 def test_only_the_newest_checkpoints_are_kept(whole):
     folder, _, _ = whole
-    steps = sorted(int(entry.name) for entry in (folder / record.CHECKPOINTS).iterdir())
+    steps = sorted(int(entry.name) for entry in (folder / layout.CHECKPOINTS).iterdir())
     assert steps == [NUM_ROUNDS - 4, NUM_ROUNDS - 2, NUM_ROUNDS]
 
 
@@ -371,7 +410,7 @@ def test_a_checkpoint_keeps_empty_leaves_and_every_dtype(tmp_path):
         "nothing": {},
     }
     with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
-        checkpoints.save(manager, 1, tree, fingerprint=7)
+        checkpoints.save(manager, 1, tree, fingerprint=7, deployed={})
     with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
         found = checkpoints.restore(
             manager, tree, usable=lambda step: True, aside=tmp_path, warn=pytest.fail

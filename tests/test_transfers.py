@@ -5,55 +5,46 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment.config.flat.sections import RunConfig
-from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.folder import layout
 from fedjaxprune.experiment.run import build, loop
-from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.experiment.run.listener import Listener
 
+NUM_ROUNDS = 4
 SETTINGS = {
-    "rounds": 4,
-    "num_clients": 6,
-    "cohort_size": 4,
-    "local_steps": 2,
-    "prune_every": 2,
-    "uplink": "top_k",
-    "error_feedback": True,
-    "chunk_size": 2,
+    "method": {"name": "feddip", "prune_every": 2},
+    "federation": {"num_rounds": NUM_ROUNDS, "cohort_size": 4},
+    "data.num_clients": 6,
+    "client.steps": 2,
+    "uplink": {"name": "top_k", "error_feedback": True},
+    "execution.chunk_size": 2,
+    "checkpoints.every": 100,
 }
-PLAIN = {"algorithm": "fedavg", "uplink": "identity", "error_feedback": False, "chunk_size": 1}
+PLAIN = {"method": "fedavg", "uplink": "identity", "execution.chunk_size": 1}
 # What XLA calls a way back to the host, out of a compiled program.
 WAYS_OUT = ("callback", "infeed", "outfeed", " send(", " recv(")
 
 
 def train(folder, monkeypatch, *, devices, around, **changes):
     """Run, with the calls of the compiled round made by ``around(step, number, *arguments)``."""
-    config = build.resolve(RunConfig(**{**SETTINGS, **changes, "devices": devices}))
+    config = resolve.resolve({**SETTINGS, **changes, "execution.devices": devices})
     parts = build.build(config)
-    record.create(folder, config)
+    layout.create(folder, parts.config, {})
     compiled = loop._compiled
 
     def watched(advance, mesh):
-        step, numbers = compiled(advance, mesh), iter(range(1, 1 + SETTINGS["rounds"]))
+        step, numbers = compiled(advance, mesh), iter(range(1, 1 + NUM_ROUNDS))
         return lambda *arguments: around(step, next(numbers), *arguments)
 
     def on_round(line):
         # From the first round's end to the last's: what the loop does besides is watched too. Only
         # what is asked for by name (`jax.device_get`) may travel.
-        last = line.round == SETTINGS["rounds"]
+        last = line["round"] == NUM_ROUNDS
         jax.config.update("jax_transfer_guard", "allow" if last else "disallow")
 
     monkeypatch.setattr(loop, "_compiled", watched)
     try:
-        loop.train(
-            parts,
-            seed=0,
-            folder=folder,
-            eval_every=1,
-            checkpoint_every=100,
-            keep_checkpoints=1,
-            fingerprint=0,
-            report=progress.Listener(start=lambda _: None, round=on_round, warn=pytest.fail),
-        )
+        loop.train(parts, folder=folder, listener=Listener(round=on_round, warn=pytest.fail))
     finally:
         jax.config.update("jax_transfer_guard", "allow")
 

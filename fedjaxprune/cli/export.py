@@ -1,43 +1,38 @@
 """The command ``fedjaxprune export``."""
 
-import os
-import pathlib
-
 import click
+
+from fedjaxprune.cli import running
+from fedjaxprune.errors import ConfigError
 
 
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option("--out", default=None, metavar="FOLDER", help="A new folder  [default: RUN/export].")
-@click.option("--data-dir", default=None, metavar="TEXT", help="Folder of prepared TFDS data.")
-def export(run: str, out: str | None, data_dir: str | None) -> None:
+def export(run: str, out: str | None) -> None:
     """Take the network out of the run in the folder RUN.
 
     Writes the network of the newest checkpoint with dead channels removed: its weights and masks
     (safetensors), the whole network as a program for any batch (StableHLO), and a model card. The
-    run is not touched, and may still be going on.
+    run is not touched, and may still be going on. The data set is not needed.
     """
-    from fedjaxprune.experiment.config.flat import sections
-    from fedjaxprune.experiment.run import launch
+    if "" in (run, out):
+        raise ConfigError("RUN and --out must not be empty.")
+    folder = running.path(run)
+    target = running.path(out) if out else folder / "export"
+    from fedjaxprune.experiment.execution import compilation_cache
 
-    folder = pathlib.Path(os.path.expanduser(run))
-    target = pathlib.Path(os.path.expanduser(out)) if out else folder / "export"
-    if "" in (run, out, data_dir):
-        raise sections.UserError("RUN, --out and --data-dir must not be empty.")
-    with launch.jax_set_up():
+    with compilation_cache.kept():
         from fedjaxprune.experiment.exporting import export as exporting
         from fedjaxprune.experiment.exporting import model_card
 
         facts = exporting.export(
-            folder,
-            target,
-            data_dir=data_dir,
-            warn=lambda text: click.echo(f"warning: {text}", err=True),
+            folder, target, warn=lambda text: click.echo(f"warning: {text}", err=True)
         )
     before, after = facts.num_weights
-    played, planned = facts.num_rounds
-    if played < planned:
-        click.echo(f"the run is at round {played} of {planned}.")
+    completed, planned = facts.num_rounds
+    if completed < planned:
+        click.echo(f"the run is at round {completed} of {planned}.")
     if facts.changes:
         click.echo(f"dead channels removed: {before:,} parameters become {after:,}.")
     else:
@@ -51,7 +46,7 @@ def export(run: str, out: str | None, data_dir: str | None) -> None:
         places = ", ".join(f"{path} ({count})" for path, count in counts.items())
         click.echo(f"  pruned filters that stay: {places}: {why}")
     click.echo(
-        f"largest difference on {facts.num_checked} test examples: "
+        f"largest difference on {facts.num_checked} random inputs: "
         f"{facts.difference.relative:.1e} of the largest output"
     )
     for name, size in facts.sizes.items():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.cli import describe, export, flat_run, schema, validate, viewing
+from fedjaxprune.cli import compare, describe, export, list, report, run, schema, sweep, validate
 from fedjaxprune.cli.options import explain_option
 from fedjaxprune.errors import FedJaxPruneError, near_miss
 
@@ -24,12 +24,14 @@ def cli() -> None:
 
 
 for _command in (
-    flat_run.run,
-    flat_run.list_,
+    run.run,
+    sweep.sweep,
+    list.list_,
     describe.describe,
     validate.validate,
     schema.schema,
-    *viewing.COMMANDS,
+    compare.compare,
+    report.report,
     export.export,
 ):
     cli.add_command(_command)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import click
 
 from fedjaxprune import registry
-from fedjaxprune.cli import viewing
+from fedjaxprune.cli import running
 from fedjaxprune.cli.options import is_flag, options, read_options, settings_of
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import files, resolve
@@ -145,7 +145,7 @@ def _base(seen: _Seen) -> resolve.Given:
     "bits as if it had never stopped. Settings given besides must agree with that config.",
 )
 @click.option("--details", is_flag=True, help="Show everything that was measured at the end.")
-@viewing.TRACK
+@running.TRACK
 @click.pass_context
 def run(
     context: click.Context,
@@ -161,24 +161,26 @@ def run(
     Settings come from the defaults, then from the preset or YAML file, then from the options.
     `fedjaxprune list` names presets and parts; a part is also FILE.py:NAME or MODULE:NAME.
     """
-    from fedjaxprune.experiment.run import launch as launching
-
-    launch: Any = launching  # until it takes nested configurations
     command: Any = context.command
     given = read_options(command, values)
     if source:
         given = resolve.merge(files.read_source(source), given)
-    trackers = viewing.trackers(track)
+    trackers = running.trackers(track)
     for name, text in {"--folder": folder, "--resume": resume}.items():
         if text == "" and not (name == "--resume" and folder):
             raise ConfigError(f"{name} must be a folder, got none.")
-    if resume is None:
-        config = resolve.resolve(given)
-        place = launch.path(folder) if folder else None
-        launch.start(config, folder=place, trackers=trackers, details=details)
-        return
-    if resume and folder and launch.path(resume) != launch.path(folder):
+    if resume and folder and running.path(resume) != running.path(folder):
         raise ConfigError(
             f"--resume names the folder {resume!r} and --folder {folder!r}; give one."
         )
-    launch.resume(launch.path(resume or folder or ""), given, trackers=trackers, details=details)
+    from fedjaxprune.experiment.folder import layout
+    from fedjaxprune.experiment.run import launch
+
+    config = None if resume is not None else resolve.resolve(given)
+    named = running.path(resume or folder or "")
+    place = named if config is None or folder else layout.default_folder(config)
+    with running.interruptible(place), running.progress(details=details) as listener:
+        if config is None:
+            launch.resume(place, given, listener=listener, trackers=trackers)
+        else:
+            launch.start(config, folder=place, listener=listener, trackers=trackers)

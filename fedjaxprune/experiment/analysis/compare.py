@@ -1,40 +1,56 @@
-"""Runs side by side: seeds of one configuration merged, and numbers that can be compared.
+"""Numbers of runs that can be compared: scores, and what they cost.
 
-Means and sample deviations are over the seeds. An accuracy is the mean of a run's last ten tests;
-the accuracy at equal bytes is that of the last test before a run has sent more than the budget.
+Means and sample deviations are over the seeds. The score of a classification is its accuracy; that
+of a regression is its mean absolute error. The score at equal bytes is that of the last test before
+a run had sent more than the budget.
 """
 
-import itertools
-import json
 import math
+import pathlib
 import statistics
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from fedjaxprune.experiment.config.flat import identity
-from fedjaxprune.experiment.config.flat.sections import UserError
+from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.analysis import groups as groups_lib
+from fedjaxprune.experiment.analysis.groups import Group
 from fedjaxprune.experiment.folder import load
-from fedjaxprune.experiment.folder.load import Run
-from fedjaxprune.experiment.folder.record import RoundRecord
-from fedjaxprune.experiment.run import round_costs
+from fedjaxprune.experiment.folder.load import RunData
+from fedjaxprune.traffic import BITS_PER_MIB
 
-BITS_PER_MIB = 8 * 2**20
-NUM_TESTS = 10  # whose mean is a run's accuracy
-TASK = ("dataset",)  # what runs must have in common: accuracies are of its test set
+NUM_TESTS = 10  # that the mean of the last tests is of, at most
+WAYS = ("up", "down")
+PASSES = ("forward", "input_gradient", "weight_gradient")  # of training
 
 
-class Group(NamedTuple):
-    """Runs that differ in nothing but their seed.
+class Score(NamedTuple):
+    """What a test measures.
 
     Attributes:
-      label: what tells the configuration from the others.
-      runs: by seed, ascending.
+      path: in the record.
+      name: of it.
+      unit: that it is shown in; empty for that of the targets.
+      scale: from the record to that unit.
+      is_better_if_higher: whether it grows as a network learns.
     """
 
-    label: str
-    runs: tuple[Run, ...]
+    path: str
+    name: str
+    unit: str
+    scale: float
+    is_better_if_higher: bool
+
+    def text(self, number: float, digits: int = 2) -> str:
+        """Write a score of the record with its unit."""
+        if self.unit:
+            return f"{self.scale * number:.{digits}f} {self.unit}"
+        return f"{number:.4g}"
+
+
+ACCURACY = Score("test.accuracy", "accuracy", "%", 100.0, True)
+ERROR = Score("test.error", "error", "", 1.0, False)
 
 
 class Curve(NamedTuple):
@@ -44,14 +60,14 @@ class Curve(NamedTuple):
       rounds: ``[T]`` completed.
       mib: ``[T]`` MiB sent until then, both ways, all clients.
       flops: ``[T]`` FLOPs of training until then, modeled; NaN where they are not known.
-      accuracy: ``[T]`` fraction of the test set.
+      score: ``[T]`` as the record has it; NaN where it is not known.
       loss: ``[T]`` test loss; NaN where it is not finite.
     """
 
     rounds: np.ndarray
     mib: np.ndarray
     flops: np.ndarray
-    accuracy: np.ndarray
+    score: np.ndarray
     loss: np.ndarray
 
 
@@ -60,29 +76,40 @@ class Measures(NamedTuple):
 
     Attributes:
       sparsity: at the end.
-      accuracy: mean of the last ten tests.
-      accuracy_at: of the last test within the budget of bytes.
-      mib_to: MiB sent when the given accuracy was first reached.
+      last: score of the last test.
+      mean_last: mean score of the last tests, at most ten, of the last stage.
+      num_averaged: how many tests that mean is of.
+      final: `mean_last` where at least twice as many tests were made, else `last`: the mean of a
+        short run would be of its beginning, too.
+      at_budget: score of the last test within the budget of bytes.
+      mib_to: MiB sent when the target was first reached.
       rounds_to: rounds completed then.
       up: MiB of all messages from the clients.
       down: MiB of all messages to the clients.
-      values_up: of these, weights, deltas and gradients.
+      dense: MiB that 32 bits a value would take, both ways.
+      values_up: of `up`, weights, deltas and gradients.
       values_down: the same of `down`.
       masks: MiB of masks, both ways.
       flops: FLOPs of training, modeled.
+      dense_flops: the same as if nothing were pruned.
     """
 
     sparsity: float
-    accuracy: float
-    accuracy_at: float
+    last: float
+    mean_last: float
+    num_averaged: int
+    final: float
+    at_budget: float
     mib_to: float
     rounds_to: float
     up: float
     down: float
+    dense: float
     values_up: float
     values_down: float
     masks: float
     flops: float
+    dense_flops: float
 
 
 class Comparison(NamedTuple):
@@ -91,115 +118,45 @@ class Comparison(NamedTuple):
     Attributes:
       groups: in the order of the runs.
       measures: for each group those of its runs.
-      budget: MiB at which accuracies are compared.
-      target: accuracy to which costs are counted.
+      score: what tests measure.
+      budget: MiB at which scores are compared.
+      target: score to which costs are counted.
+      notes: where budget and target come from, and why numbers are missing.
+      is_relative: whether there are several groups, or a budget or target was given; without, the
+        numbers at these say nothing.
     """
 
     groups: tuple[Group, ...]
     measures: tuple[tuple[Measures, ...], ...]
+    score: Score
     budget: float
     target: float
+    notes: tuple[str, ...]
+    is_relative: bool
 
 
-def group(found: Sequence[Run]) -> tuple[list[Group], list[str]]:
-    """Put seeds of one configuration together.
+def of_folders(
+    folders: Iterable[str | pathlib.Path],
+    *,
+    at_mib: float | None = None,
+    to_accuracy: float | None = None,
+) -> tuple[Comparison, list[str]]:
+    """Compare runs by their folders; imports no part that they name.
+
+    Args:
+      folders: of runs; a folder that holds run folders stands for all of them.
+      at_mib: see `compare`.
+      to_accuracy: fraction of the test set; see `compare`.
 
     Returns:
-      The groups in the order of their first runs, and notes on runs that are left out because
-      another one has the same settings and seed.
+      The comparison, and notes on runs that are left out and on what makes it doubtful.
 
     Raises:
-      UserError: the runs are of different tasks.
+      FedJaxPruneError: there is no run, one cannot be read, or they cannot be compared.
     """
-    first = found[0]
-    for run, name in itertools.product(found, TASK):
-        if run.config.get(name) != first.config.get(name):
-            raise UserError(
-                f"{str(first.folder)!r} and {str(run.folder)!r} cannot be compared: {name} is "
-                f"{first.config.get(name)!r} in the one and {run.config.get(name)!r} in the other."
-            )
-    by_key: dict[str, dict[Any, Run]] = {}
-    notes = []
-    for run in found:
-        key = json.dumps(identity.configuration(run.config), sort_keys=True, default=str)
-        seeds = by_key.setdefault(key, {})
-        seed = run.config.get(identity.SEED)
-        other = seeds.setdefault(seed, run)
-        if other is not run:
-            kept, left = (run, other) if _rank(run) > _rank(other) else (other, run)
-            seeds[seed] = kept
-            notes.append(
-                f"{str(left.folder)!r} is left out: it has the settings and the seed of "
-                f"{str(kept.folder)!r}."
-            )
-    members = [list(seeds.values()) for seeds in by_key.values()]
-    labels = _labels([runs_[0].config for runs_ in members])
-    groups = [
-        Group(label=label, runs=tuple(sorted(runs_, key=_seed)))
-        for label, runs_ in zip(labels, members, strict=True)
-    ]
-    return groups, notes
-
-
-def _rank(run: Run) -> tuple[bool, int]:
-    """Prefer finished runs, then longer ones."""
-    return run.state == "finished", len(run.lines)
-
-
-def _seed(run: Run) -> int:
-    seed = run.config.get(identity.SEED)
-    return seed if isinstance(seed, int) else -1
-
-
-def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Name configurations by their methods and by what else differs among them."""
-    shown = [identity.configuration(config) for config in configs]
-    names = dict.fromkeys(name for config in shown for name in config)
-    differing = [
-        name
-        for name in names
-        if name != "algorithm" and len({repr(c[name]) for c in shown if name in c}) > 1
-    ]
-    # What is alike among all that have it still tells those apart that lack it (fedavg and feddip).
-    labels = []
-    for config in shown:
-        parts = [str(config.get("algorithm"))]
-        parts += [f"{name} {config[name]}" for name in differing if name in config]
-        labels.append(", ".join(parts))
-    return [
-        label if labels.count(label) == 1 else f"{label} ({number})"
-        for number, label in enumerate(labels, start=1)
-    ]
-
-
-def curve(run: Run) -> Curve:
-    """Read a run at its tests."""
-    mib = np.cumsum([(line.uplink_bits + line.downlink_bits) / BITS_PER_MIB for line in run.lines])
-    flops = np.cumsum([round_flops(line) for line in run.lines])
-    at = [n for n, line in enumerate(run.lines) if line.test_accuracy is not None]
-    tested = [run.lines[n] for n in at]
-    return Curve(
-        rounds=np.array([line.round for line in tested], np.int64),
-        mib=mib[at],
-        flops=flops[at],
-        accuracy=np.array([line.test_accuracy for line in tested], np.float64),
-        loss=np.array([_number(line.test_loss) for line in tested], np.float64),
-    )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def round_flops(line: RoundRecord) -> float:
-    """Add up a round's FLOPs of training under masks; NaN where they are not known."""
-    entry = line.modeled_flops
-    return math.nan if not entry else float(sum(entry.get(p, 0) for p in round_costs.PARTS))
-
-
-def counted(members: Group) -> tuple[Run, ...]:
-    """Choose the runs whose numbers stand for a group: the finished ones, or all if none is."""
-    return tuple(run for run in members.runs if run.state == "finished") or members.runs
+    found, notes = load.read_all(folders)
+    groups, more = groups_lib.group(found)
+    return compare(groups, budget=at_mib, target=to_accuracy), [*notes, *more]
 
 
 def compare(
@@ -209,78 +166,88 @@ def compare(
 
     Args:
       groups: what to compare.
-      budget: MiB at which accuracies are compared; None for the smallest total of a run.
-      target: accuracy to which costs are counted; None for the lowest mean of a group, rounded
-        down to a whole per cent. Neither is taken from runs that have not finished, if any has.
+      budget: MiB at which scores are compared; None for the least that a run sent in all, or
+        where that is more, what every run had sent at its first test.
+      target: accuracy to which costs are counted; None for what every run reached at its end. The
+        budget and the target are taken from finished runs, if there are any.
+
+    Raises:
+      ConfigError: an accuracy is asked for of a regression.
     """
-    curves = [[curve(run) for run in counted(members)] for members in groups]
-    done = [members for members in groups if counted(members)[0].state == "finished"] or groups
-    if budget is None:
-        budget = min(_total(run) for members in done for run in counted(members))
-    if target is None:
-        finals = [mean([_final(run) for run in counted(members)]) for members in done]
-        known = [value for value in finals if not math.isnan(value)]
-        target = math.floor(100 * min(known)) / 100 if known else math.nan
-    measures = [
-        tuple(
-            _measure(run, one, budget, target)
-            for run, one in zip(counted(members), several, strict=True)
+    runs = [groups_lib.counted(members) for members in groups]
+    score = score_of(groups)
+    if target is not None and score is ERROR:
+        raise ConfigError(
+            f"--to-accuracy must be left out, got {100 * target:g}: these runs are of a "
+            "regression, which has no accuracy."
         )
-        for members, several in zip(groups, curves, strict=True)
+    curves = [[curve(run, score) for run in several] for several in runs]
+    done = [n for n, members in enumerate(groups) if groups_lib.is_finished(members)]
+    pairs = [
+        pair for n in done or range(len(groups)) for pair in zip(runs[n], curves[n], strict=True)
     ]
-    return Comparison(groups=tuple(groups), measures=tuple(measures), budget=budget, target=target)
+    notes: list[str] = []
+    is_relative = len(groups) > 1 or budget is not None or target is not None
+    if budget is None:
+        least = min(sum(sent(run)) for run, _ in pairs)
+        first = max((float(one.mib[known][0]) for _, one in pairs if (known := _known(one)).any()),
+                    default=0.0)  # fmt: skip
+        budget = max(least, first)
+        why = "the least that a run sent in all" if least >= first else (
+            "what every run had sent at its first test"
+        )  # fmt: skip
+        notes.append(f"{budget:,.4g} MiB is {why}.")
+    if target is None:
+        target = _reached_by_all(pairs, score)
+        if not math.isnan(target):
+            notes.append(f"every finished run reached {score.text(target, 0)}." if done else
+                         f"every run has reached {score.text(target, 0)}.")  # fmt: skip
+    measures = tuple(
+        tuple(_measure(run, one, score, budget, target) for run, one in zip(r, c, strict=True))
+        for r, c in zip(runs, curves, strict=True)
+    )
+    notes = notes if is_relative else []
+    for members, several, own in zip(groups, curves, measures, strict=True):
+        notes += _missing(members, several, own, score, budget, target)
+    return Comparison(tuple(groups), measures, score, budget, target, tuple(notes), is_relative)
 
 
-def _total(run: Run) -> float:
-    return sum(line.uplink_bits + line.downlink_bits for line in run.lines) / BITS_PER_MIB
+def score_of(groups: Sequence[Group]) -> Score:
+    """Choose what is compared: errors where there are no accuracies."""
+    runs = [run for members in groups for run in members.runs]
+    known = [one for one in (ACCURACY, ERROR) if any(_any(load.column(r, one.path)) for r in runs)]
+    return known[0] if known else ACCURACY
 
 
-def _final(run: Run) -> float:
-    """Average the last tests of the stage that the run ends with."""
-    tests = [
-        line.test_accuracy
-        for line in run.lines
-        if line.stage == run.lines[-1].stage and line.test_accuracy is not None
-    ]
-    return mean(tests[-NUM_TESTS:])
-
-
-def _measure(run: Run, one: Curve, budget: float, target: float) -> Measures:
-    within = np.flatnonzero(one.mib <= budget * (1 + 1e-9))
-    reached = np.flatnonzero(one.accuracy >= target)
-    first = int(reached[0]) if len(reached) else None
-    values_up, values_down = parts(run, "up").get("values"), parts(run, "down").get("values")
-    return Measures(
-        sparsity=run.lines[-1].sparsity,
-        accuracy=_final(run),
-        accuracy_at=float(one.accuracy[within[-1]]) if len(within) else math.nan,
-        mib_to=math.nan if first is None else float(one.mib[first]),
-        rounds_to=math.nan if first is None else float(one.rounds[first]),
-        up=sum(line.uplink_bits for line in run.lines) / BITS_PER_MIB,
-        down=sum(line.downlink_bits for line in run.lines) / BITS_PER_MIB,
-        values_up=_number(values_up) / BITS_PER_MIB,
-        values_down=_number(values_down) / BITS_PER_MIB,
-        masks=sum(line.mask_bits for line in run.lines) / BITS_PER_MIB,
-        flops=sum(round_flops(line) for line in run.lines),
+def curve(run: RunData, score: Score) -> Curve:
+    """Read a run at its tests."""
+    values, loss = load.column(run, score.path), load.column(run, "test.loss")
+    at = np.flatnonzero(~np.isnan(values) | ~np.isnan(loss))
+    return Curve(
+        rounds=np.array([run.lines[n]["round"] for n in at], np.int64),
+        mib=np.cumsum(sent(run))[at],
+        flops=np.cumsum(flops(run))[at],
+        score=values[at],
+        loss=loss[at],
     )
 
 
-def parts(run: Run, direction: str) -> dict[str, int]:
-    """Add up a run's bits in one direction (``"up"`` or ``"down"``) by kind.
+def flops(run: RunData, prefix: str = "") -> np.ndarray:
+    """Add up each round's FLOPs of training, ``[rounds]``; NaN where they are not known.
 
-    Records from before the ledger had all masks on the way down and no framing; what they had of
-    statistics cannot be told apart by direction, and such runs have no parts.
+    Args:
+      run: whose.
+      prefix: empty for those under the masks, ``dense_`` for those as if nothing were pruned.
     """
-    total: dict[str, int] = {}
-    for line in run.lines:
-        kinds = line.uplink_parts if direction == "up" else line.downlink_parts
-        if not kinds and not line.statistics_bits:
-            masks = 0 if direction == "up" else line.mask_bits
-            bits = line.uplink_bits if direction == "up" else line.downlink_bits
-            kinds = {"values": bits - masks, "masks": masks}
-        for kind, bits in kinds.items():
-            total[kind] = total.get(kind, 0) + bits
-    return total
+    return sum(
+        (load.column(run, f"compute.training_flops.{prefix}{name}") for name in PASSES),
+        start=np.zeros(len(run.lines)),
+    )
+
+
+def mib(run: RunData, path: str) -> float:
+    """Add up a number of bits over the rounds, in MiB; 0 where it is nowhere in the record."""
+    return float(np.nansum(load.column(run, path))) / BITS_PER_MIB
 
 
 def mean(values: Sequence[float]) -> float:
@@ -295,12 +262,96 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(known) if len(known) > 1 else math.nan
 
 
-def states(members: Group) -> str:
-    """Say how the runs of a group stand, where they are not all finished."""
-    if all(run.state == "finished" for run in members.runs):
-        return ""
-    return "; ".join(
-        f"seed {run.config.get(identity.SEED)} {load.standing(run)}"
-        for run in members.runs
-        if run.state != "finished"
+def _any(values: np.ndarray) -> bool:
+    return bool(np.any(~np.isnan(values)))
+
+
+def _known(one: Curve) -> np.ndarray:
+    return ~np.isnan(one.score)
+
+
+def sent(run: RunData) -> np.ndarray:
+    """Give the MiB of all messages of each round, both ways, ``[rounds]``."""
+    ways = [np.nan_to_num(load.column(run, f"traffic.{way}.total_bits")) for way in WAYS]
+    return sum(ways, start=np.zeros(len(run.lines))) / BITS_PER_MIB
+
+
+def _reached_by_all(pairs: Sequence[tuple[RunData, Curve]], score: Score) -> float:
+    """Round the worst final score, to whole per cents or two digits, to what all reached."""
+    finals = [_finals(run, score)[3] for run, _ in pairs]
+    known = [value for value in finals if not math.isnan(value)]
+    if not known:
+        return math.nan
+    if score.is_better_if_higher:
+        return math.floor(100 * min(known) + 1e-9) / 100
+    worst = max(known)
+    unit = 10.0 ** (math.floor(math.log10(worst)) - 1) if worst > 0 else 1.0
+    return math.ceil(worst / unit - 1e-9) * unit
+
+
+def _finals(run: RunData, score: Score) -> tuple[float, float, int, float]:
+    """Give the last score, the mean of the last ones, their number, and which is final."""
+    stage = run.lines[-1]["stage"]
+    own = np.array([line["stage"] == stage for line in run.lines])
+    tests = load.column(run, score.path)[own]
+    known = tests[~np.isnan(tests)].tolist()
+    if not known:
+        return math.nan, math.nan, 0, math.nan
+    averaged = known[-NUM_TESTS:]
+    average = statistics.fmean(averaged)
+    return known[-1], average, len(averaged), average if len(known) >= 2 * NUM_TESTS else known[-1]
+
+
+def _measure(run: RunData, one: Curve, score: Score, budget: float, target: float) -> Measures:
+    within = np.flatnonzero(_known(one) & (one.mib <= budget * (1 + 1e-9)))
+    sign = 1.0 if score.is_better_if_higher else -1.0
+    reached = np.flatnonzero(sign * one.score >= sign * target - 1e-12)
+    first = int(reached[0]) if len(reached) else None
+    last, mean_last, num_averaged, final = _finals(run, score)
+    return Measures(
+        sparsity=float(load.column(run, "mask.sparsity")[-1]),
+        last=last,
+        mean_last=mean_last,
+        num_averaged=num_averaged,
+        final=final,
+        at_budget=float(one.score[within[-1]]) if len(within) else math.nan,
+        mib_to=math.nan if first is None else float(one.mib[first]),
+        rounds_to=math.nan if first is None else float(one.rounds[first]),
+        up=mib(run, "traffic.up.total_bits"),
+        down=mib(run, "traffic.down.total_bits"),
+        dense=sum(mib(run, f"traffic.dense.{way}_bits") for way in WAYS) or math.nan,
+        values_up=mib(run, "traffic.up.values"),
+        values_down=mib(run, "traffic.down.values"),
+        masks=sum(mib(run, f"traffic.{way}.masks") for way in WAYS),
+        flops=float(np.sum(flops(run))),
+        dense_flops=float(np.sum(flops(run, "dense_"))),
     )
+
+
+def _missing(
+    members: Group,
+    curves: Sequence[Curve],
+    measures: Sequence[Measures],
+    score: Score,
+    budget: float,
+    target: float,
+) -> list[str]:
+    """Say why a group has no number at the budget or the target."""
+    tested = [one for one in curves if _known(one).any()]
+    if not tested:
+        return [f"{members.label} has no test with a finite {score.name} on record."]
+    notes = []
+    if all(math.isnan(one.at_budget) for one in measures):
+        first = min(float(one.mib[_known(one)][0]) for one in tested)
+        notes.append(
+            f"{members.label} has no test within {budget:,.4g} MiB: it had sent {first:,.4g} MiB "
+            "at its first."
+        )
+    if all(math.isnan(one.mib_to) for one in measures) and not math.isnan(target):
+        best = max if score.is_better_if_higher else min
+        found = best(float(best(one.score[_known(one)])) for one in tested)
+        notes.append(
+            f"{members.label} has not reached {score.text(target)}: its best test is "
+            f"{score.text(found)}."
+        )
+    return notes

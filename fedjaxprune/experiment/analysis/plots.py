@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedjaxprune.experiment.folder.record import RoundRecord
+from fedjaxprune.experiment.folder.record import Line, value
+from fedjaxprune.traffic import BITS_PER_MIB
 
-BITS_PER_MIB = 8 * 2**20
 
+def accuracy(lines: Sequence[Line], path: pathlib.Path, *, title: str) -> None:
+    """Draw test accuracy against rounds (with sparsity) and against MiB sent; write a PNG file.
 
-def accuracy(lines: Sequence[RoundRecord], path: pathlib.Path, *, title: str) -> None:
-    """Draw test accuracy against rounds (with sparsity) and against MiB sent; write a PNG file."""
-    sent = itertools.accumulate(line.uplink_bits + line.downlink_bits for line in lines)
+    A regression has its loss drawn.
+    """
+    ways = ("traffic.up.total_bits", "traffic.down.total_bits")
+    sent = itertools.accumulate(sum(value(line, way) for way in ways) for line in lines)
+    is_regression = all(value(line, "test.accuracy") is None for line in lines)
+    field, scale = ("test.loss", 1) if is_regression else ("test.accuracy", 100)
+    name = "test loss" if is_regression else "test accuracy"
     tested = [
-        (line.round, mib / BITS_PER_MIB, 100 * line.test_accuracy)
+        (line["round"], mib / BITS_PER_MIB, scale * value(line, field))
         for line, mib in zip(lines, sent, strict=True)
-        if line.test_accuracy is not None
+        if value(line, field) is not None
     ]
     rounds = [point[0] for point in tested]
     mebibytes = [point[1] for point in tested]
@@ -29,21 +35,24 @@ def accuracy(lines: Sequence[RoundRecord], path: pathlib.Path, *, title: str) ->
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2, sharey=True)
-    left.plot(rounds, percents, marker=marker, label="test accuracy")
-    left.step(
-        [line.round for line in lines],
-        [100 * line.sparsity for line in lines],
-        where="post",
-        color="tab:gray",
-        linestyle="--",
-        label="sparsity",
-    )
-    left.set(xlabel="rounds", ylabel="per cent", title="against rounds", ylim=(0, 100))
+    left.plot(rounds, percents, marker=marker, label=name)
+    if not is_regression:
+        left.step(
+            [line["round"] for line in lines],
+            [100 * value(line, "mask.sparsity") for line in lines],
+            where="post",
+            color="tab:gray",
+            linestyle="--",
+            label="sparsity",
+        )
+        left.set_ylim(0, 100)
+    unit = "" if is_regression else ", per cent"
+    left.set(xlabel="rounds", ylabel=f"{name}{unit}", title="against rounds")
     left.legend(loc="lower right")
     right.plot(mebibytes, percents, marker=marker)
     right.set(
         xlabel="MiB sent, both ways, all clients",
-        ylabel="test accuracy, per cent",
+        ylabel=f"{name}{unit}",
         title="against traffic",
     )
     right.yaxis.set_tick_params(labelleft=True)

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from rich import box
 from rich.table import Table
 
-from fedjaxprune.experiment.analysis import compare
+from fedjaxprune.experiment.analysis import compare, groups
 from fedjaxprune.experiment.analysis.compare import Comparison, Measures
 
-RUN, SEEDS, OPEN, BY_SEED = "run", "seeds", "not finished", "by seed, %"
+_LABEL, _SHORT = 16, 8  # characters: least of a label, most of a column that is never wrapped
+RUN, SEEDS, OPEN, BY_SEED = "run", "seeds", "not finished", "last test by seed"
 
 
 class Column(NamedTuple):
@@ -19,41 +21,90 @@ class Column(NamedTuple):
 
     Attributes:
       title: with the unit.
+      short: the title in a terminal; empty if it is in the files and not shown.
       read: takes it from a run's measures, in that unit.
       digits: after the point.
     """
 
     title: str
+    short: str
     read: Callable[[Measures], float]
     digits: int
 
 
 def columns(compared: Comparison) -> dict[str, list[Column]]:
     """List the columns by table: what came out, and what it cost."""
-    budget, target = f"{compared.budget:,.4g} MiB", f"{100 * compared.target:.4g} %"
+    score = compared.score
+    budget = f"{compared.budget:,.4g} MiB"
+    target = "-" if math.isnan(compared.target) else score.text(compared.target, 0)
+    unit = f", {score.unit}" if score.unit else ""
+    digits = 2 if score.unit else 4
+    name, averaged = score.name, num_averaged(compared)
+    relative = [
+        Column(
+            f"{name} at {budget}{unit}",
+            f"at {budget}\n{score.unit}",
+            lambda m: score.scale * m.at_budget,
+            digits,
+        ),
+        Column(f"MiB to {target}", f"MiB\nto {target}", lambda m: m.mib_to, 2),
+        Column(f"rounds to {target}", f"rounds\nto {target}", lambda m: m.rounds_to, 0),
+    ]
     return {
-        "outcome": [
-            Column("sparsity, %", lambda m: 100 * m.sparsity, 2),
-            Column("accuracy, %", lambda m: 100 * m.accuracy, 2),
-            Column(f"at {budget}, %", lambda m: 100 * m.accuracy_at, 2),
-            Column(f"MiB to {target}", lambda m: m.mib_to, 2),
-            Column(f"rounds to {target}", lambda m: m.rounds_to, 0),
+        f"{name} on the test set": [
+            Column("sparsity, %", "sparsity\n%", lambda m: 100 * m.sparsity, 2),
+            Column(
+                f"{name} of the last test{unit}",
+                f"last test\n{score.unit}",
+                lambda m: score.scale * m.last,
+                digits,
+            ),
+            Column(
+                f"mean of the last {averaged}{unit}",
+                f"mean of last\n{averaged}{unit}",
+                lambda m: score.scale * m.mean_last,
+                digits,
+            ),
+            *(relative if compared.is_relative else ()),
         ],
-        "costs": [
-            Column("up, MiB", lambda m: m.up, 2),
-            Column("down, MiB", lambda m: m.down, 2),
-            Column("values up, MiB", lambda m: m.values_up, 2),
-            Column("values down, MiB", lambda m: m.values_down, 2),
-            Column("masks, MiB", lambda m: m.masks, 2),
-            Column("GFLOP", lambda m: m.flops / 1e9, 1),
+        "costs, summed over rounds and clients": [
+            Column("up, MiB", "up\nMiB", lambda m: m.up, 2),
+            Column("down, MiB", "down\nMiB", lambda m: m.down, 2),
+            Column(
+                "both, % of dense",
+                "both, %\nof dense",
+                lambda m: 100 * (m.up + m.down) / m.dense,
+                1,
+            ),
+            Column("values up, MiB", "", lambda m: m.values_up, 2),
+            Column("values down, MiB", "", lambda m: m.values_down, 2),
+            Column("masks, MiB", "", lambda m: m.masks, 2),
+            Column("training, GFLOP", "training\nGFLOP", lambda m: m.flops / 1e9, 1),
+            Column(
+                "training, % of dense",
+                "GFLOP, %\nof dense",
+                lambda m: _percent(m.flops, m.dense_flops),
+                1,
+            ),
         ],
     }
+
+
+def num_averaged(compared: Comparison) -> str:
+    """Say how many tests the mean of the last ones is of."""
+    numbers = sorted({m.num_averaged for several in compared.measures for m in several})
+    low, high = numbers[0], numbers[-1]
+    return f"{low} to {high} tests" if high > low else f"{low} test{'s' if low != 1 else ''}"
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100 * part / whole if whole else math.nan
 
 
 def cell(column: Column, measures: Sequence[Measures]) -> str:
     """Write the mean over the seeds, with the deviation where they differ.
 
-    Where not all seeds have reached something, how many have stands behind.
+    Where not all seeds have a value, the cell ends with how many have.
     """
     values = [column.read(one) for one in measures]
     known = [value for value in values if not math.isnan(value)]
@@ -65,51 +116,77 @@ def cell(column: Column, measures: Sequence[Measures]) -> str:
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
-def _by_seed(measures: Sequence[Measures]) -> str:
-    return " ".join(f"{100 * one.accuracy:.2f}" for one in measures)
+def _by_seed(compared: Comparison, measures: Sequence[Measures]) -> str:
+    return " ".join(f"{compared.score.scale * one.last:.4g}" for one in measures)
 
 
-def terminal(compared: Comparison) -> list[Table]:
-    """Lay the tables out for a terminal."""
-    tables = []
+def terminal(compared: Comparison, *, width: int) -> list[Table]:
+    """Lay the tables out for a terminal of `width` columns; 80 are enough."""
+    marks = [" *" if groups.states(members) else "" for members in compared.groups]
+    labels = [one.label + mark for one, mark in zip(compared.groups, marks, strict=True)]
+    made = []
     for title, several in columns(compared).items():
-        grid = Table(title=title, title_justify="left")
-        grid.add_column(RUN, overflow="fold")
-        grid.add_column(SEEDS, justify="right")
-        for column in several:
-            grid.add_column(column.title, justify="right")
-        for members, measures in zip(compared.groups, compared.measures, strict=True):
-            mark = " *" if compare.states(members) else ""
-            cells = [cell(column, measures) for column in several]
-            grid.add_row(members.label + mark, str(len(measures)), *cells)
-        tables.append(grid)
-    return tables
+        shown = [column for column in several if column.short]
+        texts = [[cell(column, own) for own in compared.measures] for column in shown]
+        widths = [
+            max(map(len, [*column.short.split("\n"), *cells]))
+            for column, cells in zip(shown, texts, strict=True)
+        ]
+        left = width - sum(widths) - len(SEEDS) - 2 * (len(shown) + 2)
+        grid = Table(
+            title=title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        label_width = min(max(map(len, labels)), max(left, _LABEL))
+        grid.add_column(RUN, overflow="fold", width=label_width)
+        grid.add_column(SEEDS, justify="right", width=len(SEEDS))
+        for column, needed in zip(shown, widths, strict=True):
+            grid.add_column(column.short, justify="right", no_wrap=needed <= _SHORT)
+        for number, (label, own) in enumerate(zip(labels, compared.measures, strict=True)):
+            grid.add_row(label, str(len(own)), *(cells[number] for cells in texts))
+        made.append(grid)
+    return made
 
 
-def rows(compared: Comparison) -> list[list[str]]:
-    """Make one table of texts with everything, its head first."""
-    several = [column for part in columns(compared).values() for column in part]
+def rows(compared: Comparison, several: Sequence[Column], *, is_short: bool) -> list[list[str]]:
+    """Make one table of texts, its head first.
+
+    Args:
+      compared: what is in it.
+      several: the columns besides the run and its number of seeds.
+      is_short: whether to leave out which runs are not finished and what each seed reached; else
+        there are columns for these if there is any such.
+    """
     made = [[RUN, SEEDS, OPEN, *(column.title for column in several), BY_SEED]]
     for members, measures in zip(compared.groups, compared.measures, strict=True):
         cells = [cell(column, measures) for column in several]
-        seeds = str(len(measures))
-        state = compare.states(members)
-        made.append([members.label, seeds, state, *cells, _by_seed(measures)])
-    if not any(row[2] for row in made[1:]):
-        made = [[*row[:2], *row[3:]] for row in made]
-    return made
+        by_seed = _by_seed(compared, measures) if len(measures) > 1 else ""
+        state = groups.states(members)
+        made.append([members.label, str(len(measures)), state, *cells, by_seed])
+    optional = (2, len(made[0]) - 1)
+    left_out = [n for n in optional if is_short or not any(row[n] for row in made[1:])]
+    return [[text for n, text in enumerate(row) if n not in left_out] for row in made]
+
+
+def everything(compared: Comparison) -> list[Column]:
+    """List all columns."""
+    return [column for part in columns(compared).values() for column in part]
 
 
 def markdown(compared: Comparison) -> str:
     """Write everything as one table in Markdown."""
-    head, *body = [[text.replace("|", "\\|") for text in row] for row in rows(compared)]
+    table = rows(compared, everything(compared), is_short=False)
+    head, *body = [[text.replace("|", "\\|") for text in row] for row in table]
     lines = [head, ["---"] * len(head), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def comma_separated(compared: Comparison) -> str:
     """Write everything as CSV: every number as a mean and a deviation of its own."""
-    several = [column for part in columns(compared).values() for column in part]
+    several = everything(compared)
     titles = [t for column in several for t in (column.title, f"{column.title} (deviation)")]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -120,5 +197,5 @@ def comma_separated(compared: Comparison) -> str:
             values = [column.read(one) for one in measures]
             numbers += [compare.mean(values), compare.deviation(values)]
         texts = ["" if math.isnan(number) else f"{number:.10g}" for number in numbers]
-        writer.writerow([members.label, len(measures), *texts, compare.states(members)])
+        writer.writerow([members.label, len(measures), *texts, groups.states(members)])
     return file.getvalue()

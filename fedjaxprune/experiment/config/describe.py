@@ -77,7 +77,7 @@ def describe(name: Any) -> Description:
         origin=_origin(found),
         paper=_paper(getattr(part, "paper", None)),
         settings=tuple(registry.describe_settings(part.settings)),
-        needs=_needs(getattr(part, "needs", None)),
+        needs=_needs(part),
         variants={f"{_base(found.name)}/{n}": v for n, v in getattr(part, "variants", {}).items()},
         default_model=getattr(part, "default_model", ""),
         text=text,

@@ -212,7 +212,10 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
       ConfigError: the given settings cannot be those of any run.
     """
     there = resolve.read(plain(stored))
-    merged = resolve.resolve(resolve.merge(there, given))
+    found = {path: getattr(stored.parts, place.kind) for path, place in PLACES.items()}
+    own = {f"{path}.name": one for path, one in found.items() if one.origin.source == "value"}
+    base = there._replace(values={**there.values, **own})
+    merged = resolve.resolve(resolve.merge(base, given))
     here = identity.flat(plain(merged))
     different = []
     for path, value in there.values.items():
@@ -229,6 +232,8 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
 
 def command(config: RunConfig) -> str:
     """Write the shortest command that makes such a run; devices, chunks and places are left out."""
+    if any(found.origin.source == "value" for found in config.parts):
+        return "fjp.run(...) with parts that are values in Python"
     values, usual = identity.flat(plain(config)), _defaults(config)
     given: dict[str, Any] = {"method": values["method.name"]}
     for path in PLACES:

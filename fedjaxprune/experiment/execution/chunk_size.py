@@ -24,8 +24,7 @@ import numpy as np
 FILE = "chunk_size.json"  # in the run folder
 CACHED = "chunk_sizes.json"  # in the cache folder
 TIE = 0.04  # sizes whose speeds differ by less are alike, and the smaller is taken
-SHARE = 0.2  # of the time that a run trains: what its trial may take
-FIRST_S = 2.0  # what the first size of a trial takes, about
+SHARE = 0.1  # of the time that a run trains: what its trial may take, compiling included
 _DRAWS = 16  # cohorts that say how well chunks are used
 
 Rate = float | None  # examples per second on all devices; None for what does not fit
@@ -60,6 +59,21 @@ class Work(NamedTuple):
         """Examples that the run trains on, about."""
         per_round = float(np.mean(self.steps)) * self.batch_size * self.cohort_size
         return per_round * self.num_rounds
+
+
+class Estimate(NamedTuple):
+    """What is expected before anything was measured, in seconds.
+
+    Attributes:
+      training_s: that the run trains.
+      trial_s: that the first size of a trial takes, compiling included.
+    """
+
+    training_s: float
+    trial_s: float
+
+
+UNKNOWN = Estimate(training_s=math.inf, trial_s=0.0)
 
 
 class Figure(NamedTuple):
@@ -119,7 +133,7 @@ def choose(
     measure: MeasureFn,
     known: Mapping[int, Figure],
     *,
-    slow_s: float = math.inf,
+    estimate: Estimate = UNKNOWN,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Choice:
     """Choose the fastest chunk size, measuring what is not known.
@@ -131,7 +145,7 @@ def choose(
       work: to be done.
       measure: times one size.
       known: figures of earlier trials.
-      slow_s: what training takes where it is slow, as long as nothing is known.
+      estimate: holds as long as nothing is known.
       clock: seconds.
     """
     if work.largest == 1:
@@ -139,7 +153,8 @@ def choose(
     figures: dict[int, Figure] = {}
     shares: dict[int, float] = {}
     speeds: dict[int, float] = {}
-    expected, spent, cost, ending = slow_s, 0.0, FIRST_S, ""
+    expected, cost = estimate
+    spent, ending = 0.0, ""
     for size in candidates(work.largest):
         if size not in known:
             if spent + cost > SHARE * expected:
@@ -161,7 +176,7 @@ def choose(
         if speeds[size] < (1 - TIE) * max(speeds.values()):
             break
     if not figures:
-        return _one(f"no trial, as the run trains for less than about {_seconds(slow_s)}")
+        return _one(f"no trial, as the run trains for about {_seconds(expected)} only")
     if not speeds:
         return _one("not even one client at a time fits in memory")._replace(figures=figures)
     best = max(speeds.values())
@@ -260,15 +275,15 @@ def _figures(found: Any) -> dict[int, Figure]:
 
 
 def auto(
-    work: Work, measure: MeasureFn, *, key: str, slow_s: Callable[[], float], warn: WarnFn
+    work: Work, measure: MeasureFn, *, key: str, estimate: Callable[[], Estimate], warn: WarnFn
 ) -> Choice:
     """Choose by what the cache holds and a trial of the rest, which the cache then holds too.
 
     It does not hold what did not fit: another time there may be more memory.
     """
     known = load(key, warn=warn) if work.largest > 1 else {}
-    slow = math.inf if known or work.largest == 1 else slow_s()
-    choice = choose(work, measure, known, slow_s=slow)
+    first = UNKNOWN if known or work.largest == 1 else estimate()
+    choice = choose(work, measure, known, estimate=first)
     found = {
         size: figure
         for size, figure in choice.figures.items()
@@ -279,19 +294,20 @@ def auto(
     return choice
 
 
-def write(choice: Choice, run_folder: pathlib.Path) -> None:
-    """Put a choice on record in a run folder."""
+def to_text(choice: Choice) -> str:
+    """Write a choice for a run folder."""
     record = {
         "chunk_size": choice.size,
         "figures": _plain(choice.figures),
         "used": {str(size): round(share, 4) for size, share in choice.used.items()},
         "sentence": choice.sentence,
     }
-    (run_folder / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return json.dumps(record, indent=1) + "\n"
 
 
 def local_steps(sizes: np.ndarray, config: Any) -> np.ndarray:
     """Count the local steps of clients that hold `sizes` examples, ``[N]``."""
-    if config.local_steps is not None:
-        return np.where(sizes > 0, config.local_steps, 0)
-    return config.local_epochs * -(-sizes // config.batch_size)
+    section = config.client
+    if section.steps is not None:
+        return np.where(sizes > 0, section.steps, 0)
+    return section.epochs * -(-sizes // section.batch_size)

@@ -1,4 +1,4 @@
-"""Time local training with several clients side by side: the measured part of `chunking`.
+"""Time local training with several clients side by side: the measured part of `chunk_size`.
 
 A trial runs what a round runs, `cohort.run` of `local_training.local_sgd` on the run's own
 examples, on all its devices; only the number of steps is small, and plain SGD stands for every
@@ -12,6 +12,7 @@ import pathlib
 import platform
 import statistics
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -23,9 +24,10 @@ from jax.sharding import Mesh
 from fedjaxprune import __version__, trees
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import flops
-from fedjaxprune.experiment.config.flat.sections import RunConfig
+from fedjaxprune.experiment.config.sections import RunConfig, plain
 from fedjaxprune.experiment.execution import chunk_size
 from fedjaxprune.federated import aggregators, cohort, local_training
+from fedjaxprune.rounds.task import Task
 from fedjaxprune.types import Batcher, Broadcast, Cohort, Model, Population, client_data
 
 MAX_STEPS = 10  # of a client in a trial
@@ -42,18 +44,9 @@ _LIMITS = (  # of a container, by version 2 and 1 of Linux's control groups
     ),
 )
 _ROOM = 0.8  # of the memory that is free: what a trial may take, as a round needs more
-_SLOW_FLOPS, _SLOW_STEP_S = 5e9, 2e-4  # a second of a slow core; what a step takes besides
-# What a trained example costs depends on these settings, and on no others.
-_SETTINGS = (
-    "dataset",
-    "augment",
-    "normalize",
-    "model",
-    "norm",
-    "gate_density",
-    "batch_size",
-    "compute_dtype",
-)
+# A second of a processor's core, and of any other device; what a step takes besides.
+_CPU_FLOPS, _OTHER_FLOPS, _STEP_S = 2e10, 5e12, 2e-4
+_TRACE_S, _COMPILE_S = 1.0, 0.004  # of a trial, and of each line of a training step's program
 
 
 class DoesNotFit(Exception):
@@ -61,47 +54,40 @@ class DoesNotFit(Exception):
 
 
 def choose(
-    config: RunConfig,
-    model: Model,
-    batcher: Batcher,
-    population: Population,
-    *,
-    mesh: Mesh | None,
-    warn: chunk_size.WarnFn,
+    config: RunConfig, task: Task, population: Population, *, warn: chunk_size.WarnFn
 ) -> chunk_size.Choice:
     """Choose a run's chunk size by what was measured before, and a trial of the rest.
 
     Args:
-      config: of the run, with its devices.
-      model: to be trained.
-      batcher: of the run.
+      config: of the run, with its number of clients a round.
+      task: of the run: network, batcher and mesh.
       population: the clients' examples.
-      mesh: as for `cohort.run`.
       warn: takes a sentence.
     """
+    model, batcher, mesh = task.model, task.protocol.batcher, task.protocol.mesh
     work = chunk_size.Work(
         steps=chunk_size.local_steps(np.diff(np.asarray(population.offsets)), config),
-        batch_size=config.batch_size,
-        cohort_size=config.cohort_size,
-        devices=config.devices,
-        num_rounds=config.rounds,
+        batch_size=config.client.batch_size,
+        cohort_size=config.federation.cohort_size or 1,
+        devices=1 if mesh is None else mesh.size,
+        num_rounds=config.federation.num_rounds,
     )
-    trial = measure(model, batcher, population, work=work, mesh=mesh)
     return chunk_size.auto(
         work,
-        trial,
-        key=key(config, work),
-        slow_s=lambda: slow_s(model, batcher, population, work=work),
+        measure(model, batcher, population, work=work, mesh=mesh),
+        key=key(config, task, work),
+        estimate=lambda: estimate(model, batcher, population, work=work),
         warn=warn,
     )
 
 
-def slow_s(
+def estimate(
     model: Model, batcher: Batcher, population: Population, *, work: chunk_size.Work
-) -> float:
-    """Bound by arithmetic how long a run trains: what a slow machine would take, seconds.
+) -> chunk_size.Estimate:
+    """Estimate by arithmetic how long a run trains, and what the first size of a trial costs.
 
-    A network that cannot be counted may take any time.
+    The estimate of training is on the low side, so that a trial is begun only where it is worth its
+    price. A network that cannot be counted may take any time.
     """
     batch = jax.eval_shape(
         lambda key, population: batcher.batch(
@@ -110,16 +96,21 @@ def slow_s(
         jax.random.key(0),
         population,
     )
+    key = jax.random.key(0)
+    params, state = jax.eval_shape(model.init, key)
+    step = jax.make_jaxpr(jax.value_and_grad(model.loss, has_aux=True))(params, state, batch, key)
+    trial_s = _TRACE_S + _COMPILE_S * len(str(step).splitlines())
     example = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch.inputs
     )
     try:
         count = flops.dense(flops.of_model(model, None, example))
     except ValueError:
-        return math.inf
-    arithmetic = flops.FLOPS_PER_MULTIPLY_ADD * sum(count) * work.num_examples / _SLOW_FLOPS
-    dispatch = _SLOW_STEP_S * work.num_examples / work.batch_size
-    return (arithmetic + dispatch) / work.devices
+        return chunk_size.Estimate(math.inf, trial_s)
+    speed = _CPU_FLOPS if jax.default_backend() == "cpu" else _OTHER_FLOPS
+    arithmetic = flops.FLOPS_PER_MULTIPLY_ADD * sum(count) * work.num_examples / speed
+    dispatch = _STEP_S * work.num_examples / work.batch_size
+    return chunk_size.Estimate((arithmetic + dispatch) / work.devices, trial_s)
 
 
 def measure(
@@ -271,18 +262,25 @@ def _some(shapes: Any) -> Any:
     return trees.map_with_path(fill, shapes)
 
 
-def key(config: RunConfig, work: chunk_size.Work) -> str:
-    """Name what the figures of a run's trial depend on."""
-    device = jax.devices()[0]
-    facts = {
-        **{name: getattr(config, name) for name in _SETTINGS},
+def key(config: RunConfig, task: Task, work: chunk_size.Work) -> str:
+    """Name what the figures of a run's trial depend on: what a trained example costs, and where."""
+    device, values = jax.devices()[0], plain(config)
+    shapes = [(str(leaf.dtype), leaf.shape) for leaf in jax.tree.leaves(task.facts.params)]
+    about = {
+        "model": values["model"],
+        "parameters": zlib.crc32(str(shapes).encode()),
+        "inputs": str(task.facts.inputs),
+        "augment": config.data.augment,
+        "normalize": config.data.normalize,
+        "batch_size": work.batch_size,
+        "compute_dtype": config.execution.compute_dtype,
         "steps": num_steps(work),
         "devices": f"{work.devices} {device.platform} {device.device_kind}",
         "processor": f"{os.cpu_count()} {_processor()}",
         "jax": jax.__version__,
         "fedjaxprune": __version__,
     }
-    return json.dumps(facts, sort_keys=True)
+    return json.dumps(about, sort_keys=True)
 
 
 def _processor() -> str:

@@ -23,17 +23,17 @@ import numpy as np
 from jax import export as jax_export
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.experiment.config.flat.sections import UserError
+from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.exporting import model_card, restore, safetensors
-from fedjaxprune.experiment.folder import load as runs
-from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.folder import layout, load
+from fedjaxprune.registry import Found
 from fedjaxprune.structure.compaction import compact
 from fedjaxprune.types import Params, State
 
-TENSORS, PROGRAM, CARD, CONFIG = "model.safetensors", runs.EXPORTED, "README.md", "config.yaml"
+TENSORS, PROGRAM, CARD, CONFIG = "model.safetensors", load.EXPORTED, "README.md", "config.yaml"
 NEEDED = ("safetensors", "flatbuffers")  # of the extra `export`
 PLATFORMS = ("cpu", "cuda", "tpu")
-CHECKED = 200  # test examples on which the exported network is compared with the run's
+CHECKED = 200  # random inputs on which the exported network is compared with the run's
 TOLERANCE = 1e-5  # of the largest output
 
 
@@ -59,41 +59,48 @@ def export(
     run: pathlib.Path,
     out: pathlib.Path,
     *,
-    data_dir: str | None = None,
+    model: Found | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> model_card.Facts:
     """Write the network of a run's newest checkpoint, compacted, into a new folder.
 
+    The data set is not needed.
+
     Args:
       run: folder of the run.
       out: folder to be made.
-      data_dir: folder of prepared data, if it is another than the run's.
+      model: what builds the network, where the run was given a value in Python.
       warn: takes sentences about checkpoints that cannot be read.
 
     Returns:
       What the model card says.
 
     Raises:
-      UserError: in one sentence, and nothing is written.
+      RunFolderError: in one sentence, and nothing is written.
+      ConfigError: what builds the network cannot be found.
     """
     check_packages()
     restore.check(run)
     check_free(out)
-    found = restore.from_folder(run, data_dir=data_dir, warn=warn)
-    model, parts = found.parts.model, found.parts
+    found = restore.from_folder(run, model=model, warn=warn)
+    two = restore.stored_shapes(found.network, 2)
     small = compact.compact(
-        model, found.params, found.masks, state=found.state, inputs=restore.example_shapes(parts)
+        found.model,
+        found.params,
+        found.masks,
+        state=found.state,
+        inputs=jax.eval_shape(found.preprocess, jax.random.key(0), two),
     )
-    whole = jax.jit(restore.predict_stored(model.predict, parts.preprocess))
-    predict = restore.predict_stored(small.predict, parts.preprocess)
-    program = serialize(predict, small.params, small.state, parts.test.inputs)
-    some = parts.test.inputs[:CHECKED]
+    whole = jax.jit(restore.predict_stored(found.model.predict, found.preprocess))
+    predict = restore.predict_stored(small.predict, found.preprocess)
+    program = serialize(predict, small.params, small.state, two)
+    some = restore.random_inputs(found.network, CHECKED)
     expected = whole(masks_lib.apply(found.masks, found.params), found.state, some)
     difference = compare(expected, jax_export.deserialize(program).call(some))
     if not difference.relative <= TOLERANCE:
-        raise UserError(
+        raise RunFolderError(
             f"the compacted network differs from the run's by {difference.relative:.1e} of the "
-            f"largest output on {len(some)} test examples, more than {TOLERANCE:g}: nothing was "
+            f"largest output on {len(some)} random inputs, more than {TOLERANCE:g}: nothing was "
             "written; please report this network."
         )
     draft = out.absolute().with_name(f".{out.absolute().name}.new")
@@ -103,15 +110,15 @@ def export(
         rest = {name: tree for name, tree in small.state.items() if jax.tree.leaves(tree)}
         safetensors.write(draft / TENSORS, small.params, small.masks, rest)
         (draft / PROGRAM).write_bytes(program)
-        shutil.copyfile(run / record.CONFIG, draft / CONFIG)
+        shutil.copyfile(run / layout.CONFIG, draft / CONFIG)
         sizes = {name: (draft / name).stat().st_size for name in (TENSORS, PROGRAM)}
         facts = model_card.collect(found, small, sizes, difference, len(some))
         (draft / CARD).write_text(model_card.write(facts), encoding="utf-8")
         draft.rename(out.absolute())
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise UserError(
-            f"out: cannot write {str(out)!r} ({error.strerror or error}); nothing was written."
+        raise RunFolderError(
+            f"cannot write {str(out)!r} ({error.strerror or error}); nothing was written."
         ) from None
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -145,23 +152,23 @@ def compare(expected: Any, found: Any) -> model_card.Difference:
     return model_card.Difference(relative=relative, num_changed=changed)
 
 
-def load(folder: str | pathlib.Path, *, data_dir: str | None = None) -> Loaded:
-    """Bring a run, or what was exported of one, back into Python.
+def read(folder: str | pathlib.Path, *, model: Found | None = None) -> Loaded:
+    """Bring the network of a run, or what was exported of one, back into Python.
 
     Args:
       folder: of a run, or one that `export` has written. Of a run it is the network of the newest
         checkpoint under its masks, of an export the compacted one.
-      data_dir: folder of prepared data, if it is another than the run's; an export needs no data.
+      model: what builds the network, where the run was given a value in Python.
 
     Raises:
-      UserError: there is neither in the folder, or it is damaged.
+      RunFolderError: there is neither in the folder, or it is damaged.
     """
-    folder = pathlib.Path(os.path.expanduser(folder))
+    folder = layout.path_of(folder)
     if not os.path.isfile(folder / PROGRAM):
-        if not runs.is_run(folder):
-            raise runs.no_run(folder, "run and no exported network")
-        found = restore.from_folder(folder, data_dir=data_dir)
-        predict = restore.predict_stored(found.parts.model.predict, found.parts.preprocess)
+        if not load.is_run(folder):
+            raise load.no_run(folder, "run and no exported network")
+        found = restore.from_folder(folder, model=model)
+        predict = restore.predict_stored(found.model.predict, found.preprocess)
         params = masks_lib.apply(found.masks, found.params)
         run = jax.jit(predict)
         return Loaded(
@@ -176,7 +183,7 @@ def load(folder: str | pathlib.Path, *, data_dir: str | None = None) -> Loaded:
     try:
         program = jax_export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
     except Exception:  # whatever flatbuffers makes of a damaged file
-        raise UserError(f"{str(folder / PROGRAM)!r} cannot be read: it is damaged.") from None
+        raise RunFolderError(f"{str(folder / PROGRAM)!r} cannot be read: it is damaged.") from None
     call = jax.jit(program.call)
     return Loaded(
         predict=lambda inputs: call(jnp.asarray(inputs)),
@@ -191,11 +198,11 @@ def check_packages() -> None:
     """See that what exports need is there.
 
     Raises:
-      UserError: naming what is missing.
+      RunFolderError: naming what is missing.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
+        raise RunFolderError(
             f"exported networks need {' and '.join(missing)}: "
             "install them with `pip install 'fedjaxprune[export]'`."
         )
@@ -205,7 +212,7 @@ def check_free(out: pathlib.Path) -> None:
     """See that a folder may be made.
 
     Raises:
-      UserError: something is there.
+      RunFolderError: something is there.
     """
     if os.path.lexists(out):
-        raise UserError(f"out: {str(out)!r} exists; give a folder that does not.")
+        raise RunFolderError(f"{str(out)!r} exists; give a folder that does not.")

@@ -9,10 +9,11 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.exporting import restore
-from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.folder import layout, summary
+from fedjaxprune.experiment.folder.record import value
 from fedjaxprune.structure.compaction import compact
+from fedjaxprune.traffic import BITS_PER_MIB
 
 # What the makers of a data set say; for all others the card tells to look it up.
 LICENCES = {
@@ -22,15 +23,14 @@ LICENCES = {
     "cifar10": "none stated by its makers (Krizhevsky, 2009); they ask to be cited",
     "cifar100": "none stated by its makers (Krizhevsky, 2009); they ask to be cited",
 }
-_BITS_PER_MIB = 8 * 2**20
 
 
 class Difference(NamedTuple):
-    """How far the exported network is from the run's on test examples.
+    """How far the exported network is from the run's on random inputs.
 
     Attributes:
       relative: largest difference, as a fraction of the largest output.
-      num_changed: examples that it puts into another class.
+      num_changed: inputs whose largest output is another one.
     """
 
     relative: float
@@ -41,9 +41,11 @@ class Facts(NamedTuple):
     """What a card says.
 
     Attributes:
-      config: of the run.
+      config: of the run, nested.
+      command: that makes such a run.
+      task: what the labels are.
       summary: of the record, up to the checkpoint; None where no round is on record.
-      num_rounds: played, and planned.
+      num_rounds: completed, and planned.
       tested_round: after which the accuracy was measured, or None.
       num_weights: entries of the parameters: of the whole network, and of the exported one.
       num_live: those of the exported one that are not pruned.
@@ -52,13 +54,15 @@ class Facts(NamedTuple):
       remainders: pruned filters that had to stay.
       is_constant: whether the network gives the same outputs for all inputs.
       sizes: bytes of the files by name, and ``dense`` of the whole network in float32.
-      difference: on test examples.
+      difference: on random inputs.
       num_checked: how many of them.
-      image_shape: of an example as stored.
+      input_shape: of an example as stored.
       dtype: of it.
     """
 
-    config: RunConfig
+    config: Mapping[str, Any]
+    command: str
+    task: str
     summary: Mapping[str, Any] | None
     num_rounds: tuple[int, int]
     tested_round: int | None
@@ -71,7 +75,7 @@ class Facts(NamedTuple):
     sizes: Mapping[str, int]
     difference: Difference
     num_checked: int
-    image_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
     dtype: str
 
 
@@ -83,25 +87,29 @@ def collect(
     num_checked: int,
 ) -> Facts:
     """Gather what the card says."""
-    parts, lines = found.parts, found.lines
-    tested = [line.round for line in lines if line.test_accuracy is not None]
+    header, lines, _ = found.found
+    tested = [line["round"] for line in lines if line["test"]]
     whole = [leaf.nbytes for leaf in jax.tree.leaves((found.params, found.state))]
+    prunable = set(found.network.prunable)
+    planned = sum(stage["num_rounds"] for stage in header["stages"])
     return Facts(
         config=found.config,
-        summary=record.summarize(lines) if lines else None,
-        num_rounds=(found.num_rounds, sum(s.num_rounds for s in parts.algorithm.stages)),
+        command=found.command,
+        task=found.network.task,
+        summary=summary.summarize(header, lines) if lines else None,
+        num_rounds=(found.num_rounds, planned),
         tested_round=tested[-1] if tested else None,
         num_weights=(sum(trees.sizes(found.params)), sum(trees.sizes(small.params))),
         num_live=int(np.sum(masks_lib.num_kept(small.masks))),
-        sparsity=float(masks_lib.sparsity(found.masks, parts.prunable)),
+        sparsity=float(masks_lib.sparsity(found.masks, lambda path, leaf: path in prunable)),
         changes=small.changes,
         remainders=small.remainders,
         is_constant=small.is_constant,
         sizes={**sizes, "dense": sum(whole)},
         difference=difference,
         num_checked=num_checked,
-        image_shape=tuple(parts.test.inputs.shape[1:]),
-        dtype=str(parts.test.inputs.dtype),
+        input_shape=found.network.input_shape,
+        dtype=found.network.input_dtype,
     )
 
 
@@ -113,10 +121,10 @@ def licence(dataset: str) -> str:
 
 def write(facts: Facts) -> str:
     """Write the card."""
-    config = facts.config
+    model, method, data = _names(facts)
     sections = [
         _front(facts),
-        f"# {config.model}, pruned by {config.algorithm} on {config.dataset}\n",
+        f"# {model}, pruned by {method} on {data}\n",
         _what(facts),
         _use(facts),
         _training(facts),
@@ -128,15 +136,29 @@ def write(facts: Facts) -> str:
     return "\n".join(sections)
 
 
+def _names(facts: Facts) -> tuple[str, str, str]:
+    """Name network, method and data."""
+    config = facts.config
+    return config["model"]["name"], config["method"]["name"], config["data"]["dataset"]["name"]
+
+
 def _front(facts: Facts) -> str:
     """Write the part that model hubs read."""
     lines = {
         "library_name": "jax",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": _pipeline(facts),
         "tags": ["federated-learning", "pruning", "sparsity", "stablehlo"],
-        "datasets": [facts.config.dataset],
+        "datasets": [_names(facts)[2]],
     }
     return "---\n" + "".join(f"{name}: {json.dumps(v)}\n" for name, v in lines.items()) + "---\n"
+
+
+def _pipeline(facts: Facts) -> str:
+    """Name the task as model hubs do."""
+    if facts.task == "sequence":
+        return "text-generation"
+    kind = "regression" if facts.task == "regression" else "classification"
+    return f"{'image' if len(facts.input_shape) == 3 else 'tabular'}-{kind}"
 
 
 def _percent(value: float | None) -> str:
@@ -144,19 +166,21 @@ def _percent(value: float | None) -> str:
 
 
 def _what(facts: Facts) -> str:
-    config, summary = facts.config, facts.summary or {}
-    tested = facts.tested_round
-    accuracy = _percent(summary.get("test_accuracy"))
+    _, method, data = _names(facts)
+    summary, tested = facts.summary or {}, facts.tested_round
+    score, accuracy = "accuracy", _percent(value(summary, "test.accuracy"))
+    if facts.task == "regression":
+        score, accuracy = "loss", f"{value(summary, 'test.loss'):.4g}" if tested else "not measured"
     if tested is not None and tested != facts.num_rounds[0]:
         accuracy += f" (after round {tested})"
-    played, planned = facts.num_rounds
+    completed, planned = facts.num_rounds
     before, after = facts.num_weights
     rows = {
-        "data": config.dataset,
-        "licence of the data": licence(config.dataset),
-        "method": config.algorithm,
-        "rounds": f"{played} of {planned}",
-        "test accuracy, by the run's record": accuracy,
+        "data": data,
+        "licence of the data": licence(data),
+        "method": method,
+        "rounds": f"{completed} of {planned}",
+        f"test {score}, by the run's record": accuracy,
         "sparsity of the prunable weights": _percent(facts.sparsity),
         "parameters": f"{before:,} in the run, {after:,} here, of which {facts.num_live:,} live",
     }
@@ -168,11 +192,11 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _use(facts: Facts) -> str:
-    shape = ", ".join(map(str, facts.image_shape))
+    shape = ", ".join(map(str, facts.input_shape))
     return f"""## Use
 
-The program takes images as the data set stores them, `{facts.dtype} [batch, {shape}]`, for any
-batch, normalizes them itself and gives logits `float32 [batch, classes]`. It needs `jax`, and
+The program takes examples as the data set stores them, `{facts.dtype} [batch, {shape}]`, for any
+batch, normalizes them itself and gives outputs `float32 [batch, outputs]`. It needs `jax`, and
 `flatbuffers`, which `jax.export` reads its files with, and no other package:
 
 ```python
@@ -180,33 +204,34 @@ import pathlib
 from jax import export
 
 program = export.deserialize(bytearray(pathlib.Path("model.stablehlo").read_bytes()))
-logits = program.call(images)
+outputs = program.call(inputs)
 ```
 
 With fedjaxprune, weights and masks too:
 
 ```python
-from fedjaxprune.experiment import export
+from fedjaxprune.experiment.exporting import export
 
-net = export.load(".")  # net.predict(images), net.params, net.masks, net.state
+net = export.read(".")  # net.predict(inputs), net.params, net.masks, net.state
 ```
 """
 
 
 def _training(facts: Facts) -> str:
-    summary = facts.summary
-    text = (
-        "## Training\n\nMade by `fedjaxprune run config.yaml` with the settings of `config.yaml`.\n"
-    )
+    summary, config = facts.summary, facts.config
+    text = "## Training\n\nMade with the settings of `config.yaml`:\n\n"
+    text += f"```bash\n{facts.command}\n```\n"
     if summary is None:
         return text
     rows = {
-        "clients": f"{facts.config.num_clients}, {facts.config.cohort_size} a round",
-        "partition": facts.config.partition,
-        "sent up, measured": f"{summary['uplink_bits'] / _BITS_PER_MIB:,.2f} MiB",
-        "sent down, measured": f"{summary['downlink_bits'] / _BITS_PER_MIB:,.2f} MiB",
+        "clients": f"{value(config, 'data.num_clients')}, "
+        f"{value(config, 'federation.cohort_size')} a round",
+        "partition": value(config, "data.partition.name"),
+        "sent up, measured": f"{value(summary, 'traffic.up.total_bits') / BITS_PER_MIB:,.2f} MiB",
+        "sent down, measured": f"{value(summary, 'traffic.down.total_bits') / BITS_PER_MIB:,.2f} "
+        "MiB",
     }
-    if flops := summary.get("modeled_flops"):
+    if flops := value(summary, "compute.training_flops"):
         rows["FLOPs of training under masks, modeled"] = (
             f"{sum(v for name, v in flops.items() if not name.startswith('dense_')):.3g}"
         )
@@ -233,9 +258,9 @@ def _compaction(facts: Facts) -> str:
             for why, counts in by_reason(facts.remainders).items()
         )
     return text + (
-        f"\nOn {facts.num_checked} test examples its outputs are those of the run's network\n"
-        f"up to {difference.relative:.1e} of the largest; {difference.num_changed} examples "
-        "change their class.\n"
+        f"\nOn {facts.num_checked} random inputs its outputs are those of the run's network\n"
+        f"up to {difference.relative:.1e} of the largest; the largest output is another one for "
+        f"{difference.num_changed} of them.\n"
     )
 
 
@@ -254,7 +279,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _files(facts: Facts) -> str:
     sizes = facts.sizes
-    made_with = ", ".join(f"{name} {version}" for name, version in record.versions().items())
+    made_with = ", ".join(f"{name} {version}" for name, version in layout.versions().items())
     rows = "".join(f"| `{name}` | {sizes[name]:,} |\n" for name in sizes if name != "dense")
     return (
         "## Files\n\n| file | bytes |\n|---|---|\n"
@@ -262,6 +287,7 @@ def _files(facts: Facts) -> str:
         + f"| the run's parameters and state, uncompressed | {sizes['dense']:,} |\n\n"
         "`model.safetensors` holds every parameter under its path. One that is pruned is stored\n"
         "by its live values (`PATH.values`) and a mask of bits (`PATH.mask`, as `numpy.packbits`\n"
-        "writes them); its shape is in the metadata.\n\n"
+        "writes them); its shape is in the metadata. `constants/PATH` is what removed channels\n"
+        "contribute to the output of the layer with the parameter PATH.\n\n"
         f"Exported with {made_with}.\n"
     )

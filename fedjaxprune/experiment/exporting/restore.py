@@ -1,117 +1,209 @@
-"""A run's network, brought back from its folder without touching anything in it."""
+"""A run's network, brought back from its folder without touching anything in it.
+
+What the network is built by and the checkpoint are read, not the data: what the network must know
+of them is in the run folder (`network.json`).
+"""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from fedjaxprune.experiment.config.flat import files
-from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
-from fedjaxprune.experiment.folder import checkpoints, load, record
-from fedjaxprune.experiment.run import build, loop
-from fedjaxprune.types import Masks, Params, State
+from fedjaxprune.data import transforms
+from fedjaxprune.data.datasets import Dataset
+from fedjaxprune.errors import RunFolderError
+from fedjaxprune.experiment.config.sections import PLACES
+from fedjaxprune.experiment.exporting import safetensors
+from fedjaxprune.experiment.folder import checkpoints, layout, load, lock, network, record
+from fedjaxprune.experiment.folder.network import Network
+from fedjaxprune.experiment.run import fitting
+from fedjaxprune.registry import Found, find
+from fedjaxprune.types import Masks, Model, Params, State
 
 
 class Finished(NamedTuple):
     """What a run has come to.
 
     Attributes:
-      config: of the run.
-      parts: what it was put together from; `parts.model` is the network.
-      num_rounds: played when the checkpoint was made.
+      config: of the run, nested.
+      command: that makes such a run.
+      network: what its folder says of the network and the data.
+      model: the network.
+      preprocess: ``(key, inputs) -> inputs`` from examples as stored, for tests.
+      num_rounds: completed when the checkpoint was made.
       params: to be deployed, pruned entries exact zeros.
       masks: in force.
       state: what is not trained.
-      lines: of the record, up to that round.
+      found: the record, up to that round.
     """
 
-    config: RunConfig
-    parts: loop.RunParts
+    config: dict[str, Any]
+    command: str
+    network: Network
+    model: Model
+    preprocess: transforms.Preprocess
     num_rounds: int
     params: Params
     masks: Masks
     state: State
-    lines: list[record.RoundRecord]
+    found: record.Record
 
 
 def from_folder(
-    folder: pathlib.Path, *, data_dir: str | None = None, warn: Callable[[str], None] | None = None
+    folder: pathlib.Path,
+    *,
+    model: Found | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Finished:
     """Read the newest checkpoint of a run that is whole; the run may still be going on.
 
     Args:
       folder: of the run.
-      data_dir: folder of prepared data, if it is another than the run's.
-      warn: is told of checkpoints that cannot be read.
+      model: what builds the network, where the run was given a value in Python.
+      warn: takes a sentence about each checkpoint that cannot be read.
 
     Raises:
-      UserError: there is no run, no checkpoint, or not the data.
+      RunFolderError: there is no run, no checkpoint, or the network is another one.
+      ConfigError: what builds the network cannot be found.
     """
     check(folder)
-    config = stored(folder)
-    made_by = checkpoints.fingerprints(folder / record.CHECKPOINTS)
-    if any(value != files.fingerprint(config) for value in made_by.values()):
-        raise UserError(
-            f"{str(folder / record.CONFIG)!r} is not the config that made the run's checkpoints: "
-            "it was edited or replaced; put it back."
-        )
-    if data_dir is not None:
-        config = config.model_copy(update={"data_dir": data_dir})
-    parts = build.build(config.model_copy(update={"devices": 1}))
-    shapes = jax.eval_shape(lambda key: loop.start(key, parts), jax.random.key(0))
-    found = checkpoints.read_newest(
-        folder / record.CHECKPOINTS, shapes, warn=warn or (lambda text: None)
+    known = network.read(folder)
+    stored = layout.stored(folder)
+    built, preprocess = _model(folder, known, model)
+    params, state = jax.eval_shape(built.init, jax.random.key(0))
+    network.check_same(
+        known._replace(params=network.shapes(params), state=network.shapes(state)), folder
     )
-    if found is None:
-        raise UserError(
-            f"no checkpoint of the run in {str(folder)!r} can be read: its newest ones are damaged."
-        )
-    num_rounds, now = found
+    found = read(folder, params, state, warn=warn)
+    everything = record.read(folder)
     return Finished(
-        config=config,
-        parts=parts,
-        num_rounds=num_rounds,
-        params=parts.algorithm.deployed_params(now.state),
-        masks=now.state.masks,
-        state=now.state.model_state,
-        lines=record.read(folder)[:num_rounds],
+        config=stored.values,
+        command=stored.command,
+        network=known,
+        model=built,
+        preprocess=preprocess,
+        num_rounds=found.num_rounds,
+        params=found.params,
+        masks=found.masks,
+        state=found.state,
+        found=everything._replace(lines=everything.lines[: found.num_rounds]),
     )
 
 
-def stored(folder: pathlib.Path) -> RunConfig:
-    """Read a run's config.
+def read(
+    folder: pathlib.Path, params: Any, state: Any, *, warn: Callable[[str], None] | None = None
+) -> checkpoints.Finished:
+    """Read a network from the newest checkpoint that is whole; trees of shapes say what it is.
 
     Raises:
-      UserError: it is not whole.
+      RunFolderError: no checkpoint can be read.
     """
-    try:
-        return record.stored(folder)[0]
-    except UserError as error:
-        raise UserError(str(error).removeprefix("resume: ")) from None
+    found = checkpoints.read_network(
+        folder / layout.CHECKPOINTS, params, state, warn=warn or (lambda text: None)
+    )
+    if found is None:
+        raise RunFolderError(
+            f"no checkpoint of the run in {str(folder)!r} can be read: its newest ones are damaged."
+        )
+    return found
+
+
+def arrays_of(folder: pathlib.Path) -> checkpoints.Finished:
+    """Read parameters, masks and state as nested dicts, without what builds the network.
+
+    Raises:
+      RunFolderError: there is no run, or no checkpoint can be read.
+    """
+    check(folder)
+    known = network.read(folder)
+    return read(folder, _tree(known.params), _tree(known.state))
+
+
+def _tree(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    return safetensors.nest(
+        {path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, (dtype, shape) in shapes.items()}
+    )
+
+
+def model_of(folder: pathlib.Path, *, model: Found | None = None) -> Model:
+    """Build the network of a run, which imports its code.
+
+    Raises:
+      RunFolderError: it was a value given in Python, and is not given.
+      ConfigError: what builds it cannot be found, or builds something else now.
+    """
+    return _model(folder, network.read(folder), model)[0]
+
+
+def _model(
+    folder: pathlib.Path, known: Network, given: Found | None
+) -> tuple[Model, transforms.Preprocess]:
+    """Build the network and the preprocessing of tests by what the run folder says."""
+    stored = layout.stored(folder)
+    section = dict(stored.values["model"])
+    name = section.pop("name")
+    if given is None and stored.parts.get("model", {}).get("source") == "value":
+        raise RunFolderError(
+            f"model of the run in {str(folder)!r} was a value given in Python ({name}): give it "
+            "again, as model=..."
+        )
+    part = find(PLACES["model"].kind, given or name, path="model").part
+    settings = part.settings(**section)
+    # Of the data only what the network must know: one example of each split, as stored.
+    one = {
+        "inputs": np.zeros((1, *known.input_shape), known.input_dtype),
+        "labels": np.zeros(_label_shape(known), np.int32),
+    }
+    dataset = Dataset(
+        name=stored.values["data"]["dataset"]["name"],
+        train=one,
+        test=one,
+        task=known.task,  # pyright: ignore[reportArgumentType]
+        num_classes=known.num_classes,
+        input_shape=known.input_shape,
+        max_value=known.max_value,
+        mean=known.mean,
+        std=known.std,
+    )
+    preprocess = transforms.for_dataset(dataset, augment=False)[1]
+
+    def make(*, input_shape: tuple[int, ...], num_classes: int) -> Any:
+        return part.build(settings, input_shape=input_shape, num_classes=num_classes)
+
+    made = fitting.make_model(make, dataset, preprocess=preprocess, what=f"model {name!r}")
+    return made, preprocess
+
+
+def _label_shape(known: Network) -> tuple[int, ...]:
+    if known.task == "regression":
+        return (1, known.num_outputs)
+    return (1, *known.positions)
 
 
 def check(folder: pathlib.Path) -> None:
     """See that a folder holds a run with a checkpoint, before anything heavy is done.
 
     Raises:
-      UserError: in one sentence.
+      RunFolderError: in one sentence.
     """
     if not load.is_run(folder):
         raise load.no_run(folder)
-    found = folder / record.CHECKPOINTS
+    found = folder / layout.CHECKPOINTS
     if not found.is_dir() or not any(entry.name.isdigit() for entry in found.iterdir()):
         what = f"continue it with `fedjaxprune run --resume {folder}`"
-        if load.is_held(folder):
+        if lock.is_held(folder):
             what = "it is still going: wait for one"
-        raise UserError(
+        raise RunFolderError(
             f"the run in {str(folder)!r} has no checkpoint, so there is no network to take out of "
             f"it; {what}."
         )
 
 
 def predict_stored(
-    predict: Callable[[Params, State, Any], jax.Array], preprocess: Callable[..., Any]
+    predict: Callable[[Params, State, Any], jax.Array], preprocess: transforms.Preprocess
 ) -> Callable[[Params, State, Any], jax.Array]:
     """Make a network take inputs as the data set stores them."""
 
@@ -122,7 +214,16 @@ def predict_stored(
     return predict_fn
 
 
-def example_shapes(parts: loop.RunParts) -> Any:
-    """Give the shapes of a batch of two, as the network reads it."""
-    two = jax.ShapeDtypeStruct((2, *parts.test.inputs.shape[1:]), parts.test.inputs.dtype)
-    return jax.eval_shape(parts.preprocess, jax.random.key(0), two)
+def stored_shapes(known: Network, number: int) -> jax.ShapeDtypeStruct:
+    """Give the shapes of a batch of examples as stored."""
+    return jax.ShapeDtypeStruct((number, *known.input_shape), jnp.dtype(known.input_dtype))
+
+
+def random_inputs(known: Network, number: int) -> np.ndarray:
+    """Make inputs as the data set stores them: what they show does not matter."""
+    rng = np.random.default_rng(0)
+    shape, dtype = (number, *known.input_shape), np.dtype(known.input_dtype)
+    if np.issubdtype(dtype, np.floating):
+        return rng.standard_normal(shape).astype(dtype)
+    largest = known.num_classes - 1 if known.max_value is None else int(known.max_value)
+    return rng.integers(0, max(1, largest) + 1, shape).astype(dtype)

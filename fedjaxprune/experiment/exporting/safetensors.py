@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedjaxprune import trees
-from fedjaxprune.experiment.config.flat.sections import UserError
+from fedjaxprune.errors import RunFolderError
 from fedjaxprune.types import Masks
 
 FORMAT, VERSION = "fedjaxprune", "1"
@@ -98,7 +98,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a network: nested dicts of arrays, and masks of the same structure.
 
     Raises:
-      UserError: the file is none that `write` has written.
+      RunFolderError: the file is none that `write` has written.
     """
     import safetensors
 
@@ -106,13 +106,15 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-                raise UserError(f"{str(path)!r} is not an exported network of this version.")
+                raise RunFolderError(f"{str(path)!r} is not an exported network of this version.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         arrays, masks = decode(tensors, metadata)
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, RunFolderError):
             raise
-        raise UserError(f"{str(path)!r} cannot be read: it is damaged or no such file.") from None
+        raise RunFolderError(
+            f"{str(path)!r} cannot be read: it is damaged or no such file."
+        ) from None
     return nest(arrays), nest(masks)
 
 

@@ -1,9 +1,11 @@
 """Checkpoints by orbax: atomic, written in the background, the newest few kept.
 
 A checkpoint is a tree of arrays and the number of rounds that made it. It is stored as nested
-dicts of names, so that it can be opened without this package. A checksum guards the contents: the
-format itself notices missing and shortened files, but not every flipped bit. A fingerprint of the
-config says whose checkpoint it is. No checkpoint that cannot be used is deleted: it is put aside.
+dicts of names, so that it can be opened without this package, and in part. A checksum of each array
+guards the contents: the format itself notices missing and shortened files, but not every flipped
+bit. A fingerprint of the config says whose checkpoint it is. Parameters to be deployed are stored
+besides, where they are not those of the state under its masks. No checkpoint that cannot be used is
+deleted: it is put aside.
 """
 
 import contextlib
@@ -13,13 +15,19 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune.rounds.simulation import Simulation
+from fedjaxprune.types import Masks, Params, State
+
+DEPLOYED = "deployed"  # beside the arrays of a simulation
 
 
 @contextlib.contextmanager
@@ -38,7 +46,7 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointM
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # what happened first is to be told
+        with contextlib.suppress(Exception):  # the first error matters
             manager.close()
         raise
     with _writing(folder):
@@ -63,31 +71,52 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def save(manager: ocp.CheckpointManager, num_rounds: int, tree: Any, *, fingerprint: int) -> None:
-    """Copy `tree` to the host now and write it in the background as the state after `num_rounds`.
+def save(
+    manager: ocp.CheckpointManager,
+    num_rounds: int,
+    now: Simulation,
+    *,
+    fingerprint: int,
+    deployed: Params,
+) -> None:
+    """Copy a simulation to the host now and write it in the background, after `num_rounds`.
 
     The copy is our own, since the next round overwrites the donated buffers.
 
     Args:
       manager: of the run's checkpoints.
-      num_rounds: how many rounds made the tree.
-      tree: of arrays.
+      num_rounds: how many rounds made it.
+      now: the simulation.
       fingerprint: of the run's config.
+      deployed: parameters to be shipped.
 
     Raises:
       OSError: this checkpoint, or the one before it, cannot be written.
     """
-    host = [np.array(leaf, copy=True) for leaf in jax.device_get(jax.tree.leaves(tree))]
-    names = _names(tree)
-    about = {"num_rounds": num_rounds, "checksum": _checksum(host), "fingerprint": fingerprint}
+    host = _on_host(now)
+    shipped = {(DEPLOYED, *name): leaf for name, leaf in _on_host(deployed).items()}
+    state = {name[2:]: leaf for name, leaf in host.items() if name[:2] == ("state", "params")}
+    masks = {name[2:]: leaf for name, leaf in host.items() if name[:2] == ("state", "masks")}
+    masked = {name: np.where(masks[name], leaf, 0) for name, leaf in state.items()}
+    if any(not np.array_equal(leaf, masked.get(name[1:])) for name, leaf in shipped.items()):
+        host |= shipped
+    checksums = {"/".join(name): zlib.crc32(leaf.tobytes()) for name, leaf in host.items()}
+    about = {"num_rounds": num_rounds, "checksums": checksums, "fingerprint": fingerprint}
     with _writing(pathlib.Path(manager.directory)):
         manager.save(
             num_rounds,
             args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeSave(_nest(names, host)), about=ocp.args.JsonSave(about)
+                arrays=ocp.args.PyTreeSave(_nest(host)), about=ocp.args.JsonSave(about)
             ),
             force=True,
         )
+
+
+def _on_host(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
+    """Copy a tree of arrays to the host, by names."""
+    leaves = jax.device_get(jax.tree.leaves(tree))
+    named = zip(_names(tree), leaves, strict=True)
+    return {name: np.array(leaf, copy=True) for name, leaf in named}
 
 
 def fingerprints(folder: pathlib.Path) -> dict[int, int]:
@@ -145,25 +174,48 @@ def restore(
     return found
 
 
-def read_newest(
-    folder: pathlib.Path, like: Any, *, warn: Callable[[str], None]
-) -> tuple[int, Any] | None:
-    """Read the newest checkpoint in `folder` that is whole, and touch nothing.
+class Finished(NamedTuple):
+    """A network as the newest checkpoint has it.
+
+    Attributes:
+      num_rounds: that made it.
+      params: to be deployed, pruned entries exact zeros.
+      masks: in force.
+      state: what is not trained.
+    """
+
+    num_rounds: int
+    params: Params
+    masks: Masks
+    state: State
+
+
+def read_network(
+    folder: pathlib.Path, params: Params, state: State, *, warn: Callable[[str], None]
+) -> Finished | None:
+    """Read the network of the newest checkpoint in `folder` that is whole, and touch nothing.
 
     Args:
       folder: of a run's checkpoints.
-      like: tree of arrays or shapes, as was saved.
+      params: tree of shapes.
+      state: tree of shapes of what is not trained.
       warn: takes one sentence for every checkpoint that cannot be read.
 
     Returns:
-      The number of rounds and the tree; None where no checkpoint can be used.
+      The network; None where no checkpoint can be used.
     """
+    masks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bool_), params)
+    like = {"state": {"params": params, "masks": masks, "model_state": state}}
     # Said in full, as orbax warns of what it has to change by itself.
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         for num_rounds in sorted(manager.all_steps(), reverse=True):
             try:
-                return num_rounds, _read(manager, num_rounds, like)
+                found = _read(manager, num_rounds, like)["state"]
+                own = masks_lib.apply(found["masks"], found["params"])
+                if any(name.startswith(f"{DEPLOYED}/") for name in _checksums(manager, num_rounds)):
+                    own = _read(manager, num_rounds, {DEPLOYED: params})[DEPLOYED]
+                return Finished(num_rounds, own, found["masks"], found["model_state"])
             except Exception as error:  # whatever orbax makes of a damaged file
                 warn(f"the checkpoint of round {num_rounds} cannot be read ({_reason(error)}).")
     return None
@@ -178,11 +230,15 @@ def _put_aside(checkpoint: pathlib.Path, aside: pathlib.Path) -> None:
     checkpoint.rename(target)
 
 
-def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
-    """Read one checkpoint whole, or raise whatever is wrong with it."""
-    leaves, treedef = jax.tree.flatten(like)
-    names = _names(like)
+def _checksums(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, int]:
     about = manager.restore(num_rounds, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+    return about["about"]["checksums"]
+
+
+def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
+    """Read one checkpoint, or the part that `like` has, or raise whatever is wrong with it."""
+    leaves, treedef = jax.tree.flatten(like)
+    names, checksums = _names(like), _checksums(manager, num_rounds)
     # One leaf at a time: of many in flight, all but the first to fail would complain on stderr.
     host = [_read_leaf(manager, num_rounds, *pair) for pair in zip(names, leaves, strict=True)]
     for name, array, leaf in zip(names, host, leaves, strict=True):
@@ -190,8 +246,8 @@ def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
             raise ValueError(
                 f"{'/'.join(name)} is {array.dtype}{array.shape}, expected {leaf.dtype}{leaf.shape}"
             )
-    if about["about"]["checksum"] != _checksum(host):
-        raise ValueError("its checksum does not fit its contents")
+        if checksums["/".join(name)] != zlib.crc32(array.tobytes()):
+            raise ValueError("its checksum does not fit its contents")
     return jax.tree.unflatten(treedef, [jnp.array(array) for array in host])
 
 
@@ -203,10 +259,10 @@ def _names(tree: Any) -> list[tuple[str, ...]]:
     ]
 
 
-def _nest(names: list[tuple[str, ...]], leaves: list[Any]) -> dict[str, Any]:
+def _nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """Build nested dicts of the leaves; those without elements are left out, as orbax has none."""
     nested: dict[str, Any] = {}
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in leaves.items():
         if leaf.size:
             inner = nested
             for part in name[:-1]:
@@ -222,16 +278,8 @@ def _read_leaf(
     empty = np.empty(like.shape, like.dtype)
     if not empty.size:
         return empty
-    args = ocp.args.PyTreeRestore(item=_nest([name], [empty]), partial_restore=True)
+    args = ocp.args.PyTreeRestore(item=_nest({name: empty}), partial_restore=True)
     found = manager.restore(num_rounds, args=ocp.args.Composite(arrays=args))["arrays"]
     for part in name:
         found = found[part]
     return np.asarray(found)
-
-
-def _checksum(leaves: list[np.ndarray]) -> int:
-    """Sum up the bytes of all leaves, in order."""
-    checksum = 0
-    for leaf in leaves:
-        checksum = zlib.crc32(leaf.tobytes(), checksum)
-    return checksum

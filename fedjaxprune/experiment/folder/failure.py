@@ -1,6 +1,6 @@
 """The mark of a run that ended by an error: in which round, and what was said.
 
-A run that was killed, or interrupted by its user, leaves none: it was broken off.
+A run that was killed, or interrupted by its user, leaves none.
 """
 
 import contextlib
@@ -8,6 +8,9 @@ import json
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from fedjaxprune.errors import first_line
+from fedjaxprune.experiment.folder import record
 
 FAILED = "failed.json"
 _LONGEST = 300  # characters of an error that are kept
@@ -25,19 +28,22 @@ class Failure(NamedTuple):
     error: str
 
 
+def describe(error: BaseException) -> str:
+    """Say what an error is: its kind and the first line of its text."""
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"
+
+
 @contextlib.contextmanager
 def marked(folder: pathlib.Path) -> Iterator[None]:
     """Take the old mark from `folder`, and leave one if an error passes by."""
-    from fedjaxprune.experiment.folder import record
-
     (folder / FAILED).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
-        text = f"{type(error).__name__}: {said}".rstrip(": ")[:_LONGEST]
         with contextlib.suppress(Exception):  # a full disk, say: the error itself goes on
-            mark = Failure(round=len(record.read(folder)) + 1, error=text)
+            number = len(record.read(folder).lines) + 1
+            mark = Failure(round=number, error=describe(error)[:_LONGEST])
             (folder / FAILED).write_text(json.dumps(mark._asdict()) + "\n", encoding="utf-8")
         raise
 

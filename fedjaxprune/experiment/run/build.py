@@ -1,9 +1,10 @@
-"""From names to functions: the one place where the config's words become components."""
+"""From a config to a run: data, clients, network, protocol and method, put together once.
+
+Every component is built by the part that the config names; no part is known here by its name.
+"""
 
 import contextlib
-import functools
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,197 +12,40 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjaxprune.data import batching, datasets, partitions, splits, transforms
-from fedjaxprune.errors import ConfigError, DataError
-from fedjaxprune.experiment import (
-    cohorts,
-    explore_recipes,
-    filter_recipes,
-    gated_recipes,
-    methods,
-    recipes,
-)
-from fedjaxprune.experiment.config.flat.sections import INT_MAX, RunConfig, UserError
-from fedjaxprune.experiment.execution import chunk_size, chunk_trial
-from fedjaxprune.experiment.run import fitting, loop
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.data import batching, transforms
+from fedjaxprune.data.datasets import Dataset
+from fedjaxprune.errors import ConfigError, first_line
+from fedjaxprune.experiment.config import resolve as resolve_lib
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices
+from fedjaxprune.experiment.folder import network as network_lib
+from fedjaxprune.experiment.folder.network import Network
+from fedjaxprune.experiment.run import client_sampling, composing, fitting, loop
+from fedjaxprune.experiment.run import examples as examples_lib
 from fedjaxprune.experiment.run.evaluation import TestSet
-from fedjaxprune.experiment.task_of import task_of
-from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
-from fedjaxprune.federated.corrections import fednova, scaffold
-from fedjaxprune.methods import (
-    fedavg,
-    feddip,
-    gradual_magnitude,
-    magnitude_masks,
-    random_masks,
-    snip,
-)
-from fedjaxprune.models import cnns, lstm, precision, vgg, zoo
+from fedjaxprune.experiment.run.examples import Examples
+from fedjaxprune.federated import cohort, local_training, uplinks
+from fedjaxprune.method import needs_of
+from fedjaxprune.models import precision
+from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import simulation
 from fedjaxprune.rounds.protocol import Protocol
-from fedjaxprune.types import (
-    Aggregator,
-    Algorithm,
-    Batcher,
-    CohortAggregator,
-    Correction,
-    Model,
-    Schedule,
-    Uplink,
-)
+from fedjaxprune.rounds.task import Task
+from fedjaxprune.settings import INT_MAX
+from fedjaxprune.types import Algorithm, Batcher, Model, Schedule
 
-MODELS: Mapping[str, Callable[..., Model]] = {
-    "mlp": lambda config, **sizes: zoo.mlp(**sizes),
-    "lenet5": lambda config, **sizes: zoo.lenet5(**sizes),
-    "cnn": lambda config, **sizes: zoo.cnn(**sizes),
-    "two_cnn": lambda config, **sizes: cnns.two_cnn(**sizes),
-    "femnist_cnn": lambda config, **sizes: cnns.femnist_cnn(**sizes),
-    "pooled_cnn": lambda config, **sizes: cnns.pooled_cnn(**sizes),
-    "alexnet": lambda config, **sizes: cnns.alexnet(**sizes),
-    "vgg11": lambda config, **sizes: vgg.vgg11(norm="none", **sizes),
-    "vgg11_bn": lambda config, **sizes: vgg.vgg11(norm=config.norm, **sizes),
-    "vgg16_bn": lambda config, **sizes: vgg.vgg16(norm=config.norm, **sizes),
-    "resnet8": lambda config, **sizes: zoo.resnet8(norm=config.norm, **sizes),
-    "resnet18": lambda config, **sizes: zoo.resnet18(norm=config.norm, **sizes),
-    "resnet20": lambda config, **sizes: zoo.resnet20(norm=config.norm, **sizes),
-    "resnet32": lambda config, **sizes: zoo.resnet32(norm=config.norm, **sizes),
-    "resnet34": lambda config, **sizes: zoo.resnet34(norm=config.norm, **sizes),
-    "resnet50": lambda config, **sizes: zoo.resnet50(norm=config.norm, **sizes),
-    **gated_recipes.MODELS,
-    "char_lstm": lambda config, **sizes: lstm.char_lstm(**sizes),
+_NEEDS = {
+    "batch_norm": (facts_lib.has_batch_norm, "BatchNorm statistics"),
+    "convolutions": (facts_lib.has_convolutions, "convolutions"),
+    "gates": (facts_lib.has_gates, "gates"),
 }
-
-
-ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, recipes.Given], Algorithm]] = {
-    "fedavg": lambda *run: fedavg.build(fedavg.FedAvg(), task_of(*run)),
-    "fedprox": lambda config, *run: fedavg.build(
-        fedavg.FedAvg(), recipes.with_proximal_term(task_of(config, *run), config.proximal_mu)
-    ),
-    "scaffold": lambda config, model, setup, given: fedavg.build(
-        fedavg.FedAvg(),
-        task_of(config, model, setup._replace(correction=scaffold.control_variates()), given),
-    ),
-    "fednova": lambda config, model, setup, given: fedavg.build(
-        fedavg.FedAvg(),
-        task_of(
-            config,
-            model,
-            setup._replace(correction=DRIFTS["fednova"](config, setup.batcher)),
-            given,
-        ),
-    ),
-    "feddip": lambda config, *run: feddip.build(recipes.dip(config), task_of(config, *run)),
-    "feddip_without_penalty": lambda config, *run: feddip.build(
-        recipes.dip(config, max_penalty=0.0), task_of(config, *run)
-    ),
-    "feddip_without_pruning": lambda config, *run: feddip.build(
-        feddip.FedDIP(mode="unpruned", max_penalty=config.max_penalty), task_of(config, *run)
-    ),
-    "fedtiny": recipes.tiny,
-    "random_masks": lambda config, *run: random_masks.build(
-        random_masks.RandomMasks(**recipes.fixed(config)), task_of(config, *run)
-    ),
-    "magnitude_masks": lambda config, *run: magnitude_masks.build(
-        recipes.magnitude(config, "server"), task_of(config, *run)
-    ),
-    "one_client_masks": lambda config, *run: magnitude_masks.build(
-        recipes.magnitude(config, "one_client"), task_of(config, *run)
-    ),
-    "pooled_masks": lambda config, *run: magnitude_masks.build(
-        recipes.magnitude(config, "pooled"), task_of(config, *run)
-    ),
-    "snip_masks": lambda config, *run: snip.build(
-        snip.Snip(**recipes.fixed(config)), task_of(config, *run)
-    ),
-    "snip_masks_of_clients": lambda config, *run: snip.build(
-        snip.Snip(examples="clients", **recipes.fixed(config)), task_of(config, *run)
-    ),
-    "gradual_magnitude": lambda config, *run: gradual_magnitude.build(
-        recipes.gradual(config), task_of(config, *run)
-    ),
-    **explore_recipes.ALGORITHMS,
-    **filter_recipes.ALGORITHMS,
-    **gated_recipes.ALGORITHMS,
-}
-
-PARTITIONS: Mapping[str, Callable[[RunConfig, np.random.Generator, Any], list[Any]]] = {
-    "iid": lambda config, rng, labels: partitions.iid(rng, labels, num_clients=config.num_clients),
-    "stratified": lambda config, rng, labels: partitions.stratified(
-        rng, labels, num_clients=config.num_clients
-    ),
-    "shards": lambda config, rng, labels: partitions.shards(
-        rng,
-        labels,
-        num_clients=config.num_clients,
-        classes_per_client=config.classes_per_client,
-    ),
-    "dirichlet": lambda config, rng, labels: partitions.dirichlet(
-        rng,
-        labels,
-        num_clients=config.num_clients,
-        alpha=config.alpha,
-        min_size=config.min_client_size,
-    ),
-}
-
-UPLINKS: Mapping[str, Callable[[RunConfig], Uplink]] = {
-    "identity": lambda config: uplinks.identity(),
-    "top_k": lambda config: uplinks.top_k(fraction=config.uplink_fraction),
-    "random_k": lambda config: uplinks.random_k(fraction=config.uplink_fraction),
-    "sign": lambda config: uplinks.sign(),
-    "quantize": lambda config: uplinks.quantize(bits=config.uplink_bits_per_value),
-}
-
-AGGREGATORS: Mapping[str, Callable[[RunConfig], Aggregator | CohortAggregator]] = {
-    "weighted_mean": lambda config: aggregators.weighted_mean(),
-    "median": lambda config: aggregators.median(),
-    "trimmed_mean": lambda config: aggregators.trimmed_mean(fraction=config.trim_fraction),
-}
-
-DRIFTS: Mapping[str, Callable[[RunConfig, Batcher], Correction | None]] = {
-    "none": lambda config, batcher: None,
-    "scaffold": lambda config, batcher: scaffold.control_variates(),
-    "fednova": lambda config, batcher: fednova.normalized_averaging(
-        batcher=batcher, momentum=config.momentum
-    ),
-}
-
-SERVERS: Mapping[str, Callable[[RunConfig, float], optax.GradientTransformation]] = {
-    "fedavg": lambda config, rate: server_optimizers.fedavg(learning_rate=rate),
-    "fedavgm": lambda config, rate: server_optimizers.fedavgm(
-        learning_rate=rate, momentum=config.server_momentum
-    ),
-    "fedadam": lambda config, rate: server_optimizers.fedadam(learning_rate=rate),
-    "fedyogi": lambda config, rate: server_optimizers.fedyogi(learning_rate=rate),
-}
-
-
-def resolve(config: RunConfig) -> RunConfig:
-    """Fill in what the machine decides, the devices; a chunk is at most the cohort.
-
-    Raises:
-      UserError: there are not so many devices.
-    """
-    devices = config.devices or (num_cores() if jax.default_backend() == "cpu" else INT_MAX)
-    if min(config.devices, config.cohort_size) > jax.device_count():
-        raise UserError(
-            f"devices must be at most {jax.device_count()}, the number of "
-            f"{jax.default_backend()} devices here, got {config.devices}."
-        )
-    devices = min(devices, config.cohort_size, jax.device_count())
-    size = config.chunk_size
-    size = size if size == "auto" else min(size, config.cohort_size)
-    return config.model_copy(update={"chunk_size": size, "devices": devices})
-
-
-def num_cores() -> int:
-    """Count the cores that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+_SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
 
 
 def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.RunParts:
-    """Put a run together: load the data, deal it out, make model and algorithm.
+    """Put a run together.
 
     No run folder is made, so that whatever is wrong is said before there is one.
 
@@ -211,63 +55,221 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
         no trial, and clients train one by one.
 
     Raises:
-      UserError: the data set is unknown or not prepared, the partition is impossible, the model
-        does not fit the data, or the settings do not make a round.
+      ConfigError: the partition is impossible, the network does not fit data or method, or the
+        settings do not make a round.
+      DataError: the data cannot be read.
     """
-    config = resolve(config)
-    try:
-        dataset = datasets.load(config.dataset, data_dir=config.data_dir)
-    except DataError as error:
-        raise UserError(f"dataset: {error}") from None
-    labels = np.asarray(dataset.train["labels"])
-    held, rest = _hold_out(config, labels)
-    rng = np.random.default_rng(config.seed)
-    try:
-        parts = PARTITIONS[config.partition](config, rng, labels[rest])
-    except ValueError as error:
-        raise UserError(
-            f"partition {config.partition!r} of {config.dataset!r} over {config.num_clients} "
-            f"clients is impossible: {error}"
-        ) from None
-    parts = [rest[part] for part in parts]
-    sizes = np.array([len(part) for part in parts])
-    _check_sizes(config, sizes)
-    train_fn, test_fn = _preprocess(dataset, config)
-    model = _model(config, dataset, test_fn)
-    given = recipes.Given(held=held, input_shape=dataset.input_shape, train=train_fn, test=test_fn)
-    population = partitions.population(dataset.train, parts)
-    test = TestSet(
-        inputs=jnp.asarray(dataset.test["inputs"]), labels=jnp.asarray(dataset.test["labels"])
+    config = devices.resolve(config)
+    examples = examples_lib.read(config)
+    config = resolve_lib.replace(config, {"data.num_clients": len(examples.sizes)})
+    _check_sizes(config, examples.sizes)
+    model = make_model(config, examples.dataset, examples.test)
+    size = config.execution.chunk_size
+    task = make_task(config, model, examples, chunk=1 if size == "auto" else size)
+    check_needs(config, task)
+    algorithm = make_algorithm(config, task)
+    chunk = None
+    if size == "auto" and warn is not None:
+        with _refusals(config):  # before the trial compiles anything
+            loop.check_start(_parts(config, task, algorithm, examples))
+        chunk = chunk_trial.choose(config, task, examples.population, warn=warn)
+        config = resolve_lib.replace(config, {"execution.chunk_size": chunk.size})
+        if chunk.size > 1:
+            protocol = task.protocol._replace(chunk_size=chunk.size)
+            task = task._replace(protocol=protocol)
+            algorithm = make_algorithm(config, task)
+    parts = _parts(config, task, algorithm, examples)._replace(chunk=chunk)
+    with _refusals(config):
+        loop.check(parts)
+    return parts
+
+
+def _parts(
+    config: RunConfig, task: Task, algorithm: Algorithm, examples: Examples
+) -> loop.RunParts:
+    dataset = examples.dataset
+    with _refusals(config):
+        advance = tuple(
+            simulation.advance(stage, client_sampling.of_stage(stage, config, examples.sizes))
+            for stage in algorithm.stages
+        )
+    return loop.RunParts(
+        config=config,
+        model=task.model,
+        algorithm=algorithm,
+        population=examples.population,
+        test=TestSet(
+            inputs=jnp.asarray(dataset.test["inputs"]), labels=jnp.asarray(dataset.test["labels"])
+        ),
+        preprocess=examples.test,
+        advance=advance,
+        network=describe_network(config, task, algorithm, dataset),
+        task=dataset.task,
+        mesh=task.protocol.mesh,
     )
 
-    def assemble(config: RunConfig, chunk: chunk_size.Choice | None) -> loop.RunParts:
-        algorithm = _algorithm(config, model, given)
-        return loop.RunParts(
-            model=model,
-            algorithm=algorithm,
-            population=population,
-            test=test,
-            preprocess=test_fn,
-            advance=tuple(
-                simulation.advance(stage, cohorts.draw(config, sizes, stage=stage.name))
-                for stage in algorithm.stages
-            ),
-            prunable=recipes.reported(config),
-            mesh=_mesh(config),
-            chunk=chunk,
-            task=dataset.task,
+
+def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
+    """Refuse batches that nobody could fill, and more local steps than an int32 counts."""
+    num_examples, largest = int(sizes.sum()), int(sizes.max())
+    section = config.client
+    if section.batch_size > num_examples:
+        raise ConfigError(
+            f"client.batch_size must be at most the number of training examples ({num_examples}), "
+            f"got {section.batch_size}."
+        )
+    if section.steps is None and section.epochs > INT_MAX // largest:
+        raise ConfigError(
+            f"client.epochs must be at most {INT_MAX // largest} for clients of up to {largest} "
+            f"examples, got {section.epochs}."
         )
 
-    built = assemble(config, None)
-    if config.chunk_size == "auto" and warn is not None:
-        with _refusals(config):  # before the trial compiles anything
-            loop.check_start(built)
-        batcher, mesh = _batcher(config, train_fn), _mesh(config)
-        chunk = chunk_trial.choose(config, model, batcher, population, mesh=mesh, warn=warn)
-        built = assemble(config.model_copy(update={"chunk_size": chunk.size}), chunk)
-    with _refusals(config):
-        loop.check(built)
-    return built
+
+def make_model(config: RunConfig, dataset: Dataset, preprocess: transforms.Preprocess) -> Model:
+    """Build the network, and see by shapes alone that it reads the data.
+
+    Raises:
+      ConfigError: it does not.
+    """
+
+    def make(*, input_shape: tuple[int, ...], num_classes: int) -> Model:
+        return config.parts.model.part.build(
+            config.model, input_shape=input_shape, num_classes=num_classes
+        )
+
+    what = f"model {config.model.name!r}"
+    model = fitting.make_model(make, dataset, preprocess=preprocess, what=what)
+    return precision.compute_in(model, config.execution.compute_dtype)
+
+
+def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -> Task:
+    """Make what the method's `build` is given."""
+    stored = given.dataset.train["inputs"]
+    two = jax.ShapeDtypeStruct((2, *stored.shape[1:]), stored.dtype)
+    section = config.client
+    return Task(
+        model=model,
+        protocol=make_protocol(config, given.train, chunk=chunk),
+        facts=facts_lib.of_model(model, inputs=jax.eval_shape(given.test, jax.random.key(0), two)),
+        batches=composing.batches_of(
+            batch_size=section.batch_size, train=given.train, test=given.test, seed=config.seed
+        ),
+        server_examples=given.held,
+        num_clients=len(given.sizes),
+        largest_client=int(given.sizes.max()),
+        num_epochs=1 if section.steps is not None else section.epochs,
+        penalties=(local_training.proximal(mu=section.proximal_mu),) if section.proximal_mu else (),
+    )
+
+
+def make_protocol(config: RunConfig, preprocess: transforms.Preprocess, *, chunk: int) -> Protocol:
+    """Build the protocol that every method shares.
+
+    Raises:
+      ConfigError: a part refuses its settings.
+    """
+    parts, section = config.parts, config.client
+    batcher = _batcher(config, preprocess)
+    try:
+        uplink = parts.uplink.part.build(config.uplink)
+        number = config.execution.devices
+        return Protocol(
+            num_rounds=config.federation.num_rounds,
+            batcher=batcher,
+            optimizer=parts.optimizer.part.build(section.optimizer),
+            learning_rate_scale=_learning_rate_scale(section.learning_rate_decay),
+            uplink=uplinks.error_feedback(uplink) if config.uplink.error_feedback else uplink,
+            aggregator=parts.aggregator.part.build(config.server.aggregator),
+            server=parts.server_optimizer.part.build(config.server.optimizer),
+            chunk_size=chunk,
+            mesh=cohort.make_mesh(devices=jax.devices()[:number]) if number > 1 else None,
+            correction=parts.correction.part.build(
+                section.correction, batcher=batcher, optimizer_settings=section.optimizer
+            ),
+        )
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(first_line(error)) from None
+
+
+def _learning_rate_scale(decay: float) -> Schedule:
+    """Choose the factor on the learning rate, by round."""
+    schedule = optax.exponential_decay(1.0, 1, decay)
+    return lambda round_index: jnp.asarray(schedule(round_index), jnp.float32)
+
+
+def _batcher(config: RunConfig, preprocess: transforms.Preprocess) -> Batcher:
+    """Choose how much a client does in a round."""
+    section = config.client
+    common: dict[str, Any] = {"batch_size": section.batch_size, "preprocess": preprocess}
+    if section.steps is not None:
+        return batching.steps(num_steps=section.steps, **common)
+    return batching.epochs(num_epochs=section.epochs, **common)
+
+
+def check_needs(config: RunConfig, task: Task) -> None:
+    """See that the network has what the method needs.
+
+    Raises:
+      ConfigError: it lacks something.
+    """
+    needs = needs_of(config.parts.method.part, config.method)
+    for name, (has, words) in _NEEDS.items():
+        if getattr(needs, name) and not has(task.facts):
+            raise ConfigError(
+                f"method {config.method.name!r} needs {words}, and the network "
+                f"{config.model.name!r} has none."
+            )
+
+
+def make_algorithm(config: RunConfig, task: Task) -> Algorithm:
+    """Build the method.
+
+    Raises:
+      ConfigError: its settings do not fit the run; in one sentence.
+    """
+    found = config.parts.method
+    try:
+        algorithm = found.part.build(config.method, task)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:
+        said = first_line(error)
+        if not said.startswith(_SECTIONS):
+            said = f"method {config.method.name!r}: {said}"
+        raise ConfigError(said) from None
+    if not isinstance(algorithm, Algorithm):
+        raise ConfigError(
+            f"method {config.method.name!r} must build an Algorithm, got "
+            f"{type(algorithm).__name__}."
+        )
+    return algorithm
+
+
+def describe_network(
+    config: RunConfig, task: Task, algorithm: Algorithm, dataset: Dataset
+) -> Network:
+    """Write down what a run folder keeps of its network and data."""
+    facts, inputs = task.facts, dataset.train["inputs"]
+    paths = trees.paths(facts.params)
+    flags = masks_lib.prunable_leaves(facts.params, algorithm.prunable)
+    normalizes = dataset.mean is not None and dataset.std is not None
+    return Network(
+        task=dataset.task,
+        input_shape=tuple(inputs.shape[1:]),
+        input_dtype=str(inputs.dtype),
+        num_outputs=dataset.num_outputs,
+        num_classes=dataset.num_classes,
+        positions=fitting.positions(dataset),
+        max_value=dataset.max_value,
+        mean=tuple(map(float, dataset.mean or ())) if normalizes else None,
+        std=tuple(map(float, dataset.std or ())) if normalizes else None,
+        params=network_lib.shapes(facts.params),
+        state=network_lib.shapes(facts.state),
+        prunable=tuple(path for path, flag in zip(paths, flags, strict=True) if flag),
+        data_checksum=examples_lib.checksum(dataset),
+    )
 
 
 @contextlib.contextmanager
@@ -275,112 +277,13 @@ def _refusals(config: RunConfig) -> Iterator[None]:
     """Turn what components say of settings that do not fit into one sentence."""
     try:
         yield
+    except ConfigError:
+        raise
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(
-            f"the settings do not make a round of {config.algorithm!r} with {config.model!r} on "
-            f"{config.dataset!r}: {_first_line(error)}"
-        ) from None
-
-
-def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Set the server's examples aside, where there are to be any: ``(held, rest)``."""
-    if config.server_share is None and config.algorithm not in methods.AT_SERVER:
-        return np.zeros(0, np.int32), np.arange(len(labels), dtype=np.int32)
-    rng = np.random.default_rng([config.seed, 1])  # leaves the partition's draws as they were
-    try:
-        return splits.hold_out(rng, labels, share=config.server_share)
-    except ValueError as error:
-        raise UserError(f"server_share: {error}") from None
-
-
-def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
-    """Refuse batches that nobody could fill, more local steps than an int32 counts, and none."""
-    num_examples, largest = int(sizes.sum()), int(sizes.max())
-    if config.batch_size > num_examples:
-        raise UserError(
-            f"batch_size must be at most the number of training examples ({num_examples}), "
-            f"got {config.batch_size}."
-        )
-    if config.local_steps is None and config.local_epochs > INT_MAX // largest:
-        raise UserError(
-            f"local_epochs must be at most {INT_MAX // largest} for clients of up to {largest} "
-            f"examples, got {config.local_epochs}."
-        )
-    if complaint := explore_recipes.complaint(config, largest):
-        raise UserError(complaint)
-
-
-def _first_line(error: Exception) -> str:
-    """Shorten what an error says to one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _preprocess(dataset: datasets.Dataset, config: RunConfig) -> tuple[Any, Any]:
-    """Choose what happens to images, in training and in tests."""
-    if not config.normalize:
-        dataset = dataset._replace(mean=None, std=None)
-    return transforms.for_dataset(dataset, augment=config.augment)
-
-
-def _model(config: RunConfig, dataset: datasets.Dataset, preprocess_fn: Any) -> Model:
-    """Make the network, and see by shapes alone that it takes the data."""
-    try:
-        model = fitting.make_model(
-            functools.partial(MODELS[config.model], config),
-            dataset,
-            preprocess=preprocess_fn,
-            what=f"model {config.model!r}",
-        )
-    except ConfigError as error:
-        raise UserError(str(error)) from None
-    return precision.compute_in(model, config.compute_dtype)
-
-
-def _algorithm(config: RunConfig, model: Model, given: recipes.Given) -> Algorithm:
-    """Make the method and the protocol around it."""
-    try:
-        return ALGORITHMS[config.algorithm](config, model, _setup(config, given.train), given)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"algorithm {config.algorithm!r}: {_first_line(error)}") from None
-
-
-def _setup(config: RunConfig, preprocess_fn: Any) -> Protocol:
-    """Choose the protocol that every method shares."""
-    uplink = UPLINKS[config.uplink](config)
-    batcher = _batcher(config, preprocess_fn)
-    return Protocol(
-        num_rounds=config.rounds,
-        batcher=batcher,
-        optimizer=optax.chain(
-            optax.add_decayed_weights(config.weight_decay)
-            if config.weight_decay
-            else optax.identity(),
-            recipes.optimizer(config),
-        ),
-        learning_rate_scale=_learning_rate_scale(config),
-        uplink=uplinks.error_feedback(uplink) if config.error_feedback else uplink,
-        aggregator=AGGREGATORS[config.aggregator](config),
-        server=SERVERS[config.server](config, config.server_learning_rate or 1.0),
-        chunk_size=1 if config.chunk_size == "auto" else config.chunk_size,
-        mesh=_mesh(config),
-        correction=DRIFTS[config.drift](config, batcher),
-    )
-
-
-def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
-    """Take the devices that the config wants; one device needs no mesh."""
-    return cohort.make_mesh(devices=jax.devices()[: config.devices]) if config.devices > 1 else None
-
-
-def _learning_rate_scale(config: RunConfig) -> Schedule:
-    """Choose the factor on the learning rate, by round."""
-    decay = optax.exponential_decay(1.0, 1, config.learning_rate_decay)
-    return lambda round_index: jnp.asarray(decay(round_index), jnp.float32)
-
-
-def _batcher(config: RunConfig, preprocess_fn: Any) -> Batcher:
-    """Choose how much a client does in a round."""
-    common = {"batch_size": config.batch_size, "preprocess": preprocess_fn}
-    if config.local_steps is not None:
-        return batching.steps(num_steps=config.local_steps, **common)
-    return batching.epochs(num_epochs=config.local_epochs, **common)
+        said = first_line(error)
+        if not said.startswith(_SECTIONS):
+            said = (
+                f"the settings do not make a round of {config.method.name!r} with "
+                f"{config.model.name!r} on {config.data.dataset.name!r}: {said}"
+            )
+        raise ConfigError(said) from None

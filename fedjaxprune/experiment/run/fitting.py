@@ -8,12 +8,12 @@ import numpy as np
 
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
-from fedjaxprune.models import heads
+from fedjaxprune.models import heads, outside
 from fedjaxprune.types import Model
 
 
 def make_model(
-    build: Callable[..., Model],
+    build: Callable[..., Any],
     dataset: Dataset,
     *,
     preprocess: Callable[[Any, Any], Any],
@@ -22,7 +22,7 @@ def make_model(
     """Call a model's `build` for a data set, and give the model the loss of the data's task.
 
     Args:
-      build: ``(input_shape=, num_classes=) -> Model``.
+      build: ``(input_shape=, num_classes=)`` -> `Model`, or a network of another library.
       dataset: whose test inputs and outputs must fit.
       preprocess: ``(key, inputs) -> inputs`` for tests.
       what: names the model in an error, such as ``"model 'mlp'"``.
@@ -31,18 +31,18 @@ def make_model(
       ConfigError: the network does not read the inputs, or its output does not fit the task.
     """
     try:
-        model = build(input_shape=dataset.input_shape, num_classes=dataset.num_outputs)
-        if not isinstance(model, Model):
-            raise TypeError(f"it must be a Model (see fedjaxprune.models.adapters), got {model!r}.")
-        model = heads.for_task(model, dataset.task)
         stored = dataset.test["inputs"]
         key = jax.random.key(0)
         inputs = jax.eval_shape(
             preprocess, key, jax.ShapeDtypeStruct((1, *stored.shape[1:]), stored.dtype)
         )
+        made = build(input_shape=dataset.input_shape, num_classes=dataset.num_outputs)
+        shape, dtype = dataset.input_shape, inputs.dtype
+        model = outside.as_model(made, input_shape=shape, input_dtype=dtype)
+        model = heads.for_task(model, dataset.task)
         params, state = jax.eval_shape(model.init, key)
         shape = jax.eval_shape(model.predict, params, state, inputs).shape
-        wanted = (1, *_positions(dataset), dataset.num_outputs)
+        wanted = (1, *positions(dataset), dataset.num_outputs)
         if shape != wanted:
             raise ValueError(f"its output has the shape {shape}, and needed is {wanted}.")
     except (ValueError, TypeError) as error:
@@ -63,6 +63,6 @@ def describe(dataset: Dataset) -> str:
     return f"{what} {shape}, {dataset.task}"
 
 
-def _positions(dataset: Dataset) -> tuple[int, ...]:
+def positions(dataset: Dataset) -> tuple[int, ...]:
     """Give the axis of positions of a sequence that has a label at each; else nothing."""
     return np.shape(dataset.test["labels"])[1:] if dataset.task == "sequence" else ()

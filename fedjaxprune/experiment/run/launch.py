@@ -1,110 +1,173 @@
-"""Begin a run or go on with one: set JAX up, train, and leave the folder whole.
+"""Begin a run or go on with one: build it, train, and leave the folder whole.
 
-This is what ``fedjaxprune run`` does once its options are read, and what a sweep does for each of
-its members. JAX is imported only when a run is about to be put together.
+This is what ``fedjaxprune run`` does once its options are read, what `fjp.run` does, and what a
+sweep does for each of its members. Nothing is printed: a `Listener` is told. JAX is imported only
+when a run is about to be put together.
 """
 
 import contextlib
-import logging
-import os
 import pathlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import click
+from fedjaxprune.errors import ConfigError, RunFolderError
+from fedjaxprune.experiment.config import files, identity
+from fedjaxprune.experiment.config import resolve as resolve_lib
+from fedjaxprune.experiment.config.resolve import Given
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.folder import failure, layout, lock, record, summary
+from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.registry import Found
 
-from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.config.flat import files
-from fedjaxprune.experiment.config.flat.sections import RunConfig, Settings, UserError
-from fedjaxprune.experiment.folder import failure
-
-ShowFn = Callable[[pathlib.Path, RunConfig, list[Any]], None]  # (folder, config, lines)
-INTERRUPTED = 130  # exit status
+INTERRUPTED = 130  # exit status of a command
 Openers = Mapping[str, Any]  # trackers by name, as `tracker.find` gives them
 
 
-def path(text: str) -> pathlib.Path:
-    """Read a path, where ``~`` is the user's home."""
-    return pathlib.Path(os.path.expanduser(text))  # pathlib's may raise
+def start(
+    config: RunConfig,
+    *,
+    folder: pathlib.Path | None = None,
+    listener: Listener | None = None,
+    trackers: Openers | None = None,
+) -> pathlib.Path:
+    """Begin a new run, bring it to its end and return its folder.
 
-
-def start(config: RunConfig, *, trackers: Openers, show: ShowFn) -> pathlib.Path:
-    """Begin a new run, play it to its end and return its folder.
+    Args:
+      config: of the run.
+      folder: to be made; None chooses one under ``runs/``.
+      listener: is told how it goes.
+      trackers: that follow it.
 
     Raises:
-      UserError: the folder is taken, the settings do not make a run, or it cannot be finished.
+      FedJaxPruneError: the folder is taken, the settings do not make a run, or it cannot be
+        finished; in one sentence.
     """
-    from fedjaxprune.experiment.folder import record
-
-    folder = path(config.out) if config.out else record.default_folder(config)
-    record.check_free(folder)
-    with jax_set_up(config):
+    listener = listener or Listener()
+    folder = folder or layout.default_folder(config)
+    layout.check_free(folder)
+    listener.begin(config, folder)
+    parts = _build(config, listener.warn)
+    texts = {layout.NETWORK: _network_text(parts)}
+    if parts.chunk is not None:
         from fedjaxprune.experiment.execution import chunk_size
-        from fedjaxprune.experiment.run import build
 
-        config = build.resolve(config)
-        with _memory(config):
-            parts = build.build(config, warn=_warn)
-        if parts.chunk is not None:
-            click.echo(parts.chunk.sentence)
-            config = config.model_copy(update={"chunk_size": parts.chunk.size})
-        record.create(folder, config)
-        if parts.chunk is not None:
-            with _said(folder):
-                chunk_size.write(parts.chunk, folder)
-        _train(folder, config, parts, trackers, show)
+        listener.note(parts.chunk.sentence)
+        texts[chunk_size.FILE] = chunk_size.to_text(parts.chunk)
+    layout.create(folder, parts.config, texts)
+    _train(folder, parts, listener, trackers or {})
     return folder
 
 
 def resume(
     folder: pathlib.Path,
-    values: Mapping[str, Any],
-    given: Settings,
+    given: Given | None = None,
     *,
-    trackers: Openers,
-    show: ShowFn,
-) -> None:
+    listener: Listener | None = None,
+    trackers: Openers | None = None,
+) -> pathlib.Path:
     """Continue the run in `folder`, if the explicitly given settings agree with it.
 
     Args:
       folder: of the run.
-      values: the settings that were given, by name.
-      given: the same, validated.
+      given: settings that were given, and the parts of a run that was given values.
+      listener: is told how it goes.
       trackers: that follow it.
-      show: tells how it ended.
 
     Raises:
-      UserError: there is no run, it has another config, or it cannot be finished.
+      FedJaxPruneError: there is no run, it has another config, network or data, or it cannot be
+        finished; in one sentence.
     """
-    from fedjaxprune.experiment.folder import record
-
-    config, made_with = record.stored(folder)
-    if different := files.differences(config, values, given):
-        raise UserError(
-            f"resume: the run in {str(folder)!r} has another config: {'; '.join(different)}. "
-            "Leave these out, or start a new run."
+    listener = listener or Listener()
+    given = given or Given({})
+    stored = layout.stored(folder)
+    config = stored_config(folder, given)
+    if different := files.differences(config, _without_values(given)):
+        raise RunFolderError(
+            f"the run in {str(folder)!r} has another config: {'; '.join(different)}; "
+            "leave these out, or start a new run."
         )
     _check_untouched(folder, config)
-    if "data_dir" in values:
-        config = config.model_copy(update={"data_dir": given.data_dir})
-    with jax_set_up(config):
-        from fedjaxprune.experiment.run import build
+    if identity.DATA_DIR in given.values:
+        config = resolve_lib.replace(config, {identity.DATA_DIR: given.values[identity.DATA_DIR]})
+    listener.begin(config, folder)
+    for sentence in changes(stored, config):
+        listener.warn(sentence)
+    parts = _build(config, None)
+    with _said(folder):
+        from fedjaxprune.experiment.folder import network
 
-        changed = [
-            f"{name} {made_with[name]} then and {version} now"
-            for name, version in record.versions().items()
-            if made_with.get(name, version) != version
-        ]
-        if changed:
-            click.echo(
-                f"warning: the run was made with other versions ({'; '.join(changed)}): "
-                "the bits may differ.",
-                err=True,
+        network.check_same(parts.network, folder)
+    _train(folder, parts, listener, trackers or {})
+    return folder
+
+
+def stored_config(folder: pathlib.Path, given: Given | None = None) -> RunConfig:
+    """Resolve the config of a run folder; parts that were values are taken from `given`.
+
+    Raises:
+      RunFolderError: a part of the run was a value, and is not given.
+    """
+    stored = layout.stored(folder)
+    values = dict(resolve_lib.read(stored.values).values)
+    given = given or Given({})
+    for path, origin in stored.parts.items():
+        if origin.get("source") != "value":
+            continue
+        value = given.values.get(f"{path}.name")
+        if value is None or isinstance(value, str):
+            kind = "data" if path == "data.dataset" else path
+            raise RunFolderError(
+                f"{path} of the run in {str(folder)!r} was a value given in Python "
+                f"({origin.get('name')}): give it again, as fjp.resume({str(folder)!r}, "
+                f"{kind}=...)."
             )
-        with _memory(config):
-            parts = build.build(config)
-        _train(folder, config, parts, trackers, show)
+        is_found = isinstance(value, Found)  # under the name that the run knows it by
+        values[f"{path}.name"] = value._replace(name=origin["name"]) if is_found else value
+    return resolve_lib.resolve(Given(values, dict.fromkeys(values, str(folder / layout.CONFIG))))
+
+
+def _without_values(given: Given) -> Given:
+    """Leave out parts that are values, which have no settings to be compared."""
+    named = {path: v for path, v in given.values.items() if not _is_value(path, v)}
+    return given._replace(values=named)
+
+
+def _is_value(path: str, value: Any) -> bool:
+    return path.endswith(".name") and not isinstance(value, str)
+
+
+def changes(stored: files.Stored, config: RunConfig) -> list[str]:
+    """Say, a sentence each, what code is not that which a run was made with."""
+    versions = [
+        f"{name} {stored.versions[name]} then and {version} now"
+        for name, version in layout.versions().items()
+        if stored.versions.get(name, version) != version
+    ]
+    sentences = []
+    if versions:
+        sentences.append(
+            f"the run was made with other versions ({'; '.join(versions)}): the bits may differ."
+        )
+    if other := files.code_changes(stored.parts, config):
+        sentences.append(f"the run was made with other code: {'; '.join(other)}.")
+    return sentences
+
+
+def _build(config: RunConfig, warn: Callable[[str], None] | None) -> Any:
+    """Put a run together, with as many devices as it wants."""
+    from fedjaxprune.experiment.execution import devices
+
+    devices.prepare(config)
+    from fedjaxprune.experiment.run import build
+
+    with _memory(config):
+        return build.build(config, warn=warn)
+
+
+def _network_text(parts: Any) -> str:
+    from fedjaxprune.experiment.folder import network
+
+    return network.to_text(parts.network)
 
 
 @contextlib.contextmanager
@@ -117,31 +180,26 @@ def _memory(config: RunConfig) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        chunk = f"--chunk-size (here {config.chunk_size}), "
-        raise UserError(
-            "there is not enough memory for this run; start a new one with a smaller "
-            f"{'' if config.chunk_size == 1 else chunk}--batch-size (here {config.batch_size}) or "
-            "--model, or with fewer clients if each keeps a state, as with --error-feedback."
+        size = config.execution.chunk_size
+        chunk = "" if size == 1 else f"execution.chunk_size (here {size}), "
+        raise ConfigError(
+            f"there is not enough memory for this run; start a new one with a smaller {chunk}"
+            f"client.batch_size (here {config.client.batch_size}) or model, or with fewer clients "
+            "if each keeps a state, as with uplink.error_feedback."
         ) from None
-
-
-def _warn(sentence: str) -> None:
-    """Warn before there is a run."""
-    click.echo(f"warning: {sentence}", err=True)
 
 
 def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
     """Refuse to go on from what another config made, and from a record that is not whole."""
-    from fedjaxprune.experiment.folder import checkpoints, record
+    from fedjaxprune.experiment.folder import checkpoints
 
     with _said(folder):
-        found = checkpoints.fingerprints(folder / record.CHECKPOINTS)
+        found = checkpoints.fingerprints(folder / layout.CHECKPOINTS)
         record.read(folder)
     if other := [n for n, value in found.items() if value != files.fingerprint(config)]:
-        raise UserError(
-            f"resume: {str(folder / record.CONFIG)!r} is not the config that made the run's "
-            f"checkpoint of round {max(other)}: it was edited or replaced; put it back, or start a "
-            "new run."
+        raise RunFolderError(
+            f"{str(folder / layout.CONFIG)!r} is not the config that made the run's checkpoint of "
+            f"round {max(other)}: it was edited or replaced; put it back, or start a new run."
         )
 
 
@@ -152,101 +210,35 @@ def _said(folder: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         of_file = f": {str(error.filename)!r}" if error.filename else ""
-        raise UserError(
+        raise RunFolderError(
             f"cannot work in the run folder {str(folder)!r} ({error.strerror or error}{of_file}); "
             f"put that right and continue with `fedjaxprune run --resume {folder}`."
         ) from None
 
 
-def _train(
-    folder: pathlib.Path, config: RunConfig, parts: Any, trackers: Openers, show: ShowFn
-) -> None:
-    """Run what is left to run, and tell how it went; what ends it early is marked in the folder."""
-    from rich.console import Console
-
+def _train(folder: pathlib.Path, parts: Any, listener: Listener, trackers: Openers) -> None:
+    """Run what is left to run; what ends it early is marked in the folder."""
     from fedjaxprune.experiment.analysis import plots
-    from fedjaxprune.experiment.folder import record
     from fedjaxprune.experiment.run import loop
-    from fedjaxprune.experiment.tracking import progress, tracker
+    from fedjaxprune.experiment.tracking import tracker
 
-    console, errors = Console(), Console(stderr=True)
-    num_rounds = sum(stage.num_rounds for stage in parts.algorithm.stages)
-    try:
-        with _memory(config), _said(folder), record.hold(folder):
-            lines = record.read(folder)
-            if len(lines) == num_rounds and (folder / record.SUMMARY).exists():
-                console.print("this run is finished; there is nothing left to do.")
-            else:
-                with (
-                    failure.marked(folder),
-                    progress.report(console, errors, num_rounds=num_rounds) as told,
-                    tracker.follow(told, trackers, folder=folder, config=config) as report,
-                ):
-                    loop.train(
-                        parts,
-                        seed=config.seed,
-                        folder=folder,
-                        eval_every=config.eval_every,
-                        eval_from=config.eval_from,
-                        checkpoint_every=config.checkpoint_every,
-                        keep_checkpoints=config.keep_checkpoints,
-                        fingerprint=files.fingerprint(config),
-                        report=report,
-                    )
-                lines = record.read(folder)
-                plots.accuracy(lines, folder / record.PICTURE, title=title(config))
-                record.write_summary(folder, record.summarize(lines))
-            show(folder, config, lines)
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; continue with `fedjaxprune run --resume {folder}`.", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    config = parts.config
+    with _memory(config), _said(folder), lock.hold(folder):
+        found = record.read(folder)
+        if len(found.lines) == parts.num_rounds and (folder / layout.SUMMARY).exists():
+            listener.note("this run is finished; there is nothing left to do.")
+        else:
+            with (
+                failure.marked(folder),
+                tracker.follow(listener, trackers, folder=folder, config=config) as followed,
+            ):
+                loop.train(parts, folder=folder, listener=followed)
+                found = record.read(folder)
+                plots.accuracy(found.lines, folder / layout.PICTURE, title=title(config))
+                summary.write(folder, summary.summarize(found.header, found.lines))
+        listener.finish(config, folder, summary.summarize(found.header, found.lines))
 
 
 def title(config: RunConfig) -> str:
     """Name a run for a human."""
-    return f"{config.algorithm} on {config.dataset} with {config.model}"
-
-
-def show_table(folder: pathlib.Path, config: RunConfig, lines: list[Any]) -> None:
-    """Print the table at the end of a run, and where its folder is."""
-    from rich.console import Console
-
-    from fedjaxprune.experiment.folder import record
-    from fedjaxprune.experiment.tracking import progress
-
-    console = Console()
-    target = config.sparsity if config.algorithm in methods.PRUNING else None
-    console.print(title(config), style="italic", highlight=False)
-    console.print(progress.table(record.summarize(lines), target=target))
-    console.print(f"results: {folder}", soft_wrap=True, highlight=False)
-
-
-@contextlib.contextmanager
-def jax_set_up(config: RunConfig | None = None) -> Iterator[None]:
-    """Set up JAX for the command: compiled code is kept between runs, other people's logs are not.
-
-    A CPU becomes as many devices as the config asks for, by default one a core.
-
-    JAX's cache lies in ``JAX_COMPILATION_CACHE_DIR`` if that is set, else in the user's cache
-    folder.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        from fedjaxprune.experiment.execution import chunk_size
-
-        with contextlib.suppress(OSError):
-            cache = chunk_size.folder() / "jax"
-            cache.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-    if config is not None:
-        from fedjaxprune.experiment.run import build
-
-        wanted = config.devices or min(build.num_cores(), config.cohort_size)
-        with contextlib.suppress(RuntimeError):  # JAX is in use already, with devices of its own
-            jax.config.update("jax_num_cpu_devices", min(wanted, config.cohort_size))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Error (reading|writing) persistent")
-        yield
+    return f"{config.method.name} on {config.data.dataset.name} with {config.model.name}"

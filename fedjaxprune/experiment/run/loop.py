@@ -1,7 +1,7 @@
 """Run an algorithm round by round: draw the cohort, call the compiled round, test, record, save.
 
-One jitted step plays a round; the state and all clients' rows are donated to it, so they live once.
-The host reads metrics only, one round behind the device.
+One jitted step runs a round; the state and all clients' states are donated to it, so they live
+once. The host reads metrics only, one round behind the device.
 All randomness comes from the seed and the number of the round: a resumed run needs no key.
 """
 
@@ -14,82 +14,68 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
-from fedjaxprune.costs import ledger
-from fedjaxprune.experiment.config.flat.sections import INT_MAX
+from fedjaxprune.experiment.config import files
+from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size
-from fedjaxprune.experiment.folder import checkpoints, record
-from fedjaxprune.experiment.run import client_accuracy, evaluation, round_costs
+from fedjaxprune.experiment.folder import checkpoints, layout, record
+from fedjaxprune.experiment.folder.network import Network
+from fedjaxprune.experiment.run import evaluation, keys, round_record
 from fedjaxprune.experiment.run.evaluation import TestSet
-from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.rounds import simulation
 from fedjaxprune.rounds.simulation import Simulation
-from fedjaxprune.types import (
-    Algorithm,
-    Key,
-    Model,
-    Population,
-    PrunableFn,
-    RoundMetrics,
-    RoundState,
-)
+from fedjaxprune.settings import INT_MAX
+from fedjaxprune.types import Algorithm, Key, Model, Population, RoundMetrics, RoundState
 
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
-
-# What a key is for: folded into the seed's key, so that none is used twice.
-INIT, ROUNDS, COHORT, DEVELOPMENT = range(4)
 
 
 class RunParts(NamedTuple):
     """What a run is put together from.
 
     Attributes:
+      config: of the run, with its devices, chunk size and number of clients.
       model: the network.
       algorithm: the federated method.
       population: the clients' examples.
       test: the test set.
       preprocess: ``(key, inputs) -> inputs`` for tests.
-      advance: for each stage the function that plays one of its rounds (`simulation.advance`).
-      prunable: what sparsity is reported of.
-      mesh: the devices that the algorithm shares a cohort out to; None for one device.
-      chunk: how many clients a device trains at once, if that was left to a trial.
+      advance: for each stage the function that runs one of its rounds (`simulation.advance`).
+      network: what the run folder keeps of the network.
       task: what the labels are, as `Dataset.task`.
+      mesh: the devices that share a cohort; None for one device.
+      chunk: how many clients a device trains at once, if that was left to a trial.
     """
 
+    config: RunConfig
     model: Model
     algorithm: Algorithm
     population: Population
     test: TestSet
     preprocess: Callable[[Key, Any], Any]
     advance: tuple[AdvanceFn, ...]
-    prunable: PrunableFn
+    network: Network
+    task: str = "classification"
     mesh: Mesh | None = None
     chunk: chunk_size.Choice | None = None
-    task: str = "classification"
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of all stages."""
+        return sum(stage.num_rounds for stage in self.algorithm.stages)
 
 
 class _Pending(NamedTuple):
     """A round that the device may still be working on."""
 
     stage: str
+    stage_round: int
     round: int
     metrics: Any
     tested: evaluation.Evaluation | None
 
 
-def train(
-    parts: RunParts,
-    *,
-    seed: int,
-    folder: pathlib.Path,
-    eval_every: int,
-    eval_from: int = 1,
-    checkpoint_every: int,
-    keep_checkpoints: int,
-    fingerprint: int,
-    report: progress.Listener,
-) -> RoundState:
+def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> RoundState:
     """Run all rounds that the folder does not hold yet, and return the final state.
 
     A folder with checkpoints goes on from the newest one that is whole, to the same bits as if it
@@ -97,72 +83,59 @@ def train(
 
     Args:
       parts: what to run.
-      seed: of every random choice.
       folder: a run folder; gets ``metrics.jsonl`` and ``checkpoints/``.
-      eval_every: rounds from one test to the next; the last round is always tested.
-      eval_from: first round that is tested.
-      checkpoint_every: rounds from one checkpoint to the next; the last is always saved.
-      keep_checkpoints: how many of the newest stay.
-      fingerprint: of the config, for the checkpoints.
-      report: is told how it goes.
+      listener: is told how it goes.
 
     Raises:
-      UserError: the record is damaged before its end.
+      RunFolderError: the record is damaged before its end.
       OSError: something cannot be written.
     """
-    algorithm = parts.algorithm
-    key = jax.random.key(seed)
-    rounds_key = jax.random.fold_in(key, ROUNDS)
-    num_rounds = sum(stage.num_rounds for stage in algorithm.stages)
-
+    algorithm, config = parts.algorithm, parts.config
+    key = jax.random.key(config.seed)
+    rounds_key = jax.random.fold_in(key, keys.ROUNDS)
     begin_fn = jax.jit(lambda key: start(key, parts))
-    now = _place(jax.tree.map(_own, begin_fn(jax.random.fold_in(key, INIT))), parts.mesh)
+    now = _place(jax.tree.map(_own, begin_fn(jax.random.fold_in(key, keys.INIT))), parts.mesh)
     rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
-    flags = masks_lib.prunable_leaves(shapes.state.params, parts.prunable)
-
-    profile = round_costs.profile(
-        parts.model,
-        shapes.state.params,
-        parts.test.inputs,
-        preprocess=parts.preprocess,
-        prunable=parts.prunable,
-        warn=report.warn,
-    )
-
-    classes = client_accuracy.of_population(parts.population, parts.test.labels)
+    writer = round_record.writer(parts, shapes.state, warn=listener.warn)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
     try_out = jax.jit(
         lambda state, test: test_fn(algorithm.deployed_params(state), state.model_state, test)
     )
+    deploy, fingerprint = jax.jit(algorithm.deployed_params), files.fingerprint(config)
     clock = 0.0
 
     def note(pending: _Pending) -> None:
         """Wait for one round and put it on record."""
         nonlocal clock
         metrics, tested = jax.device_get((pending.metrics, pending.tested))
-        pending = pending._replace(metrics=metrics, tested=tested)
-        line = _line(pending, parts, shapes.state, flags, profile, classes)
         before, clock = clock, time.perf_counter()
-        line = line._replace(wall_s=round(clock - before, 6))
+        line = writer.line(pending.stage, pending.stage_round, pending.round, metrics, tested)
+        line["time_s"] = round(clock - before, 6)
         record.append(folder, line)
-        report.round(line)
+        listener.round(line)
 
-    num_lines = len(record.read(folder))
-    with checkpoints.open_manager(folder / record.CHECKPOINTS, keep=keep_checkpoints) as manager:
+    def save(number: int) -> None:
+        record.sync(folder)
+        deployed = deploy(now.state)
+        checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
+
+    num_lines = len(record.read(folder).lines)
+    tests, saves = config.evaluation, config.checkpoints
+    with checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=saves.keep) as manager:
         found = checkpoints.restore(
             manager,
             shapes,
             usable=lambda step: step <= num_lines,
-            aside=folder / record.SKIPPED,
-            warn=report.warn,
+            aside=folder / layout.SKIPPED,
+            warn=listener.warn,
         )
         done = 0
         if found is not None:
             done, now = found[0], _place(found[1], parts.mesh)
         elif num_lines:
-            report.warn("no checkpoint can be used: the run starts again at round 1.")
-        report.start(record.cut(folder, done))
+            listener.warn("no checkpoint can be used: the run starts again at round 1.")
+        listener.start(writer.header, record.cut(folder, writer.header, done))
 
         begin, pending = 0, None
         clock = time.perf_counter()
@@ -171,23 +144,22 @@ def train(
             step = _compiled(advance, parts.mesh)
             for index in range(max(begin, done), end):
                 number = index + 1
-                is_due = number >= eval_from and number % eval_every == 0
-                is_tested = is_due or number == num_rounds
+                is_last = number == parts.num_rounds
+                is_due = number >= tests.start and number % tests.every == 0
                 try:
                     now, metrics = step(rounds_key, now, population)
-                    tested = try_out(now.state, test) if is_tested else None
+                    tested = try_out(now.state, test) if is_due or is_last else None
                 except Exception:
                     if pending is not None:  # so that the record ends where the error came
                         note(pending)
                     raise
                 if pending is not None:
                     note(pending)
-                pending = _Pending(stage.name, number, metrics, tested)
-                if number % checkpoint_every == 0 or number == num_rounds:
+                pending = _Pending(stage.name, number - begin, number, metrics, tested)
+                if number % saves.every == 0 or is_last:
                     note(pending)
                     pending = None
-                    record.sync(folder)
-                    checkpoints.save(manager, number, now, fingerprint=fingerprint)
+                    save(number)
             begin = end
     return now.state
 
@@ -251,61 +223,3 @@ def start(key: Key, parts: RunParts) -> Simulation:
 def _own(leaf: jax.Array) -> jax.Array:
     """Copy to a buffer of its own (for donation) and of strong type (else a second trace)."""
     return jnp.array(leaf, dtype=leaf.dtype, copy=True)
-
-
-def _line(
-    pending: _Pending,
-    parts: RunParts,
-    shapes: RoundState,
-    flags: list[bool],
-    profile: round_costs.Profile,
-    classes: client_accuracy.Classes | None,
-) -> record.RoundRecord:
-    """Turn a round's metrics, read to the host, into a line of the record."""
-    metrics, tested = pending.metrics, pending.tested
-    traffic = ledger.account(metrics, shapes, parts.algorithm)
-    sizes = trees.sizes(shapes.params)
-    num_prunable = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
-    num_kept = sum(int(kept) for kept, flag in zip(metrics.num_live, flags, strict=True) if flag)
-    scores = evaluation.scores(tested, parts.test.labels, task=parts.task) if tested else None
-    loss = metrics.train["loss"]
-    weight = float(loss.weight)
-    return record.RoundRecord(
-        stage=pending.stage,
-        round=pending.round,
-        train_loss=record.finite(float(loss.total) / weight) if weight > 0 else None,
-        test_loss=record.finite(scores.loss) if scores else None,
-        test_accuracy=scores.accuracy if scores else None,
-        sparsity=(num_prunable - num_kept) / num_prunable if num_prunable else 0.0,
-        num_kept=num_kept,
-        num_changed=int(metrics.num_changed),
-        uplink_bits=traffic.uplink_bits,
-        downlink_bits=traffic.downlink_bits,
-        mask_bits=traffic.uplink.masks + traffic.downlink.masks,
-        statistics_bits=traffic.uplink.statistics + traffic.downlink.statistics,
-        uplink_parts=traffic.uplink._asdict(),
-        downlink_parts=traffic.downlink._asdict(),
-        client_bits=[
-            {**entry._asdict(), "client_ids": list(entry.client_ids)} for entry in traffic.clients
-        ],
-        modeled_bits={name: bits._asdict() for name, bits in traffic.published.items()},
-        num_participating=int(metrics.num_participating),
-        num_rejected=int(metrics.num_rejected),
-        **round_costs.of_round(profile, metrics)._asdict(),
-        wall_s=0.0,
-        inference_flops=round_costs.of_inference(profile, metrics, tested.through)
-        if tested
-        else None,
-        vote_agreement=parts.algorithm.diagnostics(metrics).get("agreement"),
-        layer_sparsity={
-            path: round(1.0 - int(kept) / max(1, size), 6)
-            for path, kept, size, flag in zip(
-                profile.paths, metrics.num_live, sizes, flags, strict=True
-            )
-            if flag
-        },
-        client_accuracy=client_accuracy.of_clients(classes, tested.class_correct)
-        if tested and classes
-        else None,
-        test_error=record.finite(scores.error) if scores and scores.error is not None else None,
-    )

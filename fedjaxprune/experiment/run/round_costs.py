@@ -5,7 +5,6 @@ layers on the host.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,17 +24,17 @@ class RoundCosts(NamedTuple):
     """Figures of one round, as fields of the record.
 
     Attributes:
-      modeled_flops: two per multiply-add of the clients' work, all together, by pass: `forward`,
+      training_flops: two per multiply-add of the clients' work, all together, by pass: `forward`,
         `input_gradient` and `weight_gradient` under the masks, the last dense where a method looks
         at all of it; and the same with ``dense_`` before it as if nothing were pruned. None if the
         network cannot be counted.
-      mean_coverage: measured: how many clients trained a prunable weight, on average.
-      mask_stability: measured: share of the prunable mask bits that the round left as they were.
+      clients_per_weight: measured: how many clients trained a prunable weight, on average.
+      unchanged_fraction: measured: share of the prunable mask bits that the round did not flip.
     """
 
-    modeled_flops: dict[str, int] | None
-    mean_coverage: float
-    mask_stability: float
+    training_flops: dict[str, int] | None
+    clients_per_weight: float
+    unchanged_fraction: float
 
 
 class Profile(NamedTuple):
@@ -127,9 +126,9 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
             models = np.asarray(metrics.sent.reports[name], np.int64)[0]
             work = work._replace(models=models, moved=None, parts=parts)
     return RoundCosts(
-        modeled_flops=_flops(profile, work, through),
-        mean_coverage=int(trained[:, flags].sum()) / num_prunable,
-        mask_stability=1.0 - int(metrics.num_changed) / num_prunable,
+        training_flops=_flops(profile, work, through),
+        clients_per_weight=int(trained[:, flags].sum()) / num_prunable,
+        unchanged_fraction=1.0 - int(metrics.num_changed) / num_prunable,
     )
 
 
@@ -250,39 +249,3 @@ def _shares(layers: Sequence[flops.Layer], through: Mapping[str, Any]) -> dict[s
 
 def _is_gate(paths: Sequence[str]) -> bool:
     return any(path.rsplit("/", 1)[-1] in gates.GATE for path in paths)
-
-
-def summarize(lines: Sequence[Any]) -> dict[str, Any]:
-    """Sum up the figures of a record's lines, as fields of the summary.
-
-    `modeled_flops` and `mean_coverage` are totals over the rounds (so the latter is how many
-    clients trained a prunable weight, on average, in the whole run), `mask_stability` is the mean,
-    `inference_flops`, where there are gates, those of the last test.
-    """
-    flops_of_rounds = [line.modeled_flops for line in lines]
-    total = None
-    if all(entry is not None for entry in flops_of_rounds):
-        names = flops_of_rounds[0] if flops_of_rounds else {}
-        total = {name: sum(entry[name] for entry in flops_of_rounds) for name in names}
-    inference = [flops for line in lines if (flops := getattr(line, "inference_flops", None))]
-    return {
-        "modeled_flops": total,
-        **({"inference_flops": inference[-1]} if inference else {}),
-        "mean_coverage": math.fsum(line.mean_coverage for line in lines),
-        "mask_stability": math.fsum(line.mask_stability for line in lines) / len(lines),
-    }
-
-
-def rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Make the lines of the table at the end of a run."""
-    modeled = summary["modeled_flops"]
-    shown = {"clients times rounds that trained a weight, mean": f"{summary['mean_coverage']:,.1f}"}
-    if modeled:
-        sparse = sum(modeled[part] for part in PARTS)
-        dense = sum(modeled[f"dense_{part}"] for part in PARTS)
-        share = f" ({100 * sparse / dense:.1f}% of dense)" if dense else ""
-        shown["training FLOPs under masks, modeled"] = f"{sparse:.3g}{share}"
-    if found := summary.get("inference_flops"):
-        share = f" ({100 * found['gated'] / found['without_gates']:.1f}% of no gates)"
-        shown["inference FLOPs, gates as measured"] = f"{found['gated']:.3g}{share}"
-    return shown

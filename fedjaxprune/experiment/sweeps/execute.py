@@ -1,91 +1,107 @@
-"""Play a sweep: in this process one after the other, or in several processes side by side.
+"""Run a sweep: in this process one after the other, or in several processes side by side.
 
 In one process, seeds of one configuration find the code that the first of them had compiled, in
-JAX's cache on disk, which processes share, too.
+JAX's cache on disk, which processes share, too. Nothing is printed: callers are told in sentences.
 """
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import pathlib
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
-import click
-
-from fedjaxprune.experiment.config.flat import validation
-from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
+from fedjaxprune.errors import ConfigError, FedJaxPruneError
+from fedjaxprune.experiment.execution import devices
+from fedjaxprune.experiment.folder import failure, layout
 from fedjaxprune.experiment.run import launch
-from fedjaxprune.experiment.sweeps import flat_plan as plan
-from fedjaxprune.experiment.sweeps.flat_plan import Member, Sweep
+from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.experiment.sweeps import plan
+from fedjaxprune.experiment.sweeps.plan import Member, Sweep
 
 # Each process keeps to cores of its own.
-_LAUNCH = """
+_CHILD = """
 import os
 if {cores} and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {cores})
-from fedjaxprune.experiment.cli import main
-main()
+from fedjaxprune.experiment.sweeps import execute
+execute.child({given!r})
 """
+_FAILED = "failed: "
 
 
-def one_by_one(sweep: Sweep, *, trackers: launch.Openers) -> dict[str, str]:
-    """Play what is missing in this process; return what failed, by name, and why."""
+def _nothing(sentence: str) -> None:
+    """Say nothing."""
+
+
+class Audience(NamedTuple):
+    """Who is told of a sweep.
+
+    Attributes:
+      listen: opens a listener for each run of this process.
+      note: takes a sentence: which run begins, which one ended.
+      warn: takes a sentence: which run failed, and why.
+    """
+
+    listen: Callable[[], AbstractContextManager[Listener]] = lambda: nullcontext(Listener())
+    note: Callable[[str], object] = _nothing
+    warn: Callable[[str], object] = _nothing
+
+
+def one_by_one(
+    sweep: Sweep, audience: Audience, *, trackers: launch.Openers | None = None
+) -> dict[str, str]:
+    """Run what is missing in this process; return what failed, by name, and why."""
     missing = [member for member in sweep.members if not plan.is_finished(member)]
     failed = {}
     if missing:
         import jax
 
-        with launch.jax_set_up(_widest(missing)):
-            jax.devices()  # from here on their number is fixed, for members of all sizes
-            for number, member in enumerate(missing, start=1):
-                click.echo(f"run {number} of {len(missing)}: {member.name}")
-                if (why := attempt(member, trackers=trackers)) is not None:
-                    failed[member.name] = why
-                    click.echo(f"failed: {member.name}: {why}", err=True)
-                jax.clear_caches()  # else compiled rounds pile up in memory
+        devices.prepare(max((member.config for member in missing), key=devices.wanted))
+        jax.devices()  # from here on their number is fixed, for members of all sizes
+        for number, member in enumerate(missing, start=1):
+            audience.note(f"run {number} of {len(missing)}: {member.name}")
+            with audience.listen() as listener:
+                why = attempt(member, listener, trackers=trackers)
+            if why is not None:
+                failed[member.name] = why
+                audience.warn(f"failed: {member.name}: {why}")
+            jax.clear_caches()  # else compiled rounds pile up in memory
     return failed
 
 
-def _widest(members: Sequence[Member]) -> RunConfig:
-    """Choose the config that wants most devices."""
-    from fedjaxprune.experiment.run import build
-
-    def wanted(config: RunConfig) -> int:
-        return min(config.devices or build.num_cores(), config.cohort_size)
-
-    return max((member.config for member in members), key=wanted)
-
-
-def attempt(member: Member, *, trackers: launch.Openers) -> str | None:
+def attempt(
+    member: Member, listener: Listener, *, trackers: launch.Openers | None = None
+) -> str | None:
     """Begin a member or go on with it; return why it failed, or None."""
-    from fedjaxprune.experiment.folder import record
-
-    folder = pathlib.Path(str(member.config.out))
     try:
-        if (folder / record.CONFIG).exists():
-            given = validation.validate_each({})
-            launch.resume(folder, {}, given, trackers=trackers, show=_show_nothing)
+        if (member.folder / layout.CONFIG).exists():
+            launch.resume(member.folder, listener=listener, trackers=trackers)
         else:
-            launch.start(member.config, trackers=trackers, show=_show_nothing)
-    except UserError as error:
+            launch.start(member.config, folder=member.folder, listener=listener, trackers=trackers)
+    except FedJaxPruneError as error:
         return str(error)
     except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
-        return f"{type(error).__name__}: {said}".rstrip(": ")
+        return failure.describe(error)
     return None
 
 
-def _show_nothing(folder: pathlib.Path, config: RunConfig, lines: list[Any]) -> None:
-    """Leave the end of a run to the comparison at the end of the sweep."""
+def side_by_side(
+    sweep: Sweep, audience: Audience, *, jobs: int, track: Sequence[str] = ()
+) -> dict[str, str]:
+    """Run what is missing in `jobs` processes, each on its share of the cores.
 
-
-def side_by_side(sweep: Sweep, *, jobs: int, track: Sequence[str]) -> dict[str, str]:
-    """Play what is missing in `jobs` processes, each on its share of the cores."""
+    Raises:
+      ConfigError: the sweep is not a file, which each process can read.
+    """
+    if not sweep.source.endswith((".yaml", ".yml")):
+        raise ConfigError("jobs must be 1 for a sweep that is not a file.")
     missing = [member for member in sweep.members if not plan.is_finished(member)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares: queue.Queue[set[int]] = queue.Queue()
@@ -94,16 +110,14 @@ def side_by_side(sweep: Sweep, *, jobs: int, track: Sequence[str]) -> dict[str, 
     at_work: set[subprocess.Popen[str]] = set()
     is_over = threading.Event()
 
-    def play(member: Member) -> str | None:
+    def run(member: Member) -> str | None:
         share = shares.get()
         try:
             if is_over.is_set():
                 return None
-            arguments = ["sweep", sweep.source, "--out", str(sweep.folder), "--member", member.name]
-            for name in track:
-                arguments += ["--track", name]
+            given = json.dumps([sweep.source, str(sweep.folder), member.name, list(track)])
             process = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCH.format(cores=share or None), *arguments],
+                [sys.executable, "-c", _CHILD.format(cores=share or None, given=given)],
                 stdin=subprocess.PIPE,  # ends with this process, and the other one with it
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -116,24 +130,22 @@ def side_by_side(sweep: Sweep, *, jobs: int, track: Sequence[str]) -> dict[str, 
             at_work.discard(process)
             if status == 0 or is_over.is_set():
                 return None
-            told = f"failed: {member.name}: "
-            lines = [line for line in said.splitlines() if line.startswith((told, "error: "))]
-            last = lines[-1] if lines else f"it ended with status {status}"
-            return last.removeprefix("error: ").removeprefix(told)
+            lines = [line for line in said.splitlines() if line.startswith(_FAILED)]
+            return lines[-1].removeprefix(_FAILED) if lines else f"it ended with status {status}"
         finally:
             shares.put(share)
 
     failed = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        coming = {pool.submit(play, member): member for member in missing}
+        coming = {pool.submit(run, member): member for member in missing}
         try:
             for number, done in enumerate(concurrent.futures.as_completed(coming), start=1):
                 member, why = coming[done], done.result()
                 if why is not None:
                     failed[member.name] = why
-                    click.echo(f"failed: {member.name}: {why}", err=True)
+                    audience.warn(f"failed: {member.name}: {why}")
                 else:
-                    click.echo(f"finished {number} of {len(missing)}: {member.name}")
+                    audience.note(f"finished {number} of {len(missing)}: {member.name}")
         except BaseException:
             is_over.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -144,11 +156,11 @@ def side_by_side(sweep: Sweep, *, jobs: int, track: Sequence[str]) -> dict[str, 
     return failed
 
 
-def only(sweep: Sweep, name: str, *, trackers: launch.Openers) -> str | None:
-    """Play one member for a sweep that works side by side; end when that one does."""
-    member = next((member for member in sweep.members if member.name == name), None)
-    if member is None:
-        raise UserError(f"the sweep {sweep.source} has no member {name!r}.")
+def child(given: str) -> None:
+    """Run one member in a process of its own, which ends when the one that started it does."""
+    from fedjaxprune.experiment.execution import compilation_cache
+
+    source, folder, name, track = json.loads(given)
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 4096):  # a buffered reader would hinder Python's end
@@ -156,4 +168,16 @@ def only(sweep: Sweep, name: str, *, trackers: launch.Openers) -> str | None:
         os._exit(launch.INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
-    return attempt(member, trackers=trackers)
+    sweep = plan.read(source, folder=pathlib.Path(folder))
+    member = next(member for member in sweep.members if member.name == name)
+    trackers: dict[str, Any] = {}
+    if track:
+        from fedjaxprune.experiment.tracking import tracker
+
+        trackers = tracker.find(track)
+    listener = Listener(warn=lambda sentence: None)
+    with compilation_cache.kept():
+        why = attempt(member, listener, trackers=trackers)
+    if why is not None:
+        sys.stderr.write(f"{_FAILED}{why}\n")
+        sys.exit(1)

@@ -68,21 +68,24 @@ def is_sweep(values: Mapping[str, Any]) -> bool:
     return any(isinstance(value, list) for value in resolve.read(values).values.values())
 
 
-def read(source: str, *, folder: pathlib.Path | None) -> Sweep:
+def read(given: str | Mapping[str, Any], *, folder: pathlib.Path | None) -> Sweep:
     """Read a sweep and check all of its members, those that have been run included.
 
     Args:
-      source: path of the YAML file.
+      given: path of the YAML file, or its content.
       folder: of the members' folders; None for the file's `folder`, or ``runs/`` and its name.
 
     Raises:
       ConfigError: the file cannot be read, a member is no run that could be made, or a folder
         holds another run.
     """
-    path = pathlib.Path(source)
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{source!r} is no sweep: expected is the path of a .yaml file.")
-    values = files.load_source(source)
+    if isinstance(given, str):
+        source, stem = given, pathlib.Path(given).stem
+        if pathlib.Path(given).suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{given!r} is no sweep: expected is the path of a .yaml file.")
+        values = files.load_source(given)
+    else:
+        source, stem, values = "a mapping", "sweep", dict(given)
     cases = values.pop(CASES, [{}])
     if not isinstance(cases, list) or not cases or not all(map(_is_settings, cases)):
         raise ConfigError(
@@ -98,16 +101,16 @@ def read(source: str, *, folder: pathlib.Path | None) -> Sweep:
         raise ConfigError(
             f"{FOLDER} must be a text that is not empty, got {named!r} (from {source})."
         )
-    folder = folder or pathlib.Path(os.path.expanduser(named or pathlib.Path("runs") / path.stem))
+    folder = folder or pathlib.Path(os.path.expanduser(named or pathlib.Path("runs") / stem))
     if (folder / "config.yaml").exists():
         raise ConfigError(
             f"{str(folder)!r} is the folder of a single run; give the sweep another --folder."
         )
-    given = [resolve.read(one, source=source) for one in (values, *cases)]
-    members = tuple(_members(source, common, given[0], given[1:], folder))
+    first, *others = [resolve.read(one, source=source) for one in (values, *cases)]
+    members = tuple(_members(source, common, first, others, folder))
     for member in members:
         _check_folder(member, source)
-    return Sweep(source, folder, members, tuple(_notes(members, common, given)))
+    return Sweep(source, folder, members, tuple(_notes(members, common, [first, *others])))
 
 
 def _is_settings(case: Any) -> bool:
@@ -190,7 +193,8 @@ def _check_folder(member: Member, source: str) -> None:
     different = [
         f"{name.removesuffix('.name')} is {old!r} there and {new!r} in {source}"
         for name, old, new in identity.differences(there, plain(member.config))
-        if name == identity.SEED or identity.matters(name)
+        if (name == identity.SEED or identity.matters(name))
+        and not (name == "data.num_clients" and new is None)  # one for each key of the data
     ]
     if different:
         raise ConfigError(

@@ -4,16 +4,15 @@ Anybody's own is five lines or less::
 
     # mine.py
     def track(line):
-        print(line.round, line.test_accuracy)
+        print(line["round"], line["test"].get("accuracy"))
 
     # fedjaxprune run --track mine:track
 
-A tracker that raises is told of once and not called again; the run goes on.
+A tracker that raises is warned of once and not called again; the run goes on.
 """
 
 import importlib
 import importlib.util
-import numbers
 import os
 import pathlib
 import sys
@@ -21,12 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
-from fedjaxprune.experiment.config.flat.validation import near_miss
-from fedjaxprune.experiment.folder.record import RoundRecord
-from fedjaxprune.experiment.tracking.progress import Listener
+from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.experiment.config.identity import flat
+from fedjaxprune.experiment.config.sections import RunConfig, plain
+from fedjaxprune.experiment.folder import failure
+from fedjaxprune.experiment.folder.record import Line, numbers_of
+from fedjaxprune.experiment.run.listener import Listener
 
-Tracker = Callable[[RoundRecord], object]
+Tracker = Callable[[Line], object]
 
 
 class Opened(NamedTuple):
@@ -45,23 +46,10 @@ class Opened(NamedTuple):
 OpenFn = Callable[[pathlib.Path, RunConfig, int], Opened]
 
 
-def scalars(line: RoundRecord) -> dict[str, float]:
-    """List the numbers of a line by name, those of a mapping as ``name/key``.
-
-    What was not measured in the round, and lists, are left out.
-    """
-    found: dict[str, float] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, part in value.items():
-                add(f"{name}/{key}", part)
-        elif isinstance(value, numbers.Real):
-            found[name] = float(value)
-
-    for name, value in line._asdict().items():
-        if name != "round":
-            add(name, value)
+def scalars(line: Line) -> dict[str, float]:
+    """List the numbers of a line, such as ``test/accuracy``; lists are left out."""
+    found = {path.replace(".", "/"): float(number) for path, number in numbers_of(line)}
+    found.pop("round", None)
     return found
 
 
@@ -69,7 +57,7 @@ def tensorboard(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Ope
     """Write event files for TensorBoard to ``tensorboard/`` in the run folder."""
     import tensorboardX
 
-    purge = num_rounds + 1 if num_rounds else None  # what a broken-off run wrote after that
+    purge = num_rounds + 1 if num_rounds else None  # what an interrupted run wrote after that
     writer = tensorboardX.SummaryWriter(
         str(folder / "tensorboard"),
         purge_step=purge,
@@ -77,12 +65,12 @@ def tensorboard(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Ope
         filename_suffix=f".{num_rounds}",  # else a file of the same second is written over
     )
     if not num_rounds:
-        rows = [f"| {name} | {value} |" for name, value in config.model_dump().items()]
+        rows = [f"| {name} | {value} |" for name, value in flat(plain(config)).items()]
         writer.add_text("config", "\n".join(["| setting | value |", "|---|---|", *rows]), 0)
 
-    def track(line: RoundRecord) -> None:
+    def track(line: Line) -> None:
         for name, value in scalars(line).items():
-            writer.add_scalar(name, value, line.round)
+            writer.add_scalar(name, value, line["round"])
 
     return Opened(track=track, close=writer.close)
 
@@ -100,10 +88,10 @@ def wandb(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
         name=folder.name,
         group=folder.name,
         dir=str(folder),
-        config=config.model_dump(),
+        config=plain(config),
     )
     return Opened(
-        track=lambda line: run.log(scalars(line), step=line.round),
+        track=lambda line: run.log(scalars(line), step=line["round"]),
         close=lambda: run.finish(),
     )
 
@@ -117,10 +105,10 @@ def mlflow(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
     import mlflow as package
 
     run = package.start_run(run_name=folder.name)
-    package.log_params(config.model_dump())
+    package.log_params(flat(plain(config)))
 
-    def track(line: RoundRecord) -> None:
-        package.log_metrics(scalars(line), step=line.round, run_id=run.info.run_id)
+    def track(line: Line) -> None:
+        package.log_metrics(scalars(line), step=line["round"], run_id=run.info.run_id)
 
     return Opened(track=track, close=package.end_run)
 
@@ -137,7 +125,7 @@ def find(names: Sequence[str]) -> dict[str, OpenFn]:
     """Look up trackers by name, or as ``module:function``, before a run begins.
 
     Raises:
-      UserError: there is no such tracker, or its package is not installed.
+      ConfigError: there is no such tracker, or its package is not installed.
     """
     return {name: _find(name) for name in names}
 
@@ -146,7 +134,7 @@ def _find(name: str) -> OpenFn:
     if name in BUILT_IN:
         package, opener = BUILT_IN[name]
         if importlib.util.find_spec(package) is None:
-            raise UserError(
+            raise ConfigError(
                 f"track: {name!r} needs the package {package}: install it with "
                 f"`pip install 'fedjaxprune[{name}]'`."
             )
@@ -154,24 +142,25 @@ def _find(name: str) -> OpenFn:
     module, _, function = name.partition(":")
     if not module or not function:
         known = f"must be one of {', '.join(BUILT_IN)}, or a function as module:function"
-        raise UserError(f"track {known}, got {name!r}{near_miss(name, BUILT_IN)}")
+        raise ConfigError(f"track {known}, got {name!r}{near_miss(name, BUILT_IN)}")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does; the command's own start does not
     try:
         track = getattr(importlib.import_module(module), function)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"track: {name!r} cannot be imported ({reason}).") from None
+        raise ConfigError(
+            f"track: {name!r} cannot be imported ({failure.describe(error)})."
+        ) from None
     if not callable(track):
-        raise UserError(f"track: {name!r} is no function of a line of the record.")
+        raise ConfigError(f"track: {name!r} is no function of a line of the record.")
     return lambda folder, config, num_rounds: Opened(track=track, close=lambda: None)
 
 
 @contextmanager
 def follow(
-    report: Listener, openers: Mapping[str, OpenFn], *, folder: pathlib.Path, config: RunConfig
+    listener: Listener, openers: Mapping[str, OpenFn], *, folder: pathlib.Path, config: RunConfig
 ) -> Iterator[Listener]:
-    """Make a report that tells trackers, too; whatever they raise ends them, not the run."""
+    """Make a listener that calls trackers, too; whatever they raise ends them, not the run."""
     at_work: dict[str, Opened] = {}
 
     def attempt(name: str, act: Callable[[], object]) -> None:
@@ -179,24 +168,23 @@ def follow(
             act()
         except Exception as error:
             at_work.pop(name, None)
-            said = (str(error).strip().splitlines() or ["no word"])[0]
-            report.warn(
+            listener.warn(
                 f"the tracker {name!r} failed and is left out from here on "
-                f"({type(error).__name__}: {said}); the run goes on."
+                f"({failure.describe(error)}); the run goes on."
             )
 
-    def start(lines: list[RoundRecord]) -> None:
-        report.start(lines)
+    def start(header: Mapping[str, Any], lines: list[Line]) -> None:
+        listener.start(header, lines)
         for name, opener in openers.items():
             attempt(name, lambda n=name, o=opener: _keep(at_work, n, o(folder, config, len(lines))))
 
-    def tell(line: RoundRecord) -> None:
-        report.round(line)
+    def tell(line: Line) -> None:
+        listener.round(line)
         for name, opened in list(at_work.items()):
             attempt(name, lambda o=opened: o.track(line))
 
     try:
-        yield report._replace(start=start, round=tell)
+        yield listener._replace(start=start, round=tell)
     finally:
         for name, opened in list(at_work.items()):
             attempt(name, opened.close)

@@ -106,8 +106,8 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
     written = program.trace(model.predict, pruned, state, inputs)
     leaves, treedef = jax.tree.flatten(pruned)
     state_leaves, state_treedef = jax.tree.flatten(state)
-    small = shrink.shrink(written, leaves, state_leaves)
     paths, count = trees.paths(pruned), len(leaves)
+    small = shrink.shrink(written, leaves, state_leaves, paths)
     outputs = jax.eval_shape(model.predict, pruned, state, _two(inputs))
     output_treedef = jax.tree.structure(outputs)
 

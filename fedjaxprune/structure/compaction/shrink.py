@@ -6,7 +6,7 @@ it, or if it is known and all that read it add up: then what it contributes is a
 arrays meet entry by entry, all of them keep what one of them needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,13 +39,16 @@ class Shrunken(NamedTuple):
     is_constant: bool
 
 
-def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shrunken:
+def shrink(
+    program: Program, params: Sequence[Any], state: Sequence[Any], paths: Sequence[str]
+) -> Shrunken:
     """Find the smaller network in a program whose first inputs are these leaves.
 
     Args:
       program: of `program.trace`.
       params: leaves of the parameters, pruned entries exact zeros.
       state: leaves of the state.
+      paths: of the parameters, after which constants are named.
     """
     leaves = [
         leaf if dependence.is_opaque(leaf.dtype) else np.asarray(leaf)
@@ -56,6 +59,7 @@ def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shr
     kept, wishes = _decide(seen, chosen, frozen)
     steps: dict[int, Step] = {}
     constants, places = {}, {}
+    origins = _origins(program, paths)
     for number, (op, rule) in enumerate(zip(program.ops, chosen, strict=True)):
         found = wishes[number]
         if found is None:
@@ -71,14 +75,15 @@ def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shr
         outputs = tuple(kept[variable] for variable in op.outputs)
         folded, name = rule.fold(op, seen, operands, outputs), None
         if folded is not None:
-            name = f"of_operation_{number}"
+            name = _free_name(constants, origins, op.inputs, f"operation_{number}")
             dtype, shape = program.dtypes[op.outputs[0]], program.shapes[op.outputs[0]]
             constants[name], places[name] = _store(folded, dtype, shape)
         steps[number] = Step(op, rule, plan, operands, outputs, name)
     names = {}
     read = {v for step in steps.values() for v in step.op.inputs} | set(program.outputs)
     for variable in sorted(frozen & read):
-        name = names[variable] = f"of_variable_{variable}"
+        name = _free_name(constants, origins, [variable], f"value_{variable}", ending="/output")
+        names[variable] = name
         value = np.asarray(known[variable].value)
         value = value[dependence.grid(kept[variable], value.shape)]
         dtype, shape = program.dtypes[variable], program.shapes[variable]
@@ -93,6 +98,33 @@ def shrink(program: Program, params: Sequence[Any], state: Sequence[Any]) -> Shr
         ),
         all(known[variable].static for variable in program.outputs),
     )
+
+
+def _origins(program: Program, paths: Sequence[str]) -> dict[int, str]:
+    """Say which parameter each variable comes from; of several, the one that is read last."""
+    origins = dict(zip(program.inputs, paths, strict=False))
+    for op in program.ops:
+        found = [origins[variable] for variable in op.inputs if variable in origins]
+        if found:
+            origins |= dict.fromkeys(op.outputs, found[-1])
+    return origins
+
+
+def _free_name(
+    taken: Mapping[str, Any],
+    origins: Mapping[int, str],
+    variables: Sequence[int],
+    otherwise: str,
+    *,
+    ending: str = "",
+) -> str:
+    """Name a constant by the parameter that an operation works with, such as a layer's kernel."""
+    found = [origins[variable] for variable in variables if variable in origins]
+    name = base = f"{found[-1]}{ending}" if found else otherwise
+    number = 2
+    while name in taken:
+        name, number = f"{base}_{number}", number + 1
+    return name
 
 
 def _whole(program: Program, chosen: Sequence[Rule], leaf: int) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
-"""The pictures of the page, as plotly has them."""
+"""The pictures of the page, as plotly has them, and remarks on what is too constant for one."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,70 +7,93 @@ import numpy as np
 import plotly.graph_objects as go
 
 from fedjaxprune.experiment.analysis import compare
-from fedjaxprune.experiment.analysis.compare import Comparison, Group
-from fedjaxprune.experiment.analysis.report import frame, series
-from fedjaxprune.experiment.folder.load import Run
-from fedjaxprune.experiment.folder.record import RoundRecord
+from fedjaxprune.experiment.analysis import groups as groups_lib
+from fedjaxprune.experiment.analysis.compare import Comparison
+from fedjaxprune.experiment.analysis.groups import Group
+from fedjaxprune.experiment.analysis.report import costs, frame, series
+from fedjaxprune.experiment.folder import load
+from fedjaxprune.experiment.folder.load import RunData
 
-AXES = {"rounds": "rounds", "mib": "MiB sent, both ways, all clients", "flops": "training FLOPs"}
 
-
-class Picture(NamedTuple):
-    """One picture of the page.
+class _Series(NamedTuple):
+    """A number of every round.
 
     Attributes:
-      key: names its file when it is downloaded.
-      title: above it.
-      note: below the title: what is drawn.
-      variants: ``(name, figure)``, of which one is shown.
+      key, title, note: as of a `frame.Picture`.
+      axis: its text.
+      unit: of a value in a remark.
+      read: gives it for a run, ``[rounds]``.
     """
 
     key: str
     title: str
     note: str
-    variants: list[tuple[str, go.Figure]]
+    axis: str
+    unit: str
+    read: Callable[[RunData], np.ndarray]
 
 
-def pictures(compared: Comparison) -> list[Picture]:
-    """Draw everything that the records have numbers for."""
-    groups = compared.groups
+SPARSITY = _Series(
+    "sparsity",
+    "Sparsity",
+    "Pruned share of the prunable weights.",
+    "sparsity, %",
+    " %",
+    lambda run: 100 * load.column(run, "mask.sparsity"),
+)
+CHANGES = _Series(
+    "changes",
+    "Mask changes",
+    "Share of the prunable mask entries that a round changed.",
+    "changed, %",
+    " %",
+    lambda run: 100 * (1 - load.column(run, "mask.unchanged_fraction")),
+)
+COVERAGE = _Series(
+    "coverage",
+    "Clients per weight",
+    "How many clients trained a prunable weight in a round, on average.",
+    "clients",
+    "",
+    lambda run: load.column(run, "mask.clients_per_weight"),
+)
+COHORTS = _Series(
+    "cohorts",
+    "Clients in a round",
+    "Clients whose messages counted.",
+    "clients",
+    "",
+    lambda run: load.column(run, "clients.participating") - load.column(run, "clients.rejected"),
+)
+
+
+def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
+    """Draw everything that the records have numbers for.
+
+    Returns:
+      The pictures, and a remark on each series that is constant, which has no picture.
+    """
+    groups, score = compared.groups, compared.score
+    loss = "cross-entropy, nats" if score is compare.ACCURACY else "mean squared error"
+    unit = f", {score.unit}" if score.unit else ""
+    remarks: list[str] = []
     made = [
-        _curves(groups, "accuracy", "Test accuracy", "test accuracy, %", 100.0),
-        _curves(groups, "loss", "Test loss", "cross-entropy, nats", 1.0),
-        _front(compared) if len(groups) > 1 else None,
-        _rounds(
-            groups,
-            "sparsity",
-            "Sparsity",
-            "Pruned share of the prunable weights.",
-            "sparsity, %",
-            lambda line: 100 * line.sparsity,
-        ),
-        _choice(groups, "layers", "Sparsity by layer", "After every round.", _layers),
-        _rounds(
-            groups,
-            "churn",
-            "Mask churn",
-            "Share of the prunable mask bits that a round flipped.",
-            "flipped, %",
-            series.churn,
-        ),
-        _rounds(
-            groups,
-            "coverage",
-            "Coverage",
-            "How many clients trained a prunable weight in a round, on average.",
-            "clients",
-            lambda line: line.mean_coverage,
-        ),
-        _traffic(groups),
+        _curves(compared, "score", f"Test {score.name}", f"test {score.name}{unit}", score.scale),
+        _curves(compared, "loss", "Test loss", loss, 1.0),
+        costs.against_score(compared) if len(groups) > 1 else None,
+        _rounds(groups, SPARSITY, remarks),
+        _choice(groups, "layers", "Sparsity by layer", "After every round.", _layers, remarks),
+        _rounds(groups, CHANGES, remarks),
+        _rounds(groups, COVERAGE, remarks),
+        costs.traffic(groups),
         _choice(
             groups,
             "clients",
             "Accuracy over clients",
-            "The test accuracies of the classes, weighted as each client's own examples are: "
+            "A client's accuracy is that of the test's classes, weighted by its own examples: "
             "the median, the middle half and all of the clients.",
             _spread,
+            remarks,
         ),
         _choice(
             groups,
@@ -79,56 +101,57 @@ def pictures(compared: Comparison) -> list[Picture]:
             "Participation",
             "How many clients sent something in how many rounds.",
             _participation,
+            remarks,
         ),
-        _rounds(
-            groups,
-            "cohorts",
-            "Clients in a round",
-            "Clients whose messages counted.",
-            "clients",
-            lambda line: line.num_participating - line.num_rejected,
-        ),
+        _rounds(groups, COHORTS, remarks),
     ]
-    return [picture for picture in made if picture is not None]
+    return [picture for picture in made if picture is not None], remarks
 
 
 def _curves(
-    groups: Sequence[Group], field: str, title: str, axis: str, scale: float
-) -> Picture | None:
+    compared: Comparison, field: str, title: str, axis: str, scale: float
+) -> frame.Picture | None:
     """Draw what was tested against rounds, bytes and FLOPs."""
-    variants = []
-    for x, text in AXES.items():
+    groups, variants = compared.groups, []
+    for x, text in frame.AXES.items():
         figure = frame.empty(x=text, y=axis)
-        lines = [series.merged(members, x=x, y=field) for members in groups]
+        lines = [series.merged(members, compared.score, x=x, y=field) for members in groups]
         frame.curves(figure, groups, lines, scale=scale, shape="linear")
         if x == "rounds":
             frame.mark_stages(figure, groups)
         if figure.data:
             variants.append(({"mib": "bytes", "flops": "FLOPs"}.get(x, x), figure))
-    over = any(len(compare.counted(members)) > 1 for members in groups)
+    over = any(len(groups_lib.counted(members)) > 1 for members in groups)
     note = "Mean over seeds; the band is one deviation." if over else ""
-    return Picture(field, title, note, variants) if variants else None
+    return frame.Picture(field, title, note, variants) if variants else None
 
 
-def _rounds(
-    groups: Sequence[Group],
-    key: str,
-    title: str,
-    note: str,
-    axis: str,
-    read: Callable[[RoundRecord], float | None],
-) -> Picture | None:
-    """Draw a number of every round."""
-    figure = frame.empty(x="rounds", y=axis)
-    lines = [series.by_round(members, read) for members in groups]
+def _rounds(groups: Sequence[Group], drawn: _Series, remarks: list[str]) -> frame.Picture | None:
+    """Draw a number of every round, unless it is constant for every group."""
+    lines = [series.by_round(members, drawn.read) for members in groups]
+    figure = frame.empty(x="rounds", y=drawn.axis)
     frame.curves(figure, groups, lines, scale=1.0, shape="hv")
     if not figure.data:
         return None
+    known = [not np.isnan(line.mean).all() for line in lines]
+    values = [series.constant(line) for line in lines]
+    if all(value is not None for value, is_known in zip(values, known, strict=True) if is_known):
+        texts = {
+            members.label: f"{value:.4g}{drawn.unit}"
+            for members, value in zip(groups, values, strict=True)
+            if value is not None
+        }
+        if len(set(texts.values())) == 1:
+            remarks.append(f"{drawn.title}: {next(iter(texts.values()))} in every round.")
+        else:
+            each = "; ".join(f"{label} {text}" for label, text in texts.items())
+            remarks.append(f"{drawn.title}, constant: {each}.")
+        return None
     figure.update_yaxes(rangemode="tozero")
-    if key == "cohorts":
-        frame.whole(figure.update_yaxes, max(np.max(line.mean) for line in lines))
+    if drawn is COHORTS:
+        frame.whole(figure.update_yaxes, max(np.nanmax(line.mean) for line in lines))
     frame.mark_stages(figure, groups)
-    return Picture(key, title, note, [("", figure)])
+    return frame.Picture(drawn.key, drawn.title, drawn.note, [("", figure)])
 
 
 def _choice(
@@ -136,26 +159,37 @@ def _choice(
     key: str,
     title: str,
     note: str,
-    draw: Callable[[Run], go.Figure | None],
-) -> Picture | None:
-    """Draw something of one run of each group, of which one group is shown."""
-    variants = []
+    draw: Callable[[RunData], go.Figure | str | None],
+    remarks: list[str],
+) -> frame.Picture | None:
+    """Draw something of one run of each group, of which one group is shown.
+
+    A text in a figure's place says that there is nothing to draw and why.
+    """
+    variants, said = [], {}
     for members in groups:
-        figure = draw(compare.counted(members)[0])
-        if figure is not None:
+        figure = draw(groups_lib.counted(members)[0])
+        if isinstance(figure, str):
+            said.setdefault(figure, []).append(members.label)
+        elif figure is not None:
             if key != "participation":
                 frame.mark_stages(figure, [members])
             variants.append((members.label, figure))
-    if any(len(compare.counted(members)) > 1 for members in groups):
-        note += " Of each configuration its first seed."
-    return Picture(key, title, note, variants) if variants else None
+    for text, labels in said.items():
+        whose = f" ({'; '.join(labels)})" if len(groups) > 1 else ""
+        remarks.append(f"{title}: {text}{whose}.")
+    if any(len(groups_lib.counted(members)) > 1 for members in groups):
+        note += " For each configuration, its first seed."
+    return frame.Picture(key, title, note, variants) if variants else None
 
 
-def _layers(run: Run) -> go.Figure | None:
+def _layers(run: RunData) -> go.Figure | str | None:
     found = series.layers(run)
     if found is None:
         return None
     paths, edges, table = found
+    if not np.any(table):
+        return "nothing is pruned"
     suffix = "/kernel"
     if all(path.endswith(suffix) for path in paths):
         paths = [path.removesuffix(suffix) for path in paths]
@@ -175,65 +209,16 @@ def _layers(run: Run) -> go.Figure | None:
     return figure
 
 
-def _traffic(groups: Sequence[Group]) -> Picture | None:
-    """Draw bits by kind: totals side by side, and for each group how they grew."""
-    totals: list[tuple[str, dict[str, float]]] = []
-    variants = []
-    for members in groups:
-        run = compare.counted(members)[0]
-        sent = series.traffic(run)
-        if not sent:
-            continue
-        totals.append((members.label, {name: float(row[-1]) for name, row in sent.items()}))
-        figure = frame.empty(x="rounds", y="MiB sent until then")
-        for number, (name, row) in enumerate(sent.items()):
-            colour = frame.LIGHT[number % len(frame.LIGHT)]
-            figure.add_scatter(
-                x=np.arange(1, len(row) + 1, dtype=np.int32),
-                y=frame.thin(row),
-                name=name,
-                stackgroup="all",
-                mode="lines",
-                line={
-                    "color": colour,
-                    "width": 1.5,
-                    "dash": frame.DASHES[number % len(frame.DASHES)],
-                },
-                fillcolor=frame.faint(colour),
-                hovertemplate="%{y:.4~g} MiB at round %{x}",
-            )
-        frame.whole(figure.update_xaxes, len(run.lines))
-        frame.mark_stages(figure, [members])
-        variants.append((members.label, figure))
-    if len(totals) > 1:
-        figure = frame.empty(x="MiB sent", y="", barmode="stack")  # its height: see page.js
-        kinds = dict.fromkeys(name for _, total in totals for name in total)
-        for number, kind in enumerate(kinds):
-            figure.add_bar(
-                y=[label for label, _ in totals],
-                x=[total.get(kind, 0.0) for _, total in totals],
-                name=kind,
-                orientation="h",
-                marker={
-                    "color": frame.LIGHT[number % len(frame.LIGHT)],
-                    "pattern": {"shape": ("", "/", ".", "x", "-", "\\")[number % 6], "size": 6},
-                },
-                hovertemplate="%{x:.4~g} MiB",
-            )
-        figure.update_yaxes(autorange="reversed", title=None)
-        variants.insert(0, ("all together", figure))
-    note = "The length of all messages, by what they carry and which way they go."
-    return Picture("traffic", "Bytes by kind", note, variants) if variants else None
-
-
-def _spread(run: Run) -> go.Figure | None:
+def _spread(run: RunData) -> go.Figure | str | None:
     found = series.spread(run)
     if found is None:
         return None
     rounds, rows = found
+    if np.all(rows["highest"] - rows["lowest"] < 1e-9):
+        return "the same for all clients"
     figure = frame.empty(x="rounds", y="accuracy, %")
     frame.whole(figure.update_xaxes, rounds[-1])
-    colour = frame.LIGHT[0]
+    color = frame.LIGHT[0]
     for low, high, name in (
         ("lowest", "highest", "all clients"),
         ("lower_quartile", "upper_quartile", "middle half"),
@@ -242,9 +227,9 @@ def _spread(run: Run) -> go.Figure | None:
             x=np.r_[rounds, rounds[::-1]],
             y=frame.thin(np.r_[rows[high], rows[low][::-1]]),
             fill="toself",
-            fillcolor=frame.faint(colour),
+            fillcolor=frame.faint(color),
             mode="lines",
-            line={"width": 0.5, "color": colour},
+            line={"width": 0.5, "color": color},
             hoverinfo="skip",
             name=name,
         )
@@ -253,7 +238,7 @@ def _spread(run: Run) -> go.Figure | None:
         y=frame.thin(rows["median"]),
         name="median client",
         mode="lines",
-        line={"color": colour, "width": 2},
+        line={"color": color, "width": 2},
         customdata=frame.thin(np.stack([rows["lowest"], rows["highest"]], axis=1)),
         hovertemplate="%{y:.4~g} (from %{customdata[0]:.4~g} to %{customdata[1]:.4~g}) "
         "at round %{x}",
@@ -261,10 +246,13 @@ def _spread(run: Run) -> go.Figure | None:
     return figure
 
 
-def _participation(run: Run) -> go.Figure | None:
+def _participation(run: RunData) -> go.Figure | str | None:
     counts = series.participation(run)
     if counts is None:
         return None
+    if len(counts) == 1:
+        ((times, number),) = counts.items()
+        return f"each of {number} clients sent something in {times} round{'s' * (times != 1)}"
     figure = frame.empty(x="rounds in which a client sent something", y="clients")
     figure.add_bar(
         x=list(counts),
@@ -276,64 +264,3 @@ def _participation(run: Run) -> go.Figure | None:
     frame.whole(figure.update_yaxes, max(counts.values()))
     figure.update_yaxes(rangemode="tozero")
     return figure
-
-
-def _front(compared: Comparison) -> Picture | None:
-    """Draw accuracy against what it cost, with the front that nobody beats in both."""
-    variants = []
-    for name, axis, read in (
-        ("bytes", AXES["mib"], lambda m: m.up + m.down),
-        ("FLOPs", AXES["flops"], lambda m: m.flops),
-    ):
-        figure = frame.empty(x=axis, y="accuracy, mean of the last tests, %")
-        points, num_drawn = [], 0
-        for number, (members, measures) in enumerate(
-            zip(compared.groups, compared.measures, strict=True)
-        ):
-            costs = [read(one) for one in measures]
-            finals = [100 * one.accuracy for one in measures]
-            cost, final = compare.mean(costs), compare.mean(finals)
-            if math.isnan(cost) or math.isnan(final):
-                continue
-            num_drawn += 1
-            is_done = compare.counted(members)[0].state == "finished"
-            if is_done:
-                points.append((cost, final))
-            figure.add_scatter(
-                x=[cost],
-                y=[final],
-                name=members.label if is_done else f"{members.label} (not finished)",
-                mode="markers",
-                marker={
-                    "color": frame.LIGHT[number % len(frame.LIGHT)],
-                    "symbol": frame.SYMBOLS[number % len(frame.SYMBOLS)]
-                    + ("" if is_done else "-open"),
-                    "size": 12,
-                },
-                error_y=frame.bar(finals),
-                error_x=frame.bar(costs),
-                hovertemplate="%{y:.4~g} % for %{x:.5~g}",
-            )
-        if len(points) > 1:
-            best = front(points)
-            figure.add_scatter(
-                x=[cost for cost, _ in best],
-                y=[final for _, final in best],
-                name="Pareto front",
-                mode="lines",
-                line={"color": frame.LIGHT[-1], "dash": "dot", "width": 1.5, "shape": "hv"},
-                hoverinfo="skip",
-            )
-        if num_drawn > 1:
-            variants.append((name, figure))
-    note = "Above and to the left is better; what lies below the front is beaten in both."
-    return Picture("front", "Accuracy for its price", note, variants) if variants else None
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Choose the points ``(cost, accuracy)`` that no other one beats or equals in both."""
-    best: list[tuple[float, float]] = []
-    for cost, final in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not best or final > best[-1][1]:
-            best.append((cost, final))
-    return best

@@ -1,20 +1,20 @@
-"""What all pictures have in common: colours, curves with bands, marks of stages and of ends.
+"""What all pictures have in common: colors, curves with bands, marks of stages and of ends.
 
-Colours are told apart by people who cannot tell red from green (after Okabe and Ito), and every
-curve has a dash or a symbol of its own besides. The page exchanges them where it is dark.
+The colors differ also for people who cannot tell red from green (after Okabe and Ito), and every
+curve has its own dash or symbol as well. The dark page uses other colors.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
 from fedjaxprune.experiment.analysis import compare
-from fedjaxprune.experiment.analysis.compare import Group
+from fedjaxprune.experiment.analysis import groups as groups_lib
+from fedjaxprune.experiment.analysis.groups import Group
 from fedjaxprune.experiment.analysis.report import series
-from fedjaxprune.experiment.folder.load import Run
 
 # For a light page, and in the same places for a dark one.
 LIGHT = ("#0072B2", "#C44E00", "#008F68", "#B0578D", "#8A6500", "#2D8FC4", "#666666")
@@ -25,14 +25,33 @@ FEW = 40  # points of a curve that get markers
 MANY = 10  # ticks that an axis has room for
 
 
-def faint(colour: str) -> str:
-    """Make a see-through form of a colour, for bands."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+AXES = {"rounds": "rounds", "mib": "MiB sent, both ways, all clients", "flops": "training FLOPs"}
+
+
+class Picture(NamedTuple):
+    """One picture of the page.
+
+    Attributes:
+      key: names its file when it is downloaded.
+      title: above it.
+      note: below the title: what is drawn.
+      variants: ``(name, figure)``, of which one is shown.
+    """
+
+    key: str
+    title: str
+    note: str
+    variants: list[tuple[str, go.Figure]]
+
+
+def faint(color: str) -> str:
+    """Make a see-through form of a color, for bands."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.2)"
 
 
 def empty(*, x: str, y: str, **layout: Any) -> go.Figure:
-    """Begin a picture; fonts and colours of the frame are the page's business."""
+    """Begin a picture; the page sets its fonts and colors."""
     figure = go.Figure(layout={"template": "none", "uirevision": "kept", **layout})
     figure.update_xaxes(title={"text": x, "standoff": 8}, automargin=True)
     figure.update_yaxes(title={"text": y, "standoff": 8}, automargin=True)
@@ -95,7 +114,7 @@ def _curve(
     shape: str,
     end: float,
 ) -> None:
-    colour, dash = LIGHT[number % len(LIGHT)], DASHES[number % len(DASHES)]
+    color, dash = LIGHT[number % len(LIGHT)], DASHES[number % len(DASHES)]
     symbol = SYMBOLS[number % len(SYMBOLS)]
     mean, known = scale * line.mean, ~np.isnan(line.mean)
     if line.deviation is not None:
@@ -104,7 +123,7 @@ def _curve(
             x=thin(np.r_[line.x[known], line.x[known][::-1]]),
             y=thin(np.r_[high[known], low[known][::-1]]),
             fill="toself",
-            fillcolor=faint(colour),
+            fillcolor=faint(color),
             line={"width": 0},
             mode="lines",
             hoverinfo="skip",
@@ -117,8 +136,8 @@ def _curve(
         name=members.label,
         legendgroup=members.label,
         mode="lines+markers" if len(line.x) <= FEW else "lines",
-        line={"color": colour, "dash": dash, "width": 2, "shape": shape},
-        marker={"color": colour, "symbol": symbol, "size": 6},
+        line={"color": color, "dash": dash, "width": 2, "shape": shape},
+        marker={"color": color, "symbol": symbol, "size": 6},
         customdata=None if line.deviation is None else thin(scale * line.deviation),
         hovertemplate="%{y:.5~g}"
         + ("" if line.deviation is None else " ± %{customdata:.3~g}")
@@ -126,15 +145,15 @@ def _curve(
     )
     if figure.layout.xaxis.tickformat == ",d":
         whole(figure.update_xaxes, end)
-    ends = [run for run in compare.counted(members) if run.state != "finished"]
+    ends = [run for run in groups_lib.counted(members) if run.state != "finished"]
     if ends and known.any():
         failed = next((run.failure for run in ends if run.failure), None)
-        text = f"failed in round {failed.round}" if failed else _ended(ends[0])
+        text = f"failed in round {failed.round}" if failed else ends[0].state
         figure.add_scatter(
             x=thin(line.x[known][-1:]),
             y=thin(mean[known][-1:]),
             mode="markers+text",
-            marker={"color": colour, "symbol": "x" if failed else "circle-open", "size": 12},
+            marker={"color": color, "symbol": "x" if failed else "circle-open", "size": 12},
             text=[text],
             textposition="top left" if line.x[known][-1] > end / 2 else "top right",
             textfont={"size": 12},
@@ -145,15 +164,11 @@ def _curve(
         )
 
 
-def _ended(run: Run) -> str:
-    return "still going" if run.state == "running" else "broken off"
-
-
 def mark_stages(figure: go.Figure, groups: Sequence[Group]) -> None:
-    """Mark where stages begin, once for each round; the pointer tells whose they are."""
+    """Mark where stages begin, once for each round; the text shown on hover says whose they are."""
     found: dict[int, dict[str, list[str]]] = {}
     for members in groups:
-        for mark in series.stages(compare.counted(members)[0]):
+        for mark in series.stages(groups_lib.counted(members)[0]):
             found.setdefault(mark.round, {}).setdefault(mark.stage, []).append(members.label)
     for row, (begin, stages) in enumerate(sorted(found.items())):
         whose = [f"{stage}: {', '.join(labels)}" for stage, labels in stages.items()]

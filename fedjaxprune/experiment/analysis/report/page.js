@@ -37,11 +37,11 @@
   }
 
   const { palette, pictures } = JSON.parse(await unpack("pictures"));
-  const rgb = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16)).join(",");
-  const recolour = (text) => {
+  const rgb = (color) => [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16)).join(",");
+  const recolor = (text) => {
     if (theme() === "light") return text;
-    palette.light.forEach((colour, n) => {
-      text = text.replaceAll(colour, palette.dark[n]).replaceAll("rgba(" + rgb(colour) + ",", "rgba(" + rgb(palette.dark[n]) + ",");
+    palette.light.forEach((color, n) => {
+      text = text.replaceAll(color, palette.dark[n]).replaceAll("rgba(" + rgb(color) + ",", "rgba(" + rgb(palette.dark[n]) + ",");
     });
     return text;
   };
@@ -99,7 +99,7 @@
   };
   const draw = (place) => {
     const picture = pictures[place.dataset.number];
-    const figure = frame(JSON.parse(recolour(picture.variants[place.dataset.variant || 0])), place, picture);
+    const figure = frame(JSON.parse(recolor(picture.variants[place.dataset.variant || 0])), place, picture);
     return Plotly.react(place, figure.data, figure.layout, figure.config);
   };
   const choose = (place, variant, buttons) => {

@@ -10,53 +10,73 @@ import importlib.resources
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.offline
 
 from fedjaxprune import __version__
-from fedjaxprune.experiment.analysis import compare, tables
-from fedjaxprune.experiment.analysis.compare import Comparison, Group
+from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.analysis import compare, headline, tables
+from fedjaxprune.experiment.analysis import groups as groups_lib
+from fedjaxprune.experiment.analysis.compare import Comparison
+from fedjaxprune.experiment.analysis.groups import Group
 from fedjaxprune.experiment.analysis.report import figures, frame
-from fedjaxprune.experiment.config.flat import files, identity
-from fedjaxprune.experiment.config.flat.sections import UserError
+from fedjaxprune.experiment.config import identity
 from fedjaxprune.experiment.folder import load
-from fedjaxprune.experiment.folder.load import Run
 
 _TALL = 450  # pixels from which a picture gets the whole width
-_SIGNS = {"finished": "✓", "running": "…", "failed": "✕", "broken off": "‖"}
+_SIGNS = {"finished": "✓", "running": "…", "failed": "✕", "interrupted": "‖"}
 
 
-def make(
-    found: Sequence[Run], *, budget: float | None, target: float | None
-) -> tuple[str, list[str]]:
-    """Write the page about runs.
+def of_folders(
+    folders: Iterable[str | pathlib.Path],
+    path: pathlib.Path,
+    *,
+    at_mib: float | None = None,
+    to_accuracy: float | None = None,
+) -> list[str]:
+    """Write the page about runs; imports no part that they name.
 
     Args:
-      found: the runs.
-      budget: MiB at which accuracies are compared; None for the smallest total of a run.
-      target: accuracy to which costs are counted; None for what all reach.
+      folders: of runs; a folder that holds run folders stands for all of them.
+      path: of the page.
+      at_mib: see `compare.compare`.
+      to_accuracy: fraction of the test set; see `compare.compare`.
 
     Returns:
-      The page, and notes on runs that are left out.
+      Notes on runs that are left out and on what makes a comparison doubtful.
 
     Raises:
-      UserError: the runs cannot be compared.
+      FedJaxPruneError: the runs cannot be compared, or the page cannot be written.
     """
-    groups, notes = compare.group(found)
-    compared = compare.compare(groups, budget=budget, target=target)
-    drawn = figures.pictures(compared)
-    title = f"{groups[0].runs[0].config['dataset']}: " + (
+    compared, notes = compare.of_folders(folders, at_mib=at_mib, to_accuracy=to_accuracy)
+    write(path, make(compared, notes))
+    return notes
+
+
+def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
+    """Make the page about runs.
+
+    Args:
+      compared: the runs.
+      notes: sentences to stand above its table.
+    """
+    groups = compared.groups
+    drawn, remarks = figures.pictures(compared)
+    title = f"{identity.flat(groups[0].runs[0].config)[f'{groups_lib.DATASET}name']}: " + (
         groups[0].label if len(groups) == 1 else f"{len(groups)} configurations"
     )
     body = [
         _states(groups),
         f"<h2>{'Comparison' if len(groups) > 1 else 'Result'}</h2>",
+        *(f'<p class="note">{html.escape(note)}</p>' for note in notes),
         _table(compared),
         '<h2>Pictures</h2><div class="pictures">',
         *(_place(number, picture) for number, picture in enumerate(drawn)),
-        "</div><h2>Configurations</h2>",
+        "</div>",
+        _list("remarks", remarks),
+        "<h2>Configurations</h2>",
         *(_configuration(members, groups) for members in groups),
     ]
     data = {
@@ -70,8 +90,11 @@ def make(
             for picture in drawn
         ],
     }
+    said = headline.sentence(compared).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    said = said.replace(" %", "\N{NO-BREAK SPACE}%")
     parts = {
         "TITLE": html.escape(title),
+        "HEADLINE": html.escape(said[:1].upper() + said[1:]),
         "STYLE": _file("page.css"),
         "BODY": "\n".join(body),
         "FOOT": f"Made with fedjaxprune {__version__} from the run folders.",
@@ -81,17 +104,16 @@ def make(
     }
     page = _file("page.html").split("@")
     known = [parts.get(part) for part in page]  # odd places hold names
-    text = "".join(
+    return "".join(
         part if value is None else value for part, value in zip(page, known, strict=True)
     )
-    return text, notes
 
 
 def write(path: pathlib.Path, text: str) -> None:
     """Write the page in one step.
 
     Raises:
-      UserError: it cannot be written there.
+      ConfigError: it cannot be written there.
     """
     draft = None
     try:
@@ -105,8 +127,8 @@ def write(path: pathlib.Path, text: str) -> None:
             with contextlib.suppress(OSError, ValueError):
                 draft.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"out: cannot write {str(path)!r} ({why}); name a file in a folder that exists and "
+        raise ConfigError(
+            f"--out: cannot write {str(path)!r} ({why}); name a file in a folder that exists and "
             "can be written to."
         ) from None
 
@@ -118,7 +140,7 @@ def _file(name: str) -> str:
 
 
 def _pack(text: str) -> str:
-    """Pack a text for the page, which unpacks it; the library alone is two thirds air."""
+    """Pack a text for the page, which unpacks it; the library shrinks to a third."""
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
 
 
@@ -126,7 +148,7 @@ def _pack(text: str) -> str:
 def _library() -> str:
     """Pack the plotting library, once.
 
-    It is one function, which browsers read twice unless it stands in brackets (0.2 s).
+    It is one function, which browsers parse twice unless it is in parentheses (0.2 s).
     """
     text = plotly.offline.get_plotlyjs()
     head, begin, rest = text.partition(", () => {\n")
@@ -136,58 +158,71 @@ def _library() -> str:
     return _pack(text)
 
 
+def _list(kind: str, items: Sequence[str]) -> str:
+    texts = "".join(f"<li>{html.escape(item)}</li>" for item in items)
+    return f'<ul class="{kind}">{texts}</ul>' if texts else ""
+
+
+def _state(run: load.RunData, text: str) -> str:
+    kind = "failed" if run.state == "failed" else ""
+    return f'<li class="{kind}">{_SIGNS[run.state]} {html.escape(text)}</li>'
+
+
 def _states(groups: Sequence[Group]) -> str:
     """List runs that are not finished, and say how many there are."""
     found = [run for members in groups for run in members.runs]
-    open_ = [run for run in found if run.state != "finished"]
-    count = f"{len(found)} run{'s' if len(found) > 1 else ''}"
-    state = "finished" if not open_ else f"{len(found) - len(open_)} finished"
-    if len(found) == 1:
-        state = load.standing(found[0])
-    items = [
-        f'<li class="{"failed" if run.state == "failed" else ""}">{_SIGNS[run.state]} '
-        f"{html.escape(run.name)}: {html.escape(load.standing(run))}</li>"
-        for run in (found if len(found) == 1 else open_)
-    ]
-    first = "" if len(found) == 1 else f"<p>{count}, {state}.</p>"
-    return f"{first}<ul class='states'>{''.join(items)}</ul>" if items else first
+    listed = [run for run in found if run.state != "finished"] if len(found) > 1 else found
+    items = "".join(_state(run, f"{run.name}: {load.standing(run)}") for run in listed)
+    left = len(listed)
+    state = "finished" if not left else f"{len(found) - left} finished"
+    first = "" if len(found) == 1 else f"<p>{len(found)} runs, {state}.</p>"
+    return f"{first}<ul class='states'>{items}</ul>" if items else first
 
 
 def _table(compared: Comparison) -> str:
-    """Write the comparison as a table; of one configuration, as a list of numbers."""
-    head, *body = tables.rows(compared)
+    """Write the comparison as tables; of one configuration, as a list of numbers."""
     text = html.escape(tables.comma_separated(compared), quote=True)
-    button = f'<p><button id="csv" type="button" data-text="{text}">download the table</button></p>'
-    if len(body) == 1:
+    button = (
+        f'<p><button id="csv" type="button" data-text="{text}">download all numbers</button></p>'
+    )
+    notes = _list("note", compared.notes)
+    if len(compared.groups) == 1:
+        head, body = tables.rows(compared, tables.everything(compared), is_short=False)
         rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in zip(head, body[0], strict=True)
+            f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in zip(head, body, strict=True)
         )
-        return f'<div class="scroll tall"><table>{rows}</table></div>{button}'
-    names = "".join(f"<th{_kind(name)}>{html.escape(name)}</th>" for name in head)
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{_kind(name)}>{html.escape(value)}</td>"
-            for name, value in zip(head, row, strict=True)
+        return f'<div class="scroll tall"><table>{rows}</table></div>{notes}{button}'
+    made = []
+    for title, several in tables.columns(compared).items():
+        shown = [column for column in several if column.short]
+        head, *body = tables.rows(compared, shown, is_short=bool(made))
+        names = "".join(f"<th scope=col{_kind(name)}>{html.escape(name)}</th>" for name in head)
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f"<td{_kind(name)}>{html.escape(value)}</td>"
+                for name, value in zip(head, row, strict=True)
+            )
+            + "</tr>"
+            for row in body
         )
-        + "</tr>"
-        for row in body
-    )
-    over = any(len(measures) > 1 for measures in compared.measures)
-    note = '<p class="note">Mean ± deviation over seeds.</p>' if over else ""
-    return (
-        f'<div class="scroll many"><table><thead><tr>{names}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{note}{button}"
-    )
+        made.append(
+            f'<div class="scroll many" tabindex="0" role="region" aria-label="{title}"><table>'
+            f"<caption>{title.capitalize()}</caption><thead><tr>{names}</tr></thead>"
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+    if any(len(measures) > 1 for measures in compared.measures):
+        made.append('<p class="note">Mean ± deviation over seeds.</p>')
+    return "".join(made) + notes + button
 
 
 def _kind(column: str) -> str:
-    """Tell columns of words from those of numbers."""
+    """Mark columns of words, which are not aligned as numbers are."""
     return " class=words" if column == tables.OPEN else ""
 
 
-def _place(number: int, picture: figures.Picture) -> str:
+def _place(number: int, picture: frame.Picture) -> str:
     """Make the place of a picture."""
     note = f'<p class="note">{html.escape(picture.note)}</p>' if picture.note else ""
     tall = any((figure.layout.height or 0) > _TALL for _, figure in picture.variants)
@@ -201,36 +236,34 @@ def _place(number: int, picture: figures.Picture) -> str:
 def _configuration(members: Group, groups: Sequence[Group]) -> str:
     """Write the command and the config of a group, and list its runs."""
     first = members.runs[0]
-    others = [group.runs[0].config for group in groups]
-    shown = {name: value for name, value in first.config.items() if name != "out"}
+    differing = groups_lib.differing(groups)
     rows = "".join(
-        f'<div class="{"differs" if _differs(name, others) else ""}"><dt>{html.escape(name)}</dt>'
+        f'<div class="{"differs" if path in differing else ""}"><dt>{html.escape(path)}</dt>'
         f"<dd>{html.escape(_text(value))}</dd></div>"
-        for name, value in shown.items()
-        if name != identity.SEED
+        for path, value in identity.flat(first.config).items()
+        if path != identity.SEED
     )
     items = "".join(
-        f'<li class="{"failed" if run.state == "failed" else ""}">{_SIGNS[run.state]} '
-        f"seed {html.escape(str(run.config.get(identity.SEED)))}: {html.escape(str(run.folder))}, "
-        f"{html.escape(load.standing(run))}</li>"
+        _state(run, f"seed {groups_lib.seed(run)}: {run.folder}, {load.standing(run)}")
         for run in members.runs
     )
-    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    made_by = [f"{name} {version}" for name, version in first.versions.items()]
+    made_by += [
+        f"{path} by {origin.get('package') or origin.get('path') or 'a value given in Python'} "
+        f"{origin.get('version') or origin.get('sha256', '')[:8]}".rstrip()
+        for path, origin in first.parts.items()
+        if isinstance(origin, dict)
+    ]
     is_open = " open" if len(groups) == 1 else ""
+    again = "A command that makes the same run"
+    again += " (first seed):" if len(members.runs) > 1 else ":"
+    command = f"<p class='note'>{again}</p><pre tabindex='0'>{html.escape(first.command)}</pre>"
     return (
         f"<details{is_open}><summary>{html.escape(members.label)}</summary>"
-        f"<p class='note'>A command that makes the same run"
-        f"{' (first seed)' if len(members.runs) > 1 else ''}:</p>"
-        f"<pre>{html.escape(files.command(first.config))}</pre>"
+        f"{command if first.command else ''}"
         f"<ul class='states'>{items}</ul><div class='config'><dl>{rows}</dl></div>"
-        f"<p class='note'>{html.escape(versions)}</p></details>"
+        f"<p class='note'>{html.escape(', '.join(made_by))}</p></details>"
     )
-
-
-def _differs(name: str, configs: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether a setting that matters differs among configurations."""
-    values = {repr(c.get(name)) for c in configs if identity.matters(name, c)}
-    return len(values) > 1
 
 
 def _text(value: Any) -> str:

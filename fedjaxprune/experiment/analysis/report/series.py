@@ -1,18 +1,20 @@
 """Numbers of a group of runs against its rounds, as pictures need them: means over seeds."""
 
 import collections
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from fedjaxprune.experiment.analysis import compare
-from fedjaxprune.experiment.analysis.compare import Curve, Group
-from fedjaxprune.experiment.folder.load import Run
-from fedjaxprune.experiment.folder.record import RoundRecord
+from fedjaxprune.experiment.analysis import compare, groups
+from fedjaxprune.experiment.analysis.compare import Curve, Score
+from fedjaxprune.experiment.analysis.groups import Group
+from fedjaxprune.experiment.folder import load, record
+from fedjaxprune.experiment.folder.load import RunData
+from fedjaxprune.traffic import BITS_PER_MIB
 
 QUANTILES = ("lowest", "lower_quartile", "median", "upper_quartile", "highest")
+KINDS = ("values", "indices", "masks", "statistics", "framing")
 
 
 class Line(NamedTuple):
@@ -41,15 +43,16 @@ class Mark(NamedTuple):
     stage: str
 
 
-def merged(members: Group, *, x: str, y: str) -> Line:
+def merged(members: Group, score: Score, *, x: str, y: str) -> Line:
     """Merge the seeds of a group at the rounds that all of them have tested.
 
     Args:
       members: the group.
+      score: what its tests measure.
       x: the field of `compare.Curve` to draw against.
       y: the field to draw.
     """
-    curves = [compare.curve(run) for run in compare.counted(members)]
+    curves = [compare.curve(run, score) for run in groups.counted(members)]
     rounds = curves[0].rounds
     for curve in curves[1:]:
         rounds = np.intersect1d(rounds, curve.rounds)
@@ -61,16 +64,12 @@ def _at(curve: Curve, rounds: np.ndarray, field: str) -> np.ndarray:
     return values[np.isin(curve.rounds, rounds)]
 
 
-def by_round(members: Group, read: Callable[[RoundRecord], float | None]) -> Line:
+def by_round(members: Group, read: Callable[[RunData], np.ndarray]) -> Line:
     """Merge the seeds of a group at the rounds that all of them have on record."""
-    found = compare.counted(members)
-    length = min(len(run.lines) for run in found)
+    found = [read(run) for run in groups.counted(members)]
+    length = min(map(len, found))
     rounds = np.arange(1, length + 1, dtype=np.float64)
-    values = [
-        np.array([math.nan if (v := read(line)) is None else v for line in run.lines[:length]])
-        for run in found
-    ]
-    return _line([rounds] * len(found), values)
+    return _line([rounds] * len(found), [values[:length] for values in found])
 
 
 def _line(xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> Line:
@@ -79,79 +78,75 @@ def _line(xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> Line:
     return Line(x=np.mean(np.stack(xs), axis=0), mean=np.mean(several, axis=0), deviation=deviation)
 
 
-def churn(line: RoundRecord) -> float | None:
-    """Tell what share of the prunable mask bits a round flipped, in per cent."""
-    if line.mask_stability is not None:
-        return 100 * (1 - line.mask_stability)
-    num_prunable = line.num_kept / (1 - line.sparsity) if line.sparsity < 1 else 0
-    return 100 * line.num_changed / num_prunable if num_prunable else None
+def constant(line: Line) -> float | None:
+    """Give the one value that a curve has in all rounds and seeds; None if there are several."""
+    known = line.mean[~np.isnan(line.mean)]
+    varies = line.deviation is not None and bool(np.any(np.nan_to_num(line.deviation) > 1e-9))
+    if not len(known) or varies or known.max() - known.min() > 1e-9 * max(1.0, abs(known.max())):
+        return None
+    return float(known[0])
 
 
-def stages(run: Run) -> list[Mark]:
+def stages(run: RunData) -> list[Mark]:
     """List the stages of a run, if it has more than one."""
     marks: list[Mark] = []
     for line in run.lines:
-        if not marks or marks[-1].stage != line.stage:
-            marks.append(Mark(round=line.round, stage=line.stage))
+        if not marks or marks[-1].stage != line["stage"]:
+            marks.append(Mark(round=line["round"], stage=line["stage"]))
     return marks if len(marks) > 1 else []
 
 
-def layers(run: Run) -> tuple[list[str], np.ndarray, np.ndarray] | None:
-    """Take the sparsity of every layer over time, alike rounds put together.
+def layers(run: RunData) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+    """Take the sparsity of every layer over time, with equal rounds put together.
 
     Returns:
       The layers' paths, ``[B + 1]`` edges of the blocks of rounds, and ``[layers, B]`` per cent;
       None if the record does not have them.
     """
-    found = [line.layer_sparsity for line in run.lines if isinstance(line.layer_sparsity, dict)]
-    if len(found) != len(run.lines) or not found[0]:
+    found = [record.value(line, "mask.sparsity_by_layer") for line in run.lines]
+    if not all(found):
         return None
     paths = list(found[0])
-    table = np.array([[100 * entry.get(path, math.nan) for path in paths] for entry in found])
+    table = 100 * np.array([[entry.get(path) for path in paths] for entry in found], np.float64)
     begins = np.flatnonzero(np.r_[True, np.any(table[1:] != table[:-1], axis=1)])
     edges = np.r_[begins + 0.5, len(table) + 0.5]
     return paths, edges, table[begins].T
 
 
-def traffic(run: Run) -> dict[str, np.ndarray]:
+def traffic(run: RunData) -> dict[str, np.ndarray]:
     """Add up the MiB sent until each round by direction and kind, those that occur."""
-    sent: dict[str, list[float]] = {}
-    for index, line in enumerate(run.lines):
-        one = run._replace(lines=[line])
-        for direction in ("up", "down"):
-            for kind, bits in compare.parts(one, direction).items():
-                row = sent.setdefault(f"{kind} {direction}", [0.0] * len(run.lines))
-                row[index] = bits / compare.BITS_PER_MIB
-    totals = {name: np.cumsum(row) for name, row in sent.items()}
-    return {name: total for name, total in totals.items() if total[-1] > 0}
+    totals = {}
+    for kind in KINDS:
+        for way in compare.WAYS:
+            bits = np.nan_to_num(load.column(run, f"traffic.{way}.{kind}"))
+            if bits.any():
+                totals[f"{kind} {way}"] = np.cumsum(bits) / BITS_PER_MIB
+    return totals
 
 
-def participation(run: Run) -> dict[int, int] | None:
+def participation(run: RunData) -> dict[int, int] | None:
     """Count clients by the number of rounds in which they sent something.
 
     None if the record does not name clients.
     """
-    times: collections.Counter[int] = collections.Counter()
-    is_known = False
-    for line in run.lines:
-        for entry in line.client_bits:
-            is_known = True
-            if entry["uplink_bits"] > 0:
-                times.update(entry["client_ids"])
-    if not is_known:
+    entries = [e for line in run.lines for e in record.value(line, "traffic.by_client") or ()]
+    if not entries:
         return None
+    times: collections.Counter[int] = collections.Counter()
+    for entry in entries:
+        if entry["up_bits"] > 0:
+            times.update(entry["client_ids"])
     counts = collections.Counter(times.values())
-    population = run.config.get("num_clients")
+    population = record.value(run.config, "data.num_clients")
     if isinstance(population, int) and population > len(times):
         counts[0] = population - len(times)
     return dict(sorted(counts.items()))
 
 
-def spread(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+def spread(run: RunData) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
     """Take the clients' accuracies, in per cent, at the rounds that were tested."""
-    tested = [line for line in run.lines if line.client_accuracy]
-    entries: list[Any] = [line.client_accuracy for line in tested]
-    if not entries or not all(set(QUANTILES) <= set(entry) for entry in entries):
+    rows = {name: 100 * load.column(run, f"clients.accuracy.{name}") for name in QUANTILES}
+    tested = np.flatnonzero(~np.isnan(np.sum(list(rows.values()), axis=0)))
+    if not len(tested):
         return None
-    rounds = np.array([line.round for line in tested], np.int32)
-    return rounds, {name: np.array([100 * entry[name] for entry in entries]) for name in QUANTILES}
+    return (tested + 1).astype(np.int32), {name: row[tested] for name, row in rows.items()}

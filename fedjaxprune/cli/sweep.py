@@ -1,0 +1,71 @@
+"""The command ``fedjaxprune sweep``: many runs from one file."""
+
+import click
+
+from fedjaxprune.cli import compare, running
+from fedjaxprune.errors import FedJaxPruneError
+
+
+@click.command()
+@click.argument("file")
+@click.option(
+    "--folder",
+    default=None,
+    metavar="FOLDER",
+    help="Folder of the run folders  [default: the file's `folder`, or runs/ and the file's name].",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="INTEGER",
+    help="Processes that run members side by side, each on its share of the cores.",
+)
+@running.TRACK
+@compare.options
+def sweep(
+    file: str,
+    folder: str | None,
+    jobs: int,
+    track: tuple[str, ...],
+    at_mib: float | None,
+    to_accuracy: float | None,
+) -> None:
+    """Make many runs from one FILE and compare them.
+
+    FILE is a YAML file of settings as for `run`, where a list stands for a run with each of its
+    values; docs/report.md explains it. What has been run is not run again, and an interrupted run
+    goes on, so the command can be repeated until everything is there. A run that fails does not
+    stop the others.
+    """
+    from fedjaxprune.experiment.sweeps import execute, plan
+
+    read = plan.read(file, folder=running.path(folder) if folder else None)
+    for note in read.notes:
+        click.echo(f"note: {note}", err=True)
+    trackers = running.trackers(track)
+    audience = execute.Audience(
+        listen=lambda: running.progress(is_member=True),
+        note=click.echo,
+        warn=lambda sentence: click.echo(sentence, err=True),
+    )
+    try:
+        if jobs == 1:
+            failed = execute.one_by_one(read, audience, trackers=trackers)
+        else:
+            failed = execute.side_by_side(read, audience, jobs=jobs, track=track)
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(f"the sweep goes on with `fedjaxprune sweep {file}`.", err=True)
+        raise SystemExit(running.INTERRUPTED) from None
+    folders = [member.folder for member in read.members if member.folder.is_dir()]
+    try:
+        if folders:
+            compare.show(folders, at_mib=at_mib, to_accuracy=to_accuracy)
+    except FedJaxPruneError as error:  # different data sets, say: the runs are there all the same
+        click.echo(f"note: {error}", err=True)
+    click.echo(f"results: {read.folder}")
+    if failed:
+        names = "; ".join(f"{name} ({why})" for name, why in failed.items())
+        click.echo(f"error: {len(failed)} of {len(read.members)} runs failed: {names}", err=True)
+        raise SystemExit(1)

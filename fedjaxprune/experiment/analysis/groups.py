@@ -1,0 +1,170 @@
+"""Which runs are seeds of one configuration, and what tells configurations apart."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from fedjaxprune.errors import RunFolderError
+from fedjaxprune.experiment.config import identity
+from fedjaxprune.experiment.folder import load
+from fedjaxprune.experiment.folder.load import RunData
+
+DATASET = "data.dataset."  # accuracies are of its test set
+METHOD, MODEL = "method.name", "model.name"
+
+
+class Group(NamedTuple):
+    """Runs that differ only in their seed.
+
+    Attributes:
+      label: method, and the settings by path that tell the configuration from the others.
+      runs: by seed, ascending.
+    """
+
+    label: str
+    runs: tuple[RunData, ...]
+
+
+def group(found: Sequence[RunData]) -> tuple[list[Group], list[str]]:
+    """Put the seeds of each configuration together.
+
+    Returns:
+      The groups in the order of their first runs, and notes: on runs that are left out because
+      another one has the same settings and seed, and on what makes a comparison doubtful.
+
+    Raises:
+      RunFolderError: the runs have different data sets.
+    """
+    first, *others = [(run, identity.flat(run.config)) for run in found]
+    name = f"{DATASET}name"
+    for run, settings in others:
+        if settings.get(name) != first[1].get(name):
+            raise RunFolderError(
+                f"{str(first[0].folder)!r} and {str(run.folder)!r} cannot be compared: "
+                f"data.dataset is {first[1].get(name)!r} in the one and {settings.get(name)!r} in "
+                "the other."
+            )
+    by_key: dict[str, dict[Any, RunData]] = {}
+    notes = []
+    for run in found:
+        key = json.dumps(_settings(run), sort_keys=True, default=str)
+        seeds = by_key.setdefault(key, {})
+        other = seeds.setdefault(seed(run), run)
+        if other is not run:
+            kept, left = (run, other) if _rank(run) > _rank(other) else (other, run)
+            seeds[seed(run)] = kept
+            notes.append(
+                f"{str(left.folder)!r} is left out: it has the settings and the seed of "
+                f"{str(kept.folder)!r}."
+            )
+    members = [sorted(seeds.values(), key=_order) for seeds in by_key.values()]
+    labels = _labels([_settings(runs[0]) for runs in members])
+    groups = [Group(label, tuple(runs)) for label, runs in zip(labels, members, strict=True)]
+    return groups, [*notes, *_doubts(groups)]
+
+
+def seed(run: RunData) -> Any:
+    """Give the seed of a run."""
+    return run.config.get(identity.SEED)
+
+
+def counted(members: Group) -> tuple[RunData, ...]:
+    """Choose the runs whose numbers stand for a group: the finished ones, or all if none is."""
+    return tuple(run for run in members.runs if run.state == "finished") or members.runs
+
+
+def is_finished(members: Group) -> bool:
+    """Tell whether finished runs stand for a group."""
+    return counted(members)[0].state == "finished"
+
+
+def states(members: Group) -> str:
+    """Describe the runs of a group that are not finished; empty if all are."""
+    return "; ".join(
+        f"seed {seed(run)} {load.standing(run)}" for run in members.runs if run.state != "finished"
+    )
+
+
+def differing(groups: Sequence[Group]) -> set[str]:
+    """List the settings by path that can change a run's numbers and differ among groups."""
+    several = [_settings(members.runs[0]) for members in groups]
+    paths = {path for settings in several for path in settings}
+    return {path for path in paths if len({repr(one.get(path)) for one in several}) > 1}
+
+
+def name_of(run: RunData) -> str:
+    """Give the name of a run's method."""
+    return str(identity.flat(run.config).get(METHOD))
+
+
+def _settings(run: RunData) -> dict[str, Any]:
+    """Give the settings that tell configurations apart, and whose code ran."""
+    code = {
+        f"code of {path}": origin.get("version") or origin.get("sha256", "")[:8]
+        for path, origin in run.parts.items()
+        if isinstance(origin, dict)
+    }
+    return identity.configuration(run.config) | code
+
+
+def _rank(run: RunData) -> tuple[bool, int]:
+    """Prefer finished runs, then longer ones."""
+    return run.state == "finished", len(run.lines)
+
+
+def _order(run: RunData) -> int:
+    number = seed(run)
+    return number if isinstance(number, int) else -1
+
+
+def _labels(several: Sequence[dict[str, Any]]) -> list[str]:
+    """Name configurations by their methods and the other settings in which they differ.
+
+    A setting counts where those that have it differ in it: that FedDIP has a sparsity and FedAvg
+    has none follows from their names.
+    """
+    paths = dict.fromkeys(path for settings in several for path in settings)
+    shown = [
+        path
+        for path in sorted(paths, key=lambda path: not path.startswith("method."))
+        if path != METHOD and len({repr(one[path]) for one in several if path in one}) > 1
+    ]
+    labels = []
+    for settings in several:
+        parts = [str(settings.get(METHOD))]
+        parts += [f"{p.removesuffix('.name')} {settings[p]}" for p in shown if p in settings]
+        labels.append(", ".join(parts))
+    return [
+        label if labels.count(label) == 1 else f"{label} ({number})"
+        for number, label in enumerate(labels, start=1)
+    ]
+
+
+def _doubts(groups: Sequence[Group]) -> list[str]:
+    """Name what makes a comparison of methods doubtful."""
+    notes = []
+    several = differing(groups)
+    if paths := sorted(p for p in several if p.startswith(DATASET)):
+        notes.append(
+            f"the runs differ in {_listed(paths)}: their accuracies can be compared only if the "
+            "test set is the same."
+        )
+    if networks := networks_differ(groups):
+        notes.append(f"the methods ran different networks: {networks}.")
+    return notes
+
+
+def networks_differ(groups: Sequence[Group]) -> str:
+    """Name the networks of each method; empty if all methods ran the same ones."""
+    by_method: dict[str, dict[str, None]] = {}
+    for members in groups:
+        settings = identity.flat(members.runs[0].config)
+        by_method.setdefault(str(settings.get(METHOD)), {})[str(settings.get(MODEL))] = None
+    if len({frozenset(models) for models in by_method.values()}) <= 1:
+        return ""
+    return ", ".join(f"{name} {_listed(models)}" for name, models in by_method.items())
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

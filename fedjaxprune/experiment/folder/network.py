@@ -1,0 +1,101 @@
+"""``network.json``: what a run folder says of its network, so that it can be read without the data.
+
+It has the shapes of the parameters and how examples, as the data set stores them, become inputs.
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from fedjaxprune import trees
+from fedjaxprune.errors import RunFolderError
+from fedjaxprune.experiment.folder.layout import NETWORK, SCHEMA
+
+
+class Network(NamedTuple):
+    """What is known of a network and its data, in plain values.
+
+    Attributes:
+      task: what the labels are, as `Dataset.task`.
+      input_shape: of an example as stored.
+      input_dtype: of it.
+      num_outputs: width of the output.
+      num_classes: 0 for a regression.
+      positions: ``(T,)`` where a sequence has a label at each position, else ``()``.
+      max_value: by which stored inputs are divided; None: they are used as they are.
+      mean: subtracted after that, by channel; None where nothing is.
+      std: divided by after that.
+      params: by path, the type and shape of every parameter, such as ``["float32", [64, 10]]``.
+      state: likewise of what is not trained.
+      prunable: paths of the parameters whose sparsity is on record.
+      data_checksum: of a sample of the examples.
+    """
+
+    task: str
+    input_shape: tuple[int, ...]
+    input_dtype: str
+    num_outputs: int
+    num_classes: int
+    positions: tuple[int, ...]
+    max_value: float | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    params: dict[str, Any]
+    state: dict[str, Any]
+    prunable: tuple[str, ...]
+    data_checksum: int
+
+
+def shapes(tree: Any) -> dict[str, list[Any]]:
+    """Write down types and shapes of a tree of arrays, by path."""
+    leaves = zip(trees.paths(tree), jax.tree.leaves(tree), strict=True)
+    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
+
+
+def to_text(network: Network) -> str:
+    """Write it as JSON."""
+    return json.dumps({"schema": SCHEMA, **network._asdict()}, indent=1) + "\n"
+
+
+def read(folder: pathlib.Path) -> Network:
+    """Read what a run folder says of its network.
+
+    Raises:
+      RunFolderError: the file is missing, damaged or of another version.
+    """
+    path = folder / NETWORK
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("schema") != SCHEMA:
+            raise ValueError("another schema")
+        lists = {name: tuple(one) for name, one in found.items() if isinstance(one, list)}
+        return Network(**{**found, **lists})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise RunFolderError(
+            f"{str(path)!r} cannot be read: it is missing, damaged or of another version."
+        ) from None
+
+
+def check_same(now: Network, folder: pathlib.Path) -> None:
+    """Refuse to go on with another network or other data than those of the run in `folder`.
+
+    Raises:
+      RunFolderError: naming what differs.
+    """
+    then = read(folder)
+    for what in ("params", "state"):
+        old, new = getattr(then, what), getattr(now, what)
+        for path in dict.fromkeys([*old, *new]):
+            if old.get(path) != new.get(path):
+                raise RunFolderError(
+                    f"the network is not that of the run in {str(folder)!r}: {path} is "
+                    f"{_shape(new.get(path))} now and {_shape(old.get(path))} in the run."
+                )
+    if now.data_checksum != then.data_checksum:
+        raise RunFolderError(f"the data are not those of the run in {str(folder)!r}.")
+
+
+def _shape(entry: Any) -> str:
+    return "absent" if entry is None else f"{entry[0]} {tuple(entry[1])}"

@@ -1,0 +1,117 @@
+"""A run's data: read, the server's share set aside, the rest dealt out to clients."""
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjaxprune.data import conversion, partitions, splits, transforms
+from fedjaxprune.data.datasets import Dataset
+from fedjaxprune.errors import ConfigError, DataError, first_line
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.method import needs_of
+from fedjaxprune.types import Population
+
+_SAMPLE = 1000  # examples that a checksum of the data looks at
+
+
+class Examples(NamedTuple):
+    """Who holds which examples, and how they become inputs.
+
+    Attributes:
+      dataset: as its source gave it.
+      held: ``[S]`` int32, rows that the server holds.
+      population: the clients' examples.
+      sizes: ``[N]``, the clients' numbers of examples.
+      train: ``(key, inputs) -> inputs`` in training.
+      test: the same in tests.
+    """
+
+    dataset: Dataset
+    held: np.ndarray
+    population: Population
+    sizes: np.ndarray
+    train: transforms.Preprocess
+    test: transforms.Preprocess
+
+
+def read(config: RunConfig) -> Examples:
+    """Read the data, set the server's examples aside, and deal the rest out to clients.
+
+    Raises:
+      DataError: the data cannot be read or used.
+      ConfigError: the partition is impossible.
+    """
+    dataset = _read_dataset(config)
+    labels = np.asarray(dataset.train["labels"])
+    held, rest = _hold_out(config, labels)
+    rng = np.random.default_rng(config.seed)
+    section = config.data
+    try:
+        parts = config.parts.partition.part.build(
+            section.partition,
+            rng,
+            labels[rest],
+            num_clients=section.num_clients,
+            keys={name: ids[rest] for name, ids in dataset.keys.items()},
+        )
+    except ValueError as error:
+        over = "" if section.num_clients is None else f" over {section.num_clients} clients"
+        raise ConfigError(
+            f"data.partition {section.partition.name!r} of {section.dataset.name!r}{over} is "
+            f"impossible: {first_line(error)}"
+        ) from None
+    parts = [rest[np.asarray(part)] for part in parts]
+    if not config.data.normalize:
+        dataset = dataset._replace(mean=None, std=None)
+    try:
+        train, test = transforms.for_dataset(dataset, augment=config.data.augment)
+    except ValueError as error:
+        raise ConfigError(f"data.augment: {first_line(error)}") from None
+    return Examples(
+        dataset=dataset,
+        held=held,
+        population=partitions.population(dict(dataset.train), parts),
+        sizes=np.array([len(part) for part in parts]),
+        train=train,
+        test=test,
+    )
+
+
+def _read_dataset(config: RunConfig) -> Dataset:
+    """Build the data set that a config names; arrays and the like are made one.
+
+    Raises:
+      DataError: it cannot be read or used; in one sentence.
+    """
+    section = config.data.dataset
+    try:
+        value = config.parts.dataset.part.build(section)
+        return conversion.as_dataset(value, name=section.name)
+    except DataError as error:
+        raise DataError(f"data.dataset {section.name!r}: {error}") from None
+
+
+def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Set the server's examples aside, where there are to be any: ``(held, rest)``."""
+    share = config.server.data_fraction
+    needs = needs_of(config.parts.method.part, config.method)
+    if share is None and not needs.server_examples:
+        return np.zeros(0, np.int32), np.arange(len(labels), dtype=np.int32)
+    rng = np.random.default_rng([config.seed, 1])  # leaves the partition's draws as they were
+    try:
+        return splits.hold_out(rng, splits.classes_or_one(labels), share=share)
+    except ValueError as error:
+        raise ConfigError(f"server.data_fraction: {error}") from None
+
+
+def checksum(dataset: Dataset) -> int:
+    """Sum up shapes and some examples of a data set, evenly spaced."""
+    total = 0
+    for split in (dataset.train, dataset.test):
+        for name in ("inputs", "labels"):
+            array = np.asarray(split[name])
+            rows = array[:: max(1, len(array) // _SAMPLE)]
+            total = zlib.crc32(f"{array.shape} {array.dtype}".encode(), total)
+            total = zlib.crc32(np.ascontiguousarray(rows).tobytes(), total)
+    return total

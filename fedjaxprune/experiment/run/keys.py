@@ -1,0 +1,3 @@
+"""What a key is for: numbers folded into the seed's key, so that none is used twice."""
+
+INIT, ROUNDS, COHORT, VALIDATION = range(4)
