@@ -38,7 +38,7 @@ METHODS = {
     "snip_masks": by_law(snip, sparsity=0.0, num_prune_steps=1),
     "snip_masks_of_clients": by_law(snip, sparsity=0.0, examples="clients", num_prune_steps=1),
     "autoflip": flip(sparsity=0.0),
-    "fedtiny": tiny(density=1.0, period=1),
+    "fedtiny": tiny(sparsity=0.0, prune_every=1),
     "mpfl": by_law(mpfl, sparsity=0.0),
     "random_filters": by_law(random_filters, sparsity=0.0),
     "pooled_filters": by_law(pooled_filters, sparsity=0.0),
