@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 
 from fedjaxprune import masks
 from fedjaxprune.costs import ledger
 from fedjaxprune.data import batching, partitions
-from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import launch, round_costs
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import feddip

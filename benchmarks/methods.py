@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from fedjaxprune.experiment.config.flat.sections import UserError
 
 from benchmarks import claims, picture
 from fedjaxprune.data import datasets
 from fedjaxprune.experiment import methods
 from fedjaxprune.experiment.analysis import compare, groups
-from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load, record
 from fedjaxprune.experiment.sweeps import execute
 from fedjaxprune.experiment.sweeps import flat_plan as plan

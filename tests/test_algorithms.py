@@ -39,7 +39,7 @@ from fedjaxprune.methods import (
 )
 from fedjaxprune.models import gates
 from fedjaxprune.pruning import pruners, schedules, scores
-from fedjaxprune.rounds import protocol, server_work, training
+from fedjaxprune.rounds import protocol, training
 from fedjaxprune.types import ClientData
 from tests import quadratic
 

@@ -4,12 +4,12 @@ import importlib.metadata
 import typing
 
 import pytest
-
-from fedjaxprune.experiment import methods
-from fedjaxprune.experiment.analysis import plots
 from fedjaxprune.experiment.config.flat import files, validation
 from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.config.flat.validation import validate
+
+from fedjaxprune.experiment import methods
+from fedjaxprune.experiment.analysis import plots
 from fedjaxprune.experiment.folder import record
 from fedjaxprune.experiment.run import build
 from fedjaxprune.experiment.tracking import progress

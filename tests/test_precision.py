@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fedjaxprune.experiment.config.flat.sections import RunConfig
 
 from fedjaxprune import masks
 from fedjaxprune.costs import flops, ledger
-from fedjaxprune.experiment.config.flat.sections import RunConfig
 from fedjaxprune.experiment.run import build
 from fedjaxprune.federated import local_training, sampling, uplinks
 from fedjaxprune.federated.corrections import scaffold
