@@ -16,7 +16,6 @@ from fedjaxprune.experiment.run import build as catalog
 from fedjaxprune.federated import (
     aggregators,
     cohort,
-    early_stopping,
     local_training,
     server_optimizers,
     uplinks,
@@ -38,9 +37,8 @@ from fedjaxprune.methods import (
     scaffold,
 )
 from fedjaxprune.models import gates
-from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
+from fedjaxprune.pruning import pruners, schedules, scores
 from fedjaxprune.rounds import protocol, server_work, training
-from fedjaxprune.structure.channels.groups import Group, Member
 from fedjaxprune.types import ClientData
 from tests import quadratic
 
@@ -81,43 +79,18 @@ def dynamic_sparse(s):
 
 
 def tiny(**options):
-    settings = {
-        "density": 0.4,
-        "source": server_work.server_examples([0, 1, 2]),
-        "pretraining": quadratic.full_batches(1),
-        "development": quadratic.full_batches(1),
-        "blocks": drop_and_grow.consecutive(["dense/kernel", "head/kernel"], num_blocks=2),
-        "pool_size": 3,
-        "swap_fraction": 0.6,
-        "period": 2,
-        "until": ROUNDS,
-        **options,
-    }
-    return lambda s: fedtiny.fedtiny(quadratic.NORMALIZED, s, **settings)
-
-
-EXPLORER = early_stopping.until_no_improvement(
-    quadratic.MODEL.loss,
-    epoch=quadratic.full_batches(1),
-    optimizer=optax.sgd(0.1),
-    max_epochs=4,
-    patience=2,
-)
-UNITS = Group(  # the units of the layer `dense`
-    size=4,
-    members=(
-        Member("dense/bias", 0, np.arange(4)[:, None], "channel"),
-        Member("dense/kernel", 1, np.arange(4)[:, None], "filter"),
-        Member("head/kernel", 0, np.arange(4)[:, None], "input"),
-    ),
-    leaks=(),
-    mixes=(),
-)
+    settings = {**fedtiny.METHOD.law_settings, **options}
+    return lambda s: fedtiny.build(
+        fedtiny.FedTiny.model_validate(settings), quadratic.task(s, model=quadratic.NORMALIZED)
+    )
 
 
 def flip(**options):
-    settings = {"sparsity": 0.5, "explorer": EXPLORER, **options}
-    return lambda s: autoflip.autoflip(quadratic.MODEL, s, **settings)
+    settings = {**autoflip.METHOD.law_settings, **options}
+    units = quadratic.CHANNELS._replace(groups=quadratic.CHANNELS.groups[:1])
+    return lambda s: autoflip.build(
+        autoflip.AutoFLIP.model_validate(settings), quadratic.task(s, channels=units)
+    )
 
 
 def by_law(module, *, model=quadratic.MODEL, num_epochs=1, **options):
@@ -148,13 +121,9 @@ def squeeze_excitation(s):
 ALGORITHMS = {
     "autoflip": flip(),
     "autoflip_channels": flip(
-        groups=(UNITS,),
-        channel_threshold=0.6,
-        agreement="majority",
-        refresh_every=2,
-        start="explored",
+        channel_threshold=0.6, agreement="majority", prune_every=2, start_from="explored"
     ),
-    "explored_start": lambda s: autoflip.explored_start(quadratic.MODEL, s, explorer=EXPLORER),
+    "explored_start": flip(**autoflip.METHOD.variants["explored_start"]),
     "fedavg": lambda s: fedavg.fedavg(quadratic.MODEL, s),
     "fedprox": lambda s: fedavg.fedprox(quadratic.MODEL, s, mu=0.1),
     "scaffold": lambda s: scaffold.scaffold(quadratic.MODEL, s),
@@ -213,7 +182,7 @@ ALGORITHMS = {
     "fedtiny_fednova": lambda s: tiny()(
         s._replace(correction=fednova.normalized_averaging(batcher=s.batcher))
     ),
-    "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", order="forward"),
+    "fedtiny_vanilla": tiny(selection="vanilla", gradient_weights="clients", block_order="forward"),
     "fedtiny_moving": tiny(calibration_passes=2),
     "mpfl": by_law(mpfl),
     "mpfl_started": by_law(

@@ -91,7 +91,7 @@ def test_a_model_that_does_not_fit_the_data_is_one_sentence():
         ({"model": "mlp"}, "the network has none: take one with BatchNorm"),
         ({"server_share": 0.001}, "a held-out share of 0.001 leaves class 0, .* at the server"),
         ({"server_share": 0.999}, "leaves class 0, .* without any among the clients"),
-        ({"sparsity": 0.999}, "density must be at least 0.00"),
+        ({"sparsity": 0.999}, "method.sparsity must be at most 0.99"),
     ],
 )
 def test_fedtiny_says_why_it_cannot_run(changes, sentence):

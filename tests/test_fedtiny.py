@@ -12,21 +12,19 @@ import pytest
 
 from fedjaxprune import masks, trees
 from fedjaxprune.costs import ledger, storage_models
-from fedjaxprune.experiment.config.flat.sections import RunConfig
-from fedjaxprune.experiment.run import build, round_costs
+from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.federated import batch_norm, local_training, sampling, sparse_gradients
 from fedjaxprune.methods import fedtiny
 from fedjaxprune.models import adapters, layers, vgg, zoo
 from fedjaxprune.pruning import candidates, drop_and_grow, schedules
-from fedjaxprune.rounds import protocol, server_work, training
+from fedjaxprune.rounds import protocol, training
 from fedjaxprune.structure import reading_order
 from fedjaxprune.types import Broadcast, Message, PrunerInputs, client_data
 from tests import quadratic, resuming
 
 KEY = jax.random.key(5)
 PEOPLE = quadratic.population()
-LAYERS = ["dense/kernel", "head/kernel"]
-SERVER = [0, 1, 2]
+SERVER = [0, 1, 2]  # rows that `quadratic.task` gives the server
 
 
 def setup(num_rounds=6, **changes):
@@ -36,20 +34,17 @@ def setup(num_rounds=6, **changes):
     return base._replace(**changes)
 
 
-def tiny(**options):
+def tiny(task=None, **options):
     settings = {
-        "density": 0.4,
-        "source": server_work.server_examples(SERVER),
-        "pretraining": quadratic.full_batches(1),
-        "development": quadratic.full_batches(1),
-        "blocks": drop_and_grow.consecutive(LAYERS, num_blocks=2),
+        "sparsity": 0.6,
         "pool_size": 4,
-        "swap_fraction": 0.6,
-        "period": 2,
-        "until": 6,
+        "server_epochs": 1,
+        "drop_fraction": 0.6,
+        "prune_every": 2,
         **options,
     }
-    return fedtiny.fedtiny(quadratic.NORMALIZED, setup(), **settings)
+    task = quadratic.task(setup(), model=quadratic.NORMALIZED) if task is None else task
+    return fedtiny.build(fedtiny.FedTiny.model_validate(settings), task)
 
 
 @functools.cache
@@ -213,7 +208,7 @@ def test_erk_candidates_give_small_layers_more():
     assert head > dense
     np.testing.assert_allclose(24 * dense + 8 * head, 0.25 * 32, rtol=1e-6)
     np.testing.assert_allclose(head / dense, (6 / 8) / (10 / 24), rtol=1e-6)
-    algorithm = tiny(layer_densities=candidates.erk, noise=1.0)
+    algorithm = tiny(allocation="erk", noise=1.0)
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     everyone = quadratic.cohort(algorithm, range(6))
     state, _, _ = algorithm.stages[0].round(KEY, state, everyone, PEOPLE)
@@ -297,7 +292,7 @@ def test_with_one_candidate_the_selection_leaves_the_mask():
 
 
 def test_one_candidate_without_readjustment_is_fedavg_under_a_fixed_mask_to_the_bit():
-    _, states, _ = play(pool_size=1, swap_fraction=0.0)
+    _, states, _ = play(pool_size=1, drop_fraction=0.0)
     plain = training.training(
         setup(),
         client=local_training.local_sgd(
@@ -546,7 +541,7 @@ def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
 
 
 def test_dense_candidates_are_sent_though_their_masks_are_full():
-    algorithm = tiny(density=1.0, pool_size=2)
+    algorithm = tiny(sparsity=0.0, pool_size=2)
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     everyone = quadratic.cohort(algorithm, range(6))
     prepare, calibrate, *_ = algorithm.stages
@@ -563,13 +558,15 @@ def test_dense_candidates_are_sent_though_their_masks_are_full():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"density": 0.0}, "density must lie in"),
-        ({"noise": 1.5}, "noise must lie in"),
-        ({"selection": "best"}, "selection must be 'adaptive' or 'vanilla'"),
-        ({"order": "random"}, "order must be 'backward' or 'forward'"),
-        ({"variance": "all"}, "variance must be 'within' or 'total'"),
-        ({"pool_size": 0}, "pool_size must be at least 1"),
-        ({"period": 7}, "period must be at least 1 and at most until"),
+        ({"sparsity": 1.0}, r"sparsity\n.*less than 1"),
+        ({"noise": 1.5}, r"noise\n.*less than or equal to 1"),
+        ({"selection": "best"}, r"selection\n.*'adaptive' or 'vanilla'"),
+        ({"block_order": "random"}, r"block_order\n.*'backward' or 'forward'"),
+        ({"variance": "all"}, r"variance\n.*'within' or 'total'"),
+        ({"gradient_weights": "all"}, r"gradient_weights\n.*'examples' or 'clients'"),
+        ({"pool_size": 0}, r"pool_size\n.*greater than or equal to 1"),
+        ({"prune_every": 7}, "method.prune_every must be at most 6, .* got 7"),
+        ({"prune_every": 3, "last_prune_round": 2}, "method.prune_every must be at most 2, "),
     ],
 )
 def test_wrong_options_are_refused(options, sentence):
@@ -578,23 +575,67 @@ def test_wrong_options_are_refused(options, sentence):
 
 
 def test_without_exchanges_their_period_decides_nothing():
-    sizes = {"num_clients": 6, "cohort_size": 2, "rounds": 2}
-    settings = {"algorithm": "fedtiny", "swap_fraction": 0.0, "prune_every": 500, **sizes}
-    parts = build.build(RunConfig.model_validate(settings))
-    assert [stage.name for stage in parts.algorithm.stages][-1] == "train"
+    assert tiny(drop_fraction=0.0, prune_every=500).stages[-1].name == "train"
+
+
+def test_the_clients_that_calibrate_are_those_that_compare():
+    stages = tiny().stages
+    assert [stage.name for stage in stages] == ["prepare", "calibrate", "compare", "train"]
+    assert [stage.cohort for stage in stages[1:]] == ["same", "same", "sampled"]
+    vanilla = tiny(**fedtiny.METHOD.variants["vanilla_selection"]).stages
+    assert [stage.name for stage in vanilla] == ["prepare", "compare", "train"]
+
+
+@pytest.mark.parametrize(
+    ("options", "num_rounds", "expected"),
+    [
+        ({}, 300, (10, 100)),  # the published ones
+        ({}, 6, (6, 6)),
+        ({"last_prune_round": 4}, 300, (4, 4)),
+        ({"last_prune_round": 200}, 50, (10, 50)),
+        ({"prune_every": 3}, 300, (3, 100)),
+    ],
+)
+def test_unset_settings_follow_the_run(options, num_rounds, expected):
+    assert fedtiny.exchange_rounds(fedtiny.FedTiny(**options), num_rounds) == expected
 
 
 def test_what_the_network_lacks_is_said_before_anything_runs():
     with pytest.raises(ValueError, match="the network has none: take one with BatchNorm"):
-        tiny().init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
-    with pytest.raises(ValueError, match=r"density must be at least 0.0625 .* got 0.05"):
-        tiny(density=0.05).init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
-    dense_head = masks.excluding(masks.is_kernel, "head/kernel")
-    blocks = drop_and_grow.consecutive(LAYERS, num_blocks=1)
-    with pytest.raises(ValueError, match="whose 8 kernel weights outside"):
-        tiny(density=0.25, prunable=dense_head, blocks=blocks).init(
-            quadratic.PARAMS, quadratic.NORMALIZED_STATE
-        )
+        tiny(quadratic.task(setup()))
+    with pytest.raises(ValueError, match=r"method.sparsity must be at most 0.9375 .* got 0.95"):
+        tiny(sparsity=0.95)
+    with pytest.raises(ValueError, match="keeps its 8 kernel weights outside"):
+        tiny(behind_a_convolution(), sparsity=0.75)
+    with pytest.raises(ValueError, match="needs examples at the server"):
+        tiny(quadratic.task(setup(), model=quadratic.NORMALIZED, server_examples=np.arange(0)))
+
+
+def behind_a_convolution():
+    """Make a task as if the head were a convolution that reads the inputs."""
+    task = quadratic.task(setup(), model=quadratic.NORMALIZED)
+    params = {
+        **task.facts.params,
+        "head": {
+            "bias": jax.ShapeDtypeStruct((2,), jnp.float32),
+            "kernel": jax.ShapeDtypeStruct((1, 1, 4, 2), jnp.float32),
+        },
+    }
+    facts = task.facts._replace(
+        params=params, reading_order=lambda: ["head/kernel", "dense/kernel"]
+    )
+    return task._replace(facts=facts)
+
+
+def test_the_first_convolution_is_never_pruned():
+    algorithm = tiny(behind_a_convolution(), sparsity=0.6)
+    assert sum(masks.prunable_leaves(quadratic.PARAMS, algorithm.prunable)) == 1
+    state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
+    everyone = quadratic.cohort(algorithm, range(6))
+    state, _, _ = algorithm.stages[0].round(KEY, state, everyone, PEOPLE)
+    assert np.all(state.masks["head"]["kernel"])
+    # 0.4 of all 32 kernel weights live, of which the first convolution has 8, within 2 %.
+    assert abs(int(np.sum(state.masks["dense"]["kernel"])) - (0.4 * 32 - 8)) < 1
 
 
 @pytest.mark.slow

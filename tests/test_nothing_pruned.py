@@ -51,7 +51,7 @@ METHODS = {
         MODEL, s, sparsity=0.0, batcher=ONE
     ),
     "autoflip": flip(sparsity=0.0),
-    "fedtiny": tiny(density=1.0, period=1),
+    "fedtiny": tiny(sparsity=0.0, prune_every=1),
     "mpfl": by_law(mpfl, sparsity=0.0),
     "random_filters": by_law(random_filters, sparsity=0.0),
     "pooled_filters": by_law(pooled_filters, sparsity=0.0),

@@ -92,37 +92,6 @@ def feddip_code(sparsity: float, num_params: int) -> int:
     return int(32 * (1 - sparsity) * num_params)
 
 
-# What AutoFLIP's abstracts report to be saved against FedAvg, on average over data sets: arithmetic
-# and traffic, by version of arXiv 2405.10271. How they count is not public.
-AUTOFLIP_SAVINGS: Mapping[str, tuple[float, float]] = {"v2": (0.488, 0.355), "v4": (0.52, 0.65)}
-
-
-def autoflip_run(
-    *,
-    num_params: int,
-    num_live: int,
-    num_prunable: int,
-    num_explorers: int,
-    num_informed: int,
-    num_updates: int,
-) -> tuple[int, int]:
-    """Charge a whole run of AutoFLIP with a mask that stays, exploration included, in bits.
-
-    Args:
-      num_params: parameters, all of which go to every explorer and whose deviations come back.
-      num_live: parameters under the mask, which travel both ways in training.
-      num_prunable: weights of which the mask says something, a bit each.
-      num_explorers: clients that explored.
-      num_informed: clients that took part in training at least once; each is sent the mask.
-      num_updates: rounds of training times clients in each.
-
-    Returns:
-      Bits up and bits down.
-    """
-    both = 32 * (num_params * num_explorers + num_live * num_updates)
-    return both, both + num_prunable * num_informed
-
-
 def _log2(number: int) -> int:
     """Round the binary logarithm up; 0 for numbers below 2."""
     return max(number - 1, 0).bit_length()

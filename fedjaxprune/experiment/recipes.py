@@ -11,9 +11,8 @@ from fedjaxprune import trees
 from fedjaxprune.data import batching
 from fedjaxprune.experiment import methods
 from fedjaxprune.experiment.config.flat.sections import RunConfig
-from fedjaxprune.experiment.run import loop
 from fedjaxprune.methods import feddip, fedtiny, fixed_masks, gradual_magnitude
-from fedjaxprune.pruning import allocation, drop_and_grow
+from fedjaxprune.pruning import allocation
 from fedjaxprune.pruning.structured import filters
 from fedjaxprune.rounds import server_work
 from fedjaxprune.rounds.protocol import Protocol
@@ -51,32 +50,17 @@ def dip(config: RunConfig, model: Model, setup: Protocol) -> Algorithm:
     )
 
 
-def tiny(config: RunConfig, model: Model, setup: Protocol, given: Given) -> Algorithm:
-    """Build FedTiny, with the network's stages as blocks, or five blocks where it has none."""
-    layers = reading_order.reading_order(model, input_shape=given.input_shape)
-    first = _first_convolution(model, layers)
-    prunable = (
-        masks_lib.is_kernel if first is None else masks_lib.excluding(masks_lib.is_kernel, first)
-    )
-    return fedtiny.fedtiny(
-        model,
-        setup,
-        density=1.0 - config.sparsity,
-        source=server_work.server_examples(given.held),
-        pretraining=_server_epochs(config, given),
-        development=batching.development(
-            jax.random.fold_in(jax.random.key(config.seed), loop.DEVELOPMENT),
-            share=config.development_share,
-            batch_size=config.batch_size,
-            preprocess=given.test,
-        ),
-        blocks=_blocks(model, layers, prunable),
-        prunable=prunable,
+def tiny(config: RunConfig) -> fedtiny.FedTiny:
+    """Choose FedTiny's settings."""
+    return fedtiny.FedTiny(
+        sparsity=config.sparsity,
         pool_size=config.pool_size,
         selection=config.fedtiny_selection,
-        swap_fraction=config.swap_fraction,
-        period=config.prune_every,
-        until=methods.last_revision(config),
+        server_epochs=config.pretrain_epochs,
+        validation_fraction=config.development_share,
+        drop_fraction=config.swap_fraction,
+        prune_every=config.prune_every,
+        last_prune_round=config.prune_until,
     )
 
 
@@ -236,12 +220,3 @@ def _first_convolution(model: Model, layers: list[str]) -> str | None:
     shapes = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
     first = next((path for path in layers if masks_lib.is_kernel(path, shapes[path])), None)
     return None if first is None or shapes[first].ndim < 4 else first
-
-
-def _blocks(model: Model, layers: list[str], prunable: PrunableFn) -> drop_and_grow.BlockFn:
-    """Make blocks of a residual network's stages, else five of consecutive layers."""
-    if any("stage_" in path for path in layers):
-        return drop_and_grow.by_stage(layers)
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
-    num_layers = sum(masks_lib.prunable_leaves(params, prunable))
-    return drop_and_grow.consecutive(layers, num_blocks=max(1, min(5, num_layers)))

@@ -1,11 +1,10 @@
-"""Clients that only look: forward passes for normalization statistics and for losses.
+"""BatchNorm calibration: clients that compute statistics and losses by forward passes only.
 
-Normalization statistics are a message of their own. They are those leaves of the untrained state
-that `normalization` names, sent as a list ``[leaf, ...]`` in the state's order; `put` places such a
-list back. No weight is trained here, and no gradient is computed.
+Statistics are a field of a message: the leaves of the model state that `normalization` accepts, as
+a list ``[leaf, ...]`` in the state's order. `put` writes such a list into a state. No client here
+trains weights or computes gradients.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,66 +15,60 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
 from fedjaxprune.types import Batcher, Broadcast, Client, ClientData, Key, Message, State
 
-StatisticFn = Callable[[str, jax.Array], bool]  # (path, leaf of the state) -> is it a statistic?
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
-
-# What a running statistic is probed at, to learn how much of it one training step keeps: far above
-# what statistics are, so that the rounding of their sum is that of the share.
+# A running statistic is set to this value to measure which share of it one training step keeps. It
+# is far larger than real statistics, so that rounding is relative to the share.
 _PROBE = float(2**20)
-_HOPELESS = 1e30  # stands for a loss that is not finite
+_HOPELESS = 1e30  # replaces a loss that is not finite
 
 
 def normalization(path: str, leaf: jax.Array) -> bool:
-    """Call a statistic what ends in ``mean`` or ``var`` (``batch_stats/.../running_var``)."""
+    """Accept leaves whose name ends in ``mean`` or ``var`` (``batch_stats/.../running_var``)."""
     name = path.rsplit("/", 1)[-1]
     return name.endswith(("mean", "var")) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def pick(model_state: State, is_statistic: StatisticFn) -> list[jax.Array]:
-    """List the statistics among the untrained state."""
+def pick(model_state: State) -> list[jax.Array]:
+    """List the statistics of a model state."""
     leaves = zip(trees.paths(model_state), jax.tree.leaves(model_state), strict=True)
-    return [leaf for path, leaf in leaves if is_statistic(path, leaf)]
+    return [leaf for path, leaf in leaves if normalization(path, leaf)]
 
 
-def put(model_state: State, statistics: list[jax.Array], is_statistic: StatisticFn) -> State:
-    """Undo `pick`: place statistics into a state, in its dtypes; other leaves stay."""
+def put(model_state: State, statistics: list[jax.Array]) -> State:
+    """Write statistics, as `pick` lists them, into a state, in its dtypes; other leaves stay."""
     rest = iter(statistics)
 
     def leaf(path, old):
-        return next(rest).astype(old.dtype) if is_statistic(path, old) else old
+        return next(rest).astype(old.dtype) if normalization(path, old) else old
 
     return trees.map_with_path(leaf, model_state)
 
 
-def statistics(loss: Any, *, batcher: Batcher, is_statistic: StatisticFn = normalization) -> Client:
+def statistics(loss: Any, *, batcher: Batcher) -> Client:
     """Measure the normalization statistics of a model on a client's data, exactly, in one pass.
 
-    They are the means over the batches, weighted by their examples, of the batches' means and
-    variances; a running average of momentum ``1 / i`` comes to the same where batches are equally
-    large. The model shows them
-    only as moving averages; so each batch is seen from statistics of zero, and how much of the old
-    a step keeps is measured once, at the first batch.
+    The result is the mean, weighted by examples, of the batches' means and variances; where batches
+    are equally large it equals a running average of momentum ``1 / i``. The model returns only
+    moving averages. So each batch starts from statistics of zero, and the share of the old
+    statistics that a step keeps is measured once, at the first batch.
 
     Args:
       loss: as in a `Model`; in training mode its state must be moving averages that its forward
         pass does not read, as BatchNorm's are.
-      batcher: what the client looks at, without augmentation.
-      is_statistic: which leaves of the state are statistics.
+      batcher: the client's examples, without augmentation.
 
     Returns:
       A `Client` whose message has the fields `statistics` (a list, see `pick`) and `metrics`; its
-      weight is the number of examples seen. The parameters are seen under the broadcast's masks.
+      weight is the number of examples. The broadcast's masks are applied to the parameters.
 
     References:
       Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023 (adaptive BatchNorm
-      selection; its first code makes ten passes of momentum 0.1 instead, see
-      `moving_statistics`).
+      selection; its first code makes ten passes of momentum 0.1 instead: `moving_statistics`).
     """
 
     def update_fn(key, broadcast, state, data):
         batch_key, loss_key = jax.random.split(key)
-        look = _look(loss, broadcast, is_statistic)
-        old = pick(broadcast.model_state, is_statistic)
+        look = _look(loss, broadcast)
+        old = pick(broadcast.model_state)
         zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in old]
 
         first = batcher.batch(batch_key, data, jnp.int32(0))
@@ -98,7 +91,7 @@ def statistics(loss: Any, *, batcher: Batcher, is_statistic: StatisticFn = norma
             jnp.int32(0), batcher.num_steps(data), step_fn, start
         )
 
-        def mean(total, share, before):  # a leaf that no step moves stays as it was
+        def mean(total, share, before):  # a leaf that no step changes keeps its value
             usable = (size > 0) & (share > 0)
             divisor = jnp.where(usable, size * share, jnp.ones_like(share))
             return jnp.where(usable, total / divisor, before.astype(jnp.float32))
@@ -109,12 +102,10 @@ def statistics(loss: Any, *, batcher: Batcher, is_statistic: StatisticFn = norma
     return Client(init=lambda params: (), update=update_fn)
 
 
-def moving_statistics(
-    loss: Any, *, batcher: Batcher, num_passes: int, is_statistic: StatisticFn = normalization
-) -> Client:
-    """Let the statistics follow a client's data in `num_passes` passes, by the model's momentum.
+def moving_statistics(loss: Any, *, batcher: Batcher, num_passes: int) -> Client:
+    """Update the statistics in `num_passes` passes over a client's data, by the model's momentum.
 
-    It starts at the broadcast's statistics, which therefore never quite fade. FedTiny's first code
+    It starts from the broadcast's statistics, of which a small share remains. FedTiny's first code
     makes 10 passes. Arguments and message as in `statistics`; the weight counts every example once.
     """
     if num_passes < 1:
@@ -122,9 +113,9 @@ def moving_statistics(
 
     def update_fn(key, broadcast, state, data):
         batch_key, loss_key = jax.random.split(key)
-        look = _look(loss, broadcast, is_statistic)
+        look = _look(loss, broadcast)
         first = batcher.batch(batch_key, data, jnp.int32(0))
-        old = [leaf.astype(jnp.float32) for leaf in pick(broadcast.model_state, is_statistic)]
+        old = [leaf.astype(jnp.float32) for leaf in pick(broadcast.model_state)]
         num_steps = batcher.num_steps(data)
 
         def step_fn(step, carry):
@@ -146,14 +137,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
-def losses(predict: Any, *, batcher: Batcher, loss: LossFn = cross_entropy) -> Client:
-    """Report the loss of the broadcast model on a client's data, in inference mode.
+def losses(predict: Any, *, batcher: Batcher) -> Client:
+    """Report the cross-entropy of the broadcast model on a client's data, in inference mode.
 
     Returns:
       A `Client` whose message has the field `losses`, the mean over its examples ``[]`` float32,
       and `metrics` with the accumulator ``loss`` (the sum and the number of examples); its weight
-      is the number of examples. A sum that is not finite is taken for 1e30, else one hopeless
-      candidate would silence its client for all.
+      is the number of examples. A sum that is not finite becomes 1e30: otherwise the whole message
+      would be rejected, with the losses of all other candidates.
     """
 
     def update_fn(key, broadcast, state, data):
@@ -161,7 +152,8 @@ def losses(predict: Any, *, batcher: Batcher, loss: LossFn = cross_entropy) -> C
 
         def step_fn(step, total):
             batch = batcher.batch(key, data, step)
-            values = loss(predict(params, broadcast.model_state, batch.inputs), batch.labels)
+            logits = predict(params, broadcast.model_state, batch.inputs)
+            values = cross_entropy(logits, batch.labels)
             return metrics.merge(total, metrics.mean(values, batch.weights))
 
         total = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, metrics.zero())
@@ -174,15 +166,14 @@ def losses(predict: Any, *, batcher: Batcher, loss: LossFn = cross_entropy) -> C
 
 
 def each_candidate(client: Client) -> Client:
-    """Let a client without state do its work for every candidate, one after another.
+    """Run a client without state once for every candidate, one after another.
 
     Args:
-      client: sees one candidate as its broadcast's masks and model state.
+      client: receives one candidate as its broadcast's masks and model state.
 
     Returns:
       A `Client` for a broadcast whose masks and model state have a leading axis ``[candidates]``;
-      so have the fields of its message. All candidates are seen with the same key, hence on the
-      same batches.
+      so have the fields of its message. All candidates use the same key, hence the same batches.
     """
 
     def update_fn(key: Key, broadcast: Broadcast, state: State, data: ClientData):
@@ -200,8 +191,8 @@ def each_candidate(client: Client) -> Client:
 def with_squares(client: Client) -> Client:
     """Add the squares of a client's statistics to its message, as `squares`.
 
-    The server can compute them from what it receives, so nothing more travels; their mean says how
-    much the clients' means differ (see `add_spread`).
+    The server can compute them from the statistics, so they need not be sent. `add_spread` reads
+    from their mean how much the clients' means differ.
     """
 
     def update_fn(key, broadcast, state, data):
@@ -216,22 +207,19 @@ def add_spread(
     model_state: State,
     statistics: list[jax.Array],
     squares: list[jax.Array],
-    *,
-    is_statistic: StatisticFn = normalization,
 ) -> list[jax.Array]:
     """Turn mean variances into the variance of all data: add the variance of the clients' means.
 
     Args:
-      model_state: tells which mean (``.../mean``) stands beside which variance (``.../var``).
-      statistics: means over the clients, as `pick` lists them; leading axes are welcome.
+      model_state: its paths pair each mean (``.../mean``) with a variance (``.../var``).
+      statistics: means over the clients, as `pick` lists them; leading axes are allowed.
       squares: means over the clients of the squares.
-      is_statistic: which leaves of the state are statistics.
 
     Raises:
       ValueError: if a variance has no mean beside it.
     """
     leaves = zip(trees.paths(model_state), jax.tree.leaves(model_state), strict=True)
-    paths = [path for path, leaf in leaves if is_statistic(path, leaf)]
+    paths = [path for path, leaf in leaves if normalization(path, leaf)]
     found = []
     for path, value in zip(paths, statistics, strict=True):
         if path.endswith("var"):
@@ -244,14 +232,14 @@ def add_spread(
     return found
 
 
-def _look(loss, broadcast, is_statistic):
+def _look(loss, broadcast):
     """Make ``(statistics, batch, key) -> (statistics, metrics)``: one forward pass."""
     params = masks_lib.apply(broadcast.masks, broadcast.params)
 
     def look(statistics, batch, key):
-        before = put(broadcast.model_state, statistics, is_statistic)
+        before = put(broadcast.model_state, statistics)
         _, (after, seen) = loss(params, before, batch, key)
-        return [leaf.astype(jnp.float32) for leaf in pick(after, is_statistic)], seen
+        return [leaf.astype(jnp.float32) for leaf in pick(after)], seen
 
     return look
 

@@ -1,11 +1,11 @@
-"""Clients that train alone until it stops paying, and report how far every weight moved.
+"""Clients that train alone until their loss stops improving, and report how far weights moved.
 
-Each explorer starts from its own copy of the broadcast model and sees no data but its own. What it
-reports is not a step for the server to follow but a statement on the weights: those that had to
-move far are those that the loss depends on.
+Each client (an *explorer*) starts from its own copy of the broadcast model and uses only its own
+data. The report is a score of the weights, not a step for the server: the loss depends most on the
+weights that moved far.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from fedjaxprune.types import Batcher, Client, Masks, Message, Metrics, Params, 
 
 
 class _Progress(NamedTuple):
-    """Where an explorer stands between two epochs."""
+    """State of an explorer between two epochs."""
 
     params: Params
     optimizer: State
@@ -40,28 +40,28 @@ def until_no_improvement(
     watch: Literal["epoch", "last_step"] = "epoch",
     validation: Client | None = None,
 ) -> Client:
-    """Train for at most `max_epochs`, or until the loss has not improved for `patience` of them.
+    """Train for at most `max_epochs`, or until the loss has not improved for `patience` epochs.
 
-    To improve is to fall strictly below the lowest loss so far. The weights are those at the end,
-    not those of the lowest loss. The optimizer's state lasts from the first epoch to the last.
+    A loss improves if it falls strictly below the lowest loss so far. The result is the weights of
+    the last epoch, not those of the lowest loss. All epochs share one optimizer state.
 
     Args:
       loss: as in a `Model`; its metrics have the accumulator ``loss``.
-      epoch: one pass over the client's examples; each pass is asked for with a key of its own.
+      epoch: one pass over the client's examples; each pass has a key of its own.
       optimizer: any optax transformation.
       max_epochs: at least 1 (AutoFLIP's code: 150).
       patience: at least 1 (AutoFLIP's code: 40).
-      watch: the loss of an epoch, the mean over its batches; or that of its last batch alone, as
-        AutoFLIP's code has it.
-      validation: if given, the loss is what this client reports as `losses` of the model after each
-        epoch (`calibration.losses` on examples that `epoch` does not see), and `watch` decides
-        nothing.
+      watch: the loss that must improve: the mean over the batches of an epoch, or the loss of its
+        last batch, as in AutoFLIP's code.
+      validation: if given, the loss is the field `losses` of this client's message for the model
+        after each epoch (`batch_norm.losses` on examples that are not in `epoch`); `watch` is
+        ignored.
 
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
-      delta too) and `metrics`, which has beside the training losses of all epochs ``epochs``, how
-      many epochs there were; its weight is the number of examples. A client that has none to
-      train on takes no step and has weight 0.
+      delta too) and `metrics`: the training losses of all epochs, and ``epochs``, the number of
+      epochs. Its weight is the number of examples. A client without examples to train on takes no
+      step and has weight 0.
 
     Raises:
       ValueError: if a number or a name is out of range.
@@ -162,19 +162,19 @@ def until_no_improvement(
 
 
 def deviations(delta: Params) -> Params:
-    """Square how far every weight moved, in float32: what exploration is about."""
+    """Square how far every weight moved, in float32."""
     return jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), delta)
 
 
 def report(
-    client: Client, *, readings: dict[str, Callable[[Params, Masks], Any]], keep: tuple[str, ...]
+    client: Client, *, readings: Mapping[str, Callable[[Params, Masks], Any]], keep: tuple[str, ...]
 ) -> Client:
-    """Let a client report what follows from its delta.
+    """Replace a client's message by fields that are computed from its delta.
 
     Args:
       client: its message has a `delta`.
       readings: by name of a new field, ``(delta, masks) -> tree``.
-      keep: fields of the client's own message that stay beside the new ones.
+      keep: fields of the client's own message that are kept.
     """
 
     def update_fn(key, broadcast, state, data):

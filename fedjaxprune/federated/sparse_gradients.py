@@ -1,8 +1,8 @@
-"""Pairs of position and value as a message: the few largest gradients of pruned weights.
+"""Top-k gradients as a message: pairs of index and value for the largest ones of pruned weights.
 
-In the simulation pairs are held as a tree of the parameters' shapes that is zero where nothing was
-sent, so that they add up by position in any mean; what travels is one pair for each entry that is
-not zero (`compose` is told by ``sent_as={"grads": "pairs"}``).
+In the simulation the pairs are a tree of the parameters' shapes, zero where nothing was sent, so
+that any mean adds them by index. One pair is sent for each entry that is not zero: declare the
+field ``FieldSpec(send="pairs")``.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,18 @@ CountFn = Callable[[Masks, jax.Array], Any]
 
 
 def top_gradients(client: Client, *, num_pairs: CountFn) -> Client:
-    """Cut the gradients that a client reports down to the largest ones of pruned weights.
+    """Keep only the largest gradients of pruned weights that a client reports.
 
-    A device needs no more memory for it than the pairs: it can stream over a layer and keep the
-    best in a heap. Here that is a plain top-k with the same result. A gradient of exactly zero is
-    not worth a pair and is not sent.
+    A device needs memory for the pairs alone: it can stream over a layer and keep the largest in a
+    heap. Here it is a plain top-k with the same result. A gradient of exactly zero is not sent.
 
     Args:
       client: reports `grads` (``local_sgd(..., report_grads=...)``).
       num_pairs: ``(masks, round) -> tree of [] int32``, pairs of each leaf; may be zero.
 
     Returns:
-      A `Client` whose message has in `grads` the chosen entries and zeros elsewhere. In a weighted
-      mean of `grads`, a client that did not send an entry counts as zero there.
+      A `Client` whose message has the chosen entries in `grads`, and zeros elsewhere. In a weighted
+      mean of `grads`, an entry that a client did not send counts as zero.
 
     Raises:
       ValueError: while tracing, if the client reports no gradients.
@@ -45,8 +44,8 @@ def top_gradients(client: Client, *, num_pairs: CountFn) -> Client:
         message, state = client.update(key, broadcast, state, data)
         if "grads" not in message.fields:
             raise ValueError(
-                "pairs.top_gradients sends the largest gradients, but the client reports none: "
-                "build it with local_sgd(..., report_grads=...)."
+                "sparse_gradients.top_gradients sends the largest gradients, but the client "
+                "reports none: build it with local_sgd(..., report_grads=...)."
             )
         counts = num_pairs(broadcast.masks, broadcast.round)
 
@@ -63,12 +62,12 @@ def top_gradients(client: Client, *, num_pairs: CountFn) -> Client:
             lambda: jax.tree.map(jnp.zeros_like, grads),
         )
         fields = {**message.fields, "grads": grads}
-        told = fields.get("metrics", {})
-        if DENSE_GRADIENT in told:  # of the layers that send no pairs nobody asks it
-            asked = jnp.stack(jax.tree.leaves(counts)) > 0
-            seen = told[DENSE_GRADIENT]
-            total = jnp.where(asked, seen.total, jnp.zeros_like(seen.total))
-            fields["metrics"] = {**told, DENSE_GRADIENT: seen._replace(total=total)}
+        metrics = fields.get("metrics", {})
+        if DENSE_GRADIENT in metrics:  # layers that send no pairs need no dense gradient
+            is_sent = jnp.stack(jax.tree.leaves(counts)) > 0
+            dense = metrics[DENSE_GRADIENT]
+            total = jnp.where(is_sent, dense.total, jnp.zeros_like(dense.total))
+            fields["metrics"] = {**metrics, DENSE_GRADIENT: dense._replace(total=total)}
         return message._replace(fields=fields), state
 
     return Client(init=client.init, update=update_fn)

@@ -1,8 +1,8 @@
-"""Pools of candidate masks: several answers to "how much in each layer?" for one set of weights.
+"""Candidate pools: several random layer densities for one set of weights.
 
-A candidate is a list of counts, one a layer; its mask keeps that many of the largest weights of
-each layer. So a pool is a small table ``[candidates, layers]``, and its masks are made when they
-are needed.
+A candidate is a list of counts, one for each layer; its mask keeps that many of the largest weights
+of the layer. A pool is therefore a small table ``[candidates, layers]``, from which masks are made
+when they are needed.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from fedjaxprune.pruning import allocation
 from fedjaxprune.topk import top_k
 from fedjaxprune.types import Key, Masks, Params, PrunableFn
 
-NUM_TRIES = 10_000  # draws of a candidate before the closest one so far is taken
+NUM_TRIES = 10_000  # draws of a candidate; then the closest one is taken
 TOLERANCE = 0.02  # relative, of the density of a candidate: fixed in FedTiny's code
 
 # (params, kept share of the prunable weights, prunable) -> density of each layer [layers], float64
@@ -26,9 +26,9 @@ DensityFn = Callable[[Params, float, PrunableFn], np.ndarray]
 
 
 def pool_size(density: float) -> int:
-    """Take so many candidates that sending them costs a tenth of a dense model: ``0.1 / density``.
+    """Choose the size at which sending the pool costs a tenth of a dense model: ``0.1 / density``.
 
-    At least one.
+    It is at least 1.
 
     References:
       Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023.
@@ -47,20 +47,20 @@ def noisy_counts(
     num_wanted: float,
     tolerance: float,
 ) -> jax.Array:
-    """Draw one candidate: layer densities with noise, whose total comes close to what is wanted.
+    """Draw one candidate: layer densities with noise whose total is close to `num_wanted`.
 
-    Layer `l` keeps ``max(floor(densities[l] * (1 + u) * sizes[l]), 1)`` with ``u`` uniform in
-    ``(-noise, noise)``; if the total misses `num_wanted` by more than `tolerance`, all layers are
-    drawn again. After 10,000 draws the closest one so far is taken: in a small network no counts
-    may come close enough. Where all weights are wanted, all are kept, without a draw.
+    Layer `l` keeps ``max(floor(densities[l] * (1 + u) * sizes[l]), 1)`` weights with ``u`` uniform
+    in ``(-noise, noise)``. If the total misses `num_wanted` by `tolerance` or more, all layers are
+    drawn again. After 10,000 draws the closest one is taken, as a small network may have no counts
+    that are close enough. If all weights are wanted, all are kept, without a draw.
 
     Args:
       key: of the draw.
       sizes: ``[layers]`` integers.
-      densities: ``[layers]`` in [0, 1], around which is drawn.
+      densities: ``[layers]`` in [0, 1], the center of the draws.
       noise: largest relative deviation, in [0, 1].
-      num_wanted: of all layers together.
-      tolerance: weights by which the total may be off.
+      num_wanted: live weights of all layers together.
+      tolerance: weights by which the total may differ from it.
 
     Returns:
       ``[layers]`` int32.
@@ -129,12 +129,12 @@ def sizes_of(params: Params, prunable: PrunableFn) -> np.ndarray:
 
 
 def magnitude_masks(params: Params, counts: jax.Array, prunable: PrunableFn) -> Masks:
-    """Make a candidate's masks: of every prunable leaf the largest weights, by number.
+    """Make a candidate's masks: keep the given number of the largest weights of each leaf.
 
     Args:
       params: dense weights that the pool was made for.
-      counts: ``[layers]`` int32.
-      prunable: which leaves these are; all others are kept whole.
+      counts: ``[layers]`` int32, for the prunable leaves.
+      prunable: which leaves may be pruned; all others are kept whole.
     """
     flags = masks_lib.prunable_leaves(params, prunable)
     rows = iter(range(counts.shape[0]))

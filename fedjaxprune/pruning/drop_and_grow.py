@@ -1,8 +1,8 @@
-"""Readjustment: how many weights of which layers change places, and in which rounds.
+"""Drop and grow: exchange the smallest live weights for pruned weights with large gradients.
 
-Papers count rounds from 1 here: round `r` is the one with index ``r - 1``. Readjustments fall at
-the end of rounds `period`, ``2 * period``, ... up to `until`; number ``j`` of them, from 0, turns
-to the next block of layers.
+The papers count rounds from 1: round `r` is the one with index ``r - 1``. Weights are exchanged at
+the end of rounds `period`, ``2 * period``, ... up to `until`; each exchange changes the next block
+of layers.
 """
 
 import math
@@ -26,7 +26,7 @@ BlockFn = Callable[[Sequence[str]], Sequence[int]]
 
 
 def every(*, period: int, until: int) -> schedules.Predicate:
-    """Be due in the rounds ``r = period, 2 * period, ...`` with ``r <= until``, counted from 1."""
+    """Select the rounds ``r = period, 2 * period, ...`` with ``r <= until``, counted from 1."""
     if period < 1 or until < period:
         raise ValueError(
             f"period must be at least 1 and at most until, got period={period} and until={until}."
@@ -35,7 +35,7 @@ def every(*, period: int, until: int) -> schedules.Predicate:
 
 
 def cosine_decay(*, initial: float, until: int) -> Schedule:
-    """Let a fraction fade as ``initial / 2 * (1 + cos(pi * r / until))``, ``r`` counted from 1.
+    """Decay a fraction as ``initial / 2 * (1 + cos(pi * r / until))``, ``r`` counted from 1.
 
     References:
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch <https://arxiv.org/abs/1907.04840>`_,
@@ -53,19 +53,12 @@ def cosine_decay(*, initial: float, until: int) -> Schedule:
     return schedule
 
 
-def whole_model(paths: Sequence[str]) -> Sequence[int]:
-    """Put all leaves into one block."""
-    return [0] * len(paths)
-
-
 def consecutive(order: Sequence[str], *, num_blocks: int) -> BlockFn:
     """Cut the layers into blocks of consecutive ones, as equal in number as possible.
 
-    With as many blocks as layers, each layer is one.
-
     Args:
-      order: paths of the layers' kernels from input to output; may name others than are prunable.
-      num_blocks: how many; the first ones are larger where the layers do not divide.
+      order: paths of the layers' kernels from input to output; it may have more than the prunable.
+      num_blocks: number of blocks; the first ones are larger if the layers do not divide evenly.
 
     Raises:
       ValueError: when used, if there are fewer layers than blocks, or one is missing in `order`.
@@ -92,8 +85,8 @@ def consecutive(order: Sequence[str], *, num_blocks: int) -> BlockFn:
 def by_stage(order: Sequence[str]) -> BlockFn:
     """Make a block of every stage of a residual network (``stage_2_block_1/...``).
 
-    A layer outside the stages belongs with the layer before it, as the head with the last stage,
-    or with the first stage.
+    A layer outside the stages belongs to the block of the layer before it (the head to the last
+    stage), or to the first block.
 
     Args:
       order: as in `consecutive`.
@@ -133,22 +126,22 @@ def counts(
     order: Literal["backward", "forward"],
     prunable: PrunableFn,
 ) -> CountFn:
-    """Count the weights that are exchanged: ``ceil(fraction * live)`` of each layer of one block.
+    """Count the weights to exchange: ``ceil(fraction * live)`` of each layer of one block.
 
     Counts are computed in float64; a product within a part in 10¹² above an integer counts as it.
 
     Args:
       fraction: of a layer's live weights, by round.
-      period: rounds from one readjustment to the next.
-      until: last round, counted from 1, in which one may fall.
+      period: rounds from one exchange to the next.
+      until: last round, counted from 1, in which weights may be exchanged.
       blocks: which layers change together.
-      order: whether blocks take their turns from output to input or the other way; after the last
-        it is the first one's turn again.
-      prunable: which leaves take part.
+      order: whether blocks take turns from output to input or from input to output; after the last
+        block the first one follows.
+      prunable: which leaves may change.
 
     Returns:
-      ``(masks, round) -> counts``, zero for all but the leaves of the block whose turn it is, and
-      for all leaves in rounds in which nothing is due. Masks may lack leaves that are not prunable.
+      ``(masks, round) -> counts``: zero for leaves outside the block whose turn it is, and for all
+      leaves in the other rounds. The masks may lack leaves that are not prunable.
 
     Raises:
       ValueError: if a number is out of range, or the order is neither.
@@ -188,17 +181,17 @@ def drop_and_grow(
     drop: scores.ScoreFn = scores.magnitude,
     grow: scores.ScoreFn = scores.gradient,
 ) -> Pruner:
-    """Switch off the worst live weights of every leaf, and as many of the best dead ones on.
+    """Drop the lowest-scoring live weights of every leaf, and grow as many pruned ones.
 
-    Both are chosen among the masks as they were, so a weight neither comes back at once nor goes
-    at once. A dead weight of score 0 (whose gradient nobody sent) is not there to be grown: if
-    fewer are offered than asked for, fewer are exchanged. The number of live weights of a leaf
-    never changes.
+    Both are chosen by the masks before the exchange: a dropped weight is not grown again at once,
+    nor a grown one dropped. A pruned weight of score 0 (whose gradient no client sent) is never
+    grown; if too few remain, fewer weights are exchanged. The number of live weights of a leaf is
+    constant.
 
     Args:
       num_exchanged: ``(masks, round) -> counts``, as `counts` makes it.
-      drop: what a live weight is worth.
-      grow: what a dead weight is worth.
+      drop: score of live weights; the lowest are dropped.
+      grow: score of pruned weights; the highest are grown.
     """
 
     def update_fn(key, masks, state, inputs):

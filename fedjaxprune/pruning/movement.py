@@ -1,12 +1,12 @@
-"""Which weights did the clients have to move? From squared deviations to masks, and again later.
+"""Movement pruning: rank weights by how far the clients moved them.
 
-Guidance is a score that clients bring: the mean over clients of how far each weight moved, squared.
-It is put on one scale from leaf to leaf, weighed by how many clients agree, and what scores lowest
-in the whole model goes.
+The score (*guidance*) is the mean over clients of each weight's squared deviation. Scores are
+scaled to be comparable between leaves, may be multiplied by the clients' agreement, and the lowest
+in the whole model are pruned.
 
 References:
-  Internò et al., `AutoFLIP <https://arxiv.org/abs/2405.10271>`_, 2024; the versions of 2026 weigh
-  by the clients' agreement.
+  Internò et al., `AutoFLIP <https://arxiv.org/abs/2405.10271>`_, 2024; the versions of 2026 use the
+  clients' agreement.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import pruners, scores
 from fedjaxprune.types import Key, Masks, Params, PrunableFn, Pruner, PrunerInputs, State
 
-# (values [...], live [...] bool) -> [...] float32; only live entries are looked at
+# (values [...], live [...] bool) -> [...] float32; only live entries are read
 ScaleFn = Callable[[jax.Array, jax.Array], jax.Array]
 Agreement = Literal["none", "scaled", "majority"]
 
 
 def min_max(values: jax.Array, live: jax.Array) -> jax.Array:
-    """Stretch a leaf's live values to [0, 1]; where all are alike they are 0."""
+    """Scale a leaf's live values to [0, 1]; equal values become 0."""
     low = jnp.min(jnp.where(live, values, jnp.inf), initial=jnp.inf)
     high = jnp.max(jnp.where(live, values, -jnp.inf), initial=-jnp.inf)
     width = high - low
@@ -39,7 +39,7 @@ def min_max(values: jax.Array, live: jax.Array) -> jax.Array:
 def robust(values: jax.Array, live: jax.Array) -> jax.Array:
     """Subtract the median of a leaf's live values and divide by their interquartile range.
 
-    Where that is 0 the values stay at 0. One outlier decides less than in `min_max`.
+    If the range is 0, all values become 0. Outliers matter less than in `min_max`.
     """
     known = jnp.where(live, values, jnp.nan)
     low, middle, high = jnp.nanquantile(known, jnp.array([0.25, 0.5, 0.75]))
@@ -72,12 +72,12 @@ def plain(values: jax.Array, live: jax.Array) -> jax.Array:
 def votes(
     deviations: Params, masks: Masks, *, sparsity: float, scale: ScaleFn, prunable: PrunableFn
 ) -> Params:
-    """Let one client vote for the live weights that it would keep by its own deviations.
+    """Compute one client's votes: the live weights that it would keep by its own deviations.
 
-    These are its highest-scoring share ``1 - sparsity`` of the live prunable weights of the whole
-    model, after its own scaling of each leaf: at most ``size - round(sparsity * size)`` of them.
-    Weights that tie with the best one left out get no vote, or clients would agree on those that
-    they never moved, by their place in the array.
+    These are the highest-scoring share ``1 - sparsity`` of the live prunable weights of the whole
+    model, after scaling each leaf: at most ``size - round(sparsity * size)`` of them. Weights that
+    tie with the best one left out get no vote: otherwise clients would agree, by array index, on
+    weights that none of them moved.
 
     Args:
       deviations: of one client.
@@ -113,25 +113,25 @@ def votes(
 def by_movement(
     sparsity: float, *, scale: ScaleFn = min_max, agreement: Agreement = "none"
 ) -> Pruner:
-    """Keep the weights of the highest guidance in the whole model, and one of every leaf at least.
+    """Keep the weights of the highest guidance in the whole model, and at least one of every leaf.
 
-    The guidance of a live weight is its scaled mean deviation; a pruned weight, which no client
-    moves, keeps the guidance that it had, so that it returns when live weights fall below it. The
-    number that is kept is exact, ``size - round(sparsity * size)``.
+    The guidance of a live weight is its scaled mean deviation. A pruned weight, which no client
+    moves, keeps its last guidance, so that it returns when live weights fall below it. The number
+    of live weights is exact: ``size - round(sparsity * size)``.
 
     Args:
       sparsity: pruned fraction in [0, 1).
       scale: makes leaves comparable: `min_max` (published), `ranks`, `robust` or `plain`.
       agreement: ``"scaled"`` multiplies the guidance by the agreement, the share of clients that
-        vote for the weight; ``"majority"`` drops what less than half of them vote for, so that more
-        may be pruned than `sparsity` says.
+        vote for the weight; ``"majority"`` prunes weights with less than half of the votes, so that
+        more may be pruned than `sparsity` says.
 
     Returns:
-      A `Pruner` that reads ``inputs.statistics``: `deviations`, their mean over clients, and, if it
-      asks for agreement, `agreement`, the mean of `votes`. Its state is the guidance.
+      A `Pruner` that reads ``inputs.statistics``: `deviations`, the mean over clients, and, with
+      `agreement`, also `agreement`, the mean of `votes`. Its state is the guidance.
 
     Raises:
-      ValueError: if an option is out of range; while tracing, if a statistic is not there.
+      ValueError: if an option is out of range; while tracing, if a statistic is missing.
     """
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}.")
@@ -156,7 +156,7 @@ def by_movement(
         missing = [name for name in needed if name not in dict(inputs.statistics)]
         if missing:
             raise ValueError(
-                "guidance.guided ranks weights by what clients report of them, but "
+                "movement.by_movement ranks weights by the clients' deviations, but "
                 f"PrunerInputs.statistics lacks {', '.join(missing)}."
             )
         fresh = jax.tree.map(scale, inputs.statistics["deviations"], masks)
@@ -178,6 +178,6 @@ def by_movement(
 
 
 def _outvote(kept: jax.Array, guide: jax.Array) -> jax.Array:
-    """Drop what most clients are against, but for one weight if the whole leaf would go."""
+    """Prune the weights without a majority, but keep one if the leaf would lose all."""
     wanted = kept & ~jnp.isneginf(guide)
     return jnp.where(jnp.any(wanted), wanted, kept & topk.top_k(guide, jnp.int32(1)))

@@ -25,8 +25,9 @@ from fedjaxprune.experiment.config.flat.sections import INT_MAX, RunConfig, User
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial
 from fedjaxprune.experiment.run import fitting, loop
 from fedjaxprune.experiment.run.evaluation import TestSet
+from fedjaxprune.experiment.task_of import task_of
 from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
-from fedjaxprune.methods import fedavg, feddip, fednova, fixed_masks, scaffold
+from fedjaxprune.methods import fedavg, feddip, fednova, fedtiny, fixed_masks, scaffold
 from fedjaxprune.models import cnns, lstm, precision, vgg, zoo
 from fedjaxprune.rounds import server_work, simulation
 from fedjaxprune.rounds.protocol import Correction, Protocol
@@ -78,7 +79,7 @@ ALGORITHMS: Mapping[str, Callable[[RunConfig, Model, Protocol, recipes.Given], A
     "feddip_without_pruning": lambda config, model, setup, given: feddip.feddip_without_pruning(
         model, setup, max_penalty=config.max_penalty
     ),
-    "fedtiny": recipes.tiny,
+    "fedtiny": lambda config, *run: fedtiny.build(recipes.tiny(config), task_of(config, *run)),
     "random_masks": lambda config, model, setup, given: fixed_masks.random_masks(
         model, setup, sparsity=config.sparsity, allocation=recipes.shares(config, model, given)
     ),

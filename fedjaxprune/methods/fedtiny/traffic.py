@@ -1,4 +1,4 @@
-"""What FedTiny's selection puts on the wire and computes, and what its authors charge."""
+"""What FedTiny's selection sends and computes, and the formula that its authors charge by."""
 
 from typing import Any
 
@@ -17,18 +17,19 @@ from fedjaxprune.types import PrunableFn, RoundMetrics, RoundState
 def download(
     state: RoundState, masks_held: jax.Array, statistics: list[Any], *, prunable: PrunableFn
 ) -> reporting.Download:
-    """Say what a client receives: statistics, and the candidates if it has not got them.
+    """Say what a client receives: statistics, and the candidates if it does not hold them.
 
-    Each candidate comes as values and masks of its own; what is never pruned is the same in all of
-    them and comes once.
+    Each candidate is sent as values and masks of its own; leaves that are never pruned are the same
+    in all candidates and are sent once.
 
     Args:
-      state: its `method` is a `fedtiny.Pool`.
-      masks_held: ``[C]`` int32; who holds other masks has not got the candidates.
-      statistics: what travels of the statistics, as leaves ``[0, ...]``; [] for none.
+      state: its `method` is a `selection.Pool`.
+      masks_held: ``[C]`` int32, which masks each client holds.
+      statistics: statistics that are sent, as leaves ``[0, ...]``; [] for none.
       prunable: which leaves may be pruned.
     """
-    counts, stale = state.method.counts, masks_held != state.masks_id
+    stale = masks_held != state.masks_id
+    counts = state.method.counts
     num_candidates = counts.shape[0]
     flags = masks_lib.prunable_leaves(state.params, prunable)
     leaves = list(zip(jax.tree.leaves(state.params), flags, strict=True))
@@ -56,8 +57,8 @@ def download(
     )
 
 
-def looked(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
-    """Say which models a client passes its examples through: all candidates, forward alone."""
+def evaluated(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
+    """Say which models a client evaluates: all candidates, by forward passes only."""
     counts = state.method.counts
     flags = masks_lib.prunable_leaves(state.params, prunable)
     layers = iter(range(counts.shape[1]))
@@ -71,9 +72,9 @@ def looked(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
 def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
     """Charge what the authors' group charges for FedTiny: sparse models, and pairs going up.
 
-    Models are stored by `storage_models.fedrts_f4`, each candidate of the selection too; a pair
-    takes 32 bits and ``ceil(log2 n)`` for its place in a leaf of `n` entries. The mask is in the
-    encoding. Statistics and losses are not charged.
+    Models are stored by `storage_models.fedrts_f4`, each candidate of the selection too. A pair
+    takes 32 bits for its value and ``ceil(log2 n)`` for its index in a leaf of `n` entries. The
+    encoding contains the mask. Statistics and losses are not charged.
 
     References:
       Tan et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
@@ -82,11 +83,8 @@ def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
     field = metrics.sent.up.get("reply", {}).get("grads")
     if field is None or isinstance(field.sent_counts, tuple):
         return stored
-    counts = (
-        np.asarray(field.sent_counts, np.int64)[np.asarray(metrics.participated)]
-        .sum(axis=0)
-        .tolist()
-    )
+    sent = np.asarray(field.sent_counts, np.int64)[np.asarray(metrics.participated)]
+    counts = sent.sum(axis=0).tolist()
     sizes = trees.sizes(state.params)
     pair_bits = sum(storage_models.pairs(n, size) for n, size in zip(counts, sizes, strict=True))
     return stored._replace(uplink=stored.uplink + pair_bits)

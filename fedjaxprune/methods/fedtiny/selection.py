@@ -1,0 +1,281 @@
+"""FedTiny's stages before training: make candidates, measure their statistics, compare them."""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
+from fedjaxprune.federated import aggregators, batch_norm
+from fedjaxprune.methods.fedtiny import traffic
+from fedjaxprune.pruning import candidates
+from fedjaxprune.rounds import facts as facts_lib
+from fedjaxprune.rounds import server_work, stages
+from fedjaxprune.rounds.protocol import FieldSpec, broadcast_of
+from fedjaxprune.rounds.reporting import Exchange, reporting_round
+from fedjaxprune.rounds.task import Task
+from fedjaxprune.types import Batcher, Broadcast, Client, PrunableFn, RoundState, Stage, State
+
+
+class Plan(NamedTuple):
+    """What is known of the candidates before the first round.
+
+    Attributes:
+      prunable: which leaves may be pruned.
+      num_candidates: at least 1.
+      sizes: ``[layers]`` int64, weights of each prunable leaf.
+      densities: ``[layers]`` float64, around which candidates are drawn.
+      noise: largest relative deviation of a layer's density.
+      num_wanted: live weights of all prunable leaves together.
+      tolerance: weights by which a candidate may miss `num_wanted`.
+    """
+
+    prunable: PrunableFn
+    num_candidates: int
+    sizes: np.ndarray
+    densities: np.ndarray
+    noise: float
+    num_wanted: float
+    tolerance: float
+
+
+class Pool(NamedTuple):
+    """The candidates, and what is known of them: the `method` of a `RoundState`.
+
+    Attributes:
+      counts: ``[candidates, layers]`` int32, live weights of each prunable leaf.
+      statistics: list of ``[candidates, ...]`` float32, the normalization statistics.
+      losses: ``[candidates]`` float32, mean losses over the clients; infinite before.
+      chosen: ``[]`` int32, the candidate that training starts from.
+    """
+
+    counts: jax.Array
+    statistics: list[jax.Array]
+    losses: jax.Array
+    chosen: jax.Array
+
+
+def make_plan(
+    facts: facts_lib.Facts,
+    prunable: PrunableFn,
+    *,
+    sparsity: float,
+    pool_size: int | None,
+    allocation: Literal["uniform", "erk"],
+    noise: float,
+) -> Plan:
+    """Decide the number of candidates and their densities.
+
+    Args:
+      facts: of the network.
+      prunable: which leaves may be pruned.
+      sparsity: pruned fraction of all kernels, also of those that are not `prunable`.
+      pool_size: number of candidates; None takes `candidates.pool_size`.
+      allocation: layer densities around which candidates are drawn.
+      noise: largest relative deviation of a layer's density, in [0, 1].
+
+    Raises:
+      ValueError: the network has no BatchNorm statistics, nothing to prune, or too few prunable
+        weights for the sparsity.
+    """
+    if not batch_norm.pick(facts.state):
+        raise ValueError(
+            "FedTiny chooses its start by BatchNorm statistics, but the network has none: take one "
+            "with BatchNorm, such as a ResNet."
+        )
+    stages.check_prunable(facts.params, prunable)
+    density = 1.0 - sparsity
+    sizes = candidates.sizes_of(facts.params, prunable)
+    num_prunable = int(sizes.sum())
+    num_weights = int(
+        candidates.sizes_of(
+            facts.params, lambda path, leaf: prunable(path, leaf) or masks_lib.is_kernel(path, leaf)
+        ).sum()
+    )
+    num_whole = num_weights - num_prunable
+    share = (density * num_weights - num_whole) / num_prunable
+    if share * num_prunable < len(sizes):
+        most = 1.0 - (num_whole + len(sizes)) / num_weights
+        raise ValueError(
+            f"method.sparsity must be at most {math.floor(most * 1e6) / 1e6} in this network, "
+            f"which keeps its {num_whole} kernel weights outside the prunable layers and one "
+            f"weight in each of {len(sizes)} prunable layers, got {sparsity}."
+        )
+    share = min(share, 1.0)
+    densities = {"uniform": candidates.uniform, "erk": candidates.erk}[allocation]
+    return Plan(
+        prunable=prunable,
+        num_candidates=candidates.pool_size(density) if pool_size is None else pool_size,
+        sizes=sizes,
+        densities=densities(facts.params, share, prunable),
+        noise=noise,
+        num_wanted=share * float(sizes.sum()),
+        tolerance=candidates.TOLERANCE * density * num_weights,
+    )
+
+
+def empty_pool(plan: Plan, model_state: State) -> Pool:
+    """Make the pool of before the first round."""
+    return Pool(
+        counts=jnp.zeros((plan.num_candidates, len(plan.sizes)), jnp.int32),
+        statistics=[
+            jnp.zeros((plan.num_candidates, *leaf.shape), jnp.float32)
+            for leaf in batch_norm.pick(model_state)
+        ],
+        losses=jnp.full(plan.num_candidates, jnp.inf, jnp.float32),
+        chosen=jnp.int32(0),
+    )
+
+
+def prepare(plan: Plan, *, client: Client, source: server_work.SourceFn) -> Stage:
+    """Train at the server on its own examples, then draw the candidates."""
+    train_at_server = server_work.train_at(client, source)
+
+    def work(key, state, population):
+        train_key, pool_key = jax.random.split(key)
+        state, train = train_at_server(train_key, state, population)
+
+        def draw(candidate_key):
+            return candidates.noisy_counts(
+                candidate_key,
+                plan.sizes,
+                plan.densities,
+                noise=plan.noise,
+                num_wanted=plan.num_wanted,
+                tolerance=plan.tolerance,
+            )
+
+        counts = jax.lax.map(draw, jax.random.split(pool_key, plan.num_candidates))
+        pool = state.method._replace(
+            counts=counts,
+            statistics=[
+                jnp.broadcast_to(leaf[None], (plan.num_candidates, *leaf.shape)).astype(jnp.float32)
+                for leaf in batch_norm.pick(state.model_state)
+            ],
+        )
+        # The first candidate's masks hold until the clients have compared; the weights stay dense.
+        masks = candidates.magnitude_masks(state.params, counts[0], plan.prunable)
+        return state._replace(masks=masks, method=pool), train
+
+    return server_work.server_round("prepare", work, masks_known_to="nobody")
+
+
+def calibrate(
+    plan: Plan,
+    task: Task,
+    *,
+    batcher: Batcher,
+    num_passes: int | None,
+    variance: Literal["within", "total"],
+) -> Stage:
+    """Average the statistics that the clients measure for each candidate.
+
+    Args:
+      plan: of the candidates.
+      task: the network and the protocol.
+      batcher: examples that the clients look at.
+      num_passes: passes by the network's own momentum; None measures exactly in one pass.
+      variance: ``"total"`` adds the variance of the clients' means.
+    """
+    if num_passes is None:
+        measure = batch_norm.statistics(task.model.loss, batcher=batcher)
+    else:
+        measure = batch_norm.moving_statistics(
+            task.model.loss, batcher=batcher, num_passes=num_passes
+        )
+    fields = {"statistics": FieldSpec(aggregate=aggregators.weighted_mean())}
+    if variance == "total":  # the server computes the squares from what it receives
+        measure = batch_norm.with_squares(measure)
+        fields["squares"] = FieldSpec(aggregate=aggregators.weighted_mean(), send="nothing")
+
+    def download(state, masks_held):
+        # Exact statistics start from zero, so that none are sent.
+        sent = [] if num_passes is None else _statistics_of_one(state)
+        return traffic.download(state, masks_held, sent, prunable=plan.prunable)
+
+    def server_update(key, state, fields):
+        del key  # deterministic
+        found = fields["statistics"]
+        if variance == "total":
+            found = batch_norm.add_spread(state.model_state, found, fields["squares"])
+        usable = trees.all_finite(found)
+        statistics = trees.tree_where(usable, found, state.method.statistics)
+        return state._replace(method=state.method._replace(statistics=statistics))
+
+    return reporting_round(
+        task.protocol,
+        name="calibrate",
+        client=batch_norm.each_candidate(measure),
+        fields=fields,
+        server_update=server_update,
+        broadcast=lambda state: _broadcast(plan, state),
+        download=download,
+        exchange=_exchange(plan),
+    )
+
+
+def compare(plan: Plan, task: Task, *, batcher: Batcher, send_statistics: bool) -> Stage:
+    """Start from the candidate of the lowest mean loss.
+
+    Args:
+      plan: of the candidates.
+      task: the network and the protocol.
+      batcher: examples that the clients look at.
+      send_statistics: whether each candidate has statistics of its own, which clients receive.
+    """
+
+    def download(state, masks_held):
+        sent = trees.shape_only(state.method.statistics)
+        sent = sent if send_statistics else _statistics_of_one(state)
+        return traffic.download(state, masks_held, sent, prunable=plan.prunable)
+
+    def server_update(key, state, fields):
+        del key  # deterministic
+        losses = fields["losses"]
+        chosen = jnp.argmin(losses).astype(jnp.int32)
+        pool = state.method._replace(losses=losses, chosen=chosen)
+        masks = candidates.magnitude_masks(state.params, pool.counts[chosen], plan.prunable)
+        statistics = [leaf[chosen] for leaf in pool.statistics]
+        return state._replace(
+            params=masks_lib.apply(masks, state.params),
+            masks=masks,
+            model_state=batch_norm.put(state.model_state, statistics),
+            method=pool,
+        )
+
+    return reporting_round(
+        task.protocol,
+        name="compare",
+        client=batch_norm.each_candidate(batch_norm.losses(task.model.predict, batcher=batcher)),
+        fields={"losses": FieldSpec(aggregate=aggregators.weighted_mean())},
+        server_update=server_update,
+        broadcast=lambda state: _broadcast(plan, state),
+        download=download,
+        exchange=_exchange(plan),
+    )
+
+
+def _broadcast(plan: Plan, state: RoundState) -> Broadcast:
+    """Send all candidates: masks and model state with a leading axis ``[candidates]``."""
+    pool: Pool = state.method
+    masks = jax.lax.map(
+        lambda counts: candidates.magnitude_masks(state.params, counts, plan.prunable), pool.counts
+    )
+    model_state = jax.vmap(lambda statistics: batch_norm.put(state.model_state, statistics))(
+        pool.statistics
+    )
+    return broadcast_of(state)._replace(masks=masks, model_state=model_state)
+
+
+def _exchange(plan: Plan) -> Exchange:
+    """Ask the same clients in both stages; each evaluates all candidates."""
+    return Exchange(
+        cohort="same", compute=lambda state: traffic.evaluated(state, prunable=plan.prunable)
+    )
+
+
+def _statistics_of_one(state: RoundState) -> list[jax.Array]:
+    return [leaf[:, 0] for leaf in trees.shape_only(state.method.statistics)]
