@@ -15,7 +15,7 @@ from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.federated import batch_norm, local_training, sampling, sparse_gradients
 from fedjaxprune.methods import fedtiny
-from fedjaxprune.models import adapters, layers, vgg, zoo
+from fedjaxprune.models import adapters, heads, layers, vgg, zoo
 from fedjaxprune.pruning import candidates, drop_and_grow, schedules
 from fedjaxprune.rounds import protocol, training
 from fedjaxprune.structure import reading_order
@@ -245,7 +245,7 @@ def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
         params = masks.apply(candidate(prepared, index), prepared.params)
         inputs = jnp.concatenate([points(i) for i in range(6)])
         logits = quadratic.normalized_predict(params, compared.model_state, inputs)
-        return float(jnp.mean(batch_norm.cross_entropy(logits, jnp.zeros(len(inputs), int))))
+        return float(jnp.mean(heads.CLASSES.test_loss(logits, jnp.zeros(len(inputs), int))))
 
     losses = [loss(index) for index in range(4)]
     np.testing.assert_allclose(compared.method.losses, losses, rtol=1e-4)
@@ -367,6 +367,24 @@ def test_statistics_are_exact_means_whatever_the_networks_momentum():
     left = 0.9**30  # of the broadcast's zeros, after three steps in each of ten passes
     assert np.all(np.abs(found.fields["statistics"][0] / (mean * (1.0 - left)) - 1.0) < 0.1)
     assert found.weight == 7.0
+
+
+def test_losses_of_sequences_count_labels_and_leave_out_negative_ones():
+    labels = jnp.array([[0, 1, -1], [1, -1, -1]])
+    outputs = jnp.arange(12.0).reshape(2, 3, 2) ** 2
+    batcher = quadratic.Batcher(
+        num_steps=lambda data: jnp.int32(1),
+        batch=lambda key, data, step: quadratic.Batch(jnp.zeros(2), labels, jnp.ones(2)),
+    )
+    client = batch_norm.losses(
+        lambda params, state, inputs: outputs, loss=heads.CLASSES.test_loss, batcher=batcher
+    )
+    broadcast = Broadcast(quadratic.PARAMS, masks.full(quadratic.PARAMS), {}, jnp.int32(0))
+    message, _ = client.update(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
+    chosen = jax.nn.log_softmax(outputs)[jnp.array([0, 0, 1]), jnp.array([0, 1, 0])]
+    expected = -np.mean([chosen[0, 0], chosen[1, 1], chosen[2, 1]])
+    np.testing.assert_allclose(message.fields["losses"], expected, rtol=1e-5)
+    assert message.weight == 3.0
 
 
 # Exchange ------------------------------------------------------------------------------------

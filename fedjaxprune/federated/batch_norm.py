@@ -5,11 +5,11 @@ a list ``[leaf, ...]`` in the state's order. `put` writes such a list into a sta
 trains weights or computes gradients.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
@@ -132,19 +132,23 @@ def moving_statistics(loss: Any, *, batcher: Batcher, num_passes: int) -> Client
     return Client(init=lambda params: (), update=update_fn)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Compute the softmax cross-entropy of every example, in nats: ``[B]``."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+def losses(
+    predict: Any, *, loss: Callable[[jax.Array, jax.Array], jax.Array], batcher: Batcher
+) -> Client:
+    """Report the loss of the broadcast model on a client's data, in inference mode.
 
-
-def losses(predict: Any, *, batcher: Batcher) -> Client:
-    """Report the cross-entropy of the broadcast model on a client's data, in inference mode.
+    Args:
+      predict: as in a `Model`.
+      loss: ``(outputs, labels) -> [B]``, or ``[B, T]`` for a label at each position of a sequence
+        (`models.heads.prediction_loss`).
+      batcher: the client's examples, without augmentation.
 
     Returns:
-      A `Client` whose message has the field `losses`, the mean over its examples ``[]`` float32,
-      and `metrics` with the accumulator ``loss`` (the sum and the number of examples); its weight
-      is the number of examples. A sum that is not finite becomes 1e30: otherwise the whole message
-      would be rejected, with the losses of all other candidates.
+      A `Client` whose message has the field `losses`, the mean over its labels ``[]`` float32, and
+      `metrics` with the accumulator ``loss`` (the sum and the number of labels); its weight is the
+      number of labels. A negative label of a sequence does not count. A sum that is not finite
+      becomes 1e30: otherwise the whole message would be rejected, with the losses of all other
+      candidates.
     """
 
     def update_fn(key, broadcast, state, data):
@@ -152,9 +156,12 @@ def losses(predict: Any, *, batcher: Batcher) -> Client:
 
         def step_fn(step, total):
             batch = batcher.batch(key, data, step)
-            logits = predict(params, broadcast.model_state, batch.inputs)
-            values = cross_entropy(logits, batch.labels)
-            return metrics.merge(total, metrics.mean(values, batch.weights))
+            labels, weights = batch.labels, batch.weights
+            if labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.integer):
+                weights = jnp.where(labels >= 0, weights[:, None], 0.0)
+                labels = jnp.maximum(labels, 0)
+            values = loss(predict(params, broadcast.model_state, batch.inputs), labels)
+            return metrics.merge(total, metrics.mean(values, weights))
 
         total = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, metrics.zero())
         total = total._replace(total=jnp.where(jnp.isfinite(total.total), total.total, _HOPELESS))

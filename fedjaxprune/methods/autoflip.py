@@ -36,6 +36,7 @@ import pydantic
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import aggregators, batch_norm, early_stopping, server_optimizers
 from fedjaxprune.method import Method, Paper
+from fedjaxprune.models import heads
 from fedjaxprune.pruning import movement, pruners, schedules
 from fedjaxprune.pruning.structured import channel_pruning
 from fedjaxprune.rounds import facts as facts_lib
@@ -336,7 +337,9 @@ def _explorer(settings: AutoFLIP, task: Task) -> Client:
     if settings.stop_on == "validation":
         epoch = task.batches(examples="training", share=share)
         held_out = task.batches(examples="validation", share=share, augment=False)
-        validation = batch_norm.losses(task.model.predict, batcher=held_out)
+        validation = batch_norm.losses(
+            task.model.predict, loss=heads.prediction_loss(task.model), batcher=held_out
+        )
     else:
         epoch = task.batches()
     return early_stopping.until_no_improvement(

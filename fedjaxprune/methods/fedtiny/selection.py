@@ -11,6 +11,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, batch_norm
 from fedjaxprune.methods.fedtiny import traffic
+from fedjaxprune.models import heads
 from fedjaxprune.pruning import candidates
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import server_work, stages
@@ -246,10 +247,13 @@ def compare(plan: Plan, task: Task, *, batcher: Batcher, send_statistics: bool) 
             method=pool,
         )
 
+    losses = batch_norm.losses(
+        task.model.predict, loss=heads.prediction_loss(task.model), batcher=batcher
+    )
     return reporting_round(
         task.protocol,
         name="compare",
-        client=batch_norm.each_candidate(batch_norm.losses(task.model.predict, batcher=batcher)),
+        client=batch_norm.each_candidate(losses),
         fields={"losses": FieldSpec(aggregate=aggregators.weighted_mean())},
         server_update=server_update,
         broadcast=lambda state: _broadcast(plan, state),
