@@ -99,8 +99,8 @@ def run(
         base = files.read_source(os.fspath(config))
     else:
         base = resolve.read(config or {})
-    given = resolve.merge(base, _values(method=method, model=model, data=data))
-    given = resolve.merge(_with_values(given), _settings(given, settings))
+    given = _with_values(resolve.merge(base, _values(method=method, model=model, data=data)))
+    given = resolve.merge(given, _settings(given, settings))
     made = resolve.resolve(given)
     place = None if folder is None else layout.path_of(folder)
     openers = _trackers(trackers)

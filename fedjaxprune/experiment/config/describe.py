@@ -151,7 +151,10 @@ def _paper(paper: Any) -> str:
     return ", ".join([f"{paper.authors}, {paper.title}, {paper.year}", *where])
 
 
-def _needs(needs: Any) -> tuple[str, ...]:
+def _needs(part: Any) -> tuple[str, ...]:
+    """Say what a method needs under its default settings."""
+    needs = getattr(part, "needs", ())
+    needs = needs(part.settings()) if callable(needs) else needs
     wanted: dict[str, bool] = needs._asdict() if needs else {}
     return tuple(_NEEDS.get(name, name) for name, is_needed in wanted.items() if is_needed)
 
