@@ -38,8 +38,8 @@ from fedjaxprune.methods import (
     snip,
 )
 from fedjaxprune.models import gates
-from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
-from fedjaxprune.rounds import protocol, server_work, training
+from fedjaxprune.pruning import pruners, schedules, scores
+from fedjaxprune.rounds import protocol, training
 from fedjaxprune.types import ClientData
 from tests import quadratic
 

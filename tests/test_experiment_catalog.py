@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-
-from fedjaxprune import trees
-from fedjaxprune.experiment import cohorts, methods
 from fedjaxprune.experiment.config.flat import files
 from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
 from fedjaxprune.experiment.config.flat.validation import alternatives, validate
+
+from fedjaxprune import trees
+from fedjaxprune.experiment import cohorts, methods
 from fedjaxprune.experiment.execution import chunk_trial
 from fedjaxprune.experiment.run import build, loop
 

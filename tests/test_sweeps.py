@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import pytest
 import yaml
+from fedjaxprune.experiment.config.flat import files
+from fedjaxprune.experiment.config.flat.sections import UserError
 from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune.cli.main import main
-from fedjaxprune.experiment.config.flat import files
-from fedjaxprune.experiment.config.flat.sections import UserError
 from fedjaxprune.experiment.folder import load, record
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.experiment.sweeps import execute

@@ -4,8 +4,8 @@ import sys
 import types
 
 import pytest
-
 from fedjaxprune.experiment.config.flat.sections import RunConfig, UserError
+
 from fedjaxprune.experiment.tracking import progress, tracker
 from tests.folders import line, rising
 
