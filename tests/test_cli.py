@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -228,7 +229,9 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
 
 
 def test_rejected_and_absent_clients_are_told_of(capsys):
-    status, out, err = call(capsys, "run", *SMALL, "--learning-rate", "1e30", "--folder", "run")
+    status, out, err = call(
+        capsys, "run", *SMALL, "--model", "mlp", "--learning-rate", "1e30", "--folder", "run"
+    )
     assert status == 0
     assert err.count("warning: ") == 1
     assert "no client's message was finite" in err
@@ -299,6 +302,19 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     assert "resuming after round 2" in out
     small_run(capsys, "whole")
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def python(code: str, *args: str, **options) -> subprocess.Popen:
+    """Start a process of its own."""
+    source = pathlib.Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(source), **options}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def command(*args: str) -> subprocess.Popen:
