@@ -15,6 +15,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the sharded cohorts; all else uses the first
+jax.devices()  # from here on their number is fixed, whatever a run asks for
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

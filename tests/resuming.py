@@ -9,11 +9,12 @@ import chex
 import jax
 import pytest
 
-from fedjaxprune import masks
-from fedjaxprune.experiment.folder import checkpoints, record
+from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.folder import checkpoints, layout, network, record
+from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import loop
 from fedjaxprune.experiment.run.evaluation import TestSet
-from fedjaxprune.experiment.tracking import progress
+from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.rounds import simulation
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Algorithm, Model, Population
@@ -31,7 +32,25 @@ def parts(
     **draws: simulation.SamplingFn,
 ) -> loop.RunParts:
     """Put a run together whose test set are the clients' examples; `draws` are by stage."""
+    params, state = jax.eval_shape(model.init, jax.random.key(0))
+    options = {"seed": 3, "checkpoints.every": 1, "checkpoints.keep": 2, "method": "fedavg"}
     return loop.RunParts(
+        config=resolve.resolve(options),
+        network=Network(
+            task="classification",
+            input_shape=people.examples["inputs"].shape[1:],
+            input_dtype="float32",
+            num_outputs=1,
+            num_classes=1,
+            positions=(),
+            max_value=None,
+            mean=None,
+            std=None,
+            params=network.shapes(params),
+            state=network.shapes(state),
+            prunable=(),
+            data_checksum=0,
+        ),
         model=model,
         algorithm=algorithm,
         population=people,
@@ -40,7 +59,6 @@ def parts(
         advance=tuple(
             simulation.advance(stage, draws.get(stage.name, draw)) for stage in algorithm.stages
         ),
-        prunable=masks.is_kernel,
     )
 
 
@@ -51,7 +69,7 @@ def play(
     stop_after: int | None = None,
     eval_every: int = 1,
     warn: Callable[[str], Any] = pytest.fail,
-) -> tuple[Simulation | None, list[record.RoundRecord]]:
+) -> tuple[Simulation | None, list[record.Line]]:
     """Run in a folder, perhaps only up to a round, whose checkpoint is then missing.
 
     Gives what the newest checkpoint holds, None if the run was stopped, and the record without
@@ -59,27 +77,23 @@ def play(
     """
 
     def on_round(line):
-        if line.round == stop_after:
+        if line["round"] == stop_after:
             raise Stopped
 
     folder.mkdir(exist_ok=True)
     state = None
+    config = resolve.replace(parts.config, {"evaluation.every": eval_every})
+    parts = parts._replace(config=config)
     with contextlib.suppress(Stopped):
-        state = loop.train(
-            parts,
-            seed=3,
-            folder=folder,
-            eval_every=eval_every,
-            checkpoint_every=1,
-            keep_checkpoints=2,
-            fingerprint=7,
-            report=progress.Listener(start=lambda lines: None, round=on_round, warn=warn),
-        )
-    lines = [line._replace(wall_s=0.0) for line in record.read(folder)]
+        state = loop.train(parts, folder=folder, listener=Listener(round=on_round, warn=warn))
+    lines = [{**line, "time_s": 0.0} for line in record.read(folder).lines]
     if state is None:
         return None, lines
     like = jax.eval_shape(lambda: loop.start(jax.random.key(0), parts))
-    found = checkpoints.read_newest(folder / record.CHECKPOINTS, like, warn=pytest.fail)
+    with checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=2) as manager:
+        found = checkpoints.restore(
+            manager, like, usable=lambda step: True, aside=folder, warn=pytest.fail
+        )
     assert found is not None
     assert found[0] == len(lines)
     chex.assert_trees_all_equal(found[1].state, state)
@@ -92,7 +106,7 @@ def assert_resumes(
     *,
     stops: Iterable[int] | None = None,
     **options: Any,
-) -> list[record.RoundRecord]:
+) -> list[record.Line]:
     """Stop one run after each round in turn (or after `stops`); it ends as one that never stopped.
 
     The server's state, all clients' rows and all lines of the record are the same, to the bit.

@@ -719,4 +719,4 @@ def test_killed_at_any_round_it_resumes_to_the_same_bits(tmp_path):
     lines = resuming.assert_resumes(
         parts, tmp_path, stops=(1, 2), eval_every=9, warn=lambda text: None
     )
-    assert [line.stage for line in lines] == ["explore", "train", "train"]
+    assert [line["stage"] for line in lines] == ["explore", "train", "train"]

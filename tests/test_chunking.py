@@ -7,17 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.experiment.config.flat.sections import RunConfig
-from fedjaxprune.experiment.config.flat.validation import validate
-from fedjaxprune.experiment.execution import chunk_size, chunk_trial
-from fedjaxprune.experiment.folder import record
-from fedjaxprune.experiment.run import build, launch
+from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.config.resolve import Given
+from fedjaxprune.experiment.execution import chunk_size, chunk_trial, compilation_cache
+from fedjaxprune.experiment.folder import layout
+from fedjaxprune.experiment.run import build, composing, examples, launch
+from fedjaxprune.experiment.run.listener import Listener
 
 LONG = chunk_size.Work(
     steps=np.full(40, 5), batch_size=10, cohort_size=16, devices=2, num_rounds=10**6
 )
 RISING = {1: 100.0, 2: 190.0, 4: 300.0, 8: 350.0}
-SETTINGS = {"algorithm": "fedavg", "rounds": 2, "num_clients": 8, "cohort_size": 8, "devices": 2}
+SETTINGS = {
+    "method": "fedavg",
+    "federation.num_rounds": 2,
+    "data.num_clients": 8,
+    "federation.cohort_size": 8,
+    "execution.devices": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +54,7 @@ def never(size):
 
 
 def auto(measure, *, work=LONG, key="k", warn=never):
-    return chunk_size.auto(work, measure, key=key, slow_s=lambda: 1e9, warn=warn)
+    return chunk_size.auto(work, measure, key=key, estimate=lambda: chunk_size.UNKNOWN, warn=warn)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +90,24 @@ def test_one_candidate_is_no_trial():
 
 
 def test_a_short_run_has_no_trial_and_a_longer_one_a_part():
-    short = chunk_size.choose(LONG, never, {}, slow_s=9.0)
+    short = chunk_size.choose(LONG, never, {}, estimate=chunk_size.Estimate(19.0, 2.0))
     assert short.size == 1
-    assert "less than about 9.0 s" in short.sentence
-    # 16 clients x 5 steps x 10 examples: 8 s a round with chunks of 1, then 4.2 s.
-    table = Table(RISING)
+    assert "no trial, as the run trains for about 19 s only" in short.sentence
+    # 16 clients x 5 steps x 10 examples: 16 s in two rounds with chunks of 1, then 8.4 s.
+    table = Table(RISING, cost_s=0.5)
     choice = table.choose(LONG._replace(num_rounds=2))
-    assert (choice.size, table.asked) == (2, [1, 2])  # a third second would be over a fifth of 8.4
+    assert (choice.size, table.asked) == (2, [1, 2])  # 1.5 s would be over a tenth of 8.4
     assert "more were not tried in a run that trains for 8.4 s" in choice.sentence
+
+
+def test_a_trial_never_takes_more_than_its_share_after_its_first_size():
+    for num_rounds in (1, 5, 30, 200):
+        table = Table(RISING, cost_s=2.0)
+        work = LONG._replace(num_rounds=num_rounds)
+        choice = table.choose(work, estimate=chunk_size.Estimate(1e9, 2.0))
+        spent = sum(figure.cost_s for figure in choice.figures.values())
+        trained = work.num_examples / max(RISING[size] for size in table.asked)
+        assert len(table.asked) == 1 or spent <= chunk_size.SHARE * 2 * trained
 
 
 def test_known_figures_are_not_measured_and_count_by_what_they_cost():
@@ -167,7 +184,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(chunk_size.pathlib.Path, "home", nowhere)
-    with launch.jax_set_up():
+    with compilation_cache.kept():
         assert auto(Table(RISING)).size == 8
         assert auto(Table(RISING)).size == 8
 
@@ -179,41 +196,42 @@ def test_what_did_not_fit_is_tried_again(cache):
     assert (auto(table).size, table.asked) == (8, [4, 8])
 
 
-def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path, capsys):
-    table, played = Table(RISING), []
+def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path):
+    table, trained, told = Table(RISING), [], []
     monkeypatch.setattr(chunk_trial, "measure", lambda *args, **options: table)
-    monkeypatch.setattr(chunk_trial, "slow_s", lambda *args, **options: 1e9)
+    monkeypatch.setattr(chunk_trial, "estimate", lambda *args, **options: chunk_size.UNKNOWN)
     monkeypatch.setattr(chunk_size, "SHARE", 1e9)
-    monkeypatch.setattr(launch, "_train", lambda folder, config, *rest: played.append(config))
+    monkeypatch.setattr(launch, "_train", lambda folder, parts, *rest: trained.append(parts.config))
     folder = tmp_path / "run"
-    launch.start(validate({**SETTINGS, "out": str(folder)}), trackers={}, show=print)
+    listener = Listener(note=told.append)
+    launch.start(resolve.resolve(SETTINGS), folder=folder, listener=listener)
     assert table.asked == [1, 2, 4]
-    assert "chunk size 4 (auto): examples/s 100 with 1, 190 with 2, 300 with 4, measured in" in (
-        capsys.readouterr().out
+    assert (
+        "chunk size 4 (auto): examples/s 100 with 1, 190 with 2, 300 with 4, measured in"
+        in (told[0])
     )
-    assert record.stored(folder)[0].chunk_size == 4
+    assert layout.stored(folder).values["execution"]["chunk_size"] == 4
     on_record = json.loads((folder / chunk_size.FILE).read_text())
     assert on_record["chunk_size"] == 4
     assert on_record["figures"]["2"]["examples_per_s"] == 190.0
 
     monkeypatch.setattr(chunk_trial, "choose", pytest.fail)
-    for given in ({}, {"chunk_size": "auto"}):
-        launch.resume(folder, given, validate(given), trackers={}, show=print)
-    launch.start(
-        validate({**SETTINGS, "chunk_size": 3, "out": str(tmp_path / "other")}),
-        trackers={},
-        show=print,
-    )
-    assert [config.chunk_size for config in played] == [4, 4, 4, 3]
+    for given in ({}, {"execution.chunk_size": "auto"}):
+        launch.resume(folder, Given(given))
+    chosen = resolve.resolve({**SETTINGS, "execution.chunk_size": 3})
+    launch.start(chosen, folder=tmp_path / "other")
+    assert [config.execution.chunk_size for config in trained] == [4, 4, 4, 3]
     assert not (tmp_path / "other" / chunk_size.FILE).exists()
 
 
 @pytest.fixture(scope="module")
 def small():
-    config = build.resolve(RunConfig(**SETTINGS, local_steps=2))
+    config = resolve.resolve({**SETTINGS, "client.steps": 2})
     parts = build.build(config)
-    work = chunk_size.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
-    batcher = build._batcher(config, lambda key, inputs: inputs.astype(jnp.float32) / 16)
+    work = chunk_size.Work(np.full(8, 2), 16, 8, 2, 2)
+    scale = lambda key, inputs: inputs.astype(jnp.float32) / 16  # noqa: E731
+    batcher = composing.batches_of(batch_size=16, train=scale, test=scale)()
+    batcher = batcher._replace(num_steps=lambda data: jnp.int32(2))
     measure = chunk_trial.measure(
         parts.model, batcher, parts.population, work=work, mesh=parts.mesh
     )
@@ -221,13 +239,14 @@ def small():
 
 
 def test_the_estimate_that_spares_short_runs_a_trial(small):
-    config, parts, work, batcher, _ = small
+    _, parts, work, batcher, _ = small
     params, _ = jax.eval_shape(parts.model.init, jax.random.key(0))
     # Six operations for each weight of an MLP and example, but none for the inputs' gradient.
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
-    slow = chunk_trial.slow_s(parts.model, batcher, parts.population, work=work)
-    expected = work.num_examples * (6 * weights / 5e9 + 2e-4 / config.batch_size) / work.devices
-    assert slow == pytest.approx(expected, rel=0.3)
+    found = chunk_trial.estimate(parts.model, batcher, parts.population, work=work)
+    expected = work.num_examples * (6 * weights / 2e10 + 2e-4 / 16) / work.devices
+    assert found.training_s == pytest.approx(expected, rel=0.3)
+    assert 1 < found.trial_s < 10
 
 
 def test_a_trial_plays_local_training(small):
@@ -287,13 +306,19 @@ def test_a_container_has_less_room_than_its_machine(monkeypatch, tmp_path, files
 
 
 def test_figures_are_kept_apart_by_what_they_depend_on():
-    config = build.resolve(RunConfig(**SETTINGS))
-    work = chunk_size.Work(np.full(8, 2), config.batch_size, 8, 2, 2)
+    work = chunk_size.Work(np.full(8, 2), 16, 8, 2, 2)
 
     def key(work=work, **changes):
-        return chunk_trial.key(config.model_copy(update=changes), work)
+        named = {name.replace("__", "."): value for name, value in changes.items()}
+        given = resolve.merge(resolve.read(SETTINGS), resolve.read(named))
+        config = resolve.resolve(given)
+        found = examples.read(config)
+        model = build.make_model(config, found.dataset, found.test)
+        task = build.make_task(config, model, found, chunk=1)
+        return chunk_trial.key(config, task, work)
 
-    assert key() == key(learning_rate=0.5, seed=3, rounds=9, optimizer="adam")
-    different = [key(), key(model="cnn"), key(batch_size=3), key(dataset="mnist")]
+    assert key() == key(client__optimizer__learning_rate=0.5, seed=3, client__optimizer="adam")
+    different = [key(), key(model="cnn"), key(model__hidden_sizes=(9,)), key(data__augment=True)]
     different += [key(work._replace(devices=1)), key(work._replace(steps=np.full(8, 1)))]
+    different += [key(work._replace(batch_size=3)), key(execution__compute_dtype="bfloat16")]
     assert len(set(different)) == len(different)

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from fedjaxprune.experiment.config.flat import files, validation
+from fedjaxprune import registry
+from fedjaxprune.cli import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,29 +22,12 @@ def commands(page):
             yield words[2:]
 
 
-def settings(words):
-    """Read options, and what may stand before them."""
-    values, source = {}, None
-    words = list(words)
-    if words and not words[0].startswith("--"):
-        source = words.pop(0)
-    while words:
-        name = words.pop(0).removeprefix("--").replace("-", "_")
-        if name in ("track", "resume"):
-            words.pop(0)
-        elif validation.is_flag(name.removeprefix("no_")):
-            values[name.removeprefix("no_")] = not name.startswith("no_")
-        else:
-            values[name] = words.pop(0)
-    return {**({} if source is None else files.read_source(source)), **values}
-
-
 CASES = [(page.name, words) for page in PAGES for words in commands(page)]
 
 
 def test_every_method_is_described():
     text = (ROOT / "docs/methods.md").read_text()
-    assert [n for n in validation.alternatives("algorithm") if f"`{n}`" not in text] == []
+    assert [n for n in registry.names("method") if f"`{n}`" not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -51,4 +35,5 @@ def test_every_method_is_described():
 )
 def test_a_documented_command_is_valid(page, words):
     del page  # for the name of the case
-    validation.validate(settings(words))
+    context = run.run.make_context("run", list(words))
+    assert context.params is not None

@@ -13,10 +13,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import trees
 from fedjaxprune.cli import main
-from fedjaxprune.experiment.config.flat.sections import UserError
+from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.exporting import export, model_card
 from fedjaxprune.experiment.exporting import safetensors as tensors
-from fedjaxprune.experiment.folder.record import CHECKPOINTS, CONFIG
+from fedjaxprune.experiment.folder.layout import CHECKPOINTS, CONFIG
 from fedjaxprune.structure.compaction import compact
 
 for package in export.NEEDED:
@@ -24,8 +24,8 @@ for package in export.NEEDED:
 
 
 SPARSE = [
-    "run", "--algorithm", "random_masks", "--sparsity", "0.98", "--model", "mlp", "--rounds", "2",
-    "--num-clients", "4", "--cohort-size", "2", "--local-steps", "1", "--devices", "1",
+    "run", "--method", "random_masks", "--sparsity", "0.98", "--model", "mlp", "--num-rounds", "2",
+    "--num-clients", "4", "--cohort-size", "2", "--steps", "1", "--devices", "1",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder.parent / "cache"))
-        main.main([*SPARSE, "--out", str(folder)])
+        main.main([*SPARSE, "--folder", str(folder)])
     return folder
 
 
@@ -60,7 +60,7 @@ def images(count):
 
 def test_what_is_exported_says_what_the_run_says(run, exported):
     folder, facts = exported
-    small, whole = export.load(folder), export.load(str(run))
+    small, whole = export.read(folder), export.read(str(run))
     for count in (1, 7):
         expected = np.asarray(whole.predict(images(count)))
         found = np.asarray(small.predict(images(count)))
@@ -88,7 +88,7 @@ def test_the_program_runs_where_only_jax_is(exported, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(
-        np.load(tmp_path / "logits.npy"), export.load(folder).predict(images(3)), rtol=1e-5
+        np.load(tmp_path / "logits.npy"), export.read(folder).predict(images(3)), rtol=1e-5
     )
 
 
@@ -110,6 +110,16 @@ def test_the_tensors_are_read_by_safetensors_alone(exported):
     assert (folder / export.TENSORS).stat().st_size < facts.sizes["dense"] / 3.5
 
 
+def test_constants_are_named_by_what_they_feed(exported):
+    import safetensors
+
+    with safetensors.safe_open(exported[0] / export.TENSORS, framework="numpy") as file:
+        found = [name for name in file.keys() if name.startswith("constants/")]  # noqa: SIM118
+    layers = {"constants/dense_2", "constants/dense_3"}
+    assert found
+    assert {name.rpartition("/")[0] for name in found} <= layers
+
+
 def test_the_card_tells_data_method_costs_accuracy_and_licence(exported):
     folder, facts = exported
     text = (folder / export.CARD).read_text(encoding="utf-8")
@@ -118,10 +128,11 @@ def test_the_card_tells_data_method_costs_accuracy_and_licence(exported):
         "random_masks",
         "digits",
         "CC BY 4.0",
-        f"{100 * facts.summary['test_accuracy']:.2f} %",
+        f"{100 * facts.summary['test']['accuracy']:.2f} %",
         "sent up, measured",
         "sparsity",
         "dense_1/kernel",
+        "fedjaxprune run --method random_masks",
         "from jax import export",
     ):
         assert words in text
@@ -153,7 +164,7 @@ def test_the_command_tells_what_it_did_and_leaves_the_run_alone(capsys, run, tmp
     assert snapshot(run) == before
     status, _, err = call(capsys, "export", run, "--out", tmp_path / "net")
     assert status == 2
-    assert err == f"error: out: {str(tmp_path / 'net')!r} exists; give a folder that does not.\n"
+    assert err == f"error: {str(tmp_path / 'net')!r} exists; give a folder that does not.\n"
 
 
 def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, exported, tmp_path, monkeypatch):
@@ -169,7 +180,7 @@ def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, exported, tmp_pa
     edited = tmp_path / "edited"
     shutil.copytree(run, edited, ignore=shutil.ignore_patterns("export"))
     text = (edited / CONFIG).read_text()
-    (edited / CONFIG).write_text(text.replace("seed: 0", "seed: 1"))
+    (edited / CONFIG).write_text(text.replace("- 200\n", "- 201\n"))
     broken = tmp_path / "broken"
     shutil.copytree(run, broken, ignore=shutil.ignore_patterns("export"))
     for path in (broken / CHECKPOINTS).rglob("*"):
@@ -182,7 +193,7 @@ def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, exported, tmp_pa
         several: f"is no run but holds 2: give one of them ({str(several / 'a')!r}, ",
         exported[0]: "is no run: it is an exported network.",
         bare: "has no checkpoint, so there is no network to take out of it",
-        edited: "is not the config that made the run's checkpoints",
+        edited: "the network is not that of the run in",
         broken: "no checkpoint of the run in",
     }
     for folder, sentence in cases.items():
@@ -191,8 +202,8 @@ def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, exported, tmp_pa
         assert sentence in err.splitlines()[-1]
         assert not (tmp_path / "net").exists()
     for name, sentence in (("empty", "there is no config.yaml"), ("several", "but holds 2: give")):
-        with pytest.raises(UserError, match=f"is no run and no exported network.*{sentence}"):
-            export.load(tmp_path / name)
+        with pytest.raises(RunFolderError, match=f"is no run and no exported network.*{sentence}"):
+            export.read(tmp_path / name)
 
 
 def test_filters_that_stay_are_listed_once_by_reason():
@@ -212,7 +223,7 @@ def test_nothing_is_left_half_written(run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model_card, "write", fail)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(RunFolderError, match="No space left on device"):
         export.export(run, tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
 
@@ -223,11 +234,11 @@ def test_damaged_files_and_missing_packages_are_named(exported, tmp_path, monkey
         copy = tmp_path / name.replace(".", "-")
         shutil.copytree(folder, copy)
         (copy / name).write_bytes((copy / name).read_bytes()[:100])
-        with pytest.raises(UserError, match=f"{name}' cannot be read: it is damaged"):
-            export.load(copy)
+        with pytest.raises(RunFolderError, match=f"{name}' cannot be read: it is damaged"):
+            export.read(copy)
     monkeypatch.setattr(export, "NEEDED", ("safetensors", "no_such_package"))
-    with pytest.raises(UserError, match=r"need no_such_package: install .*fedjaxprune\[export\]"):
-        export.load(folder)
+    with pytest.raises(RunFolderError, match=r"need no_such_package: .*fedjaxprune\[export\]"):
+        export.read(folder)
 
 
 @pytest.mark.parametrize("seed", range(4))

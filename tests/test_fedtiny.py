@@ -661,4 +661,4 @@ def test_killed_in_any_stage_it_resumes_to_the_same_bits(tmp_path):
     draw = sampling.with_dropout(sampling.uniform(num_clients=6, cohort_size=4), probability=0.2)
     parts = resuming.parts(quadratic.NORMALIZED, tiny(), PEOPLE, draw)
     lines = resuming.assert_resumes(parts, tmp_path)
-    assert [line.stage for line in lines] == ["prepare", "calibrate", "compare"] + 6 * ["train"]
+    assert [line["stage"] for line in lines] == ["prepare", "calibrate", "compare"] + 6 * ["train"]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.experiment import methods
 from fedjaxprune.methods import (
     averaged_filters,
     gradual_magnitude,
@@ -46,10 +45,6 @@ METHODS = {
 }
 TRAINED = ("magnitude_masks", "fedtiny")  # that go on from weights trained at the server
 SLOW = ("one_client_masks", "pooled_masks", "pooled_filters", "averaged_filters")  # share parts
-
-
-def test_every_method_with_a_sparsity_is_here():
-    assert set(METHODS) == set(methods.PRUNING) - {"feddip"}  # which has its penalty left
 
 
 @functools.cache

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fedjaxprune.experiment.config.flat.sections import RunConfig
 
-from fedjaxprune import masks
+from fedjaxprune import masks, registry
 from fedjaxprune.costs import flops, ledger
-from fedjaxprune.experiment.run import build
 from fedjaxprune.federated import local_training, sampling, uplinks
 from fedjaxprune.federated.corrections import scaffold
 from fedjaxprune.kernels import convolution
@@ -53,17 +51,24 @@ def products(jaxpr):
             yield from products(sub)
 
 
+def make(name, shape, **settings):
+    """Build a network of the package, of ten classes; settings that it lacks are left out."""
+    part = registry.find("model", name).part
+    own = {n: value for n, value in settings.items() if n in part.settings.model_fields}
+    return part.build(part.settings(**own), input_shape=shape, num_classes=10)
+
+
 DEEP = ("vgg16_bn", "resnet18", "resnet32", "resnet34", "resnet50", "gated_resnet32", "gated_vgg16")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in build.MODELS],
+    [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in registry.names("model")],
 )
 def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
     shape = (5,) if name == "char_lstm" else (32, 32, 3)
     norm = "group" if name == "resnet20" else "batch"
-    wide = build.MODELS[name](RunConfig(norm=norm), input_shape=shape, num_classes=10)
+    wide = make(name, shape, norm=norm)
     model = precision.compute_in(wide, "bfloat16")
     params, state = jax.eval_shape(model.init, KEY)
     batch = batch_of(name)
@@ -79,7 +84,7 @@ def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
 
 @pytest.mark.parametrize("name", ["lenet5", pytest.param("resnet8", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_near_float32(name):
-    wide = build.MODELS[name](RunConfig(), input_shape=(32, 32, 3), num_classes=10)
+    wide = make(name, (32, 32, 3))
     params, state = wide.init(KEY)
     results = [
         jax.jit(gradient(model))(params, state, batch_of(name), KEY)

@@ -97,9 +97,7 @@ def test_values_take_the_place_of_names(tmp_path):
             {},
         )
     )
-    with pytest.raises(
-        fjp.RunFolderError, match="dense/bias is float32 .4,. now and absent in the"
-    ):
+    with pytest.raises(fjp.RunFolderError, match=r"dense/bias is float32 \(4,\) now and absent in"):
         fjp.resume(made.folder, **{**own, "model": wide})
 
 

@@ -54,11 +54,16 @@ class Audience(NamedTuple):
     warn: Callable[[str], object] = _nothing
 
 
+def is_finished(member: Member) -> bool:
+    """Tell whether nothing is left to do for a member."""
+    return (member.folder / layout.SUMMARY).exists() and failure.read(member.folder) is None
+
+
 def one_by_one(
     sweep: Sweep, audience: Audience, *, trackers: launch.Openers | None = None
 ) -> dict[str, str]:
     """Run what is missing in this process; return what failed, by name, and why."""
-    missing = [member for member in sweep.members if not plan.is_finished(member)]
+    missing = [member for member in sweep.members if not is_finished(member)]
     failed = {}
     if missing:
         import jax
@@ -102,7 +107,7 @@ def side_by_side(
     """
     if not sweep.source.endswith((".yaml", ".yml")):
         raise ConfigError("jobs must be 1 for a sweep that is not a file.")
-    missing = [member for member in sweep.members if not plan.is_finished(member)]
+    missing = [member for member in sweep.members if not is_finished(member)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares: queue.Queue[set[int]] = queue.Queue()
     for number in range(jobs):

@@ -1,0 +1,118 @@
+"""From a config to a run: every part builds, and what does not fit is one sentence."""
+
+import jax
+import numpy as np
+import pytest
+
+from fedjaxprune import registry
+from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.config import files, resolve
+from fedjaxprune.experiment.execution import chunk_trial
+from fedjaxprune.experiment.run import build, examples
+
+SMALL = {
+    "method": "fedavg",
+    "federation": {"num_rounds": 2, "cohort_size": 2},
+    "data.num_clients": 4,
+    "client.steps": 1,
+    "execution": {"devices": 1, "chunk_size": 1},
+}
+
+
+def made(**changes):
+    given = resolve.merge(resolve.read(SMALL), resolve.read(changes))
+    return build.build(resolve.resolve(given))
+
+
+PARTS = {
+    "sampling": "federation.sampling",
+    "correction": "client.correction",
+    "server_optimizer": "server.optimizer",
+    "aggregator": "server.aggregator",
+    "uplink": "uplink",
+    "optimizer": "client.optimizer",
+}
+CHOICES = [(path, name) for kind, path in PARTS.items() for name in registry.names(kind)]
+
+
+@pytest.mark.parametrize(("path", "name"), CHOICES)
+def test_every_choice_makes_a_round(path, name):
+    needed = {"server_learning_rate": 0.1} if name in ("fedadam", "fedyogi") else {}
+    made(**{path: {"name": name, **needed}})
+
+
+@pytest.mark.parametrize("name", ["iid", "stratified", "shards", "dirichlet"])
+def test_the_seed_decides_the_partition(name):
+    first, again, other = (
+        examples.read(resolve.resolve({**SMALL, "data.partition": name, "seed": seed}))
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first.population.order, again.population.order)
+    assert not np.array_equal(first.population.order, other.population.order)
+
+
+MISFITS = {
+    "a network": ({"model": "lenet5"}, "model 'lenet5' does not fit the data set 'digits'"),
+    "batches": ({"client.batch_size": 5000}, "client.batch_size must be at most the number of"),
+    "clients": ({"data.num_clients": 5000}, "data.partition 'iid' of 'digits' over 5000 clients"),
+    "statistics": (
+        {"method": "fedtiny", "model": "mlp"},
+        "method 'fedtiny' needs BatchNorm statistics, and the network 'mlp' has none.",
+    ),
+    "convolutions": (
+        {"method": "mpfl", "model": "mlp"},
+        "method 'mpfl' needs convolutions, and the network 'mlp' has none.",
+    ),
+    "a share": ({"server.data_fraction": 0.001}, "server.data_fraction: a held-out share of 0.001"),
+    "rounds": (
+        {"method": "autoflip", "federation.num_rounds": 2**31 - 1},
+        "all stages together must have at most 2147483647 rounds",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_one_sentence(name):
+    changes, sentence = MISFITS[name]
+    with pytest.raises(ConfigError) as caught:
+        made(**changes)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_run_is_said_before_the_trial_of_chunk_sizes_compiles(monkeypatch):
+    monkeypatch.setattr(chunk_trial, "choose", pytest.fail)
+    changes = {"method": "fedtiny", "model": "mlp", "execution.chunk_size": "auto"}
+    config = resolve.resolve(resolve.merge(resolve.read(SMALL), resolve.read(changes)))
+    with pytest.raises(ConfigError, match="needs BatchNorm"):
+        build.build(config, warn=pytest.fail)
+
+
+def test_what_the_server_holds_no_client_has():
+    given = {**SMALL, "method": "snip", "server.data_fraction": 0.1}
+    found = examples.read(resolve.resolve(given))
+    order = np.asarray(found.population.order)
+    assert not set(found.held.tolist()) & set(order.tolist())
+    assert len(found.held) + len(order) == len(found.dataset.train["labels"])
+
+
+def test_a_client_of_a_key_is_counted():
+    from tests import stub
+
+    given = {**stub.settings(), "data.partition": "by_key"}
+    del given["data.num_clients"]
+    parts = build.build(resolve.resolve(given))
+    assert parts.config.data.num_clients == 6
+    assert parts.config.federation.cohort_size == 6
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", files.preset_texts())
+def test_every_round_of_a_preset_can_be_traced(name, tfds_data_dir):
+    given = files.read_source(name)
+    if not str(given.values.get("data.dataset.name", "digits")).startswith("digits"):
+        place = {"data.dataset.data_dir": str(tfds_data_dir)}
+        given = resolve.merge(given, resolve.read(place))
+    build.build(resolve.resolve(given))
+    jax.clear_caches()
