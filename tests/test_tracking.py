@@ -4,8 +4,10 @@ import sys
 import types
 
 import pytest
-from fedjaxprune.experiment.config.flat.sections import ConfigError
 
+from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.experiment.tracking import tracker
 from tests.folders import line, rising
 
