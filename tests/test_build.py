@@ -106,6 +106,13 @@ def test_a_client_of_a_key_is_counted():
     assert parts.config.federation.cohort_size == 6
 
 
+@pytest.mark.parametrize("name", files.preset_texts())
+def test_a_preset_is_valid_and_says_what_it_is(name):
+    first, *_ = files.preset_texts()[name].splitlines()
+    assert first.startswith("# ")
+    resolve.resolve(files.read_source(name))
+
+
 @pytest.mark.real_data
 @pytest.mark.slow
 @pytest.mark.parametrize("name", files.preset_texts())
