@@ -120,19 +120,29 @@ def _order(run: RunData) -> int:
 def _labels(several: Sequence[dict[str, Any]]) -> list[str]:
     """Name configurations by their methods and the other settings in which they differ.
 
-    A setting counts where those that have it differ in it: that FedDIP has a sparsity and FedAvg
-    has none follows from their names.
+    A method's own settings count where configurations of that method differ: what distinguishes two
+    methods follows from their names.
     """
+
+    def differs(path: str, settings: dict[str, Any]) -> bool:
+        is_own = path.startswith("method.") or path == "code of method"
+        others = [
+            one
+            for one in several
+            if path in one and not (is_own and one.get(METHOD) != settings.get(METHOD))
+        ]
+        return len({repr(one[path]) for one in others}) > 1
+
     paths = dict.fromkeys(path for settings in several for path in settings)
-    shown = [
-        path
-        for path in sorted(paths, key=lambda path: not path.startswith("method."))
-        if path != METHOD and len({repr(one[path]) for one in several if path in one}) > 1
-    ]
+    ordered = sorted(paths, key=lambda path: not path.startswith("method."))
     labels = []
     for settings in several:
         parts = [str(settings.get(METHOD))]
-        parts += [f"{p.removesuffix('.name')} {settings[p]}" for p in shown if p in settings]
+        parts += [
+            f"{path.removesuffix('.name')} {settings[path]}"
+            for path in ordered
+            if path != METHOD and path in settings and differs(path, settings)
+        ]
         labels.append(", ".join(parts))
     return [
         label if labels.count(label) == 1 else f"{label} ({number})"
