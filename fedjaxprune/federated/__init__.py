@@ -1,1 +1,12 @@
 """Clients and server; takes masks as given."""
+
+from fedjaxprune import namespace
+
+__all__, __getattr__, __dir__ = namespace.offer(
+    __name__,
+    modules=(
+        "aggregators batch_norm cohort corrections early_stopping gated_updates "
+        "local_training optimizers personalization sampling server_optimizers "
+        "sparse_gradients uplinks"
+    ),
+)

@@ -1,1 +1,18 @@
-"""Networks and adapters."""
+"""Networks, and other libraries' networks as a `Model`."""
+
+from fedjaxprune import namespace
+
+__all__, __getattr__, __dir__ = namespace.offer(
+    __name__,
+    modules="adapters gates heads layers precision",
+    names={
+        "convolutional": "alexnet cnn femnist_cnn lenet5 pooled_cnn two_cnn",
+        "gated": "gated_resnet8 gated_resnet32 gated_vgg16",
+        "lstm": "char_lstm",
+        "outside": "as_model from_equinox",
+        "adapters": "from_functions from_linen from_nnx",
+        "perceptron": "mlp",
+        "resnet": "resnet8 resnet18 resnet20 resnet32 resnet34 resnet50",
+        "vgg": "vgg11 vgg16",
+    },
+)

@@ -1,1 +1,13 @@
 """One compiled round: the training round, reporting rounds, work at the server, simulation."""
+
+from fedjaxprune import namespace
+
+__all__, __getattr__, __dir__ = namespace.offer(
+    __name__,
+    modules="facts protocol reporting server_work simulation stages task training",
+    names={
+        "protocol": "FieldSpec Hooks Masking Protocol",
+        "stages": "in_order",
+        "task": "Task",
+    },
+)

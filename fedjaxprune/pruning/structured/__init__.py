@@ -1,1 +1,8 @@
-"""Masks of whole filters and channels, and the rules by which votes become one mask."""
+"""Structured pruning: whole filters and channels."""
+
+from fedjaxprune import namespace
+
+__all__, __getattr__, __dir__ = namespace.offer(
+    __name__,
+    modules="channel_pruning filters voting",
+)
