@@ -230,7 +230,7 @@ def small():
     parts = build.build(config)
     work = chunk_size.Work(np.full(8, 2), 16, 8, 2, 2)
     scale = lambda key, inputs: inputs.astype(jnp.float32) / 16  # noqa: E731
-    batcher = composing.batches_of(batch_size=16, train=scale, test=scale)()
+    batcher = composing.batches_of(batch_size=16, train=scale, test=scale, seed=0)()
     batcher = batcher._replace(num_steps=lambda data: jnp.int32(2))
     measure = chunk_trial.measure(
         parts.model, batcher, parts.population, work=work, mesh=parts.mesh

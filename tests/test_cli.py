@@ -326,7 +326,7 @@ def wait_for_round(process: subprocess.Popen, folder: pathlib.Path, number: int)
     """Wait until a run has recorded a round, or has ended."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if len(record.read(folder, strict=False).lines) >= number:
+        if len(record.look(folder).lines) >= number:
             return
         time.sleep(0.002)
 

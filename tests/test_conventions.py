@@ -1,9 +1,15 @@
-"""Conventions are tests, not pleas: packages, argument order, keyword-only options, doc-strings."""
+"""Conventions are tests: imports, lengths, argument order, keyword-only options, doc-strings."""
 
 import ast
+import functools
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
+
+from tests import write_api
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "fedjaxprune"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -21,8 +27,11 @@ GROUND = {
     "registry",
     "errors",
     "method",
+    "namespace",
 }
 BELOW = {
+    "__init__": {"namespace"},
+    "namespace": set(),
     "errors": set(),
     "settings": {"errors"},
     "registry": {"errors", "settings", "method"},
@@ -47,47 +56,71 @@ BELOW = {
 TOP = ("experiment", "cli")
 
 
+FORBIDDEN = {  # libraries that a package does not import
+    "methods": {"flax", "tensorflow_datasets", "orbax"},
+    "experiment": {"click"},
+}
+
+
 def room(file):
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(tree):
-    for node in ast.walk(tree):
+@functools.cache
+def tree(file):
+    return ast.parse(file.read_text())
+
+
+@functools.cache
+def imports(file):
+    """List the path of everything that a file imports."""
+    found = []
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            parts = node.module.split(".")
-            if parts[0] == "fedjaxprune":
-                yield from ([parts[1]] if len(parts) > 1 else [n.name for n in node.names])
+            found += (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.Import):
-            for name in node.names:
-                parts = name.name.split(".")
-                if parts[0] == "fedjaxprune" and len(parts) > 1:
-                    yield parts[1]
+            found += (name.name for name in node.names)
+    return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def imported_rooms(file):
+    paths = [path.split(".") for path in imports(file)]
+    return {parts[1] for parts in paths if parts[0] == "fedjaxprune" and len(parts) > 1}
+
+
+EACH_FILE = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+
+
+@EACH_FILE
 def test_imports_run_downwards(file):
-    rooms = set(imported_rooms(ast.parse(file.read_text()))) - {"__version__"}
+    rooms = imported_rooms(file) - {"__version__"}
     if room(file) in TOP:
-        assert "cli" not in rooms or room(file) == "cli" or "experiment" in file.parts
+        assert "cli" not in rooms or room(file) == "cli"
         return
     assert rooms <= BELOW.get(room(file), set()) | {room(file)}
 
 
-def test_nothing_below_imports_the_experiment_or_the_command():
-    for file in FILES:
-        if room(file) not in TOP:
-            assert not {*TOP} & {*imported_rooms(ast.parse(file.read_text()))}, file.name
+@EACH_FILE
+def test_imports_no_library_that_is_not_for_it(file):
+    libraries = {path.split(".")[0] for path in imports(file)}
+    assert not libraries & FORBIDDEN.get(room(file), set())
+    assert "flax" not in libraries or room(file) == "models"
 
 
-def test_only_models_import_flax():
+@EACH_FILE
+def test_a_private_module_is_imported_in_its_folder_alone(file):
+    for path in imports(file):
+        parts = path.split(".")
+        private = [i for i, part in enumerate(parts) if part[0] == "_" and part[:2] != "__"]
+        if parts[0] == "fedjaxprune" and private:
+            assert list(file.relative_to(PACKAGE.parent).parts[:-1]) == parts[: private[0]]
+
+
+def test_nothing_below_the_command_prints():
     for file in FILES:
-        names = {
-            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or ""
-            for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        }
-        if any(name.split(".")[0] == "flax" for name in names):
-            assert room(file) == "models", file.name
+        if room(file) != "cli":
+            called = [n.func for n in ast.walk(tree(file)) if isinstance(n, ast.Call)]
+            assert "print" not in [f.id for f in called if isinstance(f, ast.Name)], file.name
 
 
 def test_modules_stay_short():
@@ -95,9 +128,34 @@ def test_modules_stay_short():
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
+def test_functions_of_rounds_and_methods_stay_short():
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            if room(file) in ("rounds", "methods") and isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 100, f"{file.name}: {node.name}"
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                assert len(given) <= 8, f"{file.name}: {node.name}"
+
+
+def test_the_public_names_are_written_down():
+    assert write_api.lines() == write_api.FILE.read_text().splitlines(), "see tests/write_api.py"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, time; t = time.process_time(); import fedjaxprune as fjp; dir(fjp);"
+        "print(time.process_time() - t, 'jax' in sys.modules, 'pydantic' in sys.modules)"
+    )
+    path = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    run = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, check=True)
+    took, *loaded = run.stdout.decode().split()
+    assert float(took) < 0.1
+    assert loaded == ["False", "False"]
+
+
 def public_functions():
     for file in FILES:
-        for node in ast.parse(file.read_text()).body:
+        for node in tree(file).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 yield pytest.param(file, node, id=f"{file.relative_to(PACKAGE)}:{node.name}")
 

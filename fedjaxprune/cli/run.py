@@ -179,7 +179,8 @@ def run(
     config = None if resume is not None else resolve.resolve(given)
     named = running.path(resume or folder or "")
     place = named if config is None or folder else layout.default_folder(config)
-    with running.interruptible(place), running.progress(details=details) as listener:
+    shown = running.progress(details=details, is_member=False)
+    with running.interruptible(place), shown as listener:
         if config is None:
             launch.resume(place, given, listener=listener, trackers=trackers)
         else:

@@ -34,7 +34,7 @@ def trackers(names: Sequence[str]) -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def progress(*, details: bool = False, is_member: bool = False) -> Iterator[Any]:
+def progress(*, details: bool, is_member: bool) -> Iterator[Any]:
     """Set JAX up, and open a listener that prints how a run goes.
 
     Args:

@@ -46,7 +46,7 @@ def sweep(
         click.echo(f"note: {note}", err=True)
     trackers = running.trackers(track)
     audience = execute.Audience(
-        listen=lambda: running.progress(is_member=True),
+        listen=lambda: running.progress(details=False, is_member=True),
         note=click.echo,
         warn=lambda sentence: click.echo(sentence, err=True),
     )

@@ -3,8 +3,6 @@
 Each takes names, files or values, does what the command of its name does, and prints nothing.
 """
 
-import functools
-import inspect
 import os
 import pathlib
 import sys
@@ -13,31 +11,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from fedjaxprune import registry
-from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.experiment import values
 from fedjaxprune.experiment.config import describe as describe_lib
 from fedjaxprune.experiment.config import files, resolve
-from fedjaxprune.experiment.config.resolve import Given
-from fedjaxprune.experiment.config.sections import PLACES, RunConfig, plain
+from fedjaxprune.experiment.config.sections import RunConfig, plain
 from fedjaxprune.experiment.folder import layout
 from fedjaxprune.experiment.result import Run, quiet
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.experiment.run.listener import Listener
-from fedjaxprune.registry import Found, Origin, Part
-
-__all__ = [
-    "Run",
-    "Sweep",
-    "compare",
-    "describe",
-    "export",
-    "find",
-    "load",
-    "report",
-    "resume",
-    "run",
-    "sweep",
-    "task",
-]
 
 Folder = str | os.PathLike[str]
 find = registry.find
@@ -99,14 +80,15 @@ def run(
         base = files.read_source(os.fspath(config))
     else:
         base = resolve.read(config or {})
-    given = _with_values(resolve.merge(base, _values(method=method, model=model, data=data)))
-    given = resolve.merge(given, _settings(given, settings))
+    parts = values.under_paths(method=method, model=model, data=data)
+    given = values.as_parts(resolve.merge(base, parts), is_new=True)
+    given = resolve.merge(given, values.keywords(given, settings))
     made = resolve.resolve(given)
     place = None if folder is None else layout.path_of(folder)
     openers = _trackers(trackers)
     with _listening(listener) as listens, quiet():
         place = launch.start(made, folder=place, listener=listens, trackers=openers)
-    return Run(place, model=_given_model(given))
+    return Run(place, model=values.model_of(given))
 
 
 def resume(
@@ -132,10 +114,10 @@ def resume(
       FedJaxPruneError: what is wrong, in one sentence.
     """
     place = layout.path_of(folder)
-    given = _with_values(_values(method=method, model=model, data=data), is_new=False)
+    given = values.as_parts(values.under_paths(method=method, model=model, data=data), is_new=False)
     with _listening(listener) as listens, quiet():
         launch.resume(place, given, listener=listens, trackers=_trackers(trackers))
-    return Run(place, model=_given_model(given))
+    return Run(place, model=values.model_of(given))
 
 
 def sweep(
@@ -181,7 +163,7 @@ def load(folder: Folder, *, model: Any = None) -> Run:
     Raises:
       RunFolderError: there is no run, or it has no round on record.
     """
-    return Run(layout.path_of(folder), model=_as_found("model", model))
+    return Run(layout.path_of(folder), model=values.as_found("model", model))
 
 
 def compare(
@@ -237,7 +219,7 @@ def export(run: Folder | Run, out: Folder | None = None, *, model: Any = None) -
 
     folder = run.folder if isinstance(run, Run) else layout.path_of(run)
     place = folder / "export" if out is None else layout.path_of(out)
-    given = _as_found("model", model)
+    given = values.as_found("model", model)
     if given is None and isinstance(run, Run):
         given = run._given
     with quiet():
@@ -277,115 +259,6 @@ def task(
         server_examples=server_examples,
         num_epochs=num_epochs,
     )
-
-
-def _values(**given: Any) -> Given:
-    """Put parts that were given by keyword under their paths."""
-    paths = {"method": "method", "model": "model", "data": "data.dataset"}
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name == "data" and isinstance(value, Mapping) and not _is_data(value):
-            found |= resolve.read({"data": value}).values
-        elif isinstance(value, Mapping) and name != "data":
-            found |= resolve.read({name: value}).values
-        else:
-            found[f"{paths[name]}.name"] = value
-    return Given(found)
-
-
-def _is_data(value: Mapping[str, Any]) -> bool:
-    """Tell data from settings of the section `data`."""
-    names = RunConfig.model_fields["data"].annotation.model_fields  # pyright: ignore[reportOptionalMemberAccess]
-    return not all(name.partition(".")[0] in names for name in value)
-
-
-def _with_values(given: Given, *, is_new: bool = True) -> Given:
-    """Make parts of values; data with client ids are dealt out by them, if nothing else is said."""
-    values = dict(given.values)
-    for path, place in PLACES.items():
-        name = f"{path}.name"
-        if name in values and not isinstance(values[name], str):
-            values[name] = _as_found(place.kind, values[name])
-    data = values.get("data.dataset.name")
-    if is_new and isinstance(data, Found) and data.origin.source == "value":
-        untold = not {"data.partition.name", "data.num_clients"} & set(values)
-        keys = getattr(getattr(data.part.build, "value", None), "keys", None)
-        if untold and isinstance(keys, Mapping) and len(keys) == 1:
-            values["data.partition.name"] = "by_key"
-    return given._replace(values=values)
-
-
-class _Ready:
-    """A `build` that gives what is there already."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __call__(self, *settings: Any, **context: Any) -> Any:
-        return self.value
-
-
-def _as_found(kind: str, value: Any) -> Found | None:
-    """Make a part of a value: of a function or a `Part` what it builds, else the value itself."""
-    if value is None or isinstance(value, Found):
-        return value
-    if isinstance(value, str) or not _is_component(kind, value):
-        return registry.find(kind, value)
-    if kind == "dataset":
-        from fedjaxprune.data import conversion
-
-        value = conversion.as_dataset(value)
-    name, part = f"own_{kind}", Part(_Ready(value))
-    if kind == "method":
-        from fedjaxprune.method import Method
-        from fedjaxprune.settings import Settings
-
-        return Found(
-            kind, name, Method(build=_Ready(value), settings=Settings), {}, Origin("value")
-        )
-    return Found(kind, name, part, {}, Origin("value"))
-
-
-def _is_component(kind: str, value: Any) -> bool:
-    """Tell what a part would build from a part."""
-    is_part = hasattr(value, "build") and hasattr(value, "settings")
-    is_function = inspect.isroutine(value) or isinstance(value, functools.partial | type)
-    if kind == "method":
-        return hasattr(value, "stages")
-    return kind in ("model", "dataset") and not is_part and not is_function
-
-
-def _given_model(given: Given) -> Found | None:
-    found = given.values.get("model.name")
-    return found if isinstance(found, Found) and found.origin.source == "value" else None
-
-
-def _settings(given: Given, settings: Mapping[str, Any]) -> Given:
-    """Read keywords that are sections of the config, or single settings by their short names."""
-    sections = {name: one for name, one in settings.items() if name in RunConfig.model_fields}
-    named = dict(resolve.read(sections).values)
-    rest = {name: one for name, one in settings.items() if name not in sections}
-    parts = {place.kind: f"{path}.name" for path, place in PLACES.items()}
-    named |= {parts[name]: rest.pop(name) for name in list(rest) if name in parts}
-    named = dict(_with_values(Given(named), is_new=False).values)
-    if rest:
-        found = resolve.find_parts(resolve.merge(given, Given(named)))
-        known = [path for path in resolve.paths(found.type) if not path.endswith(".name")]
-        for name, value in rest.items():
-            paths = [path for path in known if path.rpartition(".")[2] == name]
-            if len(paths) > 1:
-                raise ConfigError(
-                    f"{name} may be {' or '.join(paths)}: give it by its full path in the config."
-                )
-            if not paths:
-                names = [path.rpartition(".")[2] for path in known]
-                raise ConfigError(
-                    f"there is no setting {name!r} of this run{near_miss(name, [*names, *parts])}"
-                )
-            named[paths[0]] = value
-    return Given(named)
 
 
 def _folders(runs: Any) -> list[Any]:

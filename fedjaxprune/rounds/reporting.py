@@ -113,16 +113,7 @@ def reporting_round(
     Raises:
       ValueError: if a field is to travel in a way that exchanges do not know.
     """
-    joined: dict[str, Aggregator | CohortAggregator] = {"metrics": aggregators.unweighted_sum()}
-    for field, spec in fields.items():
-        if spec.send not in ("whole", "bits", "nothing"):
-            raise ValueError(
-                f"the field {field!r} of the exchange {name!r} must be sent as 'whole', 'bits' or "
-                f"'nothing', got {spec.send!r}."
-            )
-        joined[field] = aggregators.weighted_mean() if spec.aggregate is None else spec.aggregate
-    joined[traffic.NUM_MESSAGES] = aggregators.unweighted_sum()
-    joined[traffic.SUMMARY] = aggregators.stack()
+    joined = _aggregators(name, fields)
     travelling = [field for field, spec in fields.items() if spec.send != "nothing"]
 
     def update(key, given, own, data):
@@ -188,6 +179,23 @@ def reporting_round(
         round=with_hooks(round_fn, exchange.hooks),
         cohort=exchange.cohort,
     )
+
+
+def _aggregators(
+    name: str, fields: Mapping[str, FieldSpec]
+) -> dict[str, Aggregator | CohortAggregator]:
+    """Choose how the fields of an exchange's messages become those of the cohort."""
+    joined: dict[str, Aggregator | CohortAggregator] = {"metrics": aggregators.unweighted_sum()}
+    for field, spec in fields.items():
+        if spec.send not in ("whole", "bits", "nothing"):
+            raise ValueError(
+                f"the field {field!r} of the exchange {name!r} must be sent as 'whole', 'bits' or "
+                f"'nothing', got {spec.send!r}."
+            )
+        joined[field] = aggregators.weighted_mean() if spec.aggregate is None else spec.aggregate
+    joined[traffic.NUM_MESSAGES] = aggregators.unweighted_sum()
+    joined[traffic.SUMMARY] = aggregators.stack()
+    return joined
 
 
 def _num_uploaded(received: Download) -> jax.Array:

@@ -169,7 +169,7 @@ def _names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
 def _read(folder: pathlib.Path, name: str) -> tuple[RunData | None, str | None]:
     """Read one run, or say why it cannot be looked at yet."""
     stored = layout.stored(folder)
-    found = record.read(folder, strict=False)
+    found = record.look(folder)
     failed = failure.read(folder)
     held = lock.is_held(folder)
     if not found.lines:

@@ -92,18 +92,24 @@ def cut(folder: pathlib.Path, header: Mapping[str, Any], num_rounds: int) -> lis
     return lines
 
 
-def read(folder: pathlib.Path, *, strict: bool = True) -> Record:
-    """Read the record, but for a last line that a kill tore.
+def read(folder: pathlib.Path) -> Record:
+    """Read the record of a run that is to go on: every line must have all fields.
 
-    Args:
-      folder: of the run.
-      strict: whether the run is to go on from it: then every line must have all fields. To look at
-        a run, a line must have its number and nested fields.
+    A last line that a kill tore is left out.
 
     Raises:
       RunFolderError: it cannot be read, has another schema, a line that others follow is damaged,
         or the rounds are not in turn.
     """
+    return _read(folder, strict=True)
+
+
+def look(folder: pathlib.Path) -> Record:
+    """Read the record to look at it: a line must have its number and nested fields."""
+    return _read(folder, strict=False)
+
+
+def _read(folder: pathlib.Path, *, strict: bool) -> Record:
     path = folder / METRICS
     try:
         *rows, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")

@@ -20,7 +20,7 @@ def batches_of(
     batch_size: int,
     train: transforms.Preprocess,
     test: transforms.Preprocess,
-    seed: int = 0,
+    seed: int,
 ) -> BatchesFn:
     """Make local steps beside those of the protocol, as `Task.batches`.
 
@@ -72,7 +72,7 @@ def task(
         model=model,
         protocol=protocol,
         facts=facts.of_model(model, inputs=two),
-        batches=batches_of(batch_size=batch_size, train=prepare, test=prepare),
+        batches=batches_of(batch_size=batch_size, train=prepare, test=prepare, seed=0),
         server_examples=np.asarray(server_examples, np.int32),
         num_clients=len(sizes),
         largest_client=int(sizes.max()),

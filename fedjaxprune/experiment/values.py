@@ -1,0 +1,123 @@
+"""Values that a Python user gives in the place of names: models, data, methods and settings."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from fedjaxprune import registry
+from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.config.resolve import Given
+from fedjaxprune.experiment.config.sections import PLACES, RunConfig
+from fedjaxprune.registry import Found, Origin, Part
+
+
+def under_paths(**given: Any) -> Given:
+    """Put parts that were given by keyword under their paths."""
+    paths = {"method": "method", "model": "model", "data": "data.dataset"}
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "data" and isinstance(value, Mapping) and not _is_data(value):
+            found |= resolve.read({"data": value}).values
+        elif isinstance(value, Mapping) and name != "data":
+            found |= resolve.read({name: value}).values
+        else:
+            found[f"{paths[name]}.name"] = value
+    return Given(found)
+
+
+def _is_data(value: Mapping[str, Any]) -> bool:
+    """Tell data from settings of the section `data`."""
+    names = RunConfig.model_fields["data"].annotation.model_fields  # pyright: ignore[reportOptionalMemberAccess]
+    return not all(name.partition(".")[0] in names for name in value)
+
+
+def as_parts(given: Given, *, is_new: bool) -> Given:
+    """Make parts of values; data with client ids are dealt out by them, if nothing else is said."""
+    values = dict(given.values)
+    for path, place in PLACES.items():
+        name = f"{path}.name"
+        if name in values and not isinstance(values[name], str):
+            values[name] = as_found(place.kind, values[name])
+    data = values.get("data.dataset.name")
+    if is_new and isinstance(data, Found) and data.origin.source == "value":
+        untold = not {"data.partition.name", "data.num_clients"} & set(values)
+        keys = getattr(getattr(data.part.build, "value", None), "keys", None)
+        if untold and isinstance(keys, Mapping) and len(keys) == 1:
+            values["data.partition.name"] = "by_key"
+    return given._replace(values=values)
+
+
+class _Ready:
+    """A `build` that gives what is there already."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, *settings: Any, **context: Any) -> Any:
+        return self.value
+
+
+def as_found(kind: str, value: Any) -> Found | None:
+    """Make a part of a value: of a function or a `Part` what it builds, else the value itself."""
+    if value is None or isinstance(value, Found):
+        return value
+    if isinstance(value, str) or not _is_component(kind, value):
+        return registry.find(kind, value)
+    if kind == "dataset":
+        from fedjaxprune.data import conversion
+
+        value = conversion.as_dataset(value)
+    name, part = f"own_{kind}", Part(_Ready(value))
+    if kind == "method":
+        from fedjaxprune.method import Method
+        from fedjaxprune.settings import Settings
+
+        return Found(
+            kind, name, Method(build=_Ready(value), settings=Settings), {}, Origin("value")
+        )
+    return Found(kind, name, part, {}, Origin("value"))
+
+
+def _is_component(kind: str, value: Any) -> bool:
+    """Tell what a part would build from a part."""
+    is_part = hasattr(value, "build") and hasattr(value, "settings")
+    is_function = inspect.isroutine(value) or isinstance(value, functools.partial | type)
+    if kind == "method":
+        return hasattr(value, "stages")
+    return kind in ("model", "dataset") and not is_part and not is_function
+
+
+def model_of(given: Given) -> Found | None:
+    """Find the network among what was given, if it is a value."""
+    found = given.values.get("model.name")
+    return found if isinstance(found, Found) and found.origin.source == "value" else None
+
+
+def keywords(given: Given, settings: Mapping[str, Any]) -> Given:
+    """Read keywords that are sections of the config, or single settings by their short names."""
+    sections = {name: one for name, one in settings.items() if name in RunConfig.model_fields}
+    named = dict(resolve.read(sections).values)
+    rest = {name: one for name, one in settings.items() if name not in sections}
+    parts = {place.kind: f"{path}.name" for path, place in PLACES.items()}
+    named |= {parts[name]: rest.pop(name) for name in list(rest) if name in parts}
+    named = dict(as_parts(Given(named), is_new=False).values)
+    if rest:
+        found = resolve.find_parts(resolve.merge(given, Given(named)))
+        known = [path for path in resolve.paths(found.type) if not path.endswith(".name")]
+        for name, value in rest.items():
+            paths = [path for path in known if path.rpartition(".")[2] == name]
+            if len(paths) > 1:
+                raise ConfigError(
+                    f"{name} may be {' or '.join(paths)}: give it by its full path in the config."
+                )
+            if not paths:
+                names = [path.rpartition(".")[2] for path in known]
+                raise ConfigError(
+                    f"there is no setting {name!r} of this run{near_miss(name, [*names, *parts])}"
+                )
+            named[paths[0]] = value
+    return Given(named)
