@@ -41,10 +41,13 @@ def test_every_choice_makes_a_round(path, name):
     made(**{path: {"name": name, **needed}})
 
 
+CLIENTS = {"data.num_clients": 20}
+
+
 @pytest.mark.parametrize("name", ["iid", "stratified", "shards", "dirichlet"])
 def test_the_seed_decides_the_partition(name):
     first, again, other = (
-        examples.read(resolve.resolve({**SMALL, "data.partition": name, "seed": seed}))
+        examples.read(resolve.resolve({**SMALL, **CLIENTS, "data.partition": name, "seed": seed}))
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first.population.order, again.population.order)

@@ -170,7 +170,7 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path, monkeypatch):
     names = [name for name, _, _ in calls]
     assert names == ["init", "start_run", "log_params", "log", "log_metrics", "finish", "end_run"]
     assert calls[0][2]["name"] == "a"
-    assert calls[0][2]["config"]["algorithm"] == "feddip"
+    assert calls[0][2]["config"]["method"]["name"] == "fedavg"
     assert calls[3][1][0]["test_accuracy"] == 0.1
     assert calls[3][2] == {"step": 1}
     assert calls[4][2] == {"step": 1, "run_id": "r"}

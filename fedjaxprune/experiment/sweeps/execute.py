@@ -121,17 +121,17 @@ def side_by_side(
             if is_over.is_set():
                 return None
             given = json.dumps([sweep.source, str(sweep.folder), member.name, list(track)])
-            process = subprocess.Popen(
+            with subprocess.Popen(
                 [sys.executable, "-c", _CHILD.format(cores=share or None, given=given)],
                 stdin=subprocess.PIPE,  # ends with this process, and the other one with it
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-            )
-            at_work.add(process)
-            assert process.stderr is not None
-            said = process.stderr.read()
-            status = process.wait()
+            ) as process:
+                at_work.add(process)
+                assert process.stderr is not None
+                said = process.stderr.read()
+                status = process.wait()
             at_work.discard(process)
             if status == 0 or is_over.is_set():
                 return None
