@@ -1,8 +1,8 @@
-"""Compose a method that nobody has published: federated dynamic sparse training on real digits.
+"""Compose a method and its training loop: federated dynamic sparse training on real digits.
 
 Masks start at a random ERK draw; every few rounds the weakest live weights are dropped and as many
-grow back where the clients' mean dense gradient is largest. Run with
-``python examples/compose_your_own.py``.
+grow back where the clients' mean dense gradient is largest. The loop is written out here, without
+`fjp.run` and its run folder. Run with ``python examples/compose_your_own.py``.
 """
 
 import jax
@@ -18,7 +18,7 @@ from fedjaxprune.rounds import protocol, simulation, training
 
 
 def build(model, *, num_rounds, sparsity, prepare):
-    """Put the method together from parts of the two wings."""
+    """Make the method from pruners and a client."""
     revision = schedules.every(5, start=5, until=3 * num_rounds // 4)
     setup = protocol.Protocol(
         num_rounds=num_rounds,

@@ -1,7 +1,7 @@
 """Give every client a sub-model of its own and average each weight over those who hold it.
 
 Every client draws a random mask of its own, the same in every round, trains under it and sends only
-what it holds. A plain mean would drag rarely held weights towards the broadcast ones;
+the entries that it holds. A plain mean would move rarely held weights towards the broadcast ones;
 the mean over holders does not. Run with ``python examples/personal_masks.py``.
 """
 

@@ -7,9 +7,10 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+QUICK = {"hidden_sizes": (8,), "devices": 1, "chunk_size": 1}  # to compile
 TOY = {
     "compose_your_own": {"num_rounds": 11, "num_clients": 6, "cohort_size": 2},
-    "error_feedback_top_k": {"num_rounds": 2, "num_clients": 6, "cohort_size": 2},
+    "error_feedback_top_k": {"num_rounds": 2, "num_clients": 6, "cohort_size": 2, **QUICK},
     "personal_masks": {"num_rounds": 2, "num_clients": 6, "cohort_size": 2},
 }
 
@@ -36,10 +37,11 @@ def test_every_example_is_tested_and_short():
     assert all(len(file.read_text().splitlines()) < 150 for file in files)
 
 
-def test_the_readme_s_python_runs(capsys):
+def test_the_readme_s_python_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # for the run folders
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        small = block.replace("range(100)", "range(2)")
-        exec(compile(small, "README.md", "exec"), {"__name__": "readme"})
+        small = block.replace("num_rounds=100", "num_rounds=2, **quick")
+        exec(compile(small, "README.md", "exec"), {"__name__": "readme", "quick": QUICK})
     assert "accuracy" in capsys.readouterr().out
