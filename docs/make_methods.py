@@ -67,8 +67,8 @@ def section(name: str) -> str:
     if said.paper:
         code = re.search(r"code (\S+)", said.paper)
         parts.append(f"Public code: <{code[1]}>" if code else "")
-    facts = [f"default network `{said.default_model}`"] + [f"needs {one}" for one in said.needs]
-    parts.append(f"{'; '.join(facts).capitalize()}.")
+    facts = [f"Default network `{said.default_model}`"] + [f"needs {one}" for one in said.needs]
+    parts.append(f"{'; '.join(facts)}.")
     parts += ["\n".join(settings(said)), "\n".join(variants(said))]
     note = NOTES / f"{name}.md"
     if note.exists():
