@@ -504,7 +504,7 @@ def test_the_record_counts_training_by_what_the_gates_let_through():
         prunable=masks.is_kernel,
         warn=pytest.fail,
     )
-    found = round_costs.of_round(profile, history[0]).modeled_flops
+    found = round_costs.of_round(profile, history[0]).training_flops
     assert found is not None
     through = gating.through(history[0].train)
     assert [float(value.weight) for value in through.values()] == [2.0 * sum(SIZES)] * 2
@@ -671,4 +671,4 @@ def test_killed_it_resumes_to_the_same_bits(tmp_path):
 @pytest.mark.slow
 def test_killed_after_any_round_it_resumes_with_personal_gates(tmp_path):
     lines = resumes(tmp_path, (2, 3, 4), GATED, PEOPLE, gate_sharing="personal")
-    assert all(line.inference_flops is not None for line in lines)
+    assert all(line["compute"]["inference_flops"] is not None for line in lines)

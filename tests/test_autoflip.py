@@ -593,15 +593,15 @@ def test_what_explorers_compute_is_counted():
     )
     _, _, history = play()
     explore, train = (round_costs.of_round(profile, jax.device_get(m)) for m in history[:2])
-    assert explore.mean_coverage == 6.0
-    assert explore.modeled_flops is not None
-    assert train.modeled_flops is not None
-    assert explore.modeled_flops["forward"] == 2 * (24 + 8) * SIZES.sum() * EPOCHS
+    assert explore.clients_per_weight == 6.0
+    assert explore.training_flops is not None
+    assert train.training_flops is not None
+    assert explore.training_flops["forward"] == 2 * (24 + 8) * SIZES.sum() * EPOCHS
     for part in ("forward", "input_gradient", "weight_gradient"):
-        spent, dense = explore.modeled_flops[part], train.modeled_flops[f"dense_{part}"]
-        assert spent == explore.modeled_flops[f"dense_{part}"]
+        spent, dense = explore.training_flops[part], train.training_flops[f"dense_{part}"]
+        assert spent == explore.training_flops[f"dense_{part}"]
         assert 2 * spent == EPOCHS * dense  # two steps a round of training
-        assert train.modeled_flops[part] < dense
+        assert train.training_flops[part] < dense
 
 
 # Errors and resuming -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from fedjaxprune import masks, metrics
 from fedjaxprune.federated import aggregators, cohort
-from fedjaxprune.types import Broadcast, Cohort, Message
+from fedjaxprune.types import Broadcast, Cohort, CohortAggregator, Message
 from tests import quadratic
 
 KEY = jax.random.key(0)
@@ -78,7 +78,7 @@ def test_every_chunk_size_gives_the_same_result(chunk_size):
 def test_every_number_of_devices_gives_the_same_result(num_devices, chunk_size):
     ids, present = [4, 0, 5, 2, 1], [True, True, False, True, True]
     visits = [40, 0, 50, 20, 10]
-    extra = {"metrics": aggregators.CohortAggregator(lambda v, m, w: (v, w))}
+    extra = {"metrics": CohortAggregator(lambda v, m, w: (v, w))}
     whole = run(ids, present, visits=visits, extra=extra)
     shared = run(ids, present, chunk_size, visits=visits, extra=extra, num_devices=num_devices)
     chex.assert_trees_all_close(shared, whole, rtol=1e-5, atol=1e-7)
@@ -158,7 +158,7 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted(chunk_size, bad):
 
 
 def test_streaming_equals_the_formula_over_gathered_messages():
-    gathered = run([0, 1, 2], extra={"delta": aggregators.CohortAggregator(lambda v, m, w: (v, w))})
+    gathered = run([0, 1, 2], extra={"delta": CohortAggregator(lambda v, m, w: (v, w))})
     values, weights = gathered.fields["delta"]
     expected = jax.tree.map(lambda v: jnp.tensordot(weights / weights.sum(), v, axes=1), values)
     chex.assert_trees_all_close(run([0, 1, 2]).fields["delta"], expected, rtol=1e-5, atol=1e-6)
@@ -172,9 +172,7 @@ def test_the_median_sees_all_messages_at_once(chunk_size, num_devices):
         extra={"delta": aggregators.median()},
         num_devices=num_devices,
     )
-    gathered = run(
-        [0, 1, 2, 3, 4], extra={"delta": aggregators.CohortAggregator(lambda v, m, w: v)}
-    )
+    gathered = run([0, 1, 2, 3, 4], extra={"delta": CohortAggregator(lambda v, m, w: v)})
     expected = jax.tree.map(lambda v: np.median(v, axis=0), gathered.fields["delta"])
     chex.assert_trees_all_close(outcome.fields["delta"], expected, rtol=1e-6)
 

@@ -89,7 +89,7 @@ def test_dense_weight_gradients_are_charged_where_the_pruned_entries_count(mode)
     """In the published mode nothing depends on them, so a device need not take them."""
     states, _, history = simulate(dip(mode=mode)(setup()), lambda index: ([0, 3], None))
     for index, (before, metrics) in enumerate(zip(states[:-1], history[1:], strict=True), start=1):
-        cost = round_costs.of_round(quadratic.profile(), metrics).modeled_flops
+        cost = round_costs.of_round(quadratic.profile(), metrics).training_flops
         assert cost is not None
         live = np.asarray(masks.num_kept(before.masks))[[1, 3]]
         assert live.sum() < 32

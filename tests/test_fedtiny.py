@@ -470,7 +470,7 @@ def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
 
 def test_clients_are_charged_for_looking_and_for_dense_gradients_of_the_block():
     _, states, history = play()
-    costs = [round_costs.of_round(quadratic.profile(), m).modeled_flops or {} for m in history]
+    costs = [round_costs.of_round(quadratic.profile(), m).training_flops or {} for m in history]
     assert set(costs[0].values()) == {0}  # the server alone
     live = np.asarray(states[1].method.counts).sum()  # of all 4 candidates, both layers
     for cost in costs[1:3]:  # one forward pass over 28 examples, nothing backward

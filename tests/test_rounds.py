@@ -97,7 +97,8 @@ def test_what_the_server_reads_off_deltas_reaches_the_pruner():
     after, _, metrics = run(
         training(SHARED, client=CLIENT, pruner=remember, fields={"squares": squares})
     )
-    begin, expected = quadratic.flatten(quadratic.PARAMS), 0.0
+    begin = quadratic.flatten(quadratic.PARAMS)
+    expected = np.zeros(begin.shape)
     for client in range(4):
         expected = expected + np.square(0.1 * (quadratic.mean_point(PEOPLE, client) - begin))
     np.testing.assert_allclose(np.ravel(after.pruner), expected[-8:], rtol=1e-4)

@@ -9,7 +9,7 @@ from fedjaxprune import registry
 from fedjaxprune.errors import ConfigError, near_miss
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.resolve import Given
-from fedjaxprune.experiment.config.sections import PLACES, RunConfig
+from fedjaxprune.experiment.config.sections import PLACES, Data, RunConfig
 from fedjaxprune.registry import Found, Origin, Part
 
 
@@ -31,7 +31,7 @@ def under_paths(**given: Any) -> Given:
 
 def _is_data(value: Mapping[str, Any]) -> bool:
     """Tell data from settings of the section `data`."""
-    names = RunConfig.model_fields["data"].annotation.model_fields  # pyright: ignore[reportOptionalMemberAccess]
+    names = Data.model_fields
     return not all(name.partition(".")[0] in names for name in value)
 
 

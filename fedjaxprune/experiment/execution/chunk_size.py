@@ -29,7 +29,7 @@ _DRAWS = 16  # cohorts that say how well chunks are used
 
 Rate = float | None  # examples per second on all devices; None for what does not fit
 MeasureFn = Callable[[int], Rate]
-WarnFn = Callable[[str], None]
+WarnFn = Callable[[str], object]
 
 
 class Work(NamedTuple):

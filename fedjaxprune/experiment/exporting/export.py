@@ -60,7 +60,7 @@ def export(
     out: pathlib.Path,
     *,
     model: Found | None = None,
-    warn: Callable[[str], None] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> model_card.Facts:
     """Write the network of a run's newest checkpoint, compacted, into a new folder.
 

@@ -56,7 +56,7 @@ def from_folder(
     folder: pathlib.Path,
     *,
     model: Found | None = None,
-    warn: Callable[[str], None] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> Finished:
     """Read the newest checkpoint of a run that is whole; the run may still be going on.
 
@@ -94,7 +94,7 @@ def from_folder(
 
 
 def read(
-    folder: pathlib.Path, params: Any, state: Any, *, warn: Callable[[str], None] | None = None
+    folder: pathlib.Path, params: Any, state: Any, *, warn: Callable[[str], object] | None = None
 ) -> checkpoints.Finished:
     """Read a network from the newest checkpoint that is whole; trees of shapes say what it is.
 

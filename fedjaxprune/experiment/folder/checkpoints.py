@@ -98,7 +98,10 @@ def save(
     state = {name[2:]: leaf for name, leaf in host.items() if name[:2] == ("state", "params")}
     masks = {name[2:]: leaf for name, leaf in host.items() if name[:2] == ("state", "masks")}
     masked = {name: np.where(masks[name], leaf, 0) for name, leaf in state.items()}
-    if any(not np.array_equal(leaf, masked.get(name[1:])) for name, leaf in shipped.items()):
+    if any(
+        name[1:] not in masked or not np.array_equal(leaf, masked[name[1:]])
+        for name, leaf in shipped.items()
+    ):
         host |= shipped
     checksums = {"/".join(name): zlib.crc32(leaf.tobytes()) for name, leaf in host.items()}
     about = {"num_rounds": num_rounds, "checksums": checksums, "fingerprint": fingerprint}
@@ -141,7 +144,7 @@ def restore(
     *,
     usable: Callable[[int], bool],
     aside: pathlib.Path,
-    warn: Callable[[str], None],
+    warn: Callable[[str], object],
 ) -> tuple[int, Any] | None:
     """Read the newest checkpoint that is whole, and put aside those that are newer.
 
@@ -191,7 +194,7 @@ class Finished(NamedTuple):
 
 
 def read_network(
-    folder: pathlib.Path, params: Params, state: State, *, warn: Callable[[str], None]
+    folder: pathlib.Path, params: Params, state: State, *, warn: Callable[[str], object]
 ) -> Finished | None:
     """Read the network of the newest checkpoint in `folder` that is whole, and touch nothing.
 

@@ -172,7 +172,7 @@ def make_protocol(config: RunConfig, preprocess: transforms.Preprocess, *, chunk
     batcher = _batcher(config, preprocess)
     try:
         uplink = parts.uplink.part.build(config.uplink)
-        number = config.execution.devices
+        number = int(config.execution.devices)  # resolved: "auto" became a number
         return Protocol(
             num_rounds=config.federation.num_rounds,
             batcher=batcher,

@@ -153,7 +153,7 @@ def changes(stored: files.Stored, config: RunConfig) -> list[str]:
     return sentences
 
 
-def _build(config: RunConfig, warn: Callable[[str], None] | None) -> Any:
+def _build(config: RunConfig, warn: Callable[[str], object] | None) -> Any:
     """Put a run together, with as many devices as it wants."""
     from fedjaxprune.experiment.execution import devices
 

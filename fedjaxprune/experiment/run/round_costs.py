@@ -60,7 +60,7 @@ def profile(
     *,
     preprocess: Callable[..., Any],
     prunable: PrunableFn,
-    warn: Callable[[str], None],
+    warn: Callable[[str], object],
 ) -> Profile:
     """Count a network once.
 

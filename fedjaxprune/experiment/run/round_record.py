@@ -56,7 +56,7 @@ class Writer(NamedTuple):
     line: Callable[[str, int, int, RoundMetrics, evaluation.Evaluation | None], Line]
 
 
-def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], None]) -> Writer:
+def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> Writer:
     """Count the network and the clients' classes once, for all lines.
 
     Args:

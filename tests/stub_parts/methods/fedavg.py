@@ -1,10 +1,12 @@
 """Stub of a method without settings."""
 
+from typing import Any
+
 from fedjaxprune.method import Method
 from fedjaxprune.settings import Settings
 
 
-def build(settings, task):
+def build(settings: Any, task: Any) -> Any:
     """Build nothing."""
     return settings, task
 

@@ -3,7 +3,7 @@
 A second paragraph for `describe`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -32,7 +32,7 @@ class FedDIP(Settings):
         return self
 
 
-def build(settings, task):
+def build(settings: Any, task: Any) -> Any:
     """Build nothing."""
     return settings, task
 

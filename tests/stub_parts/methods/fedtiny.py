@@ -1,5 +1,7 @@
 """Stub of a method that shares a name with another."""
 
+from typing import Any
+
 from fedjaxprune.method import Method
 from fedjaxprune.settings import Settings, Sparsity, setting
 
@@ -11,7 +13,7 @@ class FedTiny(Settings):
     pool_size: int | None = setting(None, "Candidates.", unit="candidates", unset="ten", ge=1)
 
 
-def build(settings, task):
+def build(settings: Any, task: Any) -> Any:
     """Build nothing."""
     return settings, task
 
