@@ -7,6 +7,7 @@ from fedjaxprune.errors import ConfigError, near_miss
 from fedjaxprune.experiment.config import files
 
 PRESETS = "preset"
+_WIDTH, _NAMES = 100, 26  # columns: of all, and of the names that have a text beside them
 
 
 @click.command(name="list")
@@ -22,12 +23,15 @@ def list_(kind: str | None) -> None:
         raise ConfigError(
             f"the kind must be one of {', '.join(kinds)}, got {kind!r}{near_miss(wanted, kinds)}"
         )
+    formatter = click.HelpFormatter(max_width=_WIDTH)
+    formatter.width = _WIDTH
     for one in [wanted] if wanted else kinds:
-        rows = _presets() if one == PRESETS else _parts(one)
-        click.echo(f"{one}:")
-        width = max((len(name) for name in rows), default=0)
-        for name, text in rows.items():
-            click.echo(f"  {name:<{width}}  {text}".rstrip())
+        formatter.write(f"{one}:\n")
+        formatter.indent()
+        if rows := _presets() if one == PRESETS else _parts(one):
+            formatter.write_dl([*rows.items()], col_max=_NAMES)
+        formatter.dedent()
+    click.echo(formatter.getvalue(), nl=False)
 
 
 def _parts(kind: str) -> dict[str, str]:
@@ -37,7 +41,7 @@ def _parts(kind: str) -> dict[str, str]:
         is_foreign = of.source != "built-in"
         whose = f"  (from {of.package} {of.version})" if is_foreign else ""
         rows[name] = listed.summary.rstrip(".") + whose
-        rows |= {f"{name}/{variant}": "variant" for variant in listed.variants}
+        rows |= {f"{name}/{one}": f"the same with {text}" for one, text in listed.variants.items()}
     if fallback := registry.KINDS[kind].fallback:
         rows["..."] = f"any other name: {fallback[0]} with this {fallback[1]}"
     return rows
@@ -45,4 +49,4 @@ def _parts(kind: str) -> dict[str, str]:
 
 def _presets() -> dict[str, str]:
     texts = files.preset_texts().items()
-    return {name: text.splitlines()[0].lstrip("# ") for name, text in texts}
+    return {name: text.splitlines()[0].lstrip("# ").rstrip(".") for name, text in texts}

@@ -10,6 +10,8 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from fedjaxprune.errors import ConfigError
@@ -72,11 +74,17 @@ class Origin(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """What a list says of a part: its summary, whose it is, and the names of its variants."""
+    """What a list says of a part.
+
+    Attributes:
+      summary: one line.
+      origin: whose it is.
+      variants: of a method, by name: what each sets, such as ``"max_penalty = 0.0"``.
+    """
 
     summary: str
     origin: Origin
-    variants: tuple[str, ...] = ()
+    variants: Mapping[str, str] = MappingProxyType({})
 
 
 class Place(NamedTuple):
@@ -102,11 +110,8 @@ def built_in(kind: str) -> dict[str, Place]:
         text = file.read_text(encoding="utf-8")
         if ("METHOD" if kind == "method" else "PARTS") not in text:
             continue
-        if kind == "method":
-            listed = {module.rpartition(".")[2]: _method(_parse(text))}
-        else:
-            listed = _table(_parse(text))
-        found |= {name: Place(module, one) for name, one in listed.items()}
+        listed = _declared(text, kind == "method")
+        found |= {name or module.rpartition(".")[2]: Place(module, o) for name, o in listed.items()}
     return found
 
 
@@ -169,6 +174,13 @@ def _modules(place: str) -> list[tuple[str, pathlib.Path]]:
     return []
 
 
+@functools.cache
+def _declared(text: str, is_method: bool) -> Mapping[str, Listed]:
+    """Read what a module's text declares; a method has no name here, as its file has it."""
+    tree = _parse(text)
+    return {"": _method(tree)} if is_method else _table(tree)
+
+
 def _parse(text: str) -> ast.Module:
     """Parse a module; a broken one is empty, and its import says what is wrong."""
     try:
@@ -195,8 +207,22 @@ def _first_sentence(tree: ast.Module) -> str:
 
 
 def _method(tree: ast.Module) -> Listed:
-    variants = _keys(_keyword(_assigned(tree).get("METHOD"), "variants"))
-    return Listed(_first_sentence(tree), Origin("built-in"), tuple(variants))
+    found = _keys(_keyword(_assigned(tree).get("METHOD"), "variants"))
+    variants = {name: in_words(_literal(node)) for name, node in found.items()}
+    return Listed(_first_sentence(tree), Origin("built-in"), variants)
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Say what settings are: ``"client.correction = scaffold, sparsity = 0.5"``."""
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())
+
+
+def _literal(node: ast.AST) -> Mapping[str, Any]:
+    """Evaluate the settings of a variant, where they stand as literals."""
+    return {
+        name: value.value if isinstance(value, ast.Constant) else ast.unparse(value)
+        for name, value in _keys(node).items()
+    }
 
 
 def _table(tree: ast.Module) -> dict[str, Listed]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fedjaxprune import registry
 from fedjaxprune.errors import ConfigError, near_miss
 from fedjaxprune.experiment.config.sections import PLACES
-from fedjaxprune.registry import Found
+from fedjaxprune.registry import Found, listing
 from fedjaxprune.registry.imports import refer
 from fedjaxprune.settings import Row
 
@@ -202,7 +202,7 @@ def _lines(one: Description) -> list[str]:
     if one.variants:
         lines += ["", "variants:"]
         for name, settings in one.variants.items():
-            lines.append(f"  {name}  {', '.join(f'{k} = {v}' for k, v in settings.items())}")
+            lines.append(f"  {name}  {listing.in_words(settings)}")
     if one.text:
         lines += ["", one.text]
     return lines

@@ -11,21 +11,22 @@ Anybody's own is five lines or less::
 A tracker that raises is warned of once and not called again; the run goes on.
 """
 
-import importlib
 import importlib.util
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune import registry
+from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config.identity import flat
 from fedjaxprune.experiment.config.sections import RunConfig, plain
 from fedjaxprune.experiment.folder import failure
 from fedjaxprune.experiment.folder.record import Line, numbers_of
 from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.registry import Part
+from fedjaxprune.settings import Settings
 
 Tracker = Callable[[Line], object]
 
@@ -53,8 +54,11 @@ def scalars(line: Line) -> dict[str, float]:
     return found
 
 
-def tensorboard(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
+def tensorboard(
+    settings: Settings, folder: pathlib.Path, config: RunConfig, num_rounds: int
+) -> Opened:
     """Write event files for TensorBoard to ``tensorboard/`` in the run folder."""
+    del settings
     import tensorboardX
 
     purge = num_rounds + 1 if num_rounds else None  # what an interrupted run wrote after that
@@ -75,12 +79,12 @@ def tensorboard(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Ope
     return Opened(track=track, close=writer.close)
 
 
-def wandb(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
+def wandb(settings: Settings, folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
     """Log to Weights & Biases, in the project ``WANDB_PROJECT`` or ``fedjaxprune``.
 
     A resumed run is a new one there, in the same group, beginning at its round.
     """
-    del num_rounds
+    del settings, num_rounds
     import wandb as package
 
     run = package.init(
@@ -96,12 +100,12 @@ def wandb(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
     )
 
 
-def mlflow(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
+def mlflow(settings: Settings, folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
     """Log to MLflow, where ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` say.
 
     A resumed run is a new one there, beginning at its round.
     """
-    del num_rounds
+    del settings, num_rounds
     import mlflow as package
 
     run = package.start_run(run_name=folder.name)
@@ -113,16 +117,17 @@ def mlflow(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
     return Opened(track=track, close=package.end_run)
 
 
-# By name: the package that each needs, and the function that opens it.
-BUILT_IN: Mapping[str, tuple[str, OpenFn]] = {
-    "tensorboard": ("tensorboardX", tensorboard),
-    "wandb": ("wandb", wandb),
-    "mlflow": ("mlflow", mlflow),
+PARTS = {
+    "tensorboard": Part(build=tensorboard, summary="event files in the run folder"),
+    "wandb": Part(build=wandb, summary="Weights & Biases"),
+    "mlflow": Part(build=mlflow, summary="MLflow"),
 }
+# The package that a built-in tracker needs, where it has another name.
+_PACKAGES: Mapping[str, str] = {"tensorboard": "tensorboardX"}
 
 
 def find(names: Sequence[str]) -> dict[str, OpenFn]:
-    """Look up trackers by name, or as ``module:function``, before a run begins.
+    """Look up trackers by name, as ``module:NAME`` or as ``file.py:NAME``, before a run begins.
 
     Raises:
       ConfigError: there is no such tracker, or its package is not installed.
@@ -131,29 +136,20 @@ def find(names: Sequence[str]) -> dict[str, OpenFn]:
 
 
 def _find(name: str) -> OpenFn:
-    if name in BUILT_IN:
-        package, opener = BUILT_IN[name]
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"track: {name!r} needs the package {package}: install it with "
-                f"`pip install 'fedjaxprune[{name}]'`."
-            )
-        return opener
-    module, _, function = name.partition(":")
-    if not module or not function:
-        known = f"must be one of {', '.join(BUILT_IN)}, or a function as module:function"
-        raise ConfigError(f"track {known}, got {name!r}{near_miss(name, BUILT_IN)}")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does; the command's own start does not
-    try:
-        track = getattr(importlib.import_module(module), function)
-    except Exception as error:
+    found = registry.find("tracker", name, path="track")
+    package = _PACKAGES.get(name, name)
+    if found.origin.source == "built-in" and importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"track: {name!r} cannot be imported ({failure.describe(error)})."
-        ) from None
-    if not callable(track):
-        raise ConfigError(f"track: {name!r} is no function of a line of the record.")
-    return lambda folder, config, num_rounds: Opened(track=track, close=lambda: None)
+            f"track: {name!r} needs the package {package}: install it with "
+            f"`pip install 'fedjaxprune[{name}]'`."
+        )
+
+    def open_it(folder: pathlib.Path, config: RunConfig, num_rounds: int) -> Opened:
+        """Open it; a plain function of a line is a tracker that needs no opening."""
+        made = found.part.build(found.part.settings(), folder, config, num_rounds)
+        return made if isinstance(made, Opened) else Opened(track=made, close=lambda: None)
+
+    return open_it
 
 
 @contextmanager

@@ -6,7 +6,6 @@ in float32 or wider, whatever the clients send.
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -138,7 +137,8 @@ def holder_mean() -> Aggregator:
                 "aggregators.weighted_mean."
             )
         _sums.require_inexact("holder_mean", value)
-        chex.assert_trees_all_equal_shapes(masks, value)
+        if jax.tree.map(jnp.shape, masks) != jax.tree.map(jnp.shape, value):
+            raise ValueError("aggregators.holder_mean needs masks of the shapes of the deltas.")
         holds = jax.tree.map(lambda mask: mask & (weight > 0), masks)
         total = jax.tree.map(
             lambda total, leaf, held: total + _weigh(held, leaf.astype(total.dtype), weight),
