@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks, metrics, traffic, trees
+from fedjaxprune.experiment.folder import summary
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.models import zoo
 from fedjaxprune.types import Model
+from tests.folders import line
 
 MODEL = zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(6,))
 PARAMS, _ = jax.eval_shape(MODEL.init, jax.random.key(0))
@@ -47,7 +49,7 @@ def test_a_round_is_charged_for_its_examples_under_its_masks():
     kept = [6, 12, 2, 4]
     made = a_round(kept, [kept, kept, SIZES], [True, True, False], 50, num_changed=9)
     costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modeled_flops == {
+    assert costs.training_flops == {
         "forward": 2 * 50 * (12 + 4),
         "input_gradient": 2 * 50 * 4,
         "weight_gradient": 2 * 50 * (12 + 4),
@@ -55,17 +57,17 @@ def test_a_round_is_charged_for_its_examples_under_its_masks():
         "dense_input_gradient": 2 * 50 * 12,
         "dense_weight_gradient": 2 * 50 * 36,
     }
-    assert costs.mean_coverage == 2 * (12 + 4) / 36
-    assert costs.mask_stability == 1 - 9 / 36
+    assert costs.clients_per_weight == 2 * (12 + 4) / 36
+    assert costs.unchanged_fraction == 1 - 9 / 36
 
 
 def test_personal_masks_that_leave_less_are_cheaper():
     rows = [[6, 12, 2, 2], [6, 6, 2, 4]]
     made = a_round([6, 24, 2, 12], rows, [True, True], 10)
     costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modeled_flops is not None
-    assert costs.modeled_flops["forward"] == 2 * 10 * (9 + 3)
-    assert costs.mean_coverage == (14 + 10) / 36
+    assert costs.training_flops is not None
+    assert costs.training_flops["forward"] == 2 * 10 * (9 + 3)
+    assert costs.clients_per_weight == (14 + 10) / 36
 
 
 def test_clients_that_train_and_send_no_delta_are_charged_for_training():
@@ -76,9 +78,9 @@ def test_clients_that_train_and_send_no_delta_are_charged_for_training():
         unsent, np.zeros((3, 4)), [True, True, False], 50, trains=False, trained=trained[:, None]
     )
     costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modeled_flops is not None
-    assert costs.modeled_flops["forward"] == 2 * 50 * (12 + 4)
-    assert costs.mean_coverage == 2 * (12 + 4) / 36
+    assert costs.training_flops is not None
+    assert costs.training_flops["forward"] == 2 * 50 * (12 + 4)
+    assert costs.clients_per_weight == 2 * (12 + 4) / 36
 
 
 def test_models_that_are_only_looked_at_cost_their_forward_passes():
@@ -89,7 +91,7 @@ def test_models_that_are_only_looked_at_cost_their_forward_passes():
         made = a_round(unsent, np.zeros((2, 4)), [True, True], 100, trains=False)
         made.sent.reports = reports
         costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-        assert costs.modeled_flops == {  # each candidate sees 50 examples
+        assert costs.training_flops == {  # each candidate sees 50 examples
             "forward": 2 * 50 * (12 + 4 + 6 + 12),
             "input_gradient": backward * 2 * 50 * (4 + 12),
             "weight_gradient": backward * 2 * 50 * (12 + 4 + 6 + 12),
@@ -97,7 +99,7 @@ def test_models_that_are_only_looked_at_cost_their_forward_passes():
             "dense_input_gradient": backward * 2 * 100 * 12,
             "dense_weight_gradient": backward * 2 * 100 * 36,
         }
-        assert costs.mean_coverage == 0.0  # nobody trained
+        assert costs.clients_per_weight == 0.0  # nobody trained
 
 
 def test_dense_weight_gradients_are_charged_where_and_when_they_are_taken():
@@ -107,18 +109,18 @@ def test_dense_weight_gradients_are_charged_where_and_when_they_are_taken():
         dense = metrics.Mean(total=jnp.asarray(total), weight=jnp.float32(50.0))
         made.train[traffic.DENSE_GRADIENT] = dense
         costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-        assert costs.modeled_flops is not None
-        assert costs.modeled_flops["weight_gradient"] == 2 * (50 * (12 + 4) + further)
-        assert costs.modeled_flops["input_gradient"] == 2 * 50 * 4
-        assert costs.modeled_flops["dense_weight_gradient"] == 2 * 50 * 36
+        assert costs.training_flops is not None
+        assert costs.training_flops["weight_gradient"] == 2 * (50 * (12 + 4) + further)
+        assert costs.training_flops["input_gradient"] == 2 * 50 * 4
+        assert costs.training_flops["dense_weight_gradient"] == 2 * 50 * 36
 
 
 def test_a_round_that_nobody_took_part_in_costs_nothing():
     made = a_round(SIZES, [SIZES], [False], 0)
     costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    assert costs.modeled_flops is not None
-    assert set(costs.modeled_flops.values()) == {0}
-    assert costs.mean_coverage == 0.0
+    assert costs.training_flops is not None
+    assert set(costs.training_flops.values()) == {0}
+    assert costs.clients_per_weight == 0.0
 
 
 def test_a_network_that_cannot_be_counted_is_told_of_and_left_out():
@@ -134,18 +136,23 @@ def test_a_network_that_cannot_be_counted_is_told_of_and_left_out():
     assert "while_trips" in said[0]
     made = a_round(SIZES, [SIZES], [True], 5)
     costs = round_costs.of_round(found, made)  # pyright: ignore[reportArgumentType]
-    assert costs.modeled_flops is None
-    summary = round_costs.summarize([costs, costs])
-    assert summary == {"modeled_flops": None, "mean_coverage": 2.0, "mask_stability": 1.0}
-    assert list(round_costs.rows(summary)) == ["clients times rounds that trained a weight, mean"]
+    assert costs.training_flops is None
+    lines = [with_costs(number, costs) for number in (1, 2)]
+    assert summary.summarize({}, lines)["compute"]["training_flops"] is None
 
 
-def test_a_summary_adds_up_and_the_table_says_modelled():
+def with_costs(number, costs):
+    """Make a line of the record with a round's costs."""
+    named = costs._asdict()
+    masks_too = {f"mask.{name}": named[name] for name in ("clients_per_weight", "unchanged_fraction")}
+    return line(number, changes={"compute.training_flops": costs.training_flops, **masks_too})
+
+
+def test_a_summary_adds_up_over_rounds():
     kept = [6, 12, 2, 6]
     made = a_round(kept, [kept], [True], 10)
     costs = round_costs.of_round(profile(), made)  # pyright: ignore[reportArgumentType]
-    summary = round_costs.summarize([costs] * 3)
-    assert summary["modeled_flops"]["forward"] == 3 * 2 * 10 * 18
-    assert summary["mean_coverage"] == pytest.approx(1.5)
-    shown = round_costs.rows(summary)["training FLOPs under masks, modeled"]
-    assert shown == "2.52e+03 (50.0% of dense)"
+    found = summary.summarize({}, [with_costs(number, costs) for number in (1, 2, 3)])
+    assert found["compute"]["training_flops"]["forward"] == 3 * 2 * 10 * 18
+    assert found["mask"]["clients_per_weight"] == pytest.approx(1.5)
+    assert found["mask"]["unchanged_fraction"] == 1.0

@@ -133,7 +133,9 @@ def test_listing_reads_text_and_imports_nothing(folder):
     listed = registry.names("method")
     assert list(listed) == ["broken", "large", "pruned", "unfinished"]
     assert listed["pruned"] == registry.Listed(
-        "Pruned: it prunes.", registry.Origin("built-in"), ("plain", "far")
+        "Pruned: it prunes.",
+        registry.Origin("built-in"),
+        {"plain": "rate = 0.0", "far": "a.b = 1"},
     )
     models = registry.names("model")
     assert {name: one.summary for name, one in models.items()} == {

@@ -103,11 +103,12 @@ def test_numbers_of_a_line_have_names():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tensorbord", ["tensorboard, wandb, mlflow", "module:function", "'tensorboard'?"]),
+        ("tensorbord", ["track must be one of tensorboard, wandb, mlflow", "'tensorboard'?"]),
         ("nowhere_at_all:track", ["nowhere_at_all", "cannot be imported", "ModuleNotFoundError"]),
-        ("json:nothing", ["json:nothing", "cannot be imported"]),
-        ("json:__name__", ["no function"]),
-        (":f", ["module:function"]),
+        ("nowhere.py:track", ["track: 'nowhere.py:track' cannot be read"]),
+        ("json:nothing", ["track: 'json:nothing' does not exist"]),
+        ("json:__name__", ["of type str, not a tracker", "a Part or a function"]),
+        (":f", ["package.module:NAME, got ':f'"]),
     ],
 )
 def test_a_tracker_that_cannot_be_found_is_one_sentence(name, words):
@@ -165,12 +166,14 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path, monkeypatch):
         end_run=note("end_run"),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    openers = {"wandb": tracker.wandb, "mlflow": tracker.mlflow}
+    monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: True)
+    openers = tracker.find(["wandb", "mlflow"])
     assert play(openers, tmp_path / "a", rising([0.1])).warned == []
     names = [name for name, _, _ in calls]
     assert names == ["init", "start_run", "log_params", "log", "log_metrics", "finish", "end_run"]
     assert calls[0][2]["name"] == "a"
     assert calls[0][2]["config"]["method"]["name"] == "fedavg"
-    assert calls[3][1][0]["test_accuracy"] == 0.1
+    assert calls[2][1][0]["method.name"] == "fedavg"
+    assert calls[3][1][0]["test/accuracy"] == 0.1
     assert calls[3][2] == {"step": 1}
     assert calls[4][2] == {"step": 1, "run_id": "r"}
