@@ -144,7 +144,9 @@ def test_a_network_that_cannot_be_counted_is_told_of_and_left_out():
 def with_costs(number, costs):
     """Make a line of the record with a round's costs."""
     named = costs._asdict()
-    masks_too = {f"mask.{name}": named[name] for name in ("clients_per_weight", "unchanged_fraction")}
+    masks_too = {
+        f"mask.{name}": named[name] for name in ("clients_per_weight", "unchanged_fraction")
+    }
     return line(number, changes={"compute.training_flops": costs.training_flops, **masks_too})
 
 

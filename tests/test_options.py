@@ -22,7 +22,9 @@ def begun(monkeypatch, tmp_path):
     stub_parts.use(monkeypatch)
     monkeypatch.chdir(tmp_path)
     noted = []
-    monkeypatch.setattr(running, "progress", lambda *, details: contextlib.nullcontext(details))
+    monkeypatch.setattr(
+        running, "progress", lambda *, details, **_: contextlib.nullcontext(details)
+    )
     monkeypatch.setattr(launch, "start", lambda config, **rest: noted.append((config, rest)))
     monkeypatch.setattr(launch, "resume", lambda *args, **rest: noted.append((*args, rest)))
     return noted
