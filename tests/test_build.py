@@ -41,6 +41,35 @@ def test_every_choice_makes_a_round(path, name):
     made(**{path: {"name": name, **needed}})
 
 
+@pytest.mark.parametrize("name", registry.names("model"))
+def test_a_network_is_built_from_a_config_of_its_name(name):
+    config = resolve.resolve({"model": name})
+    sizes = {"char_lstm": ((12,), 90)}.get(name, ((32, 32, 3), 10))
+    input_shape, num_classes = sizes
+    model = config.parts.model.part.build(
+        config.model, input_shape=input_shape, num_classes=num_classes
+    )
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.tree.leaves(params)
+
+
+METHODS = [
+    "/".join(filter(None, (name, variant)))
+    for name, listed in registry.names("method").items()
+    for variant in ("", *listed.variants)
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_built_from_a_config_of_its_name(name):
+    config = resolve.resolve({**SMALL, "method": name})
+    found = examples.read(config)
+    model = build.make_model(config, found.dataset, found.test)
+    task = build.make_task(config, model, found, chunk=1)
+    build.check_needs(config, task)
+    assert build.make_algorithm(config, task).stages[-1].num_rounds == 2
+
+
 CLIENTS = {"data.num_clients": 20}
 
 

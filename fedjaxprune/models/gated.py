@@ -15,6 +15,7 @@ References:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -296,19 +297,28 @@ def _check(norm: str, density: float, choice: str, gate_scale: float) -> None:
         raise ValueError(f"gate_scale must be positive and finite, got {gate_scale}.")
 
 
+def _options(settings: GatedSettings, kind: type[GatedSettings]) -> dict[str, Any]:
+    """Give the settings of this kind alone; a config adds the network's name."""
+    return {name: getattr(settings, name) for name in kind.model_fields}
+
+
 PARTS = {
     "gated_resnet8": Part(
-        build=lambda settings, **sizes: gated_resnet8(**sizes, **dict(settings)),
+        build=lambda settings, **sizes: gated_resnet8(**sizes, **_options(settings, GatedSettings)),
         settings=GatedSettings,
         summary="resnet8 whose layers choose their channels for every example",
     ),
     "gated_resnet32": Part(
-        build=lambda settings, **sizes: gated_resnet32(**sizes, **dict(settings)),
+        build=lambda settings, **sizes: gated_resnet32(
+            **sizes, **_options(settings, GatedSettings)
+        ),
         settings=GatedSettings,
         summary="resnet32 whose layers choose their channels for every example",
     ),
     "gated_vgg16": Part(
-        build=lambda settings, **sizes: gated_vgg16(**sizes, **dict(settings)),
+        build=lambda settings, **sizes: gated_vgg16(
+            **sizes, **_options(settings, GatedVggSettings)
+        ),
         settings=GatedVggSettings,
         summary="vgg16_bn whose layers choose their channels for every example",
     ),
