@@ -140,13 +140,6 @@ def choose(
 
     Sizes are tried in order until one is slower than the best or does not fit, or until trying one
     more, at the price of the last, would take more than a share of the run's training.
-
-    Args:
-      work: to be done.
-      measure: times one size.
-      known: figures of earlier trials.
-      estimate: holds as long as nothing is known.
-      clock: seconds.
     """
     if work.largest == 1:
         return _one("a device has one client a round, so there is nothing to choose")

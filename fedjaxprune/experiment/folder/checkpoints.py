@@ -83,13 +83,6 @@ def save(
 
     The copy is our own, since the next round overwrites the donated buffers.
 
-    Args:
-      manager: of the run's checkpoints.
-      num_rounds: how many rounds made it.
-      now: the simulation.
-      fingerprint: of the run's config.
-      deployed: parameters to be shipped.
-
     Raises:
       OSError: this checkpoint, or the one before it, cannot be written.
     """

@@ -127,11 +127,6 @@ def _unwritable(folder: pathlib.Path, error: OSError) -> RunFolderError:
 def create(folder: pathlib.Path, config: RunConfig, texts: Mapping[str, str]) -> None:
     """Make the run folder in one step, with its config and other files: all of it or nothing.
 
-    Args:
-      folder: to be made.
-      config: of the run.
-      texts: of other files, by name.
-
     Raises:
       RunFolderError: the folder cannot be made.
     """

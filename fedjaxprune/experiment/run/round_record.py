@@ -57,13 +57,7 @@ class Writer(NamedTuple):
 
 
 def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> Writer:
-    """Count the network and the clients' classes once, for all lines.
-
-    Args:
-      parts: of the run (`loop.RunParts`).
-      shapes: of its state.
-      warn: is told if the network cannot be counted.
-    """
+    """Count the network and the clients' classes once, for all lines."""
     profile = round_costs.profile(
         parts.model,
         shapes.params,

@@ -49,13 +49,7 @@ def _rounds_of(header: Mapping[str, Any]) -> _Rounds:
 
 @contextlib.contextmanager
 def report(console: Console, errors: Console, *, details: bool) -> Iterator[Listener]:
-    """Open a report of a run: a bar if `console` is a terminal, else lines; a table at its end.
-
-    Args:
-      console: where progress goes.
-      errors: where warnings go.
-      details: whether the table has all numbers.
-    """
+    """Open a report of a run: a bar if `console` is a terminal, else lines; a table at its end."""
 
     def say(sentence: str) -> None:
         console.print(sentence, soft_wrap=True, highlight=False, markup=False)

@@ -61,12 +61,7 @@ def empty(*, x: str, y: str, **layout: Any) -> go.Figure:
 
 
 def whole(axes: Callable[..., Any], highest: float) -> None:
-    """Keep the ticks of an axis that counts to whole numbers, where there are few of them.
-
-    Args:
-      axes: the figure's `update_xaxes` or `update_yaxes`.
-      highest: number on the axis.
-    """
+    """Keep the ticks of an axis that counts to whole numbers, where there are few of them."""
     if highest <= MANY:
         axes(dtick=1)
 
@@ -87,13 +82,6 @@ def curves(
     """Draw a curve for every group, with its band over seeds and a mark if it ended early.
 
     Groups of which nothing is known are left out.
-
-    Args:
-      figure: to be drawn in.
-      groups: whose curves they are.
-      lines: the curves.
-      scale: what their values are multiplied by.
-      shape: plotly's name of how points are joined.
     """
     drawn = [
         (number, members, line)

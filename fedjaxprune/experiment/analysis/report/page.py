@@ -56,12 +56,7 @@ def of_folders(
 
 
 def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
-    """Make the page about runs.
-
-    Args:
-      compared: the runs.
-      notes: sentences to stand above its table.
-    """
+    """Make the page about runs."""
     groups = compared.groups
     drawn, remarks = figures.pictures(compared)
     title = f"{identity.flat(groups[0].runs[0].config)[f'{groups_lib.DATASET}name']}: " + (

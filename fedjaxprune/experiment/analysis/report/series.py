@@ -44,14 +44,7 @@ class Mark(NamedTuple):
 
 
 def merged(members: Group, score: Score, *, x: str, y: str) -> Line:
-    """Merge the seeds of a group at the rounds that all of them have tested.
-
-    Args:
-      members: the group.
-      score: what its tests measure.
-      x: the field of `compare.Curve` to draw against.
-      y: the field to draw.
-    """
+    """Merge the seeds of a group at the rounds that all of them have tested."""
     curves = [compare.curve(run, score) for run in groups.counted(members)]
     rounds = curves[0].rounds
     for curve in curves[1:]:
