@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 80  # characters of a value that a sentence repeats
+
 
 class FedJaxPruneError(ValueError):
     """Say in one sentence what was given and what is allowed; the command prints only that."""
@@ -23,6 +25,12 @@ class DataError(FedJaxPruneError):
 def first_line(error: BaseException) -> str:
     """Give the first line of an error's text, or the name of its type where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shown(value: object) -> str:
+    """Repeat what was given in a sentence, cut after 80 characters."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def near_miss(given: object, names: Iterable[object]) -> str:

@@ -2,8 +2,8 @@
 
 import click
 
-from fedjaxprune.cli import running
 from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.folder.layout import path_of
 
 
 @click.command()
@@ -18,8 +18,8 @@ def export(run: str, out: str | None) -> None:
     """
     if "" in (run, out):
         raise ConfigError("RUN and --out must not be empty.")
-    folder = running.path(run)
-    target = running.path(out) if out else folder / "export"
+    folder = path_of(run)
+    target = path_of(out) if out else folder / "export"
     from fedjaxprune.experiment.execution import compilation_cache
 
     with compilation_cache.kept():

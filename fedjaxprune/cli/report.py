@@ -1,12 +1,10 @@
 """The command ``fedjaxprune report``: a page about runs."""
 
-import os
-import pathlib
-
 import click
 
 from fedjaxprune.cli import compare
 from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.folder.layout import path_of
 
 
 @click.command()
@@ -37,7 +35,7 @@ def report(
         ) from None
     if not out:
         raise ConfigError("--out must be a text that is not empty, got ''.")
-    path = pathlib.Path(os.path.expanduser(out))
+    path = path_of(out)
     target = None if to_accuracy is None else to_accuracy / 100
     for note in page.of_folders(runs, path, at_mib=at_mib, to_accuracy=target):
         click.echo(f"note: {note}", err=True)

@@ -5,7 +5,6 @@ first, then options are made of their settings. Help that names no part imports 
 """
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from fedjaxprune.cli.options import is_flag, options, read_options, settings_of
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import files, resolve
 from fedjaxprune.experiment.config.sections import PLACES, RunConfig
+from fedjaxprune.experiment.folder import layout
 
 
 class Command(click.Command):
@@ -125,7 +125,7 @@ def _base(seen: _Seen) -> resolve.Given:
     """Read what comes before the options: a preset or file, or the config of a run to resume."""
     base = resolve.Given({})
     if seen.resumed:
-        path = pathlib.Path(os.path.expanduser(seen.resumed)) / "config.yaml"
+        path = layout.path_of(seen.resumed) / layout.CONFIG
         if os.path.isfile(path):  # else resuming says what is wrong
             stored = files.read_stored(path.read_text(encoding="utf-8"), source=str(path))
             base = resolve.read(stored.values, source=str(path))
@@ -169,15 +169,14 @@ def run(
     for name, text in {"--folder": folder, "--resume": resume}.items():
         if text == "" and not (name == "--resume" and folder):
             raise ConfigError(f"{name} must be a folder, got none.")
-    if resume and folder and running.path(resume) != running.path(folder):
+    if resume and folder and layout.path_of(resume) != layout.path_of(folder):
         raise ConfigError(
             f"--resume names the folder {resume!r} and --folder {folder!r}; give one."
         )
-    from fedjaxprune.experiment.folder import layout
     from fedjaxprune.experiment.run import launch
 
     config = None if resume is not None else resolve.resolve(given)
-    named = running.path(resume or folder or "")
+    named = layout.path_of(resume or folder or "")
     place = named if config is None or folder else layout.default_folder(config)
     shown = running.progress(details=details, is_member=False)
     with running.interruptible(place), shown as listener:

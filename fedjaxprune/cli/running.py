@@ -1,7 +1,6 @@
 """What the commands that run something share: trackers, progress on the terminal, interruptions."""
 
 import contextlib
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,11 +16,6 @@ TRACK = click.option(
     help="Follow the run elsewhere, too: tensorboard, wandb, mlflow, or a function of a line of "
     "the record as MODULE:NAME or FILE.py:NAME; may be given more than once.",
 )
-
-
-def path(text: str) -> pathlib.Path:
-    """Read a path, where ``~`` is the user's home."""
-    return pathlib.Path(os.path.expanduser(text))  # pathlib's may raise
 
 
 def trackers(names: Sequence[str]) -> Mapping[str, Any]:

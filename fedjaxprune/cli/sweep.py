@@ -4,6 +4,7 @@ import click
 
 from fedjaxprune.cli import compare, running
 from fedjaxprune.errors import FedJaxPruneError
+from fedjaxprune.experiment.folder.layout import path_of
 
 
 @click.command()
@@ -41,7 +42,7 @@ def sweep(
     """
     from fedjaxprune.experiment.sweeps import execute, plan
 
-    read = plan.read(file, folder=running.path(folder) if folder else None)
+    read = plan.read(file, folder=path_of(folder) if folder else None)
     for note in read.notes:
         click.echo(f"note: {note}", err=True)
     trackers = running.trackers(track)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjaxprune.data.datasets import Task
-from fedjaxprune.errors import DataError
+from fedjaxprune.errors import DataError, first_line
 
 _INT32_MAX = 2**31 - 1
 
@@ -39,8 +39,7 @@ def array(values: Any, what: str) -> np.ndarray:
     try:
         made = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{what} cannot be made an array: {reason}") from None
+        raise DataError(f"{what} cannot be made an array: {first_line(error)}") from None
     if made.ndim == 0:
         raise DataError(
             f"{what} must be an array with an axis of examples, got {type(values).__name__}."

@@ -15,7 +15,6 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 from fedjaxprune.kernels import pooling, shapes
 from fedjaxprune.models import adapters, gated_layers, gates, layers, resnet, vgg
 from fedjaxprune.models.gated_layers import Choice
-from fedjaxprune.registry import Part
+from fedjaxprune.registry import Part, call
 from fedjaxprune.settings import Count, Positive, Probability, Settings, Share, setting
 from fedjaxprune.types import Model
 
@@ -297,29 +296,20 @@ def _check(norm: str, density: float, choice: str, gate_scale: float) -> None:
         raise ValueError(f"gate_scale must be positive and finite, got {gate_scale}.")
 
 
-def _options(settings: GatedSettings, kind: type[GatedSettings]) -> dict[str, Any]:
-    """Give the settings of this kind alone; a config adds the network's name."""
-    return {name: getattr(settings, name) for name in kind.model_fields}
-
-
 PARTS = {
     "gated_resnet8": Part(
-        build=lambda settings, **sizes: gated_resnet8(**sizes, **_options(settings, GatedSettings)),
-        settings=GatedSettings,
+        call(gated_resnet8),
+        GatedSettings,
         summary="resnet8 whose layers choose their channels for every example",
     ),
     "gated_resnet32": Part(
-        build=lambda settings, **sizes: gated_resnet32(
-            **sizes, **_options(settings, GatedSettings)
-        ),
-        settings=GatedSettings,
+        call(gated_resnet32),
+        GatedSettings,
         summary="resnet32 whose layers choose their channels for every example",
     ),
     "gated_vgg16": Part(
-        build=lambda settings, **sizes: gated_vgg16(
-            **sizes, **_options(settings, GatedVggSettings)
-        ),
-        settings=GatedVggSettings,
+        call(gated_vgg16),
+        GatedVggSettings,
         summary="vgg16_bn whose layers choose their channels for every example",
     ),
 }

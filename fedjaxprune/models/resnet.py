@@ -217,18 +217,7 @@ def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mod
     """Make He's ResNet-20 for CIFAR: widths 16, 32 and 64, three blocks each.
 
     Shortcuts have no parameters (option A of section 4.2); 0.27 million parameters for 10 classes.
-
-    Args:
-      input_shape: height, width and channels of one example; at least 4×4.
-      num_classes: width of the output.
-      norm: ``"batch"`` or ``"group"``.
-
-    Raises:
-      ValueError: if the examples are no images, or too small, or `norm` is neither.
-
-    References:
-      He et al., `Deep residual learning for image recognition
-      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    Arguments and errors are those of `resnet8`.
     """
     return _resnet("resnet20", input_shape, num_classes, norm, (16, 32, 64), (3, 3, 3), "plain")
 
@@ -236,17 +225,7 @@ def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mod
 def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
     """Make He's ResNet-32 for CIFAR: as `resnet20`, with five blocks each; 0.46 million parameters.
 
-    Args:
-      input_shape: height, width and channels of one example; at least 4×4.
-      num_classes: width of the output.
-      norm: ``"batch"`` or ``"group"``.
-
-    Raises:
-      ValueError: if the examples are no images, or too small, or `norm` is neither.
-
-    References:
-      He et al., `Deep residual learning for image recognition
-      <https://arxiv.org/abs/1512.03385>`_, 2016.
+    Arguments and errors are those of `resnet8`.
     """
     return _resnet("resnet32", input_shape, num_classes, norm, (16, 32, 64), (5, 5, 5), "plain")
 

@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fedjaxprune.errors import ConfigError, first_line, near_miss
+from fedjaxprune.errors import ConfigError, first_line, near_miss, shown
 from fedjaxprune.registry import listing
 from fedjaxprune.registry.imports import load, refer
 from fedjaxprune.registry.listing import KINDS, Origin
-from fedjaxprune.registry.parts import a_kind, as_part, name_of, shown
+from fedjaxprune.registry.parts import a_kind, as_part, name_of
 
 _REFERENCE = re.compile(r"(?P<place>.+\.py|[^\W\d][\w.]*):(?P<name>[^\W\d]\w*)")
 _TFDS_NAME = re.compile(r"[A-Za-z]\w*(/[\w.-]+)*(:[\w.]+)?")
@@ -56,11 +56,7 @@ def find(kind: str, name: Any, *, path: str = "") -> Found:
         given = f"the function {name_of(name)!r}" if inspect.isroutine(name) else shown(name)
         made = as_part(kind, name, f"{label}: {given}")
         return Found(kind, name_of(name), made, {}, Origin("value"))
-    base, variant = name, ""
-    if kind == "method" and not name.endswith(".py"):
-        head, colon, tail = name.rpartition(":")
-        tail, _, variant = tail.partition("/")
-        base = head + colon + tail
+    base, variant = listing.split_variant(name) if kind == "method" else (name, "")
     value, origin, settings = _look_up(kind, base, name, label)
     made = as_part(kind, value, f"{label}: {base!r}")
     if variant:

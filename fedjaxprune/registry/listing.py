@@ -145,6 +145,15 @@ def top_names(file: pathlib.Path) -> list[str]:
     ]
 
 
+def split_variant(name: str) -> tuple[str, str]:
+    """Take the name of a method apart from that of its variant, which may be empty."""
+    if name.endswith(".py"):
+        return name, ""
+    head, colon, tail = name.rpartition(":")
+    tail, _, variant = tail.partition("/")
+    return head + colon + tail, variant
+
+
 def check_kind(kind: str) -> Kind:
     """Look up a kind.
 

@@ -13,8 +13,6 @@ from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.registry.listing import KINDS, Kind
 from fedjaxprune.settings import Settings
 
-_LONGEST = 80  # characters of a value that a sentence repeats
-
 
 class Part(NamedTuple):
     """Something that a config can name.
@@ -100,12 +98,6 @@ def name_of(value: Any) -> str:
     function = getattr(function, "func", function)
     name = getattr(function, "__name__", type(function).__name__)
     return function.__module__.rpartition(".")[2] if name == "build" else name
-
-
-def shown(value: Any) -> str:
-    """Repeat a value in a sentence, cut after 80 characters."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def a_kind(kind: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedjaxprune.data.datasets import Dataset
-from fedjaxprune.errors import DataError
+from fedjaxprune.errors import DataError, first_line
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings, setting
 
@@ -84,8 +84,9 @@ def read(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
     except DataError:
         raise
     except Exception as error:  # whatever its readers raise on missing or damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data set {name!r} in {chosen} cannot be read: {reason}") from error
+        raise DataError(
+            f"data set {name!r} in {chosen} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def prepared(data_dir: str | os.PathLike[str] | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from fedjaxprune.errors import ConfigError, near_miss
 from fedjaxprune.experiment.config.sections import PLACES
 from fedjaxprune.registry import Found, listing
 from fedjaxprune.registry.imports import refer
+from fedjaxprune.registry.listing import split_variant
 from fedjaxprune.settings import Row
 
 _NEEDS: Mapping[str, str] = {
@@ -78,7 +79,10 @@ def describe(name: Any) -> Description:
         paper=_paper(getattr(part, "paper", None)),
         settings=tuple(registry.describe_settings(part.settings)),
         needs=_needs(part),
-        variants={f"{_base(found.name)}/{n}": v for n, v in getattr(part, "variants", {}).items()},
+        variants={
+            f"{split_variant(found.name)[0]}/{n}": v
+            for n, v in getattr(part, "variants", {}).items()
+        },
         default_model=getattr(part, "default_model", ""),
         text=text,
         command=_command(found),
@@ -157,11 +161,6 @@ def _needs(part: Any) -> tuple[str, ...]:
     needs = needs(part.settings()) if callable(needs) else needs
     wanted: dict[str, bool] = needs._asdict() if needs else {}
     return tuple(_NEEDS.get(name, name) for name, is_needed in wanted.items() if is_needed)
-
-
-def _base(name: str) -> str:
-    head, colon, tail = name.rpartition(":")
-    return head + colon + tail.partition("/")[0]
 
 
 def _command(found: Found) -> str:

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import pydantic
 
 from fedjaxprune import registry
-from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.errors import ConfigError, near_miss, shown
 from fedjaxprune.experiment.config import sections
 from fedjaxprune.settings import Settings, allowed, alternatives
-
-_LONGEST = 80  # characters of what was given that a sentence repeats
 
 # Names of schema 1 that are called otherwise, or that a section would not tell.
 RENAMED: Mapping[str, str] = {
@@ -139,12 +137,6 @@ def source_of(path: str, sources: Mapping[str, str]) -> str:
     """Say where a setting came from: ``" (from --sparsity)"``; empty where that is not known."""
     source = sources.get(path) or sources.get(f"{path}.name") or ""
     return f" (from {source})" if source else ""
-
-
-def shown(value: Any) -> str:
-    """Repeat what was given, cut after 80 characters."""
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def unknown(path: str, hint: Hint, source: str) -> ConfigError:

@@ -12,7 +12,7 @@ import pydantic
 
 from fedjaxprune import registry
 from fedjaxprune.data.sources import source_for_path
-from fedjaxprune.errors import ConfigError
+from fedjaxprune.errors import ConfigError, shown
 from fedjaxprune.experiment.config import errors
 from fedjaxprune.experiment.config.sections import (
     PLACES,
@@ -23,7 +23,7 @@ from fedjaxprune.experiment.config.sections import (
     plain,
 )
 from fedjaxprune.registry import Found, Part
-from fedjaxprune.registry.listing import Origin
+from fedjaxprune.registry.listing import Origin, split_variant
 from fedjaxprune.settings import Settings
 
 CLIENTS, COHORT = 20, 10  # where the user says nothing
@@ -83,7 +83,7 @@ def _flat(values: Mapping[str, Any], prefix: str, origin: str) -> Iterator[tuple
             if isinstance(value, Settings):
                 value = value.model_dump()
             elif value is not None and not is_nested:
-                given = errors.shown(value)
+                given = shown(value)
                 raise ConfigError(f"{path} must be settings as `name: value`, got {given}{origin}.")
             yield from _flat(value or {}, f"{path}.", origin)
         else:
@@ -112,13 +112,8 @@ def merge(first: Given, then: Given) -> Given:
 def _is_same(kind: str, new: Any, old: Any) -> bool:
     """Tell whether two names are of one part, such as two variants of a method."""
     if kind == "method" and isinstance(new, str) and isinstance(old, str):
-        return _without_variant(new) == _without_variant(old)
+        return split_variant(new)[0] == split_variant(old)[0]
     return new is old or (isinstance(new, str) and new == old)
-
-
-def _without_variant(name: str) -> str:
-    head, colon, tail = name.rpartition(":")
-    return name if name.endswith(".py") else head + colon + tail.partition("/")[0]
 
 
 class Resolved(NamedTuple):
@@ -173,7 +168,7 @@ def _find(path: str, name: Any, given: Given) -> Found:
     if name is None or isinstance(name, int | float | list):
         raise ConfigError(
             f"{path} must be a name, such as those of `fedjaxprune list {kind}`, got "
-            f"{errors.shown(name)}{errors.source_of(path, given.sources)}."
+            f"{shown(name)}{errors.source_of(path, given.sources)}."
         )
     is_component = not isinstance(name, str | type | Part | Found)
     if is_component and kind in ("model", "dataset") and not _is_part(name):

@@ -14,12 +14,13 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from fedjaxprune.experiment.folder import layout
 
 FILE = "chunk_size.json"  # in the run folder
 CACHED = "chunk_sizes.json"  # in the cache folder
@@ -216,15 +217,7 @@ def save(key: str, figures: Mapping[int, Figure]) -> None:
         everything = _read(lambda sentence: None)
         merged = {**_figures(everything.get(key, {})), **figures}
         everything[key] = _plain({size: merged[size] for size in sorted(merged)})
-        # In one step, as several runs may do so at a time.
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=CACHED)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(everything, file, indent=1)
-            pathlib.Path(draft).replace(path)
-        except OSError:
-            pathlib.Path(draft).unlink(missing_ok=True)
-            raise
+        layout.replace(path, json.dumps(everything, indent=1))
 
 
 def _read(warn: WarnFn) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fedjaxprune import masks as masks_lib
+from fedjaxprune.errors import first_line
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
 
@@ -68,7 +69,7 @@ def _reason(error: Exception) -> str:
     """Say briefly what is wrong: what the system said, if that is in it, else its first line."""
     if found := re.search(r"\[OS error \d+: (?:E[A-Z0-9]+ )?([^\]]+)\]", str(error)):
         return found[1]
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return first_line(error)[:200]
 
 
 def save(

@@ -11,6 +11,7 @@
     failed.json     if an error ended the run: see `failure`
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -18,6 +19,7 @@ import pathlib
 import platform
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 
 from fedjaxprune import __version__
@@ -81,10 +83,15 @@ def as_name(text: str) -> str:
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-    """Write a file so that it is never seen half written."""
-    draft = path.with_name(f".{path.name}.new")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    """Write a file so that it is never seen half written, whoever else writes it."""
+    draft = path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}.new")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError):
+            draft.unlink(missing_ok=True)
+        raise
 
 
 def check_free(folder: pathlib.Path) -> None:

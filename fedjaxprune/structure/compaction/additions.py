@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjaxprune.kernels import convolution
 from fedjaxprune.structure.compaction import arithmetic, dependence
-from fedjaxprune.structure.compaction.dependence import Facts, Kept, Known, Rule, Wish
+from fedjaxprune.structure.compaction.dependence import Call, Facts, Kept, Known, Rule, Wish
 from fedjaxprune.structure.compaction.program import Op
 
 # ---- convolutions: images [batch, features, ...], kernel [outputs, inputs, ...]
@@ -89,18 +89,9 @@ def _fold_conv(
     return _part(op, silent, np.asarray(kernel.value), speaks, outs)
 
 
-def _run_conv(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del plan, kept, outputs
-    x, kernel = arrays
-    params = dict(op.equation.params)
+def _run_conv(call: Call) -> list[Any]:
+    x, kernel = call.arrays
+    params = dict(call.op.equation.params)
     params.pop("batch_group_count")
     if params["feature_group_count"] != 1:
         params["feature_group_count"] = x.shape[params["dimension_numbers"].lhs_spec[1]]
@@ -108,7 +99,7 @@ def _run_conv(
     is_sized = all(isinstance(n, int) for n in x.shape)
     form = convolution.conv_general_dilated if is_sized else jax.lax.conv_general_dilated
     params.pop("out_sharding", None)
-    return [_plus(form(x, kernel, **params), constant)]
+    return [_plus(form(x, kernel, **params), call.constant)]
 
 
 def _plus(output: Any, constant: Any) -> Any:
@@ -163,18 +154,10 @@ def _wish_depthwise(
     )
 
 
-def _run_depthwise(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    (made,) = _run_conv(op, plan, kept, outputs, arrays, constant, batch)
-    have = (None,) * len(outputs[0]) if plan is None else plan
-    return [dependence.pick(made, have, outputs[0])]
+def _run_depthwise(call: Call) -> list[Any]:
+    (made,) = _run_conv(call)
+    have = (None,) * len(call.outputs[0]) if call.plan is None else call.plan
+    return [dependence.pick(made, have, call.outputs[0])]
 
 
 DEPTHWISE = Rule(_known_depthwise, _wish_depthwise, dependence.no_fold, _run_depthwise)
@@ -277,17 +260,8 @@ def _fold_dot(
     return total[dependence.grid(outputs[0], total.shape)]
 
 
-def _run_sum(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del plan, kept, outputs
-    return [_plus(dependence.bind(op, arrays, batch)[0], constant)]
+def _run_sum(call: Call) -> list[Any]:
+    return [_plus(dependence.bind(call.op, call.arrays, call.batch)[0], call.constant)]
 
 
 DOT = Rule(_known_dot, _wish_dot, _fold_dot, _run_sum)
@@ -338,21 +312,12 @@ def _fold_reduce(
     return total[dependence.grid(outputs[0], total.shape)]
 
 
-def _run_reduce(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del plan, kept, outputs
-    (reduced,) = dependence.bind(op, arrays, batch)
-    if constant is None:
+def _run_reduce(call: Call) -> list[Any]:
+    (reduced,) = dependence.bind(call.op, call.arrays, call.batch)
+    if call.constant is None:
         return [reduced]
-    combine = _REDUCTIONS[op.equation.primitive.name][2]
-    return [combine(reduced, jnp.broadcast_to(constant, reduced.shape).astype(reduced.dtype))]
+    combine = _REDUCTIONS[call.op.equation.primitive.name][2]
+    return [combine(reduced, jnp.broadcast_to(call.constant, reduced.shape).astype(reduced.dtype))]
 
 
 REDUCE = Rule(_known_reduce, _wish_reduce, _fold_reduce, _run_reduce)

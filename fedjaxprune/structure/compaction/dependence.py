@@ -58,6 +58,28 @@ class Wish(NamedTuple):
     soft: frozenset[int] = frozenset()
 
 
+class Call(NamedTuple):
+    """An operation as the smaller network does it once.
+
+    Attributes:
+      op: the operation.
+      plan: of `Rule.wish`.
+      kept: of the operands.
+      outputs: what is kept of them.
+      arrays: the operands.
+      constant: what the channels that are gone contribute, or None.
+      batch: number of examples; may be symbolic.
+    """
+
+    op: Op
+    plan: Any
+    kept: Sequence[Kept]
+    outputs: Sequence[Kept]
+    arrays: Sequence[Any]
+    constant: Any
+    batch: Any
+
+
 class Rule(NamedTuple):
     """How the analysis treats a kind of operation.
 
@@ -67,14 +89,13 @@ class Rule(NamedTuple):
         operand that is not decided yet None is given. The plan is handed to `run`.
       fold: ``(op, facts, kept of the operands, kept of the outputs) -> constant``, what the indices
         that are left out contribute, in the shape of the output that is kept; None for nothing.
-      run: ``(op, plan, kept of the operands, kept of the outputs, arrays, constant, batch) ->
-        outputs``.
+      run: ``call -> outputs``.
     """
 
     known: Callable[[Op, Sequence[Known]], list[Known]]
     wish: Callable[[Op, Facts, Sequence[Kept], Sequence[Kept | None]], tuple[list[Wish], Any]]
     fold: Callable[[Op, Facts, Sequence[Kept], Sequence[Kept]], np.ndarray | None]
-    run: Callable[[Op, Any, Sequence[Kept], Sequence[Kept], Sequence[Any], Any, Any], list[Any]]
+    run: Callable[[Call], list[Any]]
 
 
 def no_fold(op: Op, known: Facts, kept: Sequence[Kept], outputs: Sequence[Kept]) -> None:

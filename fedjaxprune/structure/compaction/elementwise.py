@@ -7,7 +7,7 @@ import numpy as np
 
 from fedjaxprune.structure.channels.propagation import elementwise
 from fedjaxprune.structure.compaction import arithmetic, dependence
-from fedjaxprune.structure.compaction.dependence import Facts, Kept, Known, Rule, Wish
+from fedjaxprune.structure.compaction.dependence import Call, Facts, Kept, Known, Rule, Wish
 from fedjaxprune.structure.compaction.program import FEW, Op, at
 
 _NAMES = (
@@ -83,17 +83,8 @@ def _wish(
     ], None
 
 
-def _run(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del plan, kept, outputs, constant
-    return dependence.bind(op, arrays, batch)
+def _run(call: Call) -> list[Any]:
+    return dependence.bind(call.op, call.arrays, call.batch)
 
 
 POINTWISE = Rule(_known, _wish, dependence.no_fold, _run)
@@ -191,25 +182,16 @@ def _adapt(op: Op, kept: Sequence[Kept], outputs: Sequence[Kept], batch: Any) ->
     return params
 
 
-def _run_move(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del constant
-    if not plan:
-        whole = dependence.bind(op, arrays, batch)
+def _run_move(call: Call) -> list[Any]:
+    if not call.plan:
+        whole = dependence.bind(call.op, call.arrays, call.batch)
         return [
             dependence.pick(each, (None,) * len(bits), bits)
-            for each, bits in zip(whole, outputs, strict=True)
+            for each, bits in zip(whole, call.outputs, strict=True)
         ]
-    params = _adapt(op, kept, outputs, batch)
-    moved = op.equation.primitive.bind(*arrays, **params)
-    return list(moved) if op.equation.primitive.multiple_results else [moved]
+    params = _adapt(call.op, call.kept, call.outputs, call.batch)
+    moved = call.op.equation.primitive.bind(*call.arrays, **params)
+    return list(moved) if call.op.equation.primitive.multiple_results else [moved]
 
 
 MOVE = Rule(_known_move, _wish_move, dependence.no_fold, _run_move)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune.structure.compaction import dependence
-from fedjaxprune.structure.compaction.dependence import Kept, Rule
+from fedjaxprune.structure.compaction.dependence import Call, Kept, Rule
 from fedjaxprune.structure.compaction.program import Block, Op, Program, at
 
 
@@ -123,10 +123,10 @@ def smaller(plan: Plan, constants: dict[str, Any], arrays: Sequence[Any], batch:
             continue
         for each in step.steps if isinstance(step, Fused) else (step,):
             read = [look(*pair) for pair in zip(each.op.inputs, each.operands, strict=True)]
-            made = each.rule.run(
+            call = Call(
                 each.op, each.plan, each.operands, each.outputs, read, constant(each), batch
             )
-            environment.update(zip(each.op.outputs, made, strict=True))
+            environment.update(zip(each.op.outputs, each.rule.run(call), strict=True))
     return [environment[variable] for variable in program.outputs]
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fedjaxprune.structure.compaction import dependence
-from fedjaxprune.structure.compaction.dependence import Facts, Kept, Known, Rule, Wish
+from fedjaxprune.structure.compaction.dependence import Call, Facts, Kept, Known, Rule, Wish
 from fedjaxprune.structure.compaction.program import Op, Program, at
 
 WINDOWS = (
@@ -66,19 +66,10 @@ def _wish_window(
     )
 
 
-def _run_window(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del kept, constant
-    (made,) = dependence.bind(op, arrays, batch)
-    have = tuple(None if axis in _sliding(op) else bits for axis, bits in enumerate(plan))
-    return [dependence.pick(made, have, outputs[0])]
+def _run_window(call: Call) -> list[Any]:
+    (made,) = dependence.bind(call.op, call.arrays, call.batch)
+    have = tuple(None if axis in _sliding(call.op) else bits for axis, bits in enumerate(call.plan))
+    return [dependence.pick(made, have, call.outputs[0])]
 
 
 WINDOW = Rule(_known_window, _wish_window, dependence.no_fold, _run_window)
@@ -133,21 +124,14 @@ def _wish_lookup(
     return [Wish(tuple(kept)), Wish(dependence.everything(known, op.inputs[1]))], None
 
 
-def _run_lookup(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del plan, kept, outputs, constant
-    params = at(op.params, batch)
+def _run_lookup(call: Call) -> list[Any]:
+    params = at(call.op.params, call.batch)
     sizes = list(params["slice_sizes"])
-    for axis in _offsets(op):
-        sizes[axis] = arrays[0].shape[axis]
-    return [op.equation.primitive.bind(*arrays, **{**params, "slice_sizes": tuple(sizes)})]
+    for axis in _offsets(call.op):
+        sizes[axis] = call.arrays[0].shape[axis]
+    return [
+        call.op.equation.primitive.bind(*call.arrays, **{**params, "slice_sizes": tuple(sizes)})
+    ]
 
 
 LOOKUP = Rule(_known_lookup, _wish_lookup, dependence.no_fold, _run_lookup)
@@ -181,20 +165,11 @@ def _wish_other(
     return [Wish(dependence.everything(known, variable)) for variable in op.inputs], None
 
 
-def _run_other(
-    op: Op,
-    plan: Any,
-    kept: Sequence[Kept],
-    outputs: Sequence[Kept],
-    arrays: Sequence[Any],
-    constant: Any,
-    batch: Any,
-) -> list[Any]:
-    del plan, kept, constant
-    made = _play(op, arrays, batch)
+def _run_other(call: Call) -> list[Any]:
+    made = _play(call.op, call.arrays, call.batch)
     return [
         dependence.pick(each, (None,) * len(bits), bits)
-        for each, bits in zip(made, outputs, strict=True)
+        for each, bits in zip(made, call.outputs, strict=True)
     ]
 
 

@@ -1,7 +1,6 @@
 """Put the page together: tables and configs as HTML, pictures for plotly, all in one file."""
 
 import base64
-import contextlib
 import errno
 import functools
 import gzip
@@ -23,7 +22,7 @@ from fedjaxprune.experiment.analysis.compare import Comparison
 from fedjaxprune.experiment.analysis.groups import Group
 from fedjaxprune.experiment.analysis.report import figures, frame
 from fedjaxprune.experiment.config import identity
-from fedjaxprune.experiment.folder import load
+from fedjaxprune.experiment.folder import layout, load
 
 _TALL = 450  # pixels from which a picture gets the whole width
 _SIGNS = {"finished": "✓", "running": "…", "failed": "✕", "interrupted": "‖"}
@@ -110,17 +109,11 @@ def write(path: pathlib.Path, text: str) -> None:
     Raises:
       ConfigError: it cannot be written there.
     """
-    draft = None
     try:
         if not path.name or path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        draft = path.with_name(f".{path.name[:200]}.new")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        layout.replace(path, text)
     except (OSError, ValueError) as error:  # a ValueError: of a name that no file can have
-        if draft is not None:
-            with contextlib.suppress(OSError, ValueError):
-                draft.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"--out: cannot write {str(path)!r} ({why}); name a file in a folder that exists and "
