@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import executed
 from fedjaxprune import masks, metrics
 from fedjaxprune.costs import flops
 from fedjaxprune.experiment.run import round_costs
@@ -124,10 +125,10 @@ def main():
         counts = [f"{count // BATCH:,}" for count in flops.dense(layers)]
         inside = sum(layer.inside for layer in layers)
         plain = jaxprs.plain(loss)
-        _, step = flops.executed(jax.grad(plain), params, state, batch)
-        _, fast = flops.executed(jax.grad(loss), params, state, batch)
-        forward_ratio = flops.by_xla(plain, params, state, batch) / (2 * inside)
-        step_ratio = flops.by_xla(jax.grad(plain), params, state, batch) / (2 * step)
+        _, step = executed.executed(jax.grad(plain), params, state, batch)
+        _, fast = executed.executed(jax.grad(loss), params, state, batch)
+        forward_ratio = executed.by_xla(plain, params, state, batch) / (2 * inside)
+        step_ratio = executed.by_xla(jax.grad(plain), params, state, batch) / (2 * step)
         print(
             f"| {name} | {' | '.join(counts)} | {inside // BATCH:,} | {forward_ratio:.4f} of ours "
             f"| {step_ratio:.4f} of ours | {fast / step:.2f} of the plain form's |",

@@ -75,15 +75,6 @@ def sparsity(masks: Masks, prunable: PrunableFn) -> jax.Array:
     return jnp.float32(1.0) - kept.astype(jnp.float32) / jnp.float32(size)
 
 
-def overlap(first: Masks, second: Masks) -> jax.Array:
-    """Measure the Jaccard similarity of what two masks keep: ``[]``, 1 if both are empty."""
-    both = jax.tree.map(lambda a, b: trees.count(a & b), first, second)
-    either = jax.tree.map(lambda a, b: trees.count(a | b), first, second)
-    shared = trees.tree_sum(both, dtype=jnp.int32).astype(jnp.float32)
-    total = trees.tree_sum(either, dtype=jnp.int32).astype(jnp.float32)
-    return jnp.where(total > 0, shared / jnp.maximum(total, jnp.float32(1.0)), jnp.float32(1.0))
-
-
 def pack(masks: Masks) -> Any:
     """Pack every leaf to bits, row-major, most significant first: ``[ceil(size / 8)]`` uint8."""
     return jax.tree.map(lambda leaf: jnp.packbits(leaf.ravel()), masks)

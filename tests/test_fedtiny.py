@@ -18,7 +18,7 @@ from fedjaxprune.methods import fedtiny
 from fedjaxprune.models import adapters, heads, layers, vgg, zoo
 from fedjaxprune.pruning import candidates, drop_and_grow, schedules
 from fedjaxprune.rounds import protocol, training
-from fedjaxprune.structure import reading_order
+from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Broadcast, Message, PrunerInputs, client_data
 from tests import quadratic, resuming
 
@@ -93,7 +93,7 @@ def test_the_pool_costs_a_tenth_of_a_dense_model():
 
 def test_the_blocks_of_resnet18_and_their_turns():
     model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
-    paths = reading_order.reading_order(model, input_shape=(32, 32, 3))
+    paths = jaxprs.reading_order(model, input_shape=(32, 32, 3))
     prunable = masks.excluding(masks.is_kernel, "conv_1/kernel")
     params, _ = jax.eval_shape(model.init, KEY)
     flags = masks.prunable_leaves(params, prunable)
@@ -136,7 +136,7 @@ def test_the_blocks_of_resnet18_and_their_turns():
 def test_the_blocks_of_vgg11_are_five_pairs():
     image = {"input_shape": (32, 32, 3), "num_classes": 10}
     model = vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **image)
-    paths = reading_order.reading_order(model, input_shape=(32, 32, 3))
+    paths = jaxprs.reading_order(model, input_shape=(32, 32, 3))
     kernels = [path for path in paths if path.endswith("kernel") and path != "conv_1/kernel"]
     assert len(kernels) == 7 + 3
     found = drop_and_grow.consecutive(paths, num_blocks=5)(kernels)

@@ -99,15 +99,6 @@ def test_sparsity_counts_prunable_weights_only():
     assert float(masks.sparsity(NONE, lambda path, leaf: False)) == 0.0
 
 
-def test_overlap_is_the_jaccard_similarity():
-    expected = (flat(FIRST) & flat(SECOND)).sum() / (flat(FIRST) | flat(SECOND)).sum()
-    assert float(masks.overlap(FIRST, SECOND)) == pytest.approx(expected, abs=1e-6)
-    assert float(masks.overlap(SECOND, FIRST)) == float(masks.overlap(FIRST, SECOND))
-    assert float(masks.overlap(FIRST, FIRST)) == 1.0
-    assert float(masks.overlap(NONE, NONE)) == 1.0
-    assert float(masks.overlap(NONE, FULL)) == 0.0
-
-
 def test_packing_loses_nothing_and_costs_a_bit_per_weight():
     packed = jax.jit(masks.pack)(FIRST)
     for bits, leaf in zip(jax.tree.leaves(packed), jax.tree.leaves(FIRST), strict=True):

@@ -82,7 +82,7 @@ def of_function(
       masks: what is kept, matched to `params` by path: bool arrays, or for each leaf the share of
         it that is kept, as a number; leaves that are missing are dense.
       gates: by a layer's path, the share of its multiply-adds that its gates let through, measured
-        as the mean over examples of (live inputs) times (live outputs), see `gate_share`.
+        as the mean over examples of (live inputs) times (live outputs).
       while_trips: how often a loop runs whose number of steps the graph does not tell.
 
     Returns:
@@ -186,46 +186,6 @@ def _divide(numerator: int, denominator: int) -> int:
     """Divide to the nearest integer, half to even, exactly."""
     quotient, rest = divmod(numerator, denominator)
     return quotient + (2 * rest + quotient % 2 > denominator)
-
-
-def gate_share(inputs: Any, outputs: Any) -> float:
-    """Turn measured gates into the share of multiply-adds that they let through.
-
-    The mean over examples of (share of live input channels) times (share of live output channels):
-    the mean of the products, as both depend on the example.
-
-    Args:
-      inputs: ``[B, C]``, nonzero where a channel of the layer's input is live.
-      outputs: ``[B, O]``, the same of its output.
-    """
-    live_in = np.mean(np.asarray(inputs) != 0, axis=1)
-    live_out = np.mean(np.asarray(outputs) != 0, axis=1)
-    return float(np.mean(live_in * live_out))
-
-
-def executed(function: Callable[..., Any], *args: Any, while_trips: int | None = None) -> Any:
-    """Count the multiply-adds that the graph of ``function(*args)`` really executes.
-
-    Fast forms count with all the arithmetic that they do, and whatever the graph computes twice
-    counts twice. Hand over the gradient to see a training step.
-
-    Returns:
-      ``(multiply_adds, inside)``: with taps on padding, and without.
-    """
-    graph, inputs = _trace(lambda _, *args: function(*args), (), args, None)
-    found = jaxpr_flops.products(
-        graph, inputs, jaxpr_flops.Rules(while_trips=while_trips, plain=False)
-    )
-    return jaxpr_flops.total(found), sum(product.inside * product.times for product in found)
-
-
-def by_xla(function: Callable[..., Any], *args: Any) -> float:
-    """Compile ``function(*args)`` and ask XLA for its FLOPs, everything included.
-
-    XLA counts taps on padding out, elementwise operations in, and the body of a loop once.
-    """
-    analysis = jax.jit(function).lower(*args).compile().cost_analysis()
-    return float((analysis or {}).get("flops", float("nan")))
 
 
 def table(layers: Sequence[Layer]) -> str:

@@ -113,7 +113,7 @@ def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> T
     groups: dict[tuple[int, int], list[int]] = {}
     for (there, here), who in exchanges.items():
         groups.setdefault((sum(there), sum(here)), []).extend(who)
-    published = _charge_by_formula(metrics, network, present, reached)
+    published = charge_by_formula(metrics, state, prunable=prunable)
     published |= {name: charge(metrics, state) for name, charge in algorithm.published.items()}
     return Traffic(
         uplink_bits=sum(up),
@@ -150,14 +150,8 @@ def charge_by_formula(
     `values_and_bitmaps` charges 32 bits for a live value and one for each prunable weight of a mask
     that travels, and is how FedDIP's specification is charged.
     """
-    present = np.asarray(metrics.participated)
+    present, network = np.asarray(metrics.participated), _network(state, prunable)
     reached = received(present, np.asarray(metrics.sent.client_ids))
-    return _charge_by_formula(metrics, _network(state, prunable), present, reached)
-
-
-def _charge_by_formula(
-    metrics: RoundMetrics, network: _Network, present: np.ndarray, reached: np.ndarray
-) -> dict[str, PublishedBits]:
     storages = tuple(storage_models.STORAGE.values())
     charged = dict(
         zip(

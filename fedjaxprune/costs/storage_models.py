@@ -71,17 +71,6 @@ STORAGE: Mapping[str, StorageFn] = {
     "fedrts_bitmap": fedrts_bitmap,
 }
 
-# Appendix F.4 of FedRTS: what a client sends and receives in a round that revises the masks, in
-# units of a dense model, a sparse model, and the explored weights (their top gradients).
-OUTER_ROUNDS: Mapping[str, tuple[float, float, float]] = {
-    "feddst": (0, 2, 0),
-    "prunefl": (1, 1, 0),
-    "fedsgc": (0, 3, 0),
-    "fedtiny": (0, 2, 1),
-    "fedmef": (0, 2, 1),
-    "fedrts": (0, 2, 0.5),
-}
-
 
 def feddip_code(sparsity: float, num_params: int) -> int:
     """Charge what FedDIP's public code charges for one transfer, in bits.

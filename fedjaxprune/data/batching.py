@@ -217,15 +217,8 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
 def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preprocess) -> Batcher:
     """Walk once, in a fresh order, through the examples that `development` does not show.
 
-    Args:
-      key: the one given to `development`.
-      share: the one given to `development`; a client all of whose examples are shown there takes no
-        steps.
-      batch_size: ``B``, at least 1.
-      preprocess: as for `epochs`.
-
-    Raises:
-      ValueError: if a number is out of range.
+    Key and share are those given to `development`; a client all of whose examples are shown there
+    takes no steps.
     """
     _check_share(share)
     _check_positive("batch_size", batch_size)

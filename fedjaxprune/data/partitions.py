@@ -5,7 +5,7 @@ they are the whole data set. Randomness comes from the given NumPy generator alo
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,15 +45,8 @@ def stratified(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int
     """Deal each class round-robin, so that every client has a miniature of the whole.
 
     The dealing goes on with the next class where the last one stopped (FedDIP's code starts again
-    at the first client), so that sizes differ by at most one, as each class's counts do.
-
-    Args:
-      rng: decides who gets what within a class.
-      labels: ``[E]`` integers.
-      num_clients: ``N``, at most ``E``.
-
-    Raises:
-      ValueError: if some client would go without examples.
+    at the first client), so that sizes differ by at most one, as each class's counts do. Arguments
+    and errors are those of `iid`.
     """
     labels = _check(labels, num_clients)
     dealt = np.concatenate([rng.permutation(rows) for rows in splits.by_class(labels)])
@@ -323,26 +316,15 @@ def _iid(settings: Settings, rng: Any, labels: Any, *, num_clients: int, keys=No
     return iid(rng, splits.classes_or_one(labels), num_clients=num_clients)
 
 
-def _stratified(
-    settings: Settings, rng: Any, labels: Any, *, num_clients: int, keys=None
-) -> Partition:
-    return stratified(rng, _need_classes("stratified", labels), num_clients=num_clients)
+def _by_class(partition: Callable[..., Partition], **options: str) -> Callable[..., Partition]:
+    """Make the `build` of a partition by classes; `options` are settings by their argument."""
 
+    def build(settings: Settings, rng: Any, labels: Any, *, num_clients: int, keys=None):
+        classes = _need_classes(partition.__name__, labels)
+        given = {argument: getattr(settings, name) for argument, name in options.items()}
+        return partition(rng, classes, num_clients=num_clients, **given)
 
-def _shards(
-    settings: ShardsSettings, rng: Any, labels: Any, *, num_clients: int, keys=None
-) -> Partition:
-    classes = _need_classes("shards", labels)
-    per_client = settings.classes_per_client
-    return shards(rng, classes, num_clients=num_clients, classes_per_client=per_client)
-
-
-def _dirichlet(
-    settings: DirichletSettings, rng: Any, labels: Any, *, num_clients: int, keys=None
-) -> Partition:
-    classes = _need_classes("dirichlet", labels)
-    options = {"alpha": settings.alpha, "min_size": settings.min_client_size}
-    return dirichlet(rng, classes, num_clients=num_clients, **options)
+    return build
 
 
 def _by_key(
@@ -380,12 +362,16 @@ def _need_classes(name: str, labels: Any) -> np.ndarray:
 
 PARTS = {
     "iid": Part(build=_iid, summary="shuffled examples, sizes differ by at most one"),
-    "stratified": Part(build=_stratified, summary="every client has all classes alike"),
+    "stratified": Part(build=_by_class(stratified), summary="every client has all classes alike"),
     "shards": Part(
-        build=_shards, settings=ShardsSettings, summary="a number of classes per client"
+        build=_by_class(shards, classes_per_client="classes_per_client"),
+        settings=ShardsSettings,
+        summary="a number of classes per client",
     ),
     "dirichlet": Part(
-        build=_dirichlet, settings=DirichletSettings, summary="Dirichlet shares of each class"
+        build=_by_class(dirichlet, alpha="alpha", min_size="min_client_size"),
+        settings=DirichletSettings,
+        summary="Dirichlet shares of each class",
     ),
     "by_key": Part(
         build=_by_key, settings=ByKeySettings, summary="one client per value of a column"

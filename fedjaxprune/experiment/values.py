@@ -1,7 +1,5 @@
 """Values that a Python user gives in the place of names: models, data, methods and settings."""
 
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +8,7 @@ from fedjaxprune.errors import ConfigError, near_miss
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.resolve import Given
 from fedjaxprune.experiment.config.sections import PLACES, Data, RunConfig
-from fedjaxprune.registry import Found, Origin, Part
+from fedjaxprune.registry import Found
 
 
 def under_paths(**given: Any) -> Given:
@@ -51,44 +49,15 @@ def as_parts(given: Given, *, is_new: bool) -> Given:
     return given._replace(values=values)
 
 
-class _Ready:
-    """A `build` that gives what is there already."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __call__(self, *settings: Any, **context: Any) -> Any:
-        return self.value
-
-
 def as_found(kind: str, value: Any) -> Found | None:
     """Make a part of a value: of a function or a `Part` what it builds, else the value itself."""
     if value is None or isinstance(value, Found):
         return value
-    if isinstance(value, str) or not _is_component(kind, value):
-        return registry.find(kind, value)
-    if kind == "dataset":
+    if kind == "dataset" and resolve.as_found(kind, value):
         from fedjaxprune.data import conversion
 
         value = conversion.as_dataset(value)
-    name, part = f"own_{kind}", Part(_Ready(value))
-    if kind == "method":
-        from fedjaxprune.method import Method
-        from fedjaxprune.settings import Settings
-
-        return Found(
-            kind, name, Method(build=_Ready(value), settings=Settings), {}, Origin("value")
-        )
-    return Found(kind, name, part, {}, Origin("value"))
-
-
-def _is_component(kind: str, value: Any) -> bool:
-    """Tell what a part would build from a part."""
-    is_part = hasattr(value, "build") and hasattr(value, "settings")
-    is_function = inspect.isroutine(value) or isinstance(value, functools.partial | type)
-    if kind == "method":
-        return hasattr(value, "stages")
-    return kind in ("model", "dataset") and not is_part and not is_function
+    return resolve.as_found(kind, value) or registry.find(kind, value)
 
 
 def model_of(given: Given) -> Found | None:

@@ -73,16 +73,7 @@ def fedyogi(
 
     The paper has no bias correction and starts the second moment at ``eps ** 2``; optax corrects
     the bias, and here both moments start at zero: from its own start at 1e-6, `optax.yogi` would
-    move weights that no delta moves.
-
-    Args:
-      learning_rate: of the server.
-      b1: decay of the mean delta, in [0, 1); the default is the paper's.
-      b2: pace of the second moment, in [0, 1); the default is the paper's.
-      eps: degree of adaptivity (the paper's tau); the default is the paper's.
-
-    References:
-      Reddi et al., `Adaptive federated optimization <https://arxiv.org/abs/2003.00295>`_, 2021.
+    move weights that no delta moves. Arguments and reference are those of `fedadam`.
     """
     _check_positive("learning_rate", learning_rate)
     _check_decay("b1", b1)

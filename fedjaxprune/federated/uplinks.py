@@ -82,20 +82,7 @@ def random_k(*, fraction: float) -> Uplink:
     """Send of every leaf a uniformly random choice of entries, as they are.
 
     Unscaled, it is the contraction that `error_feedback` wants. Positions follow from a seed of 32
-    bits, once per message.
-
-    Args:
-      fraction: of a leaf's entries that may travel, how many are sent: rounded, and at least one;
-        in (0, 1].
-
-    Returns:
-      An `Uplink`, which sends values and one seed.
-
-    Raises:
-      ValueError: if `fraction` is outside (0, 1].
-
-    References:
-      Stich et al., `Sparsified SGD with memory <https://arxiv.org/abs/1809.07599>`_, 2018.
+    bits, once per message. `fraction`, errors and reference are those of `top_k`.
     """
     _check_fraction(fraction)
     update_fn = _map_leaves(lambda key, delta, mask: _pick(key, delta, mask, fraction)[0])
@@ -108,12 +95,6 @@ def unbiased_random_k(*, fraction: float) -> Uplink:
     An entry is sent with probability ``sent / kept``, and is multiplied by ``kept / sent`` (this is
     ``1 / fraction`` but for the rounding). Without feedback it is the better one, with feedback the
     worse: see `random_k`, whose arguments, costs and errors it shares.
-
-    Returns:
-      An `Uplink`.
-
-    References:
-      Stich et al., `Sparsified SGD with memory <https://arxiv.org/abs/1809.07599>`_, 2018.
     """
     _check_fraction(fraction)
 
@@ -211,8 +192,7 @@ def error_feedback(inner: Uplink) -> Uplink:
       An `Uplink` with a `ResidualState` per client; it sends what `inner` sends.
 
     References:
-      Stich et al., `Sparsified SGD with memory <https://arxiv.org/abs/1809.07599>`_, 2018;
-      Karimireddy et al., `Error feedback fixes SignSGD <https://arxiv.org/abs/1901.09847>`_, 2019.
+      Those of `top_k` and `sign`.
     """
 
     def init_fn(params):

@@ -168,6 +168,16 @@ def make_plan(
     )
 
 
+def plan_ranking(task: Task, settings: RankingSettings) -> tuple[Plan, filters.TargetFn]:
+    """Find the filters, and how many a ranking leaves in each exchange."""
+    plan = make_plan(
+        task, settings, num_steps=settings.num_prune_steps, stop=settings.stop_sparsity
+    )
+    wanted = filters.even_steps(settings.sparsity, plan.num_steps)
+    share = settings.prune_fraction_per_step
+    return plan, filters.targets(plan.layers, wanted, of_remaining=share)
+
+
 def is_over(plan: Plan, keep: filters.Keep) -> jax.Array:
     """Tell whether more is pruned than the share after which exchanges stop: ``[]`` bool."""
     total = sum(g.size * size for g, size in zip(plan.layers, plan.filter_sizes, strict=True))

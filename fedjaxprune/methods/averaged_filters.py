@@ -32,14 +32,7 @@ def build(settings: AveragedFilters, task: Task) -> Algorithm:
     Raises:
       ValueError: the network has no filters.
     """
-    plan = _filter_rounds.make_plan(
-        task, settings, num_steps=settings.num_prune_steps, stop=settings.stop_sparsity
-    )
-    targets = filters.targets(
-        plan.layers,
-        filters.even_steps(settings.sparsity, plan.num_steps),
-        of_remaining=settings.prune_fraction_per_step,
-    )
+    plan, targets = _filter_rounds.plan_ranking(task, settings)
     trainer = _filter_rounds.trainer(task, settings)
 
     def update_fn(key, broadcast, state, data):

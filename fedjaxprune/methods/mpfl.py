@@ -70,9 +70,7 @@ def build(settings: MPFL, task: Task) -> Algorithm:
     """
     part = registry.find("consensus", settings.consensus, path="method.consensus").part
     rule: voting.ConsensusFn = part.build(part.settings())
-    plan = _filter_rounds.make_plan(
-        task, settings, num_steps=settings.num_prune_steps, stop=settings.stop_sparsity
-    )
+    plan, targets = _filter_rounds.plan_ranking(task, settings)
     wanted = filters.even_steps(settings.sparsity, plan.num_steps)
     quotas = [filters.quotas(wanted, group.size) for group in plan.layers]
     counts = {"clients": aggregators.vote_counts, "examples": aggregators.vote_weights}
@@ -108,7 +106,6 @@ def build(settings: MPFL, task: Task) -> Algorithm:
         log = state.method.agreement.at[state.round].set(jnp.stack(alike), mode="drop")
         return state._replace(method=state.method._replace(agreement=log))
 
-    targets = filters.targets(plan.layers, wanted, of_remaining=settings.prune_fraction_per_step)
     agree = _filter_rounds.exchange(
         task,
         settings,
@@ -135,14 +132,6 @@ def diagnostics(metrics: RoundMetrics) -> dict[str, Any]:
     if found is None or int(metrics.num_participating) <= int(metrics.num_rejected):
         return {}
     return {AGREEMENT: np.round(np.asarray(found[0], np.float64), 6).tolist()}
-
-
-def agreement_bits(num_filters: int, num_clients: int, num_prune_steps: int) -> int:
-    """Charge the agreement: a bit a filter, up and down, in every exchange, of every client.
-
-    The exchange that prunes nothing counts, too; initial weights follow from a seed.
-    """
-    return (num_prune_steps + 1) * num_clients * 2 * num_filters
 
 
 def _voter(trainer: Client, plan: _filter_rounds.Plan, targets: filters.TargetFn) -> Client:

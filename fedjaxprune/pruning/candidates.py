@@ -5,7 +5,6 @@ of the layer. A pool is therefore a small table ``[candidates, layers]``, from w
 when they are needed.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ NUM_TRIES = 10_000  # draws of a candidate; then the closest one is taken
 TOLERANCE = 0.02  # relative, of the density of a candidate: fixed in FedTiny's code
 
 # (params, kept share of the prunable weights, prunable) -> density of each layer [layers], float64
-DensityFn = Callable[[Params, float, PrunableFn], np.ndarray]
 
 
 def pool_size(density: float) -> int:

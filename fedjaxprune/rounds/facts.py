@@ -13,7 +13,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import gated_updates
 from fedjaxprune.models import gates
-from fedjaxprune.structure import reading_order as reading_order_lib
+from fedjaxprune.structure import jaxprs
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Model, PrunableFn
 
@@ -55,7 +55,7 @@ def of_model(model: Model, *, inputs: Any) -> Facts:
         params=params,
         state=state,
         inputs=inputs,
-        reading_order=lambda: reading_order_lib.reading_order(model, input_shape=inputs.shape[1:]),
+        reading_order=lambda: jaxprs.reading_order(model, input_shape=inputs.shape[1:]),
         channels=channels,
         gate_readers=lambda: gated_updates.readers_of(channels(), params),
     )

@@ -1,4 +1,4 @@
-"""Say what a fast form computes, so that costs can be counted of the layer and not of the trick.
+"""Read programs: what a fast form computes, which equations are needed, in which order layers are.
 
 A convolution written as a product with a kernel spread out among zeros does more arithmetic than
 the convolution. `equivalent_to` ties its output to the plain form: the compiled program does not
@@ -7,12 +7,16 @@ it, and `plain` swaps the one for the other. So a kernel that no walker can look
 foreign call) is counted too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+
+from fedjaxprune import trees
+from fedjaxprune.types import Model
 
 _stands_for = core.Primitive("stands_for")
 NAME = _stands_for.name
@@ -186,3 +190,44 @@ def is_marked(graph: Any) -> bool:
         equation.primitive is _stands_for or any(map(is_marked, graphs_of(equation)))
         for equation in graph.eqns
     )
+
+
+def reading_order(model: Model, *, input_shape: Sequence[int]) -> list[str]:
+    """List the parameters' paths in the order in which inference first uses them.
+
+    The order is read off the traced network, so names do not matter; nothing is computed.
+    Parameters that inference does not use are left out.
+
+    Args:
+      model: the network.
+      input_shape: of one example, as the network takes it.
+    """
+    params, state = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    traced = jax.make_jaxpr(model.predict)(params, state, inputs).jaxpr
+    names = dict(zip(traced.invars, trees.paths(params), strict=False))
+    found: dict[str, None] = {}
+    _note_reads(traced, names, found)
+    return list(found)
+
+
+def _note_reads(traced: Any, names: dict[Any, str], found: dict[str, None]) -> None:
+    """Note the named variables that equations read, in turn, inner functions included."""
+    for equation in traced.eqns:
+        read = [
+            (i, names[v]) for i, v in enumerate(equation.invars) if is_variable(v) and v in names
+        ]
+        inner = _inner(equation)
+        if inner is None:
+            found.update(dict.fromkeys(name for _, name in read))
+        else:
+            _note_reads(inner, {inner.invars[i]: name for i, name in read}, found)
+
+
+def _inner(equation: Any) -> Any:
+    """Find the function that an equation calls, if it takes the equation's own arguments."""
+    for value in equation.params.values():
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns") and len(inner.invars) == len(equation.invars):
+            return inner
+    return None

@@ -5,6 +5,7 @@ Settings are kept by full path on the way (``{"client.optimizer.name": "sgd"}``)
 """
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -170,21 +171,41 @@ def _find(path: str, name: Any, given: Given) -> Found:
             f"{path} must be a name, such as those of `fedjaxprune list {kind}`, got "
             f"{shown(name)}{errors.source_of(path, given.sources)}."
         )
-    is_component = not isinstance(name, str | type | Part | Found)
-    if is_component and kind in ("model", "dataset") and not _is_part(name):
-        part = Part(build=lambda *_, **__: name)
-        return Found(kind, f"own_{kind}", part, {}, Origin("value"))
-    if is_component and hasattr(name, "stages") and kind == "method":
-        from fedjaxprune.method import Method
-
-        made = Method(build=lambda settings, task: name, settings=Settings)
-        return Found(kind, "own_method", made, {}, Origin("value"))
+    if own := as_found(kind, name):
+        return own
     source = errors.source_of(path, given.sources)
     return registry.find(kind, name, path=path if "from --" in source else f"{path}{source}")
 
 
-def _is_part(value: Any) -> bool:
-    return callable(value) or (hasattr(value, "build") and hasattr(value, "settings"))
+class _Ready:
+    """A `build` that gives what is there already."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, *settings: Any, **context: Any) -> Any:
+        return self.value
+
+
+def as_found(kind: str, value: Any) -> Found | None:
+    """Make a part of the component that it would build: a network, data, an algorithm.
+
+    None where the value is a part or a function, which the registry looks up.
+    """
+    is_part = hasattr(value, "build") and hasattr(value, "settings")
+    is_function = inspect.isroutine(value) or isinstance(
+        value, str | functools.partial | type | Found
+    )
+    if is_part or is_function or kind not in ("model", "dataset", "method"):
+        return None
+    if kind == "method":
+        if not hasattr(value, "stages"):
+            return None
+        from fedjaxprune.method import Method
+
+        made = Method(build=_Ready(value), settings=Settings)
+        return Found(kind, "own_method", made, {}, Origin("value"))
+    return Found(kind, f"own_{kind}", Part(_Ready(value)), {}, Origin("value"))
 
 
 @functools.cache
