@@ -370,11 +370,12 @@ class Algorithm(NamedTuple):
       init_client: ``params -> ClientState`` of a client that has never taken part.
       stages: in order; they share one `RoundState`.
       deployed_params: ``state -> params`` to be evaluated; pruned entries are exact zeros.
-      prunable: the leaves whose masks travel and whose sparsity is on record.
+      prunable: the leaves whose masks travel.
       payload: of the uplink, from which the ledger knows the length of a delta; hashable.
       published: by name, what papers charge for a round.
       diagnostics: ``metrics -> dict`` on the host, what the method itself puts on record.
       notes: sentences about this run that the user should read before it starts.
+      counted: the leaves whose sparsity is on record; None: those that are prunable.
     """
 
     init: Callable[[Params, State], RoundState]
@@ -386,3 +387,4 @@ class Algorithm(NamedTuple):
     published: Mapping[str, FormulaFn] = {}
     diagnostics: Callable[[RoundMetrics], dict[str, Any]] = lambda metrics: {}
     notes: tuple[str, ...] = ()
+    counted: PrunableFn | None = None

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from fedjaxprune import registry
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import registry, trees
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import files, resolve
 from fedjaxprune.experiment.execution import chunk_trial
@@ -68,6 +69,26 @@ def test_a_method_is_built_from_a_config_of_its_name(name):
     task = build.make_task(config, model, found, chunk=1)
     build.check_needs(config, task)
     assert build.make_algorithm(config, task).stages[-1].num_rounds == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"method": "fedtiny"}, {"method": {"name": "autoflip", "channel_threshold": 0.3}}],
+    ids=["first convolution", "biases of channels"],
+)
+def test_the_sparsity_on_record_is_that_of_all_kernels(given):
+    config = resolve.resolve({**SMALL, "model": "resnet8", **given})
+    found = examples.read(config)
+    task = build.make_task(
+        config, build.make_model(config, found.dataset, found.test), found, chunk=1
+    )
+    algorithm = build.make_algorithm(config, task)
+    network = build.describe_network(config, task, algorithm, found.dataset)
+    params = task.facts.params
+    flags = masks_lib.prunable_leaves(params, masks_lib.is_kernel)
+    kernels = [path for path, flag in zip(trees.paths(params), flags, strict=True) if flag]
+    assert list(network.prunable) == kernels
+    assert flags != masks_lib.prunable_leaves(params, algorithm.prunable)
 
 
 CLIENTS = {"data.num_clients": 20}

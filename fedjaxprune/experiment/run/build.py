@@ -253,7 +253,7 @@ def describe_network(
     """Write down what a run folder keeps of its network and data."""
     facts, inputs = task.facts, dataset.train["inputs"]
     paths = trees.paths(facts.params)
-    flags = masks_lib.prunable_leaves(facts.params, algorithm.prunable)
+    flags = masks_lib.prunable_leaves(facts.params, algorithm.counted or algorithm.prunable)
     normalizes = dataset.mean is not None and dataset.std is not None
     return Network(
         task=dataset.task,

@@ -63,7 +63,7 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
         shapes.params,
         parts.test.inputs,
         preprocess=parts.preprocess,
-        prunable=parts.algorithm.prunable,
+        prunable=parts.algorithm.counted or parts.algorithm.prunable,
         warn=warn,
     )
     classes = client_accuracy.of_population(parts.population, parts.test.labels)

@@ -155,7 +155,7 @@ def build(settings: FedTiny, task: Task) -> Algorithm:
         before = (prepare, calibrate, compare)
     train = _train(settings, task, prunable)
     return stages.in_order(
-        train._replace(published={"fedtiny": traffic.formula}),
+        train._replace(published={"fedtiny": traffic.formula}, counted=masks_lib.is_kernel),
         before=before,
         init=lambda state: state._replace(method=selection.empty_pool(plan, state.model_state)),
     )
