@@ -54,8 +54,8 @@ class Method(NamedTuple):
         other sections (``{"client.correction": "scaffold"}``).
       law_settings: settings, by name or full path, under which a test of six clients and six rounds
         makes sense (`testing.laws_of`).
-      nothing_pruned: settings on top of these under which nothing is pruned and training is FedAvg's
-        to the bit; None if there are none.
+      nothing_pruned: settings on top of these under which nothing is pruned and training is
+        FedAvg to the bit; None if there are none.
     """
 
     build: Callable[[Any, Any], Algorithm]
