@@ -31,10 +31,10 @@ def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
     import jax.numpy as jnp
     import optax
 
+    from fedjaxprune import models
     from fedjaxprune.data import batching, transforms
     from fedjaxprune.federated import sampling
     from fedjaxprune.methods import fedavg
-    from fedjaxprune.models import zoo
     from fedjaxprune.rounds import facts, simulation, task
     from fedjaxprune.rounds.protocol import Protocol
     from fedjaxprune.types import Population
@@ -48,7 +48,7 @@ def measure(cohort_size: int, *, num_rounds: int) -> dict[str, float]:
         order=jnp.arange(total, dtype=jnp.int32),
         offsets=jnp.arange(NUM_CLIENTS + 1, dtype=jnp.int32) * BATCH_SIZE,
     )
-    model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
+    model = models.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
     setup = Protocol(
         num_rounds=1,
         batcher=batching.steps(

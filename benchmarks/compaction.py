@@ -31,11 +31,11 @@ def prepare(name: str, batch: int) -> tuple[Any, ...]:
     import jax.numpy as jnp
 
     from fedjaxprune import masks as masks_lib
-    from fedjaxprune.models import zoo
+    from fedjaxprune import models
     from fedjaxprune.structure.channels import groups
 
     image, num_classes, options = CASES[name]
-    model = getattr(zoo, name)(input_shape=image, num_classes=num_classes, **options)
+    model = getattr(models, name)(input_shape=image, num_classes=num_classes, **options)
     params, state = jax.jit(model.init)(jax.random.key(0))
 
     def drawn(number: int, leaf: Any) -> Any:

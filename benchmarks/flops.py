@@ -13,40 +13,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import executed
-from fedjaxprune import masks, metrics
+from fedjaxprune import masks, metrics, models
 from fedjaxprune.costs import flops
 from fedjaxprune.experiment.run import round_costs
-from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
+from fedjaxprune.models import gated, lstm, vgg
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Batch
 
 GRAY, COLOUR = (28, 28, 1), (32, 32, 3)
 MODELS = {
-    "lenet5": (GRAY, lambda: zoo.lenet5(input_shape=GRAY, num_classes=10)),
-    "cnn": (GRAY, lambda: zoo.cnn(input_shape=GRAY, num_classes=10)),
-    "resnet20": (COLOUR, lambda: zoo.resnet20(input_shape=COLOUR, num_classes=10, norm="batch")),
-    "resnet32": (COLOUR, lambda: zoo.resnet32(input_shape=COLOUR, num_classes=10, norm="batch")),
-    "resnet18": (COLOUR, lambda: zoo.resnet18(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "lenet5": (GRAY, lambda: models.lenet5(input_shape=GRAY, num_classes=10)),
+    "cnn": (GRAY, lambda: models.cnn(input_shape=GRAY, num_classes=10)),
+    "resnet20": (COLOUR, lambda: models.resnet20(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "resnet32": (COLOUR, lambda: models.resnet32(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "resnet18": (COLOUR, lambda: models.resnet18(input_shape=COLOUR, num_classes=10, norm="batch")),
 }
 BATCH = 8
 HEAD = {"hidden_sizes": (4096, 4096), "pool": 7}  # torchvision's
 # Networks that are only counted: to compile them takes minutes.
 COUNTED = {
-    "resnet34": (COLOUR, lambda: zoo.resnet34(input_shape=COLOUR, num_classes=10, norm="batch")),
-    "resnet50": (COLOUR, lambda: zoo.resnet50(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "resnet34": (COLOUR, lambda: models.resnet34(input_shape=COLOUR, num_classes=10, norm="batch")),
+    "resnet50": (COLOUR, lambda: models.resnet50(input_shape=COLOUR, num_classes=10, norm="batch")),
     "gated_resnet32": (
         COLOUR,
         lambda: gated.gated_resnet32(input_shape=COLOUR, num_classes=10, norm="batch", density=0.7),
     ),
-    "alexnet": (COLOUR, lambda: cnns.alexnet(input_shape=COLOUR, num_classes=10)),
+    "alexnet": (COLOUR, lambda: models.alexnet(input_shape=COLOUR, num_classes=10)),
     "vgg11": (COLOUR, lambda: vgg.vgg11(input_shape=COLOUR, num_classes=10, norm="none")),
     "vgg11, torchvision's head": (
         COLOUR,
         lambda: vgg.vgg11(input_shape=COLOUR, num_classes=10, norm="none", **HEAD),
     ),
     "vgg16": (COLOUR, lambda: vgg.vgg16(input_shape=COLOUR, num_classes=10, norm="batch")),
-    "two_cnn": (GRAY, lambda: cnns.two_cnn(input_shape=GRAY, num_classes=10)),
-    "femnist_cnn": (GRAY, lambda: cnns.femnist_cnn(input_shape=GRAY, num_classes=62)),
+    "two_cnn": (GRAY, lambda: models.two_cnn(input_shape=GRAY, num_classes=10)),
+    "femnist_cnn": (GRAY, lambda: models.femnist_cnn(input_shape=GRAY, num_classes=62)),
     "char_lstm": ((80,), lambda: lstm.char_lstm(input_shape=(80,), num_classes=80)),
 }
 # Millions of multiply-adds, forward: FedTiny's ResNet-18; adaptive dynamic pruning's ResNets (of

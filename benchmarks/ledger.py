@@ -23,13 +23,12 @@ import numpy as np
 import optax
 from fedjaxprune.experiment.config.flat.sections import RunConfig
 
-from fedjaxprune import masks
+from fedjaxprune import masks, models
 from fedjaxprune.costs import ledger
 from fedjaxprune.data import batching, partitions
 from fedjaxprune.experiment.run import launch, round_costs
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import feddip
-from fedjaxprune.models import zoo
 from fedjaxprune.rounds import facts, protocol, simulation, task
 
 ROUNDS = 12
@@ -42,7 +41,7 @@ def build(network):
     clients, size = (10, 600) if network == "lenet5" else (2, 32)
     shape = (28, 28, 1) if network == "lenet5" else (32, 32, 3)
     norm = {} if network == "lenet5" else {"norm": "batch"}
-    model = getattr(zoo, network)(input_shape=shape, num_classes=10, **norm)
+    model = getattr(models, network)(input_shape=shape, num_classes=10, **norm)
     examples = {
         "inputs": rng.standard_normal((clients * size, *shape), np.float32),
         "labels": rng.integers(0, 10, clients * size).astype(np.int32),

@@ -13,18 +13,18 @@ import numpy as np
 import optax
 
 from benchmarks import program_memory
+from fedjaxprune import models
 from fedjaxprune.data import batching, partitions
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg
-from fedjaxprune.models import zoo
 from fedjaxprune.rounds import facts, simulation, task
 from fedjaxprune.rounds.protocol import Protocol
 
 MODELS = {
-    "lenet5": lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10),
-    "cnn": lambda: zoo.cnn(input_shape=(28, 28, 1), num_classes=10),
-    "resnet20": lambda: zoo.resnet20(input_shape=(32, 32, 3), num_classes=10, norm="batch"),
-    "resnet18": lambda: zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch"),
+    "lenet5": lambda: models.lenet5(input_shape=(28, 28, 1), num_classes=10),
+    "cnn": lambda: models.cnn(input_shape=(28, 28, 1), num_classes=10),
+    "resnet20": lambda: models.resnet20(input_shape=(32, 32, 3), num_classes=10, norm="batch"),
+    "resnet18": lambda: models.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch"),
 }
 MIB = 2**20
 

@@ -44,11 +44,11 @@ def examples(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def ours(name: str) -> Any:
     """Make the built-in network, a `Model`."""
-    from fedjaxprune.models import zoo
+    from fedjaxprune import models
 
     case = CASES[name]
     options = {} if case.norm is None else {"norm": case.norm}
-    return getattr(zoo, name)(input_shape=case.image, num_classes=case.num_classes, **options)
+    return getattr(models, name)(input_shape=case.image, num_classes=case.num_classes, **options)
 
 
 def training_flops(name: str) -> float:

@@ -168,10 +168,10 @@ def scanned_against_called(
     import jax
     import optax
 
+    from fedjaxprune import models
     from fedjaxprune.data import batching, datasets, partitions, transforms
     from fedjaxprune.federated import sampling
     from fedjaxprune.methods import fedavg
-    from fedjaxprune.models import zoo
     from fedjaxprune.rounds import facts, simulation, task
 
     del mesh  # a round of this size is faster on one device
@@ -179,7 +179,7 @@ def scanned_against_called(
     digits = datasets.load("digits")
     parts = partitions.iid(_generator(), digits.train["labels"], num_clients=20)
     population = partitions.population(digits.train, parts)
-    model = zoo.mlp(input_shape=digits.input_shape, num_classes=10, hidden_sizes=hidden_sizes)
+    model = models.mlp(input_shape=digits.input_shape, num_classes=10, hidden_sizes=hidden_sizes)
     prepare, _ = transforms.for_dataset(digits, augment=False)
     batcher = batching.steps(num_steps=1, batch_size=16, preprocess=prepare)
     setup = _setup(None, batcher=batcher, optimizer=optax.sgd(0.1), chunk_size=10)

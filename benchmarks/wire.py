@@ -10,8 +10,7 @@ import time
 import jax
 import numpy as np
 
-from fedjaxprune import masks, trees
-from fedjaxprune.models import zoo
+from fedjaxprune import masks, models, trees
 from fedjaxprune.wire import format as wire_format
 
 REPEATS = 7
@@ -30,7 +29,7 @@ def best_of(function):
 
 def main(*, sparsity=0.9, seed=0):
     """Print a line for each kind of message."""
-    init = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch").init
+    init = models.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch").init
     shapes, _ = jax.eval_shape(init, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     flags = masks.prunable_leaves(shapes, masks.is_kernel)

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 import optax
 
-from fedjaxprune import masks, metrics
+from fedjaxprune import masks, metrics, models
 from fedjaxprune.data import batching, datasets, partitions, transforms
 from fedjaxprune.federated import local_training, sampling, server_optimizers
-from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, pruners, schedules, scores
 from fedjaxprune.rounds import protocol, simulation, training
 
@@ -50,7 +49,7 @@ def main(*, num_rounds=60, num_clients=20, cohort_size=10, sparsity=0.9, seed=0)
         min_size=8,
     )
     population = partitions.population(digits.train, parts)
-    model = zoo.mlp(input_shape=digits.input_shape, num_classes=digits.num_classes)
+    model = models.mlp(input_shape=digits.input_shape, num_classes=digits.num_classes)
     algorithm = build(model, num_rounds=num_rounds, sparsity=sparsity, prepare=train_prepare)
 
     init_key, run_key, test_key = jax.random.split(jax.random.key(seed), 3)

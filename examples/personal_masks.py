@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjaxprune import masks
+from fedjaxprune import masks, models
 from fedjaxprune.data import batching, datasets, partitions, transforms
 from fedjaxprune.federated import aggregators, local_training, sampling
-from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, pruners, scores
 from fedjaxprune.rounds import protocol, simulation, training
 from fedjaxprune.types import Client, PrunerInputs
@@ -40,7 +39,7 @@ def train(aggregator, *, num_rounds, num_clients, cohort_size, sparsity, seed):
     """Train with personal masks; give the test accuracy of the server's dense model."""
     digits = datasets.load("digits")
     train_prepare, test_prepare = transforms.for_dataset(digits, augment=False)
-    model = zoo.mlp(input_shape=digits.input_shape, num_classes=digits.num_classes)
+    model = models.mlp(input_shape=digits.input_shape, num_classes=digits.num_classes)
     setup = protocol.Protocol(
         num_rounds=num_rounds,
         batcher=batching.epochs(num_epochs=3, batch_size=16, preprocess=train_prepare),

@@ -10,12 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, metrics, trees
+from fedjaxprune import masks, metrics, models, trees
 from fedjaxprune.costs import flops, ledger
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.federated import early_stopping, sampling, server_optimizers
 from fedjaxprune.methods import autoflip
-from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation, movement
 from fedjaxprune.pruning.structured import channel_pruning
 from fedjaxprune.rounds import protocol
@@ -466,7 +465,7 @@ def test_the_mask_with_channels_is_the_mask_without_them_thinned():
 
 
 def test_a_removed_channel_of_a_network_is_exactly_removed():
-    model = zoo.mlp(input_shape=(5,), num_classes=3, hidden_sizes=(8,))
+    model = models.mlp(input_shape=(5,), num_classes=3, hidden_sizes=(8,))
     params, state = model.init(KEY)
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases that are not zero
     batch = jax.ShapeDtypeStruct((2, 5), jnp.float32)
@@ -490,7 +489,7 @@ def test_a_removed_channel_of_a_network_is_exactly_removed():
         {"kernel": output["kernel"][units], "bias": output["bias"]},
     ], strict=True))  # fmt: skip
     points = jax.random.normal(KEY, (7, 5))
-    small = zoo.mlp(input_shape=(5,), num_classes=3, hidden_sizes=(int(units.sum()),))
+    small = models.mlp(input_shape=(5,), num_classes=3, hidden_sizes=(int(units.sum()),))
     assert np.all(last["bias"])
     np.testing.assert_allclose(
         model.predict(thin, state, points), small.predict(smaller, state, points), rtol=1e-5

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fedjaxprune import masks, trees
-from fedjaxprune.models import adapters, cnns, gated, lstm, resnet, vgg, zoo
+from fedjaxprune import masks, models, trees
+from fedjaxprune.models import adapters, convolutional, gated, lstm, resnet, vgg
 from fedjaxprune.structure.channels import groups
 
 KEY = jax.random.key(0)
@@ -93,11 +93,11 @@ def tiny_resnet(norm, block, stem: resnet.Stem = "cifar"):
 
 
 NETWORKS = {
-    "mlp": lambda: (zoo.mlp(input_shape=(9,), num_classes=3, hidden_sizes=(8, 6)), (9,)),
-    "lenet5": lambda: (zoo.lenet5(input_shape=(16, 18, 1), num_classes=3), (16, 18, 1)),
-    "cnn": lambda: (zoo.cnn(input_shape=(5, 6, 1), num_classes=3), (5, 6, 1)),
-    "pooled_cnn": lambda: linen(cnns.PooledCnn((4, 6), hidden_size=5, num_classes=3)),
-    "two_cnn": lambda: linen(cnns.TwoCnn(2, 5, 3, 0.0)),
+    "mlp": lambda: (models.mlp(input_shape=(9,), num_classes=3, hidden_sizes=(8, 6)), (9,)),
+    "lenet5": lambda: (models.lenet5(input_shape=(16, 18, 1), num_classes=3), (16, 18, 1)),
+    "cnn": lambda: (models.cnn(input_shape=(5, 6, 1), num_classes=3), (5, 6, 1)),
+    "pooled_cnn": lambda: linen(convolutional.PooledCnn((4, 6), hidden_size=5, num_classes=3)),
+    "two_cnn": lambda: linen(convolutional.TwoCnn(2, 5, 3, 0.0)),
     "vgg": lambda: linen(vgg.Vgg(plan=((4,), (4, 8)), head=HEAD, norm="none")),
     "vgg_batch": lambda: linen(vgg.Vgg(plan=((4,), (4, 8)), head=HEAD, norm="batch")),
     "resnet_plain": lambda: tiny_resnet("batch", "plain"),
@@ -340,8 +340,8 @@ def test_what_is_not_understood_is_said_and_does_not_fail():
     [
         (lambda **sizes: vgg.vgg11(norm="none", **sizes), 2_752),
         (lambda **sizes: vgg.vgg11(norm="batch", **sizes), 2_752),
-        (lambda **sizes: zoo.resnet18(norm="batch", stem="imagenet", **sizes), 4_800),
-        (lambda **sizes: zoo.resnet34(norm="batch", stem="imagenet", **sizes), 8_512),
+        (lambda **sizes: models.resnet18(norm="batch", stem="imagenet", **sizes), 4_800),
+        (lambda **sizes: models.resnet34(norm="batch", stem="imagenet", **sizes), 8_512),
     ],
 )
 def test_a_bit_a_filter_makes_the_masks_of_mpfl_as_long_as_it_says(make, bits):

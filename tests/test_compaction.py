@@ -10,9 +10,9 @@ import pytest
 from jax import export
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
+from fedjaxprune import models, trees
 from fedjaxprune.data import datasets, transforms
-from fedjaxprune.models import adapters, cnns, gated, layers, vgg, zoo
+from fedjaxprune.models import adapters, gated, layers, vgg
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.structure.compaction import arithmetic, compact, execute, program
 from tests import test_channels
@@ -327,18 +327,18 @@ def test_a_program_knows_which_sizes_are_the_batch():
 
 
 REAL = {
-    "lenet5": ("fashion_mnist", lambda **sizes: zoo.lenet5(**sizes)),
-    "cnn": ("fashion_mnist", lambda **sizes: zoo.cnn(**sizes)),
-    "two_cnn": ("fashion_mnist", lambda **sizes: cnns.two_cnn(**sizes)),
-    "mlp": ("fashion_mnist", lambda **sizes: zoo.mlp(**sizes)),
-    "pooled_cnn": ("cifar10", lambda **sizes: cnns.pooled_cnn(**sizes)),
-    "alexnet": ("cifar10", lambda **sizes: cnns.alexnet(**sizes)),
+    "lenet5": ("fashion_mnist", lambda **sizes: models.lenet5(**sizes)),
+    "cnn": ("fashion_mnist", lambda **sizes: models.cnn(**sizes)),
+    "two_cnn": ("fashion_mnist", lambda **sizes: models.two_cnn(**sizes)),
+    "mlp": ("fashion_mnist", lambda **sizes: models.mlp(**sizes)),
+    "pooled_cnn": ("cifar10", lambda **sizes: models.pooled_cnn(**sizes)),
+    "alexnet": ("cifar10", lambda **sizes: models.alexnet(**sizes)),
     "vgg11": ("cifar10", lambda **sizes: vgg.vgg11(norm="none", **sizes)),
     "vgg16_bn": ("cifar10", lambda **sizes: vgg.vgg16(norm="batch", **sizes)),
-    "resnet18": ("cifar10", lambda **sizes: zoo.resnet18(norm="batch", **sizes)),
-    "resnet20": ("cifar10", lambda **sizes: zoo.resnet20(norm="batch", **sizes)),
-    "resnet8_group": ("cifar10", lambda **sizes: zoo.resnet8(norm="group", **sizes)),
-    "resnet50": ("cifar10", lambda **sizes: zoo.resnet50(norm="batch", **sizes)),
+    "resnet18": ("cifar10", lambda **sizes: models.resnet18(norm="batch", **sizes)),
+    "resnet20": ("cifar10", lambda **sizes: models.resnet20(norm="batch", **sizes)),
+    "resnet8_group": ("cifar10", lambda **sizes: models.resnet8(norm="group", **sizes)),
+    "resnet50": ("cifar10", lambda **sizes: models.resnet50(norm="batch", **sizes)),
     "gated_resnet32": (
         "cifar10",
         lambda **sizes: gated.gated_resnet32(norm="batch", density=0.5, **sizes),

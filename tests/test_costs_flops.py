@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from benchmarks import executed
-from fedjaxprune import masks, trees
+from fedjaxprune import masks, models, trees
 from fedjaxprune.costs import flops
-from fedjaxprune.models import adapters, cnns, gated, lstm, vgg, zoo
+from fedjaxprune.models import adapters, gated, lstm, vgg
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Batch
 from tests import published_flops as formulas
@@ -37,7 +37,7 @@ def mask(*sizes, kept, seed=0):
 def network(name, side=32, num_classes=10):
     channels = 1 if name in ("lenet5", "cnn") else 3
     options = {} if channels == 1 else {"norm": "batch"}
-    make = getattr(zoo, name)
+    make = getattr(models, name)
     return (
         make(input_shape=(side, side, channels), num_classes=num_classes, **options),
         (side, side, channels),
@@ -97,27 +97,27 @@ VGG16 = stack(
 # Networks of which the papers give the layers, but no count.
 LAYERS = {
     "alexnet": (
-        lambda: cnns.alexnet(input_shape=COLOUR, num_classes=10),
+        lambda: models.alexnet(input_shape=COLOUR, num_classes=10),
         COLOUR,
         stack([16, 8, 4, 4, 4], [64, 192, 384, 256, 256]) + 1024 * 4096 + 4096**2 + 4096 * 10,
     ),
     "two_cnn": (
-        lambda: cnns.two_cnn(input_shape=GRAY, num_classes=10),
+        lambda: models.two_cnn(input_shape=GRAY, num_classes=10),
         GRAY,
         images([(26, 1, 32), (12, 32, 64)], kernel=5) + 64 * 7**2 * 512 + 512 * 10,
     ),
     "two_cnn, colour": (
-        lambda: cnns.two_cnn(input_shape=COLOUR, num_classes=100, width=128),
+        lambda: models.two_cnn(input_shape=COLOUR, num_classes=100, width=128),
         COLOUR,
         images([(30, 3, 128), (14, 128, 256)], kernel=5) + 256 * 7**2 * 512 + 512 * 100,
     ),
     "femnist_cnn": (
-        lambda: cnns.femnist_cnn(input_shape=GRAY, num_classes=62),
+        lambda: models.femnist_cnn(input_shape=GRAY, num_classes=62),
         GRAY,
         images([(26, 1, 64), (12, 64, 128)], kernel=5) + 128 * 7**2 * 2048 + 2048 * 62,
     ),
     "pooled_cnn": (
-        lambda: cnns.pooled_cnn(
+        lambda: models.pooled_cnn(
             input_shape=COLOUR, num_classes=10, channels=(32, 64, 32), hidden_size=128
         ),
         COLOUR,
@@ -141,7 +141,7 @@ LAYERS = {
         VGG16 + 512 * 10,
     ),
     "mlp": (
-        lambda: zoo.mlp(input_shape=(8, 8, 1), num_classes=10, hidden_sizes=(64, 32)),
+        lambda: models.mlp(input_shape=(8, 8, 1), num_classes=10, hidden_sizes=(64, 32)),
         (8, 8, 1),
         64 * 64 + 64 * 32 + 32 * 10,
     ),

@@ -9,11 +9,10 @@ import pytest
 
 from benchmarks import program_memory
 from benchmarks import step_memory as memory
-from fedjaxprune import trees
+from fedjaxprune import models, trees
 from fedjaxprune.data import batching
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import fedavg
-from fedjaxprune.models import zoo
 from fedjaxprune.rounds import facts, simulation, task
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure import jaxprs
@@ -80,7 +79,7 @@ def test_published_memories_are_formulas():
 
 
 def test_activations_are_those_of_the_layer_and_not_of_the_trick():
-    model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
+    model = models.lenet5(input_shape=(28, 28, 1), num_classes=10)
     params, state = jax.eval_shape(model.init, KEY)
     batch = Batch(shape(8, 28, 28, 1), shape(8, dtype=jnp.int32), shape(8))  # pyright: ignore[reportArgumentType]
 
@@ -111,7 +110,7 @@ def test_activations_grow_with_the_batch_and_shrink_under_a_checkpoint():
 def round_of(name, image, chunk_size, num_clients=10, num_examples=500):
     """Make a round, by shapes alone."""
     options = {"norm": "group"} if name == "resnet20" else {}
-    model = getattr(zoo, name)(input_shape=image, num_classes=10, **options)
+    model = getattr(models, name)(input_shape=image, num_classes=10, **options)
     setup = Protocol(
         num_rounds=1,
         batcher=batching.steps(
@@ -158,7 +157,9 @@ def test_predicted_memory_grows_by_the_chunk_and_not_by_the_cohort():
         for size in (1, 2, 4)
     )
     params = 4 * sum(
-        trees.sizes(jax.eval_shape(zoo.cnn(input_shape=(28, 28, 1), num_classes=10).init, KEY)[0])
+        trees.sizes(
+            jax.eval_shape(models.cnn(input_shape=(28, 28, 1), num_classes=10).init, KEY)[0]
+        )
     )
     assert one < two < four
     assert four - two > 2 * 2 * params  # parameters and momentum of two more clients, at least

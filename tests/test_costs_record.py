@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import masks, metrics, traffic, trees
+from fedjaxprune import masks, metrics, models, traffic, trees
 from fedjaxprune.experiment.folder import summary
 from fedjaxprune.experiment.run import round_costs
-from fedjaxprune.models import zoo
 from fedjaxprune.types import Model
 from tests.folders import line
 
-MODEL = zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(6,))
+MODEL = models.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(6,))
 PARAMS, _ = jax.eval_shape(MODEL.init, jax.random.key(0))
 SIZES = trees.sizes(PARAMS)  # biases and kernels in turn: 6, 24, 2, 12
 

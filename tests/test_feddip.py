@@ -9,13 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, trees, types
+from fedjaxprune import masks, models, trees, types
 from fedjaxprune import traffic as accounts
 from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.federated import local_training
 from fedjaxprune.methods import feddip
-from fedjaxprune.models import cnns, zoo
 from fedjaxprune.pruning import pruners, schedules
 from fedjaxprune.rounds import protocol, training
 from tests import quadratic
@@ -259,7 +258,7 @@ def test_shortcuts_of_residual_networks_are_exempt():
 
 @pytest.mark.slow
 def test_the_first_draw_on_a_residual_network_has_the_published_layer_sparsities():
-    model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
+    model = models.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
     params, _ = jax.eval_shape(model.init, KEY)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     draw = feddip.erk_start(sparsity=0.5, prunable=feddip.without_shortcuts)
@@ -314,7 +313,7 @@ def test_downloads_as_the_public_code_counts_them(network, classes, dense, downl
 def published(network, classes):
     shape = (28, 28, 1) if network == "lenet5" else (32, 32, 3)
     norm = {"norm": "batch"} if network == "resnet18" else {}
-    make = getattr(cnns if network == "alexnet" else zoo, network)
+    make = getattr(models, network)
     model = make(input_shape=shape, num_classes=classes, **norm)
     return jax.eval_shape(model.init, KEY)[0]
 

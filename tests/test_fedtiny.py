@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, trees
+from fedjaxprune import masks, models, trees
 from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.federated import batch_norm, local_training, sampling, sparse_gradients
 from fedjaxprune.methods import fedtiny
-from fedjaxprune.models import adapters, heads, layers, vgg, zoo
+from fedjaxprune.models import adapters, heads, layers, vgg
 from fedjaxprune.pruning import candidates, drop_and_grow, schedules
 from fedjaxprune.rounds import protocol, training
 from fedjaxprune.structure import jaxprs
@@ -92,7 +92,7 @@ def test_the_pool_costs_a_tenth_of_a_dense_model():
 
 
 def test_the_blocks_of_resnet18_and_their_turns():
-    model = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
+    model = models.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
     paths = jaxprs.reading_order(model, input_shape=(32, 32, 3))
     prunable = masks.excluding(masks.is_kernel, "conv_1/kernel")
     params, _ = jax.eval_shape(model.init, KEY)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, trees
+from fedjaxprune import masks, models, trees
 from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.method import Needs, needs_of
@@ -18,7 +18,6 @@ from fedjaxprune.methods import (
     random_masks,
     snip,
 )
-from fedjaxprune.models import zoo
 from fedjaxprune.pruning import schedules
 from fedjaxprune.rounds import facts, protocol
 from fedjaxprune.rounds import task as task_lib
@@ -292,7 +291,7 @@ def test_other_allocations_keep_more_of_small_layers():
 
 
 def test_the_first_convolution_stays_dense_where_that_is_asked_for():
-    model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
+    model = models.lenet5(input_shape=(28, 28, 1), num_classes=10)
     task = task_lib.make(model, setup(), inputs=facts.float_inputs((28, 28, 1)))
     params, _ = jax.eval_shape(model.init, KEY)
     settings = random_masks.RandomMasks(sparsity=0.9, allocation="uniform_but_first")

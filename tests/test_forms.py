@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fedjaxprune.models import zoo
+from fedjaxprune import models
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Batch
 
@@ -120,7 +120,7 @@ def test_a_plain_form_closes_over_no_arrays():
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])
 def test_the_networks_plain_forms_compute_the_same(name):
     options = {"norm": "batch"} if name == "resnet20" else {}
-    model = getattr(zoo, name)(input_shape=(12, 12, 1), num_classes=3, **options)
+    model = getattr(models, name)(input_shape=(12, 12, 1), num_classes=3, **options)
     params, state = jax.jit(model.init)(KEY)
     batch = Batch(
         inputs=jax.random.normal(KEY, (4, 12, 12, 1)),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import masks, trees
+from fedjaxprune import masks, models, trees
 from fedjaxprune import traffic as accounts
 from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.experiment.folder import record
@@ -17,7 +17,6 @@ from fedjaxprune.federated import gated_updates, local_training
 from fedjaxprune.federated import personalization as personal_lib
 from fedjaxprune.federated.corrections import scaffold
 from fedjaxprune.methods import feddip
-from fedjaxprune.models import zoo
 from fedjaxprune.pruning import allocation
 from fedjaxprune.rounds import protocol, training
 from fedjaxprune.types import Broadcast
@@ -391,7 +390,7 @@ def test_counts_of_who_did_not_take_part_may_be_anything():
 
 def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():
     """MB (10^6) a round and client on ResNet-18 for CIFAR-10, density 0.2, both ways."""
-    init = zoo.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch").init
+    init = models.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch").init
     params, _ = jax.eval_shape(init, jax.random.key(0))
     paths, sizes = trees.paths(params), trees.sizes(params)
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]

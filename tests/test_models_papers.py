@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fedjaxprune import masks, trees
+from fedjaxprune import masks, models, trees
 from fedjaxprune.costs import flops
-from fedjaxprune.models import cnns, gated, lstm, vgg, zoo
+from fedjaxprune.models import gated, lstm, vgg
 
 KEY = jax.random.key(0)
 CIFAR = {"input_shape": (32, 32, 3), "num_classes": 10}
@@ -37,27 +37,27 @@ def everything(path, leaf):
 
 # (paper, network, which leaves, how many entries)
 COUNTS = [
-    ("FedDIP", lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10), everything, 61_706),
+    ("FedDIP", lambda: models.lenet5(input_shape=(28, 28, 1), num_classes=10), everything, 61_706),
     (
         "FedDIP",
-        lambda: zoo.lenet5(input_shape=(28, 28, 1), num_classes=10),
+        lambda: models.lenet5(input_shape=(28, 28, 1), num_classes=10),
         masks.is_kernel,
         61_470,
     ),
-    ("FedDIP", lambda: cnns.alexnet(**CIFAR), everything, 23_272_266),
-    ("FedDIP", lambda: cnns.alexnet(**CIFAR), masks.is_kernel, 23_262_912),
-    ("FedDIP", lambda: zoo.resnet18(norm="batch", **CIFAR100), everything, 11_220_132),
-    ("FedDIP", lambda: zoo.resnet18(norm="batch", **CIFAR100), without_shortcuts, 11_038_400),
-    ("FedDIP", lambda: zoo.resnet50(norm="batch", **CIFAR100), everything, 23_705_252),
-    ("FedDIP", lambda: zoo.resnet50(norm="batch", **CIFAR100), without_shortcuts, 20_883_136),
-    ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), everything, 11_173_962),
-    ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), masks.is_kernel, 11_164_352),
-    ("FedTiny", lambda: cnns.pooled_cnn(**CIFAR), everything, 104_810),
-    ("FedTiny", lambda: cnns.pooled_cnn(channels=(8, 16, 32), **CIFAR), everything, 72_986),
-    ("FedTiny", lambda: cnns.pooled_cnn(channels=(8, 16, 16), **CIFAR), everything, 37_898),
+    ("FedDIP", lambda: models.alexnet(**CIFAR), everything, 23_272_266),
+    ("FedDIP", lambda: models.alexnet(**CIFAR), masks.is_kernel, 23_262_912),
+    ("FedDIP", lambda: models.resnet18(norm="batch", **CIFAR100), everything, 11_220_132),
+    ("FedDIP", lambda: models.resnet18(norm="batch", **CIFAR100), without_shortcuts, 11_038_400),
+    ("FedDIP", lambda: models.resnet50(norm="batch", **CIFAR100), everything, 23_705_252),
+    ("FedDIP", lambda: models.resnet50(norm="batch", **CIFAR100), without_shortcuts, 20_883_136),
+    ("FedTiny", lambda: models.resnet18(norm="batch", **CIFAR), everything, 11_173_962),
+    ("FedTiny", lambda: models.resnet18(norm="batch", **CIFAR), masks.is_kernel, 11_164_352),
+    ("FedTiny", lambda: models.pooled_cnn(**CIFAR), everything, 104_810),
+    ("FedTiny", lambda: models.pooled_cnn(channels=(8, 16, 32), **CIFAR), everything, 72_986),
+    ("FedTiny", lambda: models.pooled_cnn(channels=(8, 16, 16), **CIFAR), everything, 37_898),
     (
         "FedTiny",
-        lambda: cnns.pooled_cnn(channels=(8, 8, 8), hidden_size=64, **CIFAR),
+        lambda: models.pooled_cnn(channels=(8, 8, 8), hidden_size=64, **CIFAR),
         everything,
         10_298,
     ),
@@ -83,37 +83,37 @@ COUNTS = [
     ("MPFL", lambda: vgg.vgg11(norm="batch", **CIFAR100), is_conv, 9_217_728),
     (
         "MPFL",
-        lambda: zoo.resnet18(norm="batch", stem="imagenet", **CIFAR100),
+        lambda: models.resnet18(norm="batch", stem="imagenet", **CIFAR100),
         is_conv,
         11_166_912,
     ),
     (
         "MPFL",
-        lambda: zoo.resnet34(norm="batch", stem="imagenet", **CIFAR100),
+        lambda: models.resnet34(norm="batch", stem="imagenet", **CIFAR100),
         is_conv,
         21_267_648,
     ),
     (
         "AutoFLIP",
-        lambda: cnns.two_cnn(input_shape=(24, 24, 1), num_classes=10),
+        lambda: models.two_cnn(input_shape=(24, 24, 1), num_classes=10),
         everything,
         1_663_370,
     ),
     (
         "AutoFLIP",
-        lambda: cnns.two_cnn(input_shape=(24, 24, 3), num_classes=10),
+        lambda: models.two_cnn(input_shape=(24, 24, 3), num_classes=10),
         everything,
         1_664_970,
     ),
     (
         "AutoFLIP",
-        lambda: cnns.two_cnn(input_shape=(24, 24, 3), num_classes=100, width=128),
+        lambda: models.two_cnn(input_shape=(24, 24, 3), num_classes=100, width=128),
         everything,
         7_303_524,
     ),
     (
         "AutoFLIP",
-        lambda: cnns.femnist_cnn(input_shape=(28, 28, 1), num_classes=62),
+        lambda: models.femnist_cnn(input_shape=(28, 28, 1), num_classes=62),
         everything,
         13_180_734,
     ),
@@ -131,8 +131,8 @@ COUNTS = [
         masks.is_kernel,
         461_872,
     ),
-    ("ADP", lambda: zoo.resnet32(norm="batch", **CIFAR), masks.is_kernel, 461_872),
-    ("ADP", lambda: zoo.resnet20(norm="batch", **CIFAR), masks.is_kernel, 268_336),
+    ("ADP", lambda: models.resnet32(norm="batch", **CIFAR), masks.is_kernel, 461_872),
+    ("ADP", lambda: models.resnet20(norm="batch", **CIFAR), masks.is_kernel, 268_336),
     (  # gates see what the convolutions see, one tap of it: a ninth of the kernels, and the biases
         "ADP",
         lambda: gated.gated_vgg16(norm="batch", density=0.7, **CIFAR),
@@ -143,16 +143,16 @@ COUNTS = [
 
 # Multiply-adds of the convolutions and dense layers for one 32×32 image, in millions.
 MACS = [
-    ("FedTiny", lambda: zoo.resnet18(norm="batch", **CIFAR), 555.42),
-    ("ADP", lambda: zoo.resnet20(norm="batch", **CIFAR), 40.55),
-    ("ADP", lambda: zoo.resnet32(norm="batch", **CIFAR), 68.86),
+    ("FedTiny", lambda: models.resnet18(norm="batch", **CIFAR), 555.42),
+    ("ADP", lambda: models.resnet20(norm="batch", **CIFAR), 40.55),
+    ("ADP", lambda: models.resnet32(norm="batch", **CIFAR), 68.86),
 ]
 
 # Convolution filters: what a mask of one bit a filter costs.
 FILTERS = [
     (lambda: vgg.vgg11(norm="none", **CIFAR100), 2_752),
-    (lambda: zoo.resnet18(norm="batch", stem="imagenet", **CIFAR100), 4_800),
-    (lambda: zoo.resnet34(norm="batch", stem="imagenet", **CIFAR100), 8_512),
+    (lambda: models.resnet18(norm="batch", stem="imagenet", **CIFAR100), 4_800),
+    (lambda: models.resnet34(norm="batch", stem="imagenet", **CIFAR100), 8_512),
 ]
 
 
@@ -190,7 +190,7 @@ def test_a_network_has_as_many_filters_as_mpfl_counts(make, filters):
 
 def test_mpfl_sends_a_bit_per_output_of_every_tensor_by_its_own_helper():
     plain = vgg.vgg11(norm="none", hidden_sizes=(4096, 4096), pool=7, **CIFAR100)
-    residual = zoo.resnet18(norm="batch", stem="imagenet", **CIFAR100)
+    residual = models.resnet18(norm="batch", stem="imagenet", **CIFAR100)
     for model, bits in ((plain, 22_088), (residual, 24_200)):
         leaves = jax.tree.leaves(jax.eval_shape(model.init, KEY))
         assert sum(leaf.shape[-1] for leaf in leaves) == bits

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, trees
+from fedjaxprune import masks, models, trees
 from fedjaxprune.costs import ledger
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.federated import sampling, server_optimizers
 from fedjaxprune.methods import averaged_filters, fedavg, mpfl, pooled_filters, random_filters
-from fedjaxprune.models import adapters, resnet, vgg, zoo
+from fedjaxprune.models import adapters, resnet, vgg
 from fedjaxprune.pruning.structured import filters
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.structure.channels import groups
@@ -306,13 +306,17 @@ def test_the_closed_form_of_the_agreement():
     cases = [
         (vgg.vgg11(norm="none", input_shape=(32, 32, 3), num_classes=100), 2_752, 9_217_728, 344),
         (
-            zoo.resnet18(norm="batch", input_shape=(64, 64, 3), num_classes=100, stem="imagenet"),
+            models.resnet18(
+                norm="batch", input_shape=(64, 64, 3), num_classes=100, stem="imagenet"
+            ),
             4_800,
             11_166_912,
             600,
         ),
         (
-            zoo.resnet34(norm="batch", input_shape=(64, 64, 3), num_classes=100, stem="imagenet"),
+            models.resnet34(
+                norm="batch", input_shape=(64, 64, 3), num_classes=100, stem="imagenet"
+            ),
             8_512,
             21_267_648,
             1_064,

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_diabetes
 
-from fedjaxprune import registry, types
+from fedjaxprune import models, registry, types
 from fedjaxprune.data import batching, conversion, datasets, partitions, sources, transforms
 from fedjaxprune.errors import ConfigError, DataError
 from fedjaxprune.experiment.run import evaluation, fitting
-from fedjaxprune.models import adapters, heads, lstm, zoo
+from fedjaxprune.models import adapters, heads, lstm
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 3)).astype(np.float32)
@@ -84,7 +84,7 @@ def cancer():
 
 
 def mlp(**sizes):
-    return zoo.mlp(hidden_sizes=(16,), **sizes)
+    return models.mlp(hidden_sizes=(16,), **sizes)
 
 
 @pytest.mark.parametrize(("task", "num_outputs"), [("classification", 2), ("binary", 1)])
@@ -189,7 +189,7 @@ def test_a_folder_of_images_is_read_split_and_learnt(tmp_path):
     assert dataset.std is not None
     np.testing.assert_allclose(dataset.train["inputs"].mean() / 255, dataset.mean, rtol=1e-6)
     np.testing.assert_allclose(dataset.train["inputs"].std() / 255, dataset.std, rtol=1e-6)
-    scores, _, _ = train(dataset, zoo.lenet5, num_steps=20)
+    scores, _, _ = train(dataset, models.lenet5, num_steps=20)
     assert scores.accuracy == 1.0
     assert read("image_folder", path=path, resize=6).input_shape == (6, 6, 1)
 
@@ -268,8 +268,8 @@ def test_a_model_says_why_it_cannot_read_the_data(tmp_path):
         (digits, lstm.char_lstm, "takes sequences of tokens of shape \\(length,\\), got .*8, 8, 1"),
         (conversion.as_dataset(PLAIN), lstm.char_lstm, "reads tokens, .* got float32"),
         (tokens, mlp, "mlp reads numbers, not tokens"),
-        (tokens, zoo.lenet5, "lenet5 takes images .* got examples of shape \\(6,\\)"),
-        (digits, lambda **sizes: zoo.mlp(input_shape=(8, 8, 1), num_classes=3), "needed is"),
+        (tokens, models.lenet5, "lenet5 takes images .* got examples of shape \\(6,\\)"),
+        (digits, lambda **sizes: models.mlp(input_shape=(8, 8, 1), num_classes=3), "needed is"),
         (digits, lambda **sizes: len, "must be a Model"),
     ]
     for dataset, build, message in cases:

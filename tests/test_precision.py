@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import masks, registry
+from fedjaxprune import masks, models, registry
 from fedjaxprune.costs import flops, ledger
 from fedjaxprune.federated import local_training, sampling, uplinks
 from fedjaxprune.federated.corrections import scaffold
 from fedjaxprune.kernels import convolution
-from fedjaxprune.models import adapters, layers, precision, zoo
+from fedjaxprune.models import adapters, layers, precision
 from fedjaxprune.rounds import protocol, simulation
 from fedjaxprune.types import Batch
 from tests import quadratic
@@ -212,7 +212,7 @@ def test_a_users_network_needs_no_changes():
 
 
 def test_a_network_costs_the_same_arithmetic():
-    wide = zoo.lenet5(input_shape=(32, 32, 3), num_classes=10)
+    wide = models.lenet5(input_shape=(32, 32, 3), num_classes=10)
     params, _ = jax.eval_shape(wide.init, KEY)
     example = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     half = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 2 == 0, params)

@@ -14,8 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedjaxprune import masks, trees
-from fedjaxprune.models import zoo
+from fedjaxprune import masks, models, trees
 from fedjaxprune.wire import codings, headers
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire.packing import WireError
@@ -183,7 +182,7 @@ def test_every_coding_is_the_shortest_of_something():
 
 @pytest.mark.parametrize("by", ["chance", "magnitude"])
 def test_lenet5_at_095_is_within_two_per_cent_of_the_entropy_bound(by):
-    model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
+    model = models.lenet5(input_shape=(28, 28, 1), num_classes=10)
     params, _ = jax.jit(model.init)(jax.random.key(0))
     flags = masks.prunable_leaves(params, masks.is_kernel)
     rng = np.random.default_rng(1)

@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import masks, trees
-from fedjaxprune.models import adapters, cnns, gated, layers, resnet, vgg, zoo
+from fedjaxprune import masks, models, trees
+from fedjaxprune.models import adapters, gated, layers, resnet, vgg
 from fedjaxprune.types import Batch
 
 KEY = jax.random.key(0)
 SMALL = {
-    "mlp": lambda: zoo.mlp(input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(8,)),
-    "lenet5": lambda: zoo.lenet5(input_shape=(13, 12, 2), num_classes=3),
-    "cnn": lambda: zoo.cnn(input_shape=(8, 9, 1), num_classes=3),
+    "mlp": lambda: models.mlp(input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(8,)),
+    "lenet5": lambda: models.lenet5(input_shape=(13, 12, 2), num_classes=3),
+    "cnn": lambda: models.cnn(input_shape=(8, 9, 1), num_classes=3),
     "resnet_batch": lambda: tiny_resnet("batch", "projection"),
     "resnet_group": lambda: tiny_resnet("group", "plain"),
     "resnet_bottleneck": lambda: tiny_resnet("batch", "bottleneck"),
     "vgg": lambda: tiny_vgg(),
-    "two_cnn": lambda: cnns.two_cnn(input_shape=(6, 9, 1), num_classes=3, width=2),
-    "pooled_cnn": lambda: cnns.pooled_cnn(
+    "two_cnn": lambda: models.two_cnn(input_shape=(6, 9, 1), num_classes=3, width=2),
+    "pooled_cnn": lambda: models.pooled_cnn(
         input_shape=(4, 5, 3), num_classes=3, channels=(4, 8), hidden_size=6
     ),
     "gated_vgg": lambda: tiny_gated_vgg(),
@@ -147,27 +147,27 @@ def test_predictions_are_logits_and_parameters_plain_dicts(name):
 
 
 def test_lenet5_has_the_sizes_of_the_paper():
-    model = zoo.lenet5(input_shape=(28, 28, 1), num_classes=10)
+    model = models.lenet5(input_shape=(28, 28, 1), num_classes=10)
     assert count(model) == 61_706  # 156 + 2,416 + 48,120 + 10,164 + 850
     assert count(model, masks.is_kernel) == 61_470  # without 6 + 16 + 120 + 84 + 10 biases
 
 
 def test_cnn_and_mlp_have_the_sizes_that_their_layers_add_up_to():
-    cnn = zoo.cnn(input_shape=(28, 28, 1), num_classes=10)
+    cnn = models.cnn(input_shape=(28, 28, 1), num_classes=10)
     assert count(cnn) == 832 + 51_264 + (3_136 * 512 + 512) + 5_130
-    mlp = zoo.mlp(input_shape=(28, 28), num_classes=10, hidden_sizes=(200, 100))
+    mlp = models.mlp(input_shape=(28, 28), num_classes=10, hidden_sizes=(200, 100))
     assert count(mlp) == 784 * 200 + 200 + 200 * 100 + 100 + 1_010
 
 
 def test_resnets_have_the_sizes_of_the_papers():
-    wide = zoo.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
+    wide = models.resnet18(input_shape=(32, 32, 3), num_classes=100, norm="batch")
     assert count(wide) == 11_220_132
     # Without biases, normalization and the three 1x1 shortcuts (8,192 + 32,768 + 131,072).
     assert (
         count(wide, lambda p, x: masks.is_kernel(p, x) and not p.endswith("shortcut/kernel"))
         == 11_038_400
     )
-    small = zoo.resnet20(input_shape=(32, 32, 3), num_classes=10, norm="group")
+    small = models.resnet20(input_shape=(32, 32, 3), num_classes=10, norm="group")
     three = [2 * 9 * w * w * 3 - (9 * w * w // 2 if w > 16 else 0) for w in (16, 32, 64)]
     norms = 2 * (16 + 6 * (16 + 32 + 64))
     assert count(small) == 9 * 3 * 16 + sum(three) + norms + 650
@@ -197,19 +197,22 @@ def test_batch_statistics_move_by_a_tenth_and_only_in_training():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: zoo.lenet5(input_shape=(8, 8, 1), num_classes=10), "at least 12x12.*got 8x8"),
-        (lambda: zoo.lenet5(input_shape=(28, 28), num_classes=10), r"got examples of .*\(28, 28\)"),
-        (lambda: zoo.cnn(input_shape=(3, 8, 1), num_classes=10), "at least 4x4.*got 3x8"),
+        (lambda: models.lenet5(input_shape=(8, 8, 1), num_classes=10), "at least 12x12.*got 8x8"),
         (
-            lambda: zoo.resnet20(input_shape=(3, 32, 32), num_classes=2, norm="group"),
+            lambda: models.lenet5(input_shape=(28, 28), num_classes=10),
+            r"got examples of .*\(28, 28\)",
+        ),
+        (lambda: models.cnn(input_shape=(3, 8, 1), num_classes=10), "at least 4x4.*got 3x8"),
+        (
+            lambda: models.resnet20(input_shape=(3, 32, 32), num_classes=2, norm="group"),
             "at least 4x4.*got 3x32",
         ),
         (
-            lambda: zoo.resnet18(input_shape=(32, 32, 3), num_classes=2, norm="layer"),  # pyright: ignore[reportArgumentType]
+            lambda: models.resnet18(input_shape=(32, 32, 3), num_classes=2, norm="layer"),  # pyright: ignore[reportArgumentType]
             "norm must be .*'layer'",
         ),
         (
-            lambda: zoo.resnet34(
+            lambda: models.resnet34(
                 input_shape=(32, 32, 3),
                 num_classes=2,
                 norm="batch",
@@ -234,13 +237,13 @@ def test_batch_statistics_move_by_a_tenth_and_only_in_training():
             r"dropout must lie in \[0, 1\), got 1.0",
         ),
         (
-            lambda: cnns.alexnet(input_shape=(14, 15, 3), num_classes=10),
+            lambda: models.alexnet(input_shape=(14, 15, 3), num_classes=10),
             "at least 15x15.*got 14x15",
         ),
-        (lambda: cnns.two_cnn(input_shape=(5, 9, 1), num_classes=10), "at least 6x6.*got 5x9"),
-        (lambda: cnns.pooled_cnn(input_shape=(7, 9, 1), num_classes=10), "at least 8x8.*got 7x9"),
-        (lambda: zoo.mlp(input_shape=(4,), num_classes=0), "num_classes must be .*got 0"),
-        (lambda: zoo.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(0,)), "hidden_sizes"),
+        (lambda: models.two_cnn(input_shape=(5, 9, 1), num_classes=10), "at least 6x6.*got 5x9"),
+        (lambda: models.pooled_cnn(input_shape=(7, 9, 1), num_classes=10), "at least 8x8.*got 7x9"),
+        (lambda: models.mlp(input_shape=(4,), num_classes=0), "num_classes must be .*got 0"),
+        (lambda: models.mlp(input_shape=(4,), num_classes=2, hidden_sizes=(0,)), "hidden_sizes"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_numbers(make, message):
