@@ -1,0 +1,130 @@
+"""RigL-style dynamic sparse training: a random sparse start whose weights follow the gradients.
+
+1. ``draw``: one mask is drawn at random, which follows from the run's seed and does not travel;
+2. ``train``: every `prune_every` rounds each layer drops the share of its live weights that is
+   smallest and grows as many pruned ones whose gradients are largest; grown weights start from
+   zero. The share decays along a cosine, and exchanges end before the last quarter of the run, so
+   that the model can settle. The sparsity of every layer is constant.
+
+RigL trains on one machine; here the server exchanges weights by the mean of the gradients of the
+clients' last local batches. A client sends only as many as its layer grows, the largest, as pairs
+of index and value, so no dense gradient travels.
+
+References:
+  Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020.
+"""
+
+from typing import Literal
+
+from fedjaxprune import masks as masks_lib
+from fedjaxprune.federated import local_training, sparse_gradients
+from fedjaxprune.method import Method, Paper
+from fedjaxprune.methods import _fixed_masks
+from fedjaxprune.pruning import drop_and_grow, scores
+from fedjaxprune.rounds import server_work
+from fedjaxprune.rounds.protocol import FieldSpec
+from fedjaxprune.rounds.stages import in_order
+from fedjaxprune.rounds.task import Task
+from fedjaxprune.rounds.training import training
+from fedjaxprune.settings import Fraction, Rounds, setting
+from fedjaxprune.types import Algorithm
+
+LAST = 0.75  # where in a run the exchanges end, as published
+
+
+class RigL(_fixed_masks.FixedMaskSettings):
+    """Settings; share, decay and end of the exchanges are the published ones."""
+
+    allocation: Literal["uniform", "uniform_but_first", "erk", "global"] = setting(
+        "erk",
+        "How layers share the live weights: the same share of each, the same of each but the first "
+        "convolution, which stays dense, a larger share of small ones, or one pool.",
+    )
+    drop_fraction: Fraction = setting(
+        0.3,
+        "Share of a layer's live weights that the first exchange replaces; 0 keeps the masks.",
+        unit="fraction",
+    )
+    prune_every: Rounds | None = setting(
+        None,
+        "Rounds from one exchange of weights to the next.",
+        unit="rounds",
+        unset="10, or a third of last_prune_round if that is less",
+    )
+    last_prune_round: Rounds | None = setting(
+        None,
+        "Last round of training that may exchange weights; the share decays to 0 after it.",
+        unit="round",
+        unset="the one at three quarters of the run",
+    )
+
+
+def build(settings: RigL, task: Task) -> Algorithm:
+    """Draw one mask at random, and train under masks that follow the gradients.
+
+    Raises:
+      ValueError: nothing would be left of a layer, or no exchange would take place.
+    """
+    choose = _fixed_masks.chooser(settings, task, scores.random)
+
+    def work(key, state, population):
+        del population  # no data decides
+        return choose(key, state, state.params, None), server_work.no_loss()
+
+    draw = server_work.server_round("draw", work, masks_known_to="everybody")
+    return in_order(_train(settings, task), (draw,), sparsity=settings.sparsity)
+
+
+def _train(settings: RigL, task: Task) -> Algorithm:
+    if settings.drop_fraction == 0.0:
+        return training(task.protocol, client=task.local_client())
+    period, until = _exchange_rounds(settings, task.protocol.num_rounds)
+    num_exchanged = drop_and_grow.counts(
+        fraction=drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until + 1),
+        period=period,
+        until=until,
+        blocks=lambda paths: [0] * len(paths),  # all layers at once
+        order="forward",
+        prunable=masks_lib.is_kernel,
+    )
+    client = task.local_client(
+        report_grads=drop_and_grow.every(period=period, until=until),
+        report_steps=local_training.last_step,
+    )
+    return training(
+        task.protocol,
+        client=sparse_gradients.top_gradients(client, num_pairs=num_exchanged),
+        pruner=drop_and_grow.drop_and_grow(num_exchanged),
+        fields={"grads": FieldSpec(send="pairs")},
+    )
+
+
+def _exchange_rounds(settings: RigL, num_rounds: int) -> tuple[int, int]:
+    """Resolve the rounds from one exchange to the next, and the last that may have one.
+
+    Raises:
+      ValueError: no exchange would take place.
+    """
+    until = min(settings.last_prune_round or max(1, int(LAST * num_rounds)), num_rounds)
+    period = settings.prune_every or min(10, max(1, until // 3))
+    if period > until:
+        raise ValueError(
+            f"method.prune_every must be at most {until}, the last round in which weights may be "
+            f"exchanged, got {period}."
+        )
+    return period, until
+
+
+METHOD = Method(
+    build=build,
+    settings=RigL,
+    paper=Paper(
+        "Evci et al.",
+        2020,
+        "Rigging the Lottery: Making All Tickets Winners",
+        arxiv="1911.11134",
+        code="https://github.com/google-research/rigl",
+    ),
+    variants={"static": {"drop_fraction": 0.0}},
+    law_settings={"sparsity": 0.5, "drop_fraction": 0.5, "prune_every": 2},
+)
