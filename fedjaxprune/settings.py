@@ -117,6 +117,7 @@ def allowed(settings_type: type[pydantic.BaseModel], name: str, *, machine_limit
     leaves = [leaf for leaf, _ in _leaves(annotation)]
     choices = alternatives(settings_type, name)
     texts = [_WITH_ARTICLE[leaf] for leaf in leaves if leaf in _WITH_ARTICLE]
+    texts += [f"a {_list_text(leaf)}" for leaf in leaves if _list_text(leaf)]
     if choices:
         texts.insert(0, choices[0] if len(choices) == 1 else "one of " + ", ".join(choices))
     text = " or ".join(dict.fromkeys(texts)) or f"a value of type {_type_text(annotation)}"
@@ -186,6 +187,14 @@ def _nested(annotation: Any) -> type[Settings] | None:
     return annotation if is_settings else None
 
 
+def _list_text(leaf: Any) -> str:
+    """Say what a list is of, ``"list of numbers"``; nothing for another type."""
+    if typing.get_origin(leaf) not in (tuple, list):
+        return ""
+    inner = next((one for one, _ in _leaves(typing.get_args(leaf)[0])), None)
+    return f"list of {_KINDS.get(inner, 'value')}s"
+
+
 def _type_text(annotation: Any) -> str:
     texts: list[str] = []
     for leaf, _ in _leaves(annotation):
@@ -195,7 +204,7 @@ def _type_text(annotation: Any) -> str:
             texts.append("none")
         else:
             bare = typing.get_origin(leaf) is None and getattr(leaf, "__name__", None)
-            texts.append(_KINDS.get(leaf) or bare or str(leaf))
+            texts.append(_KINDS.get(leaf) or _list_text(leaf) or bare or str(leaf))
     return " | ".join(dict.fromkeys(texts))
 
 

@@ -79,7 +79,7 @@ def test_lists_are_given_with_commas(capsys, begun):
     assert [config.model.hidden_sizes for config, _ in begun] == [(7, 8)] * 3
     assert files.command(begun[0][0]).endswith(" --hidden-sizes '[7, 8]'")
     err = call(capsys, "run", "--hidden-sizes", "7,x")[2]
-    assert err.startswith("error: model.hidden_sizes must be a value of type tuple")
+    assert err.startswith("error: model.hidden_sizes must be a list of integers, got ")
 
 
 def test_resuming_reads_options_with_the_parts_of_the_run(capsys, begun):

@@ -32,7 +32,7 @@ def build(settings, task):
 """
 )
 IMPORTED = "X cannot be imported ("
-NO_MODEL = ", not a model: it must be a Part or a function."
+NO_MODEL = ", not a model: it must be a Part or a function of input_shape and num_classes."
 NEITHER = (
     ", which is neither a setting (keyword-only and annotated) nor one of input_shape, num_classes."
 )

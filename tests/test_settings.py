@@ -61,7 +61,7 @@ def test_rows_say_type_default_unit_bounds_and_meaning_of_each_setting():
         Row("stop", "never | none", "none", "", "", "When it stops."),
         Row("flag", "true or false", "false", "", "", "Whether."),
         Row("folder", "text", "data", "", "that is not empty", "Where."),
-        Row("kept", "tuple[int, ...]", "1, 2", "", "", "Which."),
+        Row("kept", "list of integers", "1, 2", "", "", "Which."),
         Row("share", "number", "1", "", "in (0, 1]", "A share."),
         Row("optimizer.learning_rate", "number", "required", "", "greater than 0", "Step size."),
         Row(
@@ -86,7 +86,7 @@ def test_rows_say_type_default_unit_bounds_and_meaning_of_each_setting():
         ("stop", "never, or none"),
         ("flag", "true or false"),
         ("folder", "a text that is not empty"),
-        ("kept", "a value of type tuple[int, ...]"),
+        ("kept", "a list of integers"),
     ],
 )
 def test_an_error_can_say_what_is_allowed(name, text):

@@ -1,7 +1,6 @@
 """Options of ``fedjaxprune run``, made from the settings of a run, and what unknown ones meant."""
 
 import difflib
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +80,7 @@ def is_flag(one: Setting) -> bool:
 
 
 def _is_list(one: Setting) -> bool:
-    return typing.get_origin(one.owner.model_fields[one.name].annotation) in (tuple, list)
+    return "list of" in _row(one).type
 
 
 def _key(path: str) -> str:
@@ -95,7 +94,8 @@ def _row(one: Setting) -> Any:
 def _metavar(one: Setting) -> str:
     kinds: Mapping[str, str] = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT"}
     words = _row(one).type.removesuffix(" | none").split(" | ")
-    return "|".join(str(kinds.get(word, word)) for word in words)
+    words = ["A,B,..." if word.startswith("list of") else kinds.get(word, word) for word in words]
+    return "|".join(map(str, words))
 
 
 def _help(one: Setting) -> str:

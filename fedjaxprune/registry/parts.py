@@ -66,6 +66,7 @@ def as_part(kind: str, value: Any, what: str) -> Any:
       ConfigError: it is none of them; the sentence begins with `what`.
     """
     wanted = "a Method, a Part or a function" if kind == "method" else "a Part or a function"
+    wanted += f" of {' and '.join(KINDS[kind].context)}" if kind == "model" else ""
     if inspect.isroutine(value) or isinstance(value, functools.partial):
         if KINDS[kind].is_component:
             return Part(build=lambda *_, **__: value)

@@ -4,6 +4,8 @@ import os
 import pathlib
 from typing import Any
 
+from fedjaxprune.errors import ConfigError, near_miss
+
 _SUFFIXES = {
     ".csv": "table",
     ".tsv": "table",
@@ -23,10 +25,24 @@ def source_for_path(text: str) -> tuple[str, dict[str, Any]] | None:
 
     Returns:
       The name of the source and its setting that names the data; None for any other text.
+
+    Raises:
+      ConfigError: it can only be a path, but there is nothing, or no file that is read.
     """
-    suffix = pathlib.Path(text).suffix.lower()
+    path = pathlib.Path(text).expanduser()
+    suffix = path.suffix.lower()
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix], {"path": text}
-    if ("/" in text or os.sep in text) and pathlib.Path(text).expanduser().is_dir():
+    if ("/" in text or os.sep in text) and path.is_dir():
         return "image_folder", {"path": text}
+    if text.startswith(("./", "../", "/", "~")) and ".py" not in text:
+        if path.is_file():
+            raise ConfigError(
+                f"data.dataset: files that are read end in {', '.join(_SUFFIXES)}, got {text!r}."
+            )
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise ConfigError(
+            f"data.dataset: there is no file or folder {text!r}"
+            f"{near_miss(path.name, [one.name for one in beside])}"
+        )
     return None

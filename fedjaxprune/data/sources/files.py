@@ -57,6 +57,7 @@ def column(name: str, names: list[str], setting: str, where: str) -> str:
       DataError: with the names that exist.
     """
     if name not in names:
-        have = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        shown = names if len(names) <= 12 else [*names[:8], "...", *names[-3:]]
+        have = ", ".join(shown)
         raise DataError(f"{setting}: {where} has no {name!r}, only {have}{near_miss(name, names)}")
     return name

@@ -253,6 +253,9 @@ def resolve(
         and "key" not in found.parts["data.partition"].part.settings.model_fields
     ):
         settings["data.num_clients"] = CLIENTS
+    key = settings.get("data.partition.key")
+    if key is not None and "data.dataset.keys" in paths(found.type):
+        settings.setdefault("data.dataset.keys", [key])
     by_kind = {PLACES[path].kind: one for path, one in found.parts.items()}
     return _make(found.type, settings, Parts(**by_kind), found.given.sources)
 

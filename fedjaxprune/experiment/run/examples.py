@@ -61,6 +61,11 @@ def read(config: RunConfig) -> Examples:
             f"data.partition {section.partition.name!r} of {section.dataset.name!r}{over} is "
             f"impossible: {first_line(error)}"
         ) from None
+    if section.num_clients not in (None, len(parts)):
+        raise ConfigError(
+            f"data.num_clients must be {len(parts)}, as the partition {section.partition.name!r} "
+            f"makes so many clients, or be left out; got {section.num_clients}."
+        )
     parts = [rest[np.asarray(part)] for part in parts]
     if not config.data.normalize:
         dataset = dataset._replace(mean=None, std=None)

@@ -123,11 +123,12 @@ def report(console: Console, errors: Console, *, details: bool) -> Iterator[List
 def _what(config: RunConfig) -> str:
     """Say what is run, in one line."""
     clients = config.data.num_clients
-    each = f"{config.federation.cohort_size} of {clients} clients" if clients else "clients by key"
+    size = config.federation.cohort_size
+    each = f"{size} of {clients} clients in each" if clients else "the clients by key"
     rounds = config.federation.num_rounds
     return (
         f"{config.method.name} on {config.data.dataset.name} with {config.model.name}: "
-        f"{rounds} round{'s' * (rounds != 1)}, {each} in each"
+        f"{rounds} round{'s' * (rounds != 1)}, {each}"
     )
 
 

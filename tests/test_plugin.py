@@ -1,0 +1,202 @@
+"""A package outside the project: installed by pip, named as a file, and given as values."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+PLUGIN = ROOT / "examples" / "plugin"
+DATA = "--dataset blobs --partition by_key"
+TINY = "--num-rounds 3 --epochs 1 --chunk-size 1 --devices 1"
+
+# What a user types, in one process: each line's exit status and output are written as JSON.
+COMMANDS = """
+import contextlib, io, json, pathlib, shlex, sys
+from fedjaxprune.cli import main
+lines = json.loads(sys.argv[1])
+for line in lines:
+    if line.startswith("python "):
+        exec(compile(pathlib.Path(line.removeprefix("python ")).read_text(), line, "exec"), {})
+        continue
+    out, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main.main(shlex.split(line))
+        except SystemExit as error:
+            status = error.code or 0
+    print("RESULT", json.dumps([line, status, out.getvalue()]), flush=True)
+"""
+STOP = """
+def stop(line):
+    if line["round"] == 2:
+        raise KeyboardInterrupt
+"""
+SWEEP = """
+folder: runs
+data: {dataset: {name: blobs}, partition: {name: by_key}}
+model: small_perceptron
+client.epochs: 1
+federation.num_rounds: 3
+execution: {chunk_size: 1, devices: 1}
+cases:
+  - method: fedavg
+  - method: {name: sparse_evolution, sparsity: 0.5, prune_every: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Install the package for a process that looks there, and work in a folder of its own."""
+    if missing := [n for n in ("pip", "setuptools") if importlib.util.find_spec(n) is None]:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(PLUGIN, folder / "source")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    options = ["--quiet", "--target", str(folder / "installed"), str(folder / "source")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "source")
+    (folder / "stop.py").write_text(STOP)
+    (folder / "sweep.yaml").write_text(SWEEP)
+    own = (PLUGIN / "fedprune_lab" / "evolution.py").read_text()
+    (folder / "own.py").write_text(own)
+    return folder
+
+
+def play(place, *lines):
+    """Run commands in one process that has the package: status and output by line."""
+    paths = [str(place / "installed"), str(ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(lines)],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(x[7:]) for x in done.stdout.splitlines() if x.startswith("RESULT")]
+    return {line: (status, text) for line, status, text in results}
+
+
+def parts_of(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())["parts"]
+
+
+def lines_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time_s"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def ran(place):
+    """Run what a user would: by name, stopped and resumed; a sweep; by file; by values."""
+    text = (PLUGIN / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    short = code[1].replace('"num_rounds": 20', '"num_rounds": 3')
+    (place / "values.py").write_text(short.replace("**own)", "**own, chunk_size=1, devices=1)"))
+    method = "--sparsity 0.5 --prune-every 2"
+    own = f"run --method ./own.py:METHOD {method} --model small_perceptron {DATA} {TINY} "
+    edit = 'import pathlib\np = pathlib.Path("own.py")\np.write_text(p.read_text() + "# mine\\n")\n'
+    (place / "edit.py").write_text(edit)
+    return play(
+        place,
+        f"run --method sparse_evolution {method} {DATA} {TINY} --folder a --track stop:stop",
+        "run --resume a",
+        "sweep sweep.yaml",
+        own + "--folder own --track stop:stop",
+        "python edit.py",
+        "run --resume own",
+        "export a",
+        "python values.py",
+    )
+
+
+def result(ran, start):
+    return next(found for line, found in ran.items() if line.startswith(start))
+
+
+def test_an_installed_method_model_and_data_set_run_resume_and_are_swept(place, ran):
+    status, text = result(ran, "run --method sparse_evolution")
+    assert status == 130, text
+    assert "sparse_evolution on blobs with small_perceptron: 3 rounds" in text
+    status, text = ran["run --resume a"]
+    assert status == 0, text
+    assert "other code" not in text
+    assert "8 of 16 prunable" in text
+    package = {"package": "fedprune-lab", "version": "0.1"}
+    for path in ("method", "model", "data.dataset"):
+        assert package.items() <= parts_of(place / "a")[path].items()
+    status, text = ran["sweep sweep.yaml"]
+    assert status == 0, text
+    members = sorted(path.parent for path in (place / "runs").glob("*/metrics.jsonl"))
+    assert len(members) == 2
+    same = next(one for one in members if "sparse_evolution" in one.name)
+    assert lines_of(same) == lines_of(place / "a")  # never stopped, to the same bits
+
+
+def test_a_file_is_the_same_method_and_a_changed_one_is_said(place, ran):
+    status, text = result(ran, "run --method ./own.py:METHOD")
+    assert status == 130, text
+    status, text = ran["run --resume own"]
+    assert status == 0, text
+    assert re.search(
+        r"the run was made with other code: method was .*own.py with checksum \w{8} then and is "
+        r".*own.py with checksum \w{8} now\.",
+        " ".join(text.split()),
+    )
+    assert lines_of(place / "own") == lines_of(place / "a")
+    origin = parts_of(place / "own")["method"]
+    assert origin["path"] == str(place / "own.py")
+    assert len(origin["sha256"]) == 64
+
+
+def test_values_are_run_in_a_few_lines(place, ran):
+    del ran
+    assert len((place / "values.py").read_text().splitlines()) < 15
+    folders = [p.parent for p in (place / "runs").glob("*/config.yaml") if "own_dataset" in str(p)]
+    assert len(folders) == 2
+    parts = [parts_of(folder) for folder in folders]
+    assert all(one["data.dataset"]["source"] == "value" for one in parts)
+    assert all(one["model"]["source"] == "value" for one in parts)
+
+
+LOOK = """
+import sys
+import fedjaxprune as fjp
+run = fjp.load("a")
+assert run.state == "finished"
+assert run.record["mask.sparsity"][-1] == 0.5
+strange = {"jax", "flax", "fedprune_lab", "own"} & set(sys.modules)
+assert not strange, strange
+assert not [name for name in sys.modules if name.startswith("fedjaxprune_file_")]
+"""
+
+
+def test_looking_at_runs_imports_nobodys_code(place, ran):
+    status, text = ran["export a"]
+    assert status == 0, text
+    (place / "look.py").write_text(LOOK)
+    folders = f"a own {' '.join(str(p.parent) for p in (place / 'runs').glob('*/sweep*'))}"
+    looked = play(
+        place,
+        "list method",
+        "list model",
+        f"compare {folders}",
+        f"report {folders} --out page.html",
+        "python look.py",
+    )
+    assert [status for status, _ in looked.values()] == [0, 0, 0, 0], looked
+    assert re.search(r"sparse_evolution .*fedprune-lab 0.1", looked["list method"][1])
+    assert "small_perceptron" in looked["list model"][1]
+    page = (place / "page.html").read_text()
+    assert "sparse_evolution" in page
