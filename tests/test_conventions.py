@@ -4,11 +4,14 @@ import ast
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from fedjaxprune import registry
+from fedjaxprune.experiment.config import sections
 from tests import write_api
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "fedjaxprune"
@@ -175,3 +178,20 @@ def test_a_public_function_keeps_the_customs(file, node):
     assert not [flag for flag in flags if isinstance(flag.value, bool)], "no boolean by default"
     defaults = dict(zip([a.arg for a in node.args.kwonlyargs], node.args.kw_defaults, strict=True))
     assert defaults.get("seed") is None, "no seed by default"
+
+
+def test_a_method_is_named_in_its_own_file_alone():
+    """A word that names another kind of part, too, is no evidence; the default may be named."""
+    known = {kind: set(registry.names(kind)) for kind in registry.KINDS}
+    methods = known.pop("method")
+    own = methods - set().union(*known.values()) - {sections.PLACES["method"].default}
+    assert {"autoflip", "rigl"} <= own
+    words = re.compile(rf"\b({'|'.join(sorted(own))})\b")
+    outside = (file for file in FILES if room(file) != "methods")
+    found = {
+        f"{file.relative_to(PACKAGE)}:{number}": line.strip()
+        for file in outside
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if words.search(line)
+    }
+    assert found == {}

@@ -71,7 +71,7 @@ def points(client_id):
 
 
 def candidate(state, index):
-    return candidates.magnitude_masks(state.params, state.method.counts[index], masks.is_kernel)
+    return candidates.by_magnitude(state.params, state.method.counts[index], masks.is_kernel)
 
 
 # Schedules -----------------------------------------------------------------------------------

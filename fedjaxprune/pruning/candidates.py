@@ -126,7 +126,7 @@ def sizes_of(params: Params, prunable: PrunableFn) -> np.ndarray:
     return np.array([size for size, flag in pairs if flag], np.int64)
 
 
-def magnitude_masks(params: Params, counts: jax.Array, prunable: PrunableFn) -> Masks:
+def by_magnitude(params: Params, counts: jax.Array, prunable: PrunableFn) -> Masks:
     """Make a candidate's masks: keep the given number of the largest weights of each leaf.
 
     Args:

@@ -158,7 +158,7 @@ def prepare(plan: Plan, *, client: Client, source: server_work.SourceFn) -> Stag
             ],
         )
         # The first candidate's masks hold until the clients have compared; the weights stay dense.
-        masks = candidates.magnitude_masks(state.params, counts[0], plan.prunable)
+        masks = candidates.by_magnitude(state.params, counts[0], plan.prunable)
         return state._replace(masks=masks, method=pool), train
 
     return server_work.server_round("prepare", work, masks_known_to="nobody")
@@ -238,7 +238,7 @@ def compare(plan: Plan, task: Task, *, batcher: Batcher, send_statistics: bool) 
         losses = fields["losses"]
         chosen = jnp.argmin(losses).astype(jnp.int32)
         pool = state.method._replace(losses=losses, chosen=chosen)
-        masks = candidates.magnitude_masks(state.params, pool.counts[chosen], plan.prunable)
+        masks = candidates.by_magnitude(state.params, pool.counts[chosen], plan.prunable)
         statistics = [leaf[chosen] for leaf in pool.statistics]
         return state._replace(
             params=masks_lib.apply(masks, state.params),
@@ -266,7 +266,7 @@ def _broadcast(plan: Plan, state: RoundState) -> Broadcast:
     """Send all candidates: masks and model state with a leading axis ``[candidates]``."""
     pool: Pool = state.method
     masks = jax.lax.map(
-        lambda counts: candidates.magnitude_masks(state.params, counts, plan.prunable), pool.counts
+        lambda counts: candidates.by_magnitude(state.params, counts, plan.prunable), pool.counts
     )
     model_state = jax.vmap(lambda statistics: batch_norm.put(state.model_state, statistics))(
         pool.statistics
