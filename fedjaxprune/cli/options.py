@@ -133,8 +133,12 @@ def read_options(command: click.Command, values: dict[str, Any]) -> resolve.Give
         if row is not None and value == "none" and row.type.endswith("| none"):
             value = None
         elif isinstance(value, str) and not one.kind and _is_list(one):
-            text = f"value: [{value.strip('[]()')}]"
-            value = files.load_yaml(text, source=min(param.opts, key=len))["value"]
+            text = value.strip("[]()")
+            if row is not None and row.type.startswith("list of texts"):
+                value = [word.strip(" '\"") for word in text.split(",") if word.strip()]
+            else:
+                source = min(param.opts, key=len)
+                value = files.load_yaml(f"value: [{text}]", source=source)["value"]
         found[path], sources[path] = value, min(param.opts, key=len)
     return resolve.Given(found, sources)
 

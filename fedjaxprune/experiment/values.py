@@ -5,7 +5,7 @@ from typing import Any
 
 from fedjaxprune import registry
 from fedjaxprune.errors import ConfigError, near_miss
-from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.config import errors, resolve
 from fedjaxprune.experiment.config.resolve import Given
 from fedjaxprune.experiment.config.sections import PLACES, Data, RunConfig
 from fedjaxprune.registry import Found
@@ -39,7 +39,7 @@ def as_parts(given: Given, *, is_new: bool) -> Given:
     for path, place in PLACES.items():
         name = f"{path}.name"
         if name in values and not isinstance(values[name], str):
-            values[name] = as_found(place.kind, values[name])
+            values[name] = as_found(place.kind, values[name], path=path)
     data = values.get("data.dataset.name")
     if is_new and isinstance(data, Found) and data.origin.source == "value":
         untold = not {"data.partition.name", "data.num_clients"} & set(values)
@@ -49,7 +49,7 @@ def as_parts(given: Given, *, is_new: bool) -> Given:
     return given._replace(values=values)
 
 
-def as_found(kind: str, value: Any) -> Found | None:
+def as_found(kind: str, value: Any, *, path: str = "") -> Found | None:
     """Make a part of a value: of a function or a `Part` what it builds, else the value itself."""
     if value is None or isinstance(value, Found):
         return value
@@ -57,7 +57,7 @@ def as_found(kind: str, value: Any) -> Found | None:
         from fedjaxprune.data import conversion
 
         value = conversion.as_dataset(value)
-    return resolve.as_found(kind, value) or registry.find(kind, value)
+    return resolve.as_found(kind, value) or registry.find(kind, value, path=path)
 
 
 def model_of(given: Given) -> Found | None:
@@ -84,9 +84,11 @@ def keywords(given: Given, settings: Mapping[str, Any]) -> Given:
                     f"{name} may be {' or '.join(paths)}: give it by its full path in the config."
                 )
             if not paths:
-                names = [path.rpartition(".")[2] for path in known]
-                raise ConfigError(
-                    f"there is no setting {name!r} of this run{near_miss(name, [*names, *parts])}"
-                )
+                hint = errors.explain(name, known, found.parts)
+                if hint.owners:
+                    raise ConfigError(f"there is no setting {name!r} here: {errors.whose(hint)}.")
+                near = hint.renamed or next(iter(hint.paths), "")
+                end = f"; did you mean {near!r}?" if near else near_miss(name, parts)
+                raise ConfigError(f"there is no setting {name!r} of this run{end}")
             named[paths[0]] = value
     return Given(named)

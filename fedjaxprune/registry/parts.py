@@ -67,6 +67,8 @@ def as_part(kind: str, value: Any, what: str) -> Any:
     """
     wanted = "a Method, a Part or a function" if kind == "method" else "a Part or a function"
     wanted += f" of {' and '.join(KINDS[kind].context)}" if kind == "model" else ""
+    if kind == "model" and _is_network(value):
+        return Part(build=lambda *_, **__: value)
     if inspect.isroutine(value) or isinstance(value, functools.partial):
         if KINDS[kind].is_component:
             return Part(build=lambda *_, **__: value)
@@ -91,6 +93,13 @@ def as_part(kind: str, value: Any, what: str) -> Any:
 
         return Method(build=typing.cast(Any, part.build), settings=part.settings)
     return part
+
+
+def _is_network(value: Any) -> bool:
+    """Tell a network, or a function of `rngs` or `key` that makes one, from a part."""
+    if inspect.isfunction(value):
+        return list(inspect.signature(value).parameters) in (["rngs"], ["key"])
+    return hasattr(value, "init") and hasattr(value, "apply") and not isinstance(value, type)
 
 
 def name_of(value: Any) -> str:
@@ -125,7 +134,11 @@ def _part(function: Callable[..., Any], kind: str, what: str) -> Part:
         if one.kind is one.KEYWORD_ONLY and one.name in hints:
             fields[one.name] = (hints[one.name], ... if one.default is one.empty else one.default)
         elif one.kind is one.KEYWORD_ONLY or one.default is one.empty:
-            given = f"one of {', '.join(context)}" if context else "given"
+            given = (
+                f"one of {', '.join(context)}"
+                if context
+                else "given; to give what it returns, call it"
+            )
             raise ConfigError(
                 f"{what} has the parameter {one.name!r}, which is neither a setting (keyword-only "
                 f"and annotated) nor {given}."
