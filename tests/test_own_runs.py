@@ -1,6 +1,6 @@
 """Own data with own networks, from end to end: by the command, and as values in Python.
 
-Whatever a user writes beyond the defaults is at most three lines; `TINY` only keeps the tests short.
+Whatever a user writes beyond the defaults is at most three lines; `TINY` only keeps tests short.
 """
 
 import csv
@@ -240,7 +240,10 @@ def test_a_wrong_value_is_one_sentence(options, sentence):
         (["--dataset", "./pet"], "there is no file or folder './pet'; did you mean 'pets'?"),
         (["--dataset", "./notes.xlsx"], "files that are read end in .csv, .tsv, .parquet, "),
         (["--dataset", "./cancer.csv"], "label: cancer.csv has no 'label', only"),
-        (["--dataset", "./cancer.csv", "--features", "a,3"], "features: cancer.csv has no 'a'"),
+        (
+            ["--dataset", "./cancer.csv", "--label", "diagnosis", "--features", "mean area,3"],
+            "features: cancer.csv has no '3'",
+        ),
         (
             ["--model", "./networks.py:Block"],
             "is the class Block, not a model: it must be a Part or",
