@@ -188,7 +188,10 @@ def test_a_transformer_as_a_value():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "label", "row"),
-    [("binary", "diagnosis", "test accuracy"), ("regression", "mean radius", "absolute error")],
+    [
+        ("binary", "diagnosis", "test accuracy"),
+        ("regression", "mean radius", "test error, last (mean absolute)"),
+    ],
 )
 def test_tables_of_two_classes_and_of_numbers(capsys, task, label, row):
     write_table()
