@@ -38,7 +38,7 @@ MAX_PROGRAMS = 1500
 _compiled: list[str] = []
 
 
-def _count(event: str, duration: float, **rest: object) -> None:
+def _count(event: str, duration: float, **rest: str | int | float) -> None:
     del duration, rest
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled.append(event)

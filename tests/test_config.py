@@ -35,7 +35,7 @@ class Mine(Settings):
     rate: float = setting(0.5, "A rate.", unit="factor", ge=0)
 
 
-def build(settings, task):
+def build(settings: Any, task: Any) -> Any:
     """Give back what it was given."""
     return settings, task
 

@@ -410,7 +410,7 @@ def test_a_checkpoint_keeps_empty_leaves_and_every_dtype(tmp_path):
         "nothing": {},
     }
     with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
-        checkpoints.save(manager, 1, tree, fingerprint=7, deployed={})
+        checkpoints.save(manager, 1, tree, fingerprint=7, deployed={})  # pyright: ignore
     with checkpoints.open_manager(tmp_path / "saved", keep=1) as manager:
         found = checkpoints.restore(
             manager, tree, usable=lambda step: True, aside=tmp_path, warn=pytest.fail

@@ -51,7 +51,7 @@ def trained(capsys, text):
 
 
 def write_table():
-    data = load_breast_cancer()
+    data: Any = load_breast_cancer()
     with pathlib.Path("cancer.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([*data.feature_names, "hospital", "diagnosis"])

@@ -87,6 +87,10 @@ def play(place, *lines):
     return {line: (status, text) for line, status, text in results}
 
 
+def words(text):
+    return " ".join(text.split())
+
+
 def parts_of(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())["parts"]
 
@@ -156,7 +160,7 @@ def test_a_file_is_the_same_method_and_a_changed_one_is_said(place, ran):
     assert re.search(
         r"the run was made with other code: method was a file with checksum (\w{8}) then and is a "
         r"file with checksum (?!\1)\w{8} now\.",
-        " ".join(text.split()),
+        words(text),
     )
     assert lines_of(place / "own") == lines_of(place / "a")
     origin = parts_of(place / "own")["method"]
@@ -200,7 +204,7 @@ def test_looking_at_runs_imports_nobodys_code(place, ran):
         "python look.py",
     )
     assert [status for status, _ in looked.values()] == [0, 0, 0, 0], looked
-    assert re.search(r"sparse_evolution .*fedprune-lab 0.1", looked["list method"][1])
+    assert re.search(r"sparse_evolution .*fedprune-lab 0.1", words(looked["list method"][1]))
     assert "small_perceptron" in looked["list model"][1]
     page = (place / "page.html").read_text()
     assert "sparse_evolution" in page
