@@ -2,6 +2,7 @@
 
 import copy
 import typing
+from typing import Any
 
 import pytest
 

@@ -6,6 +6,7 @@ Whatever a user writes beyond the defaults is at most three lines; `TINY` only k
 import csv
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest

@@ -18,7 +18,7 @@ def stubs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def read(values, folder="out"):
+def read(values, folder: str | None = "out"):
     text = values if isinstance(values, str) else yaml.safe_dump(values, sort_keys=False)
     pathlib.Path("mine.yaml").write_text(text)
     return plan.read("mine.yaml", folder=pathlib.Path(folder) if folder else None)

@@ -35,7 +35,7 @@ class Members(NamedTuple):
 class Step(NamedTuple):
     """One round; rows are those of all clients, ``[N, ...]``, on the host."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     stage: str
     members: Members
     before: RoundState
@@ -158,8 +158,8 @@ def player(made: scenario.Scenario) -> tuple[RunFn, Sequence[int]]:
     ):
         ids = np.asarray(members.client_ids, np.int32)
         cohort = Cohort(
-            client_ids=ids,
-            participated=np.asarray(members.participated),
+            client_ids=jnp.asarray(ids),
+            participated=jnp.asarray(members.participated),
             states=jax.tree.map(lambda leaf: leaf[ids], rows),
         )
         number = min(int(np.searchsorted(ends, int(state.round), side="right")), len(stages) - 1)

@@ -66,7 +66,8 @@ def pruned_is_zero(history: History) -> None:
     A server may keep dense values on purpose in training, and then its memory is dense, too; and
     before training, what later stages still choose from.
     """
-    algorithm, server = history.scenario.algorithm, history.scenario.task.protocol.server
+    algorithm = history.scenario.algorithm
+    server: Any = history.scenario.task.protocol.server
     for step in history.steps:
         pruned = jax.tree.map(np.logical_not, jax.device_get(step.after.masks))
         deployed = jax.device_get(algorithm.deployed_params(step.after))
@@ -172,7 +173,7 @@ def absent_change_nothing(history: History) -> None:
         same(step, (after, rows), (step.after, step.rows), what)
         away = [i for i, here in zip(*step.members, strict=True) if not here]
         kept = [trees.take(tree, away) for tree in (step.rows, step.rows_before)]
-        same(step, *kept, "absent clients lose what they remember")
+        same(step, kept[0], kept[1], "absent clients lose what they remember")
         one, two = (_charged_present(history, step, each) for each in (step.metrics, metrics))
         law(one == two, step, "other absent clients change what those present are charged")
 
