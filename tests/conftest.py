@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 # Most of the suite's time is compiling; what optimizations may change, the laws do not depend on.
 # `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests the code as it runs in production.
@@ -38,7 +39,7 @@ MAX_PROGRAMS = 1500
 _compiled: list[str] = []
 
 
-def _count(event: str, duration: float, **rest: str | int | float) -> None:
+def _count(event: str, duration: float, **rest: Any) -> None:
     del duration, rest
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled.append(event)
