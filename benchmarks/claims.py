@@ -39,16 +39,12 @@ def _each(words: str, row: str, against: str, values: Sequence[float]) -> tuple[
 _WEIGHTS = (0.8, 0.9, 0.95, 0.99)
 _FILTERS = (0.5, 0.8, 0.9)
 _STARTS = (0.9, 0.95, 0.99)
-_TINY = "fedtiny-resnet8{}-swap-fraction-0.0-sparsity-{{}}"
-_START = _TINY.format("")
-_ONE_CLIENT = (
-    "one-client-masks-resnet8-layer-sparsity-uniform-but-first-mask-start-trained-sparsity-{}"
-)
-_DYNAMIC = "adaptive-dynamic-pruning{}-gated-resnet8-gate-density-{}"
-_GATED = "squeeze-excitation{}-gated-resnet8"
-_BY_FILTER = "-lenet5-drops-channels-sparsity-{}"
-_MPFL = "mpfl-lenet5-drops-channels-consensus-top-k-sparsity-{}"  # at equal sparsity
-_CONTROL = "{}-lenet5-layer-sparsity-whole-model-sparsity-{{}}"
+_START = "fedtiny-resnet8-sparsity-{}"
+_DYNAMIC = "adaptive-dynamic-pruning-gated-resnet8"
+_LOT = "adaptive-dynamic-pruning-random-channels-gated-resnet8"
+_GATED = "adaptive-dynamic-pruning-squeeze-excitation-gated-resnet8"
+_AT_40 = f"{_GATED}-num-rounds-40"
+_MPFL = "mpfl-lenet5-sparsity-{}-consensus-top-k"  # at equal sparsity
 
 CLAIMS: Mapping[str, tuple[Claim, ...]] = {
     "all": (
@@ -67,43 +63,43 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
         *_each(
             "AutoFLIP, random masks",
             "autoflip-lenet5-sparsity-{}",
-            _CONTROL.format("random-masks"),
+            "random-masks-lenet5-sparsity-{}",
             _WEIGHTS,
         ),
         *_each(
             "AutoFLIP, magnitude masks",
             "autoflip-lenet5-sparsity-{}",
-            _CONTROL.format("magnitude-masks"),
+            "magnitude-masks-lenet5-sparsity-{}",
             _WEIGHTS,
         ),
         *_each(
             "AutoFLIP, SNIP over clients",
             "autoflip-lenet5-sparsity-{}",
-            _CONTROL.format("snip-masks-of-clients"),
+            "snip-of-clients-lenet5-sparsity-{}",
             _WEIGHTS,
         ),
-        Claim("an explored start, none", "", "explored-start-lenet5", "fedavg-lenet5"),
-        *_each("MPFL, pooled data", _MPFL, f"pooled-filters{_BY_FILTER}", _FILTERS),
-        *_each("MPFL, random filters", _MPFL, f"random-filters{_BY_FILTER}", _FILTERS),
+        Claim("an explored start, none", "", "autoflip-explored-start-lenet5", "fedavg-lenet5"),
+        *_each("MPFL, pooled data", _MPFL, "pooled-filters-lenet5-sparsity-{}", _FILTERS),
+        *_each("MPFL, random filters", _MPFL, "random-filters-lenet5-sparsity-{}", _FILTERS),
         *_each(
             "MPFL, averaged weights",
             _MPFL,
-            f"averaged-filters{_BY_FILTER}",
+            "averaged-filters-lenet5-sparsity-{}",
             _FILTERS,
         ),
-        Claim("SCAFFOLD, FedAvg", "", "scaffold-lenet5", "fedavg-lenet5"),
+        Claim("SCAFFOLD, FedAvg", "", "fedavg-scaffold-lenet5", "fedavg-lenet5"),
         *_each("FedTiny, FedAvg", "fedtiny-resnet8-sparsity-{}", "fedavg-resnet8", _WEIGHTS),
-        Claim("open gates, no gates", "", "squeeze-excitation-gated-resnet8", "fedavg-resnet8"),
+        Claim("open gates, no gates", "", _GATED, "fedavg-resnet8"),
         *_each(
             "dynamic pruning, open gates",
-            _DYNAMIC.format("", "{}"),
-            _GATED.format(""),
+            f"{_DYNAMIC}-density-{{}}",
+            _GATED,
             (0.45, 0.22),
         ),
         *_each(
             "channels by lot, open gates",
-            "random-channels-gated-resnet8-gate-density-{}",
-            _GATED.format(""),
+            f"{_LOT}-density-{{}}",
+            _GATED,
             (0.45, 0.22),
         ),
     ),
@@ -111,18 +107,16 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
         Claim(
             "FedDIP, gradual magnitude pruning",
             "0.9",
-            "feddip-sparsity-0.9",
-            "gradual-magnitude-sparsity-0.9",
+            "feddip-cnn",
+            "gradual-magnitude-cnn",
         ),
-        Claim("FedDIP, FedAvg", "0.9", "feddip-sparsity-0.9", "fedavg"),
-        Claim(
-            "AutoFLIP, random masks", "0.9", "autoflip-sparsity-0.9", "random-masks-sparsity-0.9"
-        ),
+        Claim("FedDIP, FedAvg", "0.9", "feddip-cnn", "fedavg-cnn"),
+        Claim("AutoFLIP, random masks", "0.9", "autoflip-cnn", "random-masks-cnn"),
         Claim(
             "MPFL, random filters",
             "0.5",
-            "mpfl-drops-channels-sparsity-0.5",
-            "random-filters-drops-channels-sparsity-0.5",
+            "mpfl-cnn",
+            "random-filters-cnn",
         ),
     ),
     "claims": (
@@ -132,25 +126,25 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
             "random-masks-lenet5-sparsity-{}",
             (0.3, 0.5),
         ),
-        *_each("FedTiny's start, one client's mask", _START, _ONE_CLIENT, _STARTS),
+        *_each(
+            "FedTiny's start, one client's mask",
+            _START,
+            "magnitude-masks-one-client-resnet8-sparsity-{}",
+            _STARTS,
+        ),
         *_each(
             "FedTiny's start, chosen under the server's statistics",
             _START,
-            _TINY.format("-fedtiny-selection-vanilla"),
+            "fedtiny-vanilla-selection-resnet8-sparsity-{}",
             _STARTS,
         ),
-        Claim("dynamic pruning, open gates", "0.65", _DYNAMIC.format("", 0.65), _GATED.format("")),
-        Claim(
-            "channels by lot, open gates",
-            "0.65",
-            "random-channels-gated-resnet8-gate-density-0.65",
-            _GATED.format(""),
-        ),
+        Claim("dynamic pruning, open gates", "0.65", f"{_DYNAMIC}-num-rounds-40", _AT_40),
+        Claim("channels by lot, open gates", "0.65", _LOT, _AT_40),
         Claim(
             "dynamic pruning, open gates, 160 rounds",
             "0.65",
-            _DYNAMIC.format("-rounds-160", 0.65),
-            _GATED.format("-rounds-160"),
+            f"{_DYNAMIC}-num-rounds-160",
+            f"{_GATED}-num-rounds-160",
         ),
     ),
 }

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fedjaxprune.experiment.config.flat.sections import RunConfig
 
 from fedjaxprune import masks, models
 from fedjaxprune.costs import ledger
 from fedjaxprune.data import batching, partitions
+from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.run import launch, round_costs
 from fedjaxprune.federated import sampling
 from fedjaxprune.methods import feddip
@@ -127,8 +127,8 @@ def digits():
     of_round = of_this_thread(round_costs.of_round, arithmetic)
     round_costs.of_round = switched("arithmetic", of_round)
     with tempfile.TemporaryDirectory() as folder:
-        config = RunConfig(out=str(pathlib.Path(folder) / "run"), rounds=DIGITS_ROUNDS)
-        launch.start(config, trackers={}, show=lambda *_: None)
+        config = resolve.resolve({"federation.num_rounds": DIGITS_ROUNDS})
+        launch.start(config, folder=pathlib.Path(folder) / "run")
     blocks = begins[BLOCK - 1 :: BLOCK]
     for kind, name in enumerate(("wall clock", "processor time")):
         times = [(b[kind] - a[kind]) / BLOCK for a, b in itertools.pairwise(blocks)]

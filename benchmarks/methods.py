@@ -27,15 +27,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from fedjaxprune.experiment.config.flat.sections import UserError
 
 from benchmarks import claims, picture
 from fedjaxprune.data import datasets
-from fedjaxprune.experiment import methods
+from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.analysis import compare, groups
+from fedjaxprune.experiment.config.identity import flat
+from fedjaxprune.experiment.config.sections import plain
 from fedjaxprune.experiment.folder import load, record
-from fedjaxprune.experiment.sweeps import execute
-from fedjaxprune.experiment.sweeps import flat_plan as plan
+from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.experiment.sweeps import execute, plan
 
 DEFAULT = "all"
 SWEEPS = {
@@ -63,8 +64,8 @@ starts) is in them, and once more apart.
 NOTES: Mapping[str, str] = {
     DEFAULT: f"""{_EVERYWHERE}\
 - LeNet-5 for all that can. FedTiny needs BatchNorm (`resnet8`), adaptive dynamic pruning gates
-  (`gated_resnet8`): FedAvg on the one and `squeeze_excitation` on the other, which is FedAvg with
-  all gates open, are their references. One learning rate for all, tuned for nobody.
+  (`gated_resnet8`): FedAvg on the one and on the other its variant `squeeze_excitation`, which is
+  FedAvg with all gates open, are their references. One learning rate for all, tuned for nobody.
 - Training starts from the initial weights but for FedTiny, magnitude masks and the explored start,
   which go on from weights that were trained before it.
 - Knobs: a sparsity of the prunable weights (of all kernels for FedTiny), of the filters of each
@@ -114,7 +115,7 @@ class Row(NamedTuple):
 
     Attributes:
       name: for ``--only``.
-      config: of one of its runs.
+      config: settings of one of its runs, by full path.
       points: by partition, where a run has finished.
       partitions: that there should be.
       num_seeds: runs of a partition that there should be.
@@ -127,10 +128,34 @@ class Row(NamedTuple):
     num_seeds: int
 
 
-def row_name(member: plan.Member) -> str:
-    """Name the row that a member belongs to: its folder without partition and seed."""
-    name = member.name.replace(f"-partition-{member.config.partition}", "")
-    return re.sub(r"-seed-\d+$", "", name)
+def rows_of(members: Sequence[plan.Member]) -> dict[str, list[plan.Member]]:
+    """Put the members of a sweep into rows, whose runs differ in partition and seed alone.
+
+    A row is named by its method and network, and by the settings in which it differs from other
+    rows of both.
+    """
+    rows: dict[str, list[plan.Member]] = {}
+    alike: dict[str, list[dict[str, Any]]] = {}
+    settings = {one.name: _settings(one) for one in members}
+    for one in members:
+        label = f"{one.config.method.name}-{one.config.model.name}"
+        alike.setdefault(label, []).append(settings[one.name])
+    for one in members:
+        words = [f"{one.config.method.name}-{one.config.model.name}"]
+        own = settings[one.name]
+        for path, value in own.items():
+            if any(other.get(path, value) != value for other in alike[words[0]]):
+                words.append(f"{path.rpartition('.')[2]}-{value}")
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words))
+        rows.setdefault(name, []).append(one)
+    return rows
+
+
+def _settings(member: plan.Member) -> dict[str, Any]:
+    """Give what can tell a row from others: settings of the method, the network and the rounds."""
+    found = flat(plain(member.config))
+    sections = ("method.", "model.", "federation.")
+    return {path: value for path, value in found.items() if path.startswith(sections)}
 
 
 def measure(found: Sequence[load.RunData]) -> Point:
@@ -157,19 +182,18 @@ def measure(found: Sequence[load.RunData]) -> Point:
 
 def collect(members: Sequence[plan.Member]) -> list[Row]:
     """Read what has been run, row by row, in the order of the sweep."""
-    by_row: dict[str, dict[str, list[plan.Member]]] = {}
-    for member in members:
-        parts = by_row.setdefault(row_name(member), {})
-        parts.setdefault(member.config.partition, []).append(member)
     rows = []
-    for name, parts in by_row.items():
+    for name, several in rows_of(members).items():
+        parts: dict[str, list[plan.Member]] = {}
+        for member in several:
+            parts.setdefault(member.config.data.partition.name, []).append(member)
         points = {}
-        for partition, several in parts.items():
-            there = [str(one.config.out) for one in several if plan.is_finished(one)]
+        for partition, of_it in parts.items():
+            there = [one.folder for one in of_it if execute.is_finished(one)]
             if there:
                 points[partition] = measure(load.read_all(there)[0])
         first = next(iter(parts.values()))
-        config = first[0].config.model_dump()
+        config = flat(plain(first[0].config))
         rows.append(Row(name, config, points, partitions=tuple(parts), num_seeds=len(first)))
     return rows
 
@@ -181,24 +205,23 @@ def knob(config: Mapping[str, Any], *, usual_rounds: int) -> str:
 
 
 def _knob(config: Mapping[str, Any]) -> str:
-    algorithm = config["algorithm"]
-    if algorithm == "feddp_threshold":
-        return f"threshold {config['weight_threshold']}"
-    if algorithm in ("adaptive_dynamic_pruning", "random_channels"):
-        return f"gates {config['gate_density']}"
-    if algorithm in methods.BY_FILTER:
-        return f"filters {config['sparsity']}"
-    return str(config["sparsity"]) if algorithm in methods.PRUNING else ""
+    if (threshold := config.get("method.threshold")) is not None:
+        return f"threshold {threshold}"
+    if (density := config.get("model.density", 1.0)) < 1.0:
+        return f"gates {density}"
+    sparsity = config.get("method.sparsity", 0.0)
+    if not sparsity or config.get("method.mode") == "unpruned":
+        return ""
+    return f"filters {sparsity}" if "method.remove" in config else str(sparsity)
 
 
 def variant(config: Mapping[str, Any], *, usual_rounds: int) -> tuple[str, ...]:
     """Say in which ways a row differs from the others of its method, beside the knob."""
-    algorithm = config["algorithm"]
+    rounds = config["federation.num_rounds"]
     said = {
-        "server's statistics": algorithm == "fedtiny" and config["fedtiny_selection"] == "vanilla",
-        "fixed masks": algorithm == "fedtiny" and config["swap_fraction"] == 0,
-        "just as many": algorithm == "mpfl" and config["consensus"] == "top_k",
-        f"{config['rounds']} rounds": config["rounds"] != usual_rounds,
+        "fixed masks": config.get("method.drop_fraction") == 0,
+        "just as many": config.get("method.consensus") == "top_k",
+        f"{rounds} rounds": rounds != usual_rounds,
     }
     return tuple(words for words, holds in said.items() if holds)
 
@@ -227,10 +250,10 @@ def table(rows: Sequence[Row], *, sweep: str = DEFAULT) -> str:
     head = ["network", "method", "knob", "pruned, %", *(f"{TITLES[p]}, %" for p in partitions)]
     head += ["up, MiB", "down, MiB", "of both, before training", "`python -m benchmarks.methods`"]
     lines = [head, ["---"] * len(head)]
-    usual = rows[0].config["rounds"]
+    usual = rows[0].config["federation.num_rounds"]
     for row in rows:
         if row.points:
-            cells = [str(row.config["model"]), f"`{row.config['algorithm']}`"]
+            cells = [str(row.config["model.name"]), f"`{row.config['method.name']}`"]
             cells += [knob(row.config, usual_rounds=usual), _both(row, "sparsity")]
             cells += [accuracy(row.points.get(one), row.num_seeds) for one in partitions]
             cells += [_both(row, field) for field in ("up", "down", "one_off")]
@@ -251,11 +274,11 @@ def write(rows: Sequence[Row], folder: pathlib.Path, *, sweep: str = DEFAULT) ->
 
 def _series(row: Row, *, usual: Mapping[str, Any]) -> picture.Place:
     """Say where a row's points lie in the picture, and how they look."""
-    algorithm, model = str(row.config["algorithm"]), str(row.config["model"])
-    words = [model] if model != usual["model"] else []
-    words += variant(row.config, usual_rounds=usual["rounds"])
+    model = str(row.config["model.name"])
+    words = [model] if model != usual["model.name"] else []
+    words += variant(row.config, usual_rounds=usual["federation.num_rounds"])
     return picture.Place(
-        algorithm=algorithm,
+        method=str(row.config["method.name"]),
         variant=", ".join(words),
         points={
             name: (
@@ -277,31 +300,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side (1)")
     parser.add_argument(
-        "--out",
+        "--folder",
         type=pathlib.Path,
         metavar="FOLDER",
         help="runs/methods, or runs/methods-SWEEP",
     )
     options = parser.parse_args(arguments)
-    if options.out is None:
-        options.out = pathlib.Path(
+    if options.folder is None:
+        options.folder = pathlib.Path(
             "runs", "methods" if options.sweep == DEFAULT else f"methods-{options.sweep}"
         )
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}.")
     try:
-        sweep = plan.read(str(SWEEPS[options.sweep]), out=options.out)
-    except UserError as error:
+        sweep = plan.read(str(SWEEPS[options.sweep]), folder=options.folder)
+    except ConfigError as error:
         parser.error(str(error))
-    names = list(dict.fromkeys(map(row_name, sweep.members)))
-    if unknown := [name for name in options.only or [] if name not in names]:
-        parser.error(f"--only must be one of {', '.join(names)}, got {unknown[0]}.")
-    chosen = [one for one in sweep.members if row_name(one) in (options.only or names)]
+    rows = rows_of(sweep.members)
+    if unknown := [name for name in options.only or [] if name not in rows]:
+        parser.error(f"--only must be one of {', '.join(rows)}, got {unknown[0]}.")
+    chosen = [one for name in options.only or rows for one in rows[name]]
     failed = {}
     if not options.table:
-        failed = play(chosen, jobs=options.jobs)
-    if options.out.is_dir():
-        print(write(collect(sweep.members), options.out, sweep=options.sweep))
+        failed = run(chosen, sweep.source, jobs=options.jobs)
+    if options.folder.is_dir():
+        print(write(collect(sweep.members), options.folder, sweep=options.sweep))
     if failed:
         raise SystemExit(f"failed: {'; '.join(f'{name} ({why})' for name, why in failed.items())}")
 
@@ -309,16 +332,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def turn(member: plan.Member) -> tuple[bool, int]:
     """Say when a member's turn is: seed by seed, further seeds of the dear networks last."""
     seed = member.config.seed
-    return member.config.model != "lenet5" and seed > 0, seed
+    return member.config.model.name != "lenet5" and seed > 0, seed
 
 
-def play(members: Sequence[plan.Member], *, jobs: int) -> dict[str, str]:
-    """Play what is missing, each process on cores of its own; return what failed, and why.
+def run(members: Sequence[plan.Member], source: str, *, jobs: int) -> dict[str, str]:
+    """Run what is missing, each process on cores of its own; return what failed, and why.
 
-    A process plays many runs: starting one for each and reading the data anew would take as long
+    A process makes many runs: starting one for each and reading the data anew would take as long
     as most of the runs.
     """
-    missing = sorted((one for one in members if not plan.is_finished(one)), key=turn)
+    missing = sorted((one for one in members if not execute.is_finished(one)), key=turn)
     if not missing:
         return {}
     context = multiprocessing.get_context("spawn")
@@ -328,7 +351,9 @@ def play(members: Sequence[plan.Member], *, jobs: int) -> dict[str, str]:
         shares.put(cores[number::jobs])
     failed = {}
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _settle, (shares,)) as pool:
-        coming = {pool.submit(_play, one): one.name for one in missing}
+        coming = {
+            pool.submit(_run, one.name, str(one.folder.parent), source): one.name for one in missing
+        }
         try:
             for number, done in enumerate(concurrent.futures.as_completed(coming), start=1):
                 name, why = coming[done], done.result()
@@ -338,7 +363,7 @@ def play(members: Sequence[plan.Member], *, jobs: int) -> dict[str, str]:
                 )
                 if why:
                     failed[name] = why
-        except BaseException:  # else the pool would play all that is left
+        except BaseException:  # else the pool would run all that is left
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -362,10 +387,17 @@ def _follow() -> None:
     os._exit(1)
 
 
-def _play(member: plan.Member) -> str | None:
-    why = execute.attempt(member, trackers={})
+def _run(name: str, folder: str, source: str) -> str | None:
+    """Run a member, which a process reads anew: its parts are not sent from one to another."""
+    member = _members(source, folder)[name]
+    why = execute.attempt(member, Listener())
     jax.clear_caches()  # else compiled rounds pile up in memory
     return why
+
+
+@functools.cache
+def _members(source: str, folder: str) -> Mapping[str, plan.Member]:
+    return {one.name: one for one in plan.read(source, folder=pathlib.Path(folder)).members}
 
 
 if __name__ == "__main__":

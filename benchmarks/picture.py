@@ -12,13 +12,15 @@ from matplotlib.figure import Figure
 
 # Colours that colour-blind people tell apart (Okabe and Ito), one a family; a marker a method.
 _COLOURS = {
-    "black": "fedavg fedprox scaffold fednova feddip_without_pruning explored_start",
-    "#0072B2": "feddip feddip_without_penalty gradual_magnitude",
-    "#D55E00": "autoflip feddp_threshold fedtiny",
-    "#009E73": "random_masks magnitude_masks one_client_masks pooled_masks snip_masks "
-    "snip_masks_of_clients",
+    "black": "fedavg fedavg/fedprox fedavg/scaffold fedavg/fednova feddip/without_pruning "
+    "autoflip/explored_start",
+    "#0072B2": "feddip feddip/without_penalty gradual_magnitude",
+    "#D55E00": "autoflip feddp_threshold fedtiny fedtiny/vanilla_selection",
+    "#009E73": "random_masks magnitude_masks magnitude_masks/one_client magnitude_masks/pooled "
+    "snip snip/of_clients",
     "#CC79A7": "mpfl random_filters pooled_filters averaged_filters",
-    "#56B4E9": "squeeze_excitation adaptive_dynamic_pruning random_channels",
+    "#56B4E9": "adaptive_dynamic_pruning/squeeze_excitation adaptive_dynamic_pruning "
+    "adaptive_dynamic_pruning/random_channels",
 }
 _MARKERS = "osD^vP"
 _NEAR = 27.0  # points below the best that the lower panels show
@@ -28,22 +30,22 @@ class Place(NamedTuple):
     """Where a row lies.
 
     Attributes:
-      algorithm: its method.
+      method: by name.
       variant: what tells it from other rows of the method, beside the knob; empty for the usual.
       points: by partition ``(MiB, accuracy, deviation)``, accuracies in per cent.
     """
 
-    algorithm: str
+    method: str
     variant: str
     points: Mapping[str, tuple[float, float, float]]
 
 
-def look(algorithm: str) -> tuple[str, str]:
+def look(method: str) -> tuple[str, str]:
     """Choose a method's colour and marker, which no other has together."""
     for colour, names in _COLOURS.items():
-        if algorithm in names.split():
-            return colour, _MARKERS[names.split().index(algorithm)]
-    raise ValueError(f"no colour is set for {algorithm!r}.")
+        if method in names.split():
+            return colour, _MARKERS[names.split().index(method)]
+    raise ValueError(f"no colour is set for {method!r}.")
 
 
 def draw(rows: Sequence[Place], titles: Mapping[str, str], path: pathlib.Path) -> None:
@@ -84,10 +86,10 @@ def _draw(axes: Axes, rows: Sequence[Place], partition: str) -> None:
     lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for row in rows:
         if partition in row.points:
-            key = (row.algorithm, row.variant)
+            key = (row.method, row.variant)
             lines.setdefault(key, []).append(row.points[partition])
-    for (algorithm, variant), places in lines.items():
-        colour, marker = look(algorithm)
+    for (method, variant), places in lines.items():
+        colour, marker = look(method)
         mib, accuracy, deviation = zip(*sorted(places), strict=True)
         axes.errorbar(
             mib,
@@ -100,7 +102,7 @@ def _draw(axes: Axes, rows: Sequence[Place], partition: str) -> None:
             markersize=5,
             linewidth=0.8,
             linestyle=":" if variant else "-",
-            label=f"{algorithm}, {variant}" if variant else algorithm,
+            label=f"{method}, {variant}" if variant else method,
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
