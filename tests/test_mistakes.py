@@ -36,7 +36,10 @@ BAD = {
     "folder": ("run --dataset mnist --data-dir /nowhere", ["/nowhere", "does not exist"]),
     "partition": ("run --num-clients 5000 --cohort-size 2", ["data.partition", "5000"]),
     "shards": ("run --partition shards --classes-per-client 11", ["classes_per_client", "11"]),
-    "minimum": ("run --partition dirichlet --min-client-size 999", ["data.partition 'dirichlet'", "999"]),
+    "minimum": (
+        "run --partition dirichlet --min-client-size 999",
+        ["data.partition 'dirichlet'", "999"],
+    ),
     "key": ("run --partition by_key", ["by_key"]),
     "batch": ("run --batch-size 2000000", ["client.batch_size must be at most", "got 2000000"]),
     "epochs": ("run --epochs 99999999", ["client.epochs must be at most", "got 99999999"]),
