@@ -136,7 +136,7 @@ def _step(equation: Any, operands: list, rules: Rules, times: int, found: list, 
     if name in _OPAQUE:
         raise ValueError(
             f"cannot count the multiply-adds of {name!r}: it cannot be looked into; "
-            "say what it computes by forms.stands_for, or count the function without it."
+            "say what it computes by jaxprs.equivalent_to, or count the function without it."
         )
     if any(_has_products(graph) for graph in jaxprs.graphs_of(equation)):
         raise ValueError(f"cannot tell how often {name!r} executes the products inside it.")

@@ -160,7 +160,7 @@ def local_sgd(
     Returns:
       A `Client` without state of its own. Its message has the fields `delta`, `model_state` (a
       delta too), `metrics` and, if asked for, `grads` (the metrics then say at how many examples
-      they were taken: `accounts.DENSE_GRADIENT`); its weight is the number of examples. Where the
+      they were taken: `traffic.DENSE_GRADIENT`); its weight is the number of examples. Where the
       broadcast has a `correction`, the steps follow the gradient plus the correction, and
       `local_grads` is the mean over all steps of the gradient without it.
     """

@@ -91,11 +91,7 @@ def cnn(*, input_shape: Sequence[int], num_classes: int) -> Model:
 
 
 class AlexNet(nn.Module):
-    """Five 3×3 convolutions, three 2×2 max-poolings and three dense layers, with dropout.
-
-    Attributes:
-      num_classes: width of the output.
-    """
+    """Five 3×3 convolutions, three 2×2 max-poolings and three dense layers, with dropout."""
 
     num_classes: int
 
@@ -169,13 +165,7 @@ class TwoCnn(nn.Module):
 
 
 class PooledCnn(nn.Module):
-    """3×3 convolutions, each with ReLU and 2×2 max-pooling, and two dense layers.
-
-    Attributes:
-      channels: of the convolutions.
-      hidden_size: width of the hidden dense layer.
-      num_classes: width of the output.
-    """
+    """3×3 convolutions, each with ReLU and 2×2 max-pooling, and two dense layers."""
 
     channels: Sequence[int]
     hidden_size: int

@@ -29,15 +29,7 @@ from fedjaxprune.types import Model
 
 
 class GatedBlock(nn.Module):
-    """Two gated 3×3 convolutions around a shortcut without parameters.
-
-    Attributes:
-      features: channels of the output.
-      stride: of the first convolution.
-      norm: kind of normalization.
-      choice: as in `gated_layers.GatedConv`.
-      gate_scale: as in `gated_layers.GatedConv`.
-    """
+    """Two gated 3×3 convolutions around a shortcut without parameters."""
 
     features: int
     stride: int

@@ -59,12 +59,7 @@ def _start(kind: Start, fan_in: int) -> tuple[nn.initializers.Initializer, ...]:
 
 
 class Dense(nn.Module):
-    """A dense layer.
-
-    Attributes:
-      features: width of the output.
-      start: as in `Conv`.
-    """
+    """A dense layer."""
 
     features: int
     start: Start = "torch"
@@ -81,13 +76,7 @@ class Dense(nn.Module):
 
 
 class ConvReluMaxPool(nn.Module):
-    """A convolution, ReLU and 2×2 max-pooling with stride 2, with PyTorch's initialization.
-
-    Attributes:
-      features: channels of the output.
-      kernel_size: side of the kernel.
-      padding: zeros added on each side.
-    """
+    """A convolution, ReLU and 2×2 max-pooling with stride 2, with PyTorch's initialization."""
 
     features: int
     kernel_size: int

@@ -45,9 +45,6 @@ class Lstm(nn.Module):
 
     Gates lie side by side in the order input, forget, cell, output, and there are two biases, one
     of which would do: both as in PyTorch, whose parameters fit.
-
-    Attributes:
-      features: width of the memory.
     """
 
     features: int

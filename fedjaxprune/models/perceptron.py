@@ -14,12 +14,7 @@ from fedjaxprune.types import Model
 
 
 class Mlp(nn.Module):
-    """Dense layers with ReLU between them.
-
-    Attributes:
-      hidden_sizes: widths of the hidden layers.
-      num_classes: width of the output.
-    """
+    """Dense layers with ReLU between them."""
 
     hidden_sizes: Sequence[int]
     num_classes: int

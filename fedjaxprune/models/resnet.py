@@ -32,11 +32,7 @@ def check_norm(norm: str) -> None:
 
 
 class NormLayer(nn.Module):
-    """Batch normalization, or group normalization of up to 32 groups with at least 4 channels each.
-
-    Attributes:
-      kind: which.
-    """
+    """Batch normalization, or group normalization of up to 32 groups of at least 4 channels."""
 
     kind: Norm
 

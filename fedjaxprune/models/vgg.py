@@ -39,11 +39,6 @@ class Vgg(nn.Module):
 
     Convolutions start as He's normal by fan-out. They have a bias only where no normalization
     follows, which would cancel it.
-
-    Attributes:
-      plan: channels of the convolutions, by stage.
-      head: dense layers at the end.
-      norm: kind of normalization, or ``"none"``.
     """
 
     plan: Sequence[Sequence[int]]

@@ -169,7 +169,7 @@ def _call(function: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
     call = jax.make_jaxpr(jax.jit(function))(*shapes).eqns[-1]
     if len(call.invars) != len(inputs):
         raise ValueError(
-            "the plain form of a layer closes over arrays; hand them to forms.stands_for as "
+            "the plain form of a layer closes over arrays; hand them to jaxprs.equivalent_to as "
             "operands."
         )
     return call.replace(invars=list(inputs), outvars=list(outputs))

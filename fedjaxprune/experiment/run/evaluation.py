@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
       num_correct: ``[]`` int32; 0 for a regression.
       class_correct: ``[K]`` int32, by the label's class; empty for a regression.
       total_error: ``[]`` float32, summed absolute error of a regression, else 0.
-      through: by gated layer, what its gates let through (`gating.through`); {} without gates.
+      through: by gated layer, what its gates let through (`gates.through`); {} without gates.
     """
 
     total_loss: jax.Array

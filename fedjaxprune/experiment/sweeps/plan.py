@@ -32,13 +32,7 @@ _METHOD = "method.name"
 
 
 class Member(NamedTuple):
-    """One run of a sweep.
-
-    Attributes:
-      name: of its folder.
-      config: of the run.
-      folder: of the run.
-    """
+    """One run of a sweep."""
 
     name: str
     config: RunConfig

@@ -32,12 +32,7 @@ Tracker = Callable[[Line], object]
 
 
 class Opened(NamedTuple):
-    """A tracker at work.
-
-    Attributes:
-      track: is called with every new line.
-      close: is called once, at the end.
-    """
+    """A tracker at work."""
 
     track: Tracker
     close: Callable[[], None]

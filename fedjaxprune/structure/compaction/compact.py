@@ -9,7 +9,7 @@ it differs at the border, and so does the constant.
 
 The smaller network is played from the same program with smaller arrays: no module is rebuilt, and
 parameters and state keep their structure and names. Convolutions take the forms that are fast on
-CPU (`models.convolution`), whatever the network used.
+CPU (`kernels.convolution`), whatever the network used.
 """
 
 from collections.abc import Callable
