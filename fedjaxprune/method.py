@@ -52,7 +52,10 @@ class Method(NamedTuple):
       default_model: name of the network that a run takes if none is given.
       variants: by name, settings of the method (``{"max_penalty": 0.0}``) or, by full path, of
         other sections (``{"client.correction": "scaffold"}``).
-      law_settings: settings under which a test of six clients and six rounds makes sense.
+      law_settings: settings, by name or full path, under which a test of six clients and six rounds
+        makes sense (`testing.laws_of`).
+      nothing_pruned: settings on top of these under which nothing is pruned and training is FedAvg's
+        to the bit; None if there are none.
     """
 
     build: Callable[[Any, Any], Algorithm]
@@ -62,6 +65,7 @@ class Method(NamedTuple):
     default_model: str = "mlp"
     variants: Mapping[str, Mapping[str, Any]] = {}  # never changed
     law_settings: Mapping[str, Any] = {}
+    nothing_pruned: Mapping[str, Any] | None = None
 
 
 def needs_of(method: Method, settings: Any) -> Needs:

@@ -18,7 +18,7 @@ from fedjaxprune.methods import feddip
 from fedjaxprune.pruning import pruners, schedules
 from fedjaxprune.rounds import protocol, training
 from tests import quadratic
-from tests.test_algorithms import ROUNDS, STATE, dip, setup, simulate, some
+from tests.playing import ROUNDS, STATE, dip, setup, simulate, some
 
 KEY = jax.random.key(5)
 

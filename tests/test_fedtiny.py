@@ -244,7 +244,7 @@ def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
     def loss(index):
         params = masks.apply(candidate(prepared, index), prepared.params)
         inputs = jnp.concatenate([points(i) for i in range(6)])
-        logits = quadratic.normalized_predict(params, compared.model_state, inputs)
+        logits = quadratic.NORMALIZED.predict(params, compared.model_state, inputs)
         return float(jnp.mean(heads.CLASSES.test_loss(logits, jnp.zeros(len(inputs), int))))
 
     losses = [loss(index) for index in range(4)]

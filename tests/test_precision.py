@@ -20,7 +20,7 @@ from fedjaxprune.models import adapters, layers, precision
 from fedjaxprune.rounds import protocol, simulation
 from fedjaxprune.types import Batch
 from tests import quadratic
-from tests.test_algorithms import dip, plain
+from tests.playing import dip, plain
 
 KEY = jax.random.key(5)
 BFLOAT16 = jnp.dtype(jnp.bfloat16)

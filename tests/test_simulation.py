@@ -9,7 +9,7 @@ import pytest
 from fedjaxprune.federated import sampling, uplinks
 from fedjaxprune.rounds import simulation
 from tests import quadratic
-from tests.test_algorithms import STATE, dip, setup
+from tests.playing import STATE, dip, setup
 
 KEY = jax.random.key(11)
 PEOPLE = quadratic.population()

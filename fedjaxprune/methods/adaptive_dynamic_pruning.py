@@ -253,5 +253,5 @@ METHOD = Method(
         "squeeze_excitation": {"model.density": 1.0, "gradient": "plain", "upload": "dense"},
         "random_channels": {"model.choice": "random"},
     },
-    law_settings={"warm_up_fraction": 0.3},
+    law_settings={"warm_up_fraction": 0.3, "client.optimizer.momentum": 0.9},
 )

@@ -387,4 +387,5 @@ METHOD = Method(
     ),
     variants={"explored_start": {"sparsity": 0.0, "start_from": "explored"}},
     law_settings={"sparsity": 0.5, "explore_epochs": 4, "patience": 2},
+    nothing_pruned={"sparsity": 0.0},
 )

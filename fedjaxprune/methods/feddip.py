@@ -306,4 +306,5 @@ METHOD = Method(
         "num_segments": 3,
         "max_penalty": 0.01,
     },
+    nothing_pruned={"sparsity": 0.0, "initial_sparsity": 0.0, "max_penalty": 0.0},
 )

@@ -58,4 +58,5 @@ METHOD = Method(
     settings=GradualMagnitude,
     paper=Paper("Zhu and Gupta", 2017, "To prune, or not to prune", arxiv="1710.01878"),
     law_settings={"sparsity": 0.75, "initial_sparsity": 0.0, "prune_every": 2},
+    nothing_pruned={"sparsity": 0.0},
 )

@@ -105,4 +105,5 @@ METHOD = Method(
         "pooled": {"examples": "pooled"},
     },
     law_settings={"sparsity": 0.5, "server_epochs": 1},
+    nothing_pruned={"sparsity": 0.0},
 )

@@ -53,4 +53,5 @@ METHOD = Method(
     needs=Needs(convolutions=True),
     default_model="resnet8",
     law_settings={"num_prune_steps": 1, "vote_epochs": 3, "layers": "all"},
+    nothing_pruned={"sparsity": 0.0},
 )

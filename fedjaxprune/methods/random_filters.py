@@ -51,4 +51,5 @@ METHOD = Method(
     needs=Needs(convolutions=True),
     default_model="resnet8",
     law_settings={"layers": "all"},
+    nothing_pruned={"sparsity": 0.0},
 )

@@ -28,4 +28,9 @@ def build(settings: RandomMasks, task: Task) -> Algorithm:
     return _fixed_masks.train_under(task, settings.sparsity, draw)
 
 
-METHOD = Method(build=build, settings=RandomMasks, law_settings={"sparsity": 0.5})
+METHOD = Method(
+    build=build,
+    settings=RandomMasks,
+    law_settings={"sparsity": 0.5},
+    nothing_pruned={"sparsity": 0.0},
+)

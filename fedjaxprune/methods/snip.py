@@ -143,6 +143,7 @@ METHOD = Method(
     settings=Snip,
     paper=Paper("Lee et al.", 2019, "SNIP", arxiv="1810.02340"),
     needs=lambda settings: Needs(server_examples=settings.examples == "server"),
-    variants={"of_clients": {"examples": "clients"}},
+    variants={"of_clients": {"examples": "clients", "num_prune_steps": 1}},
     law_settings={"sparsity": 0.5, "num_prune_steps": 2},
+    nothing_pruned={"sparsity": 0.0},
 )

@@ -238,4 +238,5 @@ METHOD = Method(
         "drop_fraction": 0.6,
         "prune_every": 2,
     },
+    nothing_pruned={"sparsity": 0.0},
 )

@@ -1,0 +1,191 @@
+"""What a method does in all its stages, recorded once, so that laws can be read off it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune.method import Method
+from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.testing import scenario
+from fedjaxprune.types import (
+    Cohort,
+    Masks,
+    Params,
+    Population,
+    RoundMetrics,
+    RoundState,
+    State,
+    Uplink,
+)
+
+SEED = 3
+RunFn = Callable[..., tuple[RoundState, Any, RoundMetrics]]
+
+
+class Members(NamedTuple):
+    """Who is asked in a round: ids, and who of them takes part."""
+
+    client_ids: tuple[int, ...]
+    participated: tuple[bool, ...]
+
+
+class Step(NamedTuple):
+    """One round; rows are those of all clients, ``[N, ...]``, on the host."""
+
+    index: int
+    stage: str
+    members: Members
+    before: RoundState
+    rows_before: Any
+    after: RoundState
+    rows: Any
+    metrics: RoundMetrics
+
+
+class History(NamedTuple):
+    """All stages of a method and six rounds of training.
+
+    Attributes:
+      scenario: the method among its clients.
+      run: ``(index, state, rows, members, population=...) -> (state, rows, metrics)``: any round.
+      steps: the rounds, in order.
+      num_traces: how often each stage's round was traced for them.
+      num_before: how many of the rounds came before training.
+    """
+
+    scenario: scenario.Scenario
+    run: RunFn
+    steps: tuple[Step, ...]
+    num_traces: tuple[int, ...]
+    num_before: int
+
+
+class Remembered(NamedTuple):
+    """A client's memory of its uplink, and what it sent last."""
+
+    inner: State
+    delta: Params
+    sent: Masks
+
+
+def remember(uplink: Uplink) -> Uplink:
+    """Let each client keep what it has sent, so that it can be encoded and compared."""
+
+    def init(params):
+        return Remembered(
+            uplink.init(params),
+            jax.tree.map(jnp.zeros_like, params),
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bool_), params),
+        )
+
+    def update(key, delta, state, masks):
+        delta, inner = uplink.update(key, delta, state.inner, masks)
+        return delta, Remembered(inner, delta, masks)
+
+    return uplink._replace(init=init, update=update)
+
+
+def record(
+    method: Method,
+    settings: Mapping[str, Any],
+    protocol: Mapping[str, Any] = scenario.PROTOCOL,
+    **changes: Any,
+) -> History:
+    """Play all stages before training and six rounds of training.
+
+    Args:
+      method: to be played.
+      settings: see `scenario.make`.
+      protocol: likewise.
+      **changes: other fields of the protocol.
+    """
+
+    def adapt(given: Protocol) -> Protocol:
+        assert given.uplink is not None
+        return given._replace(uplink=remember(given.uplink), **changes)
+
+    made = scenario.make(method, settings, protocol, adapt=adapt)
+    run, traces = player(made)
+    state, rows = start(made)
+    num_before = sum(stage.num_rounds for stage in made.algorithm.stages[:-1])
+    names = [stage.name for stage in made.algorithm.stages[:-1] for _ in range(stage.num_rounds)]
+    names += [made.algorithm.stages[-1].name] * scenario.NUM_ROUNDS
+    steps = []
+    for index, name in enumerate(names):
+        members = half(index)
+        after, new, metrics = run(index, state, rows, members)
+        steps.append(Step(index, name, members, state, rows, after, new, metrics))
+        state, rows = after, new
+    return History(made, run, tuple(steps), tuple(traces), num_before)
+
+
+def start(made: scenario.Scenario) -> tuple[RoundState, Any]:
+    """Make the state at the start, and the rows of clients that never took part."""
+    algorithm = made.algorithm
+    state, row = jax.jit(lambda p, s: (algorithm.init(p, s), algorithm.init_client(p)))(
+        made.params, made.model_state
+    )
+    rows = jax.tree.map(
+        lambda leaf: np.broadcast_to(leaf, (len(scenario.SIZES), *leaf.shape)), jax.device_get(row)
+    )
+    return state, rows
+
+
+def player(made: scenario.Scenario) -> tuple[RunFn, Sequence[int]]:
+    """Make ``run``, which plays any round of any stage, and how often each stage was traced."""
+    stages = made.algorithm.stages
+    ends = np.cumsum([stage.num_rounds for stage in stages])
+    traces = [0] * len(stages)
+
+    def counted(number, function):
+        def traced(*arguments):
+            traces[number] += 1
+            return function(*arguments)
+
+        return jax.jit(traced)
+
+    rounds = [counted(number, stage.round) for number, stage in enumerate(stages)]
+
+    def run(
+        index: int,
+        state: RoundState,
+        rows: Any,
+        members: Members,
+        population: Population | None = None,
+    ):
+        ids = np.asarray(members.client_ids, np.int32)
+        cohort = Cohort(
+            client_ids=ids,
+            participated=np.asarray(members.participated),
+            states=jax.tree.map(lambda leaf: leaf[ids], rows),
+        )
+        number = min(int(np.searchsorted(ends, int(state.round), side="right")), len(stages) - 1)
+        people = scenario.population() if population is None else population
+        key = jax.random.fold_in(jax.random.key(SEED), index)
+        after, own, metrics = rounds[number](key, state, cohort, people)
+
+        def put(all_rows, new):
+            result = np.array(all_rows)
+            result[ids] = new
+            return result
+
+        return after, jax.tree.map(put, rows, jax.device_get(own)), jax.device_get(metrics)
+
+    return run, traces
+
+
+def half(index: int) -> Members:
+    """Let everybody take part, then half of them, so that absentees have something to lose."""
+    ids = tuple((index + j) % 6 for j in range(4))
+    return Members(ids, (index % 2 == 0, True, index % 2 == 0, True))
+
+
+def beside_others(members: Members) -> Members:
+    """Put clients that were not asked in the places of those who are absent."""
+    others = iter(sorted(set(range(len(scenario.SIZES))) - set(members.client_ids)))
+    slots = zip(*members, strict=True)
+    ids = tuple(client if here else next(others) for client, here in slots)
+    return Members(ids, members.participated)

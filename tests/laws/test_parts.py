@@ -1,0 +1,59 @@
+"""Laws of servers, uplinks and chunk sizes, on the cheapest method that can break them."""
+
+import jax
+import numpy as np
+import pytest
+
+from fedjaxprune import registry
+from fedjaxprune.testing import history, laws, scenario
+from tests.laws import rows
+
+pytestmark = [pytest.mark.laws, pytest.mark.xdist_group("fedavg")]
+
+UPLINKS = [(name, False) for name in registry.names("uplink")] + [("sign", True), ("top_k", True)]
+SLOW = ("fedadam", "random_k")  # like another one
+
+
+def case(name, *rest):
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+def without(protocol, section):
+    """Leave out the settings of a section's part."""
+    return {path: one for path, one in protocol.items() if not path.startswith(section)}
+
+
+@pytest.mark.parametrize("name", [case(name) for name in registry.names("server_optimizer")])
+def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name, subtests):
+    protocol = {**without(scenario.PROTOCOL, "server.optimizer"), "server.optimizer": name}
+    played = history.record(*rows.row("gradual_magnitude"), protocol)
+    for law in (laws.pruned_is_zero, laws.nobody_moves_nothing, laws.not_finite_is_left_out):
+        with subtests.test(law.__name__):
+            law(played)
+
+
+@pytest.mark.parametrize(("name", "feedback"), [case(*each) for each in UPLINKS])
+def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, feedback, subtests):
+    protocol = without(scenario.PROTOCOL, "uplink")
+    uplink = {"uplink": name, "uplink.error_feedback": feedback}
+    played = history.record(*rows.row("fedavg"), {**protocol, **uplink})
+    for law in (
+        laws.order_is_irrelevant,
+        laws.absent_change_nothing,
+        laws.charges_are_written,
+        laws.resumes,
+    ):
+        with subtests.test(law.__name__):
+            law(played)
+
+
+@pytest.mark.parametrize("chunk_size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+def test_every_chunk_size_gives_the_same_result(chunk_size):
+    method, settings = rows.row("fedavg")
+    one, many = (history.record(method, settings, chunk_size=size) for size in (1, chunk_size))
+    for step, again in zip(one.steps, many.steps, strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            (step.after.params, step.rows),
+            (again.after.params, again.rows),
+        )
