@@ -7,7 +7,9 @@ import pathlib
 # `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests the code as it runs in production.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# Where JAX_COMPILATION_CACHE_DIR names a folder, everything that was compiled is kept there.
+# What was compiled is kept for the next run: in the user's cache, or where this names a folder.
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "fedjaxprune-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -30,8 +32,23 @@ def tfds_data_dir() -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
+MAX_PROGRAMS = 1500
+_compiled: list[str] = []
+
+
+def _count(event: str, duration: float, **rest: object) -> None:
+    del duration, rest
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture(autouse=True)
 def _programs_are_freed():
-    """Let go of what a module compiled: a process may not hold thousands of programs."""
+    """Let go of what was compiled: a process may not hold many thousands of programs."""
     yield
-    jax.clear_caches()
+    if len(_compiled) > MAX_PROGRAMS:
+        jax.clear_caches()
+        _compiled.clear()

@@ -19,30 +19,23 @@ from fedjaxprune.federated.corrections import scaffold
 from fedjaxprune.methods import feddip
 from fedjaxprune.pruning import allocation
 from fedjaxprune.rounds import protocol, training
+from fedjaxprune.testing import history, scenario
+from fedjaxprune.testing.history import Members
 from fedjaxprune.types import Broadcast
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import messages
 from tests import quadratic
-from tests.test_algorithms import (
-    ALGORITHMS,
-    AT_SERVER,
-    BY_FILTER,
-    STATE,
-    UPLINKS,
-    case,
-    dynamic,
-    setup,
-    simulate,
-    some,
-)
+from tests.laws import rows
+from tests.playing import UPLINKS, dip, plain, setup, simulate, some
 from tests.test_experiment_config import make_line
 
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
+AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
 
 
 def cohorts(index):
-    ids = [(index + j) % 6 for j in range(4)]
-    return ids, [True, index % 3 != 1, True, index != 4]
+    ids = tuple((index + j) % 6 for j in range(4))
+    return Members(ids, (True, index % 3 != 1, True, index != 4))
 
 
 def with_personal_masks(inner):
@@ -85,31 +78,44 @@ def personal_parameters(s):
     )
 
 
-METHODS = {
-    **ALGORITHMS,
-    "personal_masks": personal,
-    "personal_parameters": lambda s: personal_parameters(
-        s._replace(correction=scaffold.control_variates())
-    ),
-    "touched_channels_scaffold": lambda s: dynamic(quadratic.GATED, upload="touched")(
-        s._replace(correction=scaffold.control_variates())
-    ),
-}
-CASES = [
-    (name, "identity") if name == "mpfl_started" else case(name, "identity")
-    for name in sorted(METHODS)
+OWN = {"personal_masks": personal, "personal_parameters": personal_parameters}
+USUAL = [  # the others share with them what they send
+    ("adaptive_dynamic_pruning", "feedback_top_k"),
+    ("adaptive_dynamic_pruning+scaffold", "identity"),
+    ("autoflip", "identity"),
+    ("averaged_filters", "identity"),
+    ("fedavg/scaffold", "identity"),
+    ("feddip", "feedback_top_k"),
+    ("feddip", "quantize"),
+    ("fedtiny", "identity"),
+    ("fedtiny+fednova", "quantize"),
+    ("magnitude_masks/one_client", "identity"),
+    ("mpfl+started", "identity"),
+    ("personal_masks", "identity"),
+    ("personal_parameters", "identity"),
+    ("snip/of_clients", "identity"),
 ]
-CASES += [("feddip", "feedback_top_k"), ("feddip", "quantize")]
-CASES += [
-    pytest.param("feddip", wire_name, marks=pytest.mark.slow)
-    for wire_name in sorted(set(UPLINKS) - {"identity", "feedback_top_k", "quantize"})
-]
-CASES += [("feddip_scaffold", "random_k"), ("fedtiny_fednova", "quantize")]
-CASES += [("adaptive_dynamic_pruning", "feedback_top_k")]
+REST = {(name, "identity") for name in (*rows.names(), *OWN)} | {("feddip", one) for one in UPLINKS}
+REST |= {("feddip+scaffold", "random_k")}
+CASES = USUAL + [pytest.param(*case, marks=pytest.mark.slow) for case in sorted(REST - set(USUAL))]
+
+
+def make(name, uplink):
+    """Build a row, or a method of this module, for ten rounds of training."""
+    if name not in OWN:
+        changed = {"federation.num_rounds": 10}
+        return rows.make(name, adapt=lambda s: s._replace(uplink=uplink), **changed)
+    s = setup(num_rounds=10, uplink=uplink)
+    if name == "personal_parameters":
+        s = s._replace(correction=scaffold.control_variates())
+    state = {"steps": jnp.float32(0.0)}
+    return scenario.Scenario(OWN[name](s), quadratic.task(s), quadratic.PARAMS, state)
+
 
 # What clients send in stages that do not train, and beside their delta in training.
 REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grads",)}
-EXPLORED = ("autoflip_channels", "explored_start")  # that upload how they moved, not the squares
+# Who explores uploads the squares of how far it moved, or for these how it moved.
+EXPLORED = ("autoflip+channels", "autoflip/explored_start")
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
 BESIDE = ("control", "effective_steps", "grads", "model_state")
 
@@ -147,19 +153,25 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         return run(key, told, by_field, broadcast, *rest, **options)
 
     monkeypatch.setattr(cohort_lib, "run", spy)
-    algorithm = METHODS[name](setup(num_rounds=10, uplink=inner._replace(update=update)))
-    states, _, history = simulate(algorithm, cohorts, num_rounds=10)
-    jax.effects_barrier()
+    made = make(name, inner._replace(update=update))
+    algorithm = made.algorithm
+    run, _ = history.player(made)
+    state, everyone = history.start(made)
     names = [stage.name for stage in algorithm.stages for _ in range(stage.num_rounds)]
+    states, measured = [state], []
+    for index in range(len(names)):
+        state, everyone, metrics = run(index, state, everyone, cohorts(index))
+        states.append(state)
+        measured.append(metrics)
+    jax.effects_barrier()
     assert len(caught) == 4 * sum(stage not in AT_SERVER for stage in names)
     caught.reverse()
 
-    states = [algorithm.init(quadratic.PARAMS, STATE), *states]
     versions = dict.fromkeys(range(6), 0)
     num_pairs = 0
-    for index, (stage, metrics) in enumerate(zip(names, history, strict=True)):
+    for index, (stage, metrics) in enumerate(zip(names, measured, strict=True)):
         before, after = states[index : index + 2]
-        traffic = ledger.account(jax.device_get(metrics), before, algorithm)
+        traffic = ledger.account(metrics, before, algorithm)
         charged = {
             client: (entry.uplink_bits, entry.downlink_bits)
             for entry in traffic.clients
@@ -168,18 +180,18 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         assert traffic.uplink_bits == sum(traffic.uplink) == sum(u for u, _ in charged.values())
         assert traffic.downlink_bits == sum(traffic.downlink)
         if stage in AT_SERVER:
-            assert charged == (guest(before, after) if name == "one_client_masks" else {})
+            assert charged == (guest(before, after) if name.endswith("one_client") else {})
             continue
         ids, present = cohorts(index)
         assert sorted(charged) == sorted(ids)
         for slot, client in enumerate(ids):
             fields, sent, masks, weight = caught.pop()
             version = int(before.masks_id)
-            if stage == "agree" and name == "mpfl_started":
+            if stage == "agree" and name == "mpfl+started":
                 version = max(version, 1)  # of a client that was sent the start
             is_stale = versions[client] != version
-            if name in BY_FILTER:
-                is_new = versions[client] == 0 and stage == "agree" and name == "mpfl_started"
+            if rows.family(name) in rows.BY_FILTER:
+                is_new = versions[client] == 0 and stage == "agree" and name == "mpfl+started"
                 down = received_by_filter(stage, algorithm, before, is_stale, is_new)
             else:
                 down = received(name, stage, algorithm, before, masks, is_stale)
@@ -214,7 +226,7 @@ def guest(before, after):
     """Encode what the client that makes the mask for all receives and sends."""
     down = messages.whole("model_state", before.model_state)
     down |= messages.whole("params", before.params)
-    return {2: (bits_of(messages.personal_masks(after.masks, FLAGS)), bits_of(down))}
+    return {0: (bits_of(messages.personal_masks(after.masks, FLAGS)), bits_of(down))}
 
 
 def received(name, stage, algorithm, before, masks, is_stale):
@@ -224,9 +236,9 @@ def received(name, stage, algorithm, before, masks, is_stale):
         return bits_of(model | messages.whole("params", before.params))
     if stage in ("calibrate", "compare"):
         statistics = before.method.statistics
-        if stage == "calibrate" or name == "fedtiny_vanilla":
+        if stage == "calibrate" or name in ("fedtiny/vanilla_selection", "fedtiny+clients"):
             statistics = [leaf[0] for leaf in statistics]
-        needs = stage == "compare" or name == "fedtiny_moving"
+        needs = stage == "compare" or name == "fedtiny+moving"
         bits = bits_of(messages.whole("statistics", statistics)) if needs else 0
         return bits + is_stale * bits_of(candidates(before))
     message = {}
@@ -235,9 +247,12 @@ def received(name, stage, algorithm, before, masks, is_stale):
     message |= messages.whole("model_state", before.model_state)
     sees = at_large(name, before.masks)
     message |= messages.values("params", algorithm.deployed_params(before), sees)
-    flags = [True, True, False, True] if name == "autoflip_channels" else FLAGS
-    in_force = messages.masks_in_force(before.masks, flags)
+    in_force = messages.masks_in_force(before.masks, flags_of(algorithm, before.params))
     return bits_of(message) + is_stale * bits_of(in_force)
+
+
+def flags_of(algorithm, params):
+    return masks.prunable_leaves(params, algorithm.prunable)
 
 
 def at_large(name, masks):
@@ -368,7 +383,7 @@ def test_who_dropped_out_has_received_and_filling_has_not():
 
 
 def test_counts_of_who_did_not_take_part_may_be_anything():
-    algorithm = ALGORITHMS["fedavg"](setup())
+    algorithm = plain()(setup())
     states, _, rounds = simulate(algorithm, some, num_rounds=2)
     metrics = jax.device_get(rounds[1])
     absent = ~np.asarray(metrics.participated)
@@ -457,7 +472,7 @@ def test_masks_travel_as_the_encoder_would_write_them():
 
 
 def test_feddip_reports_zeros_and_charges_nothing_for_it():
-    algorithm = ALGORITHMS["feddip"](setup())
+    algorithm = dip()(setup())
     _, _, history = simulate(algorithm, cohorts, num_rounds=1)
     sent = history[0].sent
     assert isinstance(sent, accounts.Sent)

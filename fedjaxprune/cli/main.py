@@ -10,7 +10,18 @@ from collections.abc import Sequence
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.cli import compare, describe, export, list, report, run, schema, sweep, validate
+from fedjaxprune.cli import (
+    compare,
+    conformance,
+    describe,
+    export,
+    list,
+    report,
+    run,
+    schema,
+    sweep,
+    validate,
+)
 from fedjaxprune.cli.options import explain_option
 from fedjaxprune.errors import FedJaxPruneError, near_miss
 
@@ -30,6 +41,7 @@ for _command in (
     describe.describe,
     validate.validate,
     schema.schema,
+    conformance.conformance,
     compare.compare,
     report.report,
     export.export,

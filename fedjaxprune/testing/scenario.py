@@ -50,7 +50,7 @@ PROTOCOL: Mapping[str, Any] = {
     "uplink.fraction": 0.25,
     "uplink.error_feedback": True,
 }
-PLAIN: Mapping[str, Any] = {"server.optimizer": "fedavg", "uplink": "identity"}
+PLAIN = {path: one for path, one in PROTOCOL.items() if path[:6] not in ("server", "uplink")}
 
 
 class GateSettings(Settings):

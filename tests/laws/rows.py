@@ -100,8 +100,7 @@ def recorded(name: str) -> history.History:
 def make(name: str, *, adapt=None, **settings: Any) -> scenario.Scenario:
     """Build a row's method under another protocol, without memory where nothing else is said."""
     method, own = row(name)
-    plain = {**scenario.PROTOCOL, **scenario.PLAIN}
-    return scenario.make(method, {**own, **settings}, plain, adapt=adapt)
+    return scenario.make(method, {**own, **settings}, scenario.PLAIN, adapt=adapt)
 
 
 def num_live(name: str, index: int) -> int | range | None:
