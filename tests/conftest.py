@@ -8,8 +8,10 @@ import pathlib
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What was compiled is kept for the next run: in the user's cache, or where this names a folder.
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "fedjaxprune-tests"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.expanduser(os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/fedjaxprune-tests"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

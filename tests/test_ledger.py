@@ -1,6 +1,5 @@
 """The ledger: what it charges is what the encoder writes; formulas are those of the papers."""
 
-import functools
 import math
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 from fedjaxprune import masks, models, trees
 from fedjaxprune import traffic as accounts
 from fedjaxprune.costs import ledger, storage_models
-from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.folder import summary
 from fedjaxprune.federated import cohort as cohort_lib
 from fedjaxprune.federated import gated_updates, local_training
 from fedjaxprune.federated import personalization as personal_lib
@@ -24,10 +23,9 @@ from fedjaxprune.testing.history import Members
 from fedjaxprune.types import Broadcast
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import messages
-from tests import quadratic
+from tests import folders, quadratic
 from tests.laws import rows
 from tests.playing import UPLINKS, dip, plain, setup, simulate, some
-from tests.test_experiment_config import make_line
 
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
 AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
@@ -446,19 +444,16 @@ def test_the_rule_of_fedrts_by_hand():
 
 
 def test_a_summary_adds_up_the_ledger():
-    clients = [{"uplink_bits": 3, "downlink_bits": 4, "client_ids": [0, 2]}]
-    line = functools.partial(make_line, client_bits=clients, uplink_parts={"values": 5})
-    lines = [
-        line(1, stage="explore", modeled_bits={"f": {"uplink": 1, "downlink": 2}}),
-        line(2, client_bits=[{"uplink_bits": 0, "downlink_bits": 1, "client_ids": [2]}]),
-    ]
-    summary = record.summarize(lines)
-    assert summary["uplink_parts"] == {"values": 10}
-    assert summary["client_bits"] == {"num_clients": 2, "mean": 7.5, "largest": 8}
-    assert summary["modeled_bits"] == {"f": {"uplink": 1, "downlink": 2}}
-    assert summary["stage_bits"] == {
-        stage: {"uplink_bits": 2**40, "downlink_bits": 2**41} for stage in ("explore", "train")
-    }
+    clients = [{"up_bits": 3, "down_bits": 4, "client_ids": [0, 2]}]
+    first = {"traffic.by_client": clients, "traffic.published": {"f": {"up_bits": 1}}}
+    then = {"traffic.by_client": [{"up_bits": 0, "down_bits": 1, "client_ids": [2]}]}
+    lines = [folders.line(1, stage="explore", changes=first), folders.line(2, changes=then)]
+    found = summary.summarize({}, lines)["traffic"]
+    assert found["up"]["values"] == 2 * lines[0]["traffic"]["up"]["values"]
+    assert found["by_client"] == {"num_clients": 2, "mean_bits": 7.5, "largest_bits": 8}
+    assert found["published"] == {"f": {"up_bits": 1}}
+    bits = {f"{way}_bits": lines[0]["traffic"][way]["total_bits"] for way in ("up", "down")}
+    assert found["by_stage"] == {"explore": bits, "train": bits}
 
 
 def test_masks_travel_as_the_encoder_would_write_them():
