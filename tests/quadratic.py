@@ -10,12 +10,12 @@ from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.method import Needs
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.testing import scenario
-from fedjaxprune.testing.scenario import NUM_WEIGHTS, flatten, full_batches, loss, population
+from fedjaxprune.testing.scenario import NUM_WEIGHTS, flatten, full_batches, population
 from fedjaxprune.types import Batch, Batcher, Cohort
 
-__all__ = ["NUM_WEIGHTS", "Batch", "Batcher", "flatten", "full_batches", "loss", "population"]
+__all__ = ["NUM_WEIGHTS", "Batch", "Batcher", "flatten", "full_batches", "population"]
 
-PARAMS = scenario.parameters()
+PARAMS = scenario.parameters(convolutions=False)
 NUM_PRUNABLE = 32
 CHANNELS = scenario.channels(PARAMS)
 READERS = scenario.readers(Needs(gates=True))

@@ -53,7 +53,7 @@ BELOW = {
     "rounds": GROUND | {"pruning", "federated", "costs", "models", "structure", "data", "wire"},
     "methods": GROUND | {"pruning", "federated", "costs", "models", "structure", "data", "rounds"},
 }
-TOP = ("experiment", "cli")
+TOP = ("experiment", "cli", "testing")
 
 
 FORBIDDEN = {  # libraries that a package does not import

@@ -15,7 +15,7 @@ from tests import quadratic
 KEY = jax.random.key(3)
 NUM_FILTERS = 100  # of two weights each, in one layer: a filter is one percent
 PARAMS = {"layer": {"kernel": jnp.linspace(0.1, 2.0, 2 * NUM_FILTERS).reshape(2, NUM_FILTERS)}}
-MODEL = Model(init=lambda key: (PARAMS, {}), loss=quadratic.loss, predict=lambda p, s, x: x)
+MODEL = Model(init=lambda key: (PARAMS, {}), loss=quadratic.MODEL.loss, predict=lambda p, s, x: x)
 LAYER = Group(
     size=NUM_FILTERS,
     members=(Member("layer/kernel", 1, np.arange(NUM_FILTERS)[:, None], "filter"),),

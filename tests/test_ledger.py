@@ -153,12 +153,12 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
     monkeypatch.setattr(cohort_lib, "run", spy)
     made = make(name, inner._replace(update=update))
     algorithm = made.algorithm
-    run, _ = history.player(made)
+    play_round, _ = history.player(made)
     state, everyone = history.start(made)
     names = [stage.name for stage in algorithm.stages for _ in range(stage.num_rounds)]
     states, measured = [state], []
     for index in range(len(names)):
-        state, everyone, metrics = run(index, state, everyone, cohorts(index))
+        state, everyone, metrics = play_round(index, state, everyone, cohorts(index))
         states.append(state)
         measured.append(metrics)
     jax.effects_barrier()

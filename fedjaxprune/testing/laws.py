@@ -1,10 +1,5 @@
-"""Laws that every federated method keeps, each a function that raises a sentence if it is broken.
+"""Laws that are read off one recorded history of a method; each raises a sentence if broken."""
 
-They are read off one recorded history of the method (`history`); those in `DEAR` compile rounds of
-another form, or those of FedAvg.
-"""
-
-import functools
 import json
 import pathlib
 import tempfile
@@ -17,76 +12,18 @@ import numpy as np
 import optax
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
+from fedjaxprune import trees as tree_lib
 from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.folder import checkpoints
-from fedjaxprune.federated import cohort
-from fedjaxprune.method import Method
 from fedjaxprune.rounds.simulation import Simulation
-from fedjaxprune.rounds.training import training
 from fedjaxprune.testing import history as history_lib
-from fedjaxprune.testing import scenario
+from fedjaxprune.testing import scenario, trees
 from fedjaxprune.testing.history import History, Members, Step
 from fedjaxprune.types import RoundState
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import messages
 
-Check = Callable[[], None]
 ORDER = {"rtol": 1e-4, "atol": 1e-5}  # another order of sums
-
-
-def laws_of(
-    method: Method,
-    settings: Mapping[str, Any] | None = None,
-    *,
-    dear: bool = True,
-    history: History | None = None,
-) -> list[tuple[str, Check]]:
-    """List the laws that apply to a method, each with a function that checks it.
-
-    Args:
-      method: to be held to them.
-      settings: of the method by name, and of other sections by full path, as a variant has them;
-        None takes its `law_settings`.
-      dear: whether laws are among them for which more has to be compiled.
-      history: of the method under these settings, if it has been recorded.
-
-    Returns:
-      Name and check; a check raises an AssertionError whose sentence says what is wrong. The
-      method is built and played at the first check, which may raise whatever it raises.
-    """
-    settings = dict(method.law_settings if settings is None else settings)
-
-    @functools.cache
-    def recorded() -> History:
-        return history_lib.record(method, settings) if history is None else history
-
-    found = [(name, functools.partial(_check, law, recorded)) for name, law in LAWS.items()]
-    if not dear:
-        return found
-    again = functools.partial(_check_again, method, settings, recorded)
-    found += [(name, functools.partial(again, change)) for name, change in _changes().items()]
-    found.append(("absent clients may be left out", functools.partial(_check, left_out, recorded)))
-    if method.nothing_pruned is not None:
-        nothing = {**settings, **method.nothing_pruned}
-        check = functools.partial(nothing_pruned_is_fedavg, method, nothing)
-        found.append(("where nothing is pruned it is FedAvg, to the bit", check))
-    return found
-
-
-def _check(law: Callable[[History], None], recorded: Callable[[], History]) -> None:
-    law(recorded())
-
-
-def _changes() -> dict[str, Mapping[str, Any]]:
-    """Give what changes nothing but speed, by law."""
-    found: dict[str, Mapping[str, Any]] = {
-        "clients that train side by side change nothing": {"chunk_size": 3}
-    }
-    if len(jax.devices()) > 1:
-        mesh = cohort.make_mesh(devices=jax.devices()[:2])
-        found["two devices give the result of one"] = {"mesh": mesh}
-    return found
 
 
 def masks_are_total(history: History) -> None:
@@ -99,14 +36,16 @@ def masks_are_total(history: History) -> None:
     for step in history.steps:
         masks, params = step.after.masks, step.after.params
         same = jax.tree.structure(masks) == jax.tree.structure(params)
-        _law(same, step, "the masks are not the tree of the parameters")
+        law(same, step, "the masks are not the tree of the parameters")
         flags = masks_lib.prunable_leaves(params, prunable)
-        rows = zip(*map(jax.tree.leaves, (masks, params)), flags, trees.paths(params), strict=True)
+        rows = zip(
+            *map(jax.tree.leaves, (masks, params)), flags, tree_lib.paths(params), strict=True
+        )
         for mask, leaf, flag, path in rows:
-            _law(mask.dtype == jnp.bool_, step, f"the mask of {path} is {mask.dtype}, not bool")
-            _law(mask.shape == leaf.shape, step, f"the mask of {path} has shape {mask.shape}")
+            law(mask.dtype == jnp.bool_, step, f"the mask of {path} is {mask.dtype}, not bool")
+            law(mask.shape == leaf.shape, step, f"the mask of {path} has shape {mask.shape}")
             known = flag or np.all(mask) or not len(step.metrics.sent.packed_masks)
-            _law(known, step, f"{path} is pruned and not `prunable`")
+            law(known, step, f"{path} is pruned and not `prunable`")
 
 
 def masks_are_versioned(history: History) -> None:
@@ -116,9 +55,9 @@ def masks_are_versioned(history: History) -> None:
     """
     for step in _of_clients(history):
         before, after = int(step.before.masks_id), int(step.after.masks_id)
-        changed = bool(_difference(step.before.masks, step.after.masks))
+        changed = bool(trees.difference(step.before.masks, step.after.masks))
         what = f"masks_id goes from {before} to {after} in a round that changes masks"
-        _law(after >= before + changed, step, what)
+        law(after >= before + changed, step, what)
 
 
 def pruned_is_zero(history: History) -> None:
@@ -131,27 +70,28 @@ def pruned_is_zero(history: History) -> None:
     for step in history.steps:
         pruned = jax.tree.map(np.logical_not, jax.device_get(step.after.masks))
         deployed = jax.device_get(algorithm.deployed_params(step.after))
-        _law(not _held(deployed, pruned), step, "deployed_params are not zero where pruned")
+        law(not trees.held(deployed, pruned), step, "deployed_params are not zero where pruned")
         if step.index >= history.num_before and not is_dense(history):
-            _law(not _held(step.after.params, pruned), step, "parameters are not zero where pruned")
+            law(
+                not trees.held(step.after.params, pruned),
+                step,
+                "parameters are not zero where pruned",
+            )
             hidden = optax.tree.map_params(
                 server, lambda leaf, where: np.asarray(leaf)[where], step.after.server, pruned
             )
             clean = optax.tree.map_params(server, np.zeros_like, hidden)
-            _law(not _difference(hidden, clean), step, "server memory is not zero where pruned")
+            law(not trees.difference(hidden, clean), step, "server memory is not zero where pruned")
 
 
 def is_dense(history: History) -> bool:
     """Tell whether the server keeps values of pruned entries: where FedAvg's masks would not be."""
     return all(
-        _held(step.after.params, jax.tree.map(np.logical_not, jax.device_get(step.after.masks)))
+        trees.held(
+            step.after.params, jax.tree.map(np.logical_not, jax.device_get(step.after.masks))
+        )
         for step in history.steps[history.num_before :]
     )
-
-
-def _held(tree: Any, where: Any) -> bool:
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True)
-    return any(np.any(np.asarray(leaf)[mask]) for leaf, mask in pairs)
 
 
 def live_weights_are_counted(history: History) -> None:
@@ -161,13 +101,13 @@ def live_weights_are_counted(history: History) -> None:
         said = [int(count) for count in step.metrics.num_live]
         by_mask = [int(np.sum(mask)) for mask in jax.tree.leaves(masks)]
         by_value = [int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(step.after.params)]
-        right = by_value if by_mask == trees.sizes(masks) and said != by_mask else by_mask
-        _law(said == right, step, f"num_live is {said}, and {right} are live")
+        right = by_value if by_mask == tree_lib.sizes(masks) and said != by_mask else by_mask
+        law(said == right, step, f"num_live is {said}, and {right} are live")
         old = jax.tree.leaves(jax.device_get(step.before.masks))
         flips = sum(int(np.sum(a != b)) for a, b in zip(old, jax.tree.leaves(masks), strict=True))
         if by_mask == said:
             given = int(step.metrics.num_changed)
-            _law(given == flips, step, f"num_changed is {given}, and {flips} entries changed")
+            law(given == flips, step, f"num_changed is {given}, and {flips} entries changed")
 
 
 def is_traced_once(history: History) -> None:
@@ -199,7 +139,7 @@ def resumes(history: History) -> None:
                 aside=place / "aside",
                 warn=warnings.append,
             )
-    _law(found is not None, middle, f"the checkpoint cannot be read: {warnings}")
+    law(found is not None, middle, f"the checkpoint cannot be read: {warnings}")
     assert found is not None
     rows = jax.device_get(found[1].rows)
     _replay(history, history.steps[middle.index + 1], found[1].state, rows)
@@ -207,7 +147,7 @@ def resumes(history: History) -> None:
 
 def _replay(history: History, step: Step, state: RoundState, rows: Any) -> None:
     after, rows, _ = history.run(step.index, state, rows, step.members)
-    _same(step, (after, rows), (step.after, step.rows), "a resumed run goes on to other bits")
+    same(step, (after, rows), (step.after, step.rows), "a resumed run goes on to other bits")
 
 
 def order_is_irrelevant(history: History) -> None:
@@ -218,9 +158,9 @@ def order_is_irrelevant(history: History) -> None:
         members = step.members._replace(client_ids=tuple(reversed(step.members.client_ids)))
         after, rows, metrics = history.run(step.index, step.before, step.rows_before, members)
         what = "a cohort in another order gives another result"
-        _same(step, (after, rows), (step.after, step.rows), what, **ORDER)
-        one, two = _charged(history, step, step.metrics), _charged(history, step, metrics)
-        _law(one == two, step, "a cohort in another order is charged otherwise")
+        same(step, (after, rows), (step.after, step.rows), what, **ORDER)
+        one, two = charged(history, step, step.metrics), charged(history, step, metrics)
+        law(one == two, step, "a cohort in another order is charged otherwise")
 
 
 def absent_change_nothing(history: History) -> None:
@@ -229,12 +169,12 @@ def absent_change_nothing(history: History) -> None:
         members = history_lib.beside_others(step.members)
         after, rows, metrics = history.run(step.index, step.before, step.rows_before, members)
         what = "other absent clients give another result"
-        _same(step, (after, rows), (step.after, step.rows), what)
+        same(step, (after, rows), (step.after, step.rows), what)
         away = [i for i, here in zip(*step.members, strict=True) if not here]
-        kept = [_take(tree, away) for tree in (step.rows, step.rows_before)]
-        _same(step, *kept, "absent clients lose what they remember")
+        kept = [trees.take(tree, away) for tree in (step.rows, step.rows_before)]
+        same(step, *kept, "absent clients lose what they remember")
         one, two = (_charged_present(history, step, each) for each in (step.metrics, metrics))
-        _law(one == two, step, "other absent clients change what those present are charged")
+        law(one == two, step, "other absent clients change what those present are charged")
 
 
 def nobody_moves_nothing(history: History) -> None:
@@ -243,14 +183,17 @@ def nobody_moves_nothing(history: History) -> None:
         members = Members(step.members.client_ids, (False,) * 4)
         after, rows, metrics = history.run(step.index, step.before, step.rows_before, members)
         after = after._replace(round=step.before.round)
-        _same(step, (after, rows), (step.before, step.rows_before), "nobody moves something")
-        _law(int(metrics.num_participating) == 0, step, "absent clients count as participants")
+        same(step, (after, rows), (step.before, step.rows_before), "nobody moves something")
+        law(int(metrics.num_participating) == 0, step, "absent clients count as participants")
         traffic = ledger.account(metrics, after, history.scenario.algorithm)
-        _law(traffic.uplink_bits == 0, step, "absent clients are charged for what they send")
+        law(traffic.uplink_bits == 0, step, "absent clients are charged for what they send")
 
 
 def not_finite_is_left_out(history: History) -> None:
-    """A client that diverges is as good as absent to the server, and is counted."""
+    """A client that diverges is as good as absent to the server, and in training is counted.
+
+    What it sends before training may be finite all the same.
+    """
     people = scenario.population()
     for step in _of_clients(history):
         bad = step.members.client_ids[1]
@@ -264,8 +207,9 @@ def not_finite_is_left_out(history: History) -> None:
         here = tuple(h and i != bad for i, h in zip(*step.members, strict=True))
         without, _, _ = history.run(*given, step.members._replace(participated=here))
         what = "a message that is not finite moves the model"
-        _same(step, (after.params, after.masks), (without.params, without.masks), what)
-        _law(int(metrics.num_rejected) == 1, step, "a message that is not finite is not counted")
+        same(step, (after.params, after.masks), (without.params, without.masks), what)
+        counted = int(metrics.num_rejected) == 1 or step.index < history.num_before
+        law(counted, step, "a message that is not finite is not counted")
 
 
 def _of_clients(history: History) -> list[Step]:
@@ -281,11 +225,11 @@ def charges_are_written(history: History) -> None:
     """The ledger charges what an encoder writes, and its sums are right."""
     for step in history.steps:
         traffic = ledger.account(step.metrics, step.before, history.scenario.algorithm)
-        charged = _charged(history, step, step.metrics)
-        up, down = (sum(bits[way] for bits in charged.values()) for way in (0, 1))
-        _law(traffic.uplink_bits == sum(traffic.uplink) == up, step, "uploads do not add up")
+        by_client = charged(history, step, step.metrics).values()
+        up, down = (sum(bits[way] for bits in by_client) for way in (0, 1))
+        law(traffic.uplink_bits == sum(traffic.uplink) == up, step, "uploads do not add up")
         adds_up = traffic.downlink_bits == sum(traffic.downlink) == down
-        _law(adds_up, step, "downloads do not add up")
+        law(adds_up, step, "downloads do not add up")
         json.dumps(history.scenario.algorithm.diagnostics(step.metrics))
         for name, message in step.metrics.sent.up.items():
             if "delta" in message:
@@ -297,78 +241,23 @@ def _check_deltas(history: History, step: Step, name: str) -> None:
     algorithm, sent = history.scenario.algorithm, step.metrics.sent
     rest = {field: one for field, one in sent.up[name].items() if field != "delta"}
     without = step.metrics._replace(sent=sent._replace(up={**sent.up, name: rest}))
-    whole, partial = _charged(history, step, step.metrics), _charged(history, step, without)
+    whole, partial = charged(history, step, step.metrics), charged(history, step, without)
     for client, here in zip(*step.members, strict=True):
         if not here:
             continue
         memory = step.rows.uplink
-        delta, masks = (_take(tree, client) for tree in (memory.delta, memory.sent))
-        stray = _held(delta, jax.tree.map(np.logical_not, masks))
-        _law(not stray, step, f"client {client} sends entries that it may not send")
+        delta, masks = (trees.take(tree, client) for tree in (memory.delta, memory.sent))
+        stray = trees.held(delta, jax.tree.map(np.logical_not, masks))
+        law(not stray, step, f"client {client} sends entries that it may not send")
         payloads = [algorithm.payload(int(np.sum(mask))) for mask in jax.tree.leaves(masks)]
         message = messages.delta(delta, masks, payloads, seed=0)
         written = 8 * (len(wire_format.encode(message)) - wire_format.frame_bytes(len(message)))
         charge = whole[client][0] - partial[client][0]
         what = f"the delta of client {client} takes {written} bits, and {charge} are charged"
-        _law(written == charge, step, what)
+        law(written == charge, step, what)
 
 
-def left_out(history: History) -> None:
-    """A cohort with absent clients is the cohort without them."""
-    run, _ = history_lib.player(history.scenario)
-    for step in history.steps:
-        if all(step.members.participated):
-            continue
-        ids = tuple(i for i, here in zip(*step.members, strict=True) if here)
-        members = Members(ids, (True,) * len(ids))
-        after, rows, _ = run(step.index, step.before, step.rows_before, members)
-        what = "a cohort with absent clients is not the cohort without them"
-        _same(step, (after, rows), (step.after, step.rows), what, **ORDER)
-
-
-def _check_again(
-    method: Method,
-    settings: Mapping[str, Any],
-    recorded: Callable[[], History],
-    changes: Mapping[str, Any],
-) -> None:
-    """Compare with a history under another protocol that must make no difference."""
-    history, other = recorded(), history_lib.record(method, settings, **changes)
-    for step, again in zip(history.steps, other.steps, strict=True):
-        what = "the result depends on how clients are spread over devices"
-        given, found = ((one.after, one.rows) for one in (step, again))
-        _same(step, jax.device_get(found), given, what, **ORDER)
-        one, two = _charged(history, step, step.metrics), _charged(other, again, again.metrics)
-        _law(one == two, step, "charges depend on how clients are spread over devices")
-
-
-def nothing_pruned_is_fedavg(method: Method, settings: Mapping[str, Any]) -> None:
-    """Where nothing is pruned, training is FedAvg's from the same weights, to the bit."""
-    made = scenario.make(method, settings, scenario.PLAIN)
-    run, _ = history_lib.player(made)
-    state, rows = history_lib.start(made)
-    stages = made.algorithm.stages
-    before = sum(stage.num_rounds for stage in stages[:-1])
-    for index in range(before):
-        state, rows, _ = run(index, state, rows, history_lib.half(index))
-    fedavg = made._replace(
-        algorithm=training(made.task.protocol, client=made.task.local_client()),
-        params=state.params,
-        model_state=state.model_state,
-    )
-    reference, _ = history_lib.player(fedavg)
-    expected, others = history_lib.start(fedavg)
-    for index in range(before, before + 3):
-        members = history_lib.half(index)
-        state, rows, _ = run(index, state, rows, members)
-        expected = expected._replace(round=jnp.int32(index - before))
-        expected, others, _ = reference(index, expected, others, members)
-        for name in ("params", "model_state", "masks"):
-            found = _difference(getattr(state, name), getattr(expected, name))
-            assert not found, f"{name} differ from FedAvg's in round {index + 1}: {found}."
-
-
-def _charged(history: History, step: Step, metrics: Any) -> dict[int, tuple[int, int]]:
+def charged(history: History, step: Step, metrics: Any) -> dict[int, tuple[int, int]]:
     """Say what each client is charged, by its id: bits up and down."""
     traffic = ledger.account(metrics, step.before, history.scenario.algorithm)
     return {
@@ -381,51 +270,22 @@ def _charged(history: History, step: Step, metrics: Any) -> dict[int, tuple[int,
 def _charged_present(history: History, step: Step, metrics: Any) -> Any:
     """Say what goes up in all, and what those who are present are charged."""
     traffic = ledger.account(metrics, step.before, history.scenario.algorithm)
-    charged = _charged(history, step, metrics)
-    here = {i: charged.get(i) for i, present in zip(*step.members, strict=True) if present}
+    by_client = charged(history, step, metrics)
+    here = {i: by_client.get(i) for i, present in zip(*step.members, strict=True) if present}
     return traffic.uplink, {n: bits.uplink for n, bits in traffic.published.items()}, here
 
 
-def _take(rows: Any, clients: Any) -> Any:
-    """Give what some clients, or one, remember."""
-    return jax.tree.map(lambda leaf: leaf[clients], rows)
-
-
-def _law(holds: Any, step: Step, sentence: str) -> None:
+def law(holds: Any, step: Step, sentence: str) -> None:
+    """Raise a sentence about a round where a law does not hold."""
     assert holds, f"round {step.index + 1} ({step.stage}): {sentence}."
 
 
-def _same(
+def same(
     step: Step, found: Any, wanted: Any, what: str, *, rtol: float = 0.0, atol: float = 0.0
 ) -> None:
-    difference = _difference(found, wanted, rtol=rtol, atol=atol)
-    _law(not difference, step, f"{what}: {difference}")
-
-
-def _difference(found: Any, wanted: Any, *, rtol: float = 0.0, atol: float = 0.0) -> str:
-    """Say where two trees differ; numbers that are not floating must be equal."""
-    if jax.tree.structure(found) != jax.tree.structure(wanted):
-        return "another structure"
-    paths = jax.tree_util.tree_leaves_with_path(wanted)
-    for (path, right), left in zip(paths, jax.tree.leaves(found), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        one, two = (_plain(leaf) for leaf in (left, right))
-        if one.shape != two.shape or one.dtype != two.dtype:
-            return f"{name} is {one.dtype}{one.shape}, not {two.dtype}{two.shape}"
-        if not jnp.issubdtype(one.dtype, jnp.floating):
-            if not np.array_equal(one, two):
-                return f"{name} differs"
-            continue
-        wide = [each.astype(np.float64) for each in (one, two)]
-        if not np.allclose(*wide, rtol=rtol, atol=atol, equal_nan=True):
-            return f"{name} differs by up to {np.nanmax(np.abs(wide[0] - wide[1])):.3g}"
-    return ""
-
-
-def _plain(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
+    """Raise a sentence where two trees differ."""
+    difference = trees.difference(found, wanted, rtol=rtol, atol=atol)
+    law(not difference, step, f"{what}: {difference}")
 
 
 LAWS: Mapping[str, Callable[[History], None]] = {

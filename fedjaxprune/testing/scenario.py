@@ -257,7 +257,7 @@ def network(
       density: share of the channels that gates keep.
       choice: how an example ranks them.
     """
-    salience = random_channels if choice == "random" else salient_channels
+    salience = _random_channels if choice == "random" else _salient_channels
     state: dict[str, Any] = {}
     if needs.batch_norm:
         state |= {"norm": {"mean": jnp.zeros(NUM_WEIGHTS), "var": jnp.ones(NUM_WEIGHTS)}}
@@ -270,12 +270,12 @@ def network(
         state = {"steps": jnp.float32(0.0)}
     return Model(
         init=lambda key: (parameters(convolutions=needs.convolutions), state),
-        loss=functools.partial(gated_loss, salience=salience) if needs.gates else loss,
+        loss=functools.partial(_gated_loss, salience=salience) if needs.gates else _loss,
         predict=predict,
     )
 
 
-def parameters(*, convolutions: bool = False) -> Params:
+def parameters(*, convolutions: bool) -> Params:
     """Give the parameters to start from; the first kernel is perhaps a 1x1 convolution's."""
     kernel = jnp.linspace(-1.0, 1.0, 24).reshape((1, 1, 6, 4) if convolutions else (6, 4))
     return {
@@ -289,7 +289,7 @@ def flatten(params: Params) -> jax.Array:
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
 
 
-def loss(params, state, batch, key):
+def _loss(params, state, batch, key):
     """Compute half the squared distance; steps are counted, and running statistics move."""
     del key
     errors = 0.5 * jnp.sum(jnp.square(flatten(params)[None] - batch.inputs), axis=1)
@@ -324,19 +324,19 @@ def predict(params, state, inputs):
     return jnp.stack([jnp.sum(products[:, ::2], axis=1), jnp.sum(products[:, 1::2], axis=1)], 1)
 
 
-def salient_channels(batch, key):
+def _salient_channels(batch, key):
     """Rank the first layer's channels by the size of an example's points, ``[B, 4]``."""
     del key
     points = batch.inputs[:, 4:28].reshape(-1, 6, 4)
     return jnp.sum(jnp.abs(points), axis=1)
 
 
-def random_channels(batch, key):
+def _random_channels(batch, key):
     """Rank them at random for every example, ``[B, 4]``."""
     return jax.random.uniform(key, (batch.inputs.shape[0], 4))
 
 
-def gated_loss(params, state, batch, key, salience=salient_channels):
+def _gated_loss(params, state, batch, key, salience=_salient_channels):
     """Compute the same loss of what an example keeps: the first layer's most salient channels.
 
     Channel `c` is column `c` of ``dense/kernel`` with its bias; dropped ones are at no distance.

@@ -25,7 +25,8 @@ def without(protocol, section):
 
 @pytest.mark.parametrize("name", [case(name) for name in registry.names("server_optimizer")])
 def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name, subtests):
-    protocol = {**without(scenario.PROTOCOL, "server.optimizer"), "server.optimizer": name}
+    server = {"server.optimizer": name, "server.optimizer.server_learning_rate": 0.1}
+    protocol = {**without(scenario.PROTOCOL, "server.optimizer"), **server}
     played = history.record(*rows.row("gradual_magnitude"), protocol)
     for law in (laws.pruned_is_zero, laws.nobody_moves_nothing, laws.not_finite_is_left_out):
         with subtests.test(law.__name__):

@@ -1,0 +1,129 @@
+"""The laws of a method: those of its history, and those for which more has to be compiled."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fedjaxprune.federated import cohort
+from fedjaxprune.method import Method
+from fedjaxprune.rounds.training import training
+from fedjaxprune.testing import history as history_lib
+from fedjaxprune.testing import laws, scenario, trees
+from fedjaxprune.testing.history import History, Members
+
+Check = Callable[[], None]
+
+
+def laws_of(
+    method: Method,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    cost: Literal["any", "low"] = "any",
+    history: History | None = None,
+) -> list[tuple[str, Check]]:
+    """List the laws that apply to a method, each with a function that checks it.
+
+    Args:
+      method: to be held to them.
+      settings: of the method by name, and of other sections by full path, as a variant has them;
+        None takes its `law_settings`.
+      cost: ``"low"`` leaves out the laws for which more has to be compiled.
+      history: of the method under these settings, if it has been recorded.
+
+    Returns:
+      Name and check; a check raises an AssertionError whose sentence says what is wrong. The
+      method is built and played at the first check, which may raise whatever it raises.
+    """
+    settings = dict(method.law_settings if settings is None else settings)
+
+    @functools.cache
+    def recorded() -> History:
+        return history_lib.record(method, settings) if history is None else history
+
+    found = [(name, functools.partial(_check, law, recorded)) for name, law in laws.LAWS.items()]
+    if cost == "low":
+        return found
+    again = functools.partial(_check_again, method, settings, recorded)
+    found += [(name, functools.partial(again, change)) for name, change in _changes().items()]
+    found.append(("absent clients may be left out", functools.partial(_check, left_out, recorded)))
+    if method.nothing_pruned is not None:
+        nothing = {**settings, **method.nothing_pruned}
+        check = functools.partial(nothing_pruned_is_fedavg, method, nothing)
+        found.append(("where nothing is pruned it is FedAvg, to the bit", check))
+    return found
+
+
+def _check(law: Callable[[History], None], recorded: Callable[[], History]) -> None:
+    law(recorded())
+
+
+def _changes() -> dict[str, Mapping[str, Any]]:
+    """Give what changes nothing but speed, by law."""
+    found: dict[str, Mapping[str, Any]] = {
+        "clients that train side by side change nothing": {"chunk_size": 3}
+    }
+    if len(jax.devices()) > 1:
+        mesh = cohort.make_mesh(devices=jax.devices()[:2])
+        found["two devices give the result of one"] = {"mesh": mesh}
+    return found
+
+
+def left_out(history: History) -> None:
+    """A cohort with absent clients is the cohort without them."""
+    run, _ = history_lib.player(history.scenario)
+    for step in history.steps:
+        if all(step.members.participated):
+            continue
+        ids = tuple(i for i, here in zip(*step.members, strict=True) if here)
+        members = Members(ids, (True,) * len(ids))
+        after, rows, _ = run(step.index, step.before, step.rows_before, members)
+        what = "a cohort with absent clients is not the cohort without them"
+        laws.same(step, (after, rows), (step.after, step.rows), what, **laws.ORDER)
+
+
+def _check_again(
+    method: Method,
+    settings: Mapping[str, Any],
+    recorded: Callable[[], History],
+    changes: Mapping[str, Any],
+) -> None:
+    """Compare with a history under another protocol that must make no difference."""
+    history, other = recorded(), history_lib.record(method, settings, **changes)
+    for step, again in zip(history.steps, other.steps, strict=True):
+        what = "the result depends on how clients are spread over devices"
+        given, found = ((one.after, one.rows) for one in (step, again))
+        laws.same(step, jax.device_get(found), given, what, **laws.ORDER)
+        one, two = (
+            laws.charged(history, step, step.metrics),
+            laws.charged(other, again, again.metrics),
+        )
+        laws.law(one == two, step, "charges depend on how clients are spread over devices")
+
+
+def nothing_pruned_is_fedavg(method: Method, settings: Mapping[str, Any]) -> None:
+    """Where nothing is pruned, training is FedAvg's from the same weights, to the bit."""
+    made = scenario.make(method, settings, scenario.PLAIN)
+    run, _ = history_lib.player(made)
+    state, rows = history_lib.start(made)
+    stages = made.algorithm.stages
+    before = sum(stage.num_rounds for stage in stages[:-1])
+    for index in range(before):
+        state, rows, _ = run(index, state, rows, history_lib.half(index))
+    fedavg = made._replace(
+        algorithm=training(made.task.protocol, client=made.task.local_client()),
+        params=state.params,
+        model_state=state.model_state,
+    )
+    reference, _ = history_lib.player(fedavg)
+    expected, others = history_lib.start(fedavg)
+    for index in range(before, before + 3):
+        members = history_lib.half(index)
+        state, rows, _ = run(index, state, rows, members)
+        expected = expected._replace(round=jnp.int32(index - before))
+        expected, others, _ = reference(index, expected, others, members)
+        for name in ("params", "model_state", "masks"):
+            found = trees.difference(getattr(state, name), getattr(expected, name))
+            assert not found, f"{name} differ from FedAvg's in round {index + 1}: {found}."
