@@ -102,7 +102,8 @@ def make(name, uplink):
     """Build a row, or a method of this module, for ten rounds of training."""
     if name not in OWN:
         changed = {"federation.num_rounds": 10}
-        return rows.make(name, adapt=lambda s: s._replace(uplink=uplink), **changed)
+        own = {"uplink": uplink, "aggregator": None}  # one would be told which entries were sent
+        return rows.make(name, adapt=lambda s: s._replace(**own), **changed)
     s = setup(num_rounds=10, uplink=uplink)
     if name == "personal_parameters":
         s = s._replace(correction=scaffold.control_variates())
