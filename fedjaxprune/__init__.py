@@ -11,7 +11,7 @@ __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
     modules=(
         "costs data federated masks methods metrics models pruning registry rounds "
-        "structure trees types wire"
+        "structure testing trees types wire"
     ),
     names={
         "experiment.verbs": (
