@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from benchmarks import claims, picture
-from fedjaxprune.data import datasets
+from fedjaxprune.data.sources import tfds
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.analysis import compare, groups
 from fedjaxprune.experiment.config.identity import flat
@@ -376,7 +376,7 @@ def _settle(shares: Any) -> None:
         os.sched_setaffinity(0, cores)
     threading.Thread(target=_follow, daemon=True).start()
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    datasets.load = functools.cache(datasets.load)
+    tfds.read = functools.cache(tfds.read)
 
 
 def _follow() -> None:

@@ -17,6 +17,8 @@ METHODS = {
     for name, listed in registry.names("method").items()
     for variant in ("", *listed.variants)
 }
+# Methods that came after the table of docs/results.md was measured.
+UNMEASURED = {"rigl", "rigl/static"}
 
 
 def write(member, lines, folder):
@@ -45,14 +47,12 @@ def sweep(tmp_path_factory):
     )
 
 
-def test_every_method_is_in_the_sweep_on_both_partitions_with_three_seeds(sweep):
+def test_every_measured_method_is_run_on_both_partitions_with_three_seeds(sweep):
     there = {(method(m), partition(m), m.config.seed) for m in sweep.members}
-    elsewhere = {"fedtiny/vanilla_selection"}  # in the sweep of single claims
-    assert there == {
-        (name, p, s) for name in METHODS - elsewhere for p in benchmark.TITLES for s in range(3)
-    }
+    names = set(map(method, sweep.members))
+    assert there == {(name, p, s) for name in names for p in benchmark.TITLES for s in range(3)}
     claimed = plan.read(str(benchmark.SWEEPS["claims"]), folder=sweep.folder).members
-    assert elsewhere <= set(map(method, claimed))
+    assert METHODS - names - set(map(method, claimed)) == UNMEASURED
 
 
 def test_all_methods_do_the_same_local_work_from_the_same_start(sweep):
@@ -97,7 +97,7 @@ def test_every_row_has_its_members_alone_and_every_method_a_look_of_its_own(swee
         assert len(members) == 6, name
         knobs = {benchmark.knob(flat(plain(m.config)), usual_rounds=40) for m in members}
         assert len({(method(m), m.config.model.name) for m in members}) == len(knobs) == 1
-    looks = [picture.look(name) for name in METHODS]
+    looks = [picture.look(name) for name in METHODS - UNMEASURED]
     assert len(set(looks)) == len(looks)
 
 
