@@ -5,7 +5,7 @@ Importing this package imports nothing else: a name is looked up when it is firs
 
 from fedjaxprune import namespace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
