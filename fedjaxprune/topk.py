@@ -1,4 +1,4 @@
-"""Exact top-k masks with a traced k, without sorting: both wings stand on this.
+"""Exact top-k masks with a traced k, without sorting.
 
 The k-th largest score is searched for among the order-preserving integer images of the scores, with
 one count over all entries per step: no sort, no gather, no histogram, so it maps over clients,

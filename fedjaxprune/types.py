@@ -220,7 +220,7 @@ class Correction(NamedTuple):
         client receives the entries that it trains, as ``broadcast.correction_state``.
       wrap: ``client -> client``.
       update: ``(aggregated fields, state, population) -> (delta, state)``, at the server; a state
-        stays as it is where nobody was heard.
+        stays as it is if no message arrived.
       fields: of the wrapped client's message.
     """
 
@@ -314,7 +314,7 @@ class ClientState(NamedTuple):
 
 
 class RoundMetrics(NamedTuple):
-    """What a human wants to know of a round; counts are of elements, never of bits.
+    """Metrics of a round; counts are of elements, never of bits.
 
     Attributes:
       train: merged accumulators of the clients' training metrics (at least ``loss``).

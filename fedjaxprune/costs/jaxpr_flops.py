@@ -82,7 +82,7 @@ def products(graph: Any, inputs: Sequence[Value], rules: Rules) -> list[Product]
       rules: how to walk.
 
     Raises:
-      ValueError: if the number of products cannot be told.
+      ValueError: if the number of products is unknown.
     """
     found: list[Product] = []
     _walk(graph, inputs, rules, 1, found, None)
@@ -106,7 +106,7 @@ def _walk(graph: Any, inputs: Any, rules: Rules, times: int, found: list, live: 
     known = dict(zip([*inner.constvars, *inner.invars], [*consts, *inputs], strict=True))
 
     def read(atom: Any) -> Value:
-        if _is_var(atom):  # what nobody needs is not walked, though it may still be an operand
+        if _is_var(atom):  # what is not needed is not walked, though it may still be an operand
             return known.get(atom, FED)
         return CONSTANT._replace(support=sparsity_flow.of_value(atom.val))
 

@@ -129,9 +129,9 @@ def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> T
 
 
 def received(present: np.ndarray, client_ids: np.ndarray) -> np.ndarray:
-    """Tell who was sent the broadcast: those present, and those that dropped out afterwards.
+    """Tell which slots received the broadcast: clients that took part or dropped out afterwards.
 
-    Filling is told by an id below 0, or one that a present client or an earlier slot has.
+    A slot is padding if its id is below 0, or is that of a present client or an earlier slot.
     """
     ids, here = np.asarray(client_ids).tolist(), np.asarray(present).tolist()
     met = {client for client, is_here in zip(ids, here, strict=True) if is_here}

@@ -261,7 +261,7 @@ def _check_binary(present: Sequence[np.ndarray]) -> None:
 
 
 def _check_numbering(present: Sequence[np.ndarray], num_examples: int) -> None:
-    """Refuse classes that nobody counted from 0, and test classes without training examples."""
+    """Refuse classes that are not counted from 0, and test classes without training examples."""
     train, test = present
     _check_count(len(train), num_examples, "classification")
     if train[0] > 0:

@@ -44,8 +44,8 @@ def iid(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Pa
 def stratified(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Partition:
     """Deal each class round-robin, so that every client has a miniature of the whole.
 
-    The dealing goes on with the next class where the last one stopped (FedDIP's code starts again
-    at the first client), so that sizes differ by at most one, as each class's counts do. Arguments
+    Each class starts at the client where the one before stopped (FedDIP's code starts again at the
+    first client), so sizes differ by at most one, as each class's counts do. Arguments
     and errors are those of `iid`.
     """
     labels = _check(labels, num_clients)
@@ -87,7 +87,7 @@ def shards(
     if num_shards < len(classes):
         raise ValueError(
             f"num_clients * classes_per_client = {num_shards} shards cannot hold {len(classes)} "
-            "classes: some examples would belong to nobody."
+            "classes: some examples would belong to no client."
         )
     # A class can be cut into no more shards than it has examples, or than there are clients.
     limits = [min(rows.size, num_clients) for rows in classes]
@@ -106,12 +106,12 @@ def shards(
         counts[c] += 1
         if counts[c] < limits[c]:
             heapq.heappush(heap, (-classes[c].size / counts[c], c))
-    # Serving the clients with most room first never leads into a dead end (Gale and Ryser).
+    # Taking the clients with most classes left first always succeeds (Gale and Ryser).
     held: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
-    room = np.full(num_clients, classes_per_client)
+    classes_left = np.full(num_clients, classes_per_client)
     for c in rng.permutation(len(classes)):
-        takers = np.lexsort((rng.random(num_clients), -room))[: counts[c]]
-        room[takers] -= 1
+        takers = np.lexsort((rng.random(num_clients), -classes_left))[: counts[c]]
+        classes_left[takers] -= 1
         pieces = np.array_split(rng.permutation(classes[c]), counts[c])
         for client, piece in zip(takers, pieces, strict=True):
             held[client].append(piece)
@@ -170,7 +170,7 @@ def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
 
     Args:
       keys: ``[E]`` of anything that sorts.
-      min_size: examples of a key with fewer are given to nobody.
+      min_size: examples of a key with fewer are not used.
 
     Raises:
       ValueError: if there are no keys, or none has so many examples.
@@ -258,7 +258,7 @@ def _top_up(rng: np.random.Generator, parts: list[np.ndarray], min_size: int) ->
     for client in np.flatnonzero(sizes < min_size):
         received = []
         for _ in range(min_size - sizes[client]):
-            size, donor = spare[0]  # larger than min_size: else there would be nobody in need
+            size, donor = spare[0]  # larger than min_size: else no client would lack examples
             received.append(parts[donor][-size - 1])
             heapq.heapreplace(spare, (size + 1, donor))
             sizes[donor] -= 1

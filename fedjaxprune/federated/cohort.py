@@ -1,9 +1,9 @@
-"""The machine room: maps one client over a cohort, in chunks, over devices, and reduces as it goes.
+"""Maps one client over a cohort, in chunks, over devices, and aggregates the messages.
 
-The only file that knows how a cohort is mapped. Every device of a mesh has its share of the cohort;
-there chunks of clients run side by side under ``vmap``, chunks follow each other in a ``scan``, and
-every message is folded into the accumulators as soon as it is there: memory holds one chunk a
-device, never the cohort. At the end the devices merge their accumulators. Chunk sizes and numbers
+No other module depends on how a cohort is mapped. Every device of a mesh has a part of the cohort.
+Chunks of clients run side by side under ``vmap``, chunks one after the other in a ``scan``, and
+every message is folded into the accumulators at once: memory holds one chunk for each device, not
+the cohort. At the end the devices merge their accumulators. Chunk sizes and numbers
 of devices differ only in rounding.
 """
 

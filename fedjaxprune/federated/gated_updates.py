@@ -132,11 +132,11 @@ def of_readers(bits: Bits, readers: tuple[Reader, ...], params: Any) -> Masks:
 
 
 def freeze_unused(optimizer: optax.GradientTransformation) -> PostStepFn:
-    """Take back what a local step did to channels that no example of its batch kept.
+    """Undo what a local step did to channels that no example of its batch kept.
 
-    Their gradient is zero as it is; but momentum would go on moving them, weight decay would shrink
-    them, and normalization would go on measuring what no device computes. So weights, statistics
-    and what the optimizer remembers of them stay as if there had been no step.
+    Their gradient is zero. But momentum would move them, weight decay would shrink them, and
+    normalization would measure what no device computes. So weights, statistics and the optimizer's
+    state of them stay as if there had been no step.
 
     Args:
       optimizer: the clients' own; memory of it that has not the parameters' shape is left alone.

@@ -23,7 +23,7 @@ class PersonalState(NamedTuple):
 
 
 def keep_own(client: Client, *, is_own: PrunableFn) -> Client:
-    """Let a client go on from its own values of some leaves, and keep what becomes of them.
+    """Let a client start from its own values of some leaves, and keep their new values.
 
     A client that has never taken part starts from the parameters that everybody starts from.
 

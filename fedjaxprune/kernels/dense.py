@@ -4,7 +4,7 @@ XLA's CPU back end makes the kernel's gradient of a dense layer a batched matrix
 are clients, and shares one of a microsecond out to its threads, who wait for each other. Written as
 a sum over the examples of what came in times what comes back, it is one loop that XLA fuses.
 
-`dot_general` stands in for `jax.lax.dot_general` in a flax layer of one's own:
+`dot_general` replaces `jax.lax.dot_general` in a flax layer:
 ``nn.Dense(32, dot_general=dense.dot_general)``, likewise in ``nnx.Linear``.
 """
 

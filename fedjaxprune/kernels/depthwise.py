@@ -1,9 +1,9 @@
 """A depthwise convolution that stays fast in loops and under ``vmap`` on CPU.
 
-Every channel has a kernel of its own, so there is no matrix product to be had: the forward form is
-a sum over the taps of what they meet, and so is the input's gradient. The kernel's gradient is a
-sum over pixels for each tap, image by image, so that an image stays in the cache. XLA's own kernel
-gradient takes hundreds of times as long (docs/performance.md).
+Every channel has a kernel of its own, so there is no matrix product. The forward form is a sum over
+the kernel's taps, and so is the input's gradient. The kernel's gradient is a sum over pixels for
+each tap, image by image, so that an image stays in the cache. XLA's own kernel gradient takes
+hundreds of times as long (docs/performance.md).
 """
 
 import functools

@@ -30,10 +30,10 @@ def from_linen(
 
     Its `params` collection becomes the parameters, all other collections become the state, but for
     `metrics`: what layers sow there (accumulators, one a name) joins the loss's metrics as
-    ``metrics["layers"]``, by path. The loss
-    calls the module in training mode and predictions in inference mode, told by whichever of the
-    arguments ``train``, ``training`` or ``deterministic`` its ``__call__`` has. If it has one named
-    ``mask``, the loss passes ``[B]`` booleans there that are False for filling, so that statistics
+    ``metrics["layers"]``, by path. The loss calls the module in training mode, predictions in
+    inference mode, by whichever of the arguments ``train``, ``training`` or ``deterministic`` its
+    ``__call__`` has. If it has one named
+    ``mask``, the loss passes ``[B]`` booleans there that are False for padding, so that statistics
     leave it out. The key of the loss feeds the `dropout` stream.
 
     Args:

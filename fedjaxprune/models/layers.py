@@ -26,12 +26,12 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
 
 @jax.custom_vjp
 def computed_once(x: jax.Array) -> jax.Array:
-    """Pass ``[B, ...]`` on, as an array that XLA stores and does not compute again.
+    """Return ``[B, ...]`` as an array that XLA stores and does not compute again.
 
-    XLA takes additions and maxima for so cheap that it repeats them wherever their result is used.
+    XLA considers additions and maxima so cheap that it repeats them for every use of the result.
     In a residual network each block then repeats all blocks before it, and every kernel's gradient
-    does so while it transposes. A division counts as dear, so this one, by a 1 that the compiler
-    cannot know, has it done once. Elsewhere than on CPU nothing is done.
+    repeats them, too. A division counts as expensive, so one by a 1 that the compiler cannot know
+    makes XLA compute the block once. On other devices than a CPU nothing is done.
     """
     return _stored(x)
 

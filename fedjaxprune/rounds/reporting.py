@@ -1,4 +1,4 @@
-"""Exchanges in which clients only report, and the server draws its conclusions."""
+"""Exchanges in which clients only report, and the server computes something of the reports."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ class Exchange(NamedTuple):
       cohort: who is asked (`Stage.cohort`).
       compute: ``state -> {TRAINED, EVALUATED or BACKPROPAGATED: [T, L]}`` (of `traffic`), models
         that each client passes its examples through, for the record of arithmetic; None for none.
-      is_over: ``state -> [] bool``; once it is True nobody is asked any more. None goes on.
+      is_over: ``state -> [] bool``; once it is True no client is asked any more; None: never.
       hooks: what happens before and after each round.
     """
 
@@ -93,10 +93,10 @@ def reporting_round(
     download: DownloadFn = dense_download,
     exchange: Exchange = Exchange(),  # noqa: B008
 ) -> Stage:
-    """Make an exchange in which clients report and the server draws its conclusions.
+    """Make an exchange in which clients report and the server computes something of the reports.
 
     Clients keep no state of it but which masks they hold, even if they train for it. A round in
-    which nobody was heard changes nothing.
+    which no message arrives changes nothing.
 
     Args:
       protocol: says how the cohort is mapped.

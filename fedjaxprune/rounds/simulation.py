@@ -25,7 +25,7 @@ SamplingFn = Callable[[Key], tuple[jax.Array, jax.Array]]
 
 
 class Simulation(NamedTuple):
-    """Everything that a run needs to go on.
+    """Everything that a run needs to continue.
 
     Attributes:
       state: the server's side.
@@ -53,13 +53,13 @@ def start(
 def advance(
     stage: Stage, participation: SamplingFn
 ) -> Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]:
-    """Make the function that plays one round; to be jitted, with the simulation donated.
+    """Make the function that runs one round; to be jitted, with the simulation donated.
 
     The returned function folds the round's number into the key that it is given, so the run's one
     key goes in every time, and a run continued from a saved simulation takes the same path.
 
     Args:
-      stage: whose round is played.
+      stage: whose round is run.
       participation: ``key -> (client_ids [C], present [C])``.
 
     Returns:

@@ -102,8 +102,8 @@ class Stepped(NamedTuple):
       server: state of the server's optimizer.
       model_state: what is not trained.
       correction: the server's part.
-      is_heard: ``[]`` bool; False where nobody was heard, or messages came to something that is not
-        finite, and then nothing moves, momentum and masks included.
+      is_heard: ``[]`` bool; False where no message arrived, or their aggregate is not finite; then
+        nothing changes, momentum and masks included.
       has_overflown: ``[]`` bool, whether it was the latter.
     """
 

@@ -2,7 +2,7 @@
 
 A convolution written as a product with a kernel spread out among zeros does more arithmetic than
 the convolution. `equivalent_to` ties its output to the plain form: the compiled program does not
-contain it and the plain form is not even traced, but whoever walks the graph (`costs.flops`) finds
+contain it and the plain form is not even traced, but a walk of the graph (`costs.flops`) finds
 it, and `plain` swaps the one for the other. So a kernel that no walker can look into (Pallas, a
 foreign call) is counted too.
 """
@@ -136,7 +136,7 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rewrite(graph: Any) -> Any:
-    """Put plain forms into a jaxpr, closed or not, and drop the equations that nobody needs."""
+    """Put plain forms into a jaxpr, closed or not, and drop the equations that are not needed."""
     inner = getattr(graph, "jaxpr", graph)
     new = inner.replace(
         eqns=[_rewrite_equation(e) for e, _ in live_equations(inner, as_plain=True)]

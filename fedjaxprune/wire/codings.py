@@ -223,7 +223,7 @@ def _read_list(coding: Coding, data: memoryview, n: int) -> np.ndarray:
     if len(ends) != count:
         raise WireError("a unary list does not hold as many numbers as it should.")
     if coding.code == RICE and packing.num_bytes(int(ends[-1]) + 1) != len(unary):
-        raise WireError("a unary list goes on after its last number.")
+        raise WireError("a unary list continues after its last number.")
     if (int(ends[-1]) + 1 - count) > (n >> k):
         raise WireError("a position is out of range.")
     low = packing.unpack(data[:split], count, k)

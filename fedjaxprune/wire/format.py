@@ -380,5 +380,5 @@ def _inflate(body: memoryview, max_bytes: int) -> memoryview:
 
 
 def _before(plans: Sequence[Plan]) -> list[str]:
-    """Give the name before each, from which its own is told."""
+    """Give the name before each, from which its own is decoded."""
     return ["", *(plan.name for plan in plans)][: len(plans)]

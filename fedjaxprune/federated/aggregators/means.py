@@ -114,8 +114,8 @@ def holder_mean() -> Aggregator:
 
     Returns:
       An `Aggregator` from one client's delta ``[...]``, personal masks ``[...]`` and weight ``[]``
-      (number of examples; 0 for an absent client) to one delta ``[...]``, zero where nobody holds
-      it.
+      (number of examples; 0 for an absent client) to one delta ``[...]``, zero where no client
+      holds it.
 
     Raises:
       ValueError: while tracing, if the clients report no personal masks, or if a leaf is not of

@@ -17,8 +17,8 @@ from fedjaxprune.types import CohortAggregator
 def median() -> CohortAggregator:
     """Take the median of every coordinate over the present clients, each counted once.
 
-    Of an even number of clients it is the mean of the middle two; it is zero if nobody is present.
-    A NaN counts as plus infinity. Masks are ignored: what a client does not hold counts as zero.
+    Of an even number of clients it is the mean of the middle two; without clients it is zero. A NaN
+    counts as plus infinity. Masks are ignored: what a client does not hold counts as zero.
 
     Returns:
       A `CohortAggregator` from values ``[C, ...]`` and weights ``[C]`` to one value ``[...]``.
@@ -57,8 +57,8 @@ def trimmed_mean(*, fraction: float) -> CohortAggregator:
 
     Returns:
       A `CohortAggregator` from values ``[C, ...]`` and weights ``[C]`` to one value ``[...]``, the
-      unweighted mean of the rest; zero if nobody is present. A NaN counts as plus infinity. Masks
-      are ignored: what a client does not hold counts as zero.
+      unweighted mean of the rest; without clients zero. A NaN counts as plus infinity. Masks are
+      ignored: what a client does not hold counts as zero.
 
     Raises:
       ValueError: if `fraction` is outside [0, 0.5); while tracing, if a leaf is not of floating

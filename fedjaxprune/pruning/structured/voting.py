@@ -27,7 +27,7 @@ class Ballot(NamedTuple):
       votes: ``[F]`` int32 or float32, the weight of those who keep each filter.
       weight: ``[]``, the weight of all who voted; their number where votes are equal.
       num_voters: ``[]`` int32.
-      live: ``[F]`` bool, what was kept before; nobody keeps anything else.
+      live: ``[F]`` bool, what was kept before; nothing else can be kept.
       worth: ``[F]`` float32, what filters of equal votes are compared by.
     """
 

@@ -55,7 +55,7 @@ class Group(NamedTuple):
       leaks: why a channel whose filter, bias and normalization are zero may still be read as
         something else than zero (a sigmoid); empty if it is exactly zero wherever it is read.
       mixes: where the channel enters what others are made of (statistics over channels, a
-        competition between them); empty if a channel that nobody reads may be anything, or be
+        competition between them); empty if a channel that no operation reads may be anything, or be
         removed. A sum to which a pruned channel adds zero stands here too: removing the channel is
         exact if a mean over the sum keeps its divisor.
     """

@@ -40,9 +40,9 @@ def _known_conv(op: Op, operands: Sequence[Known]) -> list[Known]:
     varies = np.asarray((alive[:, None] & reads).any(axis=0))
     value = np.zeros(shape, dtype)
     silent = dependence.silent(x)
-    speaks = dependence.along(silent != 0, features)
-    if not varies.all() and speaks.any():
-        made = _part(op, silent, np.asarray(kernel.value), speaks, ~varies)
+    contributes = dependence.along(silent != 0, features)
+    if not varies.all() and contributes.any():
+        made = _part(op, silent, np.asarray(kernel.value), contributes, ~varies)
         value[(slice(None),) * place + (np.flatnonzero(~varies),)] = made
     shown = np.broadcast_to(_along(varies, place, len(shape)), shape)
     return [Known(shown, value, x.static and kernel.static)]
@@ -82,11 +82,11 @@ def _fold_conv(
         return None
     x, kernel = (known.known[variable] for variable in op.inputs)
     silent = dependence.silent(x)
-    speaks = ~bits & dependence.along(silent != 0, features)
+    contributes = ~bits & dependence.along(silent != 0, features)
     outs = np.ones(op.equation.outvars[0].aval.shape[place], bool) if made is None else made
-    if not speaks.any() or not outs.any():
+    if not contributes.any() or not outs.any():
         return None
-    return _part(op, silent, np.asarray(kernel.value), speaks, outs)
+    return _part(op, silent, np.asarray(kernel.value), contributes, outs)
 
 
 def _run_conv(call: Call) -> list[Any]:
@@ -95,7 +95,7 @@ def _run_conv(call: Call) -> list[Any]:
     params.pop("batch_group_count")
     if params["feature_group_count"] != 1:
         params["feature_group_count"] = x.shape[params["dimension_numbers"].lhs_spec[1]]
-    # The house's form, which is the fast one on CPU; it wants to know the sizes.
+    # This package's form, which is fast on CPU, needs sizes that are numbers.
     is_sized = all(isinstance(n, int) for n in x.shape)
     form = convolution.conv_general_dilated if is_sized else jax.lax.conv_general_dilated
     params.pop("out_sharding", None)
@@ -172,11 +172,11 @@ def _is_silent(known: Known) -> np.ndarray:
 
 def _known_dot(op: Op, operands: Sequence[Known]) -> list[Known]:
     numbers = op.equation.params["dimension_numbers"]
-    speaks = [~_is_silent(each) for each in operands]
+    contributes = [~_is_silent(each) for each in operands]
     varies = np.zeros(op.equation.outvars[0].aval.shape, bool)
     for side in (0, 1):
         if operands[side].varies.any():
-            pair = [operands[i].varies if i == side else speaks[i] for i in (0, 1)]
+            pair = [operands[i].varies if i == side else contributes[i] for i in (0, 1)]
             varies |= arithmetic.dot(pair[0], pair[1], numbers) > 0
     value = np.zeros(varies.shape, op.equation.outvars[0].aval.dtype)
     if not varies.all():
@@ -214,9 +214,9 @@ def _wish_dot(
     silent = [_is_silent(known.known[variable]) for variable in op.inputs]
     if not any(static):  # what varies on both sides: only what is zero on one can go
         for pair in zip(*contracted, strict=True):
-            speaks = [dependence.along(~silent[i], pair[i]) for i in (0, 1)]
+            contributes = [dependence.along(~silent[i], pair[i]) for i in (0, 1)]
             if all(known.droppable[op.inputs[i]][pair[i]] for i in (0, 1)):
-                kept[0][pair[0]] = kept[1][pair[1]] = speaks[0] & speaks[1]
+                kept[0][pair[0]] = kept[1][pair[1]] = contributes[0] & contributes[1]
         return [Wish(tuple(each)) for each in kept], None
     moving = static.index(False)
     still = 1 - moving

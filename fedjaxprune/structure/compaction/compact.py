@@ -1,13 +1,13 @@
-"""Remove dead channels for good: a smaller network with the same outputs.
+"""Remove dead channels: a smaller network with the same outputs.
 
-A filter whose weights are all pruned makes a channel that depends on nothing, and a channel that
-nobody reads need not be made. `compact` follows both through a network's program, as JAX traces
-it, and knows arrays and no layers: a user's own network serves as well as a built-in one. What a
-dead channel still contributes (a bias or a normalization that lives on) is the same for every
-example, and becomes a constant where channels are added up; with the zero padding of a convolution
-it differs at the border, and so does the constant.
+A filter whose weights are all pruned makes a channel that does not depend on the inputs, and a
+channel that no operation reads need not be computed. `compact` follows both through a network's
+program, as JAX traces it. It depends on arrays, not on layers, so it works for any network. What a
+dead channel still contributes (a live bias or normalization) is the same for every example, and
+becomes a constant where channels are added up. With the zero padding of a convolution this constant
+differs at the border.
 
-The smaller network is played from the same program with smaller arrays: no module is rebuilt, and
+The smaller network executes the same program with smaller arrays: no module is rebuilt, and
 parameters and state keep their structure and names. Convolutions take the forms that are fast on
 CPU (`kernels.convolution`), whatever the network used.
 """

@@ -16,7 +16,7 @@ class Step(NamedTuple):
 
     Attributes:
       op: the operation.
-      rule: that plays it.
+      rule: that executes it.
       plan: of the rule.
       operands: what it reads of each operand.
       outputs: what is kept of each output.

@@ -1,10 +1,10 @@
 """A network as a flat list of operations that serves any number of examples.
 
-`trace` writes down what a network's `predict` does, once with two examples and once with three.
-Sizes that differ between the two are the batch's; so the list can be played for any batch, a
-symbolic one included, without asking the network's own code again. Calls inside it are opened up,
-and fast forms (`jaxprs.equivalent_to`) stand in their plain form; where one can be made again for
-other sizes, it is noted which operations it stands for.
+`trace` lists what a network's `predict` does, once with two examples and once with three.
+Sizes that differ between the two are the batch's, so the list can be executed for any batch, a
+symbolic one included, without the network's own code. Calls are inlined, and fast forms
+(`jaxprs.equivalent_to`) are replaced by their plain forms; if one can be made again for other
+sizes, the list says which operations it is equivalent to.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from fedjaxprune.types import Params, State
 
 FEW, MORE = 2, 3  # examples of the two traces
 _CALLS = jaxprs.CALLS | {"custom_vjp_call_jaxpr"}
-_NOT_MADE = -1  # an output that nobody needs
+_NOT_MADE = -1  # an output that is not needed
 
 
 class Linear(NamedTuple):

@@ -1,7 +1,7 @@
 """The analysis: what varies, what is needed, and hence what is left of every variable.
 
-Forwards it finds out what depends on the network's inputs at all; what does not is known, to the
-number. Backwards it finds out what is read. An index of an axis of channels goes if nobody reads
+The forward pass finds what depends on the network's inputs; other values are known numbers. The
+backward pass finds what is read. An index of an axis of channels is removed if no operation reads
 it, or if it is known and all that read it add up: then what it contributes is a constant. Where
 arrays meet entry by entry, all of them keep what one of them needs.
 """
@@ -24,7 +24,7 @@ class Shrunken(NamedTuple):
     """A smaller network.
 
     Attributes:
-      plan: how it is played.
+      plan: how it is executed.
       kept: of each leaf of params and state.
       constants: what the channels that are gone contribute, by name.
       whole: for each leaf the operations, by name, that see all of the channels it makes; None if

@@ -97,7 +97,7 @@ def tile(params: Any, x: np.ndarray, value: Value) -> np.ndarray:
 
 
 def pad(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
-    """Pad with entries that are nobody's channel."""
+    """Pad with entries that belong to no channel."""
     del book
     value, filling = values
     config = equation.params["padding_config"]
