@@ -73,8 +73,8 @@ class Sent(NamedTuple):
       num_masks: ``[C]`` int32, masks that each slot has to be sent: one where a client holds other
         masks than those in force.
       packed_masks: tuple of ``[ceil(size / 8)]`` uint8, the masks in force of the prunable leaves
-        as `masks.pack` gives them, anything where they are not sent; () where they never travel or are
-        fields of a message.
+        as `masks.pack` gives them, anything where they are not sent; () where they never travel or
+        are fields of a message.
       down: the server's messages by name, but for the masks in force.
       up: the clients' messages by name. What the field `delta` takes is the uplink's business.
       reports: by name, ``[C, ...]`` that the simulator is given and that does not travel.
