@@ -1,4 +1,4 @@
-"""Every method that `fedjaxprune list` shows, stopped in every round of every stage and resumed."""
+"""Whole runs of every method and variant, stopped in every round of every stage and resumed."""
 
 import pytest
 
@@ -6,6 +6,7 @@ from fedjaxprune import registry
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.run import build
 from tests import resuming
+from tests.laws import rows
 
 SETTINGS = {
     "federation": {"num_rounds": 2, "cohort_size": 2, "dropout_rate": 0.2},
@@ -33,8 +34,9 @@ def settings(name):
     return {**SETTINGS, "method": {"name": name, **own}}
 
 
+@pytest.mark.laws
 @pytest.mark.slow
-@pytest.mark.parametrize("name", registry.names("method"))
+@pytest.mark.parametrize("name", [name for name in rows.names() if name not in rows.BESIDE])
 def test_stopped_in_any_round_of_any_stage_it_resumes_to_the_same_bits(name, tmp_path):
     parts = build.build(resolve.resolve(settings(name)))
     saves = {"checkpoints.every": 1, "checkpoints.keep": 2}
