@@ -42,7 +42,7 @@ def task(protocol, *, model=MODEL, state=None, channels=CHANNELS, max_size=8, **
     facts = given.facts._replace(channels=lambda: channels, gate_readers=lambda: READERS)
     if state is not None:
         facts = facts._replace(state=jax.eval_shape(lambda: state))
-    return given._replace(facts=facts, **changes)
+    return given._replace(**{"facts": facts, **changes})
 
 
 def profile():
