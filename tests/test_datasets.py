@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedjaxprune.data import datasets
 from fedjaxprune.data.sources import tfds
-from fedjaxprune.errors import DataError
+from fedjaxprune.errors import ConfigError, DataError
 
 FEATURES = "tensorflow_datasets.core.features"
 LABEL = {
@@ -154,6 +154,11 @@ def test_configurations_are_read_by_name(tmp_path):
             datasets.load(name, data_dir=tmp_path)
 
 
+def test_a_path_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="there is no file or folder '/absent/mnist'"):
+        datasets.load("/absent/mnist")
+
+
 @pytest.mark.parametrize(
     ("features", "splits", "message"),
     [
@@ -233,7 +238,7 @@ def test_who_named_the_folder_is_told(tmp_path, monkeypatch):
         datasets.load("mnist")
 
 
-@pytest.mark.parametrize("name", ["mnist:", "mnist/", "/mnist", "a/b/c", "mnist:1:2", "m nist"])
+@pytest.mark.parametrize("name", ["mnist:", "mnist/", "a/b/c", "mnist:1:2", "m nist"])
 def test_a_name_that_is_none_is_refused(tmp_path, name):
     with pytest.raises(DataError, match="expected is `name` or `name/config`"):
         datasets.load(name, data_dir=tmp_path)

@@ -139,9 +139,9 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
     algorithm = of_one_client("initial")
     state, members, traffic = start(algorithm)
     (costs,) = computed(algorithm)
-    assert costs.modeled_flops is not None  # of the 8 examples of client 3, in one step
-    assert list(costs.modeled_flops.values()) == 2 * [2 * 8 * 32, 2 * 8 * 8, 2 * 8 * 32]
-    assert costs.mean_coverage == 1.0
+    assert costs.training_flops is not None  # of the 8 examples of client 3, in one step
+    assert list(costs.training_flops.values()) == 2 * [2 * 8 * 32, 2 * 8 * 8, 2 * 8 * 32]
+    assert costs.clients_per_weight == 1.0
     (entry,) = traffic[0].clients
     assert entry.client_ids == (3,)
     assert traffic[0].downlink.values == 32 * quadratic.NUM_WEIGHTS
@@ -208,11 +208,11 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
     chosen, scored = computed(algorithm)
-    assert chosen.modeled_flops is not None
-    assert scored.modeled_flops is not None
-    assert set(chosen.modeled_flops.values()) == {0}  # by magnitude, in case nobody answers
-    assert list(scored.modeled_flops.values()) == 2 * [2 * 28 * 32, 2 * 28 * 8, 2 * 28 * 32]
-    assert scored.mean_coverage == 0.0  # gradients move nothing
+    assert chosen.training_flops is not None
+    assert scored.training_flops is not None
+    assert set(chosen.training_flops.values()) == {0}  # by magnitude, in case nobody answers
+    assert list(scored.training_flops.values()) == 2 * [2 * 28 * 32, 2 * 28 * 8, 2 * 28 * 32]
+    assert scored.clients_per_weight == 0.0  # gradients move nothing
     every = 6 * 32 * quadratic.NUM_WEIGHTS
     assert (traffic[0].uplink_bits, traffic[0].downlink_bits) == (0, 0)
     for link in (traffic[1].uplink, traffic[1].downlink):

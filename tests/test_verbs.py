@@ -182,7 +182,7 @@ def test_a_listener_is_told_what_is_run_first(tmp_path):
 MISTAKES = {
     "a setting that is not there": (
         lambda folder: fjp.run(stub.settings(), num_round=2, folder=folder),
-        "there is no setting 'num_round' of this run; did you mean 'num_rounds'?",
+        "there is no setting 'num_round' of this run; did you mean 'federation.num_rounds'?",
     ),
     "a setting of two sections": (
         lambda folder: fjp.run(stub.settings(), every=2, folder=folder),
