@@ -45,7 +45,7 @@ def _count(event: str, duration: float, **rest: Any) -> None:
         _compiled.append(event)
 
 
-jax.monitoring.register_event_duration_secs_listener(_count)
+jax.monitoring.register_event_duration_secs_listener(_count)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(autouse=True)
