@@ -96,7 +96,7 @@ def test_an_interrupted_sweep_says_how_it_goes_on(capsys, monkeypatch):
     write()
     status, _, err = call(capsys, "sweep", "mine.yaml")
     assert status == 130
-    assert err.endswith("the sweep goes on with `fedjaxprune sweep mine.yaml`.\n")
+    assert err.endswith("continue the sweep with `fedjaxprune sweep mine.yaml`.\n")
 
 
 def test_processes_side_by_side_make_the_same_folders(capsys):

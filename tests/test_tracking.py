@@ -69,7 +69,7 @@ def test_a_tracker_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path, mom
     assert told.rounds == [1, 2, 3]
     assert told.warned == [
         "the tracker 'bad' failed and is left out from here on (OSError: no network); "
-        "the run goes on."
+        "the run continues."
     ]
     assert len(seen) == (3 if moment == "close" else 0)
     assert [one if one == "end" else one["round"] for one in other] == [1, 2, 3, "end"]

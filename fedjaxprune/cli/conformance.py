@@ -14,9 +14,9 @@ import click
 def conformance(name: str, fast: bool) -> None:
     """Hold a method to the laws that every method keeps.
 
-    NAME is a method or variant of `fedjaxprune list method`, FILE.py:NAME or MODULE:NAME. It is
-    played under its law_settings by six clients with known answers, on the CPU. The exit status is
-    1 if it breaks a law.
+    NAME is a method or variant of `fedjaxprune list method`, FILE.py:NAME or MODULE:NAME. It
+    runs under its law_settings with six clients whose answers are known, on the CPU. The exit
+    status is 1 if it breaks a law.
     """
     from fedjaxprune import registry
     from fedjaxprune.errors import FedJaxPruneError, first_line
@@ -31,13 +31,13 @@ def conformance(name: str, fast: bool) -> None:
 
     settings = {**found.part.law_settings, **found.variant}
     try:
-        played = history.record(found.part, settings)
+        recorded = history.record(found.part, settings)
     except FedJaxPruneError:
         raise
     except Exception as error:
-        click.echo(f"failed  it can be played: {type(error).__name__}: {first_line(error)}")
+        click.echo(f"failed  it runs: {type(error).__name__}: {first_line(error)}")
         sys.exit(1)
-    given = laws_of(found.part, settings, cost="low" if fast else "any", history=played)
+    given = laws_of(found.part, settings, cost="low" if fast else "any", history=recorded)
     num_passed = 0
     for law, check in given:
         try:

@@ -49,7 +49,7 @@ def progress(*, details: bool, is_member: bool) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def interruptible(folder: pathlib.Path) -> Iterator[None]:
-    """Say how to go on with a run that its user interrupts."""
+    """Say how to continue a run that its user interrupts."""
     try:
         yield
     except KeyboardInterrupt:

@@ -37,7 +37,7 @@ def sweep(
 
     FILE is a YAML file of settings as for `run`, where a list stands for a run with each of its
     values; docs/report.md explains it. What has been run is not run again, and an interrupted run
-    goes on, so the command can be repeated until everything is there. A run that fails does not
+    continues, so the command can be repeated until everything is there. A run that fails does not
     stop the others.
     """
     from fedjaxprune.experiment.sweeps import execute, plan
@@ -57,7 +57,7 @@ def sweep(
         else:
             failed = execute.side_by_side(read, audience, jobs=jobs, track=track)
     except (KeyboardInterrupt, SystemExit):
-        click.echo(f"the sweep goes on with `fedjaxprune sweep {file}`.", err=True)
+        click.echo(f"continue the sweep with `fedjaxprune sweep {file}`.", err=True)
         raise SystemExit(running.INTERRUPTED) from None
     folders = [member.folder for member in read.members if member.folder.is_dir()]
     try:

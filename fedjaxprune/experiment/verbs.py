@@ -67,7 +67,7 @@ def run(
         dealt out unless a partition or `num_clients` is given), a `Dataset`, or settings of the
         section `data`.
       folder: to be made; None chooses one under ``runs/``.
-      listener: is told how the run goes; None shows progress in a notebook, and nothing elsewhere.
+      listener: receives the run's events; None shows progress in a notebook, and nothing elsewhere.
       trackers: names or references of trackers that follow the run.
       **settings: sections of the config, or single settings by the short names of the command.
 
@@ -134,7 +134,7 @@ def sweep(
       source: path of a YAML file, or its content; a list stands for a run with each of its values.
       folder: of the run folders; None for the file's own.
       jobs: processes that run members side by side.
-      listener: is told how each run goes, with one job.
+      listener: receives the events of each run, with one job.
       trackers: as for `run`.
 
     Raises:
@@ -275,7 +275,7 @@ def _trackers(names: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _listening(listener: Listener | None) -> AbstractContextManager[Listener]:
-    """Choose who is told: the given listener, else progress in a notebook, else nobody."""
+    """Choose who listens: the given listener, else progress in a notebook, else nobody."""
     if listener is not None or not _is_notebook():
         return nullcontext(listener or Listener())
     return _notebook()

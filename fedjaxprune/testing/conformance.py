@@ -35,7 +35,7 @@ def laws_of(
 
     Returns:
       Name and check; a check raises an AssertionError whose sentence says what is wrong. The
-      method is built and played at the first check, which may raise whatever it raises.
+      method is built and run at the first check, which may raise whatever it raises.
     """
     settings = dict(method.law_settings if settings is None else settings)
 

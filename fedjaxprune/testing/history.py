@@ -97,7 +97,7 @@ def record(
     """Play all stages before training and six rounds of training.
 
     Args:
-      method: to be played.
+      method: to run.
       settings: see `scenario.make`.
       protocol: likewise.
       **changes: other fields of the protocol.
@@ -135,7 +135,7 @@ def start(made: scenario.Scenario) -> tuple[RoundState, Any]:
 
 
 def player(made: scenario.Scenario) -> tuple[RunFn, Sequence[int]]:
-    """Make ``run``, which plays any round of any stage, and how often each stage was traced."""
+    """Make ``run``, which runs any round of any stage, and how often each stage was traced."""
     stages = made.algorithm.stages
     ends = np.cumsum([stage.num_rounds for stage in stages])
     traces = [0] * len(stages)

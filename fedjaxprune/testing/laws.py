@@ -148,7 +148,7 @@ def resumes(history: History) -> None:
 
 def _replay(history: History, step: Step, state: RoundState, rows: Any) -> None:
     after, rows, _ = history.run(step.index, state, rows, step.members)
-    same(step, (after, rows), (step.after, step.rows), "a resumed run goes on to other bits")
+    same(step, (after, rows), (step.after, step.rows), "a resumed run gives other bits")
 
 
 def order_is_irrelevant(history: History) -> None:
@@ -295,7 +295,7 @@ LAWS: Mapping[str, Callable[[History], None]] = {
     "pruned entries are exact zeros in parameters and server memory": pruned_is_zero,
     "live and changed weights are counted": live_weights_are_counted,
     "every round is traced once": is_traced_once,
-    "a resumed run goes on to the same bits": resumes,
+    "a resumed run gives the same bits": resumes,
     "the order of the cohort is irrelevant": order_is_irrelevant,
     "absent clients change nothing": absent_change_nothing,
     "a round without anybody moves nothing": nobody_moves_nothing,

@@ -5,8 +5,8 @@ how. So a few steps of local training are timed with 1, 2, 4, ... clients at onc
 until more of them are slower or do not fit, and the fastest is taken. What was measured is kept in
 the user's cache folder: the same network on the same machine is not tried again.
 
-A trial costs compilations, so it is begun, and goes on, only where the run is long enough to win
-them back. Other sizes differ in rounding only; a run keeps the size that it began with.
+A trial costs compilations, so it begins, and continues, only where the run is long enough to save
+more than that. Other sizes differ in rounding only; a run keeps the size that it began with.
 """
 
 import contextlib

@@ -41,7 +41,7 @@ def marked(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(Exception):  # a full disk, say: the error itself goes on
+        with contextlib.suppress(Exception):  # a full disk, say: the error itself is raised
             number = len(record.read(folder).lines) + 1
             mark = Failure(round=number, error=describe(error)[:_LONGEST])
             (folder / FAILED).write_text(json.dumps(mark._asdict()) + "\n", encoding="utf-8")

@@ -79,7 +79,7 @@ def read(folder: pathlib.Path) -> Network:
 
 
 def check_same(now: Network, folder: pathlib.Path) -> None:
-    """Refuse to go on with another network or other data than those of the run in `folder`.
+    """Refuse to continue with another network or other data than those of the run in `folder`.
 
     Raises:
       RunFolderError: naming what differs.

@@ -1,8 +1,8 @@
-"""Begin a run or go on with one: build it, train, and leave the folder whole.
+"""Begin a run or continue one: build it, train, and leave the folder whole.
 
 This is what ``fedjaxprune run`` does once its options are read, what `fjp.run` does, and what a
-sweep does for each of its members. Nothing is printed: a `Listener` is told. JAX is imported only
-when a run is about to be put together.
+sweep does for each of its members. Nothing is printed: a `Listener` receives events. JAX is
+imported only when a run is about to be built.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def start(
     Args:
       config: of the run.
       folder: to be made; None chooses one under ``runs/``.
-      listener: is told how it goes.
+      listener: receives the run's events.
       trackers: that follow it.
 
     Raises:
@@ -70,7 +70,7 @@ def resume(
     Args:
       folder: of the run.
       given: settings that were given, and the parts of a run that was given values.
-      listener: is told how it goes.
+      listener: receives the run's events.
       trackers: that follow it.
 
     Raises:

@@ -19,7 +19,7 @@ def _warn(sentence: str) -> None:
 
 
 class Listener(NamedTuple):
-    """Who is told how a run goes.
+    """Who listens to a run.
 
     Attributes:
       begin: ``(config, folder)``, before data are read: what is run.

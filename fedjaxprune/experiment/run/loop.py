@@ -78,13 +78,13 @@ class _Pending(NamedTuple):
 def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> RoundState:
     """Run all rounds that the folder does not hold yet, and return the final state.
 
-    A folder with checkpoints goes on from the newest one that is whole, to the same bits as if it
+    A folder with checkpoints continues from the newest one that is whole, to the same bits as if it
     had never stopped; the record is cut to that round.
 
     Args:
       parts: what to run.
       folder: a run folder; gets ``metrics.jsonl`` and ``checkpoints/``.
-      listener: is told how it goes.
+      listener: receives the run's events.
 
     Raises:
       RunFolderError: the record is damaged before its end.

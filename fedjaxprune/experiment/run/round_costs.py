@@ -70,7 +70,7 @@ def profile(
       inputs: ``[E, ...]`` as stored; one of them is the example.
       preprocess: ``(key, inputs) -> inputs`` of tests.
       prunable: what coverage and stability are reported of.
-      warn: is told if the network cannot be counted.
+      warn: receives a sentence if the network cannot be counted.
     """
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), inputs)
     example = jax.eval_shape(preprocess, jax.random.key(0), one)

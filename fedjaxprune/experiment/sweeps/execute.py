@@ -1,7 +1,7 @@
 """Run a sweep: in this process one after the other, or in several processes side by side.
 
 In one process, seeds of one configuration find the code that the first of them had compiled, in
-JAX's cache on disk, which processes share, too. Nothing is printed: callers are told in sentences.
+JAX's cache on disk, which processes share, too. Nothing is printed: callers receive sentences.
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ def _nothing(sentence: str) -> None:
 
 
 class Audience(NamedTuple):
-    """Who is told of a sweep.
+    """Who listens to a sweep.
 
     Attributes:
       listen: opens a listener for each run of this process.
@@ -84,7 +84,7 @@ def one_by_one(
 def attempt(
     member: Member, listener: Listener, *, trackers: launch.Openers | None = None
 ) -> str | None:
-    """Begin a member or go on with it; return why it failed, or None."""
+    """Begin a member or continue it; return why it failed, or None."""
     try:
         if (member.folder / layout.CONFIG).exists():
             launch.resume(member.folder, listener=listener, trackers=trackers)

@@ -8,7 +8,7 @@ Anybody's own is five lines or less::
 
     # fedjaxprune run --track mine:track
 
-A tracker that raises is warned of once and not called again; the run goes on.
+A tracker that raises is warned of once and not called again; the run continues.
 """
 
 import importlib.util
@@ -161,7 +161,7 @@ def follow(
             at_work.pop(name, None)
             listener.warn(
                 f"the tracker {name!r} failed and is left out from here on "
-                f"({failure.describe(error)}); the run goes on."
+                f"({failure.describe(error)}); the run continues."
             )
 
     def start(header: Mapping[str, Any], lines: list[Line]) -> None:
