@@ -257,3 +257,11 @@ def test_importing_the_package_imports_nothing():
 @pytest.mark.parametrize("name", fjp.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(fjp, name) is not None
+
+
+def test_a_run_warns_of_a_sparsity_that_its_last_revision_misses(tmp_path):
+    said = []
+    method = {"name": "gradual_magnitude", "sparsity": 0.9, "prune_every": 2}
+    given = {**stub.settings(), "method": method}
+    fjp.run(given, folder=tmp_path / "run", listener=Listener(warn=said.append))
+    assert [one for one in said if "method.sparsity is 0.9, but the last revision" in one]

@@ -47,6 +47,8 @@ def start(
     layout.check_free(folder)
     listener.begin(config, folder)
     parts = _build(config, listener.warn)
+    for sentence in parts.algorithm.notes:
+        listener.warn(sentence)
     texts = {layout.NETWORK: _network_text(parts)}
     if parts.chunk is not None:
         from fedjaxprune.experiment.execution import chunk_size
