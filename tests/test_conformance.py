@@ -81,8 +81,7 @@ def test_a_method_that_cannot_be_played_says_why(own):
     done = conformance(own("after.parameters"))
     assert done.returncode == 1
     assert done.stdout == (
-        "failed  it runs: AttributeError: 'RoundState' object has no attribute "
-        "'parameters'\n"
+        "failed  it runs: AttributeError: 'RoundState' object has no attribute 'parameters'\n"
     )
     unknown = conformance("feddipp")
     assert unknown.returncode == 2

@@ -97,7 +97,7 @@ def adds(count):
 
 
 PLAYED = {  # what is played again
-    "resumed": (adds(lambda members, metrics, people: 1), "resumed run goes on to other bits"),
+    "resumed": (adds(lambda members, metrics, people: 1), "resumed run gives other bits"),
     "order": (adds(lambda members, metrics, people: members.client_ids[0]), "another order"),
     "absent": (adds(lambda members, metrics, people: sum(members.client_ids)), "other absent"),
     "without anybody": (adds(lambda members, metrics, people: 1), "nobody moves something"),
