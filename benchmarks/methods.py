@@ -65,7 +65,7 @@ NOTES: Mapping[str, str] = {
     DEFAULT: f"""{_EVERYWHERE}\
 - LeNet-5 for all that can. FedTiny needs BatchNorm (`resnet8`), adaptive dynamic pruning gates
   (`gated_resnet8`): FedAvg on the one and on the other its variant `squeeze_excitation`, which is
-  FedAvg with all gates open, are their references. One learning rate for all, tuned for nobody.
+  FedAvg with all gates open, are their references. The learning rate was not tuned per method.
 - Training starts from the initial weights but for FedTiny, magnitude masks and the explored start,
   which go on from weights that were trained before it.
 - Knobs: a sparsity of the prunable weights (of all kernels for FedTiny), of the filters of each
