@@ -104,7 +104,7 @@ BAD = {
         ["federation.cohort_size must be at most data.num_clients (3), got 4"],
     ),
     "empty list": ("seed: []", ["seed is a list without a value (from mine.yaml)"]),
-    "no cases": ("cases: []", ["cases must be a list", "- {method: fedavg}"]),
+    "no cases": ("cases: []", ["cases must be a list", "- {method: NAME}"]),
     "cases": ("cases: {method: fedavg}", ["cases must be a list"]),
     "case": ("cases: [fedavg]", ["cases must be a list"]),
     "preset": ("preset: quik", ["unknown preset 'quik'"]),

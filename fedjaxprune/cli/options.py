@@ -1,6 +1,7 @@
 """Options of ``fedjaxprune run``, made from the settings of a run, and what unknown ones meant."""
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from fedjaxprune import registry
 from fedjaxprune.experiment.config import errors, files, resolve
 from fedjaxprune.experiment.config.describe import in_words
 from fedjaxprune.experiment.config.sections import PLACES, RunConfig
-from fedjaxprune.settings import Settings, describe_settings
+from fedjaxprune.settings import Row, Settings, describe_settings
 
 _MOST_NAMES = 6  # that the help of a part's option lists
 
@@ -88,7 +89,12 @@ def _key(path: str) -> str:
 
 
 def _row(one: Setting) -> Any:
-    return next(row for row in describe_settings(one.owner) if row.name == one.name)
+    return _rows(one.owner)[one.name]
+
+
+@functools.cache
+def _rows(owner: type[Settings]) -> Mapping[str, Row]:
+    return {row.name: row for row in describe_settings(owner)}
 
 
 def _metavar(one: Setting) -> str:

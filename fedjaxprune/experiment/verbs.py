@@ -56,8 +56,8 @@ def run(
     ::
 
         fjp.run("quick")
-        fjp.run({"method": {"name": "feddip", "sparsity": 0.9}, "seed": 1}, folder="runs/a")
-        fjp.run(method="feddip", model=my_module, data=(x, y), num_clients=10, num_rounds=50)
+        fjp.run({"method": {"name": METHOD, "sparsity": 0.9}, "seed": 1}, folder="runs/a")
+        fjp.run(method=METHOD, model=my_module, data=(x, y), num_clients=10, num_rounds=50)
 
     Args:
       config: a preset, a YAML file, settings (nested or by dotted path), or a resolved config.

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -186,8 +187,16 @@ def _modules(place: str) -> list[tuple[str, pathlib.Path]]:
 @functools.cache
 def _declared(text: str, is_method: bool) -> Mapping[str, Listed]:
     """Read what a module's text declares; a method has no name here, as its file has it."""
-    tree = _parse(text)
+    piece = _piece(text, "METHOD" if is_method else "PARTS")
+    tree = next((one for one in map(_parse, (piece, text)) if one.body), _parse(""))
     return {"": _method(tree)} if is_method else _table(tree)
+
+
+def _piece(text: str, name: str) -> str:
+    """Cut a module down to its doc-string and the statement that sets `name`; "" if unusual."""
+    statement = re.search(rf"^{name}\b[^=\n]*=.*\n(?:[ )}}\]].*\n|\n)*", text, re.MULTILINE)
+    end = text.find('"""', 3)
+    return f"{text[: end + 3]}\n{statement[0]}" if statement and text.startswith('"""') else ""
 
 
 def _parse(text: str) -> ast.Module:

@@ -112,13 +112,13 @@ def nothing_pruned_is_fedavg(method: Method, settings: Mapping[str, Any]) -> Non
     before = sum(stage.num_rounds for stage in stages[:-1])
     for index in range(before):
         state, rows, _ = run(index, state, rows, history_lib.half(index))
-    fedavg = made._replace(
+    dense = made._replace(
         algorithm=training(made.task.protocol, client=made.task.local_client()),
         params=state.params,
         model_state=state.model_state,
     )
-    reference, _ = history_lib.player(fedavg)
-    expected, others = history_lib.start(fedavg)
+    reference, _ = history_lib.player(dense)
+    expected, others = history_lib.start(dense)
     for index in range(before, before + 3):
         members = history_lib.half(index)
         state, rows, _ = run(index, state, rows, members)

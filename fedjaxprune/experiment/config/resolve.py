@@ -15,14 +15,7 @@ from fedjaxprune import registry
 from fedjaxprune.data.sources import source_for_path
 from fedjaxprune.errors import ConfigError, shown
 from fedjaxprune.experiment.config import errors
-from fedjaxprune.experiment.config.sections import (
-    PLACES,
-    SCHEMA,
-    Parts,
-    RunConfig,
-    Uplink,
-    plain,
-)
+from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, Parts, RunConfig, Uplink, plain
 from fedjaxprune.registry import Found, Part
 from fedjaxprune.registry.listing import Origin, split_variant
 from fedjaxprune.settings import Settings
@@ -236,9 +229,9 @@ def resolve(
     """Make a config: find the parts that it names, fill in defaults, and check everything once.
 
     Args:
-      values: nested settings, settings by dotted path, or both. A part is a name (``"feddip"``,
-        ``"feddip/without_penalty"``, ``"file.py:NAME"``, ``"module:NAME"``), a mapping with its
-        ``name`` and settings, or a value: a `Part`, a `Method`, a function, a model, a data set.
+      values: nested settings, settings by dotted path, or both. A part is a name (also
+        ``METHOD/VARIANT``, ``file.py:NAME``, ``module:NAME``), a mapping with its ``name`` and
+        settings, or a value: a `Part`, a `Method`, a function, a model, a data set.
       sources: where settings came from, by path, for errors.
 
     Raises:

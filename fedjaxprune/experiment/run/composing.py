@@ -16,11 +16,7 @@ from fedjaxprune.types import Batcher, Model, Population, client_data
 
 
 def batches_of(
-    *,
-    batch_size: int,
-    train: transforms.Preprocess,
-    test: transforms.Preprocess,
-    seed: int,
+    *, batch_size: int, train: transforms.Preprocess, test: transforms.Preprocess, seed: int
 ) -> BatchesFn:
     """Make local steps beside those of the protocol, as `Task.batches`.
 

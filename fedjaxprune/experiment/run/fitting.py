@@ -13,11 +13,7 @@ from fedjaxprune.types import Model
 
 
 def make_model(
-    build: Callable[..., Any],
-    dataset: Dataset,
-    *,
-    preprocess: Callable[[Any, Any], Any],
-    what: str,
+    build: Callable[..., Any], dataset: Dataset, *, preprocess: Callable[[Any, Any], Any], what: str
 ) -> Model:
     """Call a model's `build` for a data set, and give the model the loss of the data's task.
 

@@ -2,12 +2,12 @@
 
 ::
 
-    preset: feddip-fashion-mnist       # or a YAML file; its settings come first
+    preset: NAME                       # or a YAML file; its settings come first
     federation.num_rounds: 100         # settings of all runs, nested or by full path
     seed: [0, 1, 2]                    # a list stands for a run with each of its values
     cases:                             # one after the other, each with lists of its own
-      - method: fedavg
-      - method: {name: feddip, sparsity: [0.8, 0.9]}
+      - method: NAME
+      - method: {name: NAME/VARIANT, sparsity: [0.8, 0.9]}
 
 Every combination is a member with a folder of its own, named by what the file varies. Members that
 differ in nothing that matters to their numbers are one.
@@ -83,7 +83,7 @@ def read(given: str | Mapping[str, Any], *, folder: pathlib.Path | None) -> Swee
     cases = values.pop(CASES, [{}])
     if not isinstance(cases, list) or not cases or not all(map(_is_settings, cases)):
         raise ConfigError(
-            f"{CASES} must be a list of settings such as `- {{method: fedavg}}`, each as "
+            f"{CASES} must be a list of settings such as `- {{method: NAME}}`, each as "
             f"`name: value` (from {source})."
         )
     preset = values.pop(PRESET, None)
