@@ -26,20 +26,12 @@ PASSES = ("forward", "input_gradient", "weight_gradient")  # of training
 
 
 class Score(NamedTuple):
-    """What a test measures.
+    """What a test measures."""
 
-    Attributes:
-      path: in the record.
-      name: of it.
-      unit: that it is shown in; empty for that of the targets.
-      scale: from the record to that unit.
-      is_better_if_higher: whether it grows as a network learns.
-    """
-
-    path: str
+    path: str  # in the record
     name: str
-    unit: str
-    scale: float
+    unit: str  # that it is shown in; empty for that of the targets
+    scale: float  # from the record to that unit
     is_better_if_higher: bool
 
     def text(self, number: float, digits: int = 2) -> str:
@@ -54,84 +46,50 @@ ERROR = Score("test.error", "error", "", 1.0, False)
 
 
 class Curve(NamedTuple):
-    """A run at its tests.
+    """A run at its tests, ``[T]`` each; NaN for what is not known."""
 
-    Attributes:
-      rounds: ``[T]`` completed.
-      mib: ``[T]`` MiB sent until then, both ways, all clients.
-      flops: ``[T]`` FLOPs of training until then, modeled; NaN where they are not known.
-      score: ``[T]`` as the record has it; NaN where it is not known.
-      loss: ``[T]`` test loss; NaN where it is not finite.
-    """
-
-    rounds: np.ndarray
-    mib: np.ndarray
-    flops: np.ndarray
-    score: np.ndarray
-    loss: np.ndarray
+    run: RunData
+    rounds: np.ndarray  # completed
+    mib: np.ndarray  # MiB sent until then, both ways, all clients
+    flops: np.ndarray  # FLOPs of training until then, modeled
+    score: np.ndarray  # as the record has it
+    loss: np.ndarray  # test loss
 
 
 class Measures(NamedTuple):
-    """Numbers of one run; NaN for what is not known, or was not reached.
+    """Numbers of one run; NaN for what is not known, or was not reached."""
 
-    Attributes:
-      sparsity: at the end.
-      last: score of the last test.
-      mean_last: mean score of the last tests, at most ten, of the last stage.
-      num_averaged: how many tests that mean is of.
-      final: `mean_last` where at least twice as many tests were made, else `last`: the mean of a
-        short run would be of its beginning, too.
-      at_budget: score of the last test within the budget of bytes.
-      mib_to: MiB sent when the target was first reached.
-      rounds_to: rounds completed then.
-      up: MiB of all messages from the clients.
-      down: MiB of all messages to the clients.
-      dense: MiB that 32 bits a value would take, both ways.
-      values_up: of `up`, weights, deltas and gradients.
-      values_down: the same of `down`.
-      masks: MiB of masks, both ways.
-      flops: FLOPs of training, modeled.
-      dense_flops: the same as if nothing were pruned.
-    """
-
-    sparsity: float
-    last: float
-    mean_last: float
-    num_averaged: int
+    sparsity: float  # at the end
+    last: float  # score of the last test
+    mean_last: float  # mean score of the last tests, at most ten, of the last stage
+    num_averaged: int  # how many tests that mean is of
+    # `mean_last` where at least twice as many tests were made, else `last`: the mean of a short run
+    # would be of its beginning, too.
     final: float
-    at_budget: float
-    mib_to: float
-    rounds_to: float
-    up: float
-    down: float
-    dense: float
-    values_up: float
-    values_down: float
-    masks: float
-    flops: float
-    dense_flops: float
+    at_budget: float  # score of the last test within the budget of bytes
+    mib_to: float  # MiB sent when the target was first reached
+    rounds_to: float  # rounds completed then
+    up: float  # MiB of all messages from the clients
+    down: float  # MiB of all messages to the clients
+    dense: float  # MiB that 32 bits a value would take, both ways
+    values_up: float  # of `up`, weights, deltas and gradients
+    values_down: float  # the same of `down`
+    masks: float  # MiB of masks, both ways
+    flops: float  # FLOPs of training, modeled
+    dense_flops: float  # the same as if nothing were pruned
 
 
 class Comparison(NamedTuple):
-    """All that a table shows.
+    """All that a table shows."""
 
-    Attributes:
-      groups: in the order of the runs.
-      measures: for each group those of its runs.
-      score: what tests measure.
-      budget: MiB at which scores are compared.
-      target: score to which costs are counted.
-      notes: where budget and target come from, and why numbers are missing.
-      is_relative: whether there are several groups, or a budget or target was given; without, the
-        numbers at these say nothing.
-    """
-
-    groups: tuple[Group, ...]
-    measures: tuple[tuple[Measures, ...], ...]
-    score: Score
-    budget: float
-    target: float
-    notes: tuple[str, ...]
+    groups: tuple[Group, ...]  # in the order of the runs
+    measures: tuple[tuple[Measures, ...], ...]  # for each group those of its runs
+    score: Score  # what tests measure
+    budget: float  # MiB at which scores are compared
+    target: float  # score to which costs are counted
+    notes: tuple[str, ...]  # where budget and target come from, and why numbers are missing
+    # Whether there are several groups, or a budget or target was given; without, the numbers at
+    # these say nothing.
     is_relative: bool
 
 
@@ -141,18 +99,10 @@ def of_folders(
     at_mib: float | None = None,
     to_accuracy: float | None = None,
 ) -> tuple[Comparison, list[str]]:
-    """Compare runs by their folders; imports no part that they name.
+    """Compare runs, or all runs in folders of runs; imports no part that they name.
 
-    Args:
-      folders: of runs; a folder that holds run folders stands for all of them.
-      at_mib: see `compare`.
-      to_accuracy: fraction of the test set; see `compare`.
-
-    Returns:
-      The comparison, and notes on runs that are left out and on what makes it doubtful.
-
-    Raises:
-      FedJaxPruneError: there is no run, one cannot be read, or they cannot be compared.
+    The accuracy is a fraction of the test set. The notes are on runs that are left out and on what
+    makes the comparison doubtful.
     """
     found, notes = load.read_all(folders)
     groups, more = groups_lib.group(found)
@@ -170,41 +120,34 @@ def compare(
         where that is more, what every run had sent at its first test.
       target: accuracy to which costs are counted; None for what every run reached at its end. The
         budget and the target are taken from finished runs, if there are any.
-
-    Raises:
-      ConfigError: an accuracy is asked for of a regression.
     """
-    runs = [groups_lib.counted(members) for members in groups]
     score = score_of(groups)
     if target is not None and score is ERROR:
         raise ConfigError(
             f"--to-accuracy must be left out, got {100 * target:g}: these runs are of a "
             "regression, which has no accuracy."
         )
-    curves = [[curve(run, score) for run in several] for several in runs]
+    curves = [[curve(run, score) for run in groups_lib.counted(members)] for members in groups]
     done = [n for n, members in enumerate(groups) if groups_lib.is_finished(members)]
-    pairs = [
-        pair for n in done or range(len(groups)) for pair in zip(runs[n], curves[n], strict=True)
-    ]
+    shown = [one for n in done or range(len(groups)) for one in curves[n]]
     notes: list[str] = []
     is_relative = len(groups) > 1 or budget is not None or target is not None
     if budget is None:
-        least = min(sum(sent(run)) for run, _ in pairs)
-        first = max((float(one.mib[known][0]) for _, one in pairs if (known := _known(one)).any()),
-                    default=0.0)  # fmt: skip
-        budget = max(least, first)
-        why = "the least that a run sent in all" if least >= first else (
-            "what every run had sent at its first test"
-        )  # fmt: skip
+        least = min(sum(sent(one.run)) for one in shown)
+        first = max(map(_mib_at_first, _tested(shown)), default=0.0)
+        budget, why = max(
+            (least, "the least that a run sent in all"),
+            (first, "what every run had sent at its first test"),
+            key=lambda pair: pair[0],
+        )
         notes.append(f"{budget:,.4g} MiB is {why}.")
     if target is None:
-        target = _reached_by_all(pairs, score)
+        target = _reached_by_all([one.run for one in shown], score)
         if not math.isnan(target):
-            notes.append(f"every finished run reached {score.text(target, 0)}." if done else
-                         f"every run has reached {score.text(target, 0)}.")  # fmt: skip
+            who = "every finished run reached" if done else "every run has reached"
+            notes.append(f"{who} {score.text(target, 0)}.")
     measures = tuple(
-        tuple(_measure(run, one, score, budget, target) for run, one in zip(r, c, strict=True))
-        for r, c in zip(runs, curves, strict=True)
+        tuple(_measure(one, score, budget, target) for one in several) for several in curves
     )
     notes = notes if is_relative else []
     for members, several, own in zip(groups, curves, measures, strict=True):
@@ -215,29 +158,23 @@ def compare(
 def score_of(groups: Sequence[Group]) -> Score:
     """Choose what is compared: errors where there are no accuracies."""
     runs = [run for members in groups for run in members.runs]
-    known = [one for one in (ACCURACY, ERROR) if any(_any(load.column(r, one.path)) for r in runs)]
-    return known[0] if known else ACCURACY
+    found = (one for one in (ACCURACY, ERROR) if any(known(load.column(r, one.path)) for r in runs))
+    return next(found, ACCURACY)
 
 
 def curve(run: RunData, score: Score) -> Curve:
     """Read a run at its tests."""
     values, loss = load.column(run, score.path), load.column(run, "test.loss")
     at = np.flatnonzero(~np.isnan(values) | ~np.isnan(loss))
-    return Curve(
-        rounds=np.array([run.lines[n]["round"] for n in at], np.int64),
-        mib=np.cumsum(sent(run))[at],
-        flops=np.cumsum(flops(run))[at],
-        score=values[at],
-        loss=loss[at],
-    )
+    rounds = np.array([run.lines[n]["round"] for n in at], np.int64)
+    mib, done = np.cumsum(sent(run))[at], np.cumsum(flops(run))[at]
+    return Curve(run, rounds, mib, done, values[at], loss[at])
 
 
 def flops(run: RunData, prefix: str = "") -> np.ndarray:
     """Add up each round's FLOPs of training, ``[rounds]``; NaN where they are not known.
 
-    Args:
-      run: whose.
-      prefix: empty for those under the masks, ``dense_`` for those as if nothing were pruned.
+    The prefix is empty for those under the masks, ``dense_`` for those as if nothing were pruned.
     """
     return sum(
         (load.column(run, f"compute.training_flops.{prefix}{name}") for name in PASSES),
@@ -250,24 +187,27 @@ def mib(run: RunData, path: str) -> float:
     return float(np.nansum(load.column(run, path))) / BITS_PER_MIB
 
 
+def known(values: Iterable[float]) -> list[float]:
+    """Leave out NaN."""
+    return [value for value in values if not math.isnan(value)]
+
+
 def mean(values: Sequence[float]) -> float:
     """Average what is known; NaN where nothing is."""
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(known) if known else math.nan
+    return statistics.fmean(known(values)) if known(values) else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
     """Take the sample deviation of what is known; NaN for fewer than two values."""
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.stdev(known) if len(known) > 1 else math.nan
+    return statistics.stdev(known(values)) if len(known(values)) > 1 else math.nan
 
 
-def _any(values: np.ndarray) -> bool:
-    return bool(np.any(~np.isnan(values)))
+def _tested(curves: Iterable[Curve]) -> list[Curve]:
+    return [one for one in curves if known(one.score)]
 
 
-def _known(one: Curve) -> np.ndarray:
-    return ~np.isnan(one.score)
+def _mib_at_first(one: Curve) -> float:
+    return float(one.mib[~np.isnan(one.score)][0])
 
 
 def sent(run: RunData) -> np.ndarray:
@@ -276,15 +216,14 @@ def sent(run: RunData) -> np.ndarray:
     return sum(ways, start=np.zeros(len(run.lines))) / BITS_PER_MIB
 
 
-def _reached_by_all(pairs: Sequence[tuple[RunData, Curve]], score: Score) -> float:
+def _reached_by_all(runs: Iterable[RunData], score: Score) -> float:
     """Round the worst final score, to whole per cents or two digits, to what all reached."""
-    finals = [_finals(run, score)[3] for run, _ in pairs]
-    known = [value for value in finals if not math.isnan(value)]
-    if not known:
+    finals = known(_finals(run, score)[3] for run in runs)
+    if not finals:
         return math.nan
     if score.is_better_if_higher:
-        return math.floor(100 * min(known) + 1e-9) / 100
-    worst = max(known)
+        return math.floor(100 * min(finals) + 1e-9) / 100
+    worst = max(finals)
     unit = 10.0 ** (math.floor(math.log10(worst)) - 1) if worst > 0 else 1.0
     return math.ceil(worst / unit - 1e-9) * unit
 
@@ -293,30 +232,24 @@ def _finals(run: RunData, score: Score) -> tuple[float, float, int, float]:
     """Give the last score, the mean of the last ones, their number, and which is final."""
     stage = run.lines[-1]["stage"]
     own = np.array([line["stage"] == stage for line in run.lines])
-    tests = load.column(run, score.path)[own]
-    known = tests[~np.isnan(tests)].tolist()
-    if not known:
+    tests = known(load.column(run, score.path)[own].tolist())
+    if not tests:
         return math.nan, math.nan, 0, math.nan
-    averaged = known[-NUM_TESTS:]
+    averaged = tests[-NUM_TESTS:]
     average = statistics.fmean(averaged)
-    return known[-1], average, len(averaged), average if len(known) >= 2 * NUM_TESTS else known[-1]
+    return tests[-1], average, len(averaged), average if len(tests) >= 2 * NUM_TESTS else tests[-1]
 
 
-def _measure(run: RunData, one: Curve, score: Score, budget: float, target: float) -> Measures:
-    within = np.flatnonzero(_known(one) & (one.mib <= budget * (1 + 1e-9)))
-    sign = 1.0 if score.is_better_if_higher else -1.0
+def _measure(one: Curve, score: Score, budget: float, target: float) -> Measures:
+    run, sign = one.run, 1.0 if score.is_better_if_higher else -1.0
+    within = np.flatnonzero(~np.isnan(one.score) & (one.mib <= budget * (1 + 1e-9)))
     reached = np.flatnonzero(sign * one.score >= sign * target - 1e-12)
-    first = int(reached[0]) if len(reached) else None
-    last, mean_last, num_averaged, final = _finals(run, score)
     return Measures(
-        sparsity=float(load.column(run, "mask.sparsity")[-1]),
-        last=last,
-        mean_last=mean_last,
-        num_averaged=num_averaged,
-        final=final,
+        float(load.column(run, "mask.sparsity")[-1]),
+        *_finals(run, score),
         at_budget=float(one.score[within[-1]]) if len(within) else math.nan,
-        mib_to=math.nan if first is None else float(one.mib[first]),
-        rounds_to=math.nan if first is None else float(one.rounds[first]),
+        mib_to=float(one.mib[reached[0]]) if len(reached) else math.nan,
+        rounds_to=float(one.rounds[reached[0]]) if len(reached) else math.nan,
         up=mib(run, "traffic.up.total_bits"),
         down=mib(run, "traffic.down.total_bits"),
         dense=sum(mib(run, f"traffic.dense.{way}_bits") for way in WAYS) or math.nan,
@@ -337,21 +270,20 @@ def _missing(
     target: float,
 ) -> list[str]:
     """Say why a group has no number at the budget or the target."""
-    tested = [one for one in curves if _known(one).any()]
+    tested = _tested(curves)
     if not tested:
         return [f"{members.label} has no test with a finite {score.name} on record."]
     notes = []
     if all(math.isnan(one.at_budget) for one in measures):
-        first = min(float(one.mib[_known(one)][0]) for one in tested)
         notes.append(
-            f"{members.label} has no test within {budget:,.4g} MiB: it had sent {first:,.4g} MiB "
-            "at its first."
+            f"{members.label} has no test within {budget:,.4g} MiB: it had sent "
+            f"{min(map(_mib_at_first, tested)):,.4g} MiB at its first."
         )
     if all(math.isnan(one.mib_to) for one in measures) and not math.isnan(target):
         best = max if score.is_better_if_higher else min
-        found = best(float(best(one.score[_known(one)])) for one in tested)
+        found = best(value for one in tested for value in known(one.score))
         notes.append(
             f"{members.label} has not reached {score.text(target)}: its best test is "
-            f"{score.text(found)}."
+            f"{score.text(float(found))}."
         )
     return notes

@@ -14,35 +14,24 @@ METHOD, MODEL = "method.name", "model.name"
 
 
 class Group(NamedTuple):
-    """Runs that differ only in their seed.
+    """Runs that differ only in their seed."""
 
-    Attributes:
-      label: method, and the settings by path that tell the configuration from the others.
-      runs: by seed, ascending.
-    """
-
-    label: str
-    runs: tuple[RunData, ...]
+    label: str  # method, and the settings by path that tell the configuration from the others
+    runs: tuple[RunData, ...]  # by seed, ascending
 
 
 def group(found: Sequence[RunData]) -> tuple[list[Group], list[str]]:
-    """Put the seeds of each configuration together.
+    """Put the seeds of each configuration together, in the order of their first runs.
 
-    Returns:
-      The groups in the order of their first runs, and notes: on runs that are left out because
-      another one has the same settings and seed, and on what makes a comparison doubtful.
-
-    Raises:
-      RunFolderError: the runs have different data sets.
+    The notes are on runs that are left out because another one has the same settings and seed, and
+    on what makes a comparison doubtful.
     """
-    first, *others = [(run, identity.flat(run.config)) for run in found]
-    name = f"{DATASET}name"
-    for run, settings in others:
-        if settings.get(name) != first[1].get(name):
+    first = dataset_of(found[0])
+    for run in found[1:]:
+        if (other := dataset_of(run)) != first:
             raise RunFolderError(
-                f"{str(first[0].folder)!r} and {str(run.folder)!r} cannot be compared: "
-                f"data.dataset is {first[1].get(name)!r} in the one and {settings.get(name)!r} in "
-                "the other."
+                f"{str(found[0].folder)!r} and {str(run.folder)!r} cannot be compared: "
+                f"data.dataset is {first!r} in the one and {other!r} in the other."
             )
     by_key: dict[str, dict[Any, RunData]] = {}
     notes = []
@@ -51,13 +40,16 @@ def group(found: Sequence[RunData]) -> tuple[list[Group], list[str]]:
         seeds = by_key.setdefault(key, {})
         other = seeds.setdefault(seed(run), run)
         if other is not run:
-            kept, left = (run, other) if _rank(run) > _rank(other) else (other, run)
+            left, kept = sorted((run, other), key=_rank)
             seeds[seed(run)] = kept
             notes.append(
                 f"{str(left.folder)!r} is left out: it has the settings and the seed of "
                 f"{str(kept.folder)!r}."
             )
-    members = [sorted(seeds.values(), key=_order) for seeds in by_key.values()]
+    members = [
+        sorted(seeds.values(), key=lambda run: seed(run) if isinstance(seed(run), int) else -1)
+        for seeds in by_key.values()
+    ]
     labels = _labels([_settings(runs[0]) for runs in members])
     groups = [Group(label, tuple(runs)) for label, runs in zip(labels, members, strict=True)]
     return groups, [*notes, *_doubts(groups)]
@@ -97,6 +89,11 @@ def name_of(run: RunData) -> str:
     return str(identity.flat(run.config).get(METHOD))
 
 
+def dataset_of(run: RunData) -> str | None:
+    """Give the name of a run's data set."""
+    return identity.flat(run.config).get(f"{DATASET}name")
+
+
 def _settings(run: RunData) -> dict[str, Any]:
     """Give the settings that tell configurations apart, and whose code ran."""
     code = {
@@ -112,11 +109,6 @@ def _rank(run: RunData) -> tuple[bool, int]:
     return run.state == "finished", len(run.lines)
 
 
-def _order(run: RunData) -> int:
-    number = seed(run)
-    return number if isinstance(number, int) else -1
-
-
 def _labels(several: Sequence[dict[str, Any]]) -> list[str]:
     """Name configurations by their methods and the other settings in which they differ.
 
@@ -126,24 +118,16 @@ def _labels(several: Sequence[dict[str, Any]]) -> list[str]:
 
     def differs(path: str, settings: dict[str, Any]) -> bool:
         is_own = path.startswith("method.") or path == "code of method"
-        others = [
-            one
-            for one in several
-            if path in one and not (is_own and one.get(METHOD) != settings.get(METHOD))
-        ]
-        return len({repr(one[path]) for one in others}) > 1
+        others = (s for s in several if not is_own or s.get(METHOD) == settings.get(METHOD))
+        return len({repr(one[path]) for one in others if path in one}) > 1
 
     paths = dict.fromkeys(path for settings in several for path in settings)
     ordered = sorted(paths, key=lambda path: not path.startswith("method."))
     labels = []
     for settings in several:
-        parts = [str(settings.get(METHOD))]
-        parts += [
-            f"{path.removesuffix('.name')} {settings[path]}"
-            for path in ordered
-            if path != METHOD and path in settings and differs(path, settings)
-        ]
-        labels.append(", ".join(parts))
+        own = (p for p in ordered if p != METHOD and p in settings and differs(p, settings))
+        parts = [f"{path.removesuffix('.name')} {settings[path]}" for path in own]
+        labels.append(", ".join([str(settings.get(METHOD)), *parts]))
     return [
         label if labels.count(label) == 1 else f"{label} ({number})"
         for number, label in enumerate(labels, start=1)
@@ -153,8 +137,7 @@ def _labels(several: Sequence[dict[str, Any]]) -> list[str]:
 def _doubts(groups: Sequence[Group]) -> list[str]:
     """Name what makes a comparison of methods doubtful."""
     notes = []
-    several = differing(groups)
-    if paths := sorted(p for p in several if p.startswith(DATASET)):
+    if paths := sorted(path for path in differing(groups) if path.startswith(DATASET)):
         notes.append(
             f"the runs differ in {_listed(paths)}: their accuracies can be compared only if the "
             "test set is the same."

@@ -12,8 +12,6 @@ _MOST = 3  # groups that are named besides the one that they are compared with
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last stands for all more.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
-_Entry = tuple[Group, tuple[Measures, ...]]
-
 
 def sentence(compared: Comparison) -> str:
     """Say what a comparison shows; runs that are not finished are not part of it.
@@ -21,32 +19,32 @@ def sentence(compared: Comparison) -> str:
     Groups are compared with the one that prunes least, the first of them if there are several.
     """
     pairs = zip(compared.groups, compared.measures, strict=True)
-    entries = [
-        (members, own)
-        for members, own in pairs
-        if groups.is_finished(members) and not math.isnan(compare.mean([m.final for m in own]))
-    ]
+    finished = [(members, own) for members, own in pairs if groups.is_finished(members)]
+    entries = [(one, own) for one, own in finished if compare.known(m.final for m in own)]
+    if not finished:
+        return "No run is finished."
     if not entries:
-        return "No run is finished." if not any(map(groups.is_finished, compared.groups)) else (
-            f"No run has a finite {compared.score.name}."
-        )  # fmt: skip
-    names = _names([members for members, _ in entries])
+        return f"No run has a finite {compared.score.name}."
+    several, measures = zip(*entries, strict=True)
+    names = _names(several)
     if len(entries) == 1:
-        return _alone(compared, names[0], entries[0][1])
-    base = min(range(len(entries)), key=lambda n: compare.mean([m.sparsity for m in entries[n][1]]))
-    others = [n for n in range(len(entries)) if n != base]
-    clauses = [_clause(compared, entries[n], entries[base]) for n in others[:_MOST]]
-    text = f"{names[others[0]]} needs {clauses[0][0]} of {names[base]}'s bytes{clauses[0][1]}"
-    for n, (share, scored) in list(zip(others, clauses, strict=False))[1:]:
+        return _alone(compared, names[0], measures[0])
+    order = list(range(len(entries)))
+    base = min(order, key=lambda n: compare.mean([m.sparsity for m in measures[n]]))
+    order.remove(base)
+    clauses = [_clause(compared, measures[n], measures[base]) for n in order[:_MOST]]
+    text = f"{names[order[0]]} needs {clauses[0][0]} of {names[base]}'s bytes{clauses[0][1]}"
+    for n, (share, scored) in zip(order[1:], clauses[1:], strict=False):
         text += f"; {names[n]} {share}{scored}"
-    if len(others) > _MOST:
-        text += f"; {len(others) - _MOST} more are in the table"
+    if len(order) > _MOST:
+        text += f"; {len(order) - _MOST} more are in the table"
+    seeds = [len(own) for own in measures]
     caveats = []
-    if any(len(own) == 1 for _, own in entries):
-        caveats.append("one seed" if all(len(own) == 1 for _, own in entries) else "few seeds")
-    if len({len(run.lines) for members, _ in entries for run in groups.counted(members)}) > 1:
+    if min(seeds) == 1:
+        caveats.append("one seed" if max(seeds) == 1 else "few seeds")
+    if len({len(run.lines) for members in several for run in groups.counted(members)}) > 1:
         caveats.append("different numbers of rounds")
-    if groups.networks_differ([members for members, _ in entries]):
+    if groups.networks_differ(several):
         caveats.append("different networks")
     return text + (f" ({', '.join(caveats)})" if caveats else "") + "."
 
@@ -64,39 +62,37 @@ def _alone(compared: Comparison, name: str, own: Sequence[Measures]) -> str:
     text = f"{name} reaches {compared.score.text(compare.mean(finals), 1)} {compared.score.name}"
     if not compared.score.unit:
         text = f"{name} reaches an error of {compared.score.text(compare.mean(finals))}"
-    if (half := _half_width(finals)) is not None:
-        text += f" (± {compared.score.scale * half:.2g} at 95 %, {len(own)} seeds)"
+    if (n := len(finals)) > 1:
+        half = _quantile(n) * statistics.stdev(finals) / math.sqrt(n)
+        text += f" (± {compared.score.scale * half:.2g} at 95 %, {n} seeds)"
     sparsity = 100 * compare.mean([one.sparsity for one in own])
     share = compare.mean([(one.up + one.down) / one.dense for one in own])
     text += f" at {sparsity:.3g} % sparsity" if sparsity else ""
     return text + ("" if math.isnan(share) else f", with {_share(share)} of dense bytes") + "."
 
 
-def _clause(compared: Comparison, other: _Entry, base: _Entry) -> tuple[str, str]:
+def _clause(
+    compared: Comparison, other: Sequence[Measures], base: Sequence[Measures]
+) -> tuple[str, str]:
     """Give a group's share of the base's bytes, and how its score differs."""
-    bytes_of = [compare.mean([m.up + m.down for m in own]) for _, own in (other, base)]
+    bytes_of = [compare.mean([m.up + m.down for m in own]) for own in (other, base)]
     share = _share(bytes_of[0] / bytes_of[1]) if bytes_of[1] else "-"
-    finals = [[m.final for m in own if not math.isnan(m.final)] for _, own in (other, base)]
+    finals = [compare.known(m.final for m in own) for own in (other, base)]
     change = compared.score.scale * (statistics.fmean(finals[0]) - statistics.fmean(finals[1]))
-    unit = "points" if compared.score.unit else f"{compared.score.name}"
-    half = None
-    if all(len(values) > 1 for values in finals):
-        variance = sum(statistics.variance(values) / len(values) for values in finals)
-        half = _quantile(min(map(len, finals))) * compared.score.scale * math.sqrt(variance)
-    if half is not None and abs(change) <= half:
-        return share, f", no clear difference in {compared.score.name} ({_signed(change)} ± " \
-            f"{_digits(half)} {unit})"  # fmt: skip
-    return share, f", {_signed(change)}{'' if half is None else f' ± {_digits(half)}'} {unit}"
-
-
-def _half_width(values: Sequence[float]) -> float | None:
-    """Give half the 95 % interval of a mean; None for one value."""
-    if len(values) < 2:
-        return None
-    return _quantile(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    unit = "points" if compared.score.unit else compared.score.name
+    fewest = min(map(len, finals))
+    if fewest < 2:
+        return share, f", {_signed(change)} {unit}"
+    variance = sum(statistics.variance(values) / len(values) for values in finals)
+    half = _quantile(fewest) * compared.score.scale * math.sqrt(variance)
+    text = f"{_signed(change)} ± {_digits(half)} {unit}"
+    if abs(change) <= half:
+        text = f"no clear difference in {compared.score.name} ({text})"
+    return share, f", {text}"
 
 
 def _quantile(num_values: int) -> float:
+    """Give what makes half a 95 % interval of a standard error."""
     return _QUANTILES[min(num_values - 1, len(_QUANTILES)) - 1]
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,19 +18,12 @@ RUN, SEEDS, OPEN, BY_SEED = "run", "seeds", "not finished", "last test by seed"
 
 
 class Column(NamedTuple):
-    """A number of every run, and how it is written.
+    """A number of every run, and how it is written."""
 
-    Attributes:
-      title: with the unit.
-      short: the title in a terminal; empty if it is in the files and not shown.
-      read: takes it from a run's measures, in that unit.
-      digits: after the point.
-    """
-
-    title: str
-    short: str
-    read: Callable[[Measures], float]
-    digits: int
+    title: str  # with the unit
+    short: str  # the title in a terminal; empty if it is in the files and not shown
+    read: Callable[[Measures], float]  # takes it from a run's measures, in that unit
+    digits: int  # after the point
 
 
 def columns(compared: Comparison) -> dict[str, list[Column]]:
@@ -38,33 +32,22 @@ def columns(compared: Comparison) -> dict[str, list[Column]]:
     budget = f"{compared.budget:,.4g} MiB"
     target = "-" if math.isnan(compared.target) else score.text(compared.target, 0)
     unit = f", {score.unit}" if score.unit else ""
-    digits = 2 if score.unit else 4
     name, averaged = score.name, num_averaged(compared)
+
+    def scored(title: str, short: str, field: str) -> Column:
+        read = operator.attrgetter(field)
+        return Column(title + unit, short, lambda m: score.scale * read(m), 2 if unit else 4)
+
     relative = [
-        Column(
-            f"{name} at {budget}{unit}",
-            f"at {budget}\n{score.unit}",
-            lambda m: score.scale * m.at_budget,
-            digits,
-        ),
+        scored(f"{name} at {budget}", f"at {budget}\n{score.unit}", "at_budget"),
         Column(f"MiB to {target}", f"MiB\nto {target}", lambda m: m.mib_to, 2),
         Column(f"rounds to {target}", f"rounds\nto {target}", lambda m: m.rounds_to, 0),
     ]
     return {
         f"{name} on the test set": [
             Column("sparsity, %", "sparsity\n%", lambda m: 100 * m.sparsity, 2),
-            Column(
-                f"{name} of the last test{unit}",
-                f"last test\n{score.unit}",
-                lambda m: score.scale * m.last,
-                digits,
-            ),
-            Column(
-                f"mean of the last {averaged}{unit}",
-                f"mean of last\n{averaged}{unit}",
-                lambda m: score.scale * m.mean_last,
-                digits,
-            ),
+            scored(f"{name} of the last test", f"last test\n{score.unit}", "last"),
+            scored(f"mean of the last {averaged}", f"mean of last\n{averaged}{unit}", "mean_last"),
             *(relative if compared.is_relative else ()),
         ],
         "costs, summed over rounds and clients": [
@@ -83,7 +66,7 @@ def columns(compared: Comparison) -> dict[str, list[Column]]:
             Column(
                 "training, % of dense",
                 "GFLOP, %\nof dense",
-                lambda m: _percent(m.flops, m.dense_flops),
+                lambda m: 100 * m.flops / m.dense_flops if m.dense_flops else math.nan,
                 1,
             ),
         ],
@@ -97,27 +80,18 @@ def num_averaged(compared: Comparison) -> str:
     return f"{low} to {high} tests" if high > low else f"{low} test{'s' if low != 1 else ''}"
 
 
-def _percent(part: float, whole: float) -> float:
-    return 100 * part / whole if whole else math.nan
-
-
 def cell(column: Column, measures: Sequence[Measures]) -> str:
     """Write the mean over the seeds, with the deviation where they differ.
 
     Where not all seeds have a value, the cell ends with how many have.
     """
-    values = [column.read(one) for one in measures]
-    known = [value for value in values if not math.isnan(value)]
+    known = compare.known(column.read(one) for one in measures)
     if not known:
         return "-"
     text = f"{compare.mean(known):,.{column.digits}f}"
     if max(known) > min(known):
         text += f" ± {compare.deviation(known):,.{column.digits}f}"
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
-
-
-def _by_seed(compared: Comparison, measures: Sequence[Measures]) -> str:
-    return " ".join(f"{compared.score.scale * one.last:.4g}" for one in measures)
+    return text if len(known) == len(measures) else f"{text} ({len(known)} of {len(measures)})"
 
 
 def terminal(compared: Comparison, *, width: int) -> list[Table]:
@@ -133,13 +107,8 @@ def terminal(compared: Comparison, *, width: int) -> list[Table]:
             for column, cells in zip(shown, texts, strict=True)
         ]
         left = width - sum(widths) - len(SEEDS) - 2 * (len(shown) + 2)
-        grid = Table(
-            title=title,
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
+        grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        grid.pad_edge = False
         label_width = min(max(map(len, labels)), max(left, _LABEL))
         grid.add_column(RUN, overflow="fold", width=label_width)
         grid.add_column(SEEDS, justify="right", width=len(SEEDS))
@@ -154,18 +123,15 @@ def terminal(compared: Comparison, *, width: int) -> list[Table]:
 def rows(compared: Comparison, several: Sequence[Column], *, is_short: bool) -> list[list[str]]:
     """Make one table of texts, its head first.
 
-    Args:
-      compared: what is in it.
-      several: the columns besides the run and its number of seeds.
-      is_short: whether to leave out which runs are not finished and what each seed reached; else
-        there are columns for these if there is any such.
+    A short one leaves out which runs are not finished and what each seed reached; others have
+    columns for these if there is any such.
     """
     made = [[RUN, SEEDS, OPEN, *(column.title for column in several), BY_SEED]]
     for members, measures in zip(compared.groups, compared.measures, strict=True):
         cells = [cell(column, measures) for column in several]
-        by_seed = _by_seed(compared, measures) if len(measures) > 1 else ""
-        state = groups.states(members)
-        made.append([members.label, str(len(measures)), state, *cells, by_seed])
+        finals = [f"{compared.score.scale * one.last:.4g}" for one in measures]
+        by_seed = " ".join(finals) if len(finals) > 1 else ""
+        made.append([members.label, str(len(finals)), groups.states(members), *cells, by_seed])
     optional = (2, len(made[0]) - 1)
     left_out = [n for n in optional if is_short or not any(row[n] for row in made[1:])]
     return [[text for n, text in enumerate(row) if n not in left_out] for row in made]

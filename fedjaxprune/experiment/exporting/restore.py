@@ -53,10 +53,7 @@ class Finished(NamedTuple):
 
 
 def from_folder(
-    folder: pathlib.Path,
-    *,
-    model: Found | None = None,
-    warn: Callable[[str], object] | None = None,
+    folder: pathlib.Path, *, model: Found | None = None, warn: Callable[[str], object] | None = None
 ) -> Finished:
     """Read the newest checkpoint of a run that is whole; the run may still be going on.
 

@@ -90,8 +90,7 @@ def wandb(settings: Settings, folder: pathlib.Path, config: RunConfig, num_round
         config=plain(config),
     )
     return Opened(
-        track=lambda line: run.log(scalars(line), step=line["round"]),
-        close=lambda: run.finish(),
+        track=lambda line: run.log(scalars(line), step=line["round"]), close=lambda: run.finish()
     )
 
 

@@ -16,21 +16,13 @@ from fedjaxprune.experiment.folder.load import RunData
 
 
 class _Series(NamedTuple):
-    """A number of every round.
-
-    Attributes:
-      key, title, note: as of a `frame.Picture`.
-      axis: its text.
-      unit: of a value in a remark.
-      read: gives it for a run, ``[rounds]``.
-    """
+    """A number of every round, with `key`, `title` and `note` as of a `frame.Picture`."""
 
     key: str
     title: str
     note: str
-    axis: str
-    unit: str
-    read: Callable[[RunData], np.ndarray]
+    axis: str  # its text
+    read: Callable[[RunData], np.ndarray]  # gives it for a run, ``[rounds]``
 
 
 SPARSITY = _Series(
@@ -38,7 +30,6 @@ SPARSITY = _Series(
     "Sparsity",
     "Pruned share of the prunable weights.",
     "sparsity, %",
-    " %",
     lambda run: 100 * load.column(run, "mask.sparsity"),
 )
 CHANGES = _Series(
@@ -46,7 +37,6 @@ CHANGES = _Series(
     "Mask changes",
     "Share of the prunable mask entries that a round changed.",
     "changed, %",
-    " %",
     lambda run: 100 * (1 - load.column(run, "mask.unchanged_fraction")),
 )
 COVERAGE = _Series(
@@ -54,7 +44,6 @@ COVERAGE = _Series(
     "Clients per weight",
     "How many clients trained a prunable weight in a round, on average.",
     "clients",
-    "",
     lambda run: load.column(run, "mask.clients_per_weight"),
 )
 COHORTS = _Series(
@@ -62,17 +51,12 @@ COHORTS = _Series(
     "Clients in a round",
     "Clients whose messages counted.",
     "clients",
-    "",
     lambda run: load.column(run, "clients.participating") - load.column(run, "clients.rejected"),
 )
 
 
 def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
-    """Draw everything that the records have numbers for.
-
-    Returns:
-      The pictures, and a remark on each series that is constant, which has no picture.
-    """
+    """Draw what the records have numbers for; a series that is constant has a remark instead."""
     groups, score = compared.groups, compared.score
     loss = "cross-entropy, nats" if score is compare.ACCURACY else "mean squared error"
     unit = f", {score.unit}" if score.unit else ""
@@ -80,7 +64,7 @@ def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
     made = [
         _curves(compared, "score", f"Test {score.name}", f"test {score.name}{unit}", score.scale),
         _curves(compared, "loss", "Test loss", loss, 1.0),
-        costs.against_score(compared) if len(groups) > 1 else None,
+        costs.against_score(compared),
         _rounds(groups, SPARSITY, remarks),
         _choice(groups, "layers", "Sparsity by layer", "After every round.", _layers, remarks),
         _rounds(groups, CHANGES, remarks),
@@ -105,12 +89,10 @@ def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
         ),
         _rounds(groups, COHORTS, remarks),
     ]
-    return [picture for picture in made if picture is not None], remarks
+    return [picture for picture in made if picture.variants], remarks
 
 
-def _curves(
-    compared: Comparison, field: str, title: str, axis: str, scale: float
-) -> frame.Picture | None:
+def _curves(compared: Comparison, field: str, title: str, axis: str, scale: float) -> frame.Picture:
     """Draw what was tested against rounds, bytes and FLOPs."""
     groups, variants = compared.groups, []
     for x, text in frame.AXES.items():
@@ -121,37 +103,38 @@ def _curves(
             frame.mark_stages(figure, groups)
         if figure.data:
             variants.append(({"mib": "bytes", "flops": "FLOPs"}.get(x, x), figure))
-    over = any(len(groups_lib.counted(members)) > 1 for members in groups)
-    note = "Mean over seeds; the band is one deviation." if over else ""
-    return frame.Picture(field, title, note, variants) if variants else None
+    note = "Mean over seeds; the band is one deviation." if _has_seeds(groups) else ""
+    return frame.Picture(field, title, note, variants)
 
 
-def _rounds(groups: Sequence[Group], drawn: _Series, remarks: list[str]) -> frame.Picture | None:
+def _has_seeds(groups: Sequence[Group]) -> bool:
+    return any(len(groups_lib.counted(members)) > 1 for members in groups)
+
+
+def _rounds(groups: Sequence[Group], drawn: _Series, remarks: list[str]) -> frame.Picture:
     """Draw a number of every round, unless it is constant for every group."""
     lines = [series.by_round(members, drawn.read) for members in groups]
     figure = frame.empty(x="rounds", y=drawn.axis)
     frame.curves(figure, groups, lines, scale=1.0, shape="hv")
+    picture = frame.Picture(drawn.key, drawn.title, drawn.note, [])
     if not figure.data:
-        return None
-    known = [not np.isnan(line.mean).all() for line in lines]
-    values = [series.constant(line) for line in lines]
-    if all(value is not None for value, is_known in zip(values, known, strict=True) if is_known):
-        texts = {
-            members.label: f"{value:.4g}{drawn.unit}"
-            for members, value in zip(groups, values, strict=True)
-            if value is not None
-        }
+        return picture
+    known = [n for n, line in enumerate(lines) if not np.isnan(line.mean).all()]
+    values = {groups[n].label: series.constant(lines[n]) for n in known}
+    if None not in values.values():
+        unit = " %" if drawn.axis.endswith("%") else ""
+        texts = {label: f"{value:.4g}{unit}" for label, value in values.items()}
         if len(set(texts.values())) == 1:
             remarks.append(f"{drawn.title}: {next(iter(texts.values()))} in every round.")
         else:
             each = "; ".join(f"{label} {text}" for label, text in texts.items())
             remarks.append(f"{drawn.title}, constant: {each}.")
-        return None
+        return picture
     figure.update_yaxes(rangemode="tozero")
     if drawn is COHORTS:
         frame.whole(figure.update_yaxes, max(np.nanmax(line.mean) for line in lines))
     frame.mark_stages(figure, groups)
-    return frame.Picture(drawn.key, drawn.title, drawn.note, [("", figure)])
+    return picture._replace(variants=[("", figure)])
 
 
 def _choice(
@@ -161,7 +144,7 @@ def _choice(
     note: str,
     draw: Callable[[RunData], go.Figure | str | None],
     remarks: list[str],
-) -> frame.Picture | None:
+) -> frame.Picture:
     """Draw something of one run of each group, of which one group is shown.
 
     A text in a figure's place says that there is nothing to draw and why.
@@ -178,9 +161,9 @@ def _choice(
     for text, labels in said.items():
         whose = f" ({'; '.join(labels)})" if len(groups) > 1 else ""
         remarks.append(f"{title}: {text}{whose}.")
-    if any(len(groups_lib.counted(members)) > 1 for members in groups):
+    if _has_seeds(groups):
         note += " For each configuration, its first seed."
-    return frame.Picture(key, title, note, variants) if variants else None
+    return frame.Picture(key, title, note, variants)
 
 
 def _layers(run: RunData) -> go.Figure | str | None:
@@ -190,9 +173,8 @@ def _layers(run: RunData) -> go.Figure | str | None:
     paths, edges, table = found
     if not np.any(table):
         return "nothing is pruned"
-    suffix = "/kernel"
-    if all(path.endswith(suffix) for path in paths):
-        paths = [path.removesuffix(suffix) for path in paths]
+    if all(path.endswith("/kernel") for path in paths):
+        paths = [path.removesuffix("/kernel") for path in paths]
     figure = frame.empty(x="rounds", y="", height=140 + 16 * max(len(paths), 6))
     figure.add_heatmap(
         x=frame.thin(edges),
@@ -223,16 +205,8 @@ def _spread(run: RunData) -> go.Figure | str | None:
         ("lowest", "highest", "all clients"),
         ("lower_quartile", "upper_quartile", "middle half"),
     ):
-        figure.add_scatter(
-            x=np.r_[rounds, rounds[::-1]],
-            y=frame.thin(np.r_[rows[high], rows[low][::-1]]),
-            fill="toself",
-            fillcolor=frame.faint(color),
-            mode="lines",
-            line={"width": 0.5, "color": color},
-            hoverinfo="skip",
-            name=name,
-        )
+        line = {"width": 0.5, "color": color}
+        frame.band(figure, rounds, rows[low], rows[high], color, line=line, name=name)
     figure.add_scatter(
         x=rounds,
         y=frame.thin(rows["median"]),

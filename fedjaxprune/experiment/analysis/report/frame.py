@@ -23,25 +23,21 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
 FEW = 40  # points of a curve that get markers
 MANY = 10  # ticks that an axis has room for
-
-
 AXES = {"rounds": "rounds", "mib": "MiB sent, both ways, all clients", "flops": "training FLOPs"}
 
 
 class Picture(NamedTuple):
-    """One picture of the page.
+    """One picture of the page."""
 
-    Attributes:
-      key: names its file when it is downloaded.
-      title: above it.
-      note: below the title: what is drawn.
-      variants: ``(name, figure)``, of which one is shown.
-    """
+    key: str  # names its file when it is downloaded
+    title: str  # above it
+    note: str  # below the title: what is drawn
+    variants: list[tuple[str, go.Figure]]  # by name, of which one is shown; without, no picture
 
-    key: str
-    title: str
-    note: str
-    variants: list[tuple[str, go.Figure]]
+
+def nth(values: Sequence[str], number: int) -> str:
+    """Choose from colors, dashes or symbols, which repeat."""
+    return values[number % len(values)]
 
 
 def faint(color: str) -> str:
@@ -71,6 +67,21 @@ def thin(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float32)
 
 
+def band(
+    figure: go.Figure, x: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, **extra: Any
+) -> None:
+    """Fill what lies between two curves."""
+    figure.add_scatter(
+        x=np.r_[x, x[::-1]],
+        y=thin(np.r_[high, low[::-1]]),
+        fill="toself",
+        fillcolor=faint(color),
+        mode="lines",
+        hoverinfo="skip",
+        **extra,
+    )
+
+
 def curves(
     figure: go.Figure,
     groups: Sequence[Group],
@@ -88,68 +99,43 @@ def curves(
         for number, (members, line) in enumerate(zip(groups, lines, strict=True))
         if len(line.x) and not np.isnan(line.x).any() and not np.isnan(line.mean).all()
     ]
-    end = max((float(line.x[-1]) for _, _, line in drawn), default=0.0)
-    for number, members, line in drawn:
-        _curve(figure, number, members, line, scale, shape, end)
-
-
-def _curve(
-    figure: go.Figure,
-    number: int,
-    members: Group,
-    line: series.Line,
-    scale: float,
-    shape: str,
-    end: float,
-) -> None:
-    color, dash = LIGHT[number % len(LIGHT)], DASHES[number % len(DASHES)]
-    symbol = SYMBOLS[number % len(SYMBOLS)]
-    mean, known = scale * line.mean, ~np.isnan(line.mean)
-    if line.deviation is not None:
-        low, high = mean - scale * line.deviation, mean + scale * line.deviation
-        figure.add_scatter(
-            x=thin(np.r_[line.x[known], line.x[known][::-1]]),
-            y=thin(np.r_[high[known], low[known][::-1]]),
-            fill="toself",
-            fillcolor=faint(color),
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            legendgroup=members.label,
-            showlegend=False,
-        )
-    figure.add_scatter(
-        x=thin(line.x),
-        y=thin(mean),
-        name=members.label,
-        legendgroup=members.label,
-        mode="lines+markers" if len(line.x) <= FEW else "lines",
-        line={"color": color, "dash": dash, "width": 2, "shape": shape},
-        marker={"color": color, "symbol": symbol, "size": 6},
-        customdata=None if line.deviation is None else thin(scale * line.deviation),
-        hovertemplate="%{y:.5~g}"
-        + ("" if line.deviation is None else " ± %{customdata:.3~g}")
-        + " at %{x:.6~g}",
-    )
+    end = max((float(line.x[-1]) for _, _, line in drawn), default=math.inf)
     if figure.layout.xaxis.tickformat == ",d":
         whole(figure.update_xaxes, end)
-    ends = [run for run in groups_lib.counted(members) if run.state != "finished"]
-    if ends and known.any():
-        failed = next((run.failure for run in ends if run.failure), None)
-        text = f"failed in round {failed.round}" if failed else ends[0].state
+    for number, members, line in drawn:
+        color, mean, known = nth(LIGHT, number), scale * line.mean, ~np.isnan(line.mean)
+        x, deviation, hover = thin(line.x), None, "%{y:.5~g} at %{x:.6~g}"
+        own: dict[str, Any] = {"legendgroup": members.label, "showlegend": False}
+        if line.deviation is not None:
+            deviation, hover = scale * line.deviation, "%{y:.5~g} ± %{customdata:.3~g} at %{x:.6~g}"
+            low, high = (mean - deviation)[known], (mean + deviation)[known]
+            band(figure, x[known], low, high, color, line={"width": 0}, **own)
         figure.add_scatter(
-            x=thin(line.x[known][-1:]),
-            y=thin(mean[known][-1:]),
-            mode="markers+text",
-            marker={"color": color, "symbol": "x" if failed else "circle-open", "size": 12},
-            text=[text],
-            textposition="top left" if line.x[known][-1] > end / 2 else "top right",
-            textfont={"size": 12},
-            cliponaxis=False,
-            hoverinfo="skip",
+            x=x,
+            y=thin(mean),
+            name=members.label,
             legendgroup=members.label,
-            showlegend=False,
+            mode="lines+markers" if len(x) <= FEW else "lines",
+            line={"color": color, "dash": nth(DASHES, number), "width": 2, "shape": shape},
+            marker={"color": color, "symbol": nth(SYMBOLS, number), "size": 6},
+            customdata=None if deviation is None else thin(deviation),
+            hovertemplate=hover,
         )
+        ends = [run for run in groups_lib.counted(members) if run.state != "finished"]
+        if ends:
+            failed = next((run.failure for run in ends if run.failure), None)
+            figure.add_scatter(
+                x=x[known][-1:],
+                y=thin(mean[known][-1:]),
+                mode="markers+text",
+                marker={"color": color, "symbol": "x" if failed else "circle-open", "size": 12},
+                text=[f"failed in round {failed.round}" if failed else ends[0].state],
+                textposition="top left" if line.x[known][-1] > end / 2 else "top right",
+                textfont={"size": 12},
+                cliponaxis=False,
+                hoverinfo="skip",
+                **own,
+            )
 
 
 def mark_stages(figure: go.Figure, groups: Sequence[Group]) -> None:

@@ -4,12 +4,12 @@ import base64
 import errno
 import functools
 import gzip
-import html
 import importlib.resources
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 
 import plotly.offline
@@ -35,20 +35,7 @@ def of_folders(
     at_mib: float | None = None,
     to_accuracy: float | None = None,
 ) -> list[str]:
-    """Write the page about runs; imports no part that they name.
-
-    Args:
-      folders: of runs; a folder that holds run folders stands for all of them.
-      path: of the page.
-      at_mib: see `compare.compare`.
-      to_accuracy: fraction of the test set; see `compare.compare`.
-
-    Returns:
-      Notes on runs that are left out and on what makes a comparison doubtful.
-
-    Raises:
-      FedJaxPruneError: the runs cannot be compared, or the page cannot be written.
-    """
+    """Write the page about runs, which are as for `compare.of_folders`, and return its notes."""
     compared, notes = compare.of_folders(folders, at_mib=at_mib, to_accuracy=to_accuracy)
     write(path, make(compared, notes))
     return notes
@@ -58,13 +45,12 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
     """Make the page about runs."""
     groups = compared.groups
     drawn, remarks = figures.pictures(compared)
-    title = f"{identity.flat(groups[0].runs[0].config)[f'{groups_lib.DATASET}name']}: " + (
-        groups[0].label if len(groups) == 1 else f"{len(groups)} configurations"
-    )
+    what = groups[0].label if len(groups) < 2 else f"{len(groups)} configurations"
+    title = f"{groups_lib.dataset_of(groups[0].runs[0])}: {what}"
     body = [
         _states(groups),
         f"<h2>{'Comparison' if len(groups) > 1 else 'Result'}</h2>",
-        *(f'<p class="note">{html.escape(note)}</p>' for note in notes),
+        *(f'<p class="note">{escape(note)}</p>' for note in notes),
         _table(compared),
         '<h2>Pictures</h2><div class="pictures">',
         *(_place(number, picture) for number, picture in enumerate(drawn)),
@@ -87,8 +73,8 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
     said = headline.sentence(compared).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     said = said.replace(" %", "\N{NO-BREAK SPACE}%")
     parts = {
-        "TITLE": html.escape(title),
-        "HEADLINE": html.escape(said[:1].upper() + said[1:]),
+        "TITLE": escape(title),
+        "HEADLINE": escape(said[:1].upper() + said[1:]),
         "STYLE": _file("page.css"),
         "BODY": "\n".join(body),
         "FOOT": f"Made with fedjaxprune {__version__} from the run folders.",
@@ -96,19 +82,11 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
         "LIBRARY": _library(),
         "SCRIPT": _file("page.js"),
     }
-    page = _file("page.html").split("@")
-    known = [parts.get(part) for part in page]  # odd places hold names
-    return "".join(
-        part if value is None else value for part, value in zip(page, known, strict=True)
-    )
+    return "".join(parts.get(part, part) for part in _file("page.html").split("@"))
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Write the page in one step.
-
-    Raises:
-      ConfigError: it cannot be written there.
-    """
+    """Write the page in one step."""
     try:
         if not path.name or path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -147,13 +125,13 @@ def _library() -> str:
 
 
 def _list(kind: str, items: Sequence[str]) -> str:
-    texts = "".join(f"<li>{html.escape(item)}</li>" for item in items)
+    texts = "".join(f"<li>{escape(item)}</li>" for item in items)
     return f'<ul class="{kind}">{texts}</ul>' if texts else ""
 
 
 def _state(run: load.RunData, text: str) -> str:
     kind = "failed" if run.state == "failed" else ""
-    return f'<li class="{kind}">{_SIGNS[run.state]} {html.escape(text)}</li>'
+    return f'<li class="{kind}">{_SIGNS[run.state]} {escape(text)}</li>'
 
 
 def _states(groups: Sequence[Group]) -> str:
@@ -161,62 +139,54 @@ def _states(groups: Sequence[Group]) -> str:
     found = [run for members in groups for run in members.runs]
     listed = [run for run in found if run.state != "finished"] if len(found) > 1 else found
     items = "".join(_state(run, f"{run.name}: {load.standing(run)}") for run in listed)
-    left = len(listed)
-    state = "finished" if not left else f"{len(found) - left} finished"
+    state = f"{len(found) - len(listed)} finished" if listed else "finished"
     first = "" if len(found) == 1 else f"<p>{len(found)} runs, {state}.</p>"
     return f"{first}<ul class='states'>{items}</ul>" if items else first
 
 
 def _table(compared: Comparison) -> str:
     """Write the comparison as tables; of one configuration, as a list of numbers."""
-    text = html.escape(tables.comma_separated(compared), quote=True)
-    button = (
+    text = escape(tables.comma_separated(compared))
+    end = _list("note", compared.notes) + (
         f'<p><button id="csv" type="button" data-text="{text}">download all numbers</button></p>'
     )
-    notes = _list("note", compared.notes)
     if len(compared.groups) == 1:
         head, body = tables.rows(compared, tables.everything(compared), is_short=False)
         rows = "".join(
-            f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>"
             for name, value in zip(head, body, strict=True)
         )
-        return f'<div class="scroll tall"><table>{rows}</table></div>{notes}{button}'
+        return f'<div class="scroll tall"><table>{rows}</table></div>{end}'
     made = []
     for title, several in tables.columns(compared).items():
         shown = [column for column in several if column.short]
         head, *body = tables.rows(compared, shown, is_short=bool(made))
-        names = "".join(f"<th scope=col{_kind(name)}>{html.escape(name)}</th>" for name in head)
-        rows = "".join(
-            "<tr>"
-            + "".join(
-                f"<td{_kind(name)}>{html.escape(value)}</td>"
-                for name, value in zip(head, row, strict=True)
-            )
-            + "</tr>"
-            for row in body
-        )
+        # Columns of words are not aligned as numbers are.
+        kinds = [" class=words" if name == tables.OPEN else "" for name in head]
+        rows = "".join(_row("td", kinds, row) for row in body)
         made.append(
             f'<div class="scroll many" tabindex="0" role="region" aria-label="{title}"><table>'
-            f"<caption>{title.capitalize()}</caption><thead><tr>{names}</tr></thead>"
-            f"<tbody>{rows}</tbody></table></div>"
+            f"<caption>{title.capitalize()}</caption><thead>{_row('th scope=col', kinds, head)}"
+            f"</thead><tbody>{rows}</tbody></table></div>"
         )
     if any(len(measures) > 1 for measures in compared.measures):
         made.append('<p class="note">Mean ± deviation over seeds.</p>')
-    return "".join(made) + notes + button
+    return "".join(made) + end
 
 
-def _kind(column: str) -> str:
-    """Mark columns of words, which are not aligned as numbers are."""
-    return " class=words" if column == tables.OPEN else ""
+def _row(tag: str, kinds: Sequence[str], texts: Sequence[str]) -> str:
+    end = f"</{tag[:2]}>"
+    cells = (f"<{tag}{kind}>{escape(text)}{end}" for kind, text in zip(kinds, texts, strict=True))
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _place(number: int, picture: frame.Picture) -> str:
     """Make the place of a picture."""
-    note = f'<p class="note">{html.escape(picture.note)}</p>' if picture.note else ""
-    tall = any((figure.layout.height or 0) > _TALL for _, figure in picture.variants)
-    wide = " wide" if tall else ""
+    note = f'<p class="note">{escape(picture.note)}</p>' if picture.note else ""
+    is_tall = any((figure.layout.height or 0) > _TALL for _, figure in picture.variants)
+    wide = " wide" if is_tall else ""
     return (
-        f'<section class="picture{wide}"><h3>{html.escape(picture.title)}</h3>{note}'
+        f'<section class="picture{wide}"><h3>{escape(picture.title)}</h3>{note}'
         f'<div class="choices"></div><div class="plot" data-number="{number}"></div></section>'
     )
 
@@ -226,8 +196,8 @@ def _configuration(members: Group, groups: Sequence[Group]) -> str:
     first = members.runs[0]
     differing = groups_lib.differing(groups)
     rows = "".join(
-        f'<div class="{"differs" if path in differing else ""}"><dt>{html.escape(path)}</dt>'
-        f"<dd>{html.escape(_text(value))}</dd></div>"
+        f'<div class="{"differs" if path in differing else ""}"><dt>{escape(path)}</dt>'
+        f"<dd>{escape(_text(value))}</dd></div>"
         for path, value in identity.flat(first.config).items()
         if path != identity.SEED
     )
@@ -243,19 +213,19 @@ def _configuration(members: Group, groups: Sequence[Group]) -> str:
         if isinstance(origin, dict)
     ]
     is_open = " open" if len(groups) == 1 else ""
-    again = "A command that makes the same run"
-    again += " (first seed):" if len(members.runs) > 1 else ":"
-    command = f"<p class='note'>{again}</p><pre tabindex='0'>{html.escape(first.command)}</pre>"
+    which = " (first seed)" if len(members.runs) > 1 else ""
+    command = first.command and (
+        f"<p class='note'>A command that makes the same run{which}:</p>"
+        f"<pre tabindex='0'>{escape(first.command)}</pre>"
+    )
     return (
-        f"<details{is_open}><summary>{html.escape(members.label)}</summary>"
-        f"{command if first.command else ''}"
+        f"<details{is_open}><summary>{escape(members.label)}</summary>{command}"
         f"<ul class='states'>{items}</ul><div class='config'><dl>{rows}</dl></div>"
-        f"<p class='note'>{html.escape(', '.join(made_by))}</p></details>"
+        f"<p class='note'>{escape(', '.join(made_by))}</p></details>"
     )
 
 
 def _text(value: Any) -> str:
-    words = {True: "yes", False: "no"}
     if value is None:
         return "none"
-    return words[value] if isinstance(value, bool) else str(value)
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)

@@ -1,6 +1,7 @@
 """Numbers of a group of runs against its rounds, as pictures need them: means over seeds."""
 
 import collections
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,29 +19,18 @@ KINDS = ("values", "indices", "masks", "statistics", "framing")
 
 
 class Line(NamedTuple):
-    """One curve.
-
-    Attributes:
-      x: ``[T]``.
-      mean: ``[T]`` over the seeds.
-      deviation: ``[T]`` sample deviation over the seeds; None for one seed.
-    """
+    """One curve, ``[T]`` each."""
 
     x: np.ndarray
-    mean: np.ndarray
-    deviation: np.ndarray | None
+    mean: np.ndarray  # over the seeds
+    deviation: np.ndarray | None  # sample deviation over the seeds; None for one seed
 
 
 class Mark(NamedTuple):
-    """Where a stage begins.
+    """Where a stage begins."""
 
-    Attributes:
-      round: its first, counted from 1 over all stages.
-      stage: its name.
-    """
-
-    round: int
-    stage: str
+    round: int  # its first, counted from 1 over all stages
+    stage: str  # its name
 
 
 def merged(members: Group, score: Score, *, x: str, y: str) -> Line:
@@ -92,9 +82,8 @@ def stages(run: RunData) -> list[Mark]:
 def layers(run: RunData) -> tuple[list[str], np.ndarray, np.ndarray] | None:
     """Take the sparsity of every layer over time, with equal rounds put together.
 
-    Returns:
-      The layers' paths, ``[B + 1]`` edges of the blocks of rounds, and ``[layers, B]`` per cent;
-      None if the record does not have them.
+    Gives the layers' paths, ``[B + 1]`` edges of the blocks of rounds, and ``[layers, B]`` per
+    cent; None if the record does not have them.
     """
     found = [record.value(line, "mask.sparsity_by_layer") for line in run.lines]
     if not all(found):
@@ -102,8 +91,7 @@ def layers(run: RunData) -> tuple[list[str], np.ndarray, np.ndarray] | None:
     paths = list(found[0])
     table = 100 * np.array([[entry.get(path) for path in paths] for entry in found], np.float64)
     begins = np.flatnonzero(np.r_[True, np.any(table[1:] != table[:-1], axis=1)])
-    edges = np.r_[begins + 0.5, len(table) + 0.5]
-    return paths, edges, table[begins].T
+    return paths, np.r_[begins, len(table)] + 0.5, table[begins].T
 
 
 def traffic(run: RunData) -> dict[str, np.ndarray]:
@@ -125,10 +113,8 @@ def participation(run: RunData) -> dict[int, int] | None:
     entries = [e for line in run.lines for e in record.value(line, "traffic.by_client") or ()]
     if not entries:
         return None
-    times: collections.Counter[int] = collections.Counter()
-    for entry in entries:
-        if entry["up_bits"] > 0:
-            times.update(entry["client_ids"])
+    senders = (entry["client_ids"] for entry in entries if entry["up_bits"] > 0)
+    times = collections.Counter(itertools.chain.from_iterable(senders))
     counts = collections.Counter(times.values())
     population = record.value(run.config, "data.num_clients")
     if isinstance(population, int) and population > len(times):
