@@ -17,11 +17,7 @@ from fedjaxprune.registry.listing import Origin
 
 
 def refer(place: str, name: str, what: str) -> tuple[Any, Origin]:
-    """Import a file or a module and give one of its names, and whose code it is.
-
-    Raises:
-      ConfigError: it cannot be read or imported, or has no such name; begins with `what`.
-    """
+    """Import a file or a module and give one of its names, and whose code it is."""
     if place.endswith(".py"):
         module, origin = _import_file(place, what)
     else:
@@ -83,11 +79,7 @@ def _origin_of(module: types.ModuleType, place: str) -> Origin:
 
 
 def load(import_it: Callable[[], Any], what: str) -> Any:
-    """Import something.
-
-    Raises:
-      ConfigError: whatever the code that was imported raised, in one sentence with its place.
-    """
+    """Import something."""
     try:
         return import_it()
     except (Exception, SystemExit) as error:

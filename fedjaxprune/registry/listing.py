@@ -156,11 +156,7 @@ def split_variant(name: str) -> tuple[str, str]:
 
 
 def check_kind(kind: str) -> Kind:
-    """Look up a kind.
-
-    Raises:
-      ConfigError: there is no such kind.
-    """
+    """Look up a kind."""
     if kind not in KINDS:
         raise ConfigError(f"the kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     return KINDS[kind]

@@ -60,11 +60,7 @@ def call(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_part(kind: str, value: Any, what: str) -> Any:
-    """Take a `Part`, a `Method` or a plain function for a part of a kind.
-
-    Raises:
-      ConfigError: it is none of them; the sentence begins with `what`.
-    """
+    """Take a `Part`, a `Method` or a plain function for a part of a kind."""
     wanted = "a Method, a Part or a function" if kind == "method" else "a Part or a function"
     wanted += f" of {' and '.join(KINDS[kind].context)}" if kind == "model" else ""
     if kind == "model" and _is_network(value):

@@ -24,35 +24,20 @@ _WIDTH = 100
 
 
 class Description(NamedTuple):
-    """A part in words; `str` gives the text that ``fedjaxprune describe`` prints.
+    """A part in words; `str` gives the text that ``fedjaxprune describe`` prints."""
 
-    Attributes:
-      kind: such as ``"method"``; empty for a value whose kind cannot be told.
-      name: as the user wrote it.
-      summary: one line.
-      origin: whose code it is, such as ``"built in"`` or ``"fedprune-lab 0.1"``.
-      paper: authors, year, title and where it is; empty without one.
-      settings: rows of `describe_settings`.
-      needs: of network and data, one phrase for each.
-      variants: settings of each variant by its full name.
-      default_model: network of a method that is run without one.
-      text: the doc-string.
-      command: an example.
-      namesakes: parts of other kinds with this name, as ``kind/name``.
-    """
-
-    kind: str
-    name: str
+    kind: str  # such as ``"method"``; empty for a value whose kind cannot be told
+    name: str  # as the user wrote it
     summary: str
-    origin: str
-    paper: str
-    settings: tuple[Row, ...]
-    needs: tuple[str, ...]
-    variants: Mapping[str, Mapping[str, Any]]
-    default_model: str
+    origin: str  # whose code it is, such as ``"built in"`` or ``"fedprune-lab 0.1"``
+    paper: str  # authors, year, title and where it is; empty without one
+    settings: tuple[Row, ...]  # rows of `describe_settings`
+    needs: tuple[str, ...]  # of network and data, one phrase for each
+    variants: Mapping[str, Mapping[str, Any]]  # settings of each variant by its full name
+    default_model: str  # network of a method that is run without one
     text: str
     command: str
-    namesakes: tuple[str, ...]
+    namesakes: tuple[str, ...]  # parts of other kinds with this name, as ``kind/name``
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))

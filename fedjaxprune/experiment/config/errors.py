@@ -70,19 +70,12 @@ _SHORT: Mapping[str, str] = {
 
 
 class Hint(NamedTuple):
-    """What an unknown name may have meant.
+    """What an unknown name may have meant."""
 
-    Attributes:
-      paths: of settings of this run; without any, the rest says why.
-      renamed: its path since schema 2.
-      owners: parts that have such a setting, where the chosen one does not.
-      chosen: the part that was chosen.
-    """
-
-    paths: tuple[str, ...] = ()
-    renamed: str = ""
-    owners: tuple[str, ...] = ()
-    chosen: str = ""
+    paths: tuple[str, ...] = ()  # of settings of this run; without any, the rest says why
+    renamed: str = ""  # its path since schema 2
+    owners: tuple[str, ...] = ()  # parts that have such a setting, where the chosen one does not
+    chosen: str = ""  # the part that was chosen
 
 
 def refuse(
@@ -162,13 +155,7 @@ def whose(hint: Hint) -> str:
 
 
 def explain(path: str, known: Iterable[str], parts: Mapping[str, registry.Found]) -> Hint:
-    """Guess what an unknown setting was meant to be.
-
-    Args:
-      path: as given, or a name alone.
-      known: paths of all settings of this run.
-      parts: those of this run, by the path of their section.
-    """
+    """Guess what an unknown setting, a path or a name alone, was meant to be among the known."""
     known = [one for one in known if not one.endswith(".name")] + list(sections.PLACES)
     section, _, name = path.rpartition(".")
     if not section and name in RENAMED:

@@ -22,19 +22,13 @@ _CHOSEN_HERE = ("execution.devices", "execution.chunk_size")  # "auto" leaves th
 
 
 class Stored(NamedTuple):
-    """The config of a run folder, as it stands in the file.
+    """The config of a run folder, as it stands in the file."""
 
-    Attributes:
-      values: nested settings.
-      versions: of packages that the run was made with.
-      parts: whose code ran, by the path of a part's section; built-in parts are not in it.
-      command: the shortest command that makes such a run.
-    """
-
-    values: dict[str, Any]
-    versions: dict[str, str]
+    values: dict[str, Any]  # nested settings
+    versions: dict[str, str]  # of packages that the run was made with
+    # whose code ran, by the path of a part's section; built-in parts are not in it
     parts: dict[str, dict[str, str]]
-    command: str
+    command: str  # the shortest command that makes such a run
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,11 +48,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_yaml(text: str, *, source: str) -> dict[str, Any]:
-    """Read a mapping of names to values.
-
-    Raises:
-      ConfigError: the text is no YAML, or no such mapping.
-    """
+    """Read a mapping of names to values."""
     try:
         values = yaml.load(text, _Loader)  # as safe as SafeLoader, of which it is one
     except yaml.constructor.ConstructorError as error:
@@ -79,11 +69,7 @@ def load_yaml(text: str, *, source: str) -> dict[str, Any]:
 
 
 def read_stored(text: str, *, source: str) -> Stored:
-    """Read the config of a run folder; imports none of its parts.
-
-    Raises:
-      ConfigError: it is not the whole config of a run, or of another schema.
-    """
+    """Read the config of a run folder; imports none of its parts."""
     values = load_yaml(text, source=source)
     schema = values.pop("schema", None)
     if schema != SCHEMA:
@@ -107,20 +93,13 @@ def read_source(name: str) -> resolve.Given:
     """Read the settings of a preset by its name or of a YAML file by its path.
 
     A run folder's config.yaml is such a file, too.
-
-    Raises:
-      ConfigError: there is no such preset or file, or it cannot be read.
     """
     values = load_source(name)
     return resolve.read({k: v for k, v in values.items() if k not in _NOTES}, source=name)
 
 
 def load_source(name: str) -> dict[str, Any]:
-    """Read a preset or a YAML file as it stands.
-
-    Raises:
-      ConfigError: there is no such preset or file, or it cannot be read.
-    """
+    """Read a preset or a YAML file as it stands."""
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
@@ -207,9 +186,6 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
 
     Where the data lie may differ; ``auto`` leaves devices and chunks to the run, and a number of
     them is compared at most as large as the cohort.
-
-    Raises:
-      ConfigError: the given settings cannot be those of any run.
     """
     there = resolve.read(plain(stored))
     found = {path: getattr(stored.parts, place.kind) for path, place in PLACES.items()}

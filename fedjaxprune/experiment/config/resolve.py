@@ -29,23 +29,14 @@ _SECTIONS = frozenset(
 
 
 class Given(NamedTuple):
-    """Settings as somebody gave them.
+    """Settings as somebody gave them."""
 
-    Attributes:
-      values: by full path; the name of a part is ``PATH.name``.
-      sources: where each came from (``"--num-rounds"``, a file), for errors.
-    """
-
-    values: Mapping[str, Any]
-    sources: Mapping[str, str] = {}
+    values: Mapping[str, Any]  # by full path; the name of a part is ``PATH.name``
+    sources: Mapping[str, str] = {}  # where each came from (``"--num-rounds"``, a file), for errors
 
 
 def read(values: Mapping[str, Any], *, source: str = "") -> Given:
-    """Read nested settings, or settings by dotted path, or both.
-
-    Raises:
-      ConfigError: a setting comes twice, or a section is no mapping; in one sentence.
-    """
+    """Read nested settings, or settings by dotted path, or both."""
     origin = f" (from {source})" if source else ""
     found: dict[str, Any] = {}
     for path, value in _flat(values, "", origin):
@@ -111,25 +102,15 @@ def _is_same(kind: str, new: Any, old: Any) -> bool:
 
 
 class Resolved(NamedTuple):
-    """Settings with the parts that they name, not validated yet.
+    """Settings with the parts that they name, not validated yet."""
 
-    Attributes:
-      given: all settings, those that names of parts set included.
-      parts: by the path of their section.
-      type: of a config with these parts.
-    """
-
-    given: Given
-    parts: dict[str, Found]
-    type: type[RunConfig]
+    given: Given  # all settings, those that names of parts set included
+    parts: dict[str, Found]  # by the path of their section
+    type: type[RunConfig]  # of a config with these parts
 
 
 def find_parts(given: Given) -> Resolved:
-    """Look up the parts that settings name; imports their modules.
-
-    Raises:
-      ConfigError: a part cannot be found; in one sentence.
-    """
+    """Look up the parts that settings name; imports their modules."""
     default = PLACES["method"].default
     method = _find("method", given.values.get("method.name", default), given)
     layer = {"method.name": method.name, **by_path(method.variant, "method")}
@@ -228,14 +209,8 @@ def resolve(
 ) -> RunConfig:
     """Make a config: find the parts that it names, fill in defaults, and check everything once.
 
-    Args:
-      values: nested settings, settings by dotted path, or both. A part is a name (also
-        ``METHOD/VARIANT``, ``file.py:NAME``, ``module:NAME``), a mapping with its ``name`` and
-        settings, or a value: a `Part`, a `Method`, a function, a model, a data set.
-      sources: where settings came from, by path, for errors.
-
-    Raises:
-      ConfigError: what is wrong, in one sentence with the full path.
+    A part is a name (also ``METHOD/VARIANT``, ``file.py:NAME``, ``module:NAME``), a mapping with
+    its ``name`` and settings, or a value: a `Part`, a `Method`, a function, a model, a data set.
     """
     given = values if isinstance(values, Given) else read(values)
     found = find_parts(given._replace(sources={**given.sources, **(sources or {})}))

@@ -26,14 +26,7 @@ _FEWEST_BITS = 3  # of a value that is rounded, where errors are fed back
 
 
 def part(kind: str, default: str | None, meaning: str, *, unset: str = "") -> Any:
-    """Declare a place where the config names a part.
-
-    Args:
-      kind: as the registry has it.
-      default: name of the part where the user gives none.
-      meaning: one sentence for the help.
-      unset: what a default of None stands for.
-    """
+    """Declare a place where the config names a part."""
     extra: dict[str, Any] = {"kind": kind, "unit": "", "unset": unset}
     return pydantic.Field(default, description=meaning, json_schema_extra=extra)
 

@@ -34,20 +34,12 @@ WarnFn = Callable[[str], object]
 
 
 class Work(NamedTuple):
-    """What there is to do, as far as the choice depends on it.
+    """What there is to do, as far as the choice depends on it."""
 
-    Attributes:
-      steps: ``[N]`` local steps of each client in a round.
-      batch_size: examples of a step.
-      cohort_size: clients of a round.
-      devices: that share a cohort.
-      num_rounds: of the run.
-    """
-
-    steps: np.ndarray
-    batch_size: int
-    cohort_size: int
-    devices: int
+    steps: np.ndarray  # ``[N]`` local steps of each client in a round
+    batch_size: int  # examples of a step
+    cohort_size: int  # clients of a round
+    devices: int  # that share a cohort
     num_rounds: int
 
     @property
@@ -63,45 +55,29 @@ class Work(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What is expected before anything was measured, in seconds.
+    """What is expected before anything was measured, in seconds."""
 
-    Attributes:
-      training_s: that the run trains.
-      trial_s: that the first size of a trial takes, compiling included.
-    """
-
-    training_s: float
-    trial_s: float
+    training_s: float  # that the run trains
+    trial_s: float  # that the first size of a trial takes, compiling included
 
 
 UNKNOWN = Estimate(training_s=math.inf, trial_s=0.0)
 
 
 class Figure(NamedTuple):
-    """What a trial of one size found.
+    """What a trial of one size found."""
 
-    Attributes:
-      rate: examples per second on all devices; None if it does not fit in memory.
-      cost_s: seconds that the trial took.
-    """
-
-    rate: Rate
-    cost_s: float
+    rate: Rate  # examples per second on all devices; None if it does not fit in memory
+    cost_s: float  # seconds that the trial took
 
 
 class Choice(NamedTuple):
-    """The size that was chosen, and why.
+    """The size that was chosen, and why."""
 
-    Attributes:
-      size: clients that train at once.
-      figures: what trials found, by chunk size.
-      used: share of a chunk's work that is some client's: the rest is filling, where clients take
-        different numbers of steps or the chunk does not divide the cohort.
-      sentence: for the user.
-    """
-
-    size: int
-    figures: Mapping[int, Figure]
+    size: int  # clients that train at once
+    figures: Mapping[int, Figure]  # what trials found, by chunk size
+    # share of a chunk's work that is some client's: the rest is filling, where clients take
+    # different numbers of steps or the chunk does not divide the cohort
     used: Mapping[int, float]
     sentence: str
 
@@ -192,11 +168,7 @@ def _seconds(value: float) -> str:
 
 
 def folder() -> pathlib.Path:
-    """Find the command's cache folder: in ``XDG_CACHE_HOME``, else in ``~/.cache``.
-
-    Raises:
-      FileNotFoundError: nobody says where the user's home is, as in some containers.
-    """
+    """Find the command's cache folder: in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     except RuntimeError as error:

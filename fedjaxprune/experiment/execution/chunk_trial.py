@@ -56,14 +56,7 @@ class DoesNotFit(Exception):
 def choose(
     config: RunConfig, task: Task, population: Population, *, warn: chunk_size.WarnFn
 ) -> chunk_size.Choice:
-    """Choose a run's chunk size by what was measured before, and a trial of the rest.
-
-    Args:
-      config: of the run, with its number of clients a round.
-      task: of the run: network, batcher and mesh.
-      population: the clients' examples.
-      warn: takes a sentence.
-    """
+    """Choose a run's chunk size by what was measured before, and a trial of the rest."""
     model, batcher, mesh = task.model, task.protocol.batcher, task.protocol.mesh
     work = chunk_size.Work(
         steps=chunk_size.local_steps(np.diff(np.asarray(population.offsets)), config),
@@ -121,15 +114,7 @@ def measure(
     work: chunk_size.Work,
     mesh: Mesh | None,
 ) -> chunk_size.MeasureFn:
-    """Make ``chunk size -> examples per second``, on all devices of the mesh.
-
-    Args:
-      model: to be trained.
-      batcher: of the run; its batches are taken, not its number of steps.
-      population: whose clients with most examples are taken.
-      work: of the run.
-      mesh: as for `cohort.run`.
-    """
+    """Make ``chunk size -> examples per second``, on all devices of the mesh."""
     most = np.argsort(-work.steps, kind="stable").astype(np.int32)
     by_field = {
         "delta": aggregators.weighted_mean(),

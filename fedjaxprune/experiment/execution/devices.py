@@ -30,11 +30,7 @@ def prepare(config: RunConfig) -> None:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in the number of devices; a chunk is at most the cohort.
-
-    Raises:
-      ConfigError: there are not so many devices.
-    """
+    """Fill in the number of devices; a chunk is at most the cohort."""
     import jax
 
     here, cohort = jax.device_count(), config.federation.cohort_size or 1

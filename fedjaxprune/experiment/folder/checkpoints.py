@@ -33,11 +33,7 @@ DEPLOYED = "deployed"  # beside the arrays of a simulation
 
 @contextlib.contextmanager
 def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Open the checkpoints in `folder`, of which the newest `keep` stay, and wait for writes.
-
-    Raises:
-      OSError: they cannot be written.
-    """
+    """Open the checkpoints in `folder`, of which the newest `keep` stay, and wait for writes."""
     if folder.exists() and not folder.is_dir():  # orbax would notice at the first save
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     options = ocp.CheckpointManagerOptions(
@@ -83,9 +79,6 @@ def save(
     """Copy a simulation to the host now and write it in the background, after `num_rounds`.
 
     The copy is our own, since the next round overwrites the donated buffers.
-
-    Raises:
-      OSError: this checkpoint, or the one before it, cannot be written.
     """
     host = _on_host(now)
     shipped = {(DEPLOYED, *name): leaf for name, leaf in _on_host(deployed).items()}
@@ -140,17 +133,9 @@ def restore(
     aside: pathlib.Path,
     warn: Callable[[str], object],
 ) -> tuple[int, Any] | None:
-    """Read the newest checkpoint that is whole, and put aside those that are newer.
+    """Read the newest checkpoint that is whole and `usable`, and put aside those that are newer.
 
-    Args:
-      manager: of the run's checkpoints.
-      like: tree of arrays or shapes, as was saved.
-      usable: whether the record reaches up to that round.
-      aside: folder for the checkpoints that are skipped; made if there are any.
-      warn: takes one sentence for every checkpoint that is skipped.
-
-    Returns:
-      The number of rounds and the tree, on the device; None where no checkpoint can be used.
+    Returns its number of rounds and a tree like `like`, or None where there is none.
     """
     found = None
     for num_rounds in sorted(manager.all_steps(), reverse=True):
@@ -172,35 +157,18 @@ def restore(
 
 
 class Finished(NamedTuple):
-    """A network as the newest checkpoint has it.
+    """A network as the newest checkpoint has it."""
 
-    Attributes:
-      num_rounds: that made it.
-      params: to be deployed, pruned entries exact zeros.
-      masks: in force.
-      state: what is not trained.
-    """
-
-    num_rounds: int
-    params: Params
-    masks: Masks
-    state: State
+    num_rounds: int  # that made it
+    params: Params  # to be deployed, pruned entries exact zeros
+    masks: Masks  # in force
+    state: State  # what is not trained
 
 
 def read_network(
     folder: pathlib.Path, params: Params, state: State, *, warn: Callable[[str], object]
 ) -> Finished | None:
-    """Read the network of the newest checkpoint in `folder` that is whole, and touch nothing.
-
-    Args:
-      folder: of a run's checkpoints.
-      params: tree of shapes.
-      state: tree of shapes of what is not trained.
-      warn: takes one sentence for every checkpoint that cannot be read.
-
-    Returns:
-      The network; None where no checkpoint can be used.
-    """
+    """Read the network of the newest whole checkpoint, or None, and touch nothing."""
     masks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bool_), params)
     like = {"state": {"params": params, "masks": masks, "model_state": state}}
     # Said in full, as orbax warns of what it has to change by itself.

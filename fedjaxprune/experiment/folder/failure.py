@@ -17,15 +17,10 @@ _LONGEST = 300  # characters of an error that are kept
 
 
 class Failure(NamedTuple):
-    """How a run failed.
+    """How a run failed."""
 
-    Attributes:
-      round: in which, counted from 1.
-      error: kind of the error and the first line of what it says.
-    """
-
-    round: int
-    error: str
+    round: int  # in which, counted from 1
+    error: str  # kind of the error and the first line of what it says
 
 
 def describe(error: BaseException) -> str:

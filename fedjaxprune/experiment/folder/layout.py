@@ -95,11 +95,7 @@ def replace(path: pathlib.Path, text: str) -> None:
 
 
 def check_free(folder: pathlib.Path) -> None:
-    """Check early that a run may start in `folder`, without touching anything.
-
-    Raises:
-      RunFolderError: something is there already, or nothing can be written there.
-    """
+    """Check early that a run may start in `folder`, without touching anything."""
     try:
         if (folder / CONFIG).exists():
             raise RunFolderError(
@@ -132,11 +128,7 @@ def _unwritable(folder: pathlib.Path, error: OSError) -> RunFolderError:
 
 
 def create(folder: pathlib.Path, config: RunConfig, texts: Mapping[str, str]) -> None:
-    """Make the run folder in one step, with its config and other files: all of it or nothing.
-
-    Raises:
-      RunFolderError: the folder cannot be made.
-    """
+    """Make the run folder in one step, with its config and other files: all of it or nothing."""
     check_free(folder)
     draft = folder.absolute().with_name(f".{folder.absolute().name}.new")
     texts = {**texts, CONFIG: files.to_yaml(config, versions=versions())}
@@ -152,11 +144,7 @@ def create(folder: pathlib.Path, config: RunConfig, texts: Mapping[str, str]) ->
 
 
 def stored(folder: pathlib.Path) -> files.Stored:
-    """Read a run's config, the versions and the code that it was made with; imports no part.
-
-    Raises:
-      RunFolderError: there is no run in `folder`, or its config cannot be read.
-    """
+    """Read a run's config, the versions and the code that it was made with; imports no part."""
     path = folder / CONFIG
     try:
         text = path.read_text(encoding="utf-8")

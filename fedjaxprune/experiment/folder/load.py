@@ -18,33 +18,21 @@ _NAMED = 6  # runs that a message names
 
 
 class RunData(NamedTuple):
-    """A run as its folder has it.
-
-    Attributes:
-      folder: of the run.
-      name: the folder's own name, with its parents' where that is not enough to tell runs apart.
-      config: all settings, nested; every part's section has its `name`.
-      versions: of the packages that it was made with.
-      parts: whose code ran, by the path of a part's section; built-in parts are not in it.
-      command: the shortest command that makes such a run.
-      header: of the record.
-      lines: the record, at least one line (`record`).
-      summary: of these lines (`summary`).
-      state: how it stands.
-      failure: how it failed, if it did.
-    """
+    """A run as its folder has it."""
 
     folder: pathlib.Path
+    # the folder's own name, with its parents' where that is not enough to tell runs apart
     name: str
-    config: dict[str, Any]
-    versions: dict[str, str]
+    config: dict[str, Any]  # all settings, nested; every part's section has its `name`
+    versions: dict[str, str]  # of the packages that it was made with
+    # whose code ran, by the path of a part's section; built-in parts are not in it
     parts: dict[str, dict[str, str]]
-    command: str
-    header: dict[str, Any]
-    lines: list[record.Line]
-    summary: dict[str, Any]
+    command: str  # the shortest command that makes such a run
+    header: dict[str, Any]  # of the record
+    lines: list[record.Line]  # the record, at least one line (`record`)
+    summary: dict[str, Any]  # of these lines (`summary`)
     state: Literal["finished", "running", "failed", "interrupted"]
-    failure: failure.Failure | None
+    failure: failure.Failure | None  # how it failed, if it did
 
 
 def column(run: RunData, path: str) -> np.ndarray:
@@ -62,11 +50,7 @@ def standing(run: RunData) -> str:
 
 
 def read(folder: str | pathlib.Path) -> RunData:
-    """Read one run.
-
-    Raises:
-      RunFolderError: it is no run, cannot be read, or has no round on record yet.
-    """
+    """Read one run."""
     folder = layout.path_of(folder)
     if not is_run(folder):
         raise no_run(folder)
@@ -77,14 +61,9 @@ def read(folder: str | pathlib.Path) -> RunData:
 
 
 def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[RunData], list[str]]:
-    """Read runs; a folder that holds run folders stands for all of them.
+    """Read runs, each once; a folder that holds run folders stands for all of them.
 
-    Returns:
-      The runs in the order given, each once, and notes on what was left out and why. Of several
-      runs, those without a round on record are left out.
-
-    Raises:
-      RunFolderError: a folder is no run, a run cannot be read, or there is nothing to look at.
+    Those without a round on record are left out; notes say which, and why.
     """
     folders: dict[pathlib.Path, pathlib.Path] = {}
     for text in given:

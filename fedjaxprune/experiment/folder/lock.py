@@ -16,11 +16,7 @@ except ImportError:  # no POSIX: two processes in one folder go unnoticed
 
 @contextlib.contextmanager
 def hold(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other processes from working in the same folder.
-
-    Raises:
-      RunFolderError: another process is working in it.
-    """
+    """Keep other processes from working in the same folder."""
     with (folder / CONFIG).open("rb") as file:
         if fcntl is not None:
             for last in (False, False, True):

@@ -15,37 +15,23 @@ from fedjaxprune.experiment.folder.layout import NETWORK, SCHEMA
 
 
 class Network(NamedTuple):
-    """What is known of a network and its data, in plain values.
+    """What is known of a network and its data, in plain values."""
 
-    Attributes:
-      task: what the labels are, as `Dataset.task`.
-      input_shape: of an example as stored.
-      input_dtype: of it.
-      num_outputs: width of the output.
-      num_classes: 0 for a regression.
-      positions: ``(T,)`` where a sequence has a label at each position, else ``()``.
-      max_value: by which stored inputs are divided; None: they are used as they are.
-      mean: subtracted after that, by channel; None where nothing is.
-      std: divided by after that.
-      params: by path, the type and shape of every parameter, such as ``["float32", [64, 10]]``.
-      state: likewise of what is not trained.
-      prunable: paths of the parameters whose sparsity is on record.
-      data_checksum: of a sample of the examples.
-    """
-
-    task: str
-    input_shape: tuple[int, ...]
-    input_dtype: str
-    num_outputs: int
-    num_classes: int
+    task: str  # what the labels are, as `Dataset.task`
+    input_shape: tuple[int, ...]  # of an example as stored
+    input_dtype: str  # of it
+    num_outputs: int  # width of the output
+    num_classes: int  # 0 for a regression
+    # ``(T,)`` where a sequence has a label at each position, else ``()``
     positions: tuple[int, ...]
-    max_value: float | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    max_value: float | None  # by which stored inputs are divided; None: they are used as they are
+    mean: tuple[float, ...] | None  # subtracted after that, by channel; None where nothing is
+    std: tuple[float, ...] | None  # divided by after that
+    # by path, the type and shape of every parameter, such as ``["float32", [64, 10]]``
     params: dict[str, Any]
-    state: dict[str, Any]
-    prunable: tuple[str, ...]
-    data_checksum: int
+    state: dict[str, Any]  # likewise of what is not trained
+    prunable: tuple[str, ...]  # paths of the parameters whose sparsity is on record
+    data_checksum: int  # of a sample of the examples
 
 
 def shapes(tree: Any) -> dict[str, list[Any]]:
@@ -60,11 +46,7 @@ def to_text(network: Network) -> str:
 
 
 def read(folder: pathlib.Path) -> Network:
-    """Read what a run folder says of its network.
-
-    Raises:
-      RunFolderError: the file is missing, damaged or of another version.
-    """
+    """Read what a run folder says of its network."""
     path = folder / NETWORK
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -79,11 +61,7 @@ def read(folder: pathlib.Path) -> Network:
 
 
 def check_same(now: Network, folder: pathlib.Path) -> None:
-    """Refuse to continue with another network or other data than those of the run in `folder`.
-
-    Raises:
-      RunFolderError: naming what differs.
-    """
+    """Refuse to continue with another network or other data than those of the run in `folder`."""
     then = read(folder)
     for what in ("params", "state"):
         old, new = getattr(then, what), getattr(now, what)

@@ -39,17 +39,11 @@ _MAPPINGS = ("train", "test", "mask", "traffic", "compute", "clients", "method")
 
 
 class Record(NamedTuple):
-    """A record, read.
+    """A record, read."""
 
-    Attributes:
-      header: the first line; {} where there is none.
-      lines: one for each round, in turn.
-      is_torn: whether a last line is not whole, and left out.
-    """
-
-    header: dict[str, Any]
-    lines: list[Line]
-    is_torn: bool = False
+    header: dict[str, Any]  # the first line; {} where there is none
+    lines: list[Line]  # one for each round, in turn
+    is_torn: bool = False  # whether a last line is not whole, and left out
 
 
 def finite(value: Any) -> float | None:
@@ -96,10 +90,6 @@ def read(folder: pathlib.Path) -> Record:
     """Read the record of a run that is to go on: every line must have all fields.
 
     A last line that a kill tore is left out.
-
-    Raises:
-      RunFolderError: it cannot be read, has another schema, a line that others follow is damaged,
-        or the rounds are not in turn.
     """
     return _read(folder, strict=True)
 
@@ -219,11 +209,9 @@ def numbers_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def columns(lines: Sequence[Line]) -> dict[str, np.ndarray]:
-    """Turn lines into columns by dotted path, ``[rounds]`` each.
+    """Turn lines into columns by dotted path, ``[rounds]`` each: float64, NaN where not measured.
 
-    Returns:
-      `round` and `stage_round` as int64, `stage` as text, and every other number as float64, NaN
-      where it was not measured.
+    But `round` and `stage_round` are int64, and `stage` is text.
     """
     found: dict[str, np.ndarray] = {
         "round": np.array([line["round"] for line in lines], np.int64),

@@ -47,17 +47,8 @@ _SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
 def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.RunParts:
     """Put a run together.
 
-    No run folder is made, so that whatever is wrong is said before there is one.
-
-    Args:
-      config: of the run.
-      warn: takes a sentence of the trial that chooses a chunk size ``"auto"``. Without it there is
-        no trial, and clients train one by one.
-
-    Raises:
-      ConfigError: the partition is impossible, the network does not fit data or method, or the
-        settings do not make a round.
-      DataError: the data cannot be read.
+    No run folder is made, so that whatever is wrong is said before there is one. Without `warn`
+    there is no trial of a chunk size ``"auto"``, and clients train one by one.
     """
     config = devices.resolve(config)
     examples = examples_lib.read(config)
@@ -126,11 +117,7 @@ def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
 
 
 def make_model(config: RunConfig, dataset: Dataset, preprocess: transforms.Preprocess) -> Model:
-    """Build the network, and see by shapes alone that it reads the data.
-
-    Raises:
-      ConfigError: it does not.
-    """
+    """Build the network, and see by shapes alone that it reads the data."""
 
     def make(*, input_shape: tuple[int, ...], num_classes: int) -> Model:
         return config.parts.model.part.build(
@@ -163,11 +150,7 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
 
 
 def make_protocol(config: RunConfig, preprocess: transforms.Preprocess, *, chunk: int) -> Protocol:
-    """Build the protocol that every method shares.
-
-    Raises:
-      ConfigError: a part refuses its settings.
-    """
+    """Build the protocol that every method shares."""
     parts, section = config.parts, config.client
     batcher = _batcher(config, preprocess)
     try:
@@ -209,11 +192,7 @@ def _batcher(config: RunConfig, preprocess: transforms.Preprocess) -> Batcher:
 
 
 def check_needs(config: RunConfig, task: Task) -> None:
-    """See that the network has what the method needs.
-
-    Raises:
-      ConfigError: it lacks something.
-    """
+    """See that the network has what the method needs."""
     needs = needs_of(config.parts.method.part, config.method)
     for name, (has, words) in _NEEDS.items():
         if getattr(needs, name) and not has(task.facts):
@@ -224,11 +203,7 @@ def check_needs(config: RunConfig, task: Task) -> None:
 
 
 def make_algorithm(config: RunConfig, task: Task) -> Algorithm:
-    """Build the method.
-
-    Raises:
-      ConfigError: its settings do not fit the run; in one sentence.
-    """
+    """Build the method."""
     found = config.parts.method
     try:
         algorithm = found.part.build(config.method, task)

@@ -15,16 +15,12 @@ LARGEST = 50_000_000  # clients times classes beyond which no table is made
 
 
 class Classes(NamedTuple):
-    """Who has what.
+    """Who has what."""
 
-    Attributes:
-      shares: ``[N, K]`` float32, by client: shares of the classes among its examples, of those
-        classes that are tested; a client without any is left out.
-      num_tested: ``[K]`` int64, test examples by class.
-    """
-
+    # ``[N, K]`` float32, by client: shares of the classes among its examples, of those classes that
+    # are tested; a client without any is left out
     shares: np.ndarray
-    num_tested: np.ndarray
+    num_tested: np.ndarray  # ``[K]`` int64, test examples by class
 
 
 def of_population(population: Population, test_labels: Any) -> Classes | None:
@@ -55,10 +51,7 @@ def of_population(population: Population, test_labels: Any) -> Classes | None:
 def of_clients(classes: Classes, class_correct: Any) -> dict[str, float] | None:
     """Describe the clients' accuracies in one test: extremes, quartiles, mean and deviation.
 
-    Args:
-      classes: who has what.
-      class_correct: ``[K']`` test examples classified rightly, by class; a network may know more
-        classes than there are.
+    `class_correct` counts hits by class, ``[K']``: a network may know more classes than there are.
     """
     num_classes = len(classes.num_tested)
     correct = np.asarray(class_correct, np.float64)[:num_classes]

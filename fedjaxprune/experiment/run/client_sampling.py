@@ -11,13 +11,7 @@ from fedjaxprune.types import Stage
 
 
 def of_stage(stage: Stage, config: RunConfig, sizes: np.ndarray) -> SamplingFn:
-    """Choose how the cohorts of a stage are drawn; whoever is drawn may drop out.
-
-    Args:
-      stage: whose `cohort` says who is asked.
-      config: of the run.
-      sizes: ``[N]``, the clients' numbers of examples.
-    """
+    """Choose how the cohorts of a stage are drawn; whoever is drawn may drop out."""
     section, number = config.federation, len(sizes)
     if stage.cohort == "everyone":
         chosen = sampling.all_clients(num_clients=number)

@@ -18,14 +18,7 @@ from fedjaxprune.types import Batcher, Model, Population, client_data
 def batches_of(
     *, batch_size: int, train: transforms.Preprocess, test: transforms.Preprocess, seed: int
 ) -> BatchesFn:
-    """Make local steps beside those of the protocol, as `Task.batches`.
-
-    Args:
-      batch_size: ``B``.
-      train: preprocessing with augmentation.
-      test: preprocessing without.
-      seed: of the choice of validation examples.
-    """
+    """Make local steps beside those of the protocol, as `Task.batches`."""
 
     def batches(*, epochs=1, examples="all", share=0.1, augment=True) -> Batcher:
         common: dict[str, Any] = {

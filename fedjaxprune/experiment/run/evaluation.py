@@ -19,48 +19,32 @@ BATCH_SIZE = 500  # examples at once; decides memory, not the result
 
 
 class Evaluation(NamedTuple):
-    """Sums over the test set, to be divided on the host.
+    """Sums over the test set, to be divided on the host."""
 
-    Attributes:
-      total_loss: ``[]`` float32, summed over labels: cross-entropy in nats, or squared error.
-      num_correct: ``[]`` int32; 0 for a regression.
-      class_correct: ``[K]`` int32, by the label's class; empty for a regression.
-      total_error: ``[]`` float32, summed absolute error of a regression, else 0.
-      through: by gated layer, what its gates let through (`gates.through`); {} without gates.
-    """
-
+    # ``[]`` float32, summed over labels: cross-entropy in nats, or squared error
     total_loss: jax.Array
-    num_correct: jax.Array
-    class_correct: jax.Array
-    total_error: jax.Array
+    num_correct: jax.Array  # ``[]`` int32; 0 for a regression
+    class_correct: jax.Array  # ``[K]`` int32, by the label's class; empty for a regression
+    total_error: jax.Array  # ``[]`` float32, summed absolute error of a regression, else 0
+    # by gated layer, what its gates let through (`gates.through`); {} without gates
     through: dict[str, metrics.Mean] = {}  # noqa: RUF012 never written to
 
 
 class TestSet(NamedTuple):
-    """What is held back from all clients.
-
-    Attributes:
-      inputs: ``[T, ...]``, as stored.
-      labels: ``[T]`` or more, as `Dataset.test` has them.
-    """
+    """What is held back from all clients."""
 
     __test__ = False  # no test case, whatever pytest makes of the name
 
-    inputs: jax.Array
-    labels: jax.Array
+    inputs: jax.Array  # ``[T, ...]``, as stored
+    labels: jax.Array  # ``[T]`` or more, as `Dataset.test` has them
 
 
 class Scores(NamedTuple):
-    """What one test found, as numbers of the host.
+    """What one test found, as numbers of the host."""
 
-    Attributes:
-      loss: mean over the labels: cross-entropy in nats, or the squared error of a regression.
-      accuracy: fraction of the labels that are predicted right; None for a regression.
-      error: mean absolute error of a regression, in the unit of its targets; None for classes.
-    """
-
-    loss: float
-    accuracy: float | None
+    loss: float  # mean over the labels: cross-entropy in nats, or the squared error of a regression
+    accuracy: float | None  # fraction of the labels that are predicted right; None for a regression
+    # mean absolute error of a regression, in the unit of its targets; None for classes
     error: float | None
 
 
@@ -89,13 +73,6 @@ def evaluate(
 
     The last batch is filled with repeated examples, which have weight 0. The devices of a mesh
     share the batches; everything else is replicated.
-
-    Args:
-      model: whose predictions are tested.
-      preprocess: ``(key, inputs) -> inputs`` for tests; reads no key.
-      task: what the labels are, as `Dataset.task`; decides loss and hits.
-      batch_size: examples at once.
-      mesh: the devices that share the batches.
     """
     head = heads.HEADS[task]
     num_devices = 1 if mesh is None else mesh.size

@@ -16,32 +16,18 @@ _SAMPLE = 1000  # examples that a checksum of the data looks at
 
 
 class Examples(NamedTuple):
-    """Who holds which examples, and how they become inputs.
+    """Who holds which examples, and how they become inputs."""
 
-    Attributes:
-      dataset: as its source gave it.
-      held: ``[S]`` int32, rows that the server holds.
-      population: the clients' examples.
-      sizes: ``[N]``, the clients' numbers of examples.
-      train: ``(key, inputs) -> inputs`` in training.
-      test: the same in tests.
-    """
-
-    dataset: Dataset
-    held: np.ndarray
+    dataset: Dataset  # as its source gave it
+    held: np.ndarray  # ``[S]`` int32, rows that the server holds
     population: Population
-    sizes: np.ndarray
-    train: transforms.Preprocess
-    test: transforms.Preprocess
+    sizes: np.ndarray  # ``[N]``, the clients' numbers of examples
+    train: transforms.Preprocess  # ``(key, inputs) -> inputs`` in training
+    test: transforms.Preprocess  # the same in tests
 
 
 def read(config: RunConfig) -> Examples:
-    """Read the data, set the server's examples aside, and deal the rest out to clients.
-
-    Raises:
-      DataError: the data cannot be read or used.
-      ConfigError: the partition is impossible.
-    """
+    """Read the data, set the server's examples aside, and deal the rest out to clients."""
     dataset = _read_dataset(config)
     labels = np.asarray(dataset.train["labels"])
     held, rest = _hold_out(config, labels)
@@ -84,11 +70,7 @@ def read(config: RunConfig) -> Examples:
 
 
 def _read_dataset(config: RunConfig) -> Dataset:
-    """Build the data set that a config names; arrays and the like are made one.
-
-    Raises:
-      DataError: it cannot be read or used; in one sentence.
-    """
+    """Build the data set that a config names; arrays and the like are made one."""
     section = config.data.dataset
     try:
         value = config.parts.dataset.part.build(section)

@@ -15,17 +15,7 @@ from fedjaxprune.types import Model
 def make_model(
     build: Callable[..., Any], dataset: Dataset, *, preprocess: Callable[[Any, Any], Any], what: str
 ) -> Model:
-    """Call a model's `build` for a data set, and give the model the loss of the data's task.
-
-    Args:
-      build: ``(input_shape=, num_classes=)`` -> `Model`, or a network of another library.
-      dataset: whose test inputs and outputs must fit.
-      preprocess: ``(key, inputs) -> inputs`` for tests.
-      what: names the model in an error, such as ``"model 'mlp'"``.
-
-    Raises:
-      ConfigError: the network does not read the inputs, or its output does not fit the task.
-    """
+    """Call a model's `build` for a data set, and give the model the loss of the data's task."""
     try:
         stored = dataset.test["inputs"]
         key = jax.random.key(0)

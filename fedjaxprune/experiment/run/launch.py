@@ -30,18 +30,7 @@ def start(
     listener: Listener | None = None,
     trackers: Openers | None = None,
 ) -> pathlib.Path:
-    """Begin a new run, bring it to its end and return its folder.
-
-    Args:
-      config: of the run.
-      folder: to be made; None chooses one under ``runs/``.
-      listener: receives the run's events.
-      trackers: that follow it.
-
-    Raises:
-      FedJaxPruneError: the folder is taken, the settings do not make a run, or it cannot be
-        finished; in one sentence.
-    """
+    """Begin a new run, bring it to its end and return its folder."""
     listener = listener or Listener()
     folder = folder or layout.default_folder(config)
     layout.check_free(folder)
@@ -67,18 +56,7 @@ def resume(
     listener: Listener | None = None,
     trackers: Openers | None = None,
 ) -> pathlib.Path:
-    """Continue the run in `folder`, if the explicitly given settings agree with it.
-
-    Args:
-      folder: of the run.
-      given: settings that were given, and the parts of a run that was given values.
-      listener: receives the run's events.
-      trackers: that follow it.
-
-    Raises:
-      FedJaxPruneError: there is no run, it has another config, network or data, or it cannot be
-        finished; in one sentence.
-    """
+    """Continue the run in `folder`, if the explicitly given settings agree with it."""
     listener = listener or Listener()
     given = given or Given({})
     stored = layout.stored(folder)
@@ -104,11 +82,7 @@ def resume(
 
 
 def stored_config(folder: pathlib.Path, given: Given | None = None) -> RunConfig:
-    """Resolve the config of a run folder; parts that were values are taken from `given`.
-
-    Raises:
-      RunFolderError: a part of the run was a value, and is not given.
-    """
+    """Resolve the config of a run folder; parts that were values are taken from `given`."""
     stored = layout.stored(folder)
     values = dict(resolve_lib.read(stored.values).values)
     given = given or Given({})

@@ -31,32 +31,20 @@ AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetri
 
 
 class RunParts(NamedTuple):
-    """What a run is put together from.
+    """What a run is put together from."""
 
-    Attributes:
-      config: of the run, with its devices, chunk size and number of clients.
-      model: the network.
-      algorithm: the federated method.
-      population: the clients' examples.
-      test: the test set.
-      preprocess: ``(key, inputs) -> inputs`` for tests.
-      advance: for each stage the function that runs one of its rounds (`simulation.advance`).
-      network: what the run folder keeps of the network.
-      task: what the labels are, as `Dataset.task`.
-      mesh: the devices that share a cohort; None for one device.
-      chunk: how many clients a device trains at once, if that was left to a trial.
-    """
-
-    config: RunConfig
+    config: RunConfig  # of the run, with its devices, chunk size and number of clients
     model: Model
     algorithm: Algorithm
     population: Population
     test: TestSet
-    preprocess: Callable[[Key, Any], Any]
+    preprocess: Callable[[Key, Any], Any]  # ``(key, inputs) -> inputs`` for tests
+    # for each stage the function that runs one of its rounds (`simulation.advance`)
     advance: tuple[AdvanceFn, ...]
-    network: Network
-    task: str = "classification"
-    mesh: Mesh | None = None
+    network: Network  # what the run folder keeps of the network
+    task: str = "classification"  # what the labels are, as `Dataset.task`
+    mesh: Mesh | None = None  # the devices that share a cohort; None for one device
+    # how many clients a device trains at once, if that was left to a trial
     chunk: chunk_size.Choice | None = None
 
     @property
@@ -80,15 +68,6 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
 
     A folder with checkpoints continues from the newest one that is whole, to the same bits as if it
     had never stopped; the record is cut to that round.
-
-    Args:
-      parts: what to run.
-      folder: a run folder; gets ``metrics.jsonl`` and ``checkpoints/``.
-      listener: receives the run's events.
-
-    Raises:
-      RunFolderError: the record is damaged before its end.
-      OSError: something cannot be written.
     """
     algorithm, config = parts.algorithm, parts.config
     key = jax.random.key(config.seed)
@@ -176,9 +155,6 @@ def check(parts: RunParts) -> None:
     """Trace a round of every stage, with shapes alone; `train` finds these traces.
 
     Whatever the components raise on settings that do not fit goes through.
-
-    Raises:
-      ValueError: if the stages have more rounds together than an int32 counts.
     """
     stages = parts.algorithm.stages
     if (total := sum(stage.num_rounds for stage in stages)) > INT_MAX:

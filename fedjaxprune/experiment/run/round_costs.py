@@ -21,36 +21,26 @@ PARTS = flops.Cost._fields  # forward, input_gradient, weight_gradient
 
 
 class RoundCosts(NamedTuple):
-    """Figures of one round, as fields of the record.
+    """Figures of one round, as fields of the record."""
 
-    Attributes:
-      training_flops: two per multiply-add of the clients' work, all together, by pass: `forward`,
-        `input_gradient` and `weight_gradient` under the masks, the last dense where a method looks
-        at all of it; and the same with ``dense_`` before it as if nothing were pruned. None if the
-        network cannot be counted.
-      clients_per_weight: measured: how many clients trained a prunable weight, on average.
-      unchanged_fraction: measured: share of the prunable mask bits that the round did not flip.
-    """
-
+    # two per multiply-add of the clients' work, all together, by pass: `forward`, `input_gradient`
+    # and `weight_gradient` under the masks, the last dense where a method looks at all of it; and
+    # the same with ``dense_`` before it as if nothing were pruned. None if the network cannot be
+    # counted
     training_flops: dict[str, int] | None
-    clients_per_weight: float
+    clients_per_weight: float  # measured: how many clients trained a prunable weight, on average
+    # measured: share of the prunable mask bits that the round did not flip
     unchanged_fraction: float
 
 
 class Profile(NamedTuple):
-    """What is known of the network before the run.
+    """What is known of the network before the run."""
 
-    Attributes:
-      layers: multiply-adds of one example, by layer; None if it cannot be counted.
-      paths: of the parameters.
-      sizes: of the parameters.
-      flags: which of them are prunable.
-    """
-
+    # multiply-adds of one example, by layer; None if it cannot be counted
     layers: tuple[flops.Layer, ...] | None
-    paths: tuple[str, ...]
-    sizes: tuple[int, ...]
-    flags: tuple[bool, ...]
+    paths: tuple[str, ...]  # of the parameters
+    sizes: tuple[int, ...]  # of the parameters
+    flags: tuple[bool, ...]  # which of them are prunable
 
 
 def profile(
@@ -62,16 +52,7 @@ def profile(
     prunable: PrunableFn,
     warn: Callable[[str], object],
 ) -> Profile:
-    """Count a network once.
-
-    Args:
-      model: the network.
-      params: its parameters, or their shapes.
-      inputs: ``[E, ...]`` as stored; one of them is the example.
-      preprocess: ``(key, inputs) -> inputs`` of tests.
-      prunable: what coverage and stability are reported of.
-      warn: receives a sentence if the network cannot be counted.
-    """
+    """Count a network once."""
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), inputs)
     example = jax.eval_shape(preprocess, jax.random.key(0), one)
     try:
@@ -133,20 +114,15 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
 
 
 class _Work(NamedTuple):
-    """What the clients of a round computed, all together.
+    """What the clients of a round computed, all together."""
 
-    Attributes:
-      models: ``[T, L]`` live entries per leaf of the models that the examples passed through.
-      moved: ``[L]`` entries per leaf whose gradient was wanted; None for the live ones.
-      parts: the passes that were made.
-      num_examples: how many, through all models together.
-      num_dense: of them, by path, those at which the leaf's weight gradient was dense.
-    """
-
+    # ``[T, L]`` live entries per leaf of the models that the examples passed through
     models: np.ndarray
+    # ``[L]`` entries per leaf whose gradient was wanted; None for the live ones
     moved: np.ndarray | None
-    parts: tuple[str, ...]
-    num_examples: float
+    parts: tuple[str, ...]  # the passes that were made
+    num_examples: float  # how many, through all models together
+    # of them, by path, those at which the leaf's weight gradient was dense
     num_dense: Mapping[str, int]
 
 
@@ -203,15 +179,9 @@ def of_inference(
 ) -> dict[str, int] | None:
     """Count the FLOPs of a prediction, an example, by what the gates let through in the test.
 
-    Args:
-      profile: of the network.
-      metrics: of the round before the test, read to the host, for its masks.
-      through: `evaluation.Evaluation.through`.
-
-    Returns:
-      `gated`: under masks, with what gates close left out; `open`: under masks, with all channels
-      open; `without_gates`: the network without masks, gates, and what these compute. None if the
-      network has no gates or cannot be counted.
+    `gated` and `open` are under the masks, without and with what gates close; `without_gates` is
+    the network without masks, gates, and what these compute. None if it has no gates or cannot be
+    counted.
     """
     masked = _masked(profile, tuple(np.asarray(metrics.num_live).tolist()))
     if masked is None or not through:

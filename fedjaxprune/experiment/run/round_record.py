@@ -45,14 +45,10 @@ _DENSE_BITS = 32  # of a value
 
 
 class Writer(NamedTuple):
-    """Makes the record of one run.
+    """Makes the record of one run."""
 
-    Attributes:
-      header: its first line.
-      line: ``(stage, stage_round, round, metrics, tested) -> line``, all read to the host.
-    """
-
-    header: dict[str, Any]
+    header: dict[str, Any]  # its first line
+    # ``(stage, stage_round, round, metrics, tested) -> line``, all read to the host
     line: Callable[[str, int, int, RoundMetrics, evaluation.Evaluation | None], Line]
 
 

@@ -41,17 +41,12 @@ def _nothing(sentence: str) -> None:
 
 
 class Audience(NamedTuple):
-    """Who listens to a sweep.
+    """Who listens to a sweep."""
 
-    Attributes:
-      listen: opens a listener for each run of this process.
-      note: takes a sentence: which run begins, which one ended.
-      warn: takes a sentence: which run failed, and why.
-    """
-
+    # opens a listener for each run of this process
     listen: Callable[[], AbstractContextManager[Listener]] = lambda: nullcontext(Listener())
-    note: Callable[[str], object] = _nothing
-    warn: Callable[[str], object] = _nothing
+    note: Callable[[str], object] = _nothing  # takes a sentence: which run begins, which one ended
+    warn: Callable[[str], object] = _nothing  # takes a sentence: which run failed, and why
 
 
 def is_finished(member: Member) -> bool:
@@ -100,11 +95,7 @@ def attempt(
 def side_by_side(
     sweep: Sweep, audience: Audience, *, jobs: int, track: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Run what is missing in `jobs` processes, each on its share of the cores.
-
-    Raises:
-      ConfigError: the sweep is not a file, which each process can read.
-    """
+    """Run what is missing in `jobs` processes, each on its share of the cores."""
     if not sweep.source.endswith((".yaml", ".yml")):
         raise ConfigError("jobs must be 1 for a sweep that is not a file.")
     missing = [member for member in sweep.members if not is_finished(member)]

@@ -40,19 +40,12 @@ class Member(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A file, read.
+    """A file, read."""
 
-    Attributes:
-      source: its name, for messages.
-      folder: of the members' folders.
-      members: in the order in which they are run.
-      notes: what the user should know before they run, a sentence each.
-    """
-
-    source: str
-    folder: pathlib.Path
-    members: tuple[Member, ...]
-    notes: tuple[str, ...]
+    source: str  # its name, for messages
+    folder: pathlib.Path  # of the members' folders
+    members: tuple[Member, ...]  # in the order in which they are run
+    notes: tuple[str, ...]  # what the user should know before they run, a sentence each
 
 
 def is_sweep(values: Mapping[str, Any]) -> bool:
@@ -63,15 +56,9 @@ def is_sweep(values: Mapping[str, Any]) -> bool:
 
 
 def read(given: str | Mapping[str, Any], *, folder: pathlib.Path | None) -> Sweep:
-    """Read a sweep and check all of its members, those that have been run included.
+    """Read a sweep, the path of a YAML file or its content, and check all of its members.
 
-    Args:
-      given: path of the YAML file, or its content.
-      folder: of the members' folders; None for the file's `folder`, or ``runs/`` and its name.
-
-    Raises:
-      ConfigError: the file cannot be read, a member is no run that could be made, or a folder
-        holds another run.
+    Without a `folder` its members are in the file's own, or in ``runs/`` and its name.
     """
     if isinstance(given, str):
         source, stem = given, pathlib.Path(given).stem
