@@ -96,7 +96,7 @@ NETWORKS = {
     "mlp": lambda: (models.mlp(input_shape=(9,), num_classes=3, hidden_sizes=(8, 6)), (9,)),
     "lenet5": lambda: (models.lenet5(input_shape=(16, 18, 1), num_classes=3), (16, 18, 1)),
     "cnn": lambda: (models.cnn(input_shape=(5, 6, 1), num_classes=3), (5, 6, 1)),
-    "pooled_cnn": lambda: linen(convolutional.PooledCnn((4, 6), hidden_size=5, num_classes=3)),
+    "pooled_cnn": lambda: linen(convolutional.SmallCnn(3, (4, 6), (1, 1), (5,), 3)),
     "two_cnn": lambda: linen(convolutional.TwoCnn(2, 5, 3, 0.0)),
     "vgg": lambda: linen(vgg.Vgg(plan=((4,), (4, 8)), head=HEAD, norm="none")),
     "vgg_batch": lambda: linen(vgg.Vgg(plan=((4,), (4, 8)), head=HEAD, norm="batch")),

@@ -58,9 +58,7 @@ def from_linen(
         state.pop(_SOWN, None)
         return state.pop("params"), state
 
-    def apply_fn(
-        params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
-    ) -> tuple[jax.Array, State, Metrics]:
+    def apply_fn(params, state, inputs, mask, key):
         options: dict[str, Any] = mode(True)
         if has_mask:
             options["mask"] = mask
@@ -128,9 +126,7 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn | None = No
             _, params, _, state = split(build(key))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-    def apply_fn(
-        params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
-    ) -> tuple[jax.Array, State, Metrics]:
+    def apply_fn(params, state, inputs, mask, key):
         module = assemble(params, state, key)
         module.train()
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -163,9 +159,7 @@ def from_functions(
     def init_fn(key: Key) -> tuple[Params, State]:
         return init(key), {}
 
-    def apply_fn(
-        params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
-    ) -> tuple[jax.Array, State, Metrics]:
+    def apply_fn(params, state, inputs, mask, key):
         del mask, key  # nothing here is random or shared between examples
         return apply(params, inputs), state, {}
 

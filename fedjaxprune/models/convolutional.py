@@ -1,6 +1,7 @@
 """Plain convolutional networks of the papers' protocols: LeNet-5, AlexNet and small CNNs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,27 +15,19 @@ from fedjaxprune.types import Model
 
 
 class SmallCnn(nn.Module):
-    """Two 5×5 convolutions, each with ReLU and 2×2 max-pooling, then dense layers with ReLU.
+    """Convolutions with ReLU and 2×2 max-pooling, then dense layers with ReLU."""
 
-    Attributes:
-      channels: of the two convolutions.
-      paddings: zeros on each side, of the two convolutions.
-      hidden_sizes: widths of the hidden dense layers.
-      num_classes: width of the output.
-    """
-
-    channels: tuple[int, int]
-    paddings: tuple[int, int]
+    kernel_size: int
+    channels: Sequence[int]
+    paddings: Sequence[int]
     hidden_sizes: Sequence[int]
     num_classes: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map ``[B, H, W, C]`` to logits ``[B, num_classes]``."""
-        for i in range(2):
-            x = layers.ConvReluMaxPool(self.channels[i], 5, self.paddings[i], name=f"conv_{i + 1}")(
-                x
-            )
+        for i, (width, padding) in enumerate(zip(self.channels, self.paddings, strict=True), 1):
+            x = layers.ConvReluMaxPool(width, self.kernel_size, padding, name=f"conv_{i}")(x)
         x = x.reshape(x.shape[0], -1)
         for i, size in enumerate(self.hidden_sizes, start=1):
             x = nn.relu(layers.Dense(size, name=f"dense_{i}")(x))
@@ -57,37 +50,23 @@ def lenet5(*, input_shape: Sequence[int], num_classes: int) -> Model:
     References:
       LeCun et al., Gradient-based learning applied to document recognition, 1998.
     """
-    shapes.check_sizes(num_classes, input_shape=input_shape)
-    shapes.check_image("lenet5", input_shape, smallest=12)
-    module = SmallCnn(
-        channels=(6, 16), paddings=(2, 0), hidden_sizes=(120, 84), num_classes=num_classes
-    )
-    return adapters.from_linen(module, input_shape=input_shape)
+    module = SmallCnn(5, (6, 16), (2, 0), (120, 84), num_classes)
+    return _checked("lenet5", module, input_shape, smallest=12)
 
 
 def cnn(*, input_shape: Sequence[int], num_classes: int) -> Model:
     """Make the two-layer CNN of the first federated-learning papers.
 
     Convolutions of 32 and 64 channels that keep the size, a dense layer of 512: 1,663,370
-    parameters for 28×28×1 and 10 classes. PyTorch's initialization.
-
-    Args:
-      input_shape: height, width and channels of one example; at least 4×4.
-      num_classes: width of the output.
-
-    Raises:
-      ValueError: if the examples are no images, or too small.
+    parameters for 28×28×1 and 10 classes. PyTorch's initialization. Arguments and errors are those
+    of `lenet5`, for images of at least 4×4.
 
     References:
       McMahan et al., `Communication-efficient learning of deep networks from decentralized data
       <https://arxiv.org/abs/1602.05629>`_, 2017.
     """
-    shapes.check_sizes(num_classes, input_shape=input_shape)
-    shapes.check_image("cnn", input_shape, smallest=4)
-    module = SmallCnn(
-        channels=(32, 64), paddings=(2, 2), hidden_sizes=(512,), num_classes=num_classes
-    )
-    return adapters.from_linen(module, input_shape=input_shape)
+    module = SmallCnn(5, (32, 64), (2, 2), (512,), num_classes)
+    return _checked("cnn", module, input_shape, smallest=4)
 
 
 class AlexNet(nn.Module):
@@ -114,33 +93,19 @@ def alexnet(*, input_shape: Sequence[int], num_classes: int) -> Model:
     """Make AlexNet in the CIFAR form of FedDIP's code.
 
     23,272,266 parameters for 32×32×3 and 10 classes, of which 23,262,912 are kernels; nine tenths
-    are in the dense layers. PyTorch's initialization.
-
-    Args:
-      input_shape: height, width and channels of one example; at least 15×15.
-      num_classes: width of the output.
-
-    Raises:
-      ValueError: if the examples are no images, or too small.
+    are in the dense layers. PyTorch's initialization. Arguments and errors are those of `lenet5`,
+    for images of at least 15×15.
 
     References:
       Long et al., `FedDIP <https://arxiv.org/abs/2309.06805>`_, 2023, and its public code.
     """
-    shapes.check_sizes(num_classes, input_shape=input_shape)
-    shapes.check_image("alexnet", input_shape, smallest=15)
-    return adapters.from_linen(AlexNet(num_classes=num_classes), input_shape=input_shape)
+    return _checked("alexnet", AlexNet(num_classes), input_shape, smallest=15)
 
 
 class TwoCnn(nn.Module):
     """Two 5×5 convolutions, each with 2×2 max-pooling, averaged to 7×7, and two dense layers.
 
     Convolutions and poolings have a border of one. Xavier's normal initialization, biases of zero.
-
-    Attributes:
-      width: channels of the first convolution; the second has twice as many.
-      hidden_size: width of the hidden dense layer.
-      num_classes: width of the output.
-      dropout: rate after the hidden dense layer.
     """
 
     width: int
@@ -164,22 +129,6 @@ class TwoCnn(nn.Module):
         return layers.Dense(self.num_classes, "xavier", name="dense_2")(x)
 
 
-class PooledCnn(nn.Module):
-    """3×3 convolutions, each with ReLU and 2×2 max-pooling, and two dense layers."""
-
-    channels: Sequence[int]
-    hidden_size: int
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[B, H, W, C]`` to logits ``[B, num_classes]``."""
-        for i, width in enumerate(self.channels, start=1):
-            x = layers.ConvReluMaxPool(width, 3, 1, name=f"conv_{i}")(x)
-        x = nn.relu(layers.Dense(self.hidden_size, name="dense_1")(x.reshape(x.shape[0], -1)))
-        return layers.Dense(self.num_classes, name="dense_2")(x)
-
-
 def two_cnn(*, input_shape: Sequence[int], num_classes: int, width: int = 32) -> Model:
     """Make AutoFLIP's two-layer CNN.
 
@@ -197,23 +146,19 @@ def two_cnn(*, input_shape: Sequence[int], num_classes: int, width: int = 32) ->
     References:
       Internò et al., `AutoFLIP <https://arxiv.org/abs/2405.10271>`_, 2024, and its public code.
     """
-    return _two_cnn("two_cnn", input_shape, num_classes, width, 512, 0.0)
+    module = TwoCnn(width, 512, num_classes, dropout=0.0)
+    return _checked("two_cnn", module, input_shape, smallest=6, width=(width,))
 
 
 def femnist_cnn(*, input_shape: Sequence[int], num_classes: int, dropout: float = 0.1) -> Model:
     """Make AutoFLIP's CNN for FEMNIST: `two_cnn` of width 64 and 2,048 hidden units, with dropout.
 
-    13,180,734 parameters for grey images and 62 classes.
-
-    Args:
-      input_shape: height, width and channels of one example; at least 6×6.
-      num_classes: width of the output.
-      dropout: rate after the hidden dense layer.
-
-    Raises:
-      ValueError: if the examples are no images, or too small, or the rate is out of range.
+    13,180,734 parameters for grey images and 62 classes. Arguments and errors are those of
+    `two_cnn`, and `dropout` is the rate after the hidden dense layer, in [0, 1).
     """
-    return _two_cnn("femnist_cnn", input_shape, num_classes, 64, 2048, dropout)
+    shapes.check_rate("dropout", dropout)
+    module = TwoCnn(64, 2048, num_classes, dropout)
+    return _checked("femnist_cnn", module, input_shape, smallest=6)
 
 
 def pooled_cnn(
@@ -240,26 +185,17 @@ def pooled_cnn(
     References:
       Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023, and its public code.
     """
-    shapes.check_sizes(
-        num_classes, input_shape=input_shape, channels=channels, hidden_size=(hidden_size,)
-    )
-    shapes.check_image("pooled_cnn", input_shape, smallest=2 ** len(channels))
-    module = PooledCnn(tuple(channels), hidden_size=hidden_size, num_classes=num_classes)
-    return adapters.from_linen(module, input_shape=input_shape)
+    sizes = {"channels": channels, "hidden_size": (hidden_size,)}
+    module = SmallCnn(3, tuple(channels), (1,) * len(channels), (hidden_size,), num_classes)
+    return _checked("pooled_cnn", module, input_shape, smallest=2 ** len(channels), **sizes)
 
 
-def _two_cnn(
-    name: str,
-    input_shape: Sequence[int],
-    num_classes: int,
-    width: int,
-    hidden_size: int,
-    dropout: float,
+def _checked(
+    name: str, module: Any, input_shape: Sequence[int], *, smallest: int, **sizes: Sequence[int]
 ) -> Model:
-    shapes.check_sizes(num_classes, input_shape=input_shape, width=(width,))
-    shapes.check_image(name, input_shape, smallest=6)
-    shapes.check_rate("dropout", dropout)
-    module = TwoCnn(width, hidden_size, num_classes, dropout)
+    """Refuse sizes that are not positive and images that are too small, or make a model."""
+    shapes.check_sizes(module.num_classes, input_shape=input_shape, **sizes)
+    shapes.check_image(name, input_shape, smallest=smallest)
     return adapters.from_linen(module, input_shape=input_shape)
 
 
@@ -267,9 +203,7 @@ class TwoCnnSettings(Settings):
     """Settings of `two_cnn`."""
 
     width: Count = setting(
-        32,
-        "Channels of the first convolution; the second has twice as many.",
-        unit="channels",
+        32, "Channels of the first convolution; the second has twice as many.", unit="channels"
     )
 
 

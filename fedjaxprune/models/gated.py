@@ -46,15 +46,8 @@ class GatedBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.features:
             shortcut = resnet.subsample(x, features=self.features, stride=self.stride)
         for i, stride in enumerate((self.stride, 1), start=1):
-            conv = gated_layers.GatedConv(
-                self.features,
-                self.norm,
-                stride,
-                "none",
-                self.choice,
-                self.gate_scale,
-                name=f"conv_{i}",
-            )
+            gate = ("none", self.choice, self.gate_scale)
+            conv = gated_layers.GatedConv(self.features, self.norm, stride, *gate, name=f"conv_{i}")
             x = conv(x, density, train, mask)
             x = layers.computed_once(nn.relu(x + shortcut if i == 2 else x))
         return x
@@ -63,14 +56,7 @@ class GatedBlock(nn.Module):
 class GatedResNet(nn.Module):
     """He's ResNet for CIFAR with a gate on every convolution of its blocks, but not on the first.
 
-    Attributes:
-      widths: channels of each stage.
-      depth: blocks of each stage.
-      num_classes: width of the output.
-      norm: kind of normalization.
-      density: fraction of channels kept, to begin with.
-      choice: as in `gated_layers.GatedConv`.
-      gate_scale: as in `gated_layers.GatedConv`.
+    Its stages have one depth; the density is that of the start.
     """
 
     widths: Sequence[int]
@@ -101,16 +87,7 @@ class GatedResNet(nn.Module):
 
 
 class GatedVgg(nn.Module):
-    """VGG with a gate on every convolution, the first included.
-
-    Attributes:
-      plan: as in `vgg.Vgg`.
-      head: dense layers at the end.
-      norm: kind of normalization.
-      density: fraction of channels kept, to begin with.
-      choice: as in `gated_layers.GatedConv`.
-      gate_scale: as in `gated_layers.GatedConv`.
-    """
+    """VGG with a gate on every convolution, the first included, that starts at the density."""
 
     plan: Sequence[Sequence[int]]
     head: vgg.Head
@@ -230,15 +207,7 @@ def _residual(name, depth, input_shape, num_classes, norm, density, choice, gate
     shapes.check_sizes(num_classes, input_shape=input_shape)
     shapes.check_image(name, input_shape, smallest=4)
     _check(norm, density, choice, gate_scale)
-    module = GatedResNet(
-        widths=(16, 32, 64),
-        depth=depth,
-        num_classes=num_classes,
-        norm=norm,
-        density=density,
-        choice=choice,
-        gate_scale=gate_scale,
-    )
+    module = GatedResNet((16, 32, 64), depth, num_classes, norm, density, choice, gate_scale)
     return adapters.from_linen(module, input_shape=input_shape)
 
 
@@ -272,9 +241,7 @@ def gated_vgg16(
         "gated_vgg16", input_shape, num_classes, hidden_sizes, pool=1, dropout=dropout
     )
     _check(norm, density, choice, gate_scale)
-    module = GatedVgg(
-        plan=vgg.VGG16, head=head, norm=norm, density=density, choice=choice, gate_scale=gate_scale
-    )
+    module = GatedVgg(vgg.VGG16, head, norm, density, choice, gate_scale)
     return adapters.from_linen(module, input_shape=input_shape)
 
 

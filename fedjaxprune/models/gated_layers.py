@@ -17,20 +17,13 @@ Choice = Literal["salient", "random"]
 class GatedConv(nn.Module):
     """A convolution, normalization and a gate: ``norm(conv(x)) * saliency`` on the kept channels.
 
-    Exactly `gates.num_kept` channels are kept for every example; of equal saliencies
-    the lower channel goes first. The choice has no gradient, the saliencies of kept channels have.
-    How many examples kept each channel is sown as ``kept``, and what share of the layer's products
-    they need as ``through`` (see `gates`).
-
-    Attributes:
-      features: channels of the output.
-      norm: kind of normalization.
-      stride: of the 3×3 convolution.
-      squash: ``"sigmoid"`` squashes the gate's view of the input, ``"none"`` does not.
-      choice: ``"salient"``, or ``"random"`` for the control that keeps as many channels, drawn
-        anew for every example and scaled all the same.
-      gate_scale: of the gate's kernel at the start, as a multiple of He's normal by fan-in; the
-        gate's bias starts at 1, so that a small one begins close to the network without gates.
+    Exactly `gates.num_kept` channels are kept for every example; of equal saliencies the lower
+    channel goes first, and a `choice` of ``"random"`` draws as many, scaled all the same. The
+    choice has no gradient, the saliencies of kept channels have. How many examples kept each
+    channel is sown as ``kept``, and what share of the layer's products they need as ``through``
+    (see `gates`). The gate sees its input as it is or, by `squash`, a sigmoid of it. Its kernel
+    starts as `gate_scale` times He's normal by fan-in, its bias at 1, so that a small kernel begins
+    close to the network without gates.
     """
 
     features: int
@@ -58,24 +51,14 @@ class GatedConv(nn.Module):
             scores = _draw(key, jax.lax.stop_gradient(summary), self.features)
         kept = _rank(scores) < gates.num_kept(density, self.features)
         counts = jnp.ones(x.shape[:1], jnp.bool_) if mask is None else mask
-        self.sow(
-            "metrics",
-            gates.KEPT,
-            Mean(
-                total=jnp.sum(kept & counts[:, None], axis=0).astype(jnp.float32),
-                weight=jnp.sum(counts).astype(jnp.float32),
-            ),
-            init_fn=metrics.zero,
-            reduce_fn=metrics.merge,
+        seen = Mean(
+            total=jnp.sum(kept & counts[:, None], axis=0).astype(jnp.float32),
+            weight=jnp.sum(counts).astype(jnp.float32),
         )
         factor = jnp.where(kept, saliency, jnp.zeros_like(saliency))
-        self.sow(
-            "metrics",
-            gates.THROUGH,
-            metrics.mean(_share_through(channels, factor), counts.astype(jnp.float32)),
-            init_fn=metrics.zero,
-            reduce_fn=metrics.merge,
-        )
+        passed = metrics.mean(_share_through(channels, factor), counts.astype(jnp.float32))
+        for name, value in ((gates.KEPT, seen), (gates.THROUGH, passed)):
+            self.sow("metrics", name, value, init_fn=metrics.zero, reduce_fn=metrics.merge)
         x = layers.Conv(self.features, 3, self.stride, name="conv")(x)
         return resnet.NormLayer(self.norm, name="norm")(x, train, mask) * factor[:, None, None]
 
@@ -83,14 +66,11 @@ class GatedConv(nn.Module):
 def _share_through(channels: jax.Array, factor: jax.Array) -> jax.Array:
     """Measure the share of a layer's products that an example needs: ``[B]`` float32.
 
-    Args:
-      channels: ``[B, C]``, means of the input, which is not negative behind a ReLU: zero where a
-        channel is zero everywhere.
-      factor: ``[B, features]``, zero where a channel of the output is.
+    Behind a ReLU the mean of a channel (`channels`, ``[B, C]``) is zero where all of it is.
     """
-    live_in, live_out = jax.lax.stop_gradient((channels, factor))
     share_in, share_out = (
-        jnp.mean((x != 0).astype(jnp.float32), axis=1) for x in (live_in, live_out)
+        jnp.mean((x != 0).astype(jnp.float32), axis=1)
+        for x in jax.lax.stop_gradient((channels, factor))
     )
     return share_in * share_out
 

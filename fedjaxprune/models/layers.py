@@ -75,6 +75,16 @@ class Dense(nn.Module):
         return product + bias.reshape(*[1] * (x.ndim - 1), -1)
 
 
+def _convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    return convolution.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=[(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
 class ConvReluMaxPool(nn.Module):
     """A convolution, ReLU and 2×2 max-pooling with stride 2, with PyTorch's initialization."""
 
@@ -93,13 +103,7 @@ class ConvReluMaxPool(nn.Module):
         if jax.default_backend() == "cpu" and x.shape[-1] < 16:
             block = 4 if x.shape[-1] * self.features <= 16 else 2
             return blocked.conv_relu_max_pool(x, kernel, bias, padding=self.padding, block=block)
-        x = convolution.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(1, 1),
-            padding=[(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x = _convolve(x, kernel, stride=1, padding=self.padding)
         # The bias and ReLU commute with the maximum, and cost a quarter after it.
         return nn.relu(pooling.max_pool(x) + bias[None, None, None])
 
@@ -131,13 +135,7 @@ class Conv(nn.Module):
         kernel_start, bias_start = _start(self.start, self.kernel_size**2 * x.shape[-1])
         kernel = self.param("kernel", kernel_start, shape)
         padding = self.kernel_size // 2 if self.padding is None else self.padding
-        x = convolution.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=[(padding, padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x = _convolve(x, kernel, stride=self.stride, padding=padding)
         if self.bias == "none":
             return x
         return x + self.param("bias", bias_start, (self.features,))[None, None, None]

@@ -17,13 +17,7 @@ Labels = Literal["last", "every"]
 
 
 class _Affine(nn.Module):
-    """The parameters of an affine map, to be applied by its owner.
-
-    Attributes:
-      fan_in: width of the input.
-      features: width of the output.
-      bound: parameters start uniform in ``[-bound, bound]``.
-    """
+    """The parameters of an affine map, which start uniform in ``[-bound, bound]``."""
 
     fan_in: int
     features: int
@@ -72,14 +66,7 @@ class Lstm(nn.Module):
 
 
 class CharLstm(nn.Module):
-    """An embedding, stacked LSTMs and a dense layer.
-
-    Attributes:
-      embedding_size: width of the embedding.
-      hidden_sizes: widths of the LSTMs.
-      num_classes: number of tokens, in and out.
-      labels: ``"last"`` gives logits for the last position, ``"every"`` for all of them.
-    """
+    """An embedding, stacked LSTMs and a dense layer; `num_classes` counts tokens, in and out."""
 
     embedding_size: int
     hidden_sizes: Sequence[int]
@@ -145,12 +132,7 @@ def char_lstm(
         )
     if labels not in ("last", "every"):
         raise ValueError(f'labels must be "last" or "every", got {labels!r}.')
-    module = CharLstm(
-        embedding_size=embedding_size,
-        hidden_sizes=tuple(hidden_sizes),
-        num_classes=num_classes,
-        labels=labels,
-    )
+    module = CharLstm(embedding_size, tuple(hidden_sizes), num_classes, labels)
     return adapters.from_linen(module, input_shape=input_shape, input_dtype=jnp.int32)
 
 
@@ -167,5 +149,5 @@ PARTS = {
         call(char_lstm),
         CharLstmSettings,
         summary="two LSTM layers of 256 over characters; sequences of tokens",
-    ),
+    )
 }

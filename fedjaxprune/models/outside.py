@@ -12,7 +12,7 @@ from flax import nnx
 
 from fedjaxprune import trees
 from fedjaxprune.models import adapters
-from fedjaxprune.types import Key, Metrics, Model, Params, State
+from fedjaxprune.types import Key, Model, Params, State
 
 _ALLOWED = (
     "a Model, a flax linen module, a function of `rngs` that gives a flax nnx module, a function "
@@ -41,17 +41,12 @@ def as_model(value: Any, *, input_shape: Sequence[int], input_dtype: Any = jnp.f
         return adapters.from_functions(*value)
     if isinstance(value, type):
         raise TypeError(f"it is the class {value.__name__}, which must be called: {_ALLOWED}.")
-    if isinstance(value, nnx.Module):
-        name = type(value).__name__
+    is_nnx = isinstance(value, nnx.Module)
+    if is_nnx or _is_equinox(value):
+        library, key = ("nnx", "rngs") if is_nnx else ("Equinox", "key")
         raise TypeError(
-            f"it is one nnx module, but every seed starts from its own: give the function `lambda "
-            f"rngs: {name}(..., rngs=rngs)`."
-        )
-    if _is_equinox(value):
-        name = type(value).__name__
-        raise TypeError(
-            f"it is one Equinox module, but every seed starts from its own: give the function "
-            f"`lambda key: {name}(..., key=key)`."
+            f"it is one {library} module, but every seed starts from its own: give the function "
+            f"`lambda {key}: {type(value).__name__}(..., {key}={key})`."
         )
     names = list(inspect.signature(value).parameters) if inspect.isroutine(value) else []
     function: Any = value
@@ -122,9 +117,7 @@ def from_equinox(make: Callable[[Key], Any], *, loss: adapters.LossFn | None = N
             return outputs, {}
         return outputs[0], _nested(outputs[1])
 
-    def apply_fn(
-        params: Params, state: State, inputs: Any, mask: jax.Array, key: Key
-    ) -> tuple[jax.Array, State, Metrics]:
+    def apply_fn(params, state, inputs, mask, key):
         del mask  # Equinox's layers have no place for it
         outputs, state = run(params, state, inputs, key)
         return outputs, state, {}

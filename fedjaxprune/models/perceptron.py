@@ -56,6 +56,4 @@ class MlpSettings(Settings):
     )
 
 
-PARTS = {
-    "mlp": Part(call(mlp), MlpSettings, summary="two hidden layers; any numeric input"),
-}
+PARTS = {"mlp": Part(call(mlp), MlpSettings, summary="two hidden layers; any numeric input")}

@@ -35,19 +35,11 @@ def compute_in(model: Model, dtype: Any) -> Model:
     if dtype == jnp.float32:
         return model
 
-    def narrow(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype) if _is_wide(leaf) else leaf, tree)
-
     def loss_fn(params: Params, state: State, batch: Batch, key: Key) -> Any:
-        inputs = narrow(batch.inputs)
-        value, (after, report) = model.loss(
-            narrow(params), state, batch._replace(inputs=inputs), key
-        )
+        params, inputs = _cast((params, batch.inputs), jnp.float32, dtype)
+        value, (after, report) = model.loss(params, state, batch._replace(inputs=inputs), key)
         after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
-        report = jax.tree.map(
-            lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == dtype else leaf, report
-        )
-        return value.astype(jnp.float32), (after, report)
+        return value.astype(jnp.float32), (after, _cast(report, dtype, jnp.float32))
 
     return model._replace(loss=loss_fn)
 
@@ -57,5 +49,5 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
-def _is_wide(leaf: jax.Array) -> bool:
-    return leaf.dtype == jnp.float32
+def _cast(tree: Any, old: Any, new: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(new) if leaf.dtype == old else leaf, tree)

@@ -17,16 +17,21 @@ Norm = Literal["batch", "group"]
 Stem = Literal["cifar", "imagenet"]
 BlockKind = Literal["plain", "projection", "bottleneck"]
 
-_WIDE = (64, 128, 256, 512)  # channels of the four stages of the larger ResNets
 _EXPANSION = 4  # of a bottleneck's output over its inner width
+_NARROW, _WIDE = (16, 32, 64), (64, 128, 256, 512)
+# Channels and blocks of each stage.
+_PLANS: dict[str, tuple[tuple[int, ...], tuple[int, ...], BlockKind]] = {
+    "resnet8": (_NARROW, (1, 1, 1), "plain"),
+    "resnet20": (_NARROW, (3, 3, 3), "plain"),
+    "resnet32": (_NARROW, (5, 5, 5), "plain"),
+    "resnet18": (_WIDE, (2, 2, 2, 2), "projection"),
+    "resnet34": (_WIDE, (3, 4, 6, 3), "projection"),
+    "resnet50": (_WIDE, (3, 4, 6, 3), "bottleneck"),
+}
 
 
 def check_norm(norm: str) -> None:
-    """Refuse a kind of normalization that there is not.
-
-    Raises:
-      ValueError: naming what was given and what is allowed.
-    """
+    """Refuse a kind of normalization that there is not."""
     if norm not in ("batch", "group"):
         raise ValueError(f'norm must be "batch" or "group", got {norm!r}.')
 
@@ -48,21 +53,17 @@ def subsample(x: jax.Array, *, features: int, stride: int) -> jax.Array:
     """Take every `stride`-th pixel and add channels of zeros on both sides (He's option A)."""
     missing = features - x.shape[-1]
     return jnp.pad(
-        x[:, ::stride, ::stride],
-        ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)),
+        x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2))
     )
 
 
 class Block(nn.Module):
     """Two 3×3 convolutions around a shortcut, or a 3×3 one between two 1×1 ones.
 
-    Attributes:
-      features: channels inside, and of the output; a bottleneck's output has four times as many.
-      stride: of the first 3×3 convolution.
-      norm: kind of normalization.
-      kind: ``"projection"`` makes a shortcut that changes shape a 1×1 convolution with
-        normalization (He's option B), named ``shortcut``; ``"plain"`` takes every other pixel and
-        adds channels of zeros (option A); ``"bottleneck"`` is the one between two, with option B.
+    A ``"projection"`` makes a shortcut that changes shape a 1×1 convolution with normalization
+    (He's option B), named ``shortcut``; ``"plain"`` takes every other pixel and adds channels of
+    zeros (option A). A ``"bottleneck"`` is the 3×3 one between two, with option B; its output has
+    four times as many channels as it has inside.
     """
 
     features: int
@@ -99,14 +100,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A convolution, stages of blocks, a global average and a dense layer.
 
-    Attributes:
-      widths: channels of each stage; every stage but the first halves the image.
-      depths: blocks of each stage.
-      num_classes: width of the output.
-      norm: kind of normalization.
-      block: as in `Block`.
-      stem: ``"cifar"`` begins with a 3×3 convolution, ``"imagenet"`` with a 7×7 one of stride 2 and
-        a 3×3 max-pooling of stride 2.
+    Every stage but the first halves the image. The stem ``"cifar"`` is a 3×3 convolution,
+    ``"imagenet"`` a 7×7 one of stride 2 and a 3×3 max-pooling of stride 2.
     """
 
     widths: Sequence[int]
@@ -135,11 +130,7 @@ class ResNet(nn.Module):
 
 
 def resnet18(
-    *,
-    input_shape: Sequence[int],
-    num_classes: int,
-    norm: Norm,
-    stem: Stem = "cifar",
+    *, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
 ) -> Model:
     """Make ResNet-18, by default in its CIFAR form: 3×3 stem without pooling, widths 64 to 512.
 
@@ -162,31 +153,21 @@ def resnet18(
       He et al., `Deep residual learning for image recognition
       <https://arxiv.org/abs/1512.03385>`_, 2016.
     """
-    return _resnet("resnet18", input_shape, num_classes, norm, _WIDE, (2, 2, 2, 2), stem=stem)
+    return _resnet("resnet18", input_shape, num_classes, norm, stem)
 
 
 def resnet34(
-    *,
-    input_shape: Sequence[int],
-    num_classes: int,
-    norm: Norm,
-    stem: Stem = "cifar",
+    *, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
 ) -> Model:
     """Make ResNet-34: `resnet18` with 3, 4, 6 and 3 blocks, 21 million kernel weights."""
-    return _resnet("resnet34", input_shape, num_classes, norm, _WIDE, (3, 4, 6, 3), stem=stem)
+    return _resnet("resnet34", input_shape, num_classes, norm, stem)
 
 
 def resnet50(
-    *,
-    input_shape: Sequence[int],
-    num_classes: int,
-    norm: Norm,
-    stem: Stem = "cifar",
+    *, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
 ) -> Model:
     """Make ResNet-50: `resnet34` with bottlenecks; 23,705,252 parameters for 100 classes."""
-    return _resnet(
-        "resnet50", input_shape, num_classes, norm, _WIDE, (3, 4, 6, 3), "bottleneck", stem=stem
-    )
+    return _resnet("resnet50", input_shape, num_classes, norm, stem)
 
 
 def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
@@ -206,7 +187,7 @@ def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mode
       He et al., `Deep residual learning for image recognition
       <https://arxiv.org/abs/1512.03385>`_, 2016.
     """
-    return _resnet("resnet8", input_shape, num_classes, norm, (16, 32, 64), (1, 1, 1), "plain")
+    return _resnet("resnet8", input_shape, num_classes, norm)
 
 
 def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
@@ -215,7 +196,7 @@ def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mod
     Shortcuts have no parameters (option A of section 4.2); 0.27 million parameters for 10 classes.
     Arguments and errors are those of `resnet8`.
     """
-    return _resnet("resnet20", input_shape, num_classes, norm, (16, 32, 64), (3, 3, 3), "plain")
+    return _resnet("resnet20", input_shape, num_classes, norm)
 
 
 def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
@@ -223,29 +204,20 @@ def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mod
 
     Arguments and errors are those of `resnet8`.
     """
-    return _resnet("resnet32", input_shape, num_classes, norm, (16, 32, 64), (5, 5, 5), "plain")
+    return _resnet("resnet32", input_shape, num_classes, norm)
 
 
 def _resnet(
-    name: str,
-    input_shape: Sequence[int],
-    num_classes: int,
-    norm: Norm,
-    widths: tuple[int, ...],
-    depths: tuple[int, ...],
-    block: BlockKind = "projection",
-    *,
-    stem: Stem = "cifar",
+    name: str, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
 ) -> Model:
     shapes.check_sizes(num_classes, input_shape=input_shape)
     check_norm(norm)
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}.')
+    widths, depths, block = _PLANS[name]
     smallest = 32 if stem == "imagenet" else 2 ** (len(widths) - 1)
     shapes.check_image(name, input_shape, smallest=smallest)
-    module = ResNet(
-        widths=widths, depths=depths, num_classes=num_classes, norm=norm, block=block, stem=stem
-    )
+    module = ResNet(widths, depths, num_classes, norm, block, stem)
     return adapters.from_linen(module, input_shape=input_shape)
 
 
@@ -280,8 +252,6 @@ PARTS = {
         call(resnet34), LargeSettings, summary="residual, CIFAR form, 21 million weights"
     ),
     "resnet50": Part(
-        call(resnet50),
-        LargeSettings,
-        summary="residual with bottlenecks, 24 million weights",
+        call(resnet50), LargeSettings, summary="residual with bottlenecks, 24 million weights"
     ),
 }

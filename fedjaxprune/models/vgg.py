@@ -19,14 +19,7 @@ Norm = Literal["none", "batch", "group"]
 
 
 class Head(NamedTuple):
-    """Dense layers at the end of a network of images.
-
-    Attributes:
-      pool: side of the image that they see, by adaptive average pooling.
-      hidden_sizes: widths of the hidden layers, each with ReLU and dropout.
-      num_classes: width of the output.
-      dropout: rate after each hidden layer.
-    """
+    """Dense layers at the end of a network of images, of which they see `pool` times `pool`."""
 
     pool: int
     hidden_sizes: tuple[int, ...]
@@ -72,27 +65,15 @@ def apply_head(head: Head, x: jax.Array, train: bool) -> jax.Array:
 
 
 def make_head(
-    name: str,
-    input_shape: Sequence[int],
-    num_classes: int,
-    hidden_sizes: Sequence[int],
-    *,
-    pool: int,
-    dropout: float,
+    name: str, input_shape: Sequence[int], num_classes: int, hidden_sizes, *, pool, dropout
 ) -> Head:
-    """Check what a VGG is asked for, and describe its head.
-
-    Raises:
-      ValueError: if the examples are no images, or too small, or an option is out of range.
-    """
+    """Check what a VGG is asked for, and describe its head."""
     shapes.check_sizes(
         num_classes, input_shape=input_shape, hidden_sizes=hidden_sizes, pool=(pool,)
     )
     shapes.check_image(name, input_shape, smallest=32)
     shapes.check_rate("dropout", dropout)
-    return Head(
-        pool=pool, hidden_sizes=tuple(hidden_sizes), num_classes=num_classes, dropout=dropout
-    )
+    return Head(pool, tuple(hidden_sizes), num_classes, dropout)
 
 
 def vgg11(
@@ -143,16 +124,7 @@ def vgg16(
     return _vgg("vgg16", VGG16, input_shape, num_classes, norm, hidden_sizes, pool, dropout)
 
 
-def _vgg(
-    name: str,
-    plan: Sequence[Sequence[int]],
-    input_shape: Sequence[int],
-    num_classes: int,
-    norm: Norm,
-    hidden_sizes: Sequence[int],
-    pool: int,
-    dropout: float,
-) -> Model:
+def _vgg(name, plan, input_shape, num_classes, norm, hidden_sizes, pool, dropout) -> Model:
     head = make_head(name, input_shape, num_classes, hidden_sizes, pool=pool, dropout=dropout)
     if norm not in ("none", "batch", "group"):
         raise ValueError(f'norm must be "none", "batch" or "group", got {norm!r}.')
