@@ -96,8 +96,7 @@ def epochs(*, num_epochs: int, batch_size: int, preprocess: Preprocess) -> Batch
     Raises:
       ValueError: if a number is out of range; when it is used, if steps would not fit int32.
     """
-    _check_positive("num_epochs", num_epochs)
-    _check_positive("batch_size", batch_size)
+    _check_positive(num_epochs=num_epochs, batch_size=batch_size)
 
     def num_steps_fn(data: ClientData) -> jax.Array:
         everybodys = len(data.order)  # at least a client's
@@ -106,21 +105,15 @@ def epochs(*, num_epochs: int, batch_size: int, preprocess: Preprocess) -> Batch
                 f"the steps of {num_epochs} epochs in batches of {batch_size} must fit int32 for "
                 f"{everybodys} examples."
             )
-        return num_epochs * _ceil_divide(data.size, batch_size)
+        return num_epochs * -(-data.size // batch_size)
 
     def batch_fn(key: Key, data: ClientData, step: jax.Array) -> Batch:
         order_key, preprocess_key = jax.random.split(key)
-        per_epoch = jnp.maximum(_ceil_divide(data.size, batch_size), 1)
+        per_epoch = jnp.maximum(-(-data.size // batch_size), 1)
         slots = step % per_epoch * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-        positions = permute(
-            jax.random.fold_in(order_key, step // per_epoch),
-            slots % jnp.maximum(data.size, 1),
-            data.size,
-        )
-        weights = (slots < data.size).astype(jnp.float32)
-        return _gather(
-            jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
-        )
+        epoch_key = jax.random.fold_in(order_key, step // per_epoch)
+        positions = permute(epoch_key, slots % jnp.maximum(data.size, 1), data.size)
+        return _gather(preprocess_key, data, step, positions, slots < data.size, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
 
@@ -144,8 +137,7 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
     Raises:
       ValueError: if a number is out of range, or slots would not fit int32.
     """
-    _check_positive("num_steps", num_steps)
-    _check_positive("batch_size", batch_size)
+    _check_positive(num_steps=num_steps, batch_size=batch_size)
     if num_steps * batch_size > _INT32_MAX:
         raise ValueError(
             f"num_steps * batch_size must not exceed {_INT32_MAX}, got {num_steps} * {batch_size}."
@@ -173,10 +165,8 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
             slots % size,
             size,
         )
-        weights = jnp.full(batch_size, data.size > 0).astype(jnp.float32)
-        return _gather(
-            jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
-        )
+        counts = jnp.full(batch_size, data.size > 0)
+        return _gather(preprocess_key, data, step, positions, counts, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
 
@@ -198,18 +188,17 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
       ValueError: if a number is out of range.
     """
     _check_share(share)
-    _check_positive("batch_size", batch_size)
+    _check_positive(batch_size=batch_size)
 
     def num_steps_fn(data: ClientData) -> jax.Array:
-        return _ceil_divide(num_shown(data.size, share), batch_size)
+        return -(-num_shown(data.size, share) // batch_size)
 
     def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
         num = num_shown(data.size, share)
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-        own = jax.random.fold_in(key, data.start)
-        positions = permute(own, slots % jnp.maximum(num, 1), data.size)
-        weights = (slots < num).astype(jnp.float32)
-        return _gather(jax.random.fold_in(step_key, step), data, positions, weights, preprocess)
+        own_key = jax.random.fold_in(key, data.start)
+        positions = permute(own_key, slots % jnp.maximum(num, 1), data.size)
+        return _gather(step_key, data, step, positions, slots < num, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
 
@@ -221,10 +210,10 @@ def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preproce
     takes no steps.
     """
     _check_share(share)
-    _check_positive("batch_size", batch_size)
+    _check_positive(batch_size=batch_size)
 
     def num_steps_fn(data: ClientData) -> jax.Array:
-        return _ceil_divide(data.size - num_shown(data.size, share), batch_size)
+        return -((num_shown(data.size, share) - data.size) // batch_size)
 
     def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
         order_key, preprocess_key = jax.random.split(step_key)
@@ -232,15 +221,9 @@ def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preproce
         num_left = data.size - num
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
         shuffled = permute(order_key, slots % jnp.maximum(num_left, 1), num_left)
-        positions = permute(
-            jax.random.fold_in(key, data.start),
-            jnp.minimum(num + shuffled, jnp.maximum(data.size - 1, 0)),
-            data.size,
-        )
-        weights = (slots < num_left).astype(jnp.float32)
-        return _gather(
-            jax.random.fold_in(preprocess_key, step), data, positions, weights, preprocess
-        )
+        hidden = jnp.minimum(num + shuffled, jnp.maximum(data.size - 1, 0))
+        positions = permute(jax.random.fold_in(key, data.start), hidden, data.size)
+        return _gather(preprocess_key, data, step, positions, slots < num_left, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
 
@@ -251,39 +234,42 @@ def num_shown(size: jax.Array, share: float) -> jax.Array:
     return jnp.minimum(jnp.ceil(exact * (1.0 - 1e-6)).astype(jnp.int32), size)
 
 
-def _check_share(share: float) -> None:
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"share must lie in (0, 1], got {share}.")
-
-
 def _gather(
-    key: Key, data: ClientData, positions: jax.Array, weights: jax.Array, preprocess: Preprocess
+    key: Key,
+    data: ClientData,
+    step: jax.Array,
+    positions: jax.Array,
+    counts: jax.Array,
+    preprocess: Preprocess,
 ) -> Batch:
-    """Fetch the client's examples at `positions` ``[B]`` and prepare their inputs."""
+    """Fetch the client's examples at `positions` ``[B]``, and prepare them by the step's own key.
+
+    Those for which `counts` ``[B]`` is False weigh nothing.
+    """
     # An empty last client starts behind the end of the index: clip, so that nothing is made up.
     rows = data.order.at[data.start + positions].get(mode="clip")
 
     def take(leaf: Any) -> jax.Array:
         return leaf.at[rows].get(mode="clip")
 
+    inputs = jax.tree.map(take, data.examples["inputs"])
+    labels = take(data.examples["labels"])
+    if not jnp.issubdtype(labels.dtype, jnp.floating):  # targets of a regression keep their type
+        labels = labels.astype(jnp.int32)
     return Batch(
-        inputs=preprocess(key, jax.tree.map(take, data.examples["inputs"])),
-        labels=_in_own_type(take(data.examples["labels"])),
-        weights=weights,
+        inputs=preprocess(jax.random.fold_in(key, step), inputs),
+        labels=labels,
+        weights=counts.astype(jnp.float32),
     )
 
 
-def _in_own_type(labels: jax.Array) -> jax.Array:
-    """Give classes as int32; the targets of a regression keep their floating type."""
-    return labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(jnp.int32)
+def _check_share(share: float) -> None:
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share must lie in (0, 1], got {share}.")
 
 
-def _ceil_divide(size: jax.Array, batch_size: int) -> jax.Array:
-    """Divide, rounding up, without leaving int32."""
-    return (size + (batch_size - 1)) // batch_size
-
-
-def _check_positive(name: str, value: int) -> None:
+def _check_positive(**values: int) -> None:
     """Refuse what is not a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")

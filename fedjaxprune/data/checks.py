@@ -12,14 +12,7 @@ _INT32_MAX = 2**31 - 1
 
 
 class Labels(NamedTuple):
-    """Labels of training and test examples, in the type that they are kept in.
-
-    Attributes:
-      train: see `Dataset`.
-      test: likewise.
-      num_classes: 0 for a regression.
-      class_names: empty where classes were given as integers.
-    """
+    """Labels of training and test examples, as `Dataset` keeps them."""
 
     train: np.ndarray
     test: np.ndarray
@@ -28,39 +21,35 @@ class Labels(NamedTuple):
 
 
 def array(values: Any, what: str) -> np.ndarray:
-    """Make an array of values, called `what` in errors, that NumPy can hold in one block.
-
-    Raises:
-      DataError: the rows differ in length, or it is no array.
-    """
+    """Make an array of values, called `what` in errors, that NumPy can hold in one block."""
     if callable(values):
-        name = getattr(values, "__name__", "it")
-        raise DataError(f"{what} must be an array, got a function; call it: {name}().")
+        raise DataError(f"{what} must be an array, got {kind(values)}.")
     try:
         made = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{what} cannot be made an array: {first_line(error)}") from None
     if made.ndim == 0:
-        raise DataError(
-            f"{what} must be an array with an axis of examples, got {type(values).__name__}."
-        )
+        raise DataError(f"{what} must be an array with an axis of examples, got {kind(values)}.")
     return made
+
+
+def kind(value: Any) -> str:
+    """Name the type of a value that cannot be used; functions may have been meant to be called."""
+    if callable(value):
+        return f"a function; call it: {getattr(value, '__name__', 'it')}()"
+    return type(value).__name__
 
 
 def inputs(values: Any, what: str, *, task: Task) -> np.ndarray:
     """Check the inputs ``[E, ...]`` and give them as uint8, float32 or, for tokens, int32.
 
     Grayscale images ``[E, H, W]`` of uint8 get an axis of channels.
-
-    Raises:
-      DataError: naming `what` and what is wrong with it.
     """
     made = array(values, what)
-    kind = made.dtype.kind
-    if kind in "OUS":
-        given = "text" if kind in "US" or _holds_text(made) else "rows of differing shapes"
+    if made.dtype.kind in "OUS":
+        given = "text" if _holds_text(made) else "rows of differing shapes"
         raise DataError(f"{what} must be numbers of one shape per example, got {given}.")
-    if kind not in "buif":
+    if made.dtype.kind not in "buif":
         raise DataError(f"{what} must be real numbers, got {made.dtype}.")
     if made.shape[0] == 0:
         raise DataError(f"{what} must have at least one example, got shape {made.shape}.")
@@ -95,26 +84,13 @@ def inputs(values: Any, what: str, *, task: Task) -> np.ndarray:
 def labels(
     train: Any, test: Any, *, task: Task, num_classes: int | None, class_names: Sequence[str]
 ) -> Labels:
-    """Check labels of both splits for a task.
-
-    Args:
-      train: classes as integers or text; numbers for a regression.
-      test: likewise.
-      task: what they are for.
-      num_classes: how many there are; None counts the training examples' classes.
-      class_names: of integer classes, or empty.
-
-    Raises:
-      DataError: saying which labels do not fit, and how to convert them.
-    """
+    """Check labels of both splits for a task; arguments are those of `as_dataset`."""
     both = array(train, "train labels"), array(test, "test labels")
     if task == "regression":
         return Labels(_targets(both[0], "train"), _targets(both[1], "test"), 0, ())
     if all(_is_text(values) for values in both):
         return _from_text(both, task=task)
-    made = [
-        _classes(values, name, task) for values, name in zip(both, ("train", "test"), strict=True)
-    ]
+    made = [_classes(both[0], "train", task), _classes(both[1], "test", task)]
     present = [np.unique(values[values >= 0] if values.ndim > 1 else values) for values in made]
     if task == "binary":
         _check_binary(present)
@@ -141,11 +117,7 @@ def labels(
 
 
 def lengths(values: Sequence[Any], names: Sequence[str]) -> None:
-    """Refuse arrays that differ in their number of examples.
-
-    Raises:
-      DataError: with the numbers.
-    """
+    """Refuse arrays that differ in their number of examples."""
     sizes = [len(value) for value in values]
     if len(set(sizes)) > 1:
         counts = ", ".join(f"{size} {name}" for size, name in zip(sizes, names, strict=True))
@@ -153,24 +125,18 @@ def lengths(values: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def keys(values: Any, name: str, num_examples: int) -> np.ndarray:
-    """Check a column of client ids ``[E]``.
-
-    Raises:
-      DataError: it does not give every training example one id.
-    """
+    """Check a column of client ids, one for each training example."""
     made = array(values, f"client ids {name!r}")
     if made.shape != (num_examples,):
         raise DataError(
             f"client ids {name!r} must be one id per training example, shape ({num_examples},), "
             f"got shape {made.shape}."
         )
-    if made.dtype.kind == "O":
-        if any(value is None or value != value for value in made):
-            raise DataError(f"client ids {name!r} must have no missing values.")
-        made = made.astype(str)
-    if made.dtype.kind == "f" and not np.isfinite(made).all():
+    is_object = made.dtype.kind == "O"
+    is_missing = is_object and any(value is None or value != value for value in made)
+    if is_missing or (made.dtype.kind == "f" and not np.isfinite(made).all()):
         raise DataError(f"client ids {name!r} must have no missing values.")
-    return made
+    return made.astype(str) if is_object else made
 
 
 def _tokens(made: np.ndarray, what: str) -> np.ndarray:
@@ -296,9 +262,7 @@ def _holds_text(made: np.ndarray) -> bool:
 
 
 def _is_text(made: np.ndarray) -> bool:
-    return made.size > 0 and (
-        made.dtype.kind == "U" or (made.dtype.kind == "O" and _holds_text(made))
-    )
+    return made.size > 0 and made.dtype.kind != "S" and _holds_text(made)
 
 
 def _type(made: np.ndarray) -> str:

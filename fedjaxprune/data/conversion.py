@@ -61,7 +61,7 @@ def as_dataset(
     if isinstance(value, Dataset):
         check(value)
         return value
-    if (hasattr(value, "column_names") and hasattr(value, "features")) or _is_dataset_dict(value):
+    if _is_huggingface(value):
         from fedjaxprune.data.sources import huggingface  # it uses this function
 
         return huggingface.convert(value, name=name, task=task, test_fraction=test_fraction)
@@ -112,33 +112,23 @@ def as_dataset(
 
 
 def check(dataset: Dataset) -> None:
-    """Refuse a `Dataset` whose fields do not fit each other.
-
-    Raises:
-      DataError: naming the field.
-    """
+    """Refuse a `Dataset` whose fields do not fit each other."""
     if dataset.task not in _TASKS:
         raise DataError(f"task must be one of {', '.join(_TASKS)}, got {dataset.task!r}.")
     for split, arrays in (("train", dataset.train), ("test", dataset.test)):
         if missing := {"inputs", "labels"} - set(arrays):
             raise DataError(f"{split} must have inputs and labels, but has no {min(missing)}.")
         checks.lengths((arrays["inputs"], arrays["labels"]), (f"{split} inputs", f"{split} labels"))
-        shape = np.shape(arrays["inputs"])[1:]
-        if shape != tuple(dataset.input_shape):
+        shape, said = np.shape(arrays["inputs"])[1:], tuple(dataset.input_shape)
+        if shape != said:
             raise DataError(
-                f"input_shape is {tuple(dataset.input_shape)}, but {split} inputs have shape "
-                f"{shape} per example."
+                f"input_shape is {said}, but {split} inputs have shape {shape} per example."
             )
         checks.inputs(arrays["inputs"], f"{split} inputs", task=dataset.task)
-    checks.labels(
-        dataset.train["labels"],
-        dataset.test["labels"],
-        task=dataset.task,
-        num_classes=dataset.num_classes,
-        class_names=(),
-    )
+    train, test = dataset.train["labels"], dataset.test["labels"]
+    checks.labels(train, test, task=dataset.task, num_classes=dataset.num_classes, class_names=())
     for key, ids in dataset.keys.items():
-        checks.keys(ids, key, len(dataset.train["labels"]))
+        checks.keys(ids, key, len(train))
 
 
 def _split(value: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -148,9 +138,8 @@ def _split(value: Any) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(value, Mapping):
         return _of_mapping(value)
     if isinstance(value, tuple) and len(value) == 2:
-        if all(isinstance(part, tuple | list | Mapping) and len(part) == 2 for part in value):
-            return _two(*value)
-        if isinstance(value[0], Mapping):
+        pairs = (isinstance(part, tuple | list | Mapping) and len(part) == 2 for part in value)
+        if isinstance(value[0], Mapping) or all(pairs):
             return _two(*value)
         return (checks.array(value[0], "inputs"), checks.array(value[1], "labels")), None, {}
     if hasattr(value, "columns") and hasattr(value, "to_numpy"):
@@ -158,10 +147,7 @@ def _split(value: Any) -> tuple[Any, Any, dict[str, Any]]:
             "a data frame is no data set: give its columns as arrays, such as {'inputs': "
             "frame[features].to_numpy(), 'labels': frame[label].to_numpy()}."
         )
-    if callable(value):
-        name = getattr(value, "__name__", "it")
-        raise DataError(f"data must be {_FORMS}, got a function; call it: {name}().")
-    raise DataError(f"data must be {_FORMS}, got {type(value).__name__}.")
+    raise DataError(f"data must be {_FORMS}, got {checks.kind(value)}.")
 
 
 def _two(train: Any, test: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -178,9 +164,8 @@ def _pair(split: Any, name: str) -> Any:
         return split
     if isinstance(split, tuple | list) and len(split) == 2:
         return tuple(split)
-    raise DataError(
-        f"{name} must be (inputs, labels) or a mapping of them, got {_describe(split)}."
-    )
+    given = type(split).__name__ + (f" of length {len(split)}" if hasattr(split, "__len__") else "")
+    raise DataError(f"{name} must be (inputs, labels) or a mapping of them, got {given}.")
 
 
 def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
@@ -207,21 +192,11 @@ def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
 
 def _count_symbols(*arrays: Any) -> int:
     """Count the symbols in tokens and labels together; labels that are none are refused later."""
-    return (
-        max((int(a.max()) for a in map(np.asarray, arrays) if a.dtype.kind in "ui"), default=0) + 1
-    )
+    largest = (int(a.max()) for a in map(np.asarray, arrays) if a.dtype.kind in "ui")
+    return max(largest, default=0) + 1
 
 
-def _is_dataset_dict(value: Any) -> bool:
-    """Tell a mapping of Hugging Face data sets."""
-    return isinstance(value, Mapping) and any(
-        hasattr(part, "column_names") and hasattr(part, "features") for part in value.values()
-    )
-
-
-def _describe(value: Any) -> str:
-    return (
-        f"{type(value).__name__} of length {len(value)}"
-        if hasattr(value, "__len__")
-        else (type(value).__name__)
-    )
+def _is_huggingface(value: Any) -> bool:
+    """Tell a Hugging Face data set, or a mapping of them."""
+    parts = value.values() if isinstance(value, Mapping) else (value,)
+    return any(hasattr(part, "column_names") and hasattr(part, "features") for part in parts)

@@ -5,7 +5,7 @@ they are the whole data set. Randomness comes from the given NumPy generator alo
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -119,12 +119,7 @@ def shards(
 
 
 def dirichlet(
-    rng: np.random.Generator,
-    labels: np.ndarray,
-    *,
-    num_clients: int,
-    alpha: float,
-    min_size: int,
+    rng: np.random.Generator, labels: np.ndarray, *, num_clients: int, alpha: float, min_size: int
 ) -> Partition:
     """Share out each class by a draw from a symmetric Dirichlet distribution over the clients.
 
@@ -320,21 +315,19 @@ def _by_class(partition: Callable[..., Partition], **options: str) -> Callable[.
     """Make the `build` of a partition by classes; `options` are settings by their argument."""
 
     def build(settings: Settings, rng: Any, labels: Any, *, num_clients: int, keys=None):
-        classes = _need_classes(partition.__name__, labels)
+        classes = np.asarray(labels)
+        if classes.ndim != 1 or not np.issubdtype(classes.dtype, np.integer):
+            raise ConfigError(
+                f"partition {partition.__name__} needs one class per example, but the labels are "
+                f"{classes.dtype} of shape {classes.shape}; use iid or by_key."
+            )
         given = {argument: getattr(settings, name) for argument, name in options.items()}
         return partition(rng, classes, num_clients=num_clients, **given)
 
     return build
 
 
-def _by_key(
-    settings: ByKeySettings,
-    rng: np.random.Generator,
-    labels: Any,
-    *,
-    num_clients: int | None = None,
-    keys: Mapping[str, np.ndarray] | None = None,
-) -> Partition:
+def _by_key(settings: ByKeySettings, rng: Any, labels: Any, *, num_clients=None, keys=None):
     """Make one client of each distinct id; `num_clients` is not read."""
     del rng, labels, num_clients
     keys = keys or {}
@@ -347,17 +340,6 @@ def _by_key(
             f"key must be a column with client ids ({have}), got {name!r}{near_miss(name, keys)}"
         )
     return by_key(keys[name], min_size=settings.min_client_size)
-
-
-def _need_classes(name: str, labels: Any) -> np.ndarray:
-    """Refuse a partition by classes of labels that are none."""
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ConfigError(
-            f"partition {name} needs one class per example, but the labels are {labels.dtype} of "
-            f"shape {labels.shape}; use iid or by_key."
-        )
-    return labels
 
 
 PARTS = {

@@ -80,11 +80,9 @@ def shortest(mask: np.ndarray) -> tuple[Coding, np.ndarray | None]:
     if marked == n:
         return Coding(ALL), None
     complement = 2 * marked > n
-    count = n - marked if complement else marked
-    flat = mask.reshape(-1)
-    listed = np.flatnonzero(~flat if complement else flat)
+    listed = np.flatnonzero(~mask if complement else mask)
     options = [Coding(BITMAP, num_listed=marked), _rice(n, listed, complement)]
-    options.append(_elias_fano(n, count, complement))
+    options.append(_elias_fano(n, len(listed), complement))
     for axis in range(mask.ndim if mask.ndim >= 2 and mask.size else 0):
         if _follows(mask, marked, axis):
             options.append(Coding(AXIS, num_listed=marked, parameter=axis))
@@ -101,28 +99,27 @@ def write(coding: Coding, mask: np.ndarray, listed: np.ndarray | None) -> list[b
     """Write a mask ``[...]`` in a coding; `listed` as `shortest` gives it, or None."""
     if coding.code == ALL or (coding.code in LISTS and coding.num_listed == 0):
         return []
-    flat = mask.reshape(-1)
     if coding.code == BITMAP:
-        return [np.packbits(flat).tobytes()]
+        return [np.packbits(mask).tobytes()]
     if coding.code == AXIS:
         return [np.packbits(_line(mask, coding.parameter)).tobytes()]
     if coding.code == SLICES:
-        live = mask.any(axis=_others(mask.shape, coding.parameter))
+        live = mask.any(axis=tuple(i for i in range(mask.ndim) if i != coding.parameter))
         drawn = np.compress(live, mask, axis=coding.parameter)
-        return [np.packbits(live).tobytes(), np.packbits(drawn.reshape(-1)).tobytes()]
+        return [np.packbits(live).tobytes(), np.packbits(drawn).tobytes()]
     if listed is None:
-        listed = np.flatnonzero(~flat if coding.complement else flat)
+        listed = np.flatnonzero(~mask if coding.complement else mask)
     k = coding.parameter
-    low = (1 << k) - 1
     if coding.code == RICE:
-        gaps = _gaps(listed)
-        ends = np.cumsum((gaps >> k) + 1) - 1
+        numbers = _gaps(listed)
+        ends = np.cumsum((numbers >> k) + 1) - 1
         unary = np.zeros(8 * coding.extra, np.bool_)
-        unary[ends] = True
-        return [packing.pack(gaps & low, k), np.packbits(unary).tobytes()]
-    unary = np.zeros(coding.num_listed + ((mask.size - 1) >> k), np.bool_)
-    unary[(listed >> k) + np.arange(len(listed))] = True
-    return [packing.pack(listed & low, k), np.packbits(unary).tobytes()]
+    else:
+        numbers = listed
+        ends = (listed >> k) + np.arange(len(listed))
+        unary = np.zeros(coding.num_listed + ((mask.size - 1) >> k), np.bool_)
+    unary[ends] = True
+    return [packing.pack(numbers & ((1 << k) - 1), k), np.packbits(unary).tobytes()]
 
 
 def read(coding: Coding, data: memoryview, n: int, shape: Sequence[int]) -> np.ndarray:
@@ -187,29 +184,24 @@ def check(coding: Coding, n: int, shape: Sequence[int], *, is_whole: bool) -> No
 
 def _elias_fano(n: int, count: int, complement: bool) -> Coding:
     """Take the number of low bits that makes the list shortest, the least of them if several do."""
-    guess = max((n // count).bit_length() - 1, 0) if count else 0
-    options = [
-        Coding(ELIAS_FANO, complement, count, k)
-        for k in range(max(guess - 1, 0), min(guess + 2, MAX_PARAMETER + 1))
-    ]
+    options = [Coding(ELIAS_FANO, complement, count, k) for k in _low_bits(n, count)]
     return min(options, key=lambda coding: num_bytes(coding, n, ()))
 
 
 def _rice(n: int, listed: np.ndarray, complement: bool) -> Coding:
     """Take the number of low bits that makes the list of gaps shortest."""
-    count = len(listed)
-    if count == 0:
-        return Coding(RICE, complement)
-    gaps = _gaps(listed)
-    guess = max((n // count).bit_length() - 1, 0)
-    first = max(guess - 1, 0)
-    gaps >>= first
+    count, gaps = len(listed), _gaps(listed)
     options = []
-    for k in range(first, min(guess + 2, MAX_PARAMETER + 1)):
-        length = packing.num_bytes(int(gaps.sum()) + count)
+    for k in _low_bits(n, count):
+        length = packing.num_bytes(int((gaps >> k).sum()) + count)
         options.append(Coding(RICE, complement, count, k, length))
-        gaps >>= 1
     return min(options, key=lambda coding: num_bytes(coding, n, ()))
+
+
+def _low_bits(n: int, count: int) -> range:
+    """Give the numbers of low bits among which the best one is."""
+    guess = (n // count).bit_length() - 1 if count else 0
+    return range(max(guess - 1, 0), min(guess + 2, MAX_PARAMETER + 1))
 
 
 def _read_list(coding: Coding, data: memoryview, n: int) -> np.ndarray:
@@ -230,13 +222,7 @@ def _read_list(coding: Coding, data: memoryview, n: int) -> np.ndarray:
     if coding.code == ELIAS_FANO:
         listed = ((ends - np.arange(count)) << k) | low
     else:
-        gaps = ((np.diff(ends, prepend=-1) - 1) << k) | low
-        listed = np.cumsum(gaps + 1) - 1
-    return _ascending(listed, n)
-
-
-def _ascending(listed: np.ndarray, n: int) -> np.ndarray:
-    """Refuse positions that do not ascend or leave the range."""
+        listed = np.cumsum(((_gaps(ends) << k) | low) + 1) - 1
     if int(listed[0]) < 0 or int(listed[-1]) >= n or not np.all(listed[1:] > listed[:-1]):
         raise WireError("positions do not ascend within their range.")
     return listed
@@ -277,11 +263,6 @@ def _live(listed: np.ndarray, shape: Sequence[int], axis: int) -> np.ndarray | N
         if live.all():
             return None
     return live
-
-
-def _others(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    """List all axes but one."""
-    return tuple(i for i in range(len(shape)) if i != axis)
 
 
 def _across(shape: Sequence[int], axis: int) -> list[int]:

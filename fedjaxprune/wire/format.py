@@ -8,7 +8,7 @@ length must follow from counts alone. Everything is NumPy on the host.
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -122,10 +122,10 @@ def encode(message: Message, *, deflate_level: int | None = None) -> bytes:
       ValueError: if a type, a shape or a name is not one that travels.
     """
     planned = [_plan(name, part) for name, part in message.items()]
-    plans, work = [item for item, _ in planned], [part for _, part in planned]
+    plans = [item for item, _ in planned]
     body: list[bytes | memoryview] = [packing.varint(len(plans))]
-    body.extend(headers.write(item, old) for item, old in zip(plans, _before(plans), strict=True))
-    for item, part in zip(plans, work, strict=True):
+    body.extend(map(headers.write, plans, _before(plans)))
+    for item, part in planned:
         body.extend(_payload(item, part))
     flags = 0
     if deflate_level is not None:
@@ -135,7 +135,7 @@ def encode(message: Message, *, deflate_level: int | None = None) -> bytes:
     digest = 0
     for piece in body:
         digest = zlib.crc32(piece, digest)
-    for part in work:
+    for _, part in planned:
         digest = _crc_known(part.known, digest)
     return b"".join([*body, digest.to_bytes(CHECKSUM_BYTES, "little")])
 
@@ -148,7 +148,7 @@ def num_bits(message: Message) -> int:
 
 def measure(plans: Sequence[Plan]) -> list[Lengths]:
     """Tell the bytes of every tensor of a message."""
-    return [headers.lengths(item, old) for item, old in zip(plans, _before(plans), strict=True)]
+    return list(map(headers.lengths, plans, _before(plans)))
 
 
 def plan(message: Message) -> list[Plan]:
@@ -207,7 +207,6 @@ def _plan(name: str, given: np.ndarray | Part) -> tuple[Plan, "_Work"]:
     """Decide how a tensor is written."""
     part = given if isinstance(given, Part) else Part(np.asarray(given))
     values = np.asarray(part.values)
-    dtype = values.dtype
     if len(name.encode()) > headers.MAX_NAME:
         raise ValueError(f"a name may have {headers.MAX_NAME} bytes, got {name!r}.")
     if values.dtype not in headers.DTYPES:
@@ -220,21 +219,20 @@ def _plan(name: str, given: np.ndarray | Part) -> tuple[Plan, "_Work"]:
                 f"{name}: a mask must be bool and of the shape {values.shape}, "
                 f"got {mask.dtype} and {mask.shape}."
             )
-    is_mask = dtype == headers.BOOL
+    is_mask = values.dtype == headers.BOOL
     if is_mask and part.known is not None:
         raise ValueError(f"{name}: a mask travels whole, not under another one.")
     if is_mask and part.chosen is not None and part.chosen is not part.values:
         raise ValueError(f"{name}: a mask has no values beside the positions that are chosen.")
     num_known = None if part.known is None else int(np.count_nonzero(part.known))
-    listed = None
+    dense, listed = Coding(codings.ALL), None
     if not isinstance(given, Part):
         chosen = values if is_mask else _bits(values) != 0
         coding, listed = codings.shortest(chosen)
-        dense = Coding(codings.ALL)
         if not is_mask and _size(coding, values) >= _size(dense, values):
             coding, chosen = dense, None
     elif part.chosen is None and not is_mask:
-        coding, chosen = Coding(codings.ALL), None
+        coding, chosen = dense, None
     else:
         chosen = values if part.chosen is None else part.chosen
         if part.known is not None:
@@ -242,7 +240,7 @@ def _plan(name: str, given: np.ndarray | Part) -> tuple[Plan, "_Work"]:
         n = values.size if num_known is None else num_known
         coding = codings.counted(n, int(np.count_nonzero(chosen)))
     num_scales = 0 if part.scales is None else len(part.scales)
-    made = Plan(name, dtype, values.shape, num_known, coding, part.level_bits, num_scales)
+    made = Plan(name, values.dtype, values.shape, num_known, coding, part.level_bits, num_scales)
     return made, _Work(values, part.known, chosen, listed, part.scales)
 
 
@@ -281,12 +279,9 @@ def _payload(plan: Plan, work: _Work) -> list[bytes | memoryview]:
         is_listed = work.listed is not None and not plan.coding.complement
         sent = sent[work.listed if is_listed else np.flatnonzero(work.chosen)]
     if plan.level_bits:
-        scales = np.zeros(0, np.float32) if work.scales is None else work.scales
-        pieces.append(scales.astype("<f4").tobytes())
-        pieces.append(packing.pack(sent, plan.level_bits))
-    else:
-        pieces.append(sent.astype(sent.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
-    return pieces
+        scales = b"" if work.scales is None else work.scales.astype("<f4").tobytes()
+        return [*pieces, scales, packing.pack(sent, plan.level_bits)]
+    return [*pieces, sent.astype(sent.dtype.newbyteorder("<"), copy=False).view(np.uint8).data]
 
 
 def _tensor(
@@ -294,33 +289,24 @@ def _tensor(
 ) -> np.ndarray | Levels:
     """Read a tensor back."""
     n, coding = headers.num_entries(plan), plan.coding
-    where = None
+    where: Any = slice(None)  # or positions, or a mask
     if coding.code != codings.ALL:
         where = codings.read(coding, positions, n, plan.shape)
     if plan.dtype == headers.BOOL:
-        drawn = np.ones(n, np.bool_) if where is None else where
-        if drawn.dtype != np.bool_:
-            drawn = np.zeros(n, np.bool_)
-            drawn[where] = True
-        return drawn.reshape(plan.shape).copy()
-    marked = codings.num_marked(coding, n)
+        drawn = np.zeros(n, np.bool_)
+        drawn[where] = True
+        return drawn.reshape(plan.shape)
     holder = np.dtype(f"u{plan.dtype.itemsize}")
     scales = np.frombuffer(values[: 4 * plan.num_scales], "<f4").astype(np.float32)
     if plan.level_bits:
+        marked = codings.num_marked(coding, n)
         sent = packing.unpack(values[4 * plan.num_scales :], marked, plan.level_bits)
-        sent = sent.astype(holder)
     else:
         sent = np.frombuffer(values, holder.newbyteorder("<"))
-    if where is not None and where.dtype == np.bool_:
-        where = np.flatnonzero(where)
     if mask is not None:
-        places = np.flatnonzero(mask)
-        where = places if where is None else places[where]
-    if where is None:
-        out = sent.astype(holder)
-    else:
-        out = np.zeros(math.prod(plan.shape), holder)
-        out[where] = sent
+        where = np.flatnonzero(mask)[where]
+    out = np.zeros(math.prod(plan.shape), holder)
+    out[where] = sent
     out = out.view(plan.dtype).reshape(plan.shape)
     return Levels(out, scales, plan.level_bits) if plan.level_bits else out
 

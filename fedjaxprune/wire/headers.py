@@ -16,13 +16,9 @@ from fedjaxprune.wire import codings, packing
 from fedjaxprune.wire.codings import Coding
 from fedjaxprune.wire.packing import WireError
 
-DTYPES = tuple(
-    np.dtype(name)
-    for name in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", ml_dtypes.bfloat16, "float32", "float64"),
-    )
-)
+_INTEGERS = "int8 int16 int32 int64 uint8 uint16 uint32 uint64"
+_FLOATS = ("float16", ml_dtypes.bfloat16, "float32", "float64")
+DTYPES = tuple(np.dtype(name) for name in ("bool", *_INTEGERS.split(), *_FLOATS))
 BOOL = DTYPES[0]
 MAX_AXES, MAX_NAME, MAX_LEVEL_BITS = 15, 255, 16
 WITH_PARAMETER = (codings.RICE, codings.ELIAS_FANO, codings.SLICES, codings.AXIS)
@@ -53,13 +49,7 @@ class Plan(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Bytes of one tensor.
-
-    Attributes:
-      header: its part of the header.
-      positions: which entries are marked; all of a bool tensor.
-      values: what they are.
-    """
+    """Bytes of one tensor; a bool tensor is positions alone."""
 
     header: int
     positions: int
@@ -93,17 +83,7 @@ def plan_counts(
     level_bits: int = 0,
     num_scales: int = 0,
 ) -> Plan:
-    """Plan a tensor whose length depends on counts alone, without its data.
-
-    Args:
-      name: in the message.
-      dtype: of the tensor; bool for a mask in a counted coding.
-      shape: of the tensor.
-      num_known: entries of the mask that the receiver holds; None if there is none.
-      num_chosen: entries that are sent with their positions; None if all are sent.
-      level_bits: bits of a quantized value; 0 for values as they are.
-      num_scales: float32 numbers beside the levels.
-    """
+    """Plan a tensor without its data, of which `num_chosen` entries (None: all) are sent."""
     n = math.prod(shape) if num_known is None else num_known
     coding = Coding(codings.ALL) if num_chosen is None else codings.counted(n, num_chosen)
     return Plan(name, dtype, tuple(shape), num_known, coding, level_bits, num_scales)
@@ -118,8 +98,8 @@ def write(plan: Plan, before: str) -> bytes:
         | KNOWN * (plan.num_known is not None)
         | LEVELS * bool(plan.level_bits)
     )
-    name, form = _write_name(plan.name, before), _write_form(plan.dtype, plan.shape)
-    parts = [name, form[:1], bytes([flags]), form[1:]]
+    form = _write_form(plan.dtype, plan.shape)
+    parts = [_write_name(plan.name, before), form[:1], bytes([flags]), form[1:]]
     if plan.num_known is not None:
         parts.append(packing.varint(plan.num_known))
     if plan.level_bits:
@@ -151,11 +131,7 @@ def _write_form(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def read(data: memoryview, at: int, before: str) -> tuple[Plan, int]:
-    """Read the header at byte `at` after that of name `before`; also give the place after it.
-
-    Raises:
-      WireError: if it is none, or contradicts itself.
-    """
+    """Read the header at byte `at` after that of name `before`; also give the place after it."""
     shared, at = packing.read_byte(data, at)
     added, at = packing.read_byte(data, at)
     old = before.encode()

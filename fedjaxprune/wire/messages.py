@@ -23,13 +23,7 @@ _SEED_PLAN = Plan(SEED, np.dtype("uint32"), (), None, codings.Coding(codings.ALL
 
 
 class Spec(NamedTuple):
-    """A tensor that is not there: what it is called and what it looks like.
-
-    Attributes:
-      name: ``field/path``.
-      dtype: of the tensor.
-      shape: of the tensor.
-    """
+    """A tensor that is not there: its name ``field/path`` and what it looks like."""
 
     name: str
     dtype: np.dtype
@@ -134,19 +128,18 @@ def delta(
     message = {}
     rows = zip(_named("delta", tree), _leaves(masks), payloads, strict=True)
     for (name, leaf), mask, payload in rows:
-        if payload.indices != "implied":
+        known, bits = _known_mask(mask), payload.level_bits
+        if payload.indices == "from_seed":
             chosen = _first(leaf, mask, payload.num_values)
-            if payload.indices == "from_seed":
-                message[name] = wire_format.kept(leaf, _known_mask(chosen))
-            else:
-                message[name] = wire_format.pairs(leaf, chosen, known=_known_mask(mask))
-        elif payload.level_bits:
+            message[name] = wire_format.kept(leaf, _known_mask(chosen))
+        elif payload.indices == "explicit":
+            chosen = _first(leaf, mask, payload.num_values)
+            message[name] = wire_format.pairs(leaf, chosen, known=known)
+        elif bits:
             levels, scales = _quantized(leaf, mask, payload)
-            message[name] = wire_format.levels(
-                levels, bits=payload.level_bits, scales=scales, known=_known_mask(mask)
-            )
+            message[name] = wire_format.levels(levels, bits=bits, scales=scales, known=known)
         else:
-            message[name] = wire_format.kept(leaf, _known_mask(mask))
+            message[name] = wire_format.kept(leaf, known)
     if any(p.indices == "from_seed" and p.num_values for p in payloads):
         message[SEED] = wire_format.kept(np.asarray(seed, np.uint32), None)
     return message
@@ -180,11 +173,8 @@ def weight(value: Any) -> dict[str, wire_format.Part]:
 
 def personal_masks(masks: Any, flags: Sequence[bool]) -> dict[str, wire_format.Part]:
     """Make the message of a client's own masks that `plan_masks` plans, of the prunable leaves."""
-    return {
-        name: wire_format.counted(leaf)
-        for (name, leaf), flag in zip(_named("masks", masks), flags, strict=True)
-        if flag
-    }
+    shown = masks_in_force(masks, flags)
+    return {name: wire_format.counted(leaf) for name, leaf in shown.items()}
 
 
 def masks_in_force(masks: Any, flags: Sequence[bool]) -> dict[str, np.ndarray]:

@@ -26,16 +26,12 @@ def pack(values: np.ndarray, width: int) -> bytes:
     for begin in range(0, len(values), CHUNK):
         words = values[begin : begin + CHUNK].astype(holder)
         bits = np.unpackbits(words.view(np.uint8)).reshape(len(words), -1)
-        parts.append(np.packbits(bits[:, bits.shape[1] - width :]))
+        parts.append(np.packbits(bits[:, -width:]))
     return b"".join(parts)
 
 
 def unpack(data: memoryview, count: int, width: int) -> np.ndarray:
-    """Read `count` integers of `width` bits: ``[count]`` int64.
-
-    Raises:
-      WireError: if the filling is not zero.
-    """
+    """Read `count` integers of `width` bits: ``[count]`` int64."""
     values = np.zeros(count, np.int64)
     if width == 0 or count == 0:
         return values
@@ -46,29 +42,20 @@ def unpack(data: memoryview, count: int, width: int) -> np.ndarray:
         first = begin * width // 8
         chunk = np.frombuffer(data[first : first + num_bytes(size * width)], np.uint8)
         bits = np.zeros((size, 8 * holder.itemsize), np.uint8)
-        bits[:, bits.shape[1] - width :] = np.unpackbits(chunk, count=size * width).reshape(
-            size, width
-        )
+        bits[:, -width:] = np.unpackbits(chunk, count=size * width).reshape(size, width)
         values[begin : begin + size] = np.packbits(bits).view(holder)
     return values
 
 
 def check_filling(data: memoryview, num_bits: int) -> None:
-    """Refuse a bit string whose last byte has ones after its `num_bits` bits.
-
-    Raises:
-      WireError: if it has.
-    """
+    """Refuse a bit string whose last byte has ones after its `num_bits` bits."""
     spare = -num_bits % 8
     if spare and data[num_bytes(num_bits) - 1] & ((1 << spare) - 1):
         raise WireError("a bit string does not end with zeros.")
 
 
 def varint(number: int) -> bytes:
-    """Write an integer from 0 on, seven bits a byte, low ones first; the top bit says more follows.
-
-    It is the LEB128 of DWARF and of protocol buffers.
-    """
+    """Write an integer from 0 on in LEB128, as DWARF and protocol buffers do."""
     parts = bytearray()
     while number > 0x7F:
         parts.append(0x80 | number & 0x7F)
@@ -78,11 +65,7 @@ def varint(number: int) -> bytes:
 
 
 def read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Read an integer below 2**63 at byte `at`; also give the place after it.
-
-    Raises:
-      WireError: if the data end in it, or it is longer, or longer than it need be.
-    """
+    """Read an integer below 2**63 at byte `at`; also give the place after it."""
     number = shift = 0
     while True:
         byte, at = read_byte(data, at)
@@ -98,11 +81,7 @@ def read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def read_byte(data: memoryview, at: int) -> tuple[int, int]:
-    """Read one byte; also give the place after it.
-
-    Raises:
-      WireError: if the data end there.
-    """
+    """Read one byte; also give the place after it."""
     if at >= len(data):
         raise WireError("the message ends too early.")
     return data[at], at + 1
@@ -110,7 +89,4 @@ def read_byte(data: memoryview, at: int) -> tuple[int, int]:
 
 def _holder(width: int) -> np.dtype:
     """Choose the smallest big-endian type of `width` bits."""
-    for dtype in (">u1", ">u2", ">u4", ">u8"):
-        if width <= 8 * np.dtype(dtype).itemsize:
-            return np.dtype(dtype)
-    raise ValueError(f"width must be at most 64, got {width}.")
+    return np.dtype(f">u{next(size for size in (1, 2, 4, 8) if width <= 8 * size)}")

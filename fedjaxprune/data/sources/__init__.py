@@ -4,15 +4,10 @@ import os
 import pathlib
 from typing import Any
 
-from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.data.sources import files
+from fedjaxprune.errors import ConfigError
 
-_SUFFIXES = {
-    ".csv": "table",
-    ".tsv": "table",
-    ".parquet": "table",
-    ".npz": "npz",
-    ".txt": "text",
-}
+_SUFFIXES = {".csv": "table", ".tsv": "table", ".parquet": "table", ".npz": "npz", ".txt": "text"}
 
 
 def source_for_path(text: str) -> tuple[str, dict[str, Any]] | None:
@@ -40,9 +35,7 @@ def source_for_path(text: str) -> tuple[str, dict[str, Any]] | None:
             raise ConfigError(
                 f"data.dataset: files that are read end in {', '.join(_SUFFIXES)}, got {text!r}."
             )
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
         raise ConfigError(
-            f"data.dataset: there is no file or folder {text!r}"
-            f"{near_miss(path.name, [one.name for one in beside])}"
+            f"data.dataset: there is no file or folder {text!r}{files.near_name(path)}"
         )
     return None

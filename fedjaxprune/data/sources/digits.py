@@ -32,6 +32,4 @@ def build(settings: Settings) -> Dataset:
     )
 
 
-PARTS = {
-    "digits": Part(build=build, summary="1,797 scanned digits of 8 x 8 pixels; no download"),
-}
+PARTS = {"digits": Part(build=build, summary="1,797 scanned digits of 8 x 8 pixels; no download")}

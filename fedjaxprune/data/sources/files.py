@@ -2,46 +2,30 @@
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fedjaxprune.errors import DataError, first_line, near_miss
 
 
-def find(path: str) -> pathlib.Path:
-    """Find a file.
-
-    Raises:
-      DataError: there is none; the nearest name beside it is suggested.
-    """
-    found = _find(path, "file")
-    if found.is_dir():
-        raise DataError(f"path must be a file, but {path} is a folder.")
-    return found
-
-
-def find_folder(path: str) -> pathlib.Path:
-    """Find a folder; errors are those of `find`."""
-    found = _find(path, "folder")
-    if not found.is_dir():
-        raise DataError(f"path must be a folder, but {path} is a file.")
-    return found
-
-
-def _find(path: str, kind: str) -> pathlib.Path:
+def find(path: str, *, kind: Literal["file", "folder"] = "file") -> pathlib.Path:
+    """Find a file or a folder."""
     found = pathlib.Path(path).expanduser()
     if not found.exists():
-        beside = found.parent
-        names = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []
-        raise DataError(f"there is no {kind} {path}{near_miss(found.name, names)}")
+        raise DataError(f"there is no {kind} {path}{near_name(found)}")
+    if found.is_dir() != (kind == "folder"):
+        other = "folder" if kind == "file" else "file"
+        raise DataError(f"path must be a {kind}, but {path} is a {other}.")
     return found
+
+
+def near_name(path: pathlib.Path) -> str:
+    """Suggest the nearest name in the folder of a path that does not exist, or end the sentence."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return near_miss(path.name, [entry.name for entry in beside])
 
 
 def read(path: pathlib.Path, reader: Callable[[pathlib.Path], Any], what: str) -> Any:
-    """Call a reader.
-
-    Raises:
-      DataError: with the first line of what the reader raised.
-    """
+    """Call a reader; an error of its own becomes one sentence."""
     try:
         return reader(path)
     except DataError:
@@ -51,13 +35,9 @@ def read(path: pathlib.Path, reader: Callable[[pathlib.Path], Any], what: str) -
 
 
 def column(name: str, names: list[str], setting: str, where: str) -> str:
-    """Check that a named column or array exists.
-
-    Raises:
-      DataError: with the names that exist.
-    """
+    """Check that a named column or array exists."""
     if name not in names:
         shown = names if len(names) <= 12 else [*names[:8], "...", *names[-3:]]
-        have = ", ".join(shown)
-        raise DataError(f"{setting}: {where} has no {name!r}, only {have}{near_miss(name, names)}")
+        have = ", ".join(shown) + near_miss(name, names)
+        raise DataError(f"{setting}: {where} has no {name!r}, only {have}")
     return name

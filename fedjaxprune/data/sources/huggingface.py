@@ -75,24 +75,14 @@ def convert(
     value: Any,
     *,
     name: str,
-    task: Task | None = None,
-    test_fraction: float = 0.2,
+    task: Task | None,
+    test_fraction: float,
     inputs: str | None = None,
     labels: str | None = None,
 ) -> Dataset:
     """Make a `Dataset` of a ``Dataset`` or ``DatasetDict``; `datasets` itself is not imported.
 
-    Args:
-      value: has ``column_names``, ``features`` and columns ``value[name]``, or is a mapping of
-        such values with a split ``train`` and optionally ``test`` or ``validation``.
-      name: for records and errors.
-      task: see `as_dataset`.
-      test_fraction: see `as_dataset`.
-      inputs: column; None: the only image, a column with a usual name, or all columns of numbers.
-      labels: column; None: the only class label, or a column with a usual name.
-
-    Raises:
-      DataError: what is wrong, in one sentence.
+    Columns of inputs and labels are named as in `HuggingFaceSettings`.
     """
     splits: Mapping[str, Any] = value if isinstance(value, Mapping) else {"train": value}
     if "train" not in splits:
@@ -104,20 +94,14 @@ def convert(
     label = _label(labels, columns, features, name)
     chosen = _inputs(inputs, columns, features, label, name)
     names = tuple(getattr(features.get(label), "names", None) or ())
-    keys = [c for c in columns if c not in (*chosen, label) and _is_value(features.get(c))]
-    arrays: dict[str, Any] = {
-        "inputs": _stack(train, chosen),
-        "labels": checks.array(_values(train, label), f"column {label!r}"),
-        **{key: checks.array(_values(train, key), f"column {key!r}") for key in keys},
-    }
-    arrays = {key: v for key, v in arrays.items() if key not in keys or not _has_missing(v)}
+    plain = [c for c in columns if _kind(features.get(c)) in ("Value", "ClassLabel")]
+    keys = [c for c in plain if c not in (*chosen, label)]
+    arrays: dict[str, Any] = {"inputs": _stack(train, chosen), "labels": _values(train, label)}
+    arrays |= {key: ids for key in keys if not _has_missing(ids := _values(train, key))}
     if test is not None:
         if missing := {*chosen, label} - set(test.column_names):
             raise DataError(f"{name}: the test split has no column {min(missing)!r}.")
-        arrays |= {
-            "test_inputs": _stack(test, chosen),
-            "test_labels": checks.array(_values(test, label), f"column {label!r}"),
-        }
+        arrays |= {"test_inputs": _stack(test, chosen), "test_labels": _values(test, label)}
     return as_dataset(
         arrays,
         name=name,
@@ -159,7 +143,7 @@ def _inputs(
 
 def _stack(split: Any, columns: list[str]) -> np.ndarray:
     """Read the inputs ``[E, ...]``: one column, or columns of numbers side by side."""
-    made = [checks.array(_values(split, column), f"column {column!r}") for column in columns]
+    made = [_values(split, column) for column in columns]
     if len(made) == 1 and made[0].ndim > 1:
         return made[0]
     if text := [c for c, values in zip(columns, made, strict=True) if values.dtype.kind in "OUS"]:
@@ -170,7 +154,7 @@ def _stack(split: Any, columns: list[str]) -> np.ndarray:
     return np.stack(made, axis=1)
 
 
-def _values(split: Any, column: str) -> list[Any]:
+def _values(split: Any, column: str) -> np.ndarray:
     """Read a column; images become arrays of 8 bits, grayscale or RGB."""
     values = list(split[column])
     if values and hasattr(values[0], "convert") and hasattr(values[0], "mode"):  # Pillow's images
@@ -182,7 +166,7 @@ def _values(split: Any, column: str) -> list[Any]:
                 f"column {column!r} must have images of one size, got {len(sizes)} sizes; resize "
                 "them first by map."
             )
-    return values
+    return checks.array(values, f"column {column!r}")
 
 
 def _has_missing(values: np.ndarray) -> bool:
@@ -193,20 +177,13 @@ def _kind(feature: Any) -> str:
     return type(feature).__name__
 
 
-def _is_value(feature: Any) -> bool:
-    """Tell a column of one plain value an example."""
-    return hasattr(feature, "dtype") and _kind(feature) in ("Value", "ClassLabel")
-
-
 def _is_number(feature: Any) -> bool:
-    dtype = str(getattr(feature, "dtype", ""))
-    return _kind(feature) == "Value" and dtype.startswith(
-        ("int", "uint", "float", "bool", "double")
-    )
+    numbers = ("int", "uint", "float", "bool", "double")
+    return _kind(feature) == "Value" and str(getattr(feature, "dtype", "")).startswith(numbers)
 
 
 PARTS = {
     "huggingface": Part(
         build=build, settings=HuggingFaceSettings, summary="a data set of the package datasets"
-    ),
+    )
 }

@@ -38,7 +38,7 @@ class ImageFolderSettings(Settings):
 
 def build(settings: ImageFolderSettings) -> Dataset:
     """Read the images as uint8; they are grayscale if all of them are, else RGB."""
-    root = files.find_folder(settings.path)
+    root = files.find(settings.path, kind="folder")
     train_root, test_root = root, None
     if (root / "train").is_dir():
         train_root = root / "train"
@@ -132,5 +132,5 @@ PARTS = {
         build=build,
         settings=ImageFolderSettings,
         summary="images in folder/class_name/, or folder/train/class_name/",
-    ),
+    )
 }

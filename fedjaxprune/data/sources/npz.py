@@ -47,12 +47,8 @@ def build(settings: NpzSettings) -> Dataset:
     if "labels" in chosen:
         shape = chosen["labels"].shape[:1]
         chosen |= {key: ids for key, ids in arrays.items() if ids.shape == shape}
-    made = as_dataset(
-        chosen,
-        name=path.stem,
-        task=settings.task,
-        test_fraction=settings.test_fraction,
-    )
+    fraction = settings.test_fraction
+    made = as_dataset(chosen, name=path.stem, task=settings.task, test_fraction=fraction)
     return made._replace(may_flip=settings.flip)
 
 
@@ -64,6 +60,4 @@ def _load(path) -> dict[str, np.ndarray]:
         return {name: loaded[name] for name in loaded.files}
 
 
-PARTS = {
-    "npz": Part(build=build, settings=NpzSettings, summary="arrays in a file of numpy.savez"),
-}
+PARTS = {"npz": Part(build=build, settings=NpzSettings, summary="arrays in a file of numpy.savez")}

@@ -55,16 +55,13 @@ class _Column(NamedTuple):
     """How a feature column becomes inputs: one number, or one per category."""
 
     name: str
-    center: float
-    width: float
-    categories: np.ndarray | None
+    center: float = 0.0
+    width: float = 1.0
+    categories: np.ndarray | None = None
 
 
 def build(settings: TableSettings) -> Dataset:
-    """Read the table; what scaling and categories need is taken from the training rows.
-
-    A category that no training row has becomes zeros.
-    """
+    """Read the table; what scaling and categories need is taken from the training rows."""
     path = files.find(settings.path)
     train = _read(path)
     names = list(train)
@@ -85,19 +82,16 @@ def build(settings: TableSettings) -> Dataset:
     inputs = _apply(columns, train, rows, path)
     test_inputs = _apply(columns, test, held, test_path)
     labels, test_labels, class_names = label[rows], test_label[held], ()
-    if settings.task == "regression":
-        labels, test_labels = _scaled_targets(labels, test_labels, settings)
-    else:
+    if settings.task != "regression":
         labels, test_labels, class_names = _numbered(labels, test_labels)
+    else:
+        labels, test_labels = labels.astype(np.float64), test_labels.astype(np.float64)
+        if settings.scaling == "standard":
+            center, width = labels.mean(), labels.std() or 1.0
+            labels, test_labels = (labels - center) / width, (test_labels - center) / width
     keys = {name: _no_missing(train[name], name, path)[rows] for name in settings.keys}
     return as_dataset(
-        {
-            "inputs": inputs,
-            "labels": labels,
-            "test_inputs": test_inputs,
-            "test_labels": test_labels,
-            **keys,
-        },
+        {"train": {"inputs": inputs, "labels": labels, **keys}, "test": (test_inputs, test_labels)},
         name=path.stem,
         task=settings.task,
         class_names=class_names,
@@ -209,19 +203,15 @@ def _check_label(label: np.ndarray, settings: TableSettings) -> None:
 
 
 def _fit(
-    values: np.ndarray,
-    name: str,
-    path: pathlib.Path,
-    rows: np.ndarray,
-    settings: TableSettings,
+    values: np.ndarray, name: str, path: pathlib.Path, rows: np.ndarray, settings: TableSettings
 ) -> _Column:
     """Take from the training rows how a column becomes inputs."""
     values = _no_missing(values, name, path)[rows]
-    if values.dtype.kind in "buif":
+    if values.dtype.kind == "b" or (values.dtype.kind in "uif" and settings.scaling == "none"):
+        return _Column(name)
+    if values.dtype.kind in "uif":
         numbers = values.astype(np.float64)
-        if settings.scaling == "none" or values.dtype.kind == "b":
-            return _Column(name, 0.0, 1.0, None)
-        return _Column(name, float(numbers.mean()), float(numbers.std()) or 1.0, None)
+        return _Column(name, float(numbers.mean()), float(numbers.std()) or 1.0)
     if values.dtype.kind != "O" or not all(isinstance(value, str) for value in values):
         raise DataError(
             f"feature column {name!r} must be numbers, true and false, or text, got "
@@ -239,7 +229,7 @@ def _fit(
             f"takes at most {_MAX_CATEGORIES}; name it in keys, or name the columns to read by "
             "features."
         )
-    return _Column(name, 0.0, 1.0, categories)
+    return _Column(name, categories=categories)
 
 
 def _apply(
@@ -259,16 +249,6 @@ def _apply(
         else:
             made.append(((values.astype(np.float64) - column.center) / column.width)[:, None])
     return np.concatenate([block.astype(np.float32) for block in made], axis=1)
-
-
-def _scaled_targets(
-    train: np.ndarray, test: np.ndarray, settings: TableSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    train, test = train.astype(np.float64), test.astype(np.float64)
-    if settings.scaling == "none":
-        return train, test
-    width = train.std() or 1.0
-    return (train - train.mean()) / width, (test - train.mean()) / width
 
 
 def _numbered(
@@ -291,5 +271,5 @@ def _kind(values: np.ndarray) -> str:
 PARTS = {
     "table": Part(
         build=build, settings=TableSettings, summary="rows of a .csv, .tsv or .parquet file"
-    ),
+    )
 }

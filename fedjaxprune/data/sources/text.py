@@ -70,13 +70,11 @@ def build(settings: TextSettings) -> Dataset:
             f"{settings.length} + 1 characters; set a smaller length."
         )
     train, test = np.stack(windows[0]), np.stack(windows[1])
+    columns = {"speaker" if len(spoken) > 1 else "line": np.array(owners)}
     return as_dataset(
         {
-            "inputs": train[:, :-1],
-            "labels": train[:, -1],
-            "test_inputs": test[:, :-1],
-            "test_labels": test[:, -1],
-            "speaker" if len(spoken) > 1 else "line": np.array(owners),
+            "train": {"inputs": train[:, :-1], "labels": train[:, -1], **columns},
+            "test": (test[:, :-1], test[:, -1]),
         },
         name=path.stem,
         task="sequence",
@@ -97,5 +95,5 @@ def _by_speaker(text: str) -> dict[str, str]:
 PARTS = {
     "text": Part(
         build=build, settings=TextSettings, summary="a text file, to predict the next character"
-    ),
+    )
 }

@@ -38,9 +38,7 @@ class TfdsSettings(Settings):
         ..., "Name of a prepared set: `name` or `name/config`, either may end in `:version`."
     )
     data_dir: str | None = setting(
-        None,
-        "Folder of prepared sets.",
-        unset="TFDS_DATA_DIR, else ~/tensorflow_datasets",
+        None, "Folder of prepared sets.", unset="TFDS_DATA_DIR, else ~/tensorflow_datasets"
     )
 
 
@@ -50,17 +48,9 @@ def build(settings: TfdsSettings) -> Dataset:
 
 
 def read(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Read a TFDS image-classification set that was prepared in the array_record format.
+    """Read the newest or the named version of a set that was prepared in the array_record format.
 
     Its splits are ``train`` and ``test``, or ``validation`` where there is no ``test``.
-
-    Args:
-      name: ``name`` or ``name/config``, either with ``:version``, else the newest version.
-      data_dir: folder of prepared sets; without it ``$TFDS_DATA_DIR``, else
-        ``~/tensorflow_datasets``.
-
-    Raises:
-      DataError: if the set is unknown, is not prepared, or does not classify images of one size.
     """
     if not _NAME.fullmatch(name):
         raise DataError(
@@ -71,7 +61,7 @@ def read(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
     path, _, version = name.partition(":")
     versions = _versions(folder).get(path, {})
     if not versions:
-        raise missing(path, data_dir=data_dir)
+        raise _missing(path, data_dir)
     if version and version not in versions:
         raise DataError(
             f"data set {path!r} is prepared in {folder} as version {', '.join(sorted(versions))}, "
@@ -96,13 +86,11 @@ def prepared(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
 
 def folder_of(data_dir: str | os.PathLike[str] | None = None) -> tuple[pathlib.Path, str]:
     """Find the folder of prepared sets (see `read`), which need not exist, and say who named it."""
-    environment = os.environ.get("TFDS_DATA_DIR")
-    chosen, named_by = "~/tensorflow_datasets", "the default"
     if data_dir:
-        chosen, named_by = data_dir, "named by data_dir"
-    elif environment:
-        chosen, named_by = environment, "named by TFDS_DATA_DIR"
-    return pathlib.Path(os.path.expanduser(chosen)), named_by
+        return pathlib.Path(os.path.expanduser(data_dir)), "named by data_dir"
+    if environment := os.environ.get("TFDS_DATA_DIR"):
+        return pathlib.Path(os.path.expanduser(environment)), "named by TFDS_DATA_DIR"
+    return pathlib.Path(os.path.expanduser("~/tensorflow_datasets")), "the default"
 
 
 def _versions(folder: pathlib.Path) -> dict[str, dict[str, pathlib.Path]]:
@@ -124,7 +112,7 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
-def missing(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> DataError:
+def _missing(name: str, data_dir: str | os.PathLike[str] | None) -> DataError:
     """Say why there is no such set, and what to do."""
     folder, named_by = folder_of(data_dir)
     known = set(_tfds().list_builders(with_community_datasets=False))
@@ -143,11 +131,9 @@ def missing(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dat
             f"data set {name!r} is not prepared in {folder} ({named_by}){state}; {_recipe(name)}"
         )
     near = difflib.get_close_matches(name.lower(), ["digits", *here, *known - set(here)], n=3)
-    advice = (
-        f"did you mean {' or '.join(map(repr, near))}?"
-        if near
-        else "any TFDS name can be prepared."
-    )
+    advice = "any TFDS name can be prepared."
+    if near:
+        advice = f"did you mean {' or '.join(map(repr, near))}?"
     have = ", ".join(["digits", *here])
     return DataError(f"unknown data set {name!r}: ready to use are {have}; {advice}")
 
@@ -230,14 +216,12 @@ def _decode(
     if len(source) == 0:
         raise DataError(f"data set {name!r} has no examples in its split {split}.")
     labels = np.empty(len(source), np.int32)
-    inputs = np.empty((0,), np.uint8)
+    inputs = np.empty((len(source), *source[0][image].shape), np.uint8)
     for start in range(0, len(source), _CHUNK):
         rows = range(start, min(start + _CHUNK, len(source)))
         for row, example in zip(rows, source.__getitems__(rows), strict=True):
             pixels = example[image]
-            if row == 0:
-                inputs = np.empty((len(source), *pixels.shape), np.uint8)
-            elif pixels.shape != inputs.shape[1:]:
+            if pixels.shape != inputs.shape[1:]:
                 raise _sizes_differ(name, inputs.shape[1:], pixels.shape)
             inputs[row] = pixels
             labels[row] = example[label]
@@ -257,5 +241,5 @@ def _sizes_differ(name: str, first: tuple[int, ...], second: tuple[int, ...]) ->
 PARTS = {
     "tfds": Part(
         build=build, settings=TfdsSettings, summary="an image-classification set of TFDS, prepared"
-    ),
+    )
 }
