@@ -211,26 +211,14 @@ def _somewhere(value: Value) -> Value:
 
 def _scan(equation: Any, operands: list, rules: Rules, times: int, found: list) -> list[Value]:
     (body,) = jaxprs.graphs_of(equation)
-    inner = getattr(body, "jaxpr", body)
-    # What is scanned over, and what is stacked, has one axis more outside than inside.
-    num_slices = sum(
-        len(outer.aval.shape) != len(v.aval.shape)
-        for outer, v in zip(equation.invars, inner.invars, strict=True)
-    )
-    num_carried = sum(
-        len(outer.aval.shape) == len(v.aval.shape)
-        for outer, v in zip(equation.outvars, inner.outvars, strict=True)
-    )
-    num_consts = len(operands) - num_slices - num_carried
-    consts, slices = (
-        operands[:num_consts],
-        list(map(_somewhere, operands[len(operands) - num_slices :])),
-    )
+    num_consts, num_carried = jaxprs.parts_of_scan(equation)
+    consts, rest = operands[:num_consts], operands[num_consts:]
+    slices = list(map(_somewhere, rest[num_carried:]))
 
     def walk(carried: list[Value]) -> list[Value]:
         return _walk(body, [*consts, *carried, *slices], rules, 1, [], None)[:num_carried]
 
-    carried = _stable(walk, operands[num_consts : num_consts + num_carried])
+    carried = _stable(walk, rest[:num_carried])
     times = times * equation.params["length"]
     outputs = _walk(body, [*consts, *carried, *slices], rules, times, found, None)
     return [*outputs[:num_carried], *map(_somewhere, outputs[num_carried:])]

@@ -165,8 +165,7 @@ def charge_by_formula(
     own = [message["masks"] for message in metrics.sent.up.values() if "masks" in message]
     num_own = sum(int(np.count_nonzero(_travels(field, present))) for field in own)
     charged["values_and_bitmaps"] = PublishedBits(
-        plain.uplink + num_own * num_prunable,
-        plain.downlink + num_masks * num_prunable,
+        plain.uplink + num_own * num_prunable, plain.downlink + num_masks * num_prunable
     )
     return charged
 

@@ -15,25 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
+from fedjaxprune.structure import moves
+from fedjaxprune.structure.channels.propagation import elementwise
+
 Support = np.ndarray | Fraction
 
 DENSE, EMPTY = Fraction(1), Fraction(0)
 
 _LARGEST = 2**24  # a constant of more entries is taken for dense
 
-# fmt: off
 # Of one operand, and zero where that is zero.
-_FIX_ZERO = frozenset((
-    "abs", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "conj", "convert_element_type", "copy",
-    "copy_p", "device_put", "erf", "expm1", "floor", "imag", "log1p", "name", "neg",
-    "optimization_barrier", "real", "reduce_precision", "round", "sharding_constraint", "sign",
-    "sin", "sinh", "sqrt", "square", "stop_gradient", "tan", "tanh",
-))
-# fmt: on
-# Of several operands, and zero only where all are zero.
-_ANY = frozenset(("add", "add_any", "sub", "max", "min", "or", "xor", "bitwise_or"))
-# Zero where one of the operands is.
-_ALL = frozenset(("mul", "and"))
+_FIX_ZERO = (elementwise.KEEPS_ZERO - {"integer_pow"}) | {
+    "device_put",
+    "name",
+    "sharding_constraint",
+}
+_MOVES = {
+    **moves.MOVES,
+    "tile": lambda params, array: np.tile(array, params["reps"]),
+    "stack": lambda params, *arrays: np.stack(arrays, params["axis"]),
+}
 
 
 def density(support: Support) -> Fraction:
@@ -78,9 +79,9 @@ def through(name: str, params: Any, operands: Sequence[Support], shapes: Any, ou
         return list(operands)
     if name in ("div", "rem"):
         return [_with_shape(operands[0], shapes[0], outputs[0])]
-    if name in _ALL:
+    if name in elementwise.PRODUCTS:  # zero where one operand is
         return [_meet(operands, outputs[0])]
-    if name in _ANY:
+    if name in elementwise.SUMS:  # zero only where all are
         return [_unite(operands, outputs[0])]
     if name == "select_n":
         return [_unite(operands[1:], outputs[0])]
@@ -146,52 +147,3 @@ def _as_array(support: Support, shape: Any) -> np.ndarray | None:
     if support in (DENSE, EMPTY):
         return np.full(shape, support == DENSE)
     return None
-
-
-def _pad(params: Any, array: np.ndarray, filling: np.ndarray) -> np.ndarray:
-    for axis, (before, after, between) in enumerate(params["padding_config"]):
-        array = np.moveaxis(array, axis, 0)
-        if between and len(array) > 1:
-            spread = np.full(
-                ((len(array) - 1) * (between + 1) + 1, *array.shape[1:]), bool(filling)
-            )
-            spread[:: between + 1] = array
-            array = spread
-        edges = [np.full((max(0, n), *array.shape[1:]), bool(filling)) for n in (before, after)]
-        array = array[max(0, -before) : len(array) - max(0, -after)]
-        array = np.moveaxis(np.concatenate([edges[0], array, edges[1]]), 0, axis)
-    return array
-
-
-def _slice(params: Any, array: np.ndarray) -> np.ndarray:
-    strides = params["strides"] or [1] * array.ndim
-    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    return array[tuple(slice(*bound) for bound in bounds)]
-
-
-def _broadcast(params: Any, array: np.ndarray) -> np.ndarray:
-    shape = [1] * len(params["shape"])
-    for axis, size in zip(params["broadcast_dimensions"], array.shape, strict=True):
-        shape[axis] = size
-    return np.broadcast_to(array.reshape(shape), params["shape"])
-
-
-def _split(params: Any, array: np.ndarray) -> list[np.ndarray]:
-    return np.split(array, np.cumsum(params["sizes"])[:-1], params["axis"])
-
-
-# Primitives that only move entries about.
-_MOVES = {
-    "reshape": lambda params, array: array.reshape(params["new_sizes"]),
-    "transpose": lambda params, array: array.transpose(params["permutation"]),
-    "squeeze": lambda params, array: np.squeeze(array, params["dimensions"]),
-    "expand_dims": lambda params, array: np.expand_dims(array, params["dimensions"]),
-    "broadcast_in_dim": _broadcast,
-    "rev": lambda params, array: np.flip(array, params["dimensions"]),
-    "slice": _slice,
-    "pad": _pad,
-    "concatenate": lambda params, *arrays: np.concatenate(arrays, params["dimension"]),
-    "split": _split,
-    "tile": lambda params, array: np.tile(array, params["reps"]),
-    "stack": lambda params, *arrays: np.stack(arrays, params["axis"]),
-}

@@ -180,8 +180,7 @@ def _spread(kernel: jax.Array, block: int) -> jax.Array:
     spread = jnp.einsum("qiuay,yxco->qiuaxco", down, kernel)
     spread = jnp.einsum("rjvbx,qiuaxco->qrijcabuvo", across, spread)
     return spread.reshape(
-        down.shape[0] * across.shape[0] * block * block * in_channels,
-        block * block * out_channels,
+        down.shape[0] * across.shape[0] * block * block * in_channels, block * block * out_channels
     )
 
 

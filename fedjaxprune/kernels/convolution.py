@@ -107,12 +107,7 @@ def _given(values: Sequence[int] | None) -> Sequence[int]:
 
 
 def conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    *,
-    strides: tuple[int, int],
-    padding: Pads,
-    groups: int = 1,
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: Pads, groups: int = 1
 ) -> jax.Array:
     """Convolve ``[B, H, W, C]`` with ``[kh, kw, C / G, O]`` in the forms that are fast on CPU.
 

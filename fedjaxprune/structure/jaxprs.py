@@ -153,14 +153,7 @@ def _rewrite_equation(equation: Any) -> Any:
         # The derivatives are those of the plain form, not the ones that were given.
         body = core.jaxpr_as_fun(_rewrite(equation.params["call_jaxpr"]))
         return _call(body, equation.invars, equation.outvars)
-    params = {name: _rewrite_param(value) for name, value in equation.params.items()}
-    return equation.replace(params=params)
-
-
-def _rewrite_param(value: Any) -> Any:
-    if isinstance(value, (tuple, list)) and any(hasattr(entry, "eqns") for entry in value):
-        return type(value)(_rewrite_param(entry) for entry in value)
-    return _rewrite(value) if hasattr(value, "eqns") else value
+    return equation.replace(params=map_graphs(_rewrite, equation.params))
 
 
 def _call(function: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
@@ -182,6 +175,35 @@ def graphs_of(equation: Any) -> list[Any]:
         entries = value if isinstance(value, (tuple, list)) else (value,)
         found += [entry for entry in entries if hasattr(entry, "eqns")]
     return found
+
+
+def map_graphs(function: Callable[[Any], Any], params: dict[str, Any]) -> dict[str, Any]:
+    """Put ``function(graph)`` in the place of every jaxpr in an equation's parameters."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, (tuple, list)) and any(hasattr(entry, "eqns") for entry in value):
+            return type(value)(walk(entry) for entry in value)
+        return function(value) if hasattr(value, "eqns") else value
+
+    return {name: walk(value) for name, value in params.items()}
+
+
+def parts_of_scan(equation: Any) -> tuple[int, int]:
+    """Count a loop's constants and what it carries, of its operands; slices are the rest.
+
+    By shapes, since the parameters that count are not the same in every JAX: what is stacked has an
+    axis more outside than inside, what is carried has not.
+    """
+    (body,) = graphs_of(equation)
+    inner = getattr(body, "jaxpr", body)
+
+    def num_stacked(outside: Any, inside: Any) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) != len(b.aval.shape) for a, b in pairs)
+
+    num_carried = len(equation.outvars) - num_stacked(equation.outvars, inner.outvars)
+    num_slices = num_stacked(equation.invars, inner.invars)
+    return len(equation.invars) - num_carried - num_slices, num_carried
 
 
 def is_marked(graph: Any) -> bool:
@@ -217,17 +239,9 @@ def _note_reads(traced: Any, names: dict[Any, str], found: dict[str, None]) -> N
         read = [
             (i, names[v]) for i, v in enumerate(equation.invars) if is_variable(v) and v in names
         ]
-        inner = _inner(equation)
+        graphs = (getattr(graph, "jaxpr", graph) for graph in graphs_of(equation))
+        inner = next((g for g in graphs if len(g.invars) == len(equation.invars)), None)
         if inner is None:
             found.update(dict.fromkeys(name for _, name in read))
-        else:
+        else:  # a function that takes the equation's own arguments
             _note_reads(inner, {inner.invars[i]: name for i, name in read}, found)
-
-
-def _inner(equation: Any) -> Any:
-    """Find the function that an equation calls, if it takes the equation's own arguments."""
-    for value in equation.params.values():
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns") and len(inner.invars) == len(equation.invars):
-            return inner
-    return None

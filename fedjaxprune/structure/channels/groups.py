@@ -104,10 +104,7 @@ def analyze(
         for i, leaf in enumerate([*param_leaves, *state_leaves])
     ]
     values += [labels.Value(tuple(leaf.shape), varies=True) for leaf in jax.tree.leaves(inputs)]
-    outputs = rules.walk(
-        book, closed.jaxpr, [rules.constant(const) for const in closed.consts], values
-    )
-    for value in outputs:
+    for value in rules.walk(book, closed, values):
         for label in value.labels:
             labels.note(book.fixed, label.ids, "is the network's output")
     return _collect(book, trees.paths(params))

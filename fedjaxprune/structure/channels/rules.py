@@ -5,42 +5,32 @@ from typing import Any
 
 import numpy as np
 
+from fedjaxprune.structure import jaxprs
 from fedjaxprune.structure.channels.propagation import elementwise, products, reshapes
 from fedjaxprune.structure.channels.propagation import labels as labels_lib
 from fedjaxprune.structure.channels.propagation.labels import Book, Label, Value
 
+_REDUCTIONS = elementwise.names(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"
+)
+_WINDOWS = elementwise.names(
+    """reduce_window_max reduce_window_min reduce_window_sum cumsum cumprod cummax cummin
+    sort"""
+)
 Rule = Callable[[Book, Any, Sequence[Value]], list[Value]]
 
-_CALLS = frozenset(
-    (
-        "jit",
-        "pjit",
-        "closed_call",
-        "core_call",
-        "remat",
-        "remat2",
-        "checkpoint",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "custom_vjp_call_jaxpr",
-        "custom_vmap_call",
-    )
-)
+_CALLS = jaxprs.CALLS | {"custom_vjp_call_jaxpr"}
 _RESHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose"))
 
 
-def walk(
-    book: Book, jaxpr: Any, consts: Sequence[Value], arguments: Sequence[Value]
-) -> list[Value]:
-    """Pass labels through a jaxpr; writes to `book`."""
-    environment: dict[Any, Value] = {}
-    environment.update(zip(jaxpr.constvars, consts, strict=True))
-    environment.update(zip(jaxpr.invars, arguments, strict=True))
+def walk(book: Book, graph: Any, arguments: Sequence[Value]) -> list[Value]:
+    """Pass labels through a jaxpr, closed or not; writes to `book`."""
+    jaxpr = getattr(graph, "jaxpr", graph)
+    consts = [constant(const) for const in getattr(graph, "consts", ())]
+    environment = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(atom: Any) -> Value:
-        if hasattr(atom, "val"):
-            return constant(atom.val)
-        return environment[atom]
+        return environment[atom] if jaxprs.is_variable(atom) else constant(atom.val)
 
     for equation in jaxpr.eqns:
         values = [read(atom) for atom in equation.invars]
@@ -76,16 +66,13 @@ def _is_number(dtype: Any) -> bool:
 def _apply(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     name = equation.primitive.name
     shapes = [tuple(getattr(var.aval, "shape", ())) for var in equation.outvars]
-    if name in _CALLS and (inner := _inner(equation)) is not None:
-        return _closed(book, inner, values)
+    graphs = jaxprs.graphs_of(equation)
+    if name in _CALLS and len(graphs) == 1:  # one that has none is not understood
+        return walk(book, graphs[0], values)
     rule = _RULES.get(name)
     if rule is None and name in elementwise.KEEPS_ZERO | elementwise.LOSES_ZERO:
         return [elementwise.unary(name, value) for value in values]
-    if (
-        rule is None
-        and name
-        in elementwise.SUMS | elementwise.PRODUCTS | elementwise.FIRST | elementwise.COMPARES
-    ):
+    if rule is None and name in elementwise.BINARY:
         return [elementwise.elementwise(book, name, values, shapes[0])]
     varies = any(value.varies for value in values)
     if rule is None or not any(value.labels for value in values):
@@ -99,32 +86,12 @@ def _apply(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     return rule(book, equation, values)
 
 
-def _inner(equation: Any) -> Any:
-    """Find the jaxpr that an equation calls; one that has none is not understood."""
-    names = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
-    found = (equation.params.get(name) for name in names)
-    return next((inner for inner in found if inner is not None), None)
-
-
-def _closed(book: Book, inner: Any, values: Sequence[Value]) -> list[Value]:
-    if hasattr(inner, "consts"):
-        return walk(book, inner.jaxpr, [constant(const) for const in inner.consts], values)
-    return walk(book, inner, [], values)
-
-
 def _scan(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     """Walk the body until what it carries has the labels that it leaves."""
-    params = equation.params
-    # By shapes, since the parameters that count are not the same in every JAX: what is stacked has
-    # an axis more outside than inside, what is carried has not.
-    inner = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
-    num_slices = _num_stacked(equation.invars, inner.invars)
-    num_carry = len(equation.outvars) - _num_stacked(equation.outvars, inner.outvars)
-    num_consts = len(values) - num_carry - num_slices
-    consts = list(values[:num_consts])
-    carry = list(values[num_consts : num_consts + num_carry])
-    slices = []
-    for value in values[num_consts + num_carry :]:
+    num_consts, num_carry = jaxprs.parts_of_scan(equation)
+    consts, rest = values[:num_consts], values[num_consts:]
+    carry, slices = list(rest[:num_carry]), []
+    for value in rest[num_carry:]:
         for label in value.labels:
             if 0 in labels_lib.varying(label):
                 labels_lib.note(book.fixed, label.ids, "steps of a loop")
@@ -137,7 +104,7 @@ def _scan(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     trial = book._replace(leaks=set(), mixes=set(), fixed=set())
     for page in (trial, trial, trial, book):
         carry = [value._replace(varies=varies) for value in carry]
-        outputs = _closed(page, params["jaxpr"], [*consts, *carry, *slices])
+        outputs = walk(page, equation.params["jaxpr"], [*consts, *carry, *slices])
         carry = [
             # A state of zeros to begin with is zero as long as the body leaves it so.
             end._replace(const=None)
@@ -149,20 +116,15 @@ def _scan(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
             )
             for start, end in zip(starts, outputs[:num_carry], strict=True)
         ]
-    stacked = []
-    for value, var in zip(outputs[num_carry:], equation.outvars[num_carry:], strict=True):
-        stacked.append(labels_lib.map_labels(value, var.aval.shape, lambda x: x[None]))
-    return [*outputs[:num_carry], *stacked]
-
-
-def _num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    pairs = zip(outside, inside, strict=True)
-    return sum(1 for a, b in pairs if len(a.aval.shape) != len(b.aval.shape))
+    stacked = zip(outputs[num_carry:], equation.outvars[num_carry:], strict=True)
+    return outputs[:num_carry] + [
+        labels_lib.map_labels(value, var.aval.shape, lambda x: x[None]) for value, var in stacked
+    ]
 
 
 def _cond(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     which, *arguments = values
-    ends = [_closed(book, branch, arguments) for branch in equation.params["branches"]]
+    ends = [walk(book, branch, arguments) for branch in equation.params["branches"]]
     return [
         Value(
             cases[0].shape,
@@ -181,7 +143,7 @@ _RULES: dict[str, Rule] = {
     "reshape": reshapes.reshape,
     "squeeze": reshapes.reshape,
     "expand_dims": reshapes.reshape,
-    "transpose": reshapes.reindex(lambda params, x, value: x.transpose(params["permutation"])),
+    "transpose": reshapes.reindex(lambda params, x: x.transpose(params["permutation"])),
     "slice": reshapes.reindex(reshapes.cut),
     "rev": reshapes.reindex(reshapes.reverse),
     "tile": reshapes.reindex(reshapes.tile),
@@ -193,20 +155,6 @@ _RULES: dict[str, Rule] = {
     "gather": products.gather,
     "scan": _scan,
     "cond": _cond,
-    "reduce_sum": products.reduce,
-    "reduce_max": products.reduce,
-    "reduce_min": products.reduce,
-    "reduce_prod": products.reduce,
-    "reduce_and": products.reduce,
-    "reduce_or": products.reduce,
-    "argmax": products.reduce,
-    "argmin": products.reduce,
-    "reduce_window_max": products.window,
-    "reduce_window_min": products.window,
-    "reduce_window_sum": products.window,
-    "cumsum": products.window,
-    "cumprod": products.window,
-    "cummax": products.window,
-    "cummin": products.window,
-    "sort": products.window,
+    **dict.fromkeys(_REDUCTIONS, products.reduce),
+    **dict.fromkeys(_WINDOWS, products.window),
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjaxprune.kernels import convolution
 from fedjaxprune.structure.compaction import arithmetic, dependence
-from fedjaxprune.structure.compaction.dependence import Call, Facts, Kept, Known, Rule, Wish
+from fedjaxprune.structure.compaction.dependence import Call, Kept, Known, Rule, Site, Wish, Wishes
 from fedjaxprune.structure.compaction.program import Op
 
 # ---- convolutions: images [batch, features, ...], kernel [outputs, inputs, ...]
@@ -21,8 +21,10 @@ def _axes(op: Op) -> tuple[int, int, int, int]:
     return numbers.lhs_spec[1], numbers.rhs_spec[1], numbers.rhs_spec[0], numbers.out_spec[1]
 
 
-def _along(vector: np.ndarray, axis: int, ndim: int) -> np.ndarray:
-    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+def _shown(varies: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Spread out what varies among the channels of an axis."""
+    dims = [-1 if i == axis else 1 for i in range(len(shape))]
+    return np.broadcast_to(varies.reshape(dims), shape)
 
 
 def _reads(kernel: Known, inputs: int, outputs: int) -> np.ndarray:
@@ -34,59 +36,51 @@ def _reads(kernel: Known, inputs: int, outputs: int) -> np.ndarray:
 def _known_conv(op: Op, operands: Sequence[Known]) -> list[Known]:
     x, kernel = operands
     features, inputs, outputs, place = _axes(op)
-    shape, dtype = op.equation.outvars[0].aval.shape, op.equation.outvars[0].aval.dtype
     reads = _reads(kernel, inputs, outputs)
     alive = dependence.along(x.varies, features)
     varies = np.asarray((alive[:, None] & reads).any(axis=0))
-    value = np.zeros(shape, dtype)
+    made = dependence.output(op)
+    value = np.zeros(made.shape, made.dtype)
     silent = dependence.silent(x)
     contributes = dependence.along(silent != 0, features)
     if not varies.all() and contributes.any():
-        made = _part(op, silent, np.asarray(kernel.value), contributes, ~varies)
-        value[(slice(None),) * place + (np.flatnonzero(~varies),)] = made
-    shown = np.broadcast_to(_along(varies, place, len(shape)), shape)
-    return [Known(shown, value, x.static and kernel.static)]
+        part = _part(op, silent, kernel, contributes, ~varies)
+        value[(slice(None),) * place + (np.flatnonzero(~varies),)] = part
+    return [Known(_shown(varies, place, made.shape), value, x.static and kernel.static)]
 
 
-def _part(
-    op: Op, x: np.ndarray, kernel: np.ndarray, ins: np.ndarray, outs: np.ndarray
-) -> np.ndarray:
+def _part(op: Op, x: np.ndarray, kernel: Known, ins: np.ndarray, outs: np.ndarray) -> np.ndarray:
     """Convolve some channels into some others."""
     features, inputs, outputs, _ = _axes(op)
-    kernel = np.compress(outs, np.compress(ins, kernel, axis=inputs), axis=outputs)
-    return arithmetic.conv(np.compress(ins, x, axis=features), kernel, op.equation.params)
+    taps = np.compress(outs, np.compress(ins, np.asarray(kernel.value), axis=inputs), axis=outputs)
+    return arithmetic.conv(np.compress(ins, x, axis=features), taps, op.equation.params)
 
 
-def _wish_conv(
-    op: Op, known: Facts, outputs: Sequence[Kept], operands: Sequence[Kept | None]
-) -> tuple[list[Wish], Any]:
-    x, kernel = op.inputs
-    features, ins, outs, place = _axes(op)
-    made = outputs[0][place]
-    reads = _reads(known.known[kernel], ins, outs)
+def _wish_conv(site: Site) -> Wishes:
+    x, kernel = site.op.inputs
+    features, ins, outs, place = _axes(site.op)
+    made, given = site.outputs[0][place], site.operands[0]
+    reads = _reads(site.facts.known[kernel], ins, outs)
     read = np.asarray((reads if made is None else reads[:, made]).any(axis=1))
-    images, taps = list(dependence.everything(known, x)), list(dependence.everything(known, kernel))
-    images[features] = read if known.droppable[x][features] else None
-    given = operands[0]
+    images, taps = dependence.whole(site)
+    images[features] = read if site.facts.droppable[x][features] else None
     taps[ins] = None if given is None else given[features]
     taps[outs] = made
     return [Wish(tuple(images), frozenset((features,))), Wish(tuple(taps))], None
 
 
-def _fold_conv(
-    op: Op, known: Facts, kept: Sequence[Kept], outputs: Sequence[Kept]
-) -> np.ndarray | None:
-    features, _, _, place = _axes(op)
-    bits, made = kept[0][features], outputs[0][place]
+def _fold_conv(site: Site) -> np.ndarray | None:
+    features, _, _, place = _axes(site.op)
+    bits, made = site.operands[0][features], site.outputs[0][place]
     if bits is None or bits.all():
         return None
-    x, kernel = (known.known[variable] for variable in op.inputs)
+    x, kernel = (site.facts.known[variable] for variable in site.op.inputs)
     silent = dependence.silent(x)
     contributes = ~bits & dependence.along(silent != 0, features)
-    outs = np.ones(op.equation.outvars[0].aval.shape[place], bool) if made is None else made
+    outs = np.ones(dependence.output(site.op).shape[place], bool) if made is None else made
     if not contributes.any() or not outs.any():
         return None
-    return _part(op, silent, np.asarray(kernel.value), contributes, outs)
+    return _part(site.op, silent, kernel, contributes, outs)
 
 
 def _run_conv(call: Call) -> list[Any]:
@@ -99,16 +93,16 @@ def _run_conv(call: Call) -> list[Any]:
     is_sized = all(isinstance(n, int) for n in x.shape)
     form = convolution.conv_general_dilated if is_sized else jax.lax.conv_general_dilated
     params.pop("out_sharding", None)
-    return [_plus(form(x, kernel, **params), call.constant)]
+    return [_with_constant(jnp.add, form(x, kernel, **params), call.constant)]
 
 
-def _plus(output: Any, constant: Any) -> Any:
+def _with_constant(combine: Any, output: Any, constant: Any) -> Any:
     if constant is None:
         return output
-    return output + jnp.broadcast_to(constant, output.shape).astype(output.dtype)
+    return combine(output, jnp.broadcast_to(constant, output.shape).astype(output.dtype))
 
 
-CONV = Rule(_known_conv, _wish_conv, _fold_conv, _run_conv)
+CONV = Rule(_known_conv, _wish_conv, _run_conv, _fold_conv)
 
 
 # ---- convolutions of each channel by itself
@@ -123,73 +117,61 @@ def is_by_channel(op: Op) -> bool:
 def _known_depthwise(op: Op, operands: Sequence[Known]) -> list[Known]:
     x, kernel = operands
     features, _, outputs, place = _axes(op)
-    shape = op.equation.outvars[0].aval.shape
     alive = dependence.along(np.asarray(kernel.value) != 0, outputs)
     source = dependence.along(x.varies, features)
     varies = np.repeat(source, len(alive) // len(source)) & alive
-    value = np.zeros(shape, op.equation.outvars[0].aval.dtype)
+    made = dependence.output(op)
+    value = np.zeros(made.shape, made.dtype)
     silent = dependence.silent(x)
     if not varies.all() and np.any(silent != 0):
         (value,) = dependence.evaluate(op, [silent, kernel.value])
-    shown = np.broadcast_to(_along(varies, place, len(shape)), shape)
-    return [Known(shown, value, x.static and kernel.static)]
+    return [Known(_shown(varies, place, made.shape), value, x.static and kernel.static)]
 
 
-def _wish_depthwise(
-    op: Op, known: Facts, outputs: Sequence[Kept], operands: Sequence[Kept | None]
-) -> tuple[list[Wish], Any]:
-    del operands
-    x, kernel = op.inputs
-    features, _, outs, place = _axes(op)
-    images, taps = list(dependence.everything(known, x)), list(dependence.everything(known, kernel))
-    made = outputs[0][place]
-    if made is None or not known.droppable[x][features]:
-        return [Wish(tuple(images)), Wish(tuple(taps))], None
-    source = made.reshape(op.equation.invars[0].aval.shape[features], -1)
+def _wish_depthwise(site: Site) -> Wishes:
+    features, _, outs, place = _axes(site.op)
+    images, taps = dependence.whole(site)
+    made = site.outputs[0][place]
+    if made is None or not site.facts.droppable[site.op.inputs[0]][features]:
+        return dependence.wishes([images, taps])
+    source = made.reshape(site.op.equation.invars[0].aval.shape[features], -1)
     source = np.asarray(source.any(axis=1))
     # All filters of a channel stay, or none: what is not wanted of them is taken away afterwards.
     images[features], taps[outs] = source, np.repeat(source, len(made) // len(source))
-    return [Wish(tuple(images)), Wish(tuple(taps))], tuple(
-        taps[outs] if axis == place else None for axis in range(len(outputs[0]))
-    )
+    axes = range(len(site.outputs[0]))
+    plan = tuple(taps[outs] if axis == place else None for axis in axes)
+    return dependence.wishes([images, taps], plan)
 
 
 def _run_depthwise(call: Call) -> list[Any]:
-    (made,) = _run_conv(call)
-    have = (None,) * len(call.outputs[0]) if call.plan is None else call.plan
-    return [dependence.pick(made, have, call.outputs[0])]
+    return [dependence.pick(_run_conv(call)[0], call.outputs[0], call.plan)]
 
 
-DEPTHWISE = Rule(_known_depthwise, _wish_depthwise, dependence.no_fold, _run_depthwise)
+DEPTHWISE = Rule(_known_depthwise, _wish_depthwise, _run_depthwise)
 
 
 # ---- products of matrices
 
 
-def _is_silent(known: Known) -> np.ndarray:
-    return ~known.varies & (np.asarray(known.value) == 0)
-
-
 def _known_dot(op: Op, operands: Sequence[Known]) -> list[Known]:
-    numbers = op.equation.params["dimension_numbers"]
-    contributes = [~_is_silent(each) for each in operands]
-    varies = np.zeros(op.equation.outvars[0].aval.shape, bool)
+    numbers, made = op.equation.params["dimension_numbers"], dependence.output(op)
+    contributes = [~dependence.is_zero(each) for each in operands]
+    varies = np.zeros(made.shape, bool)
     for side in (0, 1):
         if operands[side].varies.any():
             pair = [operands[i].varies if i == side else contributes[i] for i in (0, 1)]
             varies |= arithmetic.dot(pair[0], pair[1], numbers) > 0
-    value = np.zeros(varies.shape, op.equation.outvars[0].aval.dtype)
+    value = np.zeros(made.shape, made.dtype)
     if not varies.all():
         silent = [dependence.silent(each) for each in operands]
-        value = arithmetic.dot(silent[0], silent[1], numbers).astype(value.dtype)
+        value = arithmetic.dot(silent[0], silent[1], numbers).astype(made.dtype)
     return [Known(varies, value, all(each.static for each in operands))]
 
 
 def _places(op: Op) -> list[dict[int, int]]:
     """Say for both operands which of their axes becomes which axis of the output."""
     (contracted, batched) = op.equation.params["dimension_numbers"]
-    places: list[dict[int, int]] = []
-    offset = len(batched[0])
+    places, offset = [], len(batched[0])
     for side in (0, 1):
         place = {axis: i for i, axis in enumerate(batched[side])}
         for axis in range(len(op.equation.invars[side].aval.shape)):
@@ -200,71 +182,65 @@ def _places(op: Op) -> list[dict[int, int]]:
     return places
 
 
-def _wish_dot(
-    op: Op, known: Facts, outputs: Sequence[Kept], operands: Sequence[Kept | None]
-) -> tuple[list[Wish], Any]:
-    contracted = op.equation.params["dimension_numbers"][0]
-    kept = [list(dependence.everything(known, variable)) for variable in op.inputs]
-    for side, place in enumerate(_places(op)):
+def _wish_dot(site: Site) -> Wishes:
+    contracted = site.op.equation.params["dimension_numbers"][0]
+    kept, places = dependence.whole(site), _places(site.op)
+    for side, place in enumerate(places):
         for axis, target in place.items():
-            kept[side][axis] = outputs[0][target]
-    static = [known.known[variable].static for variable in op.inputs]
-    if all(static):
-        return [Wish(tuple(each)) for each in kept], None
-    silent = [_is_silent(known.known[variable]) for variable in op.inputs]
+            kept[side][axis] = site.outputs[0][target]
+    operands = [site.facts.known[variable] for variable in site.op.inputs]
+    droppable = [site.facts.droppable[variable] for variable in site.op.inputs]
+    static = [each.static for each in operands]
+    contributes = [~dependence.is_zero(each) for each in operands]
     if not any(static):  # what varies on both sides: only what is zero on one can go
-        for pair in zip(*contracted, strict=True):
-            contributes = [dependence.along(~silent[i], pair[i]) for i in (0, 1)]
-            if all(known.droppable[op.inputs[i]][pair[i]] for i in (0, 1)):
-                kept[0][pair[0]] = kept[1][pair[1]] = contributes[0] & contributes[1]
-        return [Wish(tuple(each)) for each in kept], None
+        for a, b in zip(*contracted, strict=True):
+            if droppable[0][a] and droppable[1][b]:
+                live = dependence.along(contributes[0], a) & dependence.along(contributes[1], b)
+                kept[0][a] = kept[1][b] = live
+    if all(static) or not any(static):
+        return dependence.wishes(kept)
     moving = static.index(False)
     still = 1 - moving
-    used = np.asarray(~silent[still])
-    for axis, target in _places(op)[still].items():
-        bits = outputs[0][target]
+    used, given = np.asarray(contributes[still]), site.operands[moving]
+    for axis, target in places[still].items():
+        bits = site.outputs[0][target]
         used = used if bits is None else np.compress(bits, used, axis=axis)
-    given = operands[moving]
     for axis, other in zip(contracted[moving], contracted[still], strict=True):
-        is_free = known.droppable[op.inputs[moving]][axis]
-        kept[moving][axis] = dependence.along(used, other) if is_free else None
+        kept[moving][axis] = dependence.along(used, other) if droppable[moving][axis] else None
         kept[still][other] = None if given is None else given[axis]
-    wishes = [Wish(tuple(each)) for each in kept]
-    wishes[moving] = wishes[moving]._replace(soft=frozenset(contracted[moving]))
-    return wishes, None
+    found, plan = dependence.wishes(kept)
+    found[moving] = found[moving]._replace(soft=frozenset(contracted[moving]))
+    return found, plan
 
 
 def _left_out(known: Known, kept: Kept, axes: Sequence[int], filling: Any) -> np.ndarray | None:
     """Give the values of what is not kept along `axes`, and `filling` in the place of the rest."""
-    if all(kept[axis] is None or kept[axis].all() for axis in axes):  # pyright: ignore[reportOptionalMemberAccess]
-        return None
     own = tuple(bits if axis in axes else None for axis, bits in enumerate(kept))
+    if dependence.is_whole(own):
+        return None
     values = dependence.silent(known, filling).astype(np.float64)
     values[dependence.grid(own, values.shape)] = filling
-    return values
+    return values if (values != filling).any() else None
 
 
-def _fold_dot(
-    op: Op, known: Facts, kept: Sequence[Kept], outputs: Sequence[Kept]
-) -> np.ndarray | None:
-    (contracted, _) = numbers = op.equation.params["dimension_numbers"]
-    pair = [known.known[variable] for variable in op.inputs]
+def _fold_dot(site: Site) -> np.ndarray | None:
+    (contracted, _) = numbers = site.op.equation.params["dimension_numbers"]
+    pair = [site.facts.known[variable] for variable in site.op.inputs]
     if pair[0].static == pair[1].static:
         return None
     moving = 0 if pair[1].static else 1
-    values = _left_out(pair[moving], kept[moving], contracted[moving], 0.0)
-    if values is None or not values.any():
+    values = _left_out(pair[moving], site.operands[moving], contracted[moving], 0.0)
+    if values is None:
         return None
     sides = [values if i == moving else np.asarray(pair[i].value) for i in (0, 1)]
-    total = arithmetic.dot(sides[0], sides[1], numbers)
-    return total[dependence.grid(outputs[0], total.shape)]
+    return dependence.part(arithmetic.dot(sides[0], sides[1], numbers), site.outputs[0])
 
 
 def _run_sum(call: Call) -> list[Any]:
-    return [_plus(dependence.bind(call.op, call.arrays, call.batch)[0], call.constant)]
+    return [_with_constant(jnp.add, dependence.play(call)[0], call.constant)]
 
 
-DOT = Rule(_known_dot, _wish_dot, _fold_dot, _run_sum)
+DOT = Rule(_known_dot, _wish_dot, _run_sum, _fold_dot)
 
 
 # ---- reductions
@@ -278,46 +254,30 @@ REDUCTIONS = tuple(_REDUCTIONS)
 
 
 def _known_reduce(op: Op, operands: Sequence[Known]) -> list[Known]:
-    (x,) = operands
-    axes = tuple(op.equation.params["axes"])
-    varies = np.any(x.varies, axis=axes)
-    value = np.zeros(varies.shape, op.equation.outvars[0].aval.dtype)
-    if not varies.all():
-        (value,) = dependence.evaluate(op, [x.value])
-    return [Known(varies, value, x.static)]
+    varies = np.any(operands[0].varies, axis=tuple(op.equation.params["axes"]))
+    return [dependence.known_where(op, operands, varies)]
 
 
-def _wish_reduce(
-    op: Op, known: Facts, outputs: Sequence[Kept], operands: Sequence[Kept | None]
-) -> tuple[list[Wish], Any]:
-    del operands
-    axes = set(op.equation.params["axes"])
-    kept = list(dependence.everything(known, op.inputs[0]))
-    targets = iter(outputs[0])
-    for axis in range(len(kept)):
-        if axis not in axes:
-            kept[axis] = next(targets)
-    return [Wish(tuple(kept), frozenset(axes))], None
+def _wish_reduce(site: Site) -> Wishes:
+    axes = frozenset(site.op.equation.params["axes"])
+    (whole,), targets = dependence.whole(site), iter(site.outputs[0])
+    kept = [bits if axis in axes else next(targets) for axis, bits in enumerate(whole)]
+    return [Wish(tuple(kept), axes)], None
 
 
-def _fold_reduce(
-    op: Op, known: Facts, kept: Sequence[Kept], outputs: Sequence[Kept]
-) -> np.ndarray | None:
-    axes = tuple(op.equation.params["axes"])
-    function, filling, _ = _REDUCTIONS[op.equation.primitive.name]
-    values = _left_out(known.known[op.inputs[0]], kept[0], axes, filling)
-    if values is None or not (values != filling).any():
+def _fold_reduce(site: Site) -> np.ndarray | None:
+    axes = tuple(site.op.equation.params["axes"])
+    function, filling, _ = _REDUCTIONS[site.op.equation.primitive.name]
+    known = site.facts.known[site.op.inputs[0]]
+    values = _left_out(known, site.operands[0], axes, filling)
+    if values is None:
         return None
-    total = np.asarray(function(values, axis=axes))
-    return total[dependence.grid(outputs[0], total.shape)]
+    return dependence.part(np.asarray(function(values, axis=axes)), site.outputs[0])
 
 
 def _run_reduce(call: Call) -> list[Any]:
-    (reduced,) = dependence.bind(call.op, call.arrays, call.batch)
-    if call.constant is None:
-        return [reduced]
     combine = _REDUCTIONS[call.op.equation.primitive.name][2]
-    return [combine(reduced, jnp.broadcast_to(call.constant, reduced.shape).astype(reduced.dtype))]
+    return [_with_constant(combine, dependence.play(call)[0], call.constant)]
 
 
-REDUCE = Rule(_known_reduce, _wish_reduce, _fold_reduce, _run_reduce)
+REDUCE = Rule(_known_reduce, _wish_reduce, _run_reduce, _fold_reduce)

@@ -108,16 +108,15 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
     state_leaves, state_treedef = jax.tree.flatten(state)
     paths, count = trees.paths(pruned), len(leaves)
     small = shrink.shrink(written, leaves, state_leaves, paths)
-    outputs = jax.eval_shape(model.predict, pruned, state, _two(inputs))
-    output_treedef = jax.tree.structure(outputs)
+    two = program.batch_of(program.FEW, inputs)
+    output_treedef = jax.tree.structure(jax.eval_shape(model.predict, pruned, state, two))
 
     def cut(leaf: Any, kept: dependence.Kept) -> jax.Array:
-        part = np.asarray(leaf)[dependence.grid(kept, np.shape(leaf))]
+        part = dependence.part(np.asarray(leaf), kept)
         return jax.device_put(np.ascontiguousarray(part).reshape(part.shape))
 
     kept = small.kept[:count]
-    few = [cut(*pair) for pair in zip(leaves, kept, strict=True)]
-    few_masks = [cut(*pair) for pair in zip(jax.tree.leaves(masks), kept, strict=True)]
+    few, few_masks = (list(map(cut, each, kept)) for each in (leaves, jax.tree.leaves(masks)))
     few_state = [
         leaf if dependence.is_opaque(leaf.dtype) else cut(leaf, bits)
         for leaf, bits in zip(state_leaves, small.kept[count:], strict=True)
@@ -127,7 +126,7 @@ def compact(model: Model, params: Params, masks: Masks, *, state: State, inputs:
         for path, old, new in zip(paths, leaves, few, strict=True)
         if old.shape != new.shape
     )
-    analysis = groups.analyze(model.predict, pruned, state, _two(inputs))
+    analysis = groups.analyze(model.predict, pruned, state, two)
     whole = dict(zip(paths, small.whole[:count], strict=True))
     remainders = _remainders(analysis, dict(zip(paths, leaves, strict=True)), kept, whole)
 
@@ -158,13 +157,6 @@ def _pruned(leaf: Any, mask: Any) -> np.ndarray:
     """Set pruned entries to zeros, on the host."""
     leaf = np.asarray(leaf)
     return np.where(mask, leaf, np.zeros((), leaf.dtype))
-
-
-def _two(inputs: Any) -> Any:
-    """Give the shapes of a batch of two."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((program.FEW, *leaf.shape[1:]), leaf.dtype), inputs
-    )
 
 
 def _remainders(

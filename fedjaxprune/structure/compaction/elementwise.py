@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from fedjaxprune.structure import moves
 from fedjaxprune.structure.channels.propagation import elementwise
-from fedjaxprune.structure.compaction import arithmetic, dependence
-from fedjaxprune.structure.compaction.dependence import Call, Facts, Kept, Known, Rule, Wish
+from fedjaxprune.structure.compaction import dependence
+from fedjaxprune.structure.compaction.dependence import Call, Kept, Known, Rule, Site, Wishes
 from fedjaxprune.structure.compaction.program import FEW, Op, at
 
 _NAMES = (
@@ -31,7 +32,8 @@ def is_pointwise(op: Op) -> bool:
 
 
 def _known(op: Op, operands: Sequence[Known]) -> list[Known]:
-    name, shape = op.equation.primitive.name, op.equation.outvars[0].aval.shape
+    name = op.equation.primitive.name
+    varies, zero = np.zeros((), bool), np.zeros((), bool)
     if name == "select_n":
         which, *cases = operands
         chosen = np.asarray(which.value).astype(np.int32)
@@ -39,110 +41,68 @@ def _known(op: Op, operands: Sequence[Known]) -> list[Known]:
         for i, case in enumerate(cases):
             varies = np.where(~which.varies & (chosen == i), case.varies, varies)
     else:
-        varies = operands[0].varies
-        for each in operands[1:]:
+        for each in operands:
             varies = varies | each.varies
-        if name == "mul":  # whatever is finite, times zero
-            for each in operands:
-                varies = varies & ~(~each.varies & (np.asarray(each.value) == 0))
-    static = all(each.static for each in operands)
-    varies = np.broadcast_to(varies, shape)
-    if varies.all() and varies.size:
-        value = np.broadcast_to(np.zeros((), op.equation.outvars[0].aval.dtype), shape)
-    else:
-        (value,) = dependence.evaluate(op, [each.value for each in operands])
-        if name == "mul":
-            zeros = np.any(
-                [~each.varies & (np.asarray(each.value) == 0) for each in _spread(operands, shape)],
-                axis=0,
-            )
-            value = np.where(zeros, np.zeros((), value.dtype), value)
-    return [Known(varies, value, static)]
+            if name == "mul":  # whatever is finite, times zero
+                zero = zero | dependence.is_zero(each)
+        varies = varies & ~zero
+    found = dependence.known_where(op, operands, varies)
+    if name == "mul":
+        found = found._replace(value=np.where(zero, np.zeros_like(found.value), found.value))
+    return [found]
 
 
-def _spread(operands: Sequence[Known], shape: Any) -> list[Known]:
-    return [
-        Known(np.broadcast_to(each.varies, shape), np.broadcast_to(each.value, shape), each.static)
-        for each in operands
-    ]
+def _wish(site: Site) -> Wishes:
+    full = dependence.output(site.op).shape
+
+    def read(shape: tuple[int, ...]) -> list[Any]:  # a number has no axes
+        axes = zip(shape, full, site.outputs[0], strict=bool(shape))
+        return [bits if n == whole else None for n, whole, bits in axes]
+
+    return dependence.wishes([read(v.aval.shape) for v in site.op.equation.invars])
 
 
-def _wish(
-    op: Op, known: Facts, outputs: Sequence[Kept], operands: Sequence[Kept | None]
-) -> tuple[list[Wish], Any]:
-    del known, operands
-    full = op.equation.outvars[0].aval.shape
-    return [
-        Wish(
-            tuple(
-                bits if n == whole else None
-                for n, whole, bits in zip(shape, full, outputs[0], strict=bool(shape))
-            )
-        )
-        for shape in dependence.operand_shapes(op)
-    ], None
-
-
-def _run(call: Call) -> list[Any]:
-    return dependence.bind(call.op, call.arrays, call.batch)
-
-
-POINTWISE = Rule(_known, _wish, dependence.no_fold, _run)
+POINTWISE = Rule(_known, _wish, dependence.play)
 
 
 def _known_move(op: Op, operands: Sequence[Known]) -> list[Known]:
     name, params = op.equation.primitive.name, op.equation.params
-    varies = arithmetic.move(name, params, [each.varies for each in operands])
-    values = arithmetic.move(name, params, [np.asarray(each.value) for each in operands])
+    varies = moves.move(name, params, [each.varies for each in operands])
+    values = moves.move(name, params, [np.asarray(each.value) for each in operands])
     static = all(each.static for each in operands)
     return [Known(a, b, static) for a, b in zip(varies, values, strict=True)]
 
 
-def _wish_move(
-    op: Op, known: Facts, outputs: Sequence[Kept], operands: Sequence[Kept | None]
-) -> tuple[list[Wish], Any]:
+def _wish_move(site: Site) -> Wishes:
     """Follow every entry to its source; then see whether the same move serves what is left."""
-    del operands
-    name, params = op.equation.primitive.name, op.equation.params
-    shapes = dependence.operand_shapes(op)
-    numbers, first = [], 0
-    for shape in shapes:
-        count = int(np.prod(shape, dtype=np.int64))
-        numbers.append(np.arange(first, first + count).reshape(shape))
-        first += count
-    moved = arithmetic.move(name, params, numbers)
-    wanted = [
-        each[dependence.grid(kept, each.shape)] for each, kept in zip(moved, outputs, strict=True)
-    ]
-    read = np.zeros(first, bool)
+    op, outputs = site.op, site.outputs
+    if all(map(dependence.is_whole, outputs)):
+        return dependence.wishes(dependence.whole(site), False)
+    name = op.equation.primitive.name
+    numbers, count = [], 0
+    for v in op.equation.invars:
+        numbers.append(count + np.arange(v.aval.size).reshape(v.aval.shape))
+        count += v.aval.size
+    moved = moves.move(name, op.equation.params, numbers)
+    wanted = [dependence.part(*pair) for pair in zip(moved, outputs, strict=True)]
+    read = np.zeros(count, bool)
     for each in wanted:
         read[each] = True
-    wishes = []
-    for variable, number in zip(op.inputs, numbers, strict=True):
-        used = read[number]
-        kept = tuple(
-            dependence.along(used, axis) if flag else None
-            for axis, flag in enumerate(known.droppable[variable])
+    kept = [
+        tuple(
+            dependence.along(read[number], axis) if flag else None
+            for axis, flag in enumerate(site.facts.droppable[variable])
         )
-        wishes.append(Wish(kept))
-    if all(_is_whole(kept) for kept in outputs):
-        return [Wish(dependence.everything(known, v)) for v in op.inputs], False
-    parts = [
-        number[dependence.grid(wish.kept, number.shape)]
-        for number, wish in zip(numbers, wishes, strict=True)
+        for variable, number in zip(op.inputs, numbers, strict=True)
     ]
     try:
-        adapted = _adapt(op, [wish.kept for wish in wishes], outputs, FEW)
-        again = arithmetic.move(name, adapted, parts)
-        if all(np.array_equal(a, b) for a, b in zip(again, wanted, strict=True)):
-            return wishes, True
+        parts = [dependence.part(*pair) for pair in zip(numbers, kept, strict=True)]
+        again = moves.move(name, _adapt(op, kept, outputs, FEW), parts)
+        if all(map(np.array_equal, again, wanted)):
+            return dependence.wishes(kept, True)
     except ValueError:
         pass
-    return [Wish(dependence.everything(known, v)) for v in op.inputs], False
-
-
-def _is_whole(kept: Kept) -> bool:
-    return all(bits is None or bits.all() for bits in kept)
+    return dependence.wishes(dependence.whole(site), False)
 
 
 def _adapt(op: Op, kept: Sequence[Kept], outputs: Sequence[Kept], batch: Any) -> dict[str, Any]:
@@ -150,25 +110,18 @@ def _adapt(op: Op, kept: Sequence[Kept], outputs: Sequence[Kept], batch: Any) ->
     name, params = op.equation.primitive.name, dict(at(op.params, batch))
     if name in ("reshape", "broadcast_in_dim"):
         entry = "new_sizes" if name == "reshape" else "shape"
-        params[entry] = tuple(
-            dependence.size(bits, full)
-            for bits, full in zip(outputs[0], params[entry], strict=True)
-        )
+        params[entry] = tuple(map(dependence.size, outputs[0], params[entry]))
     elif name == "slice":
-        ndim = len(outputs[0])
-        strides = list(params["strides"] or (1,) * ndim)
         starts, limits = list(params["start_indices"]), list(params["limit_indices"])
+        strides = list(params["strides"] or (1,) * len(starts))
         for axis, bits in enumerate(kept[0]):
             if bits is not None:
                 starts[axis], limits[axis], strides[axis] = 0, dependence.size(bits, None), 1
+        params |= {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
         params["strides"] = tuple(strides)
-        params["start_indices"], params["limit_indices"] = tuple(starts), tuple(limits)
     elif name == "split":
-        axis = params["axis"]
-        params["sizes"] = tuple(
-            dependence.size(bits[axis], full)
-            for bits, full in zip(outputs, params["sizes"], strict=True)
-        )
+        along = [bits[params["axis"]] for bits in outputs]
+        params["sizes"] = tuple(map(dependence.size, along, params["sizes"]))
     elif name == "pad":
         config = list(params["padding_config"])
         shape = op.equation.invars[0].aval.shape
@@ -184,14 +137,9 @@ def _adapt(op: Op, kept: Sequence[Kept], outputs: Sequence[Kept], batch: Any) ->
 
 def _run_move(call: Call) -> list[Any]:
     if not call.plan:
-        whole = dependence.bind(call.op, call.arrays, call.batch)
-        return [
-            dependence.pick(each, (None,) * len(bits), bits)
-            for each, bits in zip(whole, call.outputs, strict=True)
-        ]
+        return list(map(dependence.pick, dependence.play(call), call.outputs))
     params = _adapt(call.op, call.kept, call.outputs, call.batch)
-    moved = call.op.equation.primitive.bind(*call.arrays, **params)
-    return list(moved) if call.op.equation.primitive.multiple_results else [moved]
+    return dependence.bind(call.op, call.arrays, params)
 
 
-MOVE = Rule(_known_move, _wish_move, dependence.no_fold, _run_move)
+MOVE = Rule(_known_move, _wish_move, _run_move)

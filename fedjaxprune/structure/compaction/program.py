@@ -30,59 +30,34 @@ class Linear(NamedTuple):
 
 
 class Op(NamedTuple):
-    """One operation.
+    """One operation."""
 
-    Attributes:
-      equation: as traced with two examples, for its primitive and for the rules of `channels`.
-      params: of the primitive, with `Linear` where the batch enters.
-      inputs: variables.
-      outputs: variables.
-      bodies: the graphs that it holds (a loop's, a branch's), in order.
-    """
-
-    equation: Any
-    params: dict[str, Any]
-    inputs: tuple[int, ...]
+    equation: Any  # as traced with two examples, for its primitive and for the rules of `channels`
+    params: dict[str, Any]  # of the primitive, with `Linear` where the batch enters
+    inputs: tuple[int, ...]  # variables
     outputs: tuple[int, ...]
-    bodies: tuple["Program", ...]
+    bodies: tuple["Program", ...]  # the graphs that it holds (a loop's, a branch's), in order
 
 
 class Block(NamedTuple):
-    """Operations that a fast form can do at once.
+    """Operations that a fast form can do at once."""
 
-    Attributes:
-      again: the form, ``(x, kernel, bias) -> output``.
-      inputs: variables of images, kernel and bias.
-      output: variable.
-      ops: indices of the operations.
-    """
-
-    again: Callable[..., jax.Array]
-    inputs: tuple[int, ...]
+    again: Callable[..., jax.Array]  # the form, ``(x, kernel, bias) -> output``
+    inputs: tuple[int, ...]  # variables of images, kernel and bias
     output: int
-    ops: tuple[int, ...]
+    ops: tuple[int, ...]  # indices of the operations
 
 
 class Program(NamedTuple):
-    """Operations over numbered variables.
+    """Operations over numbered variables."""
 
-    Attributes:
-      ops: in order; what no output needs is left out.
-      inputs: variables.
-      outputs: variables.
-      constants: of the network's own: variable to array.
-      shapes: of each variable, with `Linear` where the batch enters.
-      dtypes: of each variable.
-      blocks: what fast forms can do at once.
-    """
-
-    ops: tuple[Op, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    constants: dict[int, Any]
-    shapes: dict[int, tuple[int | Linear, ...]]
+    ops: list[Op]  # in order; what no output needs is left out
+    inputs: list[int]
+    outputs: list[int]
+    constants: dict[int, Any]  # the network's own: variable to array
+    shapes: dict[int, tuple[int | Linear, ...]]  # of each variable
     dtypes: dict[int, Any]
-    blocks: tuple[Block, ...]
+    blocks: list[Block]  # what fast forms can do at once
 
 
 def trace(
@@ -90,23 +65,23 @@ def trace(
 ) -> Program:
     """Write down a network's program; its inputs are the leaves of params, state and inputs.
 
-    Args:
-      predict: ``(params, state, inputs [B, ...]) -> outputs``.
-      params: arrays or shapes.
-      state: arrays or shapes.
-      inputs: arrays or shapes of a batch of any size; of its own size nothing is read.
+    All are arrays or shapes; of the size of the batch nothing is read.
 
     Raises:
       ValueError: if the network does something else for three examples than for two.
     """
 
     def graph(batch: int) -> Any:
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), inputs
-        )
-        return jax.make_jaxpr(predict)(params, state, shapes)
+        return jax.make_jaxpr(predict)(params, state, batch_of(batch, inputs))
 
     return _program(graph(FEW), graph(MORE))
+
+
+def batch_of(size: int, inputs: Any) -> Any:
+    """Give the shapes of a batch of another size."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), inputs
+    )
 
 
 def at(value: Any, batch: Any) -> Any:
@@ -123,16 +98,6 @@ def at(value: Any, batch: Any) -> Any:
     return value
 
 
-class _Draft(NamedTuple):
-    """A program in the making."""
-
-    ops: list[Op]
-    constants: dict[int, Any]
-    shapes: dict[int, tuple[int | Linear, ...]]
-    dtypes: dict[int, Any]
-    blocks: list[Block]
-
-
 def _unlike(what: str) -> ValueError:
     return ValueError(
         f"the network does something else for {MORE} examples than for {FEW}: {what}."
@@ -141,23 +106,18 @@ def _unlike(what: str) -> ValueError:
 
 def _program(few: Any, more: Any) -> Program:
     """Pair the graphs of the two traces, closed or not."""
-    draft = _Draft([], {}, {}, {}, [])
-    inner = getattr(few, "jaxpr", few)
-    twin = getattr(more, "jaxpr", more)
-    inputs = [_new(draft, *pair) for pair in zip(inner.invars, twin.invars, strict=True)]
-    outputs = _walk(draft, few, more, inputs, None)
-    return Program(
-        tuple(draft.ops),
-        tuple(inputs),
-        tuple(outputs),
-        draft.constants,
-        draft.shapes,
-        draft.dtypes,
-        tuple(draft.blocks),
-    )
+    draft = Program([], [], [], {}, {}, {}, [])
+    pairs = zip(_open(few).invars, _open(more).invars, strict=True)
+    draft.inputs.extend(_new(draft, *pair) for pair in pairs)
+    draft.outputs.extend(_walk(draft, few, more, draft.inputs, None))
+    return draft
 
 
-def _new(draft: _Draft, few: Any, more: Any) -> int:
+def _open(graph: Any) -> Any:
+    return getattr(graph, "jaxpr", graph)
+
+
+def _new(draft: Program, few: Any, more: Any) -> int:
     """Number a variable."""
     number = len(draft.shapes)
     draft.shapes[number] = _merge(tuple(few.aval.shape), tuple(more.aval.shape))
@@ -165,7 +125,7 @@ def _new(draft: _Draft, few: Any, more: Any) -> int:
     return number
 
 
-def _constant(draft: _Draft, few: Any, more: Any) -> int:
+def _constant(draft: Program, few: Any, more: Any) -> int:
     """Number a constant, which must not depend on the batch."""
     number = len(draft.shapes)
     if not (isinstance(few, jax.Array) and jnp.issubdtype(few.dtype, jax.dtypes.extended)):
@@ -179,9 +139,9 @@ def _constant(draft: _Draft, few: Any, more: Any) -> int:
     return number
 
 
-def _walk(draft: _Draft, few: Any, more: Any, arguments: Sequence[int], wanted: Any) -> list[int]:
+def _walk(draft: Program, few: Any, more: Any, arguments: Sequence[int], wanted: Any) -> list[int]:
     """Write down what both graphs do for their wanted outputs, side by side."""
-    one, two = (getattr(graph, "jaxpr", graph) for graph in (few, more))
+    one, two = _open(few), _open(more)
     environments: tuple[dict[Any, int], ...] = ({}, {})
     constants = zip(getattr(few, "consts", ()), getattr(more, "consts", ()), strict=True)
     numbers = [_constant(draft, *pair) for pair in constants]

@@ -2,13 +2,8 @@
 
 from collections.abc import Sequence
 
-from fedjaxprune.structure.compaction import (
-    additions,
-    arithmetic,
-    dependence,
-    elementwise,
-    shape_ops,
-)
+from fedjaxprune.structure import moves
+from fedjaxprune.structure.compaction import additions, dependence, elementwise, shape_ops
 from fedjaxprune.structure.compaction.dependence import Known, Rule
 from fedjaxprune.structure.compaction.program import Op
 
@@ -20,7 +15,7 @@ def choose(op: Op, operands: Sequence[Known]) -> Rule:
         return shape_ops.OTHER
     if elementwise.is_pointwise(op):
         return elementwise.POINTWISE
-    if name in arithmetic.MOVES and len(op.inputs) == _num_operands(name, op):
+    if name in moves.MOVES and len(op.inputs) == _num_operands(name, op):
         return elementwise.MOVE
     if name == "conv_general_dilated" and operands[1].static and params["batch_group_count"] == 1:
         if params["feature_group_count"] == 1:

@@ -6,7 +6,8 @@ it, or if it is known and all that read it add up: then what it contributes is a
 arrays meet entry by entry, all of them keep what one of them needs.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,28 +16,21 @@ import numpy as np
 from fedjaxprune.structure.channels import rules as label_rules
 from fedjaxprune.structure.channels.propagation import labels as labels_lib
 from fedjaxprune.structure.compaction import additions, dependence, execute, rules, shape_ops
-from fedjaxprune.structure.compaction.dependence import Facts, Kept, Known, Rule, Wish
+from fedjaxprune.structure.compaction.dependence import Facts, Kept, Known, Rule, Site, Wishes
 from fedjaxprune.structure.compaction.execute import Fused, Plan, Step
 from fedjaxprune.structure.compaction.program import Linear, Program
 
 
 class Shrunken(NamedTuple):
-    """A smaller network.
+    """A smaller network."""
 
-    Attributes:
-      plan: how it is executed.
-      kept: of each leaf of params and state.
-      constants: what the channels that are gone contribute, by name.
-      whole: for each leaf the operations, by name, that see all of the channels it makes; None if
-        nothing reads the leaf any more.
-      is_constant: whether the outputs do not depend on the inputs.
-    """
-
-    plan: Plan
-    kept: tuple[Kept, ...]
-    constants: dict[str, np.ndarray]
+    plan: Plan  # how it is executed
+    kept: tuple[Kept, ...]  # of each leaf of params and state
+    constants: dict[str, np.ndarray]  # what the channels that are gone contribute, by name
+    # For each leaf the operations, by name, that see all of the channels it makes; None if nothing
+    # reads the leaf any more.
     whole: tuple[tuple[str, ...] | None, ...]
-    is_constant: bool
+    is_constant: bool  # whether the outputs do not depend on the inputs
 
 
 def shrink(
@@ -44,11 +38,7 @@ def shrink(
 ) -> Shrunken:
     """Find the smaller network in a program whose first inputs are these leaves.
 
-    Args:
-      program: of `program.trace`.
-      params: leaves of the parameters, pruned entries exact zeros.
-      state: leaves of the state.
-      paths: of the parameters, after which constants are named.
+    Pruned entries are exact zeros; constants are named after the paths of the parameters.
     """
     leaves = [
         leaf if dependence.is_opaque(leaf.dtype) else np.asarray(leaf)
@@ -58,13 +48,27 @@ def shrink(
     seen = Facts(program, known, _droppable(program, len(params), len(leaves)))
     kept, wishes = _decide(seen, chosen, frozen)
     steps: dict[int, Step] = {}
-    constants, places = {}, {}
+    constants: dict[str, np.ndarray] = {}
+    places: dict[str, execute.Places] = {}
     origins = _origins(program, paths)
+
+    def store(values: np.ndarray, variable: int, inputs: Sequence[int], name: str, end: str) -> str:
+        """Keep a constant: named by the parameter that it comes from, without repetitions."""
+        found = [origins[each] for each in inputs if each in origins]
+        base = f"{found[-1]}{end}" if found else name
+        names = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(2)))
+        name = next(each for each in names if each not in constants)
+        dtype, shape = program.dtypes[variable], program.shapes[variable]
+        if np.issubdtype(dtype, np.integer):
+            values = np.clip(values, np.iinfo(dtype).min, np.iinfo(dtype).max)
+        repeats = [isinstance(n, Linear) for n in shape]
+        constants[name], places[name] = execute.fold(values.astype(dtype), repeats)
+        return name
+
     for number, (op, rule) in enumerate(zip(program.ops, chosen, strict=True)):
-        found = wishes[number]
-        if found is None:
+        if number not in wishes:
             continue
-        read, plan = found
+        read, plan = wishes[number]
         operands = tuple(
             tuple(
                 kept[variable][axis] if axis in wish.soft else bits
@@ -73,29 +77,21 @@ def shrink(
             for variable, wish in zip(op.inputs, read, strict=True)
         )
         outputs = tuple(kept[variable] for variable in op.outputs)
-        folded, name = rule.fold(op, seen, operands, outputs), None
+        folded, name = rule.fold(Site(op, seen, operands, outputs)), None
         if folded is not None:
-            name = _free_name(constants, origins, op.inputs, f"operation_{number}")
-            dtype, shape = program.dtypes[op.outputs[0]], program.shapes[op.outputs[0]]
-            constants[name], places[name] = _store(folded, dtype, shape)
+            name = store(folded, op.outputs[0], op.inputs, f"operation_{number}", "")
         steps[number] = Step(op, rule, plan, operands, outputs, name)
     names = {}
     read = {v for step in steps.values() for v in step.op.inputs} | set(program.outputs)
     for variable in sorted(frozen & read):
-        name = _free_name(constants, origins, [variable], f"value_{variable}", ending="/output")
-        names[variable] = name
-        value = np.asarray(known[variable].value)
-        value = value[dependence.grid(kept[variable], value.shape)]
-        dtype, shape = program.dtypes[variable], program.shapes[variable]
-        constants[name], places[name] = _store(value, dtype, shape)
+        value = dependence.part(np.asarray(known[variable].value), kept[variable])
+        names[variable] = store(value, variable, [variable], f"value_{variable}", "/output")
+    inputs = program.inputs[: len(leaves)]
     return Shrunken(
         Plan(program, _fused(program, steps, kept, constants), kept, places, names),
-        tuple(kept[variable] for variable in program.inputs[: len(leaves)]),
+        tuple(kept[variable] for variable in inputs),
         constants,
-        tuple(
-            _whole(program, chosen, variable) if variable in read else None
-            for variable in program.inputs[: len(leaves)]
-        ),
+        tuple(_whole(program, chosen, v) if v in read else None for v in inputs),
         all(known[variable].static for variable in program.outputs),
     )
 
@@ -110,32 +106,12 @@ def _origins(program: Program, paths: Sequence[str]) -> dict[int, str]:
     return origins
 
 
-def _free_name(
-    taken: Mapping[str, Any],
-    origins: Mapping[int, str],
-    variables: Sequence[int],
-    otherwise: str,
-    *,
-    ending: str = "",
-) -> str:
-    """Name a constant by the parameter that an operation works with, such as a layer's kernel."""
-    found = [origins[variable] for variable in variables if variable in origins]
-    name = base = f"{found[-1]}{ending}" if found else otherwise
-    number = 2
-    while name in taken:
-        name, number = f"{base}_{number}", number + 1
-    return name
-
-
 def _whole(program: Program, chosen: Sequence[Rule], leaf: int) -> tuple[str, ...]:
     """Name what reads all channels that a leaf makes, before they are added up."""
     reached, names = {leaf}, []
     for op, rule in zip(program.ops, chosen, strict=True):
-        if (
-            rule in (additions.CONV, additions.DOT)
-            and op.inputs[0] in reached
-            and op.inputs[0] != leaf
-        ):
+        is_sum = rule in (additions.CONV, additions.DOT)
+        if is_sum and op.inputs[0] in reached and op.inputs[0] != leaf:
             continue
         if reached & set(op.inputs):
             if rule is shape_ops.OTHER:
@@ -159,50 +135,35 @@ def _fused(
         first = own[0]
         if set(first.op.inputs) != set(block.inputs[:2]) or block.inputs[2] not in wanted:
             continue
-        if any(step.constant for step in own[1:]):
+        shape = (1,) if first.constant is None else constants[first.constant].shape
+        is_by_pixel = np.prod(shape) != shape[-1]  # it differs from pixel to pixel
+        if is_by_pixel or any(step.constant for step in own[1:]):
             continue
-        names = [step.constant for step in own[:1] if step.constant]
-        if any(np.prod(constants[n].shape) != constants[n].shape[-1] for n in names):
-            continue  # it differs from pixel to pixel
         operands = tuple(wanted[variable] for variable in block.inputs)
-        output = kept[block.output][-1]
-        made = operands[1][-1], operands[2][-1]
-        if any(not _same(bits, output) for bits in made):
-            continue
-        for number in block.ops:
-            del left[number]
-        left[block.ops[0]] = Fused(block, tuple(own), operands)
+        if all(_same(made[-1], kept[block.output][-1]) for made in operands[1:]):
+            for number in block.ops:
+                del left[number]
+            left[block.ops[0]] = Fused(block, tuple(own), operands)
     return tuple(left[number] for number in sorted(left))
 
 
 def _same(first: np.ndarray | None, second: np.ndarray | None) -> bool:
     """Tell whether two keep the same of an axis."""
     if first is None or second is None:
-        return all(bits is None or bits.all() for bits in (first, second))
+        return dependence.is_whole((first, second))
     return bool((first == second).all())
-
-
-def _store(values: np.ndarray, dtype: Any, shape: Any) -> execute.Folded:
-    """Round to the type of the variable, and leave repetitions out."""
-    if np.issubdtype(dtype, np.integer):
-        limits = np.iinfo(dtype)
-        values = np.clip(values, limits.min, limits.max)
-    return execute.fold(values.astype(dtype), [isinstance(n, Linear) for n in shape])
 
 
 def _look(program: Program, leaves: Sequence[Any]) -> tuple[dict[int, Known], list[Rule], set[int]]:
     """Go forwards: facts of all variables, rules, and what turns out to be constant altogether."""
     known: dict[int, Known] = {}
     frozen: set[int] = set()
-    for variable, leaf in zip(program.inputs, leaves, strict=False):
-        known[variable] = Known(np.zeros(leaf.shape, bool), leaf, True)
-    for variable in program.inputs[len(leaves) :]:
+    given = dict(zip(program.inputs, leaves, strict=False)) | program.constants
+    for variable in (*program.inputs, *program.constants):
         shape = dependence.full_size(program.shapes[variable])
-        known[variable] = Known(
-            np.ones(shape, bool), np.zeros(shape, program.dtypes[variable]), False
-        )
-    for variable, value in program.constants.items():
-        known[variable] = Known(np.zeros(value.shape, bool), value, True)
+        is_given = variable in given
+        value = given[variable] if is_given else np.zeros(shape, program.dtypes[variable])
+        known[variable] = Known(np.full(shape, not is_given), value, is_given)
     chosen = []
     for op in program.ops:
         operands = [known[variable] for variable in op.inputs]
@@ -248,52 +209,50 @@ def _droppable(program: Program, num_params: int, num_leaves: int) -> dict[int, 
     for op in program.ops:
         outputs = label_rules.apply(book, op.equation, [values[v] for v in op.inputs])
         values.update(zip(op.outputs, outputs, strict=True))
-    flags = {}
-    for variable, shape in program.shapes.items():
-        varying = set[int]()
-        for label in values[variable].labels if variable in values else ():
-            varying |= labels_lib.varying(label)
-        flags[variable] = tuple(
-            axis in varying and not isinstance(size, Linear) for axis, size in enumerate(shape)
+    axes = {
+        variable: set[int]().union(*map(labels_lib.varying, value.labels))
+        for variable, value in values.items()
+    }
+    return {
+        variable: tuple(
+            axis in axes.get(variable, ()) and not isinstance(size, Linear)
+            for axis, size in enumerate(shape)
         )
-    return flags
+        for variable, shape in program.shapes.items()
+    }
 
 
 def _decide(
     seen: Facts, chosen: Sequence[Rule], frozen: set[int]
-) -> tuple[dict[int, Kept], list[tuple[list[Wish], Any] | None]]:
+) -> tuple[dict[int, Kept], dict[int, Wishes]]:
     """Go backwards, first over what varies, then over what parameters alone decide."""
     program = seen.program
     hard, soft = ({v: _nothing(seen, v) for v in seen.known} for _ in range(2))
+    hard |= {variable: dependence.everything(seen, variable) for variable in program.outputs}
     read = set(program.outputs)
-    for variable in program.outputs:
-        hard[variable] = dependence.everything(seen, variable)
-    used = {variable for op in program.ops for variable in op.inputs}
+    never_read = set(program.inputs).difference(*(op.inputs for op in program.ops))
     kept: dict[int, Kept] = {}
-    wishes: list[tuple[list[Wish], Any] | None] = [None] * len(program.ops)
+    wishes: dict[int, Wishes] = {}
 
     def settle(variable: int) -> Kept:
-        if variable not in kept:
-            if variable in program.inputs and variable not in used:
-                kept[variable] = dependence.everything(seen, variable)  # the network never read it
-            else:
-                is_read = variable in read or variable in program.inputs
-                kept[variable] = _settle(
-                    seen.known[variable], hard[variable], soft[variable], is_read
-                )
+        if variable not in kept and variable in never_read:  # by the network, not only here
+            kept[variable] = dependence.everything(seen, variable)
+        elif variable not in kept:
+            is_read = variable in read or variable in program.inputs
+            known = seen.known[variable]
+            kept[variable] = _settle(known, hard[variable], soft[variable], is_read)
         return kept[variable]
 
     for is_static in (False, True):
-        for number in range(len(program.ops) - 1, -1, -1):
-            op = program.ops[number]
+        for number, op in reversed(list(enumerate(program.ops))):
             if all(seen.known[v].static for v in op.outputs) and not is_static:
                 continue
             if all(v in frozen or v not in read for v in op.outputs):
                 continue
             outputs = [settle(v) for v in op.outputs]
-            found = chosen[number].wish(op, seen, outputs, [kept.get(v) for v in op.inputs])
-            wishes[number] = found
-            for variable, wish in zip(op.inputs, found[0], strict=True):
+            site = Site(op, seen, [kept.get(v) for v in op.inputs], outputs)
+            wishes[number] = chosen[number].wish(site)
+            for variable, wish in zip(op.inputs, wishes[number][0], strict=True):
                 if seen.known[variable].static == is_static:
                     read.add(variable)
                     for part, is_soft in ((hard, False), (soft, True)):

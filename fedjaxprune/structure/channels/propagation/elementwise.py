@@ -9,24 +9,25 @@ from fedjaxprune.structure.channels.propagation import labels as labels_lib
 from fedjaxprune.structure.channels.propagation.labels import Book, Label, Value
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """List words."""
     return frozenset(text.split())
 
 
 # Zero at zero; of one argument.
-KEEPS_ZERO = _names(
+KEEPS_ZERO = names(
     """neg tanh sin tan asin atan sinh asinh atanh abs sign sqrt cbrt square erf expm1 log1p floor
     ceil round convert_element_type copy copy_p reduce_precision real imag stop_gradient
     optimization_barrier integer_pow conj"""
 )
-LOSES_ZERO = _names(
+LOSES_ZERO = names(
     """exp exp2 log logistic rsqrt cos cosh acos acosh erfc erf_inv is_finite not lgamma digamma
     population_count"""
 )
-SUMS = _names("add sub add_any max min or xor")  # zero where all arguments are
-PRODUCTS = _names("mul and")  # zero where one argument is
-FIRST = _names("div rem pow atan2 shift_left")  # zero where the first argument is
-COMPARES = _names("eq ne lt le gt ge nextafter shift_right_logical shift_right_arithmetic")
+SUMS = names("add sub add_any max min or xor")  # zero where all arguments are
+PRODUCTS = names("mul and")  # zero where one argument is
+FIRST = names("div rem pow atan2 shift_left")  # zero where the first argument is
+COMPARES = names("eq ne lt le gt ge nextafter shift_right_logical shift_right_arithmetic")
 BINARY = SUMS | PRODUCTS | FIRST | COMPARES
 
 

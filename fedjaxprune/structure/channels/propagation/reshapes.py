@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjaxprune.structure import moves
 from fedjaxprune.structure.channels.propagation import labels as labels_lib
 from fedjaxprune.structure.channels.propagation.labels import Book, Label, Value
 
@@ -64,35 +65,31 @@ def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
     return blocks
 
 
-def reindex(function: Callable[[Any, np.ndarray, Value], np.ndarray]) -> Any:
-    """Make the rule of a primitive that only moves entries, by ``(params, entries, value)``."""
+def reindex(function: Callable[[Any, np.ndarray], np.ndarray]) -> Any:
+    """Make the rule of a primitive that only moves entries, by ``(params, entries)``."""
 
     def rule(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
         del book
-        shape = equation.outvars[0].aval.shape
         move = functools.partial(function, equation.params)
-        return [labels_lib.map_labels(values[0], shape, lambda x: move(x, values[0]))]
+        return [labels_lib.map_labels(values[0], equation.outvars[0].aval.shape, move)]
 
     return rule
 
 
-def cut(params: Any, x: np.ndarray, value: Value) -> np.ndarray:
+def cut(params: Any, x: np.ndarray) -> np.ndarray:
     """Slice."""
-    del value
     strides = params["strides"] or [1] * x.ndim
     parts = zip(params["start_indices"], params["limit_indices"], strides, x.shape, strict=True)
     return x[tuple(slice(a, b, c) if n > 1 else slice(None) for a, b, c, n in parts)]
 
 
-def reverse(params: Any, x: np.ndarray, value: Value) -> np.ndarray:
+def reverse(params: Any, x: np.ndarray) -> np.ndarray:
     """Flip axes."""
-    del value
-    return np.flip(x, tuple(axis for axis in params["dimensions"] if x.shape[axis] > 1))
+    return np.flip(x, params["dimensions"])
 
 
-def tile(params: Any, x: np.ndarray, value: Value) -> np.ndarray:
+def tile(params: Any, x: np.ndarray) -> np.ndarray:
     """Repeat axes."""
-    del value
     return np.tile(x, [n if x.shape[i] > 1 else 1 for i, n in enumerate(params["reps"])])
 
 
@@ -100,27 +97,17 @@ def pad(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     """Pad with entries that belong to no channel."""
     del book
     value, filling = values
-    config = equation.params["padding_config"]
+    shape = tuple(equation.outvars[0].aval.shape)
 
-    def pad(x: np.ndarray, fill: Any) -> np.ndarray:
-        for axis, (before, after, interior) in enumerate(config):
-            size = x.shape[axis]
-            if size == 1:
-                continue
-            places = before + np.arange(size) * (interior + 1)
-            total = before + after + size + interior * (size - 1)
-            inside = (places >= 0) & (places < total)
-            grown = np.full([total if i == axis else n for i, n in enumerate(x.shape)], fill)
-            index = [slice(None)] * x.ndim
-            index[axis] = places[inside]
-            grown[tuple(index)] = np.compress(inside, x, axis=axis)
-            x = grown
-        return x
+    def spread(x: np.ndarray, fill: Any) -> np.ndarray:
+        config = zip(equation.params["padding_config"], x.shape, strict=True)
+        return moves.pad(x, fill, [each if n > 1 else (0, 0, 0) for each, n in config])
 
     labels = tuple(
-        Label(pad(each.ids, -1), pad(each.zero, filling.const == 0.0)) for each in value.labels
+        Label(spread(each.ids, -1), spread(each.zero, filling.const == 0.0))
+        for each in value.labels
     )
-    return [value._replace(shape=tuple(equation.outvars[0].aval.shape), labels=labels, const=None)]
+    return [value._replace(shape=shape, labels=labels, const=None)]
 
 
 def concatenate(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
@@ -147,8 +134,7 @@ def concatenate(book: Book, equation: Any, values: Sequence[Value]) -> list[Valu
         labels.append(Label(*(np.concatenate(x, axis=axis) for x in zip(*spread, strict=True))))
     rest = [
         value._replace(
-            shape=shape,
-            labels=tuple(x for x in value.labels if axis not in labels_lib.varying(x)),
+            shape=shape, labels=tuple(x for x in value.labels if axis not in labels_lib.varying(x))
         )
         for value in values
     ]
