@@ -66,7 +66,7 @@ def test_what_is_exported_says_what_the_run_says(run, exported):
         found = np.asarray(small.predict(images(count)))
         assert expected.shape == (count, 10)
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert facts.changes
+    assert facts.small.changes
     assert facts.num_weights[0] == sum(trees.sizes(whole.params))
     assert facts.num_weights[1] == sum(trees.sizes(small.params)) < facts.num_weights[0]
     for mask, leaf in zip(jax.tree.leaves(small.masks), jax.tree.leaves(small.params), strict=True):
@@ -123,7 +123,7 @@ def test_constants_are_named_by_what_they_feed(exported):
 def test_the_card_tells_data_method_costs_accuracy_and_licence(exported):
     folder, facts = exported
     text = (folder / export.CARD).read_text(encoding="utf-8")
-    assert facts.summary is not None
+    assert facts.summary
     for words in (
         "random_masks",
         "digits",

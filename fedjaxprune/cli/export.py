@@ -33,20 +33,20 @@ def export(run: str, out: str | None) -> None:
     completed, planned = facts.num_rounds
     if completed < planned:
         click.echo(f"the run is at round {completed} of {planned}.")
-    if facts.changes:
+    if facts.small.changes:
         click.echo(f"dead channels removed: {before:,} parameters become {after:,}.")
     else:
         click.echo("no channel is dead everywhere it appears: the network is left as it is.")
-    if facts.is_constant:
+    if facts.small.is_constant:
         click.echo(
             "warning: the masks cut the network off from its inputs; its outputs never change.",
             err=True,
         )
-    for why, counts in model_card.by_reason(facts.remainders).items():
+    for why, counts in model_card.by_reason(facts.small.remainders).items():
         places = ", ".join(f"{path} ({count})" for path, count in counts.items())
         click.echo(f"  pruned filters that stay: {places}: {why}")
     click.echo(
-        f"largest difference on {facts.num_checked} random inputs: "
+        f"largest difference on {facts.difference.num_checked} random inputs: "
         f"{facts.difference.relative:.1e} of the largest output"
     )
     for name, size in facts.sizes.items():

@@ -10,6 +10,7 @@
 The folder appears whole or not at all.
 """
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -38,21 +39,14 @@ TOLERANCE = 1e-5  # of the largest output
 
 
 class Loaded(NamedTuple):
-    """A network to be used.
+    """A network to be used."""
 
-    Attributes:
-      predict: ``inputs [B, ...], as the data set stores them, -> logits [B, classes]``.
-      params: its parameters, pruned entries exact zeros; nested dicts.
-      masks: of the parameters.
-      state: what is not trained.
-      folder: where it came from.
-    """
-
+    # ``inputs [B, ...], as the data set stores them, -> logits [B, classes]``
     predict: Callable[[Any], jax.Array]
-    params: Params
-    masks: Any
-    state: State
-    folder: pathlib.Path
+    params: Params  # pruned entries exact zeros; nested dicts
+    masks: Any  # of the parameters
+    state: State  # what is not trained
+    folder: pathlib.Path  # where it came from
 
 
 def export(
@@ -64,38 +58,23 @@ def export(
 ) -> model_card.Facts:
     """Write the network of a run's newest checkpoint, compacted, into a new folder.
 
-    The data set is not needed.
-
-    Args:
-      run: folder of the run.
-      out: folder to be made.
-      model: what builds the network, where the run was given a value in Python.
-      warn: takes sentences about checkpoints that cannot be read.
-
-    Returns:
-      What the model card says.
-
-    Raises:
-      RunFolderError: in one sentence, and nothing is written.
-      ConfigError: what builds the network cannot be found.
+    The data set is not needed. `model` builds the network, where the run was given a value in
+    Python; `warn` takes sentences about checkpoints that cannot be read.
     """
     check_packages()
     restore.check(run)
-    check_free(out)
+    if os.path.lexists(out):
+        raise RunFolderError(f"{str(out)!r} exists; give a folder that does not.")
     found = restore.from_folder(run, model=model, warn=warn)
-    two = restore.stored_shapes(found.network, 2)
-    small = compact.compact(
-        found.model,
-        found.params,
-        found.masks,
-        state=found.state,
-        inputs=jax.eval_shape(found.preprocess, jax.random.key(0), two),
-    )
+    _, params, masks, state = found.arrays
+    two = jax.ShapeDtypeStruct((2, *found.network.input_shape), found.network.input_dtype)
+    inputs = jax.eval_shape(found.preprocess, jax.random.key(0), two)
+    small = compact.compact(found.model, params, masks, state=state, inputs=inputs)
     whole = jax.jit(restore.predict_stored(found.model.predict, found.preprocess))
     predict = restore.predict_stored(small.predict, found.preprocess)
     program = serialize(predict, small.params, small.state, two)
     some = restore.random_inputs(found.network, CHECKED)
-    expected = whole(masks_lib.apply(found.masks, found.params), found.state, some)
+    expected = whole(masks_lib.apply(masks, params), state, some)
     difference = compare(expected, jax_export.deserialize(program).call(some))
     if not difference.relative <= TOLERANCE:
         raise RunFolderError(
@@ -112,31 +91,22 @@ def export(
         (draft / PROGRAM).write_bytes(program)
         shutil.copyfile(run / layout.CONFIG, draft / CONFIG)
         sizes = {name: (draft / name).stat().st_size for name in (TENSORS, PROGRAM)}
-        facts = model_card.collect(found, small, sizes, difference, len(some))
+        facts = model_card.collect(found, small, sizes, difference)
         (draft / CARD).write_text(model_card.write(facts), encoding="utf-8")
         draft.rename(out.absolute())
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise RunFolderError(
             f"cannot write {str(out)!r} ({error.strerror or error}); nothing was written."
         ) from None
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # which is there only if something failed
     return facts
 
 
 def serialize(
     predict: Callable[[Params, State, Any], jax.Array], params: Params, state: State, inputs: Any
 ) -> bytearray:
-    """Write a network with its weights as StableHLO, for any number of examples.
-
-    Args:
-      predict: ``(params, state, inputs) -> outputs``.
-      params: baked in.
-      state: baked in.
-      inputs: examples ``[E, ...]``, of which shape and type count.
-    """
+    """Write a network with its weights as StableHLO, for any number of `inputs` of such a shape."""
     (batch,) = jax_export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
     program = jax.jit(lambda inputs: predict(params, state, inputs))
@@ -149,70 +119,41 @@ def compare(expected: Any, found: Any) -> model_card.Difference:
     largest = float(np.max(np.abs(expected)))
     relative = float(np.max(np.abs(expected - found))) / (largest or 1.0)
     changed = int(np.sum(expected.argmax(axis=-1) != found.argmax(axis=-1)))
-    return model_card.Difference(relative=relative, num_changed=changed)
+    return model_card.Difference(relative, changed, len(found))
 
 
 def read(folder: str | pathlib.Path, *, model: Found | None = None) -> Loaded:
     """Bring the network of a run, or what was exported of one, back into Python.
 
-    Args:
-      folder: of a run, or one that `export` has written. Of a run it is the network of the newest
-        checkpoint under its masks, of an export the compacted one.
-      model: what builds the network, where the run was given a value in Python.
-
-    Raises:
-      RunFolderError: there is neither in the folder, or it is damaged.
+    Of a run it is the network of the newest checkpoint under its masks, which `model` builds if the
+    run was given a value in Python; of an export it is the compacted one.
     """
     folder = layout.path_of(folder)
     if not os.path.isfile(folder / PROGRAM):
         if not load.is_run(folder):
             raise load.no_run(folder, "run and no exported network")
         found = restore.from_folder(folder, model=model)
-        predict = restore.predict_stored(found.model.predict, found.preprocess)
-        params = masks_lib.apply(found.masks, found.params)
-        run = jax.jit(predict)
-        return Loaded(
-            predict=lambda inputs: run(params, found.state, jnp.asarray(inputs)),
-            params=params,
-            masks=found.masks,
-            state=found.state,
-            folder=folder,
-        )
-    check_packages()
-    arrays, masks = safetensors.read(folder / TENSORS)
-    try:
-        program = jax_export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
-    except Exception:  # whatever flatbuffers makes of a damaged file
-        raise RunFolderError(f"{str(folder / PROGRAM)!r} cannot be read: it is damaged.") from None
-    call = jax.jit(program.call)
-    return Loaded(
-        predict=lambda inputs: call(jnp.asarray(inputs)),
-        params=arrays.pop("params", {}),
-        masks=masks.get("params", {}),
-        state=arrays,
-        folder=folder,
-    )
+        _, params, masks, state = found.arrays
+        params = masks_lib.apply(masks, params)
+        run = jax.jit(restore.predict_stored(found.model.predict, found.preprocess))
+        call = functools.partial(run, params, state)
+    else:
+        check_packages()
+        state, all_masks = safetensors.read(folder / TENSORS)
+        path = folder / PROGRAM
+        try:
+            call = jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
+        except Exception:  # whatever flatbuffers makes of a damaged file
+            raise RunFolderError(f"{str(path)!r} cannot be read: it is damaged.") from None
+        params, masks = state.pop("params", {}), all_masks.get("params", {})
+    return Loaded(lambda inputs: call(jnp.asarray(inputs)), params, masks, state, folder)
 
 
 def check_packages() -> None:
-    """See that what exports need is there.
-
-    Raises:
-      RunFolderError: naming what is missing.
-    """
+    """See that what exports need is there."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise RunFolderError(
             f"exported networks need {' and '.join(missing)}: "
             "install them with `pip install 'fedjaxprune[export]'`."
         )
-
-
-def check_free(out: pathlib.Path) -> None:
-    """See that a folder may be made.
-
-    Raises:
-      RunFolderError: something is there.
-    """
-    if os.path.lexists(out):
-        raise RunFolderError(f"{str(out)!r} exists; give a folder that does not.")

@@ -1,6 +1,7 @@
 """The model card of an exported network: what it is, what made it, what it costs and may do."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.experiment.exporting import restore
 from fedjaxprune.experiment.folder import layout, summary
+from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.folder.record import value
 from fedjaxprune.structure.compaction import compact
 from fedjaxprune.traffic import BITS_PER_MIB
@@ -26,90 +28,45 @@ LICENCES = {
 
 
 class Difference(NamedTuple):
-    """How far the exported network is from the run's on random inputs.
+    """How far the exported network is from the run's on random inputs."""
 
-    Attributes:
-      relative: largest difference, as a fraction of the largest output.
-      num_changed: inputs whose largest output is another one.
-    """
-
-    relative: float
-    num_changed: int
+    relative: float  # largest difference, as a fraction of the largest output
+    num_changed: int  # inputs whose largest output is another one
+    num_checked: int  # inputs
 
 
 class Facts(NamedTuple):
-    """What a card says.
+    """What a card says."""
 
-    Attributes:
-      config: of the run, nested.
-      command: that makes such a run.
-      task: what the labels are.
-      summary: of the record, up to the checkpoint; None where no round is on record.
-      num_rounds: completed, and planned.
-      tested_round: after which the accuracy was measured, or None.
-      num_weights: entries of the parameters: of the whole network, and of the exported one.
-      num_live: those of the exported one that are not pruned.
-      sparsity: pruned fraction of the prunable weights of the whole network.
-      changes: leaves that became smaller.
-      remainders: pruned filters that had to stay.
-      is_constant: whether the network gives the same outputs for all inputs.
-      sizes: bytes of the files by name, and ``dense`` of the whole network in float32.
-      difference: on random inputs.
-      num_checked: how many of them.
-      input_shape: of an example as stored.
-      dtype: of it.
-    """
-
-    config: Mapping[str, Any]
-    command: str
-    task: str
-    summary: Mapping[str, Any] | None
-    num_rounds: tuple[int, int]
-    tested_round: int | None
-    num_weights: tuple[int, int]
-    num_live: int
-    sparsity: float
-    changes: tuple[compact.Change, ...]
-    remainders: tuple[compact.Remainder, ...]
-    is_constant: bool
-    sizes: Mapping[str, int]
+    run: restore.Finished
+    small: compact.Compacted  # the network that is exported
+    summary: Mapping[str, Any]  # of the record, up to the checkpoint; empty if no round is on it
+    num_rounds: tuple[int, int]  # completed, and planned
+    num_weights: tuple[int, int]  # of the whole network, and of the exported one
+    num_live: int  # those of the exported one that are not pruned
+    sizes: Mapping[str, int]  # bytes of the files by name, and ``dense`` of the whole network
     difference: Difference
-    num_checked: int
-    input_shape: tuple[int, ...]
-    dtype: str
 
 
 def collect(
-    found: restore.Finished,
+    run: restore.Finished,
     small: compact.Compacted,
     sizes: Mapping[str, int],
     difference: Difference,
-    num_checked: int,
 ) -> Facts:
     """Gather what the card says."""
-    header, lines, _ = found.found
-    tested = [line["round"] for line in lines if line["test"]]
-    whole = [leaf.nbytes for leaf in jax.tree.leaves((found.params, found.state))]
-    prunable = set(found.network.prunable)
+    header, lines, _ = run.record
+    whole = jax.tree.leaves((run.arrays.params, run.arrays.state))
     planned = sum(stage["num_rounds"] for stage in header["stages"])
     return Facts(
-        config=found.config,
-        command=found.command,
-        task=found.network.task,
-        summary=summary.summarize(header, lines) if lines else None,
-        num_rounds=(found.num_rounds, planned),
-        tested_round=tested[-1] if tested else None,
-        num_weights=(sum(trees.sizes(found.params)), sum(trees.sizes(small.params))),
+        run=run,
+        small=small,
+        summary=summary.summarize(header, lines) if lines else {},
+        num_rounds=(run.arrays.num_rounds, planned),
+        num_weights=(sum(trees.sizes(run.arrays.params)), sum(trees.sizes(small.params))),
         num_live=int(np.sum(masks_lib.num_kept(small.masks))),
-        sparsity=float(masks_lib.sparsity(found.masks, lambda path, leaf: path in prunable)),
-        changes=small.changes,
-        remainders=small.remainders,
-        is_constant=small.is_constant,
-        sizes={**sizes, "dense": sum(whole)},
+        sizes={**sizes, "dense": sum(leaf.nbytes for leaf in whole)},
         difference=difference,
-        num_checked=num_checked,
-        input_shape=found.network.input_shape,
-        dtype=found.network.input_dtype,
     )
 
 
@@ -121,81 +78,69 @@ def licence(dataset: str) -> str:
 
 def write(facts: Facts) -> str:
     """Write the card."""
-    model, method, data = _names(facts)
+    parts = facts.run.stored.values
+    model, method = parts["model"]["name"], parts["method"]["name"]
+    data = parts["data"]["dataset"]["name"]
+    front = {  # what model hubs read
+        "library_name": "jax",
+        "pipeline_tag": _pipeline(facts.run.network),
+        "tags": ["federated-learning", "pruning", "sparsity", "stablehlo"],
+        "datasets": [data],
+    }
     sections = [
-        _front(facts),
+        "---\n" + "".join(f"{name}: {json.dumps(v)}\n" for name, v in front.items()) + "---\n",
         f"# {model}, pruned by {method} on {data}\n",
-        _what(facts),
-        _use(facts),
+        _table(
+            {"data": data, "licence of the data": licence(data), "method": method} | _results(facts)
+        ),
+        _use(facts.run.network),
         _training(facts),
-        _compaction(facts),
-        _files(facts),
+        _compaction(facts.small, facts.difference),
+        _files(facts.sizes),
         "## Limits\n\nA product of a simulation for research: clients, partition and drop-outs are "
         "simulated in one process. Nothing was measured beyond the test set named above.\n",
     ]
     return "\n".join(sections)
 
 
-def _names(facts: Facts) -> tuple[str, str, str]:
-    """Name network, method and data."""
-    config = facts.config
-    return config["model"]["name"], config["method"]["name"], config["data"]["dataset"]["name"]
-
-
-def _front(facts: Facts) -> str:
-    """Write the part that model hubs read."""
-    lines = {
-        "library_name": "jax",
-        "pipeline_tag": _pipeline(facts),
-        "tags": ["federated-learning", "pruning", "sparsity", "stablehlo"],
-        "datasets": [_names(facts)[2]],
-    }
-    return "---\n" + "".join(f"{name}: {json.dumps(v)}\n" for name, v in lines.items()) + "---\n"
-
-
-def _pipeline(facts: Facts) -> str:
+def _pipeline(network: Network) -> str:
     """Name the task as model hubs do."""
-    if facts.task == "sequence":
+    if network.task == "sequence":
         return "text-generation"
-    kind = "regression" if facts.task == "regression" else "classification"
-    return f"{'image' if len(facts.input_shape) == 3 else 'tabular'}-{kind}"
+    kind = "regression" if network.task == "regression" else "classification"
+    return f"{'image' if len(network.input_shape) == 3 else 'tabular'}-{kind}"
 
 
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{100 * value:.2f} %"
-
-
-def _what(facts: Facts) -> str:
-    _, method, data = _names(facts)
-    summary, tested = facts.summary or {}, facts.tested_round
-    score, accuracy = "accuracy", _percent(value(summary, "test.accuracy"))
-    if facts.task == "regression":
-        score, accuracy = "loss", f"{value(summary, 'test.loss'):.4g}" if tested else "not measured"
-    if tested is not None and tested != facts.num_rounds[0]:
-        accuracy += f" (after round {tested})"
-    completed, planned = facts.num_rounds
-    before, after = facts.num_weights
-    rows = {
-        "data": data,
-        "licence of the data": licence(data),
-        "method": method,
+def _results(facts: Facts) -> dict[str, str]:
+    run, (completed, planned), (before, after) = facts.run, facts.num_rounds, facts.num_weights
+    tested = [line["round"] for line in run.record.lines if line["test"]]
+    score, text = "accuracy", "not measured"
+    if run.network.task == "regression":
+        score = "loss"
+        text = f"{value(facts.summary, 'test.loss'):.4g}" if tested else text
+    elif (accuracy := value(facts.summary, "test.accuracy")) is not None:
+        text = f"{100 * accuracy:.2f} %"
+    if tested and tested[-1] != completed:
+        text += f" (after round {tested[-1]})"
+    prunable = set(run.network.prunable)
+    sparsity = float(masks_lib.sparsity(run.arrays.masks, lambda path, leaf: path in prunable))
+    return {
         "rounds": f"{completed} of {planned}",
-        f"test {score}, by the run's record": accuracy,
-        "sparsity of the prunable weights": _percent(facts.sparsity),
+        f"test {score}, by the run's record": text,
+        "sparsity of the prunable weights": f"{100 * sparsity:.2f} %",
         "parameters": f"{before:,} in the run, {after:,} here, of which {facts.num_live:,} live",
     }
-    return _table(rows)
 
 
 def _table(rows: Mapping[str, str]) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {a} | {b} |\n" for a, b in rows.items())
 
 
-def _use(facts: Facts) -> str:
-    shape = ", ".join(map(str, facts.input_shape))
+def _use(network: Network) -> str:
+    dtype, shape = network.input_dtype, ", ".join(map(str, network.input_shape))
     return f"""## Use
 
-The program takes examples as the data set stores them, `{facts.dtype} [batch, {shape}]`, for any
+The program takes examples as the data set stores them, `{dtype} [batch, {shape}]`, for any
 batch, normalizes them itself and gives outputs `float32 [batch, outputs]`. It needs `jax`, and
 `flatbuffers`, which `jax.export` reads its files with, and no other package:
 
@@ -218,58 +163,55 @@ net = export.read(".")  # net.predict(inputs), net.params, net.masks, net.state
 
 
 def _training(facts: Facts) -> str:
-    summary, config = facts.summary, facts.config
+    summary, config = facts.summary, facts.run.stored.values
     text = "## Training\n\nMade with the settings of `config.yaml`:\n\n"
-    text += f"```bash\n{facts.command}\n```\n"
-    if summary is None:
+    text += f"```bash\n{facts.run.stored.command}\n```\n"
+    if not summary:
         return text
+    num_clients, size = config["data"]["num_clients"], config["federation"]["cohort_size"]
     rows = {
-        "clients": f"{value(config, 'data.num_clients')}, "
-        f"{value(config, 'federation.cohort_size')} a round",
+        "clients": f"{num_clients}, {size} a round",
         "partition": value(config, "data.partition.name"),
-        "sent up, measured": f"{value(summary, 'traffic.up.total_bits') / BITS_PER_MIB:,.2f} MiB",
-        "sent down, measured": f"{value(summary, 'traffic.down.total_bits') / BITS_PER_MIB:,.2f} "
-        "MiB",
     }
+    for way in ("up", "down"):
+        sent = value(summary, f"traffic.{way}.total_bits") / BITS_PER_MIB
+        rows[f"sent {way}, measured"] = f"{sent:,.2f} MiB"
     if flops := value(summary, "compute.training_flops"):
-        rows["FLOPs of training under masks, modeled"] = (
-            f"{sum(v for name, v in flops.items() if not name.startswith('dense_')):.3g}"
-        )
+        under_masks = sum(v for name, v in flops.items() if not name.startswith("dense_"))
+        rows["FLOPs of training under masks, modeled"] = f"{under_masks:.3g}"
     return text + "\n" + _table(rows)
 
 
-def _compaction(facts: Facts) -> str:
-    difference = facts.difference
+def _compaction(small: compact.Compacted, difference: Difference) -> str:
     text = "## Compaction\n\n"
-    if facts.is_constant:
+    if small.is_constant:
         text += "**The masks cut this network off from its inputs: its outputs never change.**\n\n"
-    if not facts.changes:
+    if not small.changes:
         text += "No channel is dead everywhere it appears: the network is left as it is.\n"
     else:
         text += "Dead channels are removed, and what they contributed is a constant:\n\n"
         text += "| parameter | shape in the run | shape here |\n|---|---|---|\n"
         text += "".join(
-            f"| `{c.path}` | {_shape(c.before)} | {_shape(c.after)} |\n" for c in facts.changes
+            f"| `{c.path}` | {_shape(c.before)} | {_shape(c.after)} |\n" for c in small.changes
         )
-    if facts.remainders:
+    if small.remainders:
         text += "\nPruned filters that had to stay:\n\n"
         text += "".join(
             f"- {', '.join(f'`{path}` ({count})' for path, count in counts.items())}: {why}\n"
-            for why, counts in by_reason(facts.remainders).items()
+            for why, counts in by_reason(small.remainders).items()
         )
     return text + (
-        f"\nOn {facts.num_checked} random inputs its outputs are those of the run's network\n"
+        f"\nOn {difference.num_checked} random inputs its outputs are those of the run's network\n"
         f"up to {difference.relative:.1e} of the largest; the largest output is another one for "
         f"{difference.num_changed} of them.\n"
     )
 
 
-def by_reason(remainders: Iterable[compact.Remainder]) -> dict[str, dict[str, int]]:
+def by_reason(remainders: Iterable[compact.Remainder]) -> Mapping[str, Mapping[str, int]]:
     """Count the filters that stay by reason, and under each by the leaf that makes them."""
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Counter[str]] = {}
     for each in remainders:
-        of_leaves = counts.setdefault(each.why, {})
-        of_leaves[each.path] = of_leaves.get(each.path, 0) + len(each.indices)
+        counts.setdefault(each.why, Counter())[each.path] += len(each.indices)
     return counts
 
 
@@ -277,8 +219,7 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _files(facts: Facts) -> str:
-    sizes = facts.sizes
+def _files(sizes: Mapping[str, int]) -> str:
     made_with = ", ".join(f"{name} {version}" for name, version in layout.versions().items())
     rows = "".join(f"| `{name}` | {sizes[name]:,} |\n" for name in sizes if name != "dense")
     return (

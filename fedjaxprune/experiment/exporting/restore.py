@@ -4,52 +4,36 @@ What the network is built by and the checkpoint are read, not the data: what the
 of them is in the run folder (`network.json`).
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune.data import transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import RunFolderError
+from fedjaxprune.experiment.config import files
 from fedjaxprune.experiment.config.sections import PLACES
 from fedjaxprune.experiment.exporting import safetensors
 from fedjaxprune.experiment.folder import checkpoints, layout, load, lock, network, record
 from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import fitting
 from fedjaxprune.registry import Found, find
-from fedjaxprune.types import Masks, Model, Params, State
+from fedjaxprune.types import Model, Params, State
 
 
 class Finished(NamedTuple):
-    """What a run has come to.
+    """What a run has come to."""
 
-    Attributes:
-      config: of the run, nested.
-      command: that makes such a run.
-      network: what its folder says of the network and the data.
-      model: the network.
-      preprocess: ``(key, inputs) -> inputs`` from examples as stored, for tests.
-      num_rounds: completed when the checkpoint was made.
-      params: to be deployed, pruned entries exact zeros.
-      masks: in force.
-      state: what is not trained.
-      found: the record, up to that round.
-    """
-
-    config: dict[str, Any]
-    command: str
-    network: Network
+    stored: files.Stored  # its config
+    network: Network  # what its folder says of the network and the data
     model: Model
-    preprocess: transforms.Preprocess
-    num_rounds: int
-    params: Params
-    masks: Masks
-    state: State
-    found: record.Record
+    preprocess: transforms.Preprocess  # of examples as stored, for tests
+    arrays: checkpoints.Finished
+    record: record.Record  # up to the checkpoint
 
 
 def from_folder(
@@ -61,10 +45,6 @@ def from_folder(
       folder: of the run.
       model: what builds the network, where the run was given a value in Python.
       warn: takes a sentence about each checkpoint that cannot be read.
-
-    Raises:
-      RunFolderError: there is no run, no checkpoint, or the network is another one.
-      ConfigError: what builds the network cannot be found.
     """
     check(folder)
     known = network.read(folder)
@@ -74,30 +54,16 @@ def from_folder(
     network.check_same(
         known._replace(params=network.shapes(params), state=network.shapes(state)), folder
     )
-    found = read(folder, params, state, warn=warn)
-    everything = record.read(folder)
-    return Finished(
-        config=stored.values,
-        command=stored.command,
-        network=known,
-        model=built,
-        preprocess=preprocess,
-        num_rounds=found.num_rounds,
-        params=found.params,
-        masks=found.masks,
-        state=found.state,
-        found=everything._replace(lines=everything.lines[: found.num_rounds]),
-    )
+    arrays = read(folder, params, state, warn=warn)
+    found = record.read(folder)
+    found = found._replace(lines=found.lines[: arrays.num_rounds])
+    return Finished(stored, known, built, preprocess, arrays, found)
 
 
 def read(
     folder: pathlib.Path, params: Any, state: Any, *, warn: Callable[[str], object] | None = None
 ) -> checkpoints.Finished:
-    """Read a network from the newest checkpoint that is whole; trees of shapes say what it is.
-
-    Raises:
-      RunFolderError: no checkpoint can be read.
-    """
+    """Read a network from the newest checkpoint that is whole; trees of shapes say what it is."""
     found = checkpoints.read_network(
         folder / layout.CHECKPOINTS, params, state, warn=warn or (lambda text: None)
     )
@@ -109,29 +75,19 @@ def read(
 
 
 def arrays_of(folder: pathlib.Path) -> checkpoints.Finished:
-    """Read parameters, masks and state as nested dicts, without what builds the network.
+    """Read parameters, masks and state as nested dicts, without what builds the network."""
 
-    Raises:
-      RunFolderError: there is no run, or no checkpoint can be read.
-    """
+    def nest(shapes: Mapping[str, Any]) -> dict[str, Any]:
+        leaves = {path: jax.ShapeDtypeStruct(s, dtype) for path, (dtype, s) in shapes.items()}
+        return safetensors.nest(leaves)
+
     check(folder)
     known = network.read(folder)
-    return read(folder, _tree(known.params), _tree(known.state))
-
-
-def _tree(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    return safetensors.nest(
-        {path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, (dtype, shape) in shapes.items()}
-    )
+    return read(folder, nest(known.params), nest(known.state))
 
 
 def model_of(folder: pathlib.Path, *, model: Found | None = None) -> Model:
-    """Build the network of a run, which imports its code.
-
-    Raises:
-      RunFolderError: it was a value given in Python, and is not given.
-      ConfigError: what builds it cannot be found, or builds something else now.
-    """
+    """Build the network of a run, which imports its code."""
     return _model(folder, network.read(folder), model)[0]
 
 
@@ -148,11 +104,11 @@ def _model(
             "again, as model=..."
         )
     part = find(PLACES["model"].kind, given or name, path="model").part
-    settings = part.settings(**section)
     # Of the data only what the network must know: one example of each split, as stored.
+    labels = (known.num_outputs,) if known.task == "regression" else known.positions
     one = {
         "inputs": np.zeros((1, *known.input_shape), known.input_dtype),
-        "labels": np.zeros(_label_shape(known), np.int32),
+        "labels": np.zeros((1, *labels), np.int32),
     }
     dataset = Dataset(
         name=stored.values["data"]["dataset"]["name"],
@@ -166,26 +122,13 @@ def _model(
         std=known.std,
     )
     preprocess = transforms.for_dataset(dataset, augment=False)[1]
-
-    def make(*, input_shape: tuple[int, ...], num_classes: int) -> Any:
-        return part.build(settings, input_shape=input_shape, num_classes=num_classes)
-
+    make = functools.partial(part.build, part.settings(**section))
     made = fitting.make_model(make, dataset, preprocess=preprocess, what=f"model {name!r}")
     return made, preprocess
 
 
-def _label_shape(known: Network) -> tuple[int, ...]:
-    if known.task == "regression":
-        return (1, known.num_outputs)
-    return (1, *known.positions)
-
-
 def check(folder: pathlib.Path) -> None:
-    """See that a folder holds a run with a checkpoint, before anything heavy is done.
-
-    Raises:
-      RunFolderError: in one sentence.
-    """
+    """See that a folder holds a run with a checkpoint, before anything heavy is done."""
     if not load.is_run(folder):
         raise load.no_run(folder)
     found = folder / layout.CHECKPOINTS
@@ -209,11 +152,6 @@ def predict_stored(
         return predict(params, state, preprocess(key, inputs))
 
     return predict_fn
-
-
-def stored_shapes(known: Network, number: int) -> jax.ShapeDtypeStruct:
-    """Give the shapes of a batch of examples as stored."""
-    return jax.ShapeDtypeStruct((number, *known.input_shape), jnp.dtype(known.input_dtype))
 
 
 def random_inputs(known: Network, number: int) -> np.ndarray:

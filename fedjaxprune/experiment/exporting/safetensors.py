@@ -77,14 +77,7 @@ def decode(
 
 
 def write(path: pathlib.Path, params: Any, masks: Masks, rest: Mapping[str, Any]) -> None:
-    """Write a network.
-
-    Args:
-      path: of the file.
-      params: under the name ``params``.
-      masks: of the parameters.
-      rest: other trees by name, without masks.
-    """
+    """Write parameters under the name ``params``, their masks, and other trees by name."""
     from safetensors import numpy as safetensors_numpy
 
     arrays = flatten(params, "params")
@@ -95,11 +88,7 @@ def write(path: pathlib.Path, params: Any, masks: Masks, rest: Mapping[str, Any]
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a network: nested dicts of arrays, and masks of the same structure.
-
-    Raises:
-      RunFolderError: the file is none that `write` has written.
-    """
+    """Read a network: nested dicts of arrays, and masks of the same structure."""
     import safetensors
 
     try:

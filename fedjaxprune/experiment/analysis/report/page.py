@@ -45,8 +45,8 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
     """Make the page about runs."""
     groups = compared.groups
     drawn, remarks = figures.pictures(compared)
-    what = groups[0].label if len(groups) < 2 else f"{len(groups)} configurations"
-    title = f"{groups_lib.dataset_of(groups[0].runs[0])}: {what}"
+    dataset = groups_lib.dataset_of(groups[0].runs[0])
+    what = groups[0].label if len(groups) == 1 else f"{len(groups)} configurations"
     body = [
         _states(groups),
         f"<h2>{'Comparison' if len(groups) > 1 else 'Result'}</h2>",
@@ -73,7 +73,7 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
     said = headline.sentence(compared).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     said = said.replace(" %", "\N{NO-BREAK SPACE}%")
     parts = {
-        "TITLE": escape(title),
+        "TITLE": escape(f"{dataset}: {what}"),
         "HEADLINE": escape(said[:1].upper() + said[1:]),
         "STYLE": _file("page.css"),
         "BODY": "\n".join(body),
