@@ -4,11 +4,11 @@ import contextlib
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedjaxprune.experiment.config.sections import RunConfig, plain
 from fedjaxprune.experiment.folder.record import Line, numbers_of, value
@@ -19,37 +19,18 @@ NUM_LINES = 20  # plain lines of a whole run, about
 _PASSES = ("forward", "input_gradient", "weight_gradient")
 
 
-class _Rounds(NamedTuple):
-    """How the rounds of a run are counted, from the header of its record.
-
-    Attributes:
-      by_stage: rounds of each stage, in order.
-      main: the last stage, which need not be named; those before it prepare it.
-    """
-
-    by_stage: dict[str, int]
-    main: str
-
-    @property
-    def total(self) -> int:
-        """Rounds of all stages."""
-        return sum(self.by_stage.values())
-
-    def text(self, line: Line) -> str:
-        """Write how far the run is, in rounds of the line's stage."""
-        stage, number = line["stage"], line["stage_round"]
-        name = "" if stage == self.main else f"{stage}: "
-        return f"{name}round {number}/{self.by_stage.get(stage, number)}"
-
-
-def _rounds_of(header: Mapping[str, Any]) -> _Rounds:
-    by_stage = {one["name"]: one["num_rounds"] for one in header["stages"]}
-    return _Rounds(by_stage, [*by_stage][-1])
-
-
 @contextlib.contextmanager
 def report(console: Console, errors: Console, *, details: bool) -> Iterator[Listener]:
     """Open a report of a run: a bar if `console` is a terminal, else lines; a table at its end."""
+    stages: dict[str, int] = {}  # rounds of each; the last one need not be named
+    score = "accuracy -"
+    bar = Progress(
+        BarColumn(bar_width=8),  # all columns fit a terminal of 80
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    task = bar.add_task("reading data", total=None)
 
     def say(sentence: str) -> None:
         console.print(sentence, soft_wrap=True, highlight=False, markup=False)
@@ -58,72 +39,56 @@ def report(console: Console, errors: Console, *, details: bool) -> Iterator[List
         text = f"warning: {sentence}"
         errors.print(text, style="yellow", soft_wrap=True, highlight=False, markup=False)
 
+    def where(line: Line) -> str:
+        stage, number = line["stage"], line["stage_round"]
+        name = "" if stage == [*stages][-1] else f"{stage}: "
+        return f"{name}round {number}/{stages.get(stage, number)}"
+
+    def describe(line: Line) -> str:
+        nonlocal score
+        score = _score(line["test"]) or score
+        sparsity = _percent(line["mask"]["sparsity"])
+        return f"{where(line)}: loss {_loss(line)}, {score}, sparsity {sparsity}"
+
     def begin(config: RunConfig, folder: pathlib.Path) -> None:
         say(f"{_what(config)}; folder {folder}")
 
+    def start(header: Mapping[str, Any], lines: list[Line]) -> None:
+        stages.update({one["name"]: one["num_rounds"] for one in header["stages"]})
+        total, done = sum(stages.values()), len(lines)
+        if console.is_terminal:
+            if lines:
+                describe(lines[-1])
+            bar.reset(task, total=total, completed=done, description="compiling")
+            return
+        if lines:
+            say(f"resuming after {where(lines[-1])}")
+        if done < total:
+            say("compiling the first round")
+
+    look = _rejections(warn)
+
+    def tell(line: Line) -> None:
+        look(line)
+        total, number, text = sum(stages.values()), line["round"], describe(line)
+        if console.is_terminal:
+            bar.update(task, completed=number, description=text)
+        elif number % max(1, math.ceil(total / NUM_LINES)) == 0 or number in (1, total):
+            say(text)
+
     def finish(config: RunConfig, folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
-        for one in bars:
-            one.stop()
+        if console.is_terminal:
+            bar.stop()
         console.print(table(summary, config, details=details))
         say(f"results: {folder}")
 
-    kept: dict[str, Any] = {"rounds": _Rounds({}, ""), "score": "accuracy -"}
-    look = _rejections(warn)
-    bars: list[Progress] = []  # at most one
-
-    def describe(line: Line) -> str:
-        kept["score"] = _score(line["test"]) or kept["score"]
-        sparsity = f"{100 * line['mask']['sparsity']:.2f} %"
-        return f"loss {_loss(line)}, {kept['score']}, sparsity {sparsity}"
-
-    if not console.is_terminal:
-
-        def start_plain(header: Mapping[str, Any], lines: list[Line]) -> None:
-            kept["rounds"] = _rounds_of(header)
-            if lines:
-                say(f"resuming after {kept['rounds'].text(lines[-1])}")
-            if len(lines) < kept["rounds"].total:
-                say("compiling the first round")
-
-        def round_plain(line: Line) -> None:
-            look(line)
-            total, number = kept["rounds"].total, line["round"]
-            text = describe(line)
-            if number % max(1, math.ceil(total / NUM_LINES)) == 0 or number in (1, total):
-                say(f"{kept['rounds'].text(line)}: {text}")
-
-        yield Listener(begin, start_plain, round_plain, say, warn, finish)
-        return
-
-    bar = Progress(
-        BarColumn(bar_width=8),  # all columns fit a terminal of 80
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    bars.append(bar)
-    with bar:
-        task = bar.add_task("reading data", total=None)
-
-        def start_bar(header: Mapping[str, Any], lines: list[Line]) -> None:
-            rounds = kept["rounds"] = _rounds_of(header)
-            if lines:
-                describe(lines[-1])
-            done = len(lines)
-            bar.reset(task, total=rounds.total, completed=done, description="compiling")
-
-        def round_bar(line: Line) -> None:
-            look(line)
-            text = f"{kept['rounds'].text(line)}: {describe(line)}"
-            bar.update(task, completed=line["round"], description=text)
-
-        yield Listener(begin, start_bar, round_bar, say, warn, finish)
+    with bar if console.is_terminal else contextlib.nullcontext():
+        yield Listener(begin, start, tell, say, warn, finish)
 
 
 def _what(config: RunConfig) -> str:
     """Say what is run, in one line."""
-    clients = config.data.num_clients
-    size = config.federation.cohort_size
+    clients, size = config.data.num_clients, config.federation.cohort_size
     each = f"{size} of {clients} clients in each" if clients else "the clients by key"
     rounds = config.federation.num_rounds
     return (
@@ -142,16 +107,14 @@ def _rejections(warn: Callable[[str], object]) -> Callable[[Line], None]:
         if not rejected or is_all in warned:
             return
         warned.add(is_all)
-        if is_all:
-            warn(
-                f"in round {line['round']} no client's message was finite, so the round changed "
-                "nothing; a smaller client.optimizer.learning_rate may help."
-            )
-        else:
-            warn(
-                f"in round {line['round']} the messages of {rejected} of {number} clients were not "
-                "finite and were left out; the table at the end counts them."
-            )
+        what = (
+            "no client's message was finite, so the round changed nothing; a smaller "
+            "client.optimizer.learning_rate may help."
+            if is_all
+            else f"the messages of {rejected} of {number} clients were not finite and were left "
+            "out; the table at the end counts them."
+        )
+        warn(f"in round {line['round']} {what}")
 
     return look
 
@@ -185,29 +148,22 @@ def _of_dense(part: float, dense: float) -> str:
 
 
 def table(summary: Mapping[str, Any], config: RunConfig, *, details: bool) -> Table:
-    """Lay out the end of a run.
-
-    Args:
-      summary: of the run, as ``summary.json`` has it.
-      config: of the run, for the sparsity that was asked for.
-      details: whether to show all numbers.
-    """
+    """Lay out the end of a run, with its summary as ``summary.json`` has it."""
     test, mask, traffic = summary["test"], summary["mask"], summary["traffic"]
     averaged = test["num_tests_averaged"]
     rows: dict[str, str] = {}
     if test["accuracy"] is not None:
         rows["test accuracy, last"] = _percent(test["accuracy"])
         if averaged > 1:
-            name = f"test accuracy, mean of the last {averaged} tests"
-            rows[name] = _percent(test["accuracy_mean_last_10"])
+            mean = _percent(test["accuracy_mean_last_10"])
+            rows[f"test accuracy, mean of the last {averaged} tests"] = mean
     elif test["error"] is not None:
         rows["test error, last (mean absolute)"] = f"{test['error']:.4g}"
     elif test["loss"] is not None:
         rows["test loss, last"] = f"{test['loss']:.4g}"
-    asked = value(plain(config), "method.sparsity")
-    rows["sparsity"] = _percent(mask["sparsity"]) + (
-        f" ({_percent(asked)} asked for)" if isinstance(asked, int | float) else ""
-    )
+    rows["sparsity"] = _percent(mask["sparsity"])
+    if isinstance(asked := value(plain(config), "method.sparsity"), int | float):
+        rows["sparsity"] += f" ({_percent(asked)} asked for)"
     rows["live weights"] = f"{mask['num_live']:,} of {mask['num_prunable']:,} prunable"
     for way in ("up", "down"):
         bits = traffic[way].get("total_bits", 0)
@@ -222,11 +178,10 @@ def table(summary: Mapping[str, Any], config: RunConfig, *, details: bool) -> Ta
     rows["time"] = f"{summary['time_s']:,.1f} s"
     if details:
         rows |= _details(summary)
-    grid = Table(show_header=False, caption="* summed over rounds and clients")
-    grid.add_column()
-    grid.add_column(justify="right")
-    for name, text in rows.items():
-        grid.add_row(name, text)
+    sides = Column(), Column(justify="right")
+    grid = Table(*sides, show_header=False, caption="* summed over rounds and clients")
+    for row in rows.items():
+        grid.add_row(*row)
     return grid
 
 
@@ -258,9 +213,8 @@ def _details(summary: Mapping[str, Any]) -> dict[str, str]:
         rows[f"{name.removeprefix('training_flops.').replace('_', ' ')} FLOPs *"] = f"{number:.3g}"
     if found := compute.get("inference_flops"):
         share = found["gated"] / found["without_gates"] if found["without_gates"] else math.nan
-        rows["inference FLOPs of an example, gated"] = (
-            f"{found['gated']:.3g} ({100 * share:.1f} % of a network without gates)"
-        )
+        text = f"{found['gated']:.3g} ({100 * share:.1f} % of a network without gates)"
+        rows["inference FLOPs of an example, gated"] = text
     return rows
 
 

@@ -56,10 +56,9 @@ def tensorboard(
     del settings
     import tensorboardX
 
-    purge = num_rounds + 1 if num_rounds else None  # what an interrupted run wrote after that
     writer = tensorboardX.SummaryWriter(
         str(folder / "tensorboard"),
-        purge_step=purge,
+        purge_step=num_rounds + 1 if num_rounds else None,  # what an interrupted run wrote later
         flush_secs=10,
         filename_suffix=f".{num_rounds}",  # else a file of the same second is written over
     )
@@ -116,16 +115,11 @@ PARTS = {
     "wandb": Part(build=wandb, summary="Weights & Biases"),
     "mlflow": Part(build=mlflow, summary="MLflow"),
 }
-# The package that a built-in tracker needs, where it has another name.
-_PACKAGES: Mapping[str, str] = {"tensorboard": "tensorboardX"}
+_PACKAGES = {"tensorboard": "tensorboardX"}  # that a tracker of another name needs
 
 
 def find(names: Sequence[str]) -> dict[str, OpenFn]:
-    """Look up trackers by name, as ``module:NAME`` or as ``file.py:NAME``, before a run begins.
-
-    Raises:
-      ConfigError: there is no such tracker, or its package is not installed.
-    """
+    """Look up trackers by name, as ``module:NAME`` or as ``file.py:NAME``, before a run begins."""
     return {name: _find(name) for name in names}
 
 
@@ -153,9 +147,10 @@ def follow(
     """Make a listener that calls trackers, too; whatever they raise ends them, not the run."""
     at_work: dict[str, Opened] = {}
 
-    def attempt(name: str, act: Callable[[], object]) -> None:
+    @contextmanager
+    def attempt(name: str) -> Iterator[None]:
         try:
-            act()
+            yield
         except Exception as error:
             at_work.pop(name, None)
             listener.warn(
@@ -166,19 +161,18 @@ def follow(
     def start(header: Mapping[str, Any], lines: list[Line]) -> None:
         listener.start(header, lines)
         for name, opener in openers.items():
-            attempt(name, lambda n=name, o=opener: _keep(at_work, n, o(folder, config, len(lines))))
+            with attempt(name):
+                at_work[name] = opener(folder, config, len(lines))
 
     def tell(line: Line) -> None:
         listener.round(line)
         for name, opened in list(at_work.items()):
-            attempt(name, lambda o=opened: o.track(line))
+            with attempt(name):
+                opened.track(line)
 
     try:
         yield listener._replace(start=start, round=tell)
     finally:
         for name, opened in list(at_work.items()):
-            attempt(name, opened.close)
-
-
-def _keep(at_work: dict[str, Opened], name: str, opened: Opened) -> None:
-    at_work[name] = opened
+            with attempt(name):
+                opened.close()
