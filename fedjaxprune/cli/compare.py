@@ -1,4 +1,4 @@
-"""The command ``fedjaxprune compare``: runs in a table."""
+"""The commands ``fedjaxprune compare`` and ``fedjaxprune report``: runs in a table, or a page."""
 
 import math
 import pathlib
@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.folder.layout import path_of
 
 _WIDE = 200  # columns of a table that goes into a file
 
@@ -22,26 +23,22 @@ def _finite(context: click.Context, param: click.Parameter, value: float | None)
 
 def options(command: Any) -> Any:
     """Give a command the options of a comparison."""
-    for decorate in (
-        click.option(
-            "--to-accuracy",
-            type=click.FloatRange(0, 100, min_open=True),
-            callback=_finite,
-            metavar="NUMBER",
-            help="Accuracy to which bytes and rounds are counted, in %  [default: what every run "
-            "reached at its end, rounded down]",
-        ),
-        click.option(
-            "--at-mib",
-            type=click.FloatRange(0, min_open=True),
-            callback=_finite,
-            metavar="NUMBER",
-            help="Traffic at which accuracies are compared, in MiB of both ways and all clients  "
-            "[default: the least that a run sent, or more if a run's first test came later]",
-        ),
-    ):
-        command = decorate(command)
-    return command
+    command = click.option(
+        "--to-accuracy",
+        type=click.FloatRange(0, 100, min_open=True),
+        callback=_finite,
+        metavar="NUMBER",
+        help="Accuracy to which bytes and rounds are counted, in %  [default: what every run "
+        "reached at its end, rounded down]",
+    )(command)
+    return click.option(
+        "--at-mib",
+        type=click.FloatRange(0, min_open=True),
+        callback=_finite,
+        metavar="NUMBER",
+        help="Traffic at which accuracies are compared, in MiB of both ways and all clients  "
+        "[default: the least that a run sent, or more if a run's first test came later]",
+    )(command)
 
 
 @click.command()
@@ -78,15 +75,12 @@ def show(
     from fedjaxprune.experiment.analysis import compare as comparison
     from fedjaxprune.experiment.analysis import groups, headline, tables
 
-    target = None if to_accuracy is None else to_accuracy / 100
-    compared, notes = comparison.of_folders(runs, at_mib=at_mib, to_accuracy=target)
+    compared, notes = comparison.of_folders(runs, at_mib=at_mib, to_accuracy=_fraction(to_accuracy))
     for note in notes:
         click.echo(f"note: {note}", err=True)
-    if style == "markdown":
-        click.echo(tables.markdown(compared), nl=False)
-        return
-    if style == "csv":
-        click.echo(tables.comma_separated(compared), nl=False)
+    if style != "table":
+        write = tables.markdown if style == "markdown" else tables.comma_separated
+        click.echo(write(compared), nl=False)
         return
     console = Console()
     if not console.is_terminal:
@@ -96,10 +90,45 @@ def show(
     lines = [*compared.notes]
     if any(len(several) > 1 for several in compared.measures):
         lines.insert(0, "mean ± deviation over seeds.")
-    lines += [
-        f"* {members.label}: {state}"
-        for members in compared.groups
-        if (state := groups.states(members))
-    ]
+    states = {members.label: groups.states(members) for members in compared.groups}
+    lines += [f"* {label}: {state}" for label, state in states.items() if state]
     for line in (*lines, headline.sentence(compared)):
         console.print(line, soft_wrap=not console.is_terminal, highlight=False, markup=False)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@options
+@click.option(
+    "--out",
+    default="report.html",
+    show_default=True,
+    metavar="FILE",
+    help="The page; an existing file is replaced.",
+)
+def report(
+    runs: tuple[str, ...], at_mib: float | None, to_accuracy: float | None, out: str
+) -> None:
+    """Write one HTML page about runs: tables, pictures, the configs. It needs no network.
+
+    A RUN is a run folder, or a folder of run folders. Runs that differ only in their seed are one
+    curve, their mean, with a band. Running, interrupted and failed runs are shown, too.
+    """
+    try:
+        from fedjaxprune.experiment.analysis.report import page
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "plotly":
+            raise
+        raise ConfigError(
+            "report needs the package plotly: install it with `pip install 'fedjaxprune[report]'`."
+        ) from None
+    if not out:
+        raise ConfigError("--out must be a text that is not empty, got ''.")
+    path = path_of(out)
+    for note in page.of_folders(runs, path, at_mib=at_mib, to_accuracy=_fraction(to_accuracy)):
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"report: {path}")
+
+
+def _fraction(percent: float | None) -> float | None:
+    return None if percent is None else percent / 100

@@ -1,4 +1,4 @@
-"""The command ``fedjaxprune``; each of its commands is a module.
+"""The command ``fedjaxprune``, put together from its commands.
 
 Whatever the user gets wrong is one sentence on stderr and exit status 2. JAX is imported only by
 the commands that need it, when they are at work.
@@ -10,22 +10,11 @@ from collections.abc import Sequence
 import click
 
 from fedjaxprune import __version__
-from fedjaxprune.cli import (
-    compare,
-    conformance,
-    describe,
-    export,
-    list,
-    report,
-    run,
-    schema,
-    sweep,
-    validate,
-)
+from fedjaxprune.cli import compare, conformance, export, run, running, show, sweep
 from fedjaxprune.cli.options import explain_option
 from fedjaxprune.errors import FedJaxPruneError, near_miss
 
-USAGE, INTERRUPTED = 2, 130  # exit status
+USAGE = 2  # exit status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -37,13 +26,13 @@ def cli() -> None:
 for _command in (
     run.run,
     sweep.sweep,
-    list.list_,
-    describe.describe,
-    validate.validate,
-    schema.schema,
+    show.list_,
+    show.describe,
+    show.validate,
+    show.schema,
     conformance.conformance,
     compare.compare,
-    report.report,
+    compare.report,
     export.export,
 ):
     cli.add_command(_command)
@@ -67,14 +56,15 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         cli.main(args=args, prog_name="fedjaxprune", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(USAGE)
+        text = error.format_message()
     except click.ClickException as error:
-        click.echo(f"error: {_sentence(error, sys.argv[1:] if args is None else args)}", err=True)
-        sys.exit(USAGE)
+        text = f"error: {_sentence(error, sys.argv[1:] if args is None else args)}"
     except FedJaxPruneError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(USAGE)
+        text = f"error: {error}"
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted before the run began.", err=True)
-        sys.exit(INTERRUPTED)
+        sys.exit(running.INTERRUPTED)
+    else:
+        return
+    click.echo(text, err=True)
+    sys.exit(USAGE)

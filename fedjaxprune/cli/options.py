@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -17,19 +17,12 @@ _MOST_NAMES = 6  # that the help of a part's option lists
 
 
 class Setting(NamedTuple):
-    """One option of a run.
+    """One option of a run."""
 
-    Attributes:
-      path: of the setting; that of its section for a part's name.
-      owner: type of the section.
-      name: of the setting in it.
-      kind: of the part, for a part's name.
-    """
-
-    path: str
-    owner: type[Settings]
-    name: str
-    kind: str = ""
+    path: str  # of the setting; that of its section for a part's name
+    owner: type[Settings]  # type of the section
+    name: str  # of the setting in it
+    kind: str  # of the part, for a part's name; else empty
 
 
 def settings_of(config_type: type[RunConfig]) -> list[Setting]:
@@ -37,10 +30,8 @@ def settings_of(config_type: type[RunConfig]) -> list[Setting]:
     found = []
     for path, (owner, name) in resolve.paths(config_type).items():
         section = path.removesuffix(".name")
-        if section in PLACES:
-            found.append(Setting(section, owner, name, PLACES[section].kind))
-        else:
-            found.append(Setting(path, owner, name))
+        place = PLACES.get(section)
+        found.append(Setting(section if place else path, owner, name, place.kind if place else ""))
     order = [one.path for one in found]
     return sorted(found, key=lambda one: _rank(one.path, order))
 
@@ -63,14 +54,13 @@ def options(config_type: type[RunConfig]) -> list[click.Option]:
 def _option(one: Setting, short: str) -> click.Option:
     paths = (short, one.path, *([f"{one.path}.name"] if one.kind else []))
     names = dict.fromkeys(path.replace("_", "-") for path in paths)
-    extra: dict[str, Any] = {"default": None}
+    key, row = one.path.replace(".", "__"), _row(one)
+    text = _part_help(one) if one.kind else f"{row.meaning}  {in_words(row._replace(type=''))}"
     if is_flag(one):
-        words = ["/".join((f"--{name}", f"--no-{name}")) for name in names]
+        words, metavar = [f"--{name}/--no-{name}" for name in names], None
     else:
-        words = [f"--{name}" for name in names]
-        extra["metavar"] = "NAME" if one.kind else _metavar(one)
-    text = _part_help(one.path, one.kind) if one.kind else _help(one)
-    made = click.Option([_key(one.path), *words], help=text, **extra)
+        words, metavar = [f"--{name}" for name in names], "NAME" if one.kind else _metavar(row.type)
+    made = click.Option([key, *words], help=text, default=None, metavar=metavar)
     made.setting = one  # type: ignore[attr-defined]  # for the help and for errors
     return made
 
@@ -80,73 +70,58 @@ def is_flag(one: Setting) -> bool:
     return one.owner.model_fields[one.name].annotation is bool
 
 
-def _is_list(one: Setting) -> bool:
-    return "list of" in _row(one).type
-
-
-def _key(path: str) -> str:
-    return path.replace(".", "__")
-
-
-def _row(one: Setting) -> Any:
+def _row(one: Setting) -> Row:
     return _rows(one.owner)[one.name]
 
 
 @functools.cache
-def _rows(owner: type[Settings]) -> Mapping[str, Row]:
+def _rows(owner: type[Settings]) -> dict[str, Row]:
     return {row.name: row for row in describe_settings(owner)}
 
 
-def _metavar(one: Setting) -> str:
-    kinds: Mapping[str, str] = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT"}
-    words = _row(one).type.removesuffix(" | none").split(" | ")
-    words = ["A,B,..." if word.startswith("list of") else kinds.get(word, word) for word in words]
-    return "|".join(map(str, words))
+def _metavar(kind: str) -> str:
+    words = kind.removesuffix(" | none").split(" | ")
+    known = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT"}
+    known |= {word: "A,B,..." for word in words if word.startswith("list of")}
+    return "|".join(known.get(word, word) for word in words)
 
 
-def _help(one: Setting) -> str:
-    row = _row(one)
-    return f"{row.meaning}  {in_words(row._replace(type=''))}"
-
-
-def _part_help(path: str, kind: str) -> str:
-    names = list(registry.names(kind))
-    field = _field(path)
-    extra: Any = field.json_schema_extra
+def _part_help(one: Setting) -> str:
+    section: Any = RunConfig
+    *outer, last = one.path.split(".")
+    for name in outer:
+        section = section.model_fields[name].annotation
+    field = section.model_fields[last]
+    names = list(registry.names(one.kind))
     listed = f"{', '.join(names)}; " if 0 < len(names) <= _MOST_NAMES else ""
-    return f"{field.description}  [{listed}default: {field.default or extra['unset']}]"
-
-
-def _field(path: str) -> Any:
-    """Find the declaration of a part's place."""
-    kind: Any = RunConfig
-    *sections, name = path.split(".")
-    for section in sections:
-        kind = kind.model_fields[section].annotation
-    return kind.model_fields[name]
+    default = field.default or field.json_schema_extra["unset"]
+    return f"{field.description}  [{listed}default: {default}]"
 
 
 def read_options(command: click.Command, values: dict[str, Any]) -> resolve.Given:
     """Collect the settings that options give, and which option gave each."""
     found, sources = {}, {}
     for param in command.params:
-        one = getattr(param, "setting", None)
-        value = values.get(param.name or "")
+        one, value = getattr(param, "setting", None), values.get(param.name or "")
         if one is None or value is None:
             continue
-        path = f"{one.path}.name" if one.kind else one.path
-        row = None if one.kind else _row(one)
-        if row is not None and value == "none" and row.type.endswith("| none"):
-            value = None
-        elif isinstance(value, str) and not one.kind and _is_list(one):
-            text = value.strip("[]()")
-            if row is not None and row.type.startswith("list of texts"):
-                value = [word.strip(" '\"") for word in text.split(",") if word.strip()]
-            else:
-                source = min(param.opts, key=len)
-                value = files.load_yaml(f"value: [{text}]", source=source)["value"]
-        found[path], sources[path] = value, min(param.opts, key=len)
+        path, option = f"{one.path}.name" if one.kind else one.path, min(param.opts, key=len)
+        if isinstance(value, str) and not one.kind:
+            value = _read(value, _row(one).type, option)
+        found[path], sources[path] = value, option
     return resolve.Given(found, sources)
+
+
+def _read(text: str, kind: str, option: str) -> Any:
+    """Read what may be none or a list; anything else is left to the settings."""
+    if text == "none" and kind.endswith("| none"):
+        return None
+    if "list of" not in kind:
+        return text
+    text = text.strip("[]()")
+    if kind.startswith("list of texts"):
+        return [word.strip(" '\"") for word in text.split(",") if word.strip()]
+    return files.load_yaml(f"value: [{text}]", source=option)["value"]
 
 
 def explain_option(error: click.NoSuchOption, command: str) -> str:
@@ -160,9 +135,10 @@ def explain_option(error: click.NoSuchOption, command: str) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else "."
         return f"{start}: `{command} --help` lists them{hint}"
     given = error.option_name.lstrip("-").removeprefix("no-").replace("-", "_")
-    by_path = {p.setting.path: min(p.opts, key=len) for p in _settings(context.command)}
     if given in ("out", "output", "dir"):
         return f"{start}; did you mean --folder?"
+    params = context.command.params
+    by_path = {p.setting.path: min(p.opts, key=len) for p in params if hasattr(p, "setting")}
     known = list(resolve.paths(context.command.config_type))
     hint = errors.explain(given, known, context.command.parts)
     if hint.renamed:
@@ -173,11 +149,7 @@ def explain_option(error: click.NoSuchOption, command: str) -> str:
     if len(hint.paths) > 1:
         full = " or ".join(f"--{path.replace('_', '-')}" for path in hint.paths)
         return f"{start} is of several sections: give {full}."
-    own = [name for param in context.command.params for name in param.opts if "." not in name]
+    own = [name for param in params for name in param.opts if "." not in name]
     close = difflib.get_close_matches(error.option_name, own, n=1, cutoff=0.8)
     best = by_path[hint.paths[0]] if hint.paths else close[0] if close else ""
     return f"{start}; did you mean {best}?" if best else f"{start}: `{command} --help` lists them."
-
-
-def _settings(command: click.Command) -> Iterator[Any]:
-    return (param for param in command.params if hasattr(param, "setting"))

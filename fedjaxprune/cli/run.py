@@ -49,16 +49,14 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             row = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
-            if row is not None:
-                heading = _heading(param)
-                shown = min(param.opts, key=len)
-                names, metavar = shown, row[0].rpartition(" ")[2]
-                if param.secondary_opts:
-                    names, metavar = f"{shown} / --no-{shown[2:]}", ""
-                is_own = heading == "Command"
-                groups.setdefault(heading, []).append(
-                    (row[0] if is_own else f"{names} {metavar}".rstrip(), row[1])
-                )
+            if row is None:
+                continue
+            heading, names = "Command", row[0]
+            if (one := getattr(param, "setting", None)) is not None:
+                heading, short = one.path.partition(".")[0].capitalize(), min(param.opts, key=len)
+                last = f"/ --no-{short[2:]}" if param.secondary_opts else names.rpartition(" ")[2]
+                names = f"{short} {last}"
+            groups.setdefault(heading, []).append((names, row[1]))
         for heading, rows in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(rows, col_max=36)
@@ -71,11 +69,6 @@ class Command(click.Command):
             "Each setting may also be given by its full path, as --client.batch-size."
         )
         formatter.write_text(f"settings of the chosen parts: `fedjaxprune describe {name}`")
-
-
-def _heading(param: click.Parameter) -> str:
-    one = getattr(param, "setting", None)
-    return "Command" if one is None else one.path.partition(".")[0].capitalize()
 
 
 class _Seen(NamedTuple):

@@ -1,0 +1,87 @@
+"""Commands that run nothing: ``list``, ``describe``, ``validate`` and ``schema``."""
+
+import json
+
+import click
+
+from fedjaxprune import registry
+from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.experiment.config import describe as describing
+from fedjaxprune.experiment.config import files, resolve
+
+PRESETS = "preset"
+_WIDTH, _NAMES = 100, 26  # columns: of all, and of the names that have a text beside them
+
+
+@click.command(name="list")
+@click.argument("kind", required=False)
+def list_(kind: str | None) -> None:
+    """List the parts of a KIND, or all parts and presets; imports none of them.
+
+    Parts of installed packages are in the list, too. `fedjaxprune describe NAME` says more.
+    """
+    kinds = [*registry.KINDS, PRESETS]
+    wanted = kind.replace("-", "_").removesuffix("s") if kind else None
+    if wanted and wanted not in kinds:
+        raise ConfigError(
+            f"the kind must be one of {', '.join(kinds)}, got {kind!r}{near_miss(wanted, kinds)}"
+        )
+    formatter = click.HelpFormatter(max_width=_WIDTH)
+    formatter.width = _WIDTH
+    for one in [wanted] if wanted else kinds:
+        formatter.write(f"{one}:\n")
+        with formatter.indentation():
+            if rows := _presets() if one == PRESETS else _parts(one):
+                formatter.write_dl([*rows.items()], col_max=_NAMES)
+    click.echo(formatter.getvalue(), nl=False)
+
+
+def _parts(kind: str) -> dict[str, str]:
+    rows = {}
+    for name, listed in registry.names(kind).items():
+        of = listed.origin
+        whose = "" if of.source == "built-in" else f"  (from {of.package} {of.version})"
+        rows[name] = listed.summary.rstrip(".") + whose
+        rows |= {f"{name}/{one}": f"the same with {text}" for one, text in listed.variants.items()}
+    if fallback := registry.KINDS[kind].fallback:
+        rows["..."] = f"any other name: {fallback[0]} with this {fallback[1]}"
+    return rows
+
+
+def _presets() -> dict[str, str]:
+    texts = files.preset_texts().items()
+    return {name: text.splitlines()[0].lstrip("# ").rstrip(".") for name, text in texts}
+
+
+@click.command()
+@click.argument("name")
+def describe(name: str) -> None:
+    """Describe a part: what it is, its settings, needs and variants, and a command.
+
+    NAME is a method, model, data set or other part of `fedjaxprune list`, KIND/NAME, FILE.py:NAME
+    or MODULE:NAME.
+    """
+    click.echo(str(describing.describe(name)))
+
+
+@click.command()
+@click.argument("file")
+def validate(file: str) -> None:
+    """Check a preset, the YAML file of a run, or that of a sweep, without running anything."""
+    from fedjaxprune.experiment.sweeps import plan
+
+    if plan.is_sweep(files.load_source(file)):
+        members = plan.read(file, folder=None).members
+        click.echo(f"ok: {file} is a sweep of {len(members)} runs.")
+        return
+    parts = resolve.resolve(files.read_source(file)).parts
+    method, model, dataset = parts.method.name, parts.model.name, parts.dataset.name
+    click.echo(f"ok: {file} runs {method} with {model} on {dataset}.")
+
+
+@click.command()
+def schema() -> None:
+    """Write the JSON schema of configurations with the parts that are installed, for editors."""
+    from fedjaxprune.experiment.config import json_schema
+
+    click.echo(json.dumps(json_schema.schema(), indent=2))
