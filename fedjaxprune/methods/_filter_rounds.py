@@ -5,6 +5,7 @@ how many are live. Until training, all weights that are not pruned stay as they 
 """
 
 import fractions
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -31,15 +32,7 @@ from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import INT_MAX, Count, Settings, Sparsity, setting
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.traffic import TRAINED, FieldLength, PublishedBits
-from fedjaxprune.types import (
-    Algorithm,
-    Client,
-    Key,
-    PrunableFn,
-    RoundMetrics,
-    RoundState,
-    Stage,
-)
+from fedjaxprune.types import Algorithm, Client, Key, PrunableFn, RoundMetrics, RoundState, Stage
 
 STOP = 0.9  # of MPFL's code: no further exchange once more than this is pruned
 NUM_FILTERS, REMOVED = "num_filters", "removed_kept"  # reports [C, layers] and [C, L]
@@ -109,59 +102,42 @@ class RankingSettings(FilterSettings):
 class FilterState(NamedTuple):
     """What the stages hand on beside weights and masks.
 
-    Attributes:
-      keep: one ``[F]`` bool a layer, the filters in force.
-      agreement: ``[num_prune_steps + 1, layers]`` float32, of each exchange the share of a layer's
-        filters on which two voters agree, in the mean over all pairs; 0 where nobody voted.
-      removed_kept: ``[L]`` int32, entries that are left of each leaf if what reads a pruned channel
-        is removed with it.
+    The agreement of an exchange is the share of a layer's filters on which two voters agree, in the
+    mean over all pairs; 0 where nobody voted.
     """
 
-    keep: filters.Keep
-    agreement: jax.Array
-    removed_kept: jax.Array
+    keep: filters.Keep  # [F] bool a layer: the filters in force
+    agreement: jax.Array  # [num_prune_steps + 1, layers] float32
+    removed_kept: jax.Array  # [L] int32: left if what reads a pruned channel is removed with it
 
 
 class Plan(NamedTuple):
-    """What is pruned, and how far, in Python values.
-
-    Attributes:
-      channels: of the network.
-      layers: the filters, layer by layer.
-      filter_sizes: weights of one filter of each layer.
-      remove: what training leaves out (`filters.to_masks`).
-      num_steps: exchanges that prune; one that does not comes before them.
-      stop: share of the layers' weights; no exchange follows once more is pruned.
-    """
+    """What is pruned, and how far, in Python values."""
 
     channels: groups.Analysis
-    layers: tuple[groups.Group, ...]
-    filter_sizes: tuple[int, ...]
+    layers: tuple[groups.Group, ...]  # the filters, layer by layer
+    filter_sizes: tuple[int, ...]  # weights of one filter of each layer
     remove: filters.Drops
-    num_steps: int
-    stop: fractions.Fraction
+    num_steps: int  # exchanges that prune; one that does not comes before them
+    stop: fractions.Fraction  # of the layers' weights; no exchange once more is pruned
 
 
 def make_plan(
     task: Task, settings: FilterSettings, *, num_steps: int, stop: float | None = None
 ) -> Plan:
-    """Find the filters of the network; without `stop` exchanges end as MPFL's code has it.
-
-    Raises:
-      ValueError: the network has no filters to prune.
-    """
+    """Find the filters of the network; without `stop` exchanges end as MPFL's code has it."""
     channels, params = task.facts.channels(), task.facts.params
     layers = filters.layers(channels, params, prunable=_prunable(settings))
     sizes = dict(zip(trees.paths(params), trees.sizes(params), strict=True))
-    paths = [
-        next(member.path for member in group.members if member.role == "filter") for group in layers
-    ]
+
+    def filter_size(group):
+        path = next(member.path for member in group.members if member.role == "filter")
+        return sizes[path] // group.size
+
     return Plan(
         channels=channels,
         layers=layers,
-        filter_sizes=tuple(
-            sizes[path] // group.size for path, group in zip(paths, layers, strict=True)
-        ),
+        filter_sizes=tuple(map(filter_size, layers)),
         remove=settings.remove,
         num_steps=num_steps,
         stop=filters.exact(max(STOP, settings.sparsity) if stop is None else stop),
@@ -180,12 +156,11 @@ def plan_ranking(task: Task, settings: RankingSettings) -> tuple[Plan, filters.T
 
 def is_over(plan: Plan, keep: filters.Keep) -> jax.Array:
     """Tell whether more is pruned than the share after which exchanges stop: ``[]`` bool."""
-    total = sum(g.size * size for g, size in zip(plan.layers, plan.filter_sizes, strict=True))
     pruned = [
         (group.size - jnp.sum(bits, dtype=jnp.int32)) * size
         for group, bits, size in zip(plan.layers, keep, plan.filter_sizes, strict=True)
     ]
-    return trees.tree_sum(pruned, dtype=jnp.int32) > int(plan.stop * total)
+    return trees.tree_sum(pruned, dtype=jnp.int32) > int(plan.stop * _num_weights(plan))
 
 
 def apply_filters(
@@ -239,17 +214,8 @@ def exchange(
 
     Clients receive the filters in force where they hold others. Where the start was trained, they
     receive its live weights and statistics when they come for the first time. Once `is_over`,
-    nobody is asked any more.
-
-    Args:
-      task: what the method is built for.
-      settings: of the method.
-      plan: what is pruned; there are ``num_steps + 1`` exchanges.
-      name: the stage's name in the record.
-      client: one client's work; it trains under the broadcast's masks.
-      fields: of its message.
-      server_update: ``(key, state, fields) -> state``; `apply_filters` is its end.
-      reports: ``(before, after) -> arrays`` by name, for the record.
+    nobody is asked any more. `server_update` ends with `apply_filters`; `reports` maps the states
+    before and after to arrays for the record.
     """
     is_trained = settings.dense_rounds > 0
 
@@ -302,11 +268,8 @@ def train_after(
 ) -> Algorithm:
     """Put FedAvg under the filters in force behind the stages that choose them.
 
-    Args:
-      task: what the method is built for; its `num_rounds` counts the rounds of training alone.
-      settings: of the method.
-      plan: what is pruned.
-      before: the stages that choose. Before them come the rounds of dense FedAvg, if there are any.
+    Before these come the rounds of dense FedAvg, if there are any; the task's `num_rounds` counts
+    the rounds of training alone.
     """
 
     def report(before, after, metrics):
@@ -333,10 +296,15 @@ def train_after(
         (stage,) = trained.stages
         before = (stage._replace(name="start", num_rounds=settings.dense_rounds), *before)
     published = {
-        "filter_masked": lambda metrics, state: _charge(plan, metrics, state, _filter_masked),
-        "channel_removed": lambda metrics, state: _charge(plan, metrics, state, _removed),
+        "filter_masked": functools.partial(_charge, plan, _filter_masked),
+        "channel_removed": functools.partial(_charge, plan, _removed),
     }
     return stages.in_order(trained, before, init=init)._replace(published=published)
+
+
+def _num_weights(plan: Plan) -> int:
+    """Count the weights of all filters."""
+    return sum(g.size * size for g, size in zip(plan.layers, plan.filter_sizes, strict=True))
 
 
 def _transport() -> MaskTransport:
@@ -358,10 +326,7 @@ def _prunable(settings: FilterSettings) -> PrunableFn:
 
 
 def _charge(
-    plan: Plan,
-    metrics: RoundMetrics,
-    state: RoundState,
-    transfer: Callable[[Plan, Mapping[str, np.ndarray], RoundState], int],
+    plan: Plan, transfer: Callable[..., int], metrics: RoundMetrics, state: RoundState
 ) -> PublishedBits:
     """Charge a bit a filter in exchanges about masks, and `transfer` for a model in training.
 
@@ -386,11 +351,9 @@ def _filter_masked(plan: Plan, reports: Mapping[str, np.ndarray], state: RoundSt
 
     So biases, normalization, dense layers and what reads a pruned channel are charged.
     """
-    sizes = plan.filter_sizes
-    num_masked = sum(g.size * size for g, size in zip(plan.layers, sizes, strict=True))
     kept = np.asarray(reports[NUM_FILTERS])[0].tolist()
-    live = sum(n * size for n, size in zip(kept, sizes, strict=True))
-    return 32 * (live + sum(trees.sizes(state.params)) - num_masked)
+    live = sum(n * size for n, size in zip(kept, plan.filter_sizes, strict=True))
+    return 32 * (live + sum(trees.sizes(state.params)) - _num_weights(plan))
 
 
 def _removed(plan: Plan, reports: Mapping[str, np.ndarray], state: RoundState) -> int:

@@ -4,17 +4,29 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.methods import _sparsity
 from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import pruners, scores
 from fedjaxprune.rounds import facts as facts_lib
+from fedjaxprune.rounds import server_work
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Settings, Sparsity, setting
-from fedjaxprune.types import Algorithm, Key, Params, PrunerInputs, RoundState, Stage
+from fedjaxprune.types import Algorithm, Key, Params, PrunableFn, PrunerInputs, RoundState, Stage
 
 ChooseFn = Callable[[Key, RoundState, Params, Any], RoundState]
+
+
+Allocation = Literal["uniform", "uniform_but_first", "erk", "global"]
+
+
+def allocation_setting(default: Allocation) -> Any:
+    """Declare how layers share the live weights, with the method's own default."""
+    return setting(
+        default,
+        "How layers share the live weights: the same share of each, the same of each but the first "
+        "convolution, which stays dense, a larger share of small ones, or one pool.",
+    )
 
 
 class FixedMaskSettings(Settings):
@@ -25,19 +37,11 @@ class FixedMaskSettings(Settings):
         "Pruned fraction of the prunable weights, the same in all rounds of training.",
         unit="fraction",
     )
-    allocation: Literal["uniform", "uniform_but_first", "erk", "global"] = setting(
-        "uniform",
-        "How layers share the live weights: the same share of each, the same of each but the first "
-        "convolution, which stays dense, a larger share of small ones, or one pool.",
-    )
+    allocation: Allocation = allocation_setting("uniform")
 
 
 def chooser(settings: FixedMaskSettings, task: Task, score: scores.ScoreFn) -> ChooseFn:
-    """Make ``(key, state, params, grads) -> state`` with tighter masks, and weights under them.
-
-    Raises:
-      ValueError: nothing would be left of a layer or of the network.
-    """
+    """Make ``(key, state, params, grads) -> state`` with tighter masks, and weights under them."""
     return choose_at(settings.sparsity, share_out(settings, task), score)
 
 
@@ -58,19 +62,14 @@ def choose_at(
 
 
 def share_out(settings: FixedMaskSettings, task: Task) -> allocations.AllocationFn:
-    """Choose how layers share the live weights.
-
-    Raises:
-      ValueError: nothing would be left of a layer or of the network, there is no first convolution
-        to be kept dense, or it alone is more than may be kept.
-    """
+    """Choose how layers share the live weights; something is left of each."""
     sizes = facts_lib.sizes(task.facts, masks_lib.is_kernel)
-    _sparsity.check_something_left(task.facts, masks_lib.is_kernel, settings.sparsity)
+    check_something_left(task, masks_lib.is_kernel, settings.sparsity)
     if settings.allocation == "uniform_but_first":
         return _uniform_but_first(settings.sparsity, task, sizes)
     path = min(sizes, key=lambda path: sizes[path], default="")
     if settings.allocation == "uniform" and path:
-        if _sparsity.is_emptied(sizes[path], settings.sparsity):
+        if _is_emptied(sizes[path], settings.sparsity):
             raise ValueError(
                 f"method.sparsity must leave at least one of the {sizes[path]} weights of "
                 f"{path!r}, or nothing passes; got {settings.sparsity} with method.allocation "
@@ -96,6 +95,31 @@ def _uniform_but_first(
             f"'uniform_but_first', as the first convolution is kept dense, got {sparsity}."
         )
     return allocations.erk(power=0.0, dense=lambda path, leaf: path == first)
+
+
+def check_something_left(task: Task, prunable: PrunableFn, sparsity: float) -> None:
+    """Refuse a sparsity under which no prunable weight is left."""
+    total = sum(facts_lib.sizes(task.facts, prunable).values())
+    if total and _is_emptied(total, sparsity):
+        raise ValueError(
+            f"method.sparsity must leave at least one of the {total} prunable weights of the "
+            f"network, got {sparsity}."
+        )
+
+
+def _is_emptied(size: int, sparsity: float) -> bool:
+    return size - round(sparsity * size) < 1
+
+
+def draw(settings: FixedMaskSettings, task: Task) -> Stage:
+    """Draw one mask at random, which follows from the run's seed and does not travel."""
+    choose = chooser(settings, task, scores.random)
+
+    def work(key, state, population):
+        del population  # no data decides
+        return choose(key, state, state.params, None), server_work.no_loss()
+
+    return server_work.server_round("draw", work, masks_known_to="everybody")
 
 
 def train_under(task: Task, sparsity: float, *before: Stage) -> Algorithm:

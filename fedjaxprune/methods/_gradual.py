@@ -1,10 +1,10 @@
 """What methods share whose sparsity climbs along a cubic curve while the model is trained."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pydantic
 
-from fedjaxprune.methods import _sparsity
+from fedjaxprune.methods import _fixed_masks
 from fedjaxprune.pruning import schedules
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import Rounds, Settings, Sparsity, setting
@@ -13,16 +13,21 @@ from fedjaxprune.types import PrunableFn, Schedule
 NOTED = 0.01  # a sparsity that is missed by more is said
 
 
-class GradualSettings(Settings):
-    """Settings of a sparsity that climbs."""
-
-    sparsity: Sparsity = setting(
-        0.92,
+def sparsity_setting(default: float) -> Any:
+    """Declare the sparsity at the end, with the method's own default."""
+    return setting(
+        default,
         "Pruned fraction of the prunable weights that the cubic curve leads to at the end of the "
         "run. The masks follow the curve every prune_every rounds, so the last revision is a "
         "little short of it.",
         unit="fraction",
     )
+
+
+class GradualSettings(Settings):
+    """Settings of a sparsity that climbs."""
+
+    sparsity: Sparsity = sparsity_setting(0.92)
     initial_sparsity: Sparsity | None = setting(
         None,
         "Sparsity after the first revision; at most the sparsity.",
@@ -48,13 +53,9 @@ class GradualSettings(Settings):
 
 
 class Curve(NamedTuple):
-    """A curve of the sparsity, and the rounds in which masks follow it.
+    """A curve of the sparsity, and the rounds at whose end masks follow it (`due`).
 
-    Attributes:
-      sparsity: the cubic curve, by round.
-      initial_sparsity: where it starts.
-      due: rounds at whose end the masks are revised.
-      notes: a sentence, if the last revision is well short of the sparsity that was asked for.
+    There are `notes` if the last revision is well short of the sparsity that was asked for.
     """
 
     sparsity: Schedule
@@ -64,19 +65,9 @@ class Curve(NamedTuple):
 
 
 def plan(settings: GradualSettings, task: Task, *, end_round: int, prunable: PrunableFn) -> Curve:
-    """Lay the curve through the rounds of a run.
-
-    Args:
-      settings: of the method.
-      task: what the method is built for.
-      end_round: index of the round in which the curve arrives.
-      prunable: leaves whose sparsity it is.
-
-    Raises:
-      ValueError: no weight would be left, or the masks would never leave their first sparsity.
-    """
+    """Lay the curve through the rounds of a run, so that it arrives in round `end_round`."""
     num_rounds = task.protocol.num_rounds
-    _sparsity.check_something_left(task.facts, prunable, settings.sparsity)
+    _fixed_masks.check_something_left(task, prunable, settings.sparsity)
     start = settings.initial_sparsity
     start = min(0.5, settings.sparsity) if start is None else start
     period = settings.prune_every or max(1, min(5, num_rounds - 1))
@@ -93,13 +84,14 @@ def plan(settings: GradualSettings, task: Task, *, end_round: int, prunable: Pru
         f"{last + 1} of {num_rounds}, reaches {reached:.3g}: more rounds or a smaller "
         "method.prune_every bring it closer."
     )
+    curve = schedules.cubic(
+        initial_sparsity=start,
+        final_sparsity=settings.sparsity,
+        begin_round=0,
+        end_round=end_round,
+    )
     return Curve(
-        sparsity=schedules.cubic(
-            initial_sparsity=start,
-            final_sparsity=settings.sparsity,
-            begin_round=0,
-            end_round=end_round,
-        ),
+        sparsity=curve,
         initial_sparsity=start,
         due=schedules.every(period),
         notes=(note,) if settings.sparsity - reached > NOTED else (),

@@ -74,9 +74,7 @@ class AutoFLIP(Settings):
     """Settings; the defaults are those of the papers or of the published code."""
 
     sparsity: Sparsity = setting(
-        0.3,
-        "Pruned fraction of the kernel weights; 0 prunes nothing.",
-        unit="fraction",
+        0.3, "Pruned fraction of the kernel weights; 0 prunes nothing.", unit="fraction"
     )
     explore_epochs: Epochs = setting(
         150, "Most passes of an explorer over its examples.", unit="epochs"
@@ -154,10 +152,9 @@ def build(settings: AutoFLIP, task: Task) -> Algorithm:
         to explore on.
     """
     _check_run(settings, task)
-    mean = {
-        "clients": aggregators.unweighted_mean(),
-        "examples": aggregators.weighted_mean(),
-    }[settings.explorer_weights]
+    mean = {"clients": aggregators.unweighted_mean(), "examples": aggregators.weighted_mean()}[
+        settings.explorer_weights
+    ]
     prunable, pruner, readings = masks_lib.is_kernel, None, {}
     if settings.sparsity > 0.0:
         _check_weights(task.facts, settings.sparsity)
@@ -285,11 +282,7 @@ def _train(
             for name, reading in readings.items()
         }
     return training(
-        task.protocol,
-        client=task.local_client(),
-        pruner=pruner,
-        prunable=prunable,
-        fields=fields,
+        task.protocol, client=task.local_client(), pruner=pruner, prunable=prunable, fields=fields
     )
 
 

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.federated import aggregators
+from fedjaxprune.federated import aggregators, early_stopping
 from fedjaxprune.method import Method, Needs
 from fedjaxprune.methods import _filter_rounds
 from fedjaxprune.pruning.structured import filters
 from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.task import Task
-from fedjaxprune.types import Algorithm, Client, Message
+from fedjaxprune.types import Algorithm
 
 
 class AveragedFilters(_filter_rounds.RankingSettings):
@@ -33,12 +33,6 @@ def build(settings: AveragedFilters, task: Task) -> Algorithm:
       ValueError: the network has no filters.
     """
     plan, targets = _filter_rounds.plan_ranking(task, settings)
-    trainer = _filter_rounds.trainer(task, settings)
-
-    def update_fn(key, broadcast, state, data):
-        message, _ = trainer.update(key, broadcast, trainer.init(broadcast.params), data)
-        fields = {"trained": message.fields["delta"], "metrics": message.fields["metrics"]}
-        return Message(fields=fields, weight=message.weight), state
 
     def server_update(key, state, fields):
         del key  # deterministic
@@ -57,7 +51,11 @@ def build(settings: AveragedFilters, task: Task) -> Algorithm:
         settings,
         plan,
         name="average",
-        client=Client(init=lambda params: (), update=update_fn),
+        client=early_stopping.report(
+            _filter_rounds.trainer(task, settings),
+            readings={"trained": lambda delta, masks: delta},
+            keep=("metrics",),
+        ),
         fields={"trained": FieldSpec(aggregators.unweighted_sum())},
         server_update=server_update,
     )

@@ -139,13 +139,7 @@ def without_shortcuts(path: str, leaf: jax.Array) -> bool:
 class FedDIP(_gradual.GradualSettings):
     """Settings of FedDIP; the defaults are the published ones."""
 
-    sparsity: Sparsity = setting(
-        0.9,
-        "Pruned fraction of the prunable weights that the cubic curve leads to at the end of the "
-        "run. The masks follow the curve every prune_every rounds, so the last revision is a "
-        "little short of it.",
-        unit="fraction",
-    )
+    sparsity: Sparsity = _gradual.sparsity_setting(0.9)
     max_penalty: NonNegative = setting(
         1e-3,
         "Coefficient that the staircase of the penalty on the layers' norms leads to; 0 switches "
@@ -184,8 +178,11 @@ def build(settings: FedDIP, task: Task) -> Algorithm:
     """Prune ever more of one global model while it is trained."""
     prunable = masks_lib.is_kernel if settings.prune_shortcuts else without_shortcuts
     if settings.mode == "unpruned":
-        penalties = _constant_penalty(settings.max_penalty)
-        client = task.local_client(penalties=penalties)
+        penalty = local_training.layer_norms(
+            coefficient=lambda round_index: jnp.float32(settings.max_penalty),
+            prunable=lambda path, leaf: True,
+        )
+        client = task.local_client(penalties=(penalty,))
         return training(task.protocol, client=client, prunable=prunable)
     num_rounds = task.protocol.num_rounds
     curve = _gradual.plan(settings, task, end_round=num_rounds, prunable=prunable)
@@ -240,16 +237,6 @@ def _staircase(
     return (local_training.layer_norms(coefficient=coefficient, prunable=prunable),)
 
 
-def _constant_penalty(coefficient: float) -> tuple[local_training.PenaltyFn, ...]:
-    """Penalize the norms of all tensors alike in every round: the ablation without pruning."""
-    return (
-        local_training.layer_norms(
-            coefficient=lambda round_index: jnp.float32(coefficient),
-            prunable=lambda path, leaf: True,
-        ),
-    )
-
-
 def code_formula(*, final_sparsity: float, initial_sparsity: float, num_rounds: int) -> FormulaFn:
     """Make the charge of the public code for a round: nothing for masks, all values alike.
 
@@ -295,10 +282,7 @@ METHOD = Method(
         arxiv="2309.06805",
         code="https://github.com/EricLoong/feddip",
     ),
-    variants={
-        "without_penalty": {"max_penalty": 0.0},
-        "without_pruning": {"mode": "unpruned"},
-    },
+    variants={"without_penalty": {"max_penalty": 0.0}, "without_pruning": {"mode": "unpruned"}},
     law_settings={
         "sparsity": 0.75,
         "initial_sparsity": 0.25,

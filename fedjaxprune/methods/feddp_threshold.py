@@ -94,13 +94,13 @@ def diagnostics(metrics: RoundMetrics) -> dict[str, Any]:
 
 def layer_sparsity(params: Params, prunable: PrunableFn) -> jax.Array:
     """Average the share of zeros over the prunable layers, each counting alike: ``[]`` float32."""
-    flags = masks_lib.prunable_leaves(params, prunable)
-    shares = [
-        jnp.mean((leaf == 0).astype(jnp.float32))
-        for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True)
-        if flag
-    ]
+    shares = [jnp.mean(zeros.astype(jnp.float32)) for zeros in _zeros(params, prunable)]
     return jnp.mean(jnp.stack(shares))
+
+
+def _zeros(params: Params, prunable: PrunableFn) -> list[jax.Array]:
+    flags = masks_lib.prunable_leaves(params, prunable)
+    return [leaf == 0 for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
 
 
 def _measured(inner: Client, prunable: PrunableFn) -> Client:
@@ -109,13 +109,8 @@ def _measured(inner: Client, prunable: PrunableFn) -> Client:
     def update_fn(key, broadcast, state, data):
         message, state = inner.update(key, broadcast, state, data)
         after = jax.tree.map(jnp.add, broadcast.params, message.fields["delta"])
-        flags = masks_lib.prunable_leaves(after, prunable)
         share = metrics_lib.Mean(total=layer_sparsity(after, prunable), weight=jnp.float32(1.0))
-        zeros = [
-            (leaf == 0).astype(jnp.int32)
-            for leaf, flag in zip(jax.tree.leaves(after), flags, strict=True)
-            if flag
-        ]
+        zeros = [zeros.astype(jnp.int32) for zeros in _zeros(after, prunable)]
         metrics = {**message.fields["metrics"], SPARSITY: share, _ZEROS: zeros}
         return message._replace(fields={**message.fields, "metrics": metrics}), state
 

@@ -50,8 +50,15 @@ class MagnitudeMasks(_fixed_masks.FixedMaskSettings):
 
 def build(settings: MagnitudeMasks, task: Task) -> Algorithm:
     """Train where the examples are, keep the largest weights, and train under that mask."""
-    _check_client(settings, task)
-    is_trained = (settings.start_from or _usual_start(settings)) == "trained"
+    is_of_one = settings.examples == "one_client"
+    if is_of_one and settings.client_id >= task.num_clients:
+        raise ValueError(
+            f"method.client_id must be less than data.num_clients ({task.num_clients}), got "
+            f"{settings.client_id}."
+        )
+    # Only the mask is taken of what no server could have trained.
+    usual = "trained" if settings.examples == "server" else "initial"
+    is_trained = (settings.start_from or usual) == "trained"
     choose = _fixed_masks.chooser(settings, task, scores.magnitude)
     client = local_training.local_sgd(
         task.model.loss,
@@ -69,15 +76,10 @@ def build(settings: MagnitudeMasks, task: Task) -> Algorithm:
     prepare = server_work.server_round(
         "prepare",
         work,
-        working_clients=(settings.client_id,) if settings.examples == "one_client" else (),
+        working_clients=(settings.client_id,) if is_of_one else (),
         clients_send="model" if is_trained else "masks",
     )
     return _fixed_masks.train_under(task, settings.sparsity, prepare)
-
-
-def _usual_start(settings: MagnitudeMasks) -> str:
-    """Choose the weights: only the mask is taken of what no server could have trained."""
-    return "trained" if settings.examples == "server" else "initial"
 
 
 def _source(settings: MagnitudeMasks, task: Task) -> server_work.SourceFn:
@@ -88,22 +90,11 @@ def _source(settings: MagnitudeMasks, task: Task) -> server_work.SourceFn:
     return server_work.all_examples()
 
 
-def _check_client(settings: MagnitudeMasks, task: Task) -> None:
-    if settings.examples == "one_client" and settings.client_id >= task.num_clients:
-        raise ValueError(
-            f"method.client_id must be less than data.num_clients ({task.num_clients}), got "
-            f"{settings.client_id}."
-        )
-
-
 METHOD = Method(
     build=build,
     settings=MagnitudeMasks,
     needs=lambda settings: Needs(server_examples=settings.examples == "server"),
-    variants={
-        "one_client": {"examples": "one_client"},
-        "pooled": {"examples": "pooled"},
-    },
+    variants={"one_client": {"examples": "one_client"}, "pooled": {"examples": "pooled"}},
     law_settings={"sparsity": 0.5, "server_epochs": 1},
     nothing_pruned={"sparsity": 0.0},
 )

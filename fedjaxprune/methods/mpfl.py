@@ -37,7 +37,7 @@ from fedjaxprune.pruning.structured import filters, voting
 from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import setting
-from fedjaxprune.types import Algorithm, Client, Message, RoundMetrics
+from fedjaxprune.types import Algorithm, Client, RoundMetrics
 
 AGREEMENT = "agreement"  # of the record, and a report [C, layers] of each exchange
 
@@ -78,28 +78,18 @@ def build(settings: MPFL, task: Task) -> Algorithm:
     def server_update(key, state, fields):
         del key  # deterministic
         votes, weight = fields["ballot"]
-        keep = tuple(
-            voting.decide(
-                rule,
-                voting.Ballot(
-                    votes=line,
-                    weight=weight,
-                    num_voters=fields["num_messages"],
-                    live=live,
-                    worth=norm,
-                ),
-                trees.take_rows(quota, state.round),
+        num_voters = fields["num_messages"]
+        norms = filters.norms(state.params, plan.layers)
+
+        def decide(line, live, norm, quota):
+            ballot = voting.Ballot(
+                votes=line, weight=weight, num_voters=num_voters, live=live, worth=norm
             )
-            for line, live, norm, quota in zip(
-                votes,
-                state.method.keep,
-                filters.norms(state.params, plan.layers),
-                quotas,
-                strict=True,
-            )
-        )
+            return voting.decide(rule, ballot, trees.take_rows(quota, state.round))
+
+        keep = tuple(map(decide, votes, state.method.keep, norms, quotas))
         alike = [
-            coverage.agreement((line,), fields["num_messages"], lambda path, leaf: True)
+            coverage.agreement((line,), num_voters, lambda path, leaf: True)
             for line in fields["masks"]
         ]
         state = _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=state.round)
@@ -138,7 +128,7 @@ def _voter(trainer: Client, plan: _filter_rounds.Plan, targets: filters.TargetFn
     """Make a client that trains, ranks its filters and votes; its weights are forgotten."""
 
     def update_fn(key, broadcast, state, data):
-        message, _ = trainer.update(key, broadcast, trainer.init(broadcast.params), data)
+        message, state = trainer.update(key, broadcast, state, data)
         start = masks_lib.apply(broadcast.masks, broadcast.params)
         trained = jax.tree.map(jnp.add, start, message.fields["delta"])
         keep = filters.of_masks(plan.layers, broadcast.masks)
@@ -151,9 +141,9 @@ def _voter(trainer: Client, plan: _filter_rounds.Plan, targets: filters.TargetFn
             # Nobody reads it: a vote by weights that are not finite is left out because of it.
             "size": trees.tree_sum(norms, dtype=jnp.float32),
         }
-        return Message(fields=fields, weight=message.weight), state
+        return message._replace(fields=fields), state
 
-    return Client(init=lambda params: (), update=update_fn)
+    return Client(init=trainer.init, update=update_fn)
 
 
 METHOD = Method(

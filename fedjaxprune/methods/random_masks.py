@@ -6,8 +6,6 @@ has to do better than this one at the same sparsity and allocation.
 
 from fedjaxprune.method import Method
 from fedjaxprune.methods import _fixed_masks
-from fedjaxprune.pruning import scores
-from fedjaxprune.rounds import server_work
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.types import Algorithm
 
@@ -18,14 +16,7 @@ class RandomMasks(_fixed_masks.FixedMaskSettings):
 
 def build(settings: RandomMasks, task: Task) -> Algorithm:
     """Draw one mask in a round of the server's own, and train under it."""
-    choose = _fixed_masks.chooser(settings, task, scores.random)
-
-    def work(key, state, population):
-        del population  # no data decides
-        return choose(key, state, state.params, None), server_work.no_loss()
-
-    draw = server_work.server_round("draw", work, masks_known_to="everybody")
-    return _fixed_masks.train_under(task, settings.sparsity, draw)
+    return _fixed_masks.train_under(task, settings.sparsity, _fixed_masks.draw(settings, task))
 
 
 METHOD = Method(

@@ -14,14 +14,11 @@ References:
   Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020.
 """
 
-from typing import Literal
-
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import local_training, sparse_gradients
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _fixed_masks
-from fedjaxprune.pruning import drop_and_grow, scores
-from fedjaxprune.rounds import server_work
+from fedjaxprune.pruning import drop_and_grow
 from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
@@ -35,11 +32,7 @@ LAST = 0.75  # where in a run the exchanges end, as published
 class RigL(_fixed_masks.FixedMaskSettings):
     """Settings; share, decay and end of the exchanges are the published ones."""
 
-    allocation: Literal["uniform", "uniform_but_first", "erk", "global"] = setting(
-        "erk",
-        "How layers share the live weights: the same share of each, the same of each but the first "
-        "convolution, which stays dense, a larger share of small ones, or one pool.",
-    )
+    allocation: _fixed_masks.Allocation = _fixed_masks.allocation_setting("erk")
     drop_fraction: Fraction = setting(
         0.3,
         "Share of a layer's live weights that the first exchange replaces; 0 keeps the masks.",
@@ -65,13 +58,7 @@ def build(settings: RigL, task: Task) -> Algorithm:
     Raises:
       ValueError: nothing would be left of a layer, or no exchange would take place.
     """
-    choose = _fixed_masks.chooser(settings, task, scores.random)
-
-    def work(key, state, population):
-        del population  # no data decides
-        return choose(key, state, state.params, None), server_work.no_loss()
-
-    draw = server_work.server_round("draw", work, masks_known_to="everybody")
+    draw = _fixed_masks.draw(settings, task)
     return in_order(_train(settings, task), (draw,), sparsity=settings.sparsity)
 
 
@@ -100,11 +87,7 @@ def _train(settings: RigL, task: Task) -> Algorithm:
 
 
 def _exchange_rounds(settings: RigL, num_rounds: int) -> tuple[int, int]:
-    """Resolve the rounds from one exchange to the next, and the last that may have one.
-
-    Raises:
-      ValueError: no exchange would take place.
-    """
+    """Resolve the rounds from one exchange to the next, and the last that may have one."""
     until = min(settings.last_prune_round or max(1, int(LAST * num_rounds)), num_rounds)
     period = settings.prune_every or min(10, max(1, until // 3))
     if period > until:

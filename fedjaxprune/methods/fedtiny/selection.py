@@ -22,41 +22,24 @@ from fedjaxprune.types import Batcher, Broadcast, Client, PrunableFn, RoundState
 
 
 class Plan(NamedTuple):
-    """What is known of the candidates before the first round.
-
-    Attributes:
-      prunable: which leaves may be pruned.
-      num_candidates: at least 1.
-      sizes: ``[layers]`` int64, weights of each prunable leaf.
-      densities: ``[layers]`` float64, around which candidates are drawn.
-      noise: largest relative deviation of a layer's density.
-      num_wanted: live weights of all prunable leaves together.
-      tolerance: weights by which a candidate may miss `num_wanted`.
-    """
+    """What is known of the candidates before the first round."""
 
     prunable: PrunableFn
     num_candidates: int
-    sizes: np.ndarray
-    densities: np.ndarray
-    noise: float
-    num_wanted: float
-    tolerance: float
+    sizes: np.ndarray  # [layers] int64, weights of each prunable leaf
+    densities: np.ndarray  # [layers] float64, around which candidates are drawn
+    noise: float  # largest relative deviation of a layer's density
+    num_wanted: float  # live weights of all prunable leaves together
+    tolerance: float  # weights by which a candidate may miss these
 
 
 class Pool(NamedTuple):
-    """The candidates, and what is known of them: the `method` of a `RoundState`.
+    """The candidates, and what is known of them: the `method` of a `RoundState`."""
 
-    Attributes:
-      counts: ``[candidates, layers]`` int32, live weights of each prunable leaf.
-      statistics: list of ``[candidates, ...]`` float32, the normalization statistics.
-      losses: ``[candidates]`` float32, mean losses over the clients; infinite before.
-      chosen: ``[]`` int32, the candidate that training starts from.
-    """
-
-    counts: jax.Array
-    statistics: list[jax.Array]
-    losses: jax.Array
-    chosen: jax.Array
+    counts: jax.Array  # [candidates, layers] int32, live weights of each prunable leaf
+    statistics: list[jax.Array]  # [candidates, ...] float32 each, the normalization statistics
+    losses: jax.Array  # [candidates] float32, mean losses over the clients; infinite before
+    chosen: jax.Array  # [] int32, the candidate that training starts from
 
 
 def make_plan(
@@ -70,17 +53,7 @@ def make_plan(
 ) -> Plan:
     """Decide the number of candidates and their densities.
 
-    Args:
-      facts: of the network.
-      prunable: which leaves may be pruned.
-      sparsity: pruned fraction of all kernels, also of those that are not `prunable`.
-      pool_size: number of candidates; None takes `candidates.pool_size`.
-      allocation: layer densities around which candidates are drawn.
-      noise: largest relative deviation of a layer's density, in [0, 1].
-
-    Raises:
-      ValueError: the network has no BatchNorm statistics, nothing to prune, or too few prunable
-        weights for the sparsity.
+    The sparsity is that of all kernels, also of those that are not `prunable`.
     """
     if not batch_norm.pick(facts.state):
         raise ValueError(
@@ -91,11 +64,11 @@ def make_plan(
     density = 1.0 - sparsity
     sizes = candidates.sizes_of(facts.params, prunable)
     num_prunable = int(sizes.sum())
-    num_weights = int(
-        candidates.sizes_of(
-            facts.params, lambda path, leaf: prunable(path, leaf) or masks_lib.is_kernel(path, leaf)
-        ).sum()
-    )
+
+    def is_counted(path, leaf):
+        return prunable(path, leaf) or masks_lib.is_kernel(path, leaf)
+
+    num_weights = int(candidates.sizes_of(facts.params, is_counted).sum())
     num_whole = num_weights - num_prunable
     share = (density * num_weights - num_whole) / num_prunable
     if share * num_prunable < len(sizes):
@@ -165,21 +138,12 @@ def prepare(plan: Plan, *, client: Client, source: server_work.SourceFn) -> Stag
 
 
 def calibrate(
-    plan: Plan,
-    task: Task,
-    *,
-    batcher: Batcher,
-    num_passes: int | None,
-    variance: Literal["within", "total"],
+    plan: Plan, task: Task, *, batcher: Batcher, num_passes: int | None, variance: str
 ) -> Stage:
     """Average the statistics that the clients measure for each candidate.
 
-    Args:
-      plan: of the candidates.
-      task: the network and the protocol.
-      batcher: examples that the clients look at.
-      num_passes: passes by the network's own momentum; None measures exactly in one pass.
-      variance: ``"total"`` adds the variance of the clients' means.
+    They follow the data by the network's own momentum in `num_passes`, or None measures exactly in
+    one pass. The variance ``"total"`` adds that of the clients' means.
     """
     if num_passes is None:
         measure = batch_norm.statistics(task.model.loss, batcher=batcher)
@@ -192,11 +156,6 @@ def calibrate(
         measure = batch_norm.with_squares(measure)
         fields["squares"] = FieldSpec(aggregate=aggregators.weighted_mean(), send="nothing")
 
-    def download(state, masks_held):
-        # Exact statistics start from zero, so that none are sent.
-        sent = [] if num_passes is None else _statistics_of_one(state)
-        return traffic.download(state, masks_held, sent, prunable=plan.prunable)
-
     def server_update(key, state, fields):
         del key  # deterministic
         found = fields["statistics"]
@@ -206,32 +165,16 @@ def calibrate(
         statistics = trees.tree_where(usable, found, state.method.statistics)
         return state._replace(method=state.method._replace(statistics=statistics))
 
-    return reporting_round(
-        task.protocol,
-        name="calibrate",
-        client=batch_norm.each_candidate(measure),
-        fields=fields,
-        server_update=server_update,
-        broadcast=lambda state: _broadcast(plan, state),
-        download=download,
-        exchange=_exchange(plan),
-    )
+    # Exact statistics start from zero, so that none are sent.
+    sent = _statistics_of_one if num_passes is not None else lambda state: []
+    return _ask(plan, task, "calibrate", measure, fields, server_update, sent)
 
 
 def compare(plan: Plan, task: Task, *, batcher: Batcher, send_statistics: bool) -> Stage:
     """Start from the candidate of the lowest mean loss.
 
-    Args:
-      plan: of the candidates.
-      task: the network and the protocol.
-      batcher: examples that the clients look at.
-      send_statistics: whether each candidate has statistics of its own, which clients receive.
+    With `send_statistics` each candidate has statistics of its own, which clients receive.
     """
-
-    def download(state, masks_held):
-        sent = trees.shape_only(state.method.statistics)
-        sent = sent if send_statistics else _statistics_of_one(state)
-        return traffic.download(state, masks_held, sent, prunable=plan.prunable)
 
     def server_update(key, state, fields):
         del key  # deterministic
@@ -250,36 +193,43 @@ def compare(plan: Plan, task: Task, *, batcher: Batcher, send_statistics: bool) 
     losses = batch_norm.losses(
         task.model.predict, loss=heads.prediction_loss(task.model), batcher=batcher
     )
+    fields = {"losses": FieldSpec(aggregate=aggregators.weighted_mean())}
+    sent = _statistics_of_all if send_statistics else _statistics_of_one
+    return _ask(plan, task, "compare", losses, fields, server_update, sent)
+
+
+def _ask(plan, task, name, measure, fields, server_update, sent_statistics) -> Stage:
+    """Ask the same clients in both stages: each measures all candidates."""
+
+    def broadcast(state: RoundState) -> Broadcast:
+        pool: Pool = state.method  # masks and model state get a leading axis [candidates]
+        masks = jax.lax.map(
+            lambda counts: candidates.by_magnitude(state.params, counts, plan.prunable), pool.counts
+        )
+        model_state = jax.vmap(lambda statistics: batch_norm.put(state.model_state, statistics))(
+            pool.statistics
+        )
+        return broadcast_of(state)._replace(masks=masks, model_state=model_state)
+
     return reporting_round(
         task.protocol,
-        name="compare",
-        client=batch_norm.each_candidate(losses),
-        fields={"losses": FieldSpec(aggregate=aggregators.weighted_mean())},
+        name=name,
+        client=batch_norm.each_candidate(measure),
+        fields=fields,
         server_update=server_update,
-        broadcast=lambda state: _broadcast(plan, state),
-        download=download,
-        exchange=_exchange(plan),
+        broadcast=broadcast,
+        download=lambda state, masks_held: traffic.download(
+            state, masks_held, sent_statistics(state), prunable=plan.prunable
+        ),
+        exchange=Exchange(
+            cohort="same", compute=lambda state: traffic.evaluated(state, prunable=plan.prunable)
+        ),
     )
 
 
-def _broadcast(plan: Plan, state: RoundState) -> Broadcast:
-    """Send all candidates: masks and model state with a leading axis ``[candidates]``."""
-    pool: Pool = state.method
-    masks = jax.lax.map(
-        lambda counts: candidates.by_magnitude(state.params, counts, plan.prunable), pool.counts
-    )
-    model_state = jax.vmap(lambda statistics: batch_norm.put(state.model_state, statistics))(
-        pool.statistics
-    )
-    return broadcast_of(state)._replace(masks=masks, model_state=model_state)
-
-
-def _exchange(plan: Plan) -> Exchange:
-    """Ask the same clients in both stages; each evaluates all candidates."""
-    return Exchange(
-        cohort="same", compute=lambda state: traffic.evaluated(state, prunable=plan.prunable)
-    )
+def _statistics_of_all(state: RoundState) -> list[jax.Array]:
+    return trees.shape_only(state.method.statistics)
 
 
 def _statistics_of_one(state: RoundState) -> list[jax.Array]:
-    return [leaf[:, 0] for leaf in trees.shape_only(state.method.statistics)]
+    return [leaf[:, 0] for leaf in _statistics_of_all(state)]

@@ -1,5 +1,7 @@
 """What FedTiny's selection sends and computes, and the formula that its authors charge by."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +22,7 @@ def download(
     """Say what a client receives: statistics, and the candidates if it does not hold them.
 
     Each candidate is sent as values and masks of its own; leaves that are never pruned are the same
-    in all candidates and are sent once.
-
-    Args:
-      state: its `method` is a `selection.Pool`.
-      masks_held: ``[C]`` int32, which masks each client holds.
-      statistics: statistics that are sent, as leaves ``[0, ...]``; [] for none.
-      prunable: which leaves may be pruned.
+    in all candidates and are sent once. Statistics are leaves ``[0, ...]``; [] for none.
     """
     stale = masks_held != state.masks_id
     counts = state.method.counts
@@ -36,11 +32,7 @@ def download(
     values = trees.shape_only([[leaf for leaf, flag in leaves if flag]] * num_candidates)
     rest = trees.shape_only([leaf for leaf, flag in leaves if not flag])
     masks = jax.tree.map(lambda leaf: leaf.astype(jnp.bool_), values)
-    layers = iter(range(counts.shape[1]))
-    kept = [
-        counts[:, next(layers)] if flag else jnp.zeros_like(counts[:, 0]).at[0].set(leaf.size)
-        for leaf, flag in leaves
-    ]
+    kept = _by_leaf(state, prunable, lambda size: jnp.zeros_like(counts[:, 0]).at[0].set(size))
     messages = {
         "candidates": {
             "params": FieldLength(template=values, clients=stale, live_counts=counts.reshape(-1)),
@@ -52,21 +44,28 @@ def download(
         messages["broadcast"] = {"statistics": FieldLength(template=statistics)}
     return reporting.Download(
         messages=messages,
-        num_downloaded=jnp.where(stale[:, None, None], jnp.stack(kept, axis=1)[None], 0),
+        num_downloaded=jnp.where(stale[:, None, None], kept[None], 0),
         num_masks=jnp.where(stale, num_candidates, 0),
     )
 
 
 def evaluated(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
     """Say which models a client evaluates: all candidates, by forward passes only."""
-    counts = state.method.counts
+    like = state.method.counts[:, 0]
+    return {EVALUATED: _by_leaf(state, prunable, lambda size: jnp.full_like(like, size))}
+
+
+def _by_leaf(
+    state: RoundState, prunable: PrunableFn, of_others: Callable[[int], jax.Array]
+) -> jax.Array:
+    """Count the candidates' live entries by leaf, `of_others` those of leaves never pruned."""
+    layers = itertools.count()
     flags = masks_lib.prunable_leaves(state.params, prunable)
-    layers = iter(range(counts.shape[1]))
     kept = [
-        counts[:, next(layers)] if flag else jnp.full_like(counts[:, 0], size)
+        state.method.counts[:, next(layers)] if flag else of_others(size)
         for size, flag in zip(trees.sizes(state.params), flags, strict=True)
     ]
-    return {EVALUATED: jnp.stack(kept, axis=1)}
+    return jnp.stack(kept, axis=1)
 
 
 def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
