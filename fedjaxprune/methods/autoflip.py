@@ -157,11 +157,19 @@ def build(settings: AutoFLIP, task: Task) -> Algorithm:
     ]
     prunable, pruner, readings = masks_lib.is_kernel, None, {}
     if settings.sparsity > 0.0:
-        _check_weights(task.facts, settings.sparsity)
         prunable, pruner = _pruner(settings, task.facts)
         readings = _readings(settings)
-    is_revised = pruner is not None and settings.prune_every is not None
-    train = _train(settings, task, pruner if is_revised else None, prunable, readings, mean)
+    revise, fields = None, {}
+    if pruner is not None and (period := settings.prune_every) is not None:
+        due = schedules.every(period, start=period - 1)
+        revise = pruners.when(due, pruner)
+        fields = {
+            name: FieldSpec(aggregate=mean, send="nothing", read=_when(due, reading))
+            for name, reading in readings.items()
+        }
+    train = training(
+        task.protocol, client=task.local_client(), pruner=revise, prunable=prunable, fields=fields
+    )
 
     def server_update(key, state, fields):
         guide = state.pruner
@@ -180,7 +188,7 @@ def build(settings: AutoFLIP, task: Task) -> Algorithm:
         return state._replace(
             params=masks_lib.apply(masks, state.params),
             masks=masks,
-            pruner=guide if is_revised else state.pruner,
+            pruner=state.pruner if revise is None else guide,
         )
 
     explore = _explore(settings, task, readings, mean, server_update)
@@ -216,19 +224,15 @@ def _check_run(settings: AutoFLIP, task: Task) -> None:
             )
 
 
-def _check_weights(facts: facts_lib.Facts, sparsity: float) -> None:
-    """See that there is something to prune, and a weight for every leaf."""
+def _pruner(settings: AutoFLIP, facts: facts_lib.Facts) -> tuple[PrunableFn, Pruner]:
+    """Give the leaves that may be pruned, and what prunes them; every leaf keeps a weight."""
     stages.check_prunable(facts.params, masks_lib.is_kernel)
     sizes = facts_lib.sizes(facts, masks_lib.is_kernel).values()
-    if sum(sizes) - round(sparsity * sum(sizes)) < len(sizes):
+    if sum(sizes) - round(settings.sparsity * sum(sizes)) < len(sizes):
         raise ValueError(
             f"method.sparsity must leave a weight for each of the {len(sizes)} prunable leaves, of "
-            f"{sum(sizes)} weights in all, got {sparsity}."
+            f"{sum(sizes)} weights in all, got {settings.sparsity}."
         )
-
-
-def _pruner(settings: AutoFLIP, facts: facts_lib.Facts) -> tuple[PrunableFn, Pruner]:
-    """Give the leaves that may be pruned, and what prunes them."""
     by_movement = movement.by_movement(
         settings.sparsity, scale=SCALES[settings.layer_scaling], agreement=settings.agreement
     )
@@ -262,28 +266,6 @@ def _readings(settings: AutoFLIP) -> dict[str, ReadFn]:
         "deviations": lambda delta, masks: early_stopping.deviations(delta)
     }
     return readings if settings.agreement == "none" else {**readings, "agreement": vote}
-
-
-def _train(
-    settings: AutoFLIP,
-    task: Task,
-    pruner: Pruner | None,
-    prunable: PrunableFn,
-    readings: Mapping[str, ReadFn],
-    mean: Aggregator,
-) -> Algorithm:
-    """Build FedAvg under the mask, which `pruner` revises by the deltas; None leaves it."""
-    fields = {}
-    if pruner is not None and (period := settings.prune_every) is not None:
-        due = schedules.every(period, start=period - 1)
-        pruner = pruners.when(due, pruner)
-        fields = {
-            name: FieldSpec(aggregate=mean, send="nothing", read=_when(due, reading))
-            for name, reading in readings.items()
-        }
-    return training(
-        task.protocol, client=task.local_client(), pruner=pruner, prunable=prunable, fields=fields
-    )
 
 
 def _explore(

@@ -45,44 +45,38 @@ def from_linen(
         cross-entropy for classes (`heads`).
     """
     names = inspect.signature(type(module).__call__).parameters
-    has_mask = "mask" in names
 
-    def mode(train: bool) -> dict[str, Any]:
-        flags = {"train": train, "training": train, "deterministic": not train}
-        return {name: flag for name, flag in flags.items() if name in names}
+    def options(train: bool, **mask: jax.Array) -> dict[str, Any]:
+        known = {"train": train, "training": train, "deterministic": not train, **mask}
+        return {name: value for name, value in known.items() if name in names}
 
     def init_fn(key: Key) -> tuple[Params, State]:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            state = module.init(key, jnp.zeros((1, *input_shape), input_dtype), **mode(False))
+            state = module.init(key, jnp.zeros((1, *input_shape), input_dtype), **options(False))
         state = dict(state)
         state.pop(_SOWN, None)
         return state.pop("params"), state
 
     def apply_fn(params, state, inputs, mask, key):
-        options: dict[str, Any] = mode(True)
-        if has_mask:
-            options["mask"] = mask
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             logits, new_state = module.apply(
                 {"params": params, **state},
                 inputs,
                 rngs={"dropout": key},
                 mutable=[*state, _SOWN],
-                **options,
+                **options(True, mask=mask),
             )
         new_state = dict(new_state)
         return logits, new_state, _by_path(new_state.pop(_SOWN, {}))
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return module.apply({"params": params, **state}, inputs, **mode(False))  # pyright: ignore[reportReturnType]
+            return module.apply({"params": params, **state}, inputs, **options(False))  # pyright: ignore[reportReturnType]
 
     def inspect_fn(params: Params, state: State, inputs: Any, counts: jax.Array) -> Metrics:
-        options: dict[str, Any] = mode(False)
-        if has_mask:
-            options["mask"] = counts
+        variables, given = {"params": params, **state}, options(False, mask=counts)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            _, said = module.apply({"params": params, **state}, inputs, mutable=[_SOWN], **options)
+            _, said = module.apply(variables, inputs, mutable=[_SOWN], **given)
         return {"layers": _by_path(dict(said).pop(_SOWN, {}))}
 
     return make_model(init_fn, apply_fn, predict_fn, loss, inspect_fn)

@@ -124,35 +124,16 @@ def build(settings: FedTiny, task: Task) -> Algorithm:
         server has no examples; or no exchange would take place.
     """
     prunable = _all_but_first_convolution(task.facts)
-    plan = selection.make_plan(
-        task.facts,
-        prunable,
-        sparsity=settings.sparsity,
-        pool_size=settings.pool_size,
-        allocation=settings.allocation,
-        noise=settings.noise,
-    )
-    validation = task.batches(
-        examples="validation", share=settings.validation_fraction, augment=False
-    )
+    plan = selection.make_plan(task.facts, prunable, settings)
     server = local_training.local_sgd(
         task.model.loss,
         batcher=task.batches(epochs=settings.server_epochs),
         optimizer=task.protocol.optimizer,
     )
-    prepare = selection.prepare(plan, client=server, source=task.server_source())
-    is_adaptive = settings.selection == "adaptive"
-    compare = selection.compare(plan, task, batcher=validation, send_statistics=is_adaptive)
-    before = (prepare, compare)
-    if is_adaptive:
-        calibrate = selection.calibrate(
-            plan,
-            task,
-            batcher=validation,
-            num_passes=settings.calibration_passes,
-            variance=settings.variance,
-        )
-        before = (prepare, calibrate, compare)
+    before = [selection.prepare(plan, client=server, source=task.server_source())]
+    if settings.selection == "adaptive":
+        before.append(selection.calibrate(plan, task, settings))
+    before.append(selection.compare(plan, task, settings))
     train = _train(settings, task, prunable)
     return stages.in_order(
         train._replace(published={"fedtiny": traffic.formula}, counted=masks_lib.is_kernel),

@@ -1,7 +1,7 @@
 """FedTiny's stages before training: make candidates, measure their statistics, compare them."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from fedjaxprune.rounds.protocol import FieldSpec, broadcast_of
 from fedjaxprune.rounds.reporting import Exchange, reporting_round
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.types import Batcher, Broadcast, Client, PrunableFn, RoundState, Stage, State
+
+if TYPE_CHECKING:
+    from fedjaxprune.methods.fedtiny import FedTiny
 
 
 class Plan(NamedTuple):
@@ -42,15 +45,7 @@ class Pool(NamedTuple):
     chosen: jax.Array  # [] int32, the candidate that training starts from
 
 
-def make_plan(
-    facts: facts_lib.Facts,
-    prunable: PrunableFn,
-    *,
-    sparsity: float,
-    pool_size: int | None,
-    allocation: Literal["uniform", "erk"],
-    noise: float,
-) -> Plan:
+def make_plan(facts: facts_lib.Facts, prunable: PrunableFn, settings: "FedTiny") -> Plan:
     """Decide the number of candidates and their densities.
 
     The sparsity is that of all kernels, also of those that are not `prunable`.
@@ -61,7 +56,7 @@ def make_plan(
             "with BatchNorm, such as a ResNet."
         )
     stages.check_prunable(facts.params, prunable)
-    density = 1.0 - sparsity
+    density = 1.0 - settings.sparsity
     sizes = candidates.sizes_of(facts.params, prunable)
     num_prunable = int(sizes.sum())
 
@@ -76,16 +71,16 @@ def make_plan(
         raise ValueError(
             f"method.sparsity must be at most {math.floor(most * 1e6) / 1e6} in this network, "
             f"which keeps its {num_whole} kernel weights outside the prunable layers and one "
-            f"weight in each of {len(sizes)} prunable layers, got {sparsity}."
+            f"weight in each of {len(sizes)} prunable layers, got {settings.sparsity}."
         )
     share = min(share, 1.0)
-    densities = {"uniform": candidates.uniform, "erk": candidates.erk}[allocation]
+    densities = {"uniform": candidates.uniform, "erk": candidates.erk}[settings.allocation]
     return Plan(
         prunable=prunable,
-        num_candidates=candidates.pool_size(density) if pool_size is None else pool_size,
+        num_candidates=settings.pool_size or candidates.pool_size(density),
         sizes=sizes,
         densities=densities(facts.params, share, prunable),
-        noise=noise,
+        noise=settings.noise,
         num_wanted=share * float(sizes.sum()),
         tolerance=candidates.TOLERANCE * density * num_weights,
     )
@@ -137,14 +132,9 @@ def prepare(plan: Plan, *, client: Client, source: server_work.SourceFn) -> Stag
     return server_work.server_round("prepare", work, masks_known_to="nobody")
 
 
-def calibrate(
-    plan: Plan, task: Task, *, batcher: Batcher, num_passes: int | None, variance: str
-) -> Stage:
-    """Average the statistics that the clients measure for each candidate.
-
-    They follow the data by the network's own momentum in `num_passes`, or None measures exactly in
-    one pass. The variance ``"total"`` adds that of the clients' means.
-    """
+def calibrate(plan: Plan, task: Task, settings: "FedTiny") -> Stage:
+    """Average the statistics that the clients measure for each candidate."""
+    batcher, num_passes = _validation(task, settings), settings.calibration_passes
     if num_passes is None:
         measure = batch_norm.statistics(task.model.loss, batcher=batcher)
     else:
@@ -152,14 +142,15 @@ def calibrate(
             task.model.loss, batcher=batcher, num_passes=num_passes
         )
     fields = {"statistics": FieldSpec(aggregate=aggregators.weighted_mean())}
-    if variance == "total":  # the server computes the squares from what it receives
+    is_total = settings.variance == "total"
+    if is_total:  # the server computes the squares from what it receives
         measure = batch_norm.with_squares(measure)
         fields["squares"] = FieldSpec(aggregate=aggregators.weighted_mean(), send="nothing")
 
     def server_update(key, state, fields):
         del key  # deterministic
         found = fields["statistics"]
-        if variance == "total":
+        if is_total:
             found = batch_norm.add_spread(state.model_state, found, fields["squares"])
         usable = trees.all_finite(found)
         statistics = trees.tree_where(usable, found, state.method.statistics)
@@ -170,11 +161,8 @@ def calibrate(
     return _ask(plan, task, "calibrate", measure, fields, server_update, sent)
 
 
-def compare(plan: Plan, task: Task, *, batcher: Batcher, send_statistics: bool) -> Stage:
-    """Start from the candidate of the lowest mean loss.
-
-    With `send_statistics` each candidate has statistics of its own, which clients receive.
-    """
+def compare(plan: Plan, task: Task, settings: "FedTiny") -> Stage:
+    """Start from the candidate of the lowest mean loss."""
 
     def server_update(key, state, fields):
         del key  # deterministic
@@ -191,11 +179,19 @@ def compare(plan: Plan, task: Task, *, batcher: Batcher, send_statistics: bool) 
         )
 
     losses = batch_norm.losses(
-        task.model.predict, loss=heads.prediction_loss(task.model), batcher=batcher
+        task.model.predict,
+        loss=heads.prediction_loss(task.model),
+        batcher=_validation(task, settings),
     )
     fields = {"losses": FieldSpec(aggregate=aggregators.weighted_mean())}
-    sent = _statistics_of_all if send_statistics else _statistics_of_one
+    # Measured by the clients, each candidate has statistics of its own.
+    sent = _statistics_of_all if settings.selection == "adaptive" else _statistics_of_one
     return _ask(plan, task, "compare", losses, fields, server_update, sent)
+
+
+def _validation(task: Task, settings: "FedTiny") -> Batcher:
+    """Make one pass over the examples that clients look at."""
+    return task.batches(examples="validation", share=settings.validation_fraction, augment=False)
 
 
 def _ask(plan, task, name, measure, fields, server_update, sent_statistics) -> Stage:
