@@ -43,31 +43,24 @@ def laws_of(
     def recorded() -> History:
         return history_lib.record(method, settings) if history is None else history
 
-    found = [(name, functools.partial(_check, law, recorded)) for name, law in laws.LAWS.items()]
+    def check(law: Callable[[History], None]) -> Check:
+        return lambda: law(recorded())
+
+    def again(**changes: Any) -> Check:
+        return lambda: _compare(recorded(), history_lib.record(method, settings, **changes))
+
+    found = [(name, check(law)) for name, law in laws.LAWS.items()]
     if cost == "low":
         return found
-    again = functools.partial(_check_again, method, settings, recorded)
-    found += [(name, functools.partial(again, change)) for name, change in _changes().items()]
-    found.append(("absent clients may be left out", functools.partial(_check, left_out, recorded)))
-    if method.nothing_pruned is not None:
-        nothing = {**settings, **method.nothing_pruned}
-        check = functools.partial(nothing_pruned_is_fedavg, method, nothing)
-        found.append(("where nothing is pruned it is FedAvg, to the bit", check))
-    return found
-
-
-def _check(law: Callable[[History], None], recorded: Callable[[], History]) -> None:
-    law(recorded())
-
-
-def _changes() -> dict[str, Mapping[str, Any]]:
-    """Give what changes nothing but speed, by law."""
-    found: dict[str, Mapping[str, Any]] = {
-        "clients that train side by side change nothing": {"chunk_size": 3}
-    }
+    found.append(("clients that train side by side change nothing", again(chunk_size=3)))
     if len(jax.devices()) > 1:
         mesh = cohort.make_mesh(devices=jax.devices()[:2])
-        found["two devices give the result of one"] = {"mesh": mesh}
+        found.append(("two devices give the result of one", again(mesh=mesh)))
+    found.append(("absent clients may be left out", check(left_out)))
+    if method.nothing_pruned is not None:
+        nothing = {**settings, **method.nothing_pruned}
+        plain = functools.partial(nothing_pruned_is_fedavg, method, nothing)
+        found.append(("where nothing is pruned it is FedAvg, to the bit", plain))
     return found
 
 
@@ -84,22 +77,14 @@ def left_out(history: History) -> None:
         laws.same(step, (after, rows), (step.after, step.rows), what, **laws.ORDER)
 
 
-def _check_again(
-    method: Method,
-    settings: Mapping[str, Any],
-    recorded: Callable[[], History],
-    changes: Mapping[str, Any],
-) -> None:
+def _compare(history: History, other: History) -> None:
     """Compare with a history under another protocol that must make no difference."""
-    history, other = recorded(), history_lib.record(method, settings, **changes)
     for step, again in zip(history.steps, other.steps, strict=True):
         what = "the result depends on how clients are spread over devices"
         given, found = ((one.after, one.rows) for one in (step, again))
         laws.same(step, jax.device_get(found), given, what, **laws.ORDER)
-        one, two = (
-            laws.charged(history, step, step.metrics),
-            laws.charged(other, again, again.metrics),
-        )
+        one = laws.charged(history, step, step.metrics)
+        two = laws.charged(other, again, again.metrics)
         laws.law(one == two, step, "charges depend on how clients are spread over devices")
 
 

@@ -1,5 +1,6 @@
 """What a method does in all its stages, recorded once, so that laws can be read off it."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from fedjaxprune.types import (
     Cohort,
     Masks,
     Params,
-    Population,
     RoundMetrics,
     RoundState,
     State,
@@ -22,6 +22,7 @@ from fedjaxprune.types import (
 )
 
 SEED = 3
+# (index, state, rows, members, population=...) -> (state, rows, metrics): any round
 RunFn = Callable[..., tuple[RoundState, Any, RoundMetrics]]
 
 
@@ -46,21 +47,13 @@ class Step(NamedTuple):
 
 
 class History(NamedTuple):
-    """All stages of a method and six rounds of training.
-
-    Attributes:
-      scenario: the method among its clients.
-      run: ``(index, state, rows, members, population=...) -> (state, rows, metrics)``: any round.
-      steps: the rounds, in order.
-      num_traces: how often each stage's round was traced for them.
-      num_before: how many of the rounds came before training.
-    """
+    """All stages of a method and six rounds of training."""
 
     scenario: scenario.Scenario
     run: RunFn
     steps: tuple[Step, ...]
-    num_traces: tuple[int, ...]
-    num_before: int
+    num_traces: tuple[int, ...]  # of each stage's round
+    num_before: int  # rounds before training
 
 
 class Remembered(NamedTuple):
@@ -75,11 +68,8 @@ def remember(uplink: Uplink) -> Uplink:
     """Let each client keep what it has sent, so that it can be encoded and compared."""
 
     def init(params):
-        return Remembered(
-            uplink.init(params),
-            jax.tree.map(jnp.zeros_like, params),
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bool_), params),
-        )
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bool_), params)
+        return Remembered(uplink.init(params), jax.tree.map(jnp.zeros_like, params), nothing)
 
     def update(key, delta, state, masks):
         delta, inner = uplink.update(key, delta, state.inner, masks)
@@ -94,14 +84,7 @@ def record(
     protocol: Mapping[str, Any] = scenario.PROTOCOL,
     **changes: Any,
 ) -> History:
-    """Play all stages before training and six rounds of training.
-
-    Args:
-      method: to run.
-      settings: see `scenario.make`.
-      protocol: likewise.
-      **changes: other fields of the protocol.
-    """
+    """Play all stages before training and six rounds of training; `changes` are the protocol's."""
 
     def adapt(given: Protocol) -> Protocol:
         assert given.uplink is not None
@@ -110,28 +93,26 @@ def record(
     made = scenario.make(method, settings, protocol, adapt=adapt)
     run, traces = player(made)
     state, rows = start(made)
-    num_before = sum(stage.num_rounds for stage in made.algorithm.stages[:-1])
-    names = [stage.name for stage in made.algorithm.stages[:-1] for _ in range(stage.num_rounds)]
-    names += [made.algorithm.stages[-1].name] * scenario.NUM_ROUNDS
+    *earlier, last = made.algorithm.stages
+    before = [stage.name for stage in earlier for _ in range(stage.num_rounds)]
     steps = []
-    for index, name in enumerate(names):
+    for index, name in enumerate([*before, *[last.name] * scenario.NUM_ROUNDS]):
         members = half(index)
         after, new, metrics = run(index, state, rows, members)
         steps.append(Step(index, name, members, state, rows, after, new, metrics))
         state, rows = after, new
-    return History(made, run, tuple(steps), tuple(traces), num_before)
+    return History(made, run, tuple(steps), tuple(traces), len(before))
 
 
 def start(made: scenario.Scenario) -> tuple[RoundState, Any]:
     """Make the state at the start, and the rows of clients that never took part."""
-    algorithm = made.algorithm
-    state, row = jax.jit(lambda p, s: (algorithm.init(p, s), algorithm.init_client(p)))(
-        made.params, made.model_state
-    )
-    rows = jax.tree.map(
-        lambda leaf: np.broadcast_to(leaf, (len(scenario.SIZES), *leaf.shape)), jax.device_get(row)
-    )
-    return state, rows
+    algorithm, given = made.algorithm, (made.params, made.model_state)
+    state, row = jax.jit(lambda p, s: (algorithm.init(p, s), algorithm.init_client(p)))(*given)
+
+    def repeat(leaf):
+        return np.broadcast_to(leaf, (len(scenario.SIZES), *leaf.shape))
+
+    return state, jax.tree.map(repeat, jax.device_get(row))
 
 
 def player(made: scenario.Scenario) -> tuple[RunFn, Sequence[int]]:
@@ -140,22 +121,13 @@ def player(made: scenario.Scenario) -> tuple[RunFn, Sequence[int]]:
     ends = np.cumsum([stage.num_rounds for stage in stages])
     traces = [0] * len(stages)
 
-    def counted(number, function):
-        def traced(*arguments):
-            traces[number] += 1
-            return function(*arguments)
+    def counted(number, *arguments):
+        traces[number] += 1
+        return stages[number].round(*arguments)
 
-        return jax.jit(traced)
+    rounds = [jax.jit(functools.partial(counted, number)) for number in range(len(stages))]
 
-    rounds = [counted(number, stage.round) for number, stage in enumerate(stages)]
-
-    def run(
-        index: int,
-        state: RoundState,
-        rows: Any,
-        members: Members,
-        population: Population | None = None,
-    ):
+    def run(index, state, rows, members, population=None):
         ids = np.asarray(members.client_ids, np.int32)
         cohort = Cohort(
             client_ids=jnp.asarray(ids),
@@ -163,8 +135,8 @@ def player(made: scenario.Scenario) -> tuple[RunFn, Sequence[int]]:
             states=jax.tree.map(lambda leaf: leaf[ids], rows),
         )
         number = min(int(np.searchsorted(ends, int(state.round), side="right")), len(stages) - 1)
-        people = scenario.population() if population is None else population
         key = jax.random.fold_in(jax.random.key(SEED), index)
+        people = population or scenario.population()
         after, own, metrics = rounds[number](key, state, cohort, people)
 
         def put(all_rows, new):

@@ -38,10 +38,8 @@ def masks_are_total(history: History) -> None:
         same = jax.tree.structure(masks) == jax.tree.structure(params)
         law(same, step, "the masks are not the tree of the parameters")
         flags = masks_lib.prunable_leaves(params, prunable)
-        rows = zip(
-            *map(jax.tree.leaves, (masks, params)), flags, tree_lib.paths(params), strict=True
-        )
-        for mask, leaf, flag, path in rows:
+        leaves = jax.tree.leaves(masks), jax.tree.leaves(params)
+        for mask, leaf, flag, path in zip(*leaves, flags, tree_lib.paths(params), strict=True):
             law(mask.dtype == jnp.bool_, step, f"the mask of {path} is {mask.dtype}, not bool")
             law(mask.shape == leaf.shape, step, f"the mask of {path} has shape {mask.shape}")
             known = flag or np.all(mask) or not len(step.metrics.sent.packed_masks)
@@ -69,30 +67,20 @@ def pruned_is_zero(history: History) -> None:
     algorithm = history.scenario.algorithm
     server: Any = history.scenario.task.protocol.server
     for step in history.steps:
-        pruned = jax.tree.map(np.logical_not, jax.device_get(step.after.masks))
-        deployed = jax.device_get(algorithm.deployed_params(step.after))
-        law(not trees.held(deployed, pruned), step, "deployed_params are not zero where pruned")
+        params, masks = step.after.params, step.after.masks
+        deployed = algorithm.deployed_params(step.after)
+        law(not trees.held(deployed, masks), step, "deployed_params are not zero where pruned")
         if step.index >= history.num_before and not is_dense(history):
-            law(
-                not trees.held(step.after.params, pruned),
-                step,
-                "parameters are not zero where pruned",
-            )
-            hidden = optax.tree.map_params(
-                server, lambda leaf, where: np.asarray(leaf)[where], step.after.server, pruned
-            )
+            law(not trees.held(params, masks), step, "parameters are not zero where pruned")
+            hidden = optax.tree.map_params(server, trees.pruned, step.after.server, masks)
             clean = optax.tree.map_params(server, np.zeros_like, hidden)
             law(not trees.difference(hidden, clean), step, "server memory is not zero where pruned")
 
 
 def is_dense(history: History) -> bool:
     """Tell whether the server keeps values of pruned entries: where FedAvg's masks would not be."""
-    return all(
-        trees.held(
-            step.after.params, jax.tree.map(np.logical_not, jax.device_get(step.after.masks))
-        )
-        for step in history.steps[history.num_before :]
-    )
+    trained = history.steps[history.num_before :]
+    return all(trees.held(step.after.params, step.after.masks) for step in trained)
 
 
 def live_weights_are_counted(history: History) -> None:
@@ -133,12 +121,9 @@ def resumes(history: History) -> None:
             shipped = history.scenario.algorithm.deployed_params(middle.after)
             checkpoints.save(manager, 1, now, fingerprint=0, deployed=shipped)
         with checkpoints.open_manager(place / "saved", keep=1) as manager:
+            shapes, aside = jax.eval_shape(lambda: now), place / "aside"
             found = checkpoints.restore(
-                manager,
-                jax.eval_shape(lambda: now),
-                usable=lambda number: True,
-                aside=place / "aside",
-                warn=warnings.append,
+                manager, shapes, usable=lambda number: True, aside=aside, warn=warnings.append
             )
     law(found is not None, middle, f"the checkpoint cannot be read: {warnings}")
     assert found is not None
@@ -248,7 +233,7 @@ def _check_deltas(history: History, step: Step, name: str) -> None:
             continue
         memory = step.rows.uplink
         delta, masks = (trees.take(tree, client) for tree in (memory.delta, memory.sent))
-        stray = trees.held(delta, jax.tree.map(np.logical_not, masks))
+        stray = trees.held(delta, masks)
         law(not stray, step, f"client {client} sends entries that it may not send")
         payloads = [algorithm.payload(int(np.sum(mask))) for mask in jax.tree.leaves(masks)]
         message = messages.delta(delta, masks, payloads, seed=0)

@@ -61,14 +61,7 @@ class GateSettings(Settings):
 
 
 class Scenario(NamedTuple):
-    """A method among six clients.
-
-    Attributes:
-      algorithm: that the method built.
-      task: that it was built for.
-      params: to start from.
-      model_state: likewise.
-    """
+    """A method among six clients: what it built, for which task, and what training starts from."""
 
     algorithm: Algorithm
     task: Task
@@ -83,17 +76,10 @@ def make(
     *,
     adapt: Callable[[Protocol], Protocol] | None = None,
 ) -> Scenario:
-    """Build a method for the six clients.
+    """Build a method for the six clients, under a protocol that `adapt` may change.
 
-    Args:
-      method: to be built.
-      settings: of the method by name, and of other sections by full path, as a variant has them;
-        settings of a network that the scenario's does not have count for nothing.
-      protocol: of the sections beside the method, by full path.
-      adapt: ``protocol -> protocol`` that the method is built under.
-
-    Raises:
-      ConfigError: the method refuses its settings, in one sentence.
+    Settings are those of `laws_of`; those of a network that the scenario's does not have count for
+    nothing.
     """
     own = {name: value for name, value in settings.items() if "." not in name}
     try:
@@ -145,16 +131,7 @@ def make_task(
     max_size: int = sum(SIZES),
     num_epochs: int = 1,
 ) -> Task:
-    """Make what a method's `build` is given.
-
-    Args:
-      model: a `network` of these needs.
-      protocol: what every method shares.
-      needs: of the method.
-      max_size: most examples that a local step beside the protocol's sees: those of the largest
-        client or, where data are pooled, of all.
-      num_epochs: passes of a client over its examples.
-    """
+    """Make what a method's `build` is given; local steps beside the protocol's see `max_size`."""
     params, state = jax.eval_shape(model.init, jax.random.key(0))
 
     def batches(*, epochs=1, examples="all", share=0.1, augment=True):
@@ -230,12 +207,8 @@ def population(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> Population:
     """Make clients of the given sizes, with points of client-specific means."""
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(len(sizes), NUM_WEIGHTS))
-    points = np.concatenate(
-        [
-            center + 0.1 * rng.normal(size=(n, NUM_WEIGHTS))
-            for center, n in zip(centers, sizes, strict=True)
-        ]
-    )
+    own = [0.1 * rng.normal(size=(size, NUM_WEIGHTS)) for size in sizes]
+    points = np.repeat(centers, sizes, axis=0) + np.concatenate(own)
     order = rng.permutation(len(points))  # stored in another order than they are grouped
     return Population(
         examples={
@@ -250,13 +223,7 @@ def population(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> Population:
 def network(
     needs: Needs = NEEDS_NOTHING, *, density: float = 0.5, choice: str = "salient"
 ) -> Model:
-    """Make the network that a method needs.
-
-    Args:
-      needs: of the method.
-      density: share of the channels that gates keep.
-      choice: how an example ranks them.
-    """
+    """Make the network that a method needs, with gates as `GateSettings` says."""
     salience = _random_channels if choice == "random" else _salient_channels
     state: dict[str, Any] = {}
     if needs.batch_norm:
@@ -297,13 +264,13 @@ def _loss(params, state, batch, key):
     value = mean.total / jnp.maximum(mean.weight, 1.0)
     if "steps" in state:
         state = {**state, "steps": state["steps"] + 1.0}
-    if "norm" in state:
-        state = {**state, "norm": _moved(state["norm"], batch)}
-    return value, (state, {"loss": mean})
+    return value, (_moved(state, batch), {"loss": mean})
 
 
-def _moved(norm, batch):
-    """Let running statistics follow the points' mean and variance."""
+def _moved(state, batch):
+    """Let running statistics, if there are any, follow the points' mean and variance."""
+    if "norm" not in state:
+        return state
     size = jnp.sum(batch.weights)
     share = (batch.weights / jnp.maximum(size, 1.0))[:, None]
     mean = jnp.sum(share * batch.inputs, axis=0)
@@ -312,7 +279,8 @@ def _moved(norm, batch):
     def moved(old, new):
         return jnp.where(size > 0, 0.9 * old + 0.1 * new, old)
 
-    return {"mean": moved(norm["mean"], mean), "var": moved(norm["var"], var)}
+    norm = jax.tree.map(moved, state["norm"], {"mean": mean, "var": var})
+    return {**state, "norm": norm}
 
 
 def predict(params, state, inputs):
@@ -336,7 +304,7 @@ def _random_channels(batch, key):
     return jax.random.uniform(key, (batch.inputs.shape[0], 4))
 
 
-def _gated_loss(params, state, batch, key, salience=_salient_channels):
+def _gated_loss(params, state, batch, key, salience):
     """Compute the same loss of what an example keeps: the first layer's most salient channels.
 
     Channel `c` is column `c` of ``dense/kernel`` with its bias; dropped ones are at no distance.
@@ -354,7 +322,5 @@ def _gated_loss(params, state, batch, key, salience=_salient_channels):
         "dense/through": metrics.mean(jnp.mean(keeps.astype(jnp.float32), axis=1), batch.weights),
     }
     seen = {"dense": {"count": state["seen"]["dense"]["count"] + counted}}
-    report = {"loss": mean, "layers": layers}
-    if "norm" in state:
-        state = {**state, "norm": _moved(state["norm"], batch)}
-    return mean.total / jnp.maximum(mean.weight, 1.0), ({**state, "seen": seen}, report)
+    state = {**_moved(state, batch), "seen": seen}
+    return mean.total / jnp.maximum(mean.weight, 1.0), (state, {"loss": mean, "layers": layers})

@@ -7,10 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def held(tree: Any, where: Any) -> bool:
-    """Tell whether a tree has values other than zero where another one, of booleans, is True."""
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True)
-    return any(np.any(np.asarray(leaf)[mask]) for leaf, mask in pairs)
+def pruned(leaf: Any, mask: Any) -> np.ndarray:
+    """Give the entries that a mask prunes."""
+    return np.asarray(leaf)[~np.asarray(mask)]
+
+
+def held(tree: Any, masks: Any) -> bool:
+    """Tell whether a tree has values other than zero where masks prune."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(masks), strict=True)
+    return any(np.any(pruned(leaf, mask)) for leaf, mask in pairs)
 
 
 def take(rows: Any, clients: Any) -> Any:
