@@ -36,9 +36,8 @@ def iid(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Pa
       ValueError: if some client would go without examples.
     """
     labels = _check(labels, num_clients)
-    return [
-        part.astype(np.int32) for part in np.array_split(rng.permutation(labels.size), num_clients)
-    ]
+    shuffled = rng.permutation(labels.size).astype(np.int32)
+    return np.array_split(shuffled, num_clients)
 
 
 def stratified(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Partition:
@@ -97,9 +96,7 @@ def shards(
             f"but the classes can be cut into {sum(limits)} only; take fewer clients or classes."
         )
     counts = [1] * len(classes)
-    heap: list[tuple[float, int]] = [
-        (-rows.size, c) for c, rows in enumerate(classes) if limits[c] > 1
-    ]
+    heap = [(-float(rows.size), c) for c, rows in enumerate(classes) if limits[c] > 1]
     heapq.heapify(heap)
     for _ in range(num_shards - len(classes)):  # always cut the class of the largest shards
         _, c = heapq.heappop(heap)
@@ -153,9 +150,8 @@ def dirichlet(
         counts = _dirichlet_counts(rng, [rows.size for rows in classes], num_clients, alpha)
         if counts.sum(axis=0).min() >= min_size:
             break
-    pieces = [
-        np.split(rows, np.cumsum(count)[:-1]) for rows, count in zip(classes, counts, strict=True)
-    ]
+    cuts = np.cumsum(counts, axis=1)[:, :-1]
+    pieces = map(np.split, classes, cuts)
     parts = [np.concatenate(held) for held in zip(*pieces, strict=True)]
     return [np.sort(part).astype(np.int32) for part in _top_up(rng, parts, min_size)]
 

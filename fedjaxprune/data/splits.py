@@ -66,11 +66,9 @@ def hold_out(
     for rows in by_class(labels):
         rows, count = rng.permutation(rows), num if share is None else round(share * rows.size)
         if not 0 < count < rows.size:
-            where, asked = "at the server", f"{count} examples of each class"
-            if count >= rows.size:
-                where = "among the clients"
-            if share is not None:
-                asked = f"a held-out share of {share}"
+            where = "among the clients" if count > 0 else "at the server"
+            number = f"{count} examples of each class"
+            asked = number if share is None else f"a held-out share of {share}"
             raise ValueError(
                 f"{asked} leaves class {labels[rows[0]]}, which has {rows.size} training "
                 f"examples, without any {where}."

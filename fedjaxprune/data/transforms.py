@@ -108,7 +108,7 @@ def random_crop(*, padding: int, mode: Literal["zero", "reflect"] = "zero") -> P
 
     def crop_fn(key: Key, inputs: jax.Array) -> jax.Array:
         _check_images("random_crop", inputs)
-        num, height, width, channels = inputs.shape
+        num, height, width, _ = inputs.shape
         if mode == "reflect" and padding >= min(height, width):
             raise ValueError(
                 f"mode 'reflect' needs a padding below the image's {height} x {width} pixels, "
@@ -117,11 +117,11 @@ def random_crop(*, padding: int, mode: Literal["zero", "reflect"] = "zero") -> P
         sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         padded = jnp.pad(inputs, sides, mode="constant" if mode == "zero" else "reflect")
         offsets = jax.random.randint(key, (num, 2), 0, 2 * padding + 1)
-        return jax.vmap(
-            lambda image, offset: jax.lax.dynamic_slice(
-                image, (offset[0], offset[1], 0), (height, width, channels)
-            )
-        )(padded, offsets)
+
+        def cut(image, offset):
+            return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), inputs.shape[1:])
+
+        return jax.vmap(cut)(padded, offsets)
 
     return crop_fn
 

@@ -88,14 +88,13 @@ def make(
         needs = NEEDS_NOTHING  # and the config says what is wrong
     part = Part(build=lambda *_, **__: None, settings=GateSettings if needs.gates else Settings)
     known = [f"model.{name}" for name in part.settings.model_fields]
-    others = {
-        path: value
+    given = {
+        path if "." in path else f"method.{path}": value
         for path, value in settings.items()
-        if "." in path and (path in known or not path.startswith("model."))
+        if path in known or not path.startswith("model.")
     }
-    given = {f"method.{name}": value for name, value in own.items()}
     base = resolve.read({**protocol, "method": method, "model": part})
-    config = resolve.resolve(resolve.merge(base, resolve.read({**given, **others})))
+    config = resolve.resolve(resolve.merge(base, resolve.read(given)))
     model = network(needs, **dict(config.model.model_dump(exclude={"name"})))
     shared = make_protocol(config)
     shared = shared if adapt is None else adapt(shared)

@@ -60,15 +60,8 @@ def build(settings: HuggingFaceSettings) -> Dataset:
         raise DataError(
             f"source: {settings.source!r} cannot be loaded: {first_line(error)}"
         ) from None
-    made = convert(
-        value,
-        name=folder.name,
-        task=settings.task,
-        test_fraction=settings.test_fraction,
-        inputs=settings.inputs,
-        labels=settings.labels,
-    )
-    return made._replace(may_flip=settings.flip)
+    given = settings.model_dump(include={"task", "test_fraction", "inputs", "labels"})
+    return convert(value, name=folder.name, **given)._replace(may_flip=settings.flip)
 
 
 def convert(

@@ -239,7 +239,7 @@ def _apply(
     made = []
     for column in columns:
         values = _no_missing(table[column.name], column.name, path)[rows]
-        if column.categories is not None:
+        if column.categories is not None:  # one that no training row has becomes zeros
             made.append(values.astype(str)[:, None] == column.categories[None])
         elif values.dtype.kind not in "buif":
             raise DataError(
