@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
+from fedjaxprune.federated import _steps
 from fedjaxprune.types import Batcher, Broadcast, Client, ClientData, Key, Message, State
 
 # A running statistic is set to this value to measure which share of it one training step keeps. It
@@ -86,7 +87,7 @@ def statistics(loss: Any, *, batcher: Batcher) -> Client:
             ]
             return totals, sums[1] + size, metrics.merge(sums[2], step_metrics)
 
-        start = (zeros, jnp.float32(0.0), _zero_metrics(loss, broadcast, first, loss_key))
+        start = (zeros, jnp.float32(0.0), _steps.zero_metrics(loss, broadcast, first, loss_key))
         totals, size, seen = jax.lax.fori_loop(
             jnp.int32(0), batcher.num_steps(data), step_fn, start
         )
@@ -123,11 +124,10 @@ def moving_statistics(loss: Any, *, batcher: Batcher, num_passes: int) -> Client
             seen, step_metrics = look(carry[0], batch, jax.random.fold_in(loss_key, step))
             return seen, carry[1] + jnp.sum(batch.weights), metrics.merge(carry[2], step_metrics)
 
-        start = (old, jnp.float32(0.0), _zero_metrics(loss, broadcast, first, loss_key))
+        start = (old, jnp.float32(0.0), _steps.zero_metrics(loss, broadcast, first, loss_key))
         found, size, seen = jax.lax.fori_loop(jnp.int32(0), num_passes * num_steps, step_fn, start)
-        return Message(
-            fields={"statistics": found, "metrics": seen}, weight=size / num_passes
-        ), state
+        fields = {"statistics": found, "metrics": seen}
+        return Message(fields=fields, weight=size / num_passes), state
 
     return Client(init=lambda params: (), update=update_fn)
 
@@ -211,9 +211,7 @@ def with_squares(client: Client) -> Client:
 
 
 def add_spread(
-    model_state: State,
-    statistics: list[jax.Array],
-    squares: list[jax.Array],
+    model_state: State, statistics: list[jax.Array], squares: list[jax.Array]
 ) -> list[jax.Array]:
     """Turn mean variances into the variance of all data: add the variance of the clients' means.
 
@@ -249,9 +247,3 @@ def _look(loss, broadcast):
         return [leaf.astype(jnp.float32) for leaf in pick(after)], seen
 
     return look
-
-
-def _zero_metrics(loss, broadcast, batch, key):
-    """Make the accumulators that the loss reports, at zero."""
-    shapes = jax.eval_shape(lambda: loss(broadcast.params, broadcast.model_state, batch, key))
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1])

@@ -104,69 +104,12 @@ def run(
     num_slots = -(-size // num_devices)  # a device
     chunk_size = min(chunk_size, num_slots)
 
-    def one_client(key, broadcast, population, client_id, present, state):
-        data = client_data(population, client_id)
-        # An absent client is seen as one without examples, so that it costs nothing.
-        data = data._replace(size=jnp.where(present, data.size, jnp.zeros_like(data.size)))
-        message, after = update(jax.random.fold_in(key, client_id), broadcast, state, data)
-        finite = trees.all_finite((message, after))
-        valid = present & finite
-        weight = jnp.where(valid, message.weight, jnp.zeros_like(message.weight))
-        message = message._replace(weight=weight)  # aggregators add nothing of weight 0
-        return message, trees.tree_where(valid, after, state), present & ~finite
-
     rows = (cohort.client_ids, cohort.participated, cohort.states)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
     everybodys = (key, broadcast, population)
-    shapes, _, _ = jax.eval_shape(one_client, *everybodys, *first)
+    shapes, _, _ = jax.eval_shape(functools.partial(_work, update), everybodys, first)
     streaming, gathering = _sort(aggregators, shapes.fields)
-
-    needs_masks = bool(gathering) and "masks" in shapes.fields
-
-    def fold(accumulators, message):
-        masks = message.fields.get("masks")
-        return {
-            name: streaming[name].add(
-                accumulators[name], message.fields[name], masks, message.weight
-            )
-            for name in streaming
-        }
-
-    def keep(message):
-        kept = {name: message.fields[name] for name in gathering}
-        return kept, message.fields["masks"] if needs_masks else (), message.weight
-
-    def share(everybodys, rows):
-        """Let one device's clients work."""
-
-        def one_by_one(accumulators, row):
-            message, state, rejected = one_client(*everybodys, *row)
-            return fold(accumulators, message), (state, rejected, keep(message))
-
-        def side_by_side(accumulators, chunk):
-            messages, states, rejected = jax.vmap(functools.partial(one_client, *everybodys))(
-                *chunk
-            )
-            accumulators, _ = jax.lax.scan(
-                lambda sums, message: (fold(sums, message), None),
-                accumulators,
-                messages,
-                unroll=min(chunk_size, _FOLDED_AT_ONCE),
-            )
-            return accumulators, (states, rejected, keep(messages))
-
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        accumulators = {name: streaming[name].init(zeros.fields[name]) for name in streaming}
-        if chunk_size == 1:
-            accumulators, outputs = jax.lax.scan(one_by_one, accumulators, rows)
-        else:
-            chunks = jax.tree.map(lambda leaf: _split(leaf, chunk_size), rows)
-            accumulators, outputs = jax.lax.scan(side_by_side, accumulators, chunks)
-            outputs = jax.tree.map(lambda leaf: _join(leaf, num_slots), outputs)
-        if num_devices > 1:
-            accumulators = _merge(accumulators, streaming, num_devices)
-        return accumulators, outputs
-
+    share = _share_fn(update, streaming, gathering, shapes.fields, chunk_size, num_devices)
     if num_devices == chunk_size == 1:
         accumulators, outputs = share(everybodys, rows)
     else:
@@ -189,12 +132,71 @@ def run(
     states, rejected, (values, masks, weights) = outputs
     fields = {name: streaming[name].finish(accumulators[name]) for name in streaming}
     for name, aggregator in gathering.items():
-        fields[name] = aggregator.reduce(values[name], masks if needs_masks else None, weights)
+        fields[name] = aggregator.reduce(values[name], masks, weights)
     outcome = Outcome(fields=fields, states=states, rejected=rejected)
     if mesh is not None:  # else XLA may leave the clients' states where they were computed
         everywhere = NamedSharding(mesh, PartitionSpec())
         outcome = jax.lax.with_sharding_constraint(outcome, everywhere)
     return outcome
+
+
+def _work(update, everybodys, row):
+    """Let one client work: its message, its state, and whether they were not finite."""
+    key, broadcast, population = everybodys
+    client_id, present, state = row
+    data = client_data(population, client_id)
+    # An absent client is seen as one without examples, so that it costs nothing.
+    data = data._replace(size=jnp.where(present, data.size, jnp.zeros_like(data.size)))
+    message, after = update(jax.random.fold_in(key, client_id), broadcast, state, data)
+    finite = trees.all_finite((message, after))
+    valid = present & finite
+    weight = jnp.where(valid, message.weight, jnp.zeros_like(message.weight))
+    message = message._replace(weight=weight)  # aggregators add nothing of weight 0
+    return message, trees.tree_where(valid, after, state), present & ~finite
+
+
+def _share_fn(update, streaming, gathering, like, chunk_size, num_devices):
+    """Make the work of one device: ``(everybodys, rows) -> (accumulators, outputs by row)``."""
+
+    def fold(accumulators, message):
+        masks = message.fields.get("masks")
+        return {
+            name: each.add(accumulators[name], message.fields[name], masks, message.weight)
+            for name, each in streaming.items()
+        }
+
+    def keep(message):
+        kept = {name: message.fields[name] for name in gathering}
+        return kept, message.fields.get("masks") if gathering else None, message.weight
+
+    def share(everybodys, rows):
+        def one_by_one(accumulators, row):
+            message, state, rejected = _work(update, everybodys, row)
+            return fold(accumulators, message), (state, rejected, keep(message))
+
+        def side_by_side(accumulators, chunk):
+            messages, states, rejected = jax.vmap(lambda row: _work(update, everybodys, row))(chunk)
+            accumulators, _ = jax.lax.scan(
+                lambda sums, message: (fold(sums, message), None),
+                accumulators,
+                messages,
+                unroll=min(chunk_size, _FOLDED_AT_ONCE),
+            )
+            return accumulators, (states, rejected, keep(messages))
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        accumulators = {name: each.init(zeros[name]) for name, each in streaming.items()}
+        if chunk_size == 1:
+            accumulators, outputs = jax.lax.scan(one_by_one, accumulators, rows)
+        else:
+            chunks = jax.tree.map(lambda leaf: _split(leaf, chunk_size), rows)
+            accumulators, outputs = jax.lax.scan(side_by_side, accumulators, chunks)
+            outputs = jax.tree.map(lambda leaf: _join(leaf, rows[0].shape[0]), outputs)
+        if num_devices > 1:
+            accumulators = _merge(accumulators, streaming, num_devices)
+        return accumulators, outputs
+
+    return share
 
 
 def _deal(sizes: jax.Array, num_devices: int, num_slots: int) -> tuple[jax.Array, jax.Array]:

@@ -14,16 +14,15 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics
-from fedjaxprune.federated.local_training import LossFn
-from fedjaxprune.types import Batcher, Client, Masks, Message, Metrics, Params, State
+from fedjaxprune.federated import _steps
+from fedjaxprune.federated.local_training import Local, LossFn
+from fedjaxprune.types import Batcher, Client, Masks, Message, Metrics, Params
 
 
 class _Progress(NamedTuple):
     """State of an explorer between two epochs."""
 
-    params: Params
-    optimizer: State
-    model_state: State
+    local: Local
     metrics: Metrics
     epoch: jax.Array
     best: jax.Array  # lowest loss so far
@@ -77,53 +76,28 @@ def until_no_improvement(
         raise ValueError(f"watch must be 'epoch' or 'last_step', got {watch!r}.")
 
     def update_fn(key, broadcast, state, data):
-        masks = broadcast.masks
         batch_key, step_key, look_key = jax.random.split(key, 3)
-        start = masks_lib.apply(masks, broadcast.params)
+        start = masks_lib.apply(broadcast.masks, broadcast.params)
         num_steps = epoch.num_steps(data)
         first = jax.eval_shape(lambda: epoch.batch(batch_key, data, jnp.int32(0)))
-        shapes = jax.eval_shape(
-            lambda batch: loss(start, broadcast.model_state, batch, step_key)[1][1], first
-        )
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-        def step_fn(keys, step, carry):
-            params, optimizer_state, model_state, seen, _ = carry
-            batch = epoch.batch(keys[0], data, step)
-            (_, (model_state, latest)), grads = jax.value_and_grad(loss, has_aux=True)(
-                params, model_state, batch, jax.random.fold_in(keys[1], step)
-            )
-            with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
-                updates, optimizer_state = optimizer.update(
-                    masks_lib.apply(masks, grads), optimizer_state, params
-                )
-            params = masks_lib.apply(masks, optax.apply_updates(params, updates))
-            return params, optimizer_state, model_state, metrics.merge(seen, latest), latest
+        nothing = _steps.zero_metrics(loss, broadcast, first, step_key)
 
         def epoch_fn(progress):
             keys = tuple(jax.random.fold_in(k, progress.epoch) for k in (batch_key, step_key))
-            params, optimizer_state, model_state, seen, latest = jax.lax.fori_loop(
+            local, seen, latest = jax.lax.fori_loop(
                 jnp.int32(0),
                 num_steps,
-                lambda step, carry: step_fn(keys, step, carry),
-                (
-                    progress.params,
-                    progress.optimizer,
-                    progress.model_state,
-                    nothing,
-                    nothing,
-                ),
+                _step_fn(loss, epoch, optimizer, keys, broadcast, data),
+                (progress.local, nothing, nothing),
             )
             if validation is not None:
-                now = broadcast._replace(params=params, model_state=model_state)
+                now = broadcast._replace(params=local.params, model_state=local.model_state)
                 value = validation.update(look_key, now, (), data)[0].fields["losses"]
             else:
                 value = metrics.value((seen if watch == "epoch" else latest)["loss"])
             is_better = value < progress.best
             return _Progress(
-                params=params,
-                optimizer=optimizer_state,
-                model_state=model_state,
+                local=local,
                 metrics=metrics.merge(progress.metrics, seen),
                 epoch=progress.epoch + 1,
                 best=jnp.where(is_better, value, progress.best),
@@ -131,9 +105,7 @@ def until_no_improvement(
             )
 
         end = _Progress(
-            params=start,
-            optimizer=optimizer.init(start),
-            model_state=broadcast.model_state,
+            local=Local(start, optimizer.init(start), broadcast.model_state),
             metrics=nothing,
             epoch=jnp.int32(0),
             best=jnp.float32(jnp.inf),
@@ -143,22 +115,34 @@ def until_no_improvement(
         end = jax.lax.while_loop(
             lambda p: (p.epoch < limit) & (p.num_stale < patience), epoch_fn, end
         )
+        num_epochs = metrics.Mean(end.epoch.astype(jnp.float32), jnp.float32(1.0))
+        after = end.local
         fields = {
-            "delta": jax.tree.map(jnp.subtract, end.params, start),
-            "model_state": jax.tree.map(
-                lambda after, before: (after - before).astype(jnp.float32),
-                end.model_state,
-                broadcast.model_state,
-            ),
-            "metrics": {
-                **end.metrics,
-                "epochs": metrics.Mean(end.epoch.astype(jnp.float32), jnp.float32(1.0)),
-            },
+            **_steps.changes(after.params, start, after.model_state, broadcast.model_state),
+            "metrics": {**end.metrics, "epochs": num_epochs},
         }
         weight = jnp.where(num_steps > 0, data.size, jnp.zeros_like(data.size))
         return Message(fields=fields, weight=weight.astype(jnp.float32)), state
 
     return Client(init=lambda params: (), update=update_fn)
+
+
+def _step_fn(loss, epoch, optimizer, keys, broadcast, data):
+    """Make a local step under the masks, which also keeps its own metrics apart."""
+
+    def step_fn(step, carry):
+        (params, optimizer_state, model_state), seen, _ = carry
+        batch = epoch.batch(keys[0], data, step)
+        (_, (model_state, latest)), grads = jax.value_and_grad(loss, has_aux=True)(
+            params, model_state, batch, jax.random.fold_in(keys[1], step)
+        )
+        grads = masks_lib.apply(broadcast.masks, grads)
+        updates, optimizer_state = _steps.optimizer_step(optimizer, grads, optimizer_state, params)
+        params = masks_lib.apply(broadcast.masks, optax.apply_updates(params, updates))
+        local = Local(params, optimizer_state, model_state)
+        return local, metrics.merge(seen, latest), latest
+
+    return step_fn
 
 
 def deviations(delta: Params) -> Params:

@@ -124,9 +124,7 @@ def of_readers(bits: Bits, readers: tuple[Reader, ...], params: Any) -> Masks:
         reader = by_path.get(path)
         if reader is None:
             return jnp.ones(leaf.shape, jnp.bool_)
-        shape = [1] * leaf.ndim
-        shape[reader.axis] = -1
-        return jnp.broadcast_to(bits[reader.layer].reshape(shape), leaf.shape)
+        return _along(reader.axis, bits[reader.layer], leaf)
 
     return trees.map_with_path(leaf_mask, params)
 
@@ -190,8 +188,13 @@ def _spread(bits: Bits, path: str, leaf: Any) -> jax.Array:
     layer = next((name for name in bits if path.startswith(f"{name}/")), None)
     if layer is None or leaf.shape[-1:] != bits[layer].shape:
         return jnp.ones(leaf.shape, jnp.bool_)
-    shape = [1] * (leaf.ndim - 1) + [-1]
-    return jnp.broadcast_to(bits[layer].reshape(shape), leaf.shape)
+    return _along(-1, bits[layer], leaf)
+
+
+def _along(axis: int, bits: jax.Array, leaf: Any) -> jax.Array:
+    shape = [1] * leaf.ndim
+    shape[axis] = -1
+    return jnp.broadcast_to(bits.reshape(shape), leaf.shape)
 
 
 def _of_memory(optimizer: optax.GradientTransformation, masks: Masks, state: Any) -> Any:

@@ -1,5 +1,6 @@
 """One client's local work, written plainly: no client axis, no client index."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
+from fedjaxprune.federated import _steps
 from fedjaxprune.traffic import DENSE_GRADIENT
 from fedjaxprune.types import (
     Batch,
@@ -115,9 +117,7 @@ PostStepFn = Callable[[LocalStep], Local]  # decides what of a step holds
 class _Progress(NamedTuple):
     """Where a client stands between two local steps."""
 
-    params: Params
-    optimizer: State
-    model_state: State
+    local: Local
     grads: Params
     num_reported: jax.Array
     local_grads: Params
@@ -164,17 +164,9 @@ def local_sgd(
       broadcast has a `correction`, the steps follow the gradient plus the correction, and
       `local_grads` is the mean over all steps of the gradient without it.
     """
-    reports = _Reports(report_grads, report_steps)
-    return _client(
-        loss,
-        batcher,
-        optimizer,
-        learning_rate_scale,
-        penalties,
-        reports,
-        post_step,
-        dense_updates=False,
-    )
+    objective = functools.partial(_objective, loss, penalties)
+    rules = _Rules(optimizer, learning_rate_scale, report_grads, report_steps, post_step)
+    return _client(objective, batcher, rules, dense_updates=False)
 
 
 def dense_feedback_sgd(
@@ -195,126 +187,87 @@ def dense_feedback_sgd(
     References:
       Lin et al., `Dynamic Model Pruning with Feedback <https://arxiv.org/abs/2006.07253>`_, 2020.
     """
-    reports = _Reports(report_grads, report_steps)
-    return _client(
-        loss, batcher, optimizer, learning_rate_scale, penalties, reports, None, dense_updates=True
-    )
+    objective = functools.partial(_objective, loss, penalties)
+    rules = _Rules(optimizer, learning_rate_scale, report_grads, report_steps, None)
+    return _client(objective, batcher, rules, dense_updates=True)
 
 
-class _Reports(NamedTuple):
-    """In which rounds and of which steps gradients are reported."""
+class _Rules(NamedTuple):
+    """What a local step does with a gradient; see `local_sgd`."""
 
-    rounds: Callable[[jax.Array], jax.Array] | None
-    steps: StepPredicate | None
+    optimizer: optax.GradientTransformation
+    scale: Schedule | None
+    report_grads: Callable[[jax.Array], jax.Array] | None
+    report_steps: StepPredicate | None
+    post_step: PostStepFn | None
 
 
-def _client(
-    loss, batcher, optimizer, scale, penalties, reports, post_step, *, dense_updates
-) -> Client:
-    def objective(params, broadcast, model_state, batch, key):
+def _objective(loss, penalties, broadcast):
+    """Add penalties to a loss."""
+
+    def objective(params, model_state, batch, key):
         value, aux = loss(params, model_state, batch, key)
         for penalty in penalties:
             value = value.astype(jnp.float32) + penalty(params, broadcast)
         return value, aux
 
-    def optimizer_step(grads, state, params, round_index):
-        with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
-            updates, state = optimizer.update(grads, state, params)
-            if scale is not None:
-                factor = scale(round_index)
-                updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
-        return updates, state
+    return objective
 
+
+def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
     def update_fn(key, broadcast, state, data):
         masks = broadcast.masks
         batch_key, step_key = jax.random.split(key)
         start = broadcast.params if dense_updates else masks_lib.apply(masks, broadcast.params)
         num_steps = batcher.num_steps(data)
         is_corrected = bool(jax.tree.leaves(broadcast.correction))
-
-        def report(progress, dense_grads, step, size):
-            """Add a gradient to the sums that are reported, where it is due."""
-            reported, num_reported = progress.grads, progress.num_reported
-            dense = progress.dense
-            if reports.rounds is not None:
-                due = reports.rounds(broadcast.round)
-                due = due if reports.steps is None else due & reports.steps(step, num_steps)
-                reported = jax.lax.cond(
-                    due,
-                    lambda sums, new: jax.tree.map(jnp.add, sums, new),
-                    lambda sums, new: sums,
-                    reported,
-                    dense_grads,
-                )
-                num_reported = num_reported + due.astype(jnp.int32)
-                seen = metrics.Mean(total=jnp.where(due, size, jnp.zeros_like(size)), weight=size)
-                dense = metrics.merge(dense, seen)
-            local = progress.local_grads
-            if is_corrected:
-                local = jax.tree.map(jnp.add, local, dense_grads)
-            return {
-                "grads": reported,
-                "num_reported": num_reported,
-                "local_grads": local,
-                "dense": dense,
-            }
+        objective = objective_of(broadcast)
+        factor = None if rules.scale is None else functools.partial(rules.scale, broadcast.round)
 
         def step_fn(step, progress):
+            before = progress.local
             batch = batcher.batch(batch_key, data, step)
-            seen = masks_lib.apply(masks, progress.params) if dense_updates else progress.params
+            seen = masks_lib.apply(masks, before.params) if dense_updates else before.params
             (_, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
                 objective, has_aux=True
-            )(seen, broadcast, progress.model_state, batch, jax.random.fold_in(step_key, step))
+            )(seen, before.model_state, batch, jax.random.fold_in(step_key, step))
             grads = dense_grads
             if is_corrected:
                 grads = jax.tree.map(jnp.add, grads, broadcast.correction)
             grads = grads if dense_updates else masks_lib.apply(masks, grads)
-            updates, optimizer_state = optimizer_step(
-                grads, progress.optimizer, progress.params, broadcast.round
+            updates, optimizer_state = _steps.optimizer_step(
+                rules.optimizer, grads, before.optimizer, before.params, factor=factor
             )
-            now = Local(
-                params=optax.apply_updates(progress.params, updates),
-                optimizer=optimizer_state,
-                model_state=model_state,
-            )
-            if post_step is not None:
-                before = Local(progress.params, progress.optimizer, progress.model_state)
-                now = post_step(LocalStep(before, now, step_metrics, step, num_steps))
-            params = now.params if dense_updates else masks_lib.apply(masks, now.params)
-            return _Progress(
-                params=params,
-                optimizer=now.optimizer,
-                model_state=now.model_state,
-                metrics=metrics.merge(progress.metrics, step_metrics),
-                **report(progress, dense_grads, step, jnp.sum(batch.weights)),
-            )
+            now = Local(optax.apply_updates(before.params, updates), optimizer_state, model_state)
+            if rules.post_step is not None:
+                now = rules.post_step(LocalStep(before, now, step_metrics, step, num_steps))
+            if not dense_updates:
+                now = now._replace(params=masks_lib.apply(masks, now.params))
+            if rules.report_grads is not None:
+                due = rules.report_grads(broadcast.round)
+                if rules.report_steps is not None:
+                    due = due & rules.report_steps(step, num_steps)
+                progress = _report(progress, dense_grads, due, jnp.sum(batch.weights))
+            if is_corrected:
+                local_grads = jax.tree.map(jnp.add, progress.local_grads, dense_grads)
+                progress = progress._replace(local_grads=local_grads)
+            merged = metrics.merge(progress.metrics, step_metrics)
+            return progress._replace(local=now, metrics=merged)
 
-        shapes = jax.eval_shape(
-            lambda: loss(
-                start, broadcast.model_state, batcher.batch(batch_key, data, jnp.int32(0)), step_key
-            )
-        )
+        first = jax.eval_shape(lambda: batcher.batch(batch_key, data, jnp.int32(0)))
         progress = _Progress(
-            params=start,
-            optimizer=optimizer.init(start),
-            model_state=broadcast.model_state,
-            grads=() if reports.rounds is None else jax.tree.map(jnp.zeros_like, start),
+            local=Local(start, rules.optimizer.init(start), broadcast.model_state),
+            grads=() if rules.report_grads is None else jax.tree.map(jnp.zeros_like, start),
             num_reported=jnp.int32(0),
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
-            metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1][1]),
-            dense=() if reports.rounds is None else metrics.zero(),
+            metrics=_steps.zero_metrics(objective, broadcast, first, step_key),
+            dense=() if rules.report_grads is None else metrics.zero(),
         )
         progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
-        fields = {
-            "delta": jax.tree.map(jnp.subtract, progress.params, start),
-            "model_state": jax.tree.map(
-                lambda after, before: (after - before).astype(jnp.float32),
-                progress.model_state,
-                broadcast.model_state,
-            ),
-            "metrics": progress.metrics,
-        }
-        if reports.rounds is not None:
+        end = progress.local
+        fields = _steps.changes(end.params, start, end.model_state, broadcast.model_state)
+        fields["metrics"] = progress.metrics
+        if rules.report_grads is not None:
             fields["metrics"] = {**progress.metrics, DENSE_GRADIENT: progress.dense}
             fields["grads"] = _divide(progress.grads, progress.num_reported)
         if is_corrected:
@@ -322,6 +275,22 @@ def _client(
         return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
 
     return Client(init=lambda params: (), update=update_fn)
+
+
+def _report(progress: _Progress, grads: Params, due: jax.Array, size: jax.Array) -> _Progress:
+    """Add a gradient to the sums that are reported, where it is due."""
+    seen = metrics.Mean(total=jnp.where(due, size, jnp.zeros_like(size)), weight=size)
+    return progress._replace(
+        grads=jax.lax.cond(
+            due,
+            lambda sums, new: jax.tree.map(jnp.add, sums, new),
+            lambda sums, new: sums,
+            progress.grads,
+            grads,
+        ),
+        num_reported=progress.num_reported + due.astype(jnp.int32),
+        dense=metrics.merge(progress.dense, seen),
+    )
 
 
 def _divide(sums: Params, count: jax.Array) -> Params:

@@ -6,7 +6,7 @@ costs nothing; positions are numbered among the entries that may travel. Each up
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +71,7 @@ def top_k(*, fraction: float) -> Uplink:
 
         return jax.tree.map(leaf, delta, masks), state
 
-    def payload_fn(num_kept):
-        num_sent = _num_sent(fraction, num_kept)
-        return Payload(num_sent, indices="explicit" if num_sent < num_kept else "implied")
-
-    return Uplink(init=_init_empty, update=update_fn, payload=payload_fn)
+    return Uplink(init=_init_empty, update=update_fn, payload=_payload(fraction, "explicit"))
 
 
 def random_k(*, fraction: float) -> Uplink:
@@ -86,7 +82,7 @@ def random_k(*, fraction: float) -> Uplink:
     """
     _check_fraction(fraction)
     update_fn = _map_leaves(lambda key, delta, mask: _pick(key, delta, mask, fraction)[0])
-    return Uplink(init=_init_empty, update=update_fn, payload=_random_k_payload(fraction))
+    return Uplink(init=_init_empty, update=update_fn, payload=_payload(fraction, "from_seed"))
 
 
 def unbiased_random_k(*, fraction: float) -> Uplink:
@@ -103,7 +99,8 @@ def unbiased_random_k(*, fraction: float) -> Uplink:
         scale = num_kept.astype(delta.dtype) / jnp.maximum(num_sent, 1).astype(delta.dtype)
         return sent * scale
 
-    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=_random_k_payload(fraction))
+    payload = _payload(fraction, "from_seed")
+    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=payload)
 
 
 def sign() -> Uplink:
@@ -250,12 +247,14 @@ def _pick(
     return jnp.where(chosen, delta, jnp.zeros_like(delta)), num_kept, num_sent
 
 
-def _random_k_payload(fraction: float) -> Callable[[int], Payload]:
-    """Send the chosen values; where they stand follows from a seed."""
+def _payload(
+    fraction: float, indices: Literal["explicit", "from_seed"]
+) -> Callable[[int], Payload]:
+    """Send the chosen values, and say where they stand unless all are sent."""
 
     def payload_fn(num_kept):
         num_sent = _num_sent(fraction, num_kept)
-        return Payload(num_sent, indices="from_seed" if num_sent < num_kept else "implied")
+        return Payload(num_sent, indices=indices if num_sent < num_kept else "implied")
 
     return payload_fn
 

@@ -20,8 +20,6 @@ from fedjaxprune.types import Key, Masks, Params, PrunableFn
 NUM_TRIES = 10_000  # draws of a candidate; then the closest one is taken
 TOLERANCE = 0.02  # relative, of the density of a candidate: fixed in FedTiny's code
 
-# (params, kept share of the prunable weights, prunable) -> density of each layer [layers], float64
-
 
 def pool_size(density: float) -> int:
     """Choose the size at which sending the pool costs a tenth of a dense model: ``0.1 / density``.

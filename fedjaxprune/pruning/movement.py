@@ -19,7 +19,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import topk
 from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import pruners, scores
-from fedjaxprune.types import Key, Masks, Params, PrunableFn, Pruner, PrunerInputs, State
+from fedjaxprune.types import Masks, Params, PrunableFn, Pruner
 
 # (values [...], live [...] bool) -> [...] float32; only live entries are read
 ScaleFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -30,10 +30,7 @@ def min_max(values: jax.Array, live: jax.Array) -> jax.Array:
     """Scale a leaf's live values to [0, 1]; equal values become 0."""
     low = jnp.min(jnp.where(live, values, jnp.inf), initial=jnp.inf)
     high = jnp.max(jnp.where(live, values, -jnp.inf), initial=-jnp.inf)
-    width = high - low
-    usable = live & (width > 0)
-    divisor = jnp.where(width > 0, width, jnp.ones_like(width))
-    return jnp.where(usable, (values - low) / divisor, jnp.zeros_like(values))
+    return _scale(values, live, low, high - low)
 
 
 def robust(values: jax.Array, live: jax.Array) -> jax.Array:
@@ -43,10 +40,7 @@ def robust(values: jax.Array, live: jax.Array) -> jax.Array:
     """
     known = jnp.where(live, values, jnp.nan)
     low, middle, high = jnp.nanquantile(known, jnp.array([0.25, 0.5, 0.75]))
-    width = high - low
-    usable = live & (width > 0)
-    divisor = jnp.where(width > 0, width, jnp.ones_like(width))
-    return jnp.where(usable, (values - middle) / divisor, jnp.zeros_like(values))
+    return _scale(values, live, middle, high - low)
 
 
 def ranks(values: jax.Array, live: jax.Array) -> jax.Array:
@@ -142,17 +136,19 @@ def by_movement(
             "agreement must be 'none' or 'majority' with the scale `robust`, whose guidance may be "
             "negative and would rank lower the more clients agree, got 'scaled'."
         )
+    weigh = {
+        "scaled": jnp.multiply,
+        "majority": lambda leaf, share: jnp.where(share >= 0.5, leaf, -jnp.inf),
+    }
     needed = ("deviations",) if agreement == "none" else ("deviations", "agreement")
     best = pruners.prune_to(
         sparsity, score=scores.value, allocation=allocations.global_pool(least=1)
     )
 
-    def init_fn(params: Params) -> State:
+    def init_fn(params):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
 
-    def update_fn(
-        key: Key, masks: Masks, state: State, inputs: PrunerInputs
-    ) -> tuple[Masks, State]:
+    def update_fn(key, masks, state, inputs):
         missing = [name for name in needed if name not in dict(inputs.statistics)]
         if missing:
             raise ValueError(
@@ -160,14 +156,8 @@ def by_movement(
                 f"PrunerInputs.statistics lacks {', '.join(missing)}."
             )
         fresh = jax.tree.map(scale, inputs.statistics["deviations"], masks)
-        if agreement == "scaled":
-            fresh = jax.tree.map(jnp.multiply, fresh, inputs.statistics["agreement"])
-        elif agreement == "majority":
-            fresh = jax.tree.map(
-                lambda leaf, share: jnp.where(share >= 0.5, leaf, -jnp.inf),
-                fresh,
-                inputs.statistics["agreement"],
-            )
+        if agreement != "none":
+            fresh = jax.tree.map(weigh[agreement], fresh, inputs.statistics["agreement"])
         guide = jax.tree.map(jnp.where, masks, fresh, state)
         kept, _ = best.update(key, masks_lib.full(masks), (), inputs._replace(params=guide))
         if agreement == "majority":
@@ -175,6 +165,12 @@ def by_movement(
         return kept, guide
 
     return Pruner(init=init_fn, update=update_fn)
+
+
+def _scale(values: jax.Array, live: jax.Array, origin: jax.Array, width: jax.Array) -> jax.Array:
+    """Measure live values from `origin` in units of `width`; all become 0 where that is 0."""
+    divisor = jnp.where(width > 0, width, jnp.ones_like(width))
+    return jnp.where(live & (width > 0), (values - origin) / divisor, jnp.zeros_like(values))
 
 
 def _outvote(kept: jax.Array, guide: jax.Array) -> jax.Array:

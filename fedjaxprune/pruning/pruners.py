@@ -4,6 +4,8 @@ A pruner ranks with a score, learns from a schedule and an allocation how many, 
 name them. Live weights are those whose mask is True, dead ones the others. No parameter is touched.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ from fedjaxprune import masks as mask_trees
 from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import schedules, scores
 from fedjaxprune.pruning import selection as selections
-from fedjaxprune.types import Key, Masks, Params, PrunableFn, Pruner, PrunerInputs, Schedule, State
+from fedjaxprune.types import Params, PrunableFn, Pruner, PrunerInputs, Schedule, State
 
 
 def keep() -> Pruner:
@@ -21,7 +23,7 @@ def keep() -> Pruner:
         del key, inputs
         return masks, state
 
-    return Pruner(init=_init_empty_state, update=update_fn)
+    return Pruner(init=_init_empty, update=update_fn)
 
 
 def prune_to(
@@ -46,16 +48,7 @@ def prune_to(
       ValueError: if `sparsity` is a number outside [0, 1).
     """
     schedule = _schedule("sparsity", sparsity)
-
-    def update_fn(key, masks, state, inputs):
-        live = jax.tree.map(_dead_last, masks, score(key, inputs))
-        counts = allocation(live, schedules.evaluate(schedule, inputs.round))
-        kept = jax.tree.map(
-            lambda mask, values, count: mask & selection(values, count), masks, live, counts
-        )
-        return kept, state
-
-    return Pruner(init=_init_empty_state, update=update_fn)
+    return _towards(schedule, score, allocation, selection, rank=_dead_last, join=operator.and_)
 
 
 def drop(
@@ -89,7 +82,7 @@ def drop(
 
         return jax.tree.map(leaf, masks, score(key, inputs)), state
 
-    return Pruner(init=_init_empty_state, update=update_fn)
+    return Pruner(init=_init_empty, update=update_fn)
 
 
 def grow_to(
@@ -114,27 +107,16 @@ def grow_to(
       ValueError: if `sparsity` is a number outside [0, 1).
     """
     schedule = _schedule("sparsity", sparsity)
-
-    def update_fn(key, masks, state, inputs):
-        dead = jax.tree.map(_live_first, masks, score(key, inputs))
-        counts = allocation(dead, schedules.evaluate(schedule, inputs.round))
-        kept = jax.tree.map(
-            lambda mask, values, count: mask | selection(values, count), masks, dead, counts
-        )
-        return kept, state
-
-    return Pruner(init=_init_empty_state, update=update_fn)
+    return _towards(schedule, score, allocation, selection, rank=_live_first, join=operator.or_)
 
 
 def chain(*pruners: Pruner) -> Pruner:
     """Run pruners one after another, each on the masks of the one before."""
 
-    def init_fn(params: Params) -> State:
+    def init_fn(params):
         return tuple(pruner.init(params) for pruner in pruners)
 
-    def update_fn(
-        key: Key, masks: Masks, state: State, inputs: PrunerInputs
-    ) -> tuple[Masks, State]:
+    def update_fn(key, masks, state, inputs):
         after = []
         keys = jax.random.split(key, len(pruners))
         for pruner_key, pruner, before in zip(keys, pruners, state, strict=True):
@@ -165,12 +147,10 @@ def exempt(pruner: Pruner, prunable: PrunableFn) -> Pruner:
     So they count in no pool and no sparsity, and their masks come back as they went in.
     """
 
-    def init_fn(params: Params) -> State:
+    def init_fn(params):
         return pruner.init(_hide(params, mask_trees.prunable_leaves(params, prunable)))
 
-    def update_fn(
-        key: Key, masks: Masks, state: State, inputs: PrunerInputs
-    ) -> tuple[Masks, State]:
+    def update_fn(key, masks, state, inputs):
         flags = mask_trees.prunable_leaves(inputs.params, prunable)
         seen = PrunerInputs(
             params=_hide(inputs.params, flags),
@@ -189,7 +169,21 @@ def exempt(pruner: Pruner, prunable: PrunableFn) -> Pruner:
     return Pruner(init=init_fn, update=update_fn)
 
 
-def _init_empty_state(params: Params) -> State:
+def _towards(schedule, score, allocation, selection, *, rank, join) -> Pruner:
+    """Join to the masks what a selection keeps of ranked scores, as many as are allocated."""
+
+    def update_fn(key, masks, state, inputs):
+        ranked = jax.tree.map(rank, masks, score(key, inputs))
+        counts = allocation(ranked, schedules.evaluate(schedule, inputs.round))
+        kept = jax.tree.map(
+            lambda mask, values, count: join(mask, selection(values, count)), masks, ranked, counts
+        )
+        return kept, state
+
+    return Pruner(init=_init_empty, update=update_fn)
+
+
+def _init_empty(params: Params) -> State:
     del params
     return ()
 

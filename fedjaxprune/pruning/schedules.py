@@ -5,7 +5,9 @@ A schedule takes a round of any float or integer dtype and answers in floats. Pr
 sparsity cannot count ten million weights exactly.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 
 import jax
@@ -26,13 +28,8 @@ def linear(
     *, initial_sparsity: float, final_sparsity: float, begin_round: int, end_round: int
 ) -> Schedule:
     """Move from one sparsity to another at a constant pace; hold the ends outside."""
-    _check(initial_sparsity, final_sparsity, begin_round, end_round)
-
-    def schedule(round: jax.Array) -> jax.Array:
-        left = 1.0 - _progress(round, begin_round, end_round)
-        return final_sparsity + (initial_sparsity - final_sparsity) * left
-
-    return schedule
+    sparsities = (initial_sparsity, final_sparsity)
+    return _between(sparsities, (begin_round, end_round), lambda progress: 1.0 - progress)
 
 
 def cubic(
@@ -45,26 +42,20 @@ def cubic(
     References:
       Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017.
     """
-    _check(initial_sparsity, final_sparsity, begin_round, end_round)
-
-    def schedule(round: jax.Array) -> jax.Array:
-        left = 1.0 - _progress(round, begin_round, end_round)
-        return final_sparsity + (initial_sparsity - final_sparsity) * left**3
-
-    return schedule
+    sparsities = (initial_sparsity, final_sparsity)
+    return _between(sparsities, (begin_round, end_round), lambda progress: (1.0 - progress) ** 3)
 
 
 def cosine(
     *, initial_sparsity: float, final_sparsity: float, begin_round: int, end_round: int
 ) -> Schedule:
     """Move from one sparsity to another along half a cosine; hold the ends outside."""
-    _check(initial_sparsity, final_sparsity, begin_round, end_round)
-
-    def schedule(round: jax.Array) -> jax.Array:
-        left = 0.5 * (1.0 + jnp.cos(math.pi * _progress(round, begin_round, end_round)))
-        return final_sparsity + (initial_sparsity - final_sparsity) * left
-
-    return schedule
+    sparsities = (initial_sparsity, final_sparsity)
+    return _between(
+        sparsities,
+        (begin_round, end_round),
+        lambda progress: 0.5 * (1.0 + jnp.cos(math.pi * progress)),
+    )
 
 
 def every(period: int, *, start: int = 0, until: int | None = None) -> Predicate:
@@ -89,10 +80,7 @@ def at(*rounds: int) -> Predicate:
         raise ValueError(f"at takes one or more rounds from 0, got {rounds}.")
 
     def predicate(round: jax.Array) -> jax.Array:
-        due = round == rounds[0]
-        for other in rounds[1:]:
-            due = due | (round == other)
-        return due
+        return functools.reduce(operator.or_, (round == due for due in rounds))
 
     return predicate
 
@@ -133,18 +121,26 @@ def _as_float(round: jax.Array) -> jax.Array:
     return round if jnp.issubdtype(round.dtype, jnp.floating) else round.astype(float)
 
 
-def _progress(round: jax.Array, begin: int, end: int) -> jax.Array:
-    return jnp.clip((_as_float(round) - begin) / (end - begin), 0.0, 1.0)
-
-
-def _check(initial_sparsity: float, final_sparsity: float, begin: int, end: int) -> None:
-    _check_sparsity("initial_sparsity", initial_sparsity)
-    _check_sparsity("final_sparsity", final_sparsity)
+def _between(
+    sparsities: tuple[float, float],
+    rounds: tuple[int, int],
+    left: Callable[[jax.Array], jax.Array],
+) -> Schedule:
+    """Move between two sparsities; `left` maps progress in [0, 1] to the part still to go."""
+    (initial, final), (begin, end) = sparsities, rounds
+    _check_sparsity("initial_sparsity", initial)
+    _check_sparsity("final_sparsity", final)
     if not 0 <= begin < end:
         raise ValueError(
             "begin_round and end_round must be rounds from 0, the end after the beginning, got "
             f"{begin} and {end}."
         )
+
+    def schedule(round: jax.Array) -> jax.Array:
+        progress = jnp.clip((_as_float(round) - begin) / (end - begin), 0.0, 1.0)
+        return final + (initial - final) * left(progress)
+
+    return schedule
 
 
 def _check_sparsity(name: str, value: float) -> None:

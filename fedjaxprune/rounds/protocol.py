@@ -127,10 +127,7 @@ class Hooks(NamedTuple):
 def broadcast_of(state: RoundState) -> Broadcast:
     """Give clients the parameters and the masks in force."""
     return Broadcast(
-        params=state.params,
-        masks=state.masks,
-        model_state=state.model_state,
-        round=state.round,
+        params=state.params, masks=state.masks, model_state=state.model_state, round=state.round
     )
 
 

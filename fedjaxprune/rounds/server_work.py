@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
 from fedjaxprune import trees
+from fedjaxprune.federated import server_optimizers
 from fedjaxprune.rounds.protocol import broadcast_of
 from fedjaxprune.rounds.stages import close
 from fedjaxprune.traffic import TRAINED, FieldLength, Sent
@@ -115,11 +116,7 @@ def train_at(client: Client, source: SourceFn) -> WorkFn:
         message, _ = client.update(key, broadcast_of(state), own, source(population))
         trained = (
             jax.tree.map(jnp.add, state.params, message.fields["delta"]),
-            jax.tree.map(
-                lambda old, change: old + change.astype(old.dtype),
-                state.model_state,
-                message.fields["model_state"],
-            ),
+            server_optimizers.shift(state.model_state, message.fields["model_state"]),
         )
         params, model_state = trees.tree_where(
             trees.all_finite(trained), trained, (state.params, state.model_state)
@@ -144,15 +141,9 @@ def server_examples(rows: Any) -> SourceFn:
     if order.ndim != 1 or order.shape[0] == 0:
         raise ValueError(f"rows must list at least one example, got the shape {order.shape}.")
 
-    def source(population):
-        return ClientData(
-            examples=population.examples,
-            order=order,
-            start=jnp.int32(0),
-            size=jnp.int32(order.shape[0]),
-        )
-
-    return source
+    return lambda population: ClientData(
+        population.examples, order, jnp.int32(0), jnp.int32(order.shape[0])
+    )
 
 
 def examples_of(client_id: int) -> SourceFn:
@@ -164,13 +155,6 @@ def examples_of(client_id: int) -> SourceFn:
 
 def all_examples() -> SourceFn:
     """Take the examples of all clients, which no server has: the bound of what data can tell."""
-
-    def source(population):
-        return ClientData(
-            examples=population.examples,
-            order=population.order,
-            start=jnp.int32(0),
-            size=population.offsets[-1],
-        )
-
-    return source
+    return lambda population: ClientData(
+        population.examples, population.order, jnp.int32(0), population.offsets[-1]
+    )

@@ -89,8 +89,7 @@ def close(
     has_changed = masks_lib.num_changed(before.masks, after.masks) > 0
     step = {"holders": has_changed, "everybody": jnp.bool_(False), "nobody": jnp.bool_(True)}
     return after._replace(
-        round=before.round + 1,
-        masks_id=before.masks_id + step[known_to].astype(jnp.int32),
+        round=before.round + 1, masks_id=before.masks_id + step[known_to].astype(jnp.int32)
     )
 
 

@@ -4,6 +4,7 @@ A client of weight 0 is absent: whatever its message holds (NaN too), it adds no
 in float32 or wider, whatever the clients send.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -169,19 +170,7 @@ def vote_counts() -> Aggregator:
     Raises:
       ValueError: while tracing, if a leaf is not bool.
     """
-
-    def init_fn(like):
-        _require_bool(like)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), like)
-
-    def add_fn(accumulator, value, masks, weight):
-        del masks  # the votes are the value
-        _require_bool(value)
-        return jax.tree.map(
-            lambda count, mask: count + (mask & (weight > 0)).astype(jnp.int32), accumulator, value
-        )
-
-    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda counts: counts)
+    return _votes(jnp.int32, lambda votes, weight: votes.astype(jnp.int32))
 
 
 def vote_weights() -> Aggregator:
@@ -194,21 +183,7 @@ def vote_weights() -> Aggregator:
     Raises:
       ValueError: while tracing, if a leaf is not bool.
     """
-
-    def init_fn(like):
-        _require_bool(like)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
-
-    def add_fn(accumulator, value, masks, weight):
-        del masks  # the votes are the value
-        _require_bool(value)
-        return jax.tree.map(
-            lambda sums, mask: sums + _weigh(mask & (weight > 0), jnp.ones_like(sums), weight),
-            accumulator,
-            value,
-        )
-
-    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
+    return _votes(jnp.float32, lambda votes, weight: _weigh(votes, jnp.float32(1.0), weight))
 
 
 def unweighted_sum() -> Aggregator:
@@ -219,9 +194,6 @@ def unweighted_sum() -> Aggregator:
       the sums ``[...]``; integers stay integers, booleans are counted in int32.
     """
 
-    def init_fn(like):
-        return _zeros(like)
-
     def add_fn(accumulator, value, masks, weight):
         del masks  # everybody counts everywhere
 
@@ -231,12 +203,29 @@ def unweighted_sum() -> Aggregator:
 
         return jax.tree.map(leaf, accumulator, value)
 
-    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
+    return Aggregator(init=_zeros, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
 
 
 def stack() -> CohortAggregator:
     """Keep what every client says, ``[C, ...]``, absent ones included: counts for the record."""
     return CohortAggregator(reduce=lambda values, masks, weights: values)
+
+
+def _votes(dtype: Any, count: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
+    """Add up ``(votes of the present [...] bool, weight) -> [...]`` of one client's masks."""
+
+    def init_fn(like):
+        _require_bool(like)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), like)
+
+    def add_fn(accumulator, value, masks, weight):
+        del masks  # the votes are the value
+        _require_bool(value)
+        return jax.tree.map(
+            lambda sums, mask: sums + count(mask & (weight > 0), weight), accumulator, value
+        )
+
+    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
 
 
 def _zeros(like: Any) -> Any:
@@ -245,9 +234,8 @@ def _zeros(like: Any) -> Any:
     def leaf(value):
         if value.dtype == jnp.bool_:
             return jnp.zeros(value.shape, jnp.int32)
-        if jnp.issubdtype(value.dtype, jnp.inexact):
-            return jnp.zeros(value.shape, _sums.sum_dtype(value.dtype))
-        return jnp.zeros(value.shape, value.dtype)
+        is_inexact = jnp.issubdtype(value.dtype, jnp.inexact)
+        return jnp.zeros(value.shape, _sums.sum_dtype(value.dtype) if is_inexact else value.dtype)
 
     return jax.tree.map(leaf, like)
 

@@ -2,7 +2,4 @@
 
 from fedjaxprune import namespace
 
-__all__, __getattr__, __dir__ = namespace.offer(
-    __name__,
-    modules="fednova scaffold",
-)
+__all__, __getattr__, __dir__ = namespace.offer(__name__, modules="fednova scaffold")
