@@ -59,10 +59,7 @@ def num_changed(before: Masks, after: Masks) -> jax.Array:
 
 def prunable_leaves(tree: Any, prunable: PrunableFn) -> list[bool]:
     """Tell for every leaf, in order, whether it is prunable; a Python list, as shapes decide it."""
-    return [
-        bool(prunable(path, leaf))
-        for path, leaf in zip(trees.paths(tree), jax.tree.leaves(tree), strict=True)
-    ]
+    return [bool(prunable(path, leaf)) for path, leaf in trees.items(tree)]
 
 
 def sparsity(masks: Masks, prunable: PrunableFn) -> jax.Array:

@@ -13,6 +13,11 @@ def paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
+def items(tree: Any) -> list[tuple[str, Any]]:
+    """List the leaves with their paths, as `paths` gives them."""
+    return list(zip(paths(tree), jax.tree.leaves(tree), strict=True))
+
+
 def map_with_path(function: Any, tree: Any, *rest: Any) -> Any:
     """Map ``function(path, leaf, *other_leaves)`` over trees, with paths as `paths` gives them."""
     return jax.tree_util.tree_map_with_path(

@@ -18,7 +18,7 @@ def optimizer_step(optimizer, grads, state, params, *, factor=None) -> tuple[Par
     return updates, state
 
 
-def zero_metrics(loss: Any, broadcast: Broadcast, batch: Any, key: Key) -> Metrics:
+def zero_metrics(key: Key, loss: Any, broadcast: Broadcast, batch: Any) -> Metrics:
     """Make the accumulators that a loss reports, at zero; of the batch, shapes will do."""
     shapes = jax.eval_shape(loss, broadcast.params, broadcast.model_state, batch, key)[1][1]
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -30,8 +30,7 @@ def normalization(path: str, leaf: jax.Array) -> bool:
 
 def pick(model_state: State) -> list[jax.Array]:
     """List the statistics of a model state."""
-    leaves = zip(trees.paths(model_state), jax.tree.leaves(model_state), strict=True)
-    return [leaf for path, leaf in leaves if normalization(path, leaf)]
+    return [leaf for path, leaf in trees.items(model_state) if normalization(path, leaf)]
 
 
 def put(model_state: State, statistics: list[jax.Array]) -> State:
@@ -87,7 +86,7 @@ def statistics(loss: Any, *, batcher: Batcher) -> Client:
             ]
             return totals, sums[1] + size, metrics.merge(sums[2], step_metrics)
 
-        start = (zeros, jnp.float32(0.0), _steps.zero_metrics(loss, broadcast, first, loss_key))
+        start = (zeros, jnp.float32(0.0), _steps.zero_metrics(loss_key, loss, broadcast, first))
         totals, size, seen = jax.lax.fori_loop(
             jnp.int32(0), batcher.num_steps(data), step_fn, start
         )
@@ -124,7 +123,7 @@ def moving_statistics(loss: Any, *, batcher: Batcher, num_passes: int) -> Client
             seen, step_metrics = look(carry[0], batch, jax.random.fold_in(loss_key, step))
             return seen, carry[1] + jnp.sum(batch.weights), metrics.merge(carry[2], step_metrics)
 
-        start = (old, jnp.float32(0.0), _steps.zero_metrics(loss, broadcast, first, loss_key))
+        start = (old, jnp.float32(0.0), _steps.zero_metrics(loss_key, loss, broadcast, first))
         found, size, seen = jax.lax.fori_loop(jnp.int32(0), num_passes * num_steps, step_fn, start)
         fields = {"statistics": found, "metrics": seen}
         return Message(fields=fields, weight=size / num_passes), state
@@ -223,8 +222,7 @@ def add_spread(
     Raises:
       ValueError: if a variance has no mean beside it.
     """
-    leaves = zip(trees.paths(model_state), jax.tree.leaves(model_state), strict=True)
-    paths = [path for path, leaf in leaves if normalization(path, leaf)]
+    paths = [path for path, leaf in trees.items(model_state) if normalization(path, leaf)]
     found = []
     for path, value in zip(paths, statistics, strict=True):
         if path.endswith("var"):

@@ -80,7 +80,7 @@ def until_no_improvement(
         start = masks_lib.apply(broadcast.masks, broadcast.params)
         num_steps = epoch.num_steps(data)
         first = jax.eval_shape(lambda: epoch.batch(batch_key, data, jnp.int32(0)))
-        nothing = _steps.zero_metrics(loss, broadcast, first, step_key)
+        nothing = _steps.zero_metrics(step_key, loss, broadcast, first)
 
         def epoch_fn(progress):
             keys = tuple(jax.random.fold_in(k, progress.epoch) for k in (batch_key, step_key))

@@ -48,7 +48,7 @@ def readers_of(channels: groups.Analysis, params: Any) -> tuple[Reader, ...]:
       channels: of a gated network (`groups.analyze`).
       params: arrays or shapes.
     """
-    leaves = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
+    leaves = dict(trees.items(params))
     layers = gates.layers_of(params)
 
     def owner(path: str) -> str | None:

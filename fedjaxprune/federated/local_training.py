@@ -260,7 +260,7 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             grads=() if rules.report_grads is None else jax.tree.map(jnp.zeros_like, start),
             num_reported=jnp.int32(0),
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
-            metrics=_steps.zero_metrics(objective, broadcast, first, step_key),
+            metrics=_steps.zero_metrics(step_key, objective, broadcast, first),
             dense=() if rules.report_grads is None else metrics.zero(),
         )
         progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)

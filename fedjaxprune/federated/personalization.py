@@ -73,8 +73,7 @@ def _without(tree: Params, is_own: PrunableFn) -> Params:
 
 
 def _pick(params: Params, is_own: PrunableFn) -> list[jax.Array]:
-    flags = masks_lib.prunable_leaves(params, is_own)
-    return [leaf for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
+    return [leaf for path, leaf in trees.items(params) if is_own(path, leaf)]
 
 
 def _put(params: Params, own: list[jax.Array], is_own: PrunableFn) -> Any:

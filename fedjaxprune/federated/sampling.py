@@ -41,8 +41,7 @@ def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> Sampl
 
     Args:
       weights: ``[N]``, finite and not negative (numbers of examples, for instance); a client of
-      weight
-        0 is never chosen.
+        weight 0 is never chosen.
       cohort_size: how many clients take part.
 
     Raises:

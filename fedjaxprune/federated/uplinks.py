@@ -6,7 +6,7 @@ costs nothing; positions are numbered among the entries that may travel. Each up
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def identity() -> Uplink:
         del key  # deterministic
         return masks_lib.apply(masks, delta), state
 
-    return Uplink(init=_init_empty, update=update_fn, payload=Payload)
+    return Uplink(init=lambda params: (), update=update_fn, payload=Payload)
 
 
 def top_k(*, fraction: float) -> Uplink:
@@ -71,7 +71,7 @@ def top_k(*, fraction: float) -> Uplink:
 
         return jax.tree.map(leaf, delta, masks), state
 
-    return Uplink(init=_init_empty, update=update_fn, payload=_payload(fraction, "explicit"))
+    return Uplink(init=lambda params: (), update=update_fn, payload=_payload(fraction, "explicit"))
 
 
 def random_k(*, fraction: float) -> Uplink:
@@ -82,7 +82,7 @@ def random_k(*, fraction: float) -> Uplink:
     """
     _check_fraction(fraction)
     update_fn = _map_leaves(lambda key, delta, mask: _pick(key, delta, mask, fraction)[0])
-    return Uplink(init=_init_empty, update=update_fn, payload=_payload(fraction, "from_seed"))
+    return Uplink(init=lambda params: (), update=update_fn, payload=_payload(fraction, "from_seed"))
 
 
 def unbiased_random_k(*, fraction: float) -> Uplink:
@@ -100,7 +100,7 @@ def unbiased_random_k(*, fraction: float) -> Uplink:
         return sent * scale
 
     payload = _payload(fraction, "from_seed")
-    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=payload)
+    return Uplink(init=lambda params: (), update=_map_leaves(leaf), payload=payload)
 
 
 def sign() -> Uplink:
@@ -126,7 +126,7 @@ def sign() -> Uplink:
     def payload_fn(num_kept):
         return Payload(num_kept, level_bits=1, num_scales=1 if num_kept else 0)
 
-    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=payload_fn)
+    return Uplink(init=lambda params: (), update=_map_leaves(leaf), payload=payload_fn)
 
 
 def quantize(*, bits: int) -> Uplink:
@@ -170,7 +170,7 @@ def quantize(*, bits: int) -> Uplink:
     def payload_fn(num_kept):
         return Payload(num_kept, level_bits=bits, num_scales=2 if num_kept else 0)
 
-    return Uplink(init=_init_empty, update=_map_leaves(leaf), payload=payload_fn)
+    return Uplink(init=lambda params: (), update=_map_leaves(leaf), payload=payload_fn)
 
 
 def error_feedback(inner: Uplink) -> Uplink:
@@ -206,12 +206,6 @@ def error_feedback(inner: Uplink) -> Uplink:
     return Uplink(init=init_fn, update=update_fn, payload=inner.payload)
 
 
-def _init_empty(params):
-    """Start without any state."""
-    del params
-    return ()
-
-
 def _check_fraction(fraction: float) -> None:
     """Refuse a fraction that sends nothing or more than there is."""
     if not 0.0 < fraction <= 1.0:
@@ -235,9 +229,7 @@ def _num_sent_traced(fraction: float, mask: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.maximum(num_sent, 1), num_kept)
 
 
-def _pick(
-    key: Key, delta: jax.Array, mask: jax.Array, fraction: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _pick(key, delta, mask, fraction) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose entries at random; also count those that may travel and those that are sent."""
     num_sent = _num_sent_traced(fraction, mask)
     bits = jax.random.bits(key, delta.shape, jnp.uint32) | jnp.uint32(1)
@@ -247,9 +239,7 @@ def _pick(
     return jnp.where(chosen, delta, jnp.zeros_like(delta)), num_kept, num_sent
 
 
-def _payload(
-    fraction: float, indices: Literal["explicit", "from_seed"]
-) -> Callable[[int], Payload]:
+def _payload(fraction: float, indices: Any) -> Callable[[int], Payload]:
     """Send the chosen values, and say where they stand unless all are sent."""
 
     def payload_fn(num_kept):

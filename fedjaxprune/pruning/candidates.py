@@ -5,13 +5,10 @@ of the layer. A pool is therefore a small table ``[candidates, layers]``, from w
 when they are needed.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.pruning import allocation
 from fedjaxprune.topk import top_k
@@ -107,11 +104,10 @@ def uniform(params: Params, share: float, prunable: PrunableFn) -> np.ndarray:
 
 def erk(params: Params, share: float, prunable: PrunableFn) -> np.ndarray:
     """Give small layers more, as `allocation.erk_densities` does: ``[layers]`` float64."""
-    flags = masks_lib.prunable_leaves(params, prunable)
     leaves = [
         jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-        for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True)
-        if flag
+        for path, leaf in trees.items(params)
+        if prunable(path, leaf)
     ]
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         return np.asarray(allocation.erk_densities(leaves, jnp.float64(1.0 - share)))
@@ -119,9 +115,8 @@ def erk(params: Params, share: float, prunable: PrunableFn) -> np.ndarray:
 
 def sizes_of(params: Params, prunable: PrunableFn) -> np.ndarray:
     """List the sizes of the prunable leaves: ``[layers]`` int64."""
-    flags = masks_lib.prunable_leaves(params, prunable)
-    pairs = zip(trees.sizes(params), flags, strict=True)
-    return np.array([size for size, flag in pairs if flag], np.int64)
+    sizes = [leaf.size for path, leaf in trees.items(params) if prunable(path, leaf)]
+    return np.array(sizes, np.int64)
 
 
 def by_magnitude(params: Params, counts: jax.Array, prunable: PrunableFn) -> Masks:
@@ -132,14 +127,11 @@ def by_magnitude(params: Params, counts: jax.Array, prunable: PrunableFn) -> Mas
       counts: ``[layers]`` int32, for the prunable leaves.
       prunable: which leaves may be pruned; all others are kept whole.
     """
-    flags = masks_lib.prunable_leaves(params, prunable)
     rows = iter(range(counts.shape[0]))
 
-    def leaf(values: Any, flag: bool) -> jax.Array:
-        if not flag:
-            return jnp.ones(values.shape, jnp.bool_)
-        return top_k(jnp.abs(values.astype(jnp.float32)), counts[next(rows)])
+    def kept(path, leaf):
+        if not prunable(path, leaf):
+            return jnp.ones(leaf.shape, jnp.bool_)
+        return top_k(jnp.abs(leaf.astype(jnp.float32)), counts[next(rows)])
 
-    leaves, structure = jax.tree.flatten(params)
-    kept = [leaf(values, flag) for values, flag in zip(leaves, flags, strict=True)]
-    return jax.tree.unflatten(structure, kept)
+    return trees.map_with_path(kept, params)

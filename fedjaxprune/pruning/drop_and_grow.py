@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.pruning import schedules, scores
 from fedjaxprune.topk import top_k
@@ -151,26 +150,23 @@ def counts(
         raise ValueError(f"order must be 'backward' or 'forward', got {order!r}.")
 
     def counts(masks, round_index):
-        leaves, structure = jax.tree.flatten(masks)
-        flags = masks_lib.prunable_leaves(masks, prunable)
-        paths = [path for path, flag in zip(trees.paths(masks), flags, strict=True) if flag]
-        numbers = iter(blocks(paths))
-        num_blocks = max(blocks(paths), default=0) + 1
+        paths = [path for path, mask in trees.items(masks) if prunable(path, mask)]
+        numbers = blocks(paths)
+        block_of, num_blocks = iter(numbers), max(numbers, default=0) + 1
         turn = ((round_index + 1) // period - 1) % num_blocks
         turn = num_blocks - 1 - turn if order == "backward" else turn
         part = schedules.evaluate(fraction, round_index)
 
-        def count(mask, flag):
-            if not flag:
+        def count(path, mask):
+            if not prunable(path, mask):
                 return jnp.int32(0)
-            active = is_due(round_index) & (turn == next(numbers))
+            active = is_due(round_index) & (turn == next(block_of))
             with jax.enable_x64(True):
                 num_live = jnp.sum(mask, dtype=jnp.int32).astype(jnp.float64)
                 number = jnp.ceil(part * num_live * (1.0 - 1e-12)).astype(jnp.int32)
             return jnp.where(active, number, jnp.int32(0))
 
-        found = [count(mask, flag) for mask, flag in zip(leaves, flags, strict=True)]
-        return jax.tree.unflatten(structure, found)
+        return trees.map_with_path(count, masks)
 
     return counts
 

@@ -13,7 +13,7 @@ from fedjaxprune import masks as mask_trees
 from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import schedules, scores
 from fedjaxprune.pruning import selection as selections
-from fedjaxprune.types import Params, PrunableFn, Pruner, PrunerInputs, Schedule, State
+from fedjaxprune.types import Params, PrunableFn, Pruner, PrunerInputs, Schedule
 
 
 def keep() -> Pruner:
@@ -23,7 +23,7 @@ def keep() -> Pruner:
         del key, inputs
         return masks, state
 
-    return Pruner(init=_init_empty, update=update_fn)
+    return Pruner(init=lambda params: (), update=update_fn)
 
 
 def prune_to(
@@ -82,7 +82,7 @@ def drop(
 
         return jax.tree.map(leaf, masks, score(key, inputs)), state
 
-    return Pruner(init=_init_empty, update=update_fn)
+    return Pruner(init=lambda params: (), update=update_fn)
 
 
 def grow_to(
@@ -180,12 +180,7 @@ def _towards(schedule, score, allocation, selection, *, rank, join) -> Pruner:
         )
         return kept, state
 
-    return Pruner(init=_init_empty, update=update_fn)
-
-
-def _init_empty(params: Params) -> State:
-    del params
-    return ()
+    return Pruner(init=lambda params: (), update=update_fn)
 
 
 def _schedule(name: str, value: Schedule | float) -> Schedule:

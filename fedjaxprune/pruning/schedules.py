@@ -121,11 +121,7 @@ def _as_float(round: jax.Array) -> jax.Array:
     return round if jnp.issubdtype(round.dtype, jnp.floating) else round.astype(float)
 
 
-def _between(
-    sparsities: tuple[float, float],
-    rounds: tuple[int, int],
-    left: Callable[[jax.Array], jax.Array],
-) -> Schedule:
+def _between(sparsities, rounds, left) -> Schedule:
     """Move between two sparsities; `left` maps progress in [0, 1] to the part still to go."""
     (initial, final), (begin, end) = sparsities, rounds
     _check_sparsity("initial_sparsity", initial)

@@ -63,14 +63,12 @@ def of_model(model: Model, *, inputs: Any) -> Facts:
 
 def leaves_by_path(facts: Facts) -> dict[str, Any]:
     """Give the shapes of the parameters by path."""
-    return dict(zip(trees.paths(facts.params), jax.tree.leaves(facts.params), strict=True))
+    return dict(trees.items(facts.params))
 
 
 def sizes(facts: Facts, prunable: PrunableFn) -> dict[str, int]:
     """Count the weights of each prunable leaf, by path."""
-    flags = masks_lib.prunable_leaves(facts.params, prunable)
-    leaves = zip(trees.paths(facts.params), trees.sizes(facts.params), flags, strict=True)
-    return {path: size for path, size, flag in leaves if flag}
+    return {path: int(x.size) for path, x in trees.items(facts.params) if prunable(path, x)}
 
 
 def first_convolution(facts: Facts) -> str | None:

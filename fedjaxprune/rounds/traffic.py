@@ -25,10 +25,7 @@ def summarize_message(
 ) -> dict[str, Any]:
     """Note of a client's message what the ledger has to know.
 
-    Args:
-      fields: of the message.
-      specs: how fields travel, where it is not ``"whole"``.
-      narrowed: of fields that travel in part, masks of it that the receiver knows.
+    A field without a spec travels whole; `narrowed` has the masks of those that travel in part.
     """
     others = {
         name: tree
@@ -66,21 +63,14 @@ def sent(
     prunable: PrunableFn,
     transport: MaskTransport,
 ) -> Sent:
-    """Say what the messages of a training round were.
+    """Say what the messages of a training round were, from the state before it.
 
-    Args:
-      state: before the round.
-      given: the broadcast, masks of what a client sends, masks of what it receives.
-      cohort: who took part.
-      fields: the aggregated fields, with those that training adds.
-      specs: how fields travel.
-      prunable: which leaves' masks travel.
-      transport: how they do.
+    `given` is the broadcast, with masks of what a client sends and of what it receives.
     """
     broadcast, upload, download = given
     summary = fields[SUMMARY]
-    shared = jax.tree.map(jnp.logical_and, broadcast.masks, upload)
-    trained = masks_lib.num_kept(shared)  # what stays at home has no drift from others
+    # What stays at home has no drift from others.
+    trained = masks_lib.num_kept(jax.tree.map(jnp.logical_and, broadcast.masks, upload))
     pruned = masks_lib.num_kept(jax.tree.map(jnp.logical_not, broadcast.masks))
 
     reply = {"delta": FieldLength(live_counts=fields[NUM_UPLOADED]), "weight": weight_field()}
@@ -124,20 +114,10 @@ def weight_field() -> FieldLength:
     return FieldLength(template=trees.shape_only(jnp.float32(0.0)))
 
 
-def _to_fields(
-    summary: Mapping[str, Any],
-    specs: Mapping[str, FieldSpec],
-    *,
-    trained: jax.Array,
-    pruned: jax.Array,
-) -> dict[str, FieldLength]:
-    """Say for each field that a cohort's clients sent beside their deltas what of it travelled.
+def _to_fields(summary, specs, *, trained, pruned) -> dict[str, FieldLength]:
+    """Say of each field that went up beside the deltas what travelled, from `summarize_message`.
 
-    Args:
-      summary: what `summarize_message` noted, gathered ``[C, ...]``.
-      specs: how fields travel.
-      trained: ``[L]`` int32, entries of the parameters that clients trained.
-      pruned: ``[L]`` int32, the others.
+    Clients trained ``[L]`` int32 entries of the parameters; the others are pruned.
     """
     fields = {}
     for name, clients in summary["clients"].items():
@@ -155,9 +135,7 @@ def _to_fields(
 
 def _pack(masks: Masks, prunable: PrunableFn, *, needed: jax.Array) -> tuple[jax.Array, ...]:
     """Pack the masks to bits for the ledger, in the rounds in which somebody is sent them."""
-    flags = masks_lib.prunable_leaves(masks, prunable)
-    leaves = zip(jax.tree.leaves(masks), flags, strict=True)
-    own = tuple(leaf for leaf, flag in leaves if flag)
+    own = tuple(leaf for path, leaf in trees.items(masks) if prunable(path, leaf))
     blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(masks_lib.pack, own))
     return jax.lax.cond(needed, masks_lib.pack, lambda own: blank, own)
 

@@ -326,11 +326,8 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
     correction = no_correction() if protocol.correction is None else protocol.correction
     fields = {**correction.fields, **fields}
-    mean, total, stack = (
-        aggregators.weighted_mean(),
-        aggregators.unweighted_sum(),
-        aggregators.stack(),
-    )
+    mean, total = aggregators.weighted_mean(), aggregators.unweighted_sum()
+    stack = aggregators.stack()
     by_field = {
         "delta": mean if protocol.aggregator is None else protocol.aggregator,
         "model_state": mean,
@@ -362,15 +359,7 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     )
 
 
-def _metrics(
-    parts: Parts,
-    before: RoundState,
-    after: RoundState,
-    given: Given,
-    members: Cohort,
-    outcome: cohort.Outcome,
-    stepped: Stepped,
-) -> RoundMetrics:
+def _metrics(parts, before, after, given, members, outcome, stepped) -> RoundMetrics:
     """Count the round."""
     present, fields = members.participated, outcome.fields
     received = masks_lib.num_kept(given.download)

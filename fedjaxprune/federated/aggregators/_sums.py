@@ -22,7 +22,7 @@ def divide(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 def require_inexact(name: str, tree: Any) -> None:
     """Refuse leaves that have no mean."""
-    for path, leaf in zip(trees.paths(tree), jax.tree.leaves(tree), strict=True):
+    for path, leaf in trees.items(tree):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
                 f"aggregators.{name} averages floating-point leaves, but {path!r} is {leaf.dtype}: "

@@ -254,7 +254,7 @@ def _add_trees(first: Any, second: Any) -> Any:
 
 def _require_bool(tree: Masks) -> None:
     """Refuse votes that are not yes or no."""
-    for path, leaf in zip(trees.paths(tree), jax.tree.leaves(tree), strict=True):
+    for path, leaf in trees.items(tree):
         if leaf.dtype != jnp.bool_:
             raise ValueError(
                 f"aggregators.vote_counts counts bool masks, but {path!r} is {leaf.dtype}."

@@ -57,7 +57,7 @@ def layers(
     Raises:
       ValueError: if there are none.
     """
-    shapes = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
+    shapes = dict(trees.items(params))
     fixed = {(path, axis) for path, axis, _ in channels.fixed}
     found = []
     for group in channels.filters:

@@ -73,8 +73,7 @@ def code_dynamic(ballot: Ballot, quota: Quota) -> jax.Array:
     vetoed = unanimous(ballot, quota)
     enough = jnp.sum(~vetoed, dtype=jnp.int32) >= quota.least
     with jax.enable_x64(True):
-        pruned_by_all = ~_at_least(ballot, jnp.float64(1.0))
-    return jnp.where(enough, vetoed, ~pruned_by_all)
+        return jnp.where(enough, vetoed, _at_least(ballot, jnp.float64(1.0)))
 
 
 def top_k(ballot: Ballot, quota: Quota) -> jax.Array:
