@@ -181,11 +181,10 @@ def reporting_round(
     )
 
 
-def _aggregators(
-    name: str, fields: Mapping[str, FieldSpec]
-) -> dict[str, Aggregator | CohortAggregator]:
+def _aggregators(name, fields) -> dict[str, Aggregator | CohortAggregator]:
     """Choose how the fields of an exchange's messages become those of the cohort."""
-    joined: dict[str, Aggregator | CohortAggregator] = {"metrics": aggregators.unweighted_sum()}
+    total = aggregators.unweighted_sum()
+    joined = {"metrics": total, traffic.NUM_MESSAGES: total, traffic.SUMMARY: aggregators.stack()}
     for field, spec in fields.items():
         if spec.send not in ("whole", "bits", "nothing"):
             raise ValueError(
@@ -193,8 +192,6 @@ def _aggregators(
                 f"'nothing', got {spec.send!r}."
             )
         joined[field] = aggregators.weighted_mean() if spec.aggregate is None else spec.aggregate
-    joined[traffic.NUM_MESSAGES] = aggregators.unweighted_sum()
-    joined[traffic.SUMMARY] = aggregators.stack()
     return joined
 
 
