@@ -33,8 +33,8 @@ class Command(click.Command):
         seen = _scan(args)
         has_help = bool({"-h", "--help"} & set(args))
         command = Command(self.name, callback=self.callback, help=self.help)
-        if seen.names or seen.source or not has_help:
-            found = resolve.find_parts(resolve.merge(_base(seen), _given(seen.names)))
+        if seen.names.values or seen.source or not has_help:
+            found = resolve.find_parts(resolve.merge(_base(seen), seen.names))
             command.config_type, command.parts = found.type, found.parts
         command.params = [*options(command.config_type), *self.params]
         return click.Command.make_context(command, info_name, args, parent, **extra)
@@ -75,7 +75,7 @@ class _Seen(NamedTuple):
     """What arguments say at first sight: the source, names of parts, and folder to resume."""
 
     source: str
-    names: dict[str, tuple[str, str]]  # by the path of the section: the name, and its option
+    names: resolve.Given
     resumed: str
 
 
@@ -87,7 +87,7 @@ def _scan(args: Sequence[str]) -> _Seen:
     for one in settings_of(RunConfig):
         if is_flag(one):
             flags |= {f"--{name.replace('_', '-')}" for name in (one.name, one.path)}
-    names, source, folder, is_resumed, resumed = {}, "", "", False, ""
+    names, sources, source, folder, is_resumed, resumed = {}, {}, "", "", False, ""
     rest = list(args)
     while rest:
         token = rest.pop(0)
@@ -101,17 +101,14 @@ def _scan(args: Sequence[str]) -> _Seen:
             is_source = option not in parts and rest[0].endswith((".yaml", ".yml"))
             value = "" if is_source else rest.pop(0)
         if option in parts and value:
-            names[parts[option]] = (value, option)
+            path = f"{parts[option]}.name"
+            names[path], sources[path] = value, option
         elif option == "--folder":
             folder = value
         elif option == "--resume":
             is_resumed, resumed = True, value
-    return _Seen(source, names, (resumed or folder) if is_resumed else "")
-
-
-def _given(names: dict[str, tuple[str, str]]) -> resolve.Given:
-    values = {f"{path}.name": name for path, (name, _) in names.items()}
-    return resolve.Given(values, {f"{path}.name": option for path, (_, option) in names.items()})
+    given = resolve.Given(names, sources)
+    return _Seen(source, given, (resumed or folder) if is_resumed else "")
 
 
 def _base(seen: _Seen) -> resolve.Given:
@@ -158,7 +155,9 @@ def run(
     given = read_options(command, values)
     if source:
         given = resolve.merge(files.read_source(source), given)
-    trackers = running.trackers(track)
+    from fedjaxprune.experiment.tracking import tracker
+
+    trackers = tracker.find(track)
     for name, text in {"--folder": folder, "--resume": resume}.items():
         if text == "" and not (name == "--resume" and folder):
             raise ConfigError(f"{name} must be a folder, got none.")
@@ -171,9 +170,14 @@ def run(
     config = None if resume is not None else resolve.resolve(given)
     named = layout.path_of(resume or folder or "")
     place = named if config is None or folder else layout.default_folder(config)
-    shown = running.progress(details=details, is_member=False)
-    with running.interruptible(place), shown as listener:
-        if config is None:
-            launch.resume(place, given, listener=listener, trackers=trackers)
-        else:
-            launch.start(config, folder=place, listener=listener, trackers=trackers)
+    try:
+        with running.progress(details=details, is_member=False) as listener:
+            if config is None:
+                launch.resume(place, given, listener=listener, trackers=trackers)
+            else:
+                launch.start(config, folder=place, listener=listener, trackers=trackers)
+    except KeyboardInterrupt:
+        if not (place / layout.CONFIG).exists():
+            raise
+        click.echo(f"interrupted; continue with `fedjaxprune run --resume {place}`.", err=True)
+        raise SystemExit(running.INTERRUPTED) from None

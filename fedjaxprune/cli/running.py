@@ -1,8 +1,7 @@
-"""What the commands that run something share: trackers, progress on the terminal, interruptions."""
+"""What the commands that run something share: trackers and progress on the terminal."""
 
 import contextlib
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -18,22 +17,12 @@ TRACK = click.option(
 )
 
 
-def trackers(names: Sequence[str]) -> Mapping[str, Any]:
-    """Look up trackers by name; without any, nothing is imported."""
-    if not names:
-        return {}
-    from fedjaxprune.experiment.tracking import tracker
-
-    return tracker.find(names)
-
-
 @contextlib.contextmanager
 def progress(*, details: bool, is_member: bool) -> Iterator[Any]:
     """Set JAX up, and open a listener that prints how a run goes.
 
-    Args:
-      details: whether its last table has everything that was measured.
-      is_member: whether it is one of a sweep, whose results are compared at the end.
+    With details its last table has everything that was measured; a member of a sweep has no such
+    table, as the results are compared at the end.
     """
     from rich.console import Console
 
@@ -45,15 +34,3 @@ def progress(*, details: bool, is_member: bool) -> Iterator[Any]:
         shown.report(Console(), Console(stderr=True), details=details) as listener,
     ):
         yield listener._replace(finish=lambda *run: None) if is_member else listener
-
-
-@contextlib.contextmanager
-def interruptible(folder: pathlib.Path) -> Iterator[None]:
-    """Say how to continue a run that its user interrupts."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (folder / "config.yaml").exists():
-            raise
-        click.echo(f"interrupted; continue with `fedjaxprune run --resume {folder}`.", err=True)
-        raise SystemExit(INTERRUPTED) from None

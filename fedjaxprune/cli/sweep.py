@@ -41,11 +41,12 @@ def sweep(
     stop the others.
     """
     from fedjaxprune.experiment.sweeps import execute, plan
+    from fedjaxprune.experiment.tracking import tracker
 
     read = plan.read(file, folder=path_of(folder) if folder else None)
     for note in read.notes:
         click.echo(f"note: {note}", err=True)
-    trackers = running.trackers(track)
+    trackers = tracker.find(track)
     audience = execute.Audience(
         listen=lambda: running.progress(details=False, is_member=True),
         note=click.echo,

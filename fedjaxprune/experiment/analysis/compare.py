@@ -8,7 +8,7 @@ a run had sent more than the budget.
 import math
 import pathlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -114,12 +114,9 @@ def compare(
 ) -> Comparison:
     """Measure every group.
 
-    Args:
-      groups: what to compare.
-      budget: MiB at which scores are compared; None for the least that a run sent in all, or
-        where that is more, what every run had sent at its first test.
-      target: accuracy to which costs are counted; None for what every run reached at its end. The
-        budget and the target are taken from finished runs, if there are any.
+    The budget is in MiB; None stands for the least that a run sent in all, or where that is more,
+    what every run had sent at its first test. The target is an accuracy; None stands for what every
+    run reached at its end. Both are taken from finished runs, if there are any.
     """
     score = score_of(groups)
     if target is not None and score is ERROR:
@@ -149,10 +146,8 @@ def compare(
     measures = tuple(
         tuple(_measure(one, score, budget, target) for one in several) for several in curves
     )
-    notes = notes if is_relative else []
-    for members, several, own in zip(groups, curves, measures, strict=True):
-        notes += _missing(members, several, own, score, budget, target)
-    return Comparison(tuple(groups), measures, score, budget, target, tuple(notes), is_relative)
+    made = Comparison(tuple(groups), measures, score, budget, target, (), is_relative)
+    return made._replace(notes=(*(notes if is_relative else ()), *_missing(made, curves)))
 
 
 def score_of(groups: Sequence[Group]) -> Score:
@@ -261,29 +256,23 @@ def _measure(one: Curve, score: Score, budget: float, target: float) -> Measures
     )
 
 
-def _missing(
-    members: Group,
-    curves: Sequence[Curve],
-    measures: Sequence[Measures],
-    score: Score,
-    budget: float,
-    target: float,
-) -> list[str]:
+def _missing(compared: Comparison, curves: Sequence[Sequence[Curve]]) -> Iterator[str]:
     """Say why a group has no number at the budget or the target."""
-    tested = _tested(curves)
-    if not tested:
-        return [f"{members.label} has no test with a finite {score.name} on record."]
-    notes = []
-    if all(math.isnan(one.at_budget) for one in measures):
-        notes.append(
-            f"{members.label} has no test within {budget:,.4g} MiB: it had sent "
-            f"{min(map(_mib_at_first, tested)):,.4g} MiB at its first."
-        )
-    if all(math.isnan(one.mib_to) for one in measures) and not math.isnan(target):
-        best = max if score.is_better_if_higher else min
-        found = best(value for one in tested for value in known(one.score))
-        notes.append(
-            f"{members.label} has not reached {score.text(target)}: its best test is "
-            f"{score.text(float(found))}."
-        )
-    return notes
+    score, budget, target = compared.score, compared.budget, compared.target
+    for members, several, own in zip(compared.groups, curves, compared.measures, strict=True):
+        tested = _tested(several)
+        if not tested:
+            yield f"{members.label} has no test with a finite {score.name} on record."
+            continue
+        if not known(one.at_budget for one in own):
+            yield (
+                f"{members.label} has no test within {budget:,.4g} MiB: it had sent "
+                f"{min(map(_mib_at_first, tested)):,.4g} MiB at its first."
+            )
+        if not known(one.mib_to for one in own) and not math.isnan(target):
+            best = max if score.is_better_if_higher else min
+            found = best(value for one in tested for value in known(one.score))
+            yield (
+                f"{members.label} has not reached {score.text(target)}: its best test is "
+                f"{score.text(float(found))}."
+            )

@@ -41,10 +41,8 @@ def from_folder(
 ) -> Finished:
     """Read the newest checkpoint of a run that is whole; the run may still be going on.
 
-    Args:
-      folder: of the run.
-      model: what builds the network, where the run was given a value in Python.
-      warn: takes a sentence about each checkpoint that cannot be read.
+    `model` builds the network, where the run was given a value in Python; `warn` takes a sentence
+    about each checkpoint that cannot be read.
     """
     check(folder)
     known = network.read(folder)

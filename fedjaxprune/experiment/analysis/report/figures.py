@@ -60,15 +60,14 @@ def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
     groups, score = compared.groups, compared.score
     loss = "cross-entropy, nats" if score is compare.ACCURACY else "mean squared error"
     unit = f", {score.unit}" if score.unit else ""
-    remarks: list[str] = []
     made = [
         _curves(compared, "score", f"Test {score.name}", f"test {score.name}{unit}", score.scale),
         _curves(compared, "loss", "Test loss", loss, 1.0),
         costs.against_score(compared),
-        _rounds(groups, SPARSITY, remarks),
-        _choice(groups, "layers", "Sparsity by layer", "After every round.", _layers, remarks),
-        _rounds(groups, CHANGES, remarks),
-        _rounds(groups, COVERAGE, remarks),
+        _rounds(groups, SPARSITY),
+        _choice(groups, "layers", "Sparsity by layer", "After every round.", _layers),
+        _rounds(groups, CHANGES),
+        _rounds(groups, COVERAGE),
         costs.traffic(groups),
         _choice(
             groups,
@@ -77,7 +76,6 @@ def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
             "A client's accuracy is that of the test's classes, weighted by its own examples: "
             "the median, the middle half and all of the clients.",
             _spread,
-            remarks,
         ),
         _choice(
             groups,
@@ -85,10 +83,10 @@ def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
             "Participation",
             "How many clients sent something in how many rounds.",
             _participation,
-            remarks,
         ),
-        _rounds(groups, COHORTS, remarks),
+        _rounds(groups, COHORTS),
     ]
+    remarks = [remark for picture in made for remark in picture.remarks]
     return [picture for picture in made if picture.variants], remarks
 
 
@@ -111,7 +109,7 @@ def _has_seeds(groups: Sequence[Group]) -> bool:
     return any(len(groups_lib.counted(members)) > 1 for members in groups)
 
 
-def _rounds(groups: Sequence[Group], drawn: _Series, remarks: list[str]) -> frame.Picture:
+def _rounds(groups: Sequence[Group], drawn: _Series) -> frame.Picture:
     """Draw a number of every round, unless it is constant for every group."""
     lines = [series.by_round(members, drawn.read) for members in groups]
     figure = frame.empty(x="rounds", y=drawn.axis)
@@ -124,12 +122,11 @@ def _rounds(groups: Sequence[Group], drawn: _Series, remarks: list[str]) -> fram
     if None not in values.values():
         unit = " %" if drawn.axis.endswith("%") else ""
         texts = {label: f"{value:.4g}{unit}" for label, value in values.items()}
-        if len(set(texts.values())) == 1:
-            remarks.append(f"{drawn.title}: {next(iter(texts.values()))} in every round.")
-        else:
+        remark = f"{drawn.title}: {next(iter(texts.values()))} in every round."
+        if len(set(texts.values())) > 1:
             each = "; ".join(f"{label} {text}" for label, text in texts.items())
-            remarks.append(f"{drawn.title}, constant: {each}.")
-        return picture
+            remark = f"{drawn.title}, constant: {each}."
+        return picture._replace(remarks=(remark,))
     figure.update_yaxes(rangemode="tozero")
     if drawn is COHORTS:
         frame.whole(figure.update_yaxes, max(np.nanmax(line.mean) for line in lines))
@@ -143,7 +140,6 @@ def _choice(
     title: str,
     note: str,
     draw: Callable[[RunData], go.Figure | str | None],
-    remarks: list[str],
 ) -> frame.Picture:
     """Draw something of one run of each group, of which one group is shown.
 
@@ -158,12 +154,13 @@ def _choice(
             if key != "participation":
                 frame.mark_stages(figure, [members])
             variants.append((members.label, figure))
+    remarks = []
     for text, labels in said.items():
         whose = f" ({'; '.join(labels)})" if len(groups) > 1 else ""
         remarks.append(f"{title}: {text}{whose}.")
     if _has_seeds(groups):
         note += " For each configuration, its first seed."
-    return frame.Picture(key, title, note, variants)
+    return frame.Picture(key, title, note, variants, tuple(remarks))
 
 
 def _layers(run: RunData) -> go.Figure | str | None:

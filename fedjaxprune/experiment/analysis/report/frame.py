@@ -33,6 +33,7 @@ class Picture(NamedTuple):
     title: str  # above it
     note: str  # below the title: what is drawn
     variants: list[tuple[str, go.Figure]]  # by name, of which one is shown; without, no picture
+    remarks: tuple[str, ...] = ()  # what is said of numbers that are too constant to be drawn
 
 
 def nth(values: Sequence[str], number: int) -> str:
