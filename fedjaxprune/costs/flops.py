@@ -93,9 +93,8 @@ def of_function(
       ValueError: if the graph does not tell what is computed, or `masks` or `gates` do not fit.
     """
     graph, inputs = _trace(function, params, args, masks)
-    found = jaxpr_flops.products(
-        graph, inputs, jaxpr_flops.Rules(while_trips=while_trips, plain=True)
-    )
+    rules = jaxpr_flops.Rules(while_trips=while_trips, plain=True)
+    found = jaxpr_flops.products(graph, inputs, rules)
     return _by_layer(found, {} if gates is None else gates)
 
 
@@ -119,15 +118,10 @@ def of_model(
     """
     key = jax.random.key(0)
     params, state = jax.eval_shape(model.init, key)
+    function, args = model.predict, (state, example)
     if isinstance(example, Batch):
-        function, args = _scalar_loss(model), (state, example, key)
-    else:
-        function, args = model.predict, (state, example)
+        function, args = lambda *args: model.loss(*args)[0], (state, example, key)
     return of_function(function, params, *args, masks=masks, gates=gates, while_trips=while_trips)
-
-
-def _scalar_loss(model: Model) -> Callable[..., Any]:
-    return lambda params, state, batch, key: model.loss(params, state, batch, key)[0]
 
 
 def dense(layers: Sequence[Layer]) -> Cost:
@@ -174,7 +168,7 @@ def gated(layers: Sequence[Layer], gates: Mapping[str, float]) -> tuple[Layer, .
     Raises:
       ValueError: if `gates` does not fit.
     """
-    _check_gates(gates, [layer.path for layer in layers])
+    _check_names("gates", gates, "layers", [layer.path for layer in layers])
 
     def weigh(layer: Layer) -> Layer:
         share = _gate(layer.path, gates)
@@ -207,60 +201,41 @@ def _trace(
     function: Any, params: Any, args: Any, masks: Any
 ) -> tuple[Any, list[jaxpr_flops.Value]]:
     """Trace a function of whatever leaves are arrays, and say what its inputs are."""
-    leaves, structure = jax.tree.flatten(params)
-    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    paths = [trees.paths(params)[i] for i in places]
-    arg_leaves, arg_structure = jax.tree.flatten(args)
-    arg_places = [i for i, leaf in enumerate(arg_leaves) if _is_array(leaf)]
+    leaves, structure = jax.tree.flatten((params, *args))
+    arrays = {
+        i: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+        if _is_array(leaf)
+    }
+    names = dict(enumerate(trees.paths(params)))
+    paths = {i: path for i, path in names.items() if i in arrays}
 
-    def flat(arrays: Sequence[Any], others: Sequence[Any]) -> Any:
-        full, full_args = list(leaves), list(arg_leaves)
-        for place, array in zip(places, arrays, strict=True):
-            full[place] = array
-        for place, array in zip(arg_places, others, strict=True):
-            full_args[place] = array
-        return jax.tree.leaves(
-            function(
-                jax.tree.unflatten(structure, full), *jax.tree.unflatten(arg_structure, full_args)
-            )
-        )
+    def flat(*given: Any) -> Any:
+        full = dict(enumerate(leaves)) | dict(zip(arrays, given, strict=True))
+        return jax.tree.leaves(function(*jax.tree.unflatten(structure, full.values())))
 
-    arrays = [_shape(leaves[i]) for i in places]
-    others = [_shape(arg_leaves[i]) for i in arg_places]
-    graph = jax.make_jaxpr(flat)(arrays, others)
+    def describe(place: int, leaf: Any) -> jaxpr_flops.Value:
+        if place in paths:
+            is_active = bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+            return jaxpr_flops.Value((paths[place],), False, is_active, supports[place])
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noise is no data
+        return jaxpr_flops.CONSTANT if is_key else jaxpr_flops.FED
+
     supports = _supports(masks, paths, arrays)
-    inputs = [
-        jaxpr_flops.Value(
-            params=(path,),
-            is_fed=False,
-            is_active=bool(jnp.issubdtype(leaf.dtype, jnp.inexact)),
-            support=kept,
-        )
-        for path, leaf, kept in zip(paths, arrays, supports, strict=True)
-    ]
-    keys = (jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in others)
-    inputs += [
-        jaxpr_flops.CONSTANT if is_key else jaxpr_flops.FED for is_key in keys
-    ]  # noise is no data
-    return graph, inputs
+    graph = jax.make_jaxpr(flat)(*arrays.values())
+    return graph, [describe(*each) for each in arrays.items()]
 
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _supports(masks: Any, paths: list[str], leaves: list[Any]) -> list[sparsity_flow.Support]:
+def _supports(
+    masks: Any, paths: dict[int, str], leaves: dict[int, Any]
+) -> dict[int, sparsity_flow.Support]:
     """Match masks to parameters by path."""
     given = dict(zip(trees.paths(masks), jax.tree.leaves(masks), strict=True))
-    unknown = sorted(set(given) - set(paths))
-    if unknown:
-        raise ValueError(
-            f"there are masks for {', '.join(unknown)}, but the parameters are {', '.join(paths)}."
-        )
+    _check_names("masks", given, "parameters", list(paths.values()))
 
     def one(path: str, leaf: Any) -> sparsity_flow.Support:
         mask = given.get(path)
@@ -275,47 +250,47 @@ def _supports(masks: Any, paths: list[str], leaves: list[Any]) -> list[sparsity_
             f"{mask if np.ndim(mask) == 0 else f'{mask.dtype} {tuple(mask.shape)}'}."
         )
 
-    return [one(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    return {i: one(path, leaves[i]) for i, path in paths.items()}
+
+
+def _check_names(what: str, given: Mapping[str, Any], of: str, known: Sequence[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"there are {what} for {', '.join(unknown)}, but the {of} are {', '.join(known)}."
+        )
 
 
 def _by_layer(
     found: Sequence[jaxpr_flops.Product], gates: Mapping[str, float]
 ) -> tuple[Layer, ...]:
     """Gather products by their weights; rounding comes last."""
-    sums: dict[str, tuple[Any, list[int], list[Fraction], list[int]]] = {}
+    products: dict[str, list[jaxpr_flops.Product]] = {}
     for product in found:
-        weights = tuple(value.params for value in product.operands if value.params)
-        path = " x ".join(" + ".join(paths) for paths in weights) or BETWEEN
-        _, counts, live, inside = sums.setdefault(path, (weights, [0] * 3, [Fraction(0)] * 3, [0]))
+        path = " x ".join(" + ".join(paths) for paths in _weights(product)) or BETWEEN
+        products.setdefault(path, []).append(product)
+    layers = [_layer(path, own, _gate(path, gates)) for path, own in products.items()]
+    _check_names("gates", gates, "layers", list(products))
+    return tuple(layers)
+
+
+def _weights(product: jaxpr_flops.Product) -> tuple[tuple[str, ...], ...]:
+    return tuple(value.params for value in product.operands if value.params)
+
+
+def _layer(path: str, products: Sequence[jaxpr_flops.Product], gate: Fraction) -> Layer:
+    counts, live = [0] * 3, [Fraction(0)] * 3
+    for product in products:
         size = product.multiply_adds * product.times
         new = [size, 0, 0]
         for value in product.operands:
             if value.is_active:
                 new[2 if value.params else 1] += size
-        share = jaxpr_flops.share(product) * _gate(path, gates)
-        for i, count in enumerate(new):
-            counts[i] += count
-            live[i] += count * share
-        inside[0] += product.inside * product.times
-    _check_gates(gates, list(sums))
-    return tuple(
-        Layer(
-            path=path,
-            weights=weights,
-            dense=Cost(*counts),
-            sparse=Cost(*map(round, live)),
-            inside=inside[0],
-        )
-        for path, (weights, counts, live, inside) in sums.items()
-    )
-
-
-def _check_gates(gates: Mapping[str, float], paths: Sequence[str]) -> None:
-    unknown = sorted(set(gates) - set(paths))
-    if unknown:
-        raise ValueError(
-            f"there are gates for {', '.join(unknown)}, but the layers are {', '.join(paths)}."
-        )
+        share = jaxpr_flops.share(product) * gate
+        counts = [a + b for a, b in zip(counts, new, strict=True)]
+        live = [a + b * share for a, b in zip(live, new, strict=True)]
+    inside = sum(product.inside * product.times for product in products)
+    return Layer(path, _weights(products[0]), Cost(*counts), Cost(*map(round, live)), inside)
 
 
 def _gate(path: str, gates: Mapping[str, float]) -> Fraction:

@@ -5,6 +5,7 @@ that was fed in (then it is a weight), whether a gradient will flow back into it
 differ from zero.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,19 +23,12 @@ _is_var = jaxprs.is_variable
 
 
 class Value(NamedTuple):
-    """What is known of a value.
+    """What is known of a value."""
 
-    Attributes:
-      params: paths of the parameters that it is made of, if it is made of nothing that is fed in.
-      is_fed: whether it depends on what is fed in (examples, activations).
-      is_active: whether it depends on a trained parameter, so that a gradient flows into it.
-      support: where it may differ from zero; followed for weights only.
-    """
-
-    params: tuple[str, ...]
-    is_fed: bool
-    is_active: bool
-    support: Support
+    params: tuple[str, ...]  # paths of those it is made of, if of nothing that is fed in
+    is_fed: bool  # whether it depends on what is fed in (examples, activations)
+    is_active: bool  # whether it depends on a trained parameter, so that a gradient flows into it
+    support: Support  # where it may differ from zero; followed for weights only
 
 
 CONSTANT = Value(params=(), is_fed=False, is_active=False, support=sparsity_flow.DENSE)
@@ -42,44 +36,28 @@ FED = CONSTANT._replace(is_fed=True)
 
 
 class Product(NamedTuple):
-    """One product of two arrays, or one convolution.
-
-    Attributes:
-      operands: what its two operands are.
-      multiply_adds: of one execution, every output with every tap (those on padding too).
-      inside: of these, how many meet an entry of the image and no padding.
-      times: how often loops execute it.
-    """
+    """One product of two arrays, or one convolution."""
 
     operands: tuple[Value, Value]
-    multiply_adds: int
-    inside: int
-    times: int
+    multiply_adds: int  # of one execution, every output with every tap (those on padding too)
+    inside: int  # of these, how many meet an entry of the image and no padding
+    times: int  # how often loops execute it
 
 
 _OPAQUE = frozenset(("pallas_call", "ffi_call", "ragged_dot_general", "shard_map", "xla_pmap"))
 
 
 class Rules(NamedTuple):
-    """How to walk.
+    """How to walk."""
 
-    Attributes:
-      while_trips: how often the body of a loop runs whose number of steps the graph does not tell;
-        None refuses products in such loops.
-      plain: whether to look at the plain form in the place of a fast one (`jaxprs.equivalent_to`).
-    """
-
+    # How often the body of a loop runs whose number of steps the graph does not tell; None refuses
+    # products in such loops.
     while_trips: int | None
-    plain: bool
+    plain: bool  # whether to look at plain forms in the place of fast ones
 
 
 def products(graph: Any, inputs: Sequence[Value], rules: Rules) -> list[Product]:
     """List the products that a closed jaxpr executes, in order; what no output needs is left out.
-
-    Args:
-      graph: a closed jaxpr.
-      inputs: what its inputs are.
-      rules: how to walk.
 
     Raises:
       ValueError: if the number of products is unknown.
@@ -127,12 +105,8 @@ def _step(equation: Any, operands: list, rules: Rules, times: int, found: list, 
     if name in jaxprs.CALLS:
         (body,) = jaxprs.graphs_of(equation)
         return _walk(body, operands, rules, times, found, live)
-    if name == "scan":
-        return _scan(equation, operands, rules, times, found)
-    if name == "while":
-        return _while(equation, operands, rules, times, found)
-    if name == "cond":
-        return _cond(equation, operands, rules, times, found)
+    if name in _LOOPS:
+        return _LOOPS[name](equation, operands, rules, times, found)
     if name in _OPAQUE:
         raise ValueError(
             f"cannot count the multiply-adds of {name!r}: it cannot be looked into; "
@@ -151,21 +125,16 @@ def _outputs(equation: Any, operands: list) -> list[Value]:
     name, params = equation.primitive.name, equation.params
     is_fed = any(value.is_fed for value in operands)
     is_active = any(value.is_active for value in operands) and name != "stop_gradient"
-    made_of = _union(operands)
+    made_of = () if is_fed else _union(operands)
     supports = [sparsity_flow.DENSE] * len(equation.outvars)
     if not is_fed:
-        shapes = [tuple(v.aval.shape) for v in equation.invars]
-        out_shapes = [tuple(v.aval.shape) for v in equation.outvars]
-        supports = sparsity_flow.through(
-            name, params, [v.support for v in operands], shapes, out_shapes
+        shapes, out_shapes = (
+            [tuple(v.aval.shape) for v in each] for each in (equation.invars, equation.outvars)
         )
+        known = [v.support for v in operands]
+        supports = sparsity_flow.through(name, params, known, shapes, out_shapes)
     return [
-        Value(
-            params=() if is_fed else made_of,
-            is_fed=is_fed,
-            is_active=is_active and jnp.issubdtype(v.aval.dtype, jnp.inexact),
-            support=entry,
-        )
+        Value(made_of, is_fed, is_active and jnp.issubdtype(v.aval.dtype, jnp.inexact), entry)
         for v, entry in zip(equation.outvars, supports, strict=True)
     ]
 
@@ -246,15 +215,17 @@ def _while(equation: Any, operands: list, rules: Rules, times: int, found: list)
 
 def _cond(equation: Any, operands: list, rules: Rules, times: int, found: list) -> list[Value]:
     """Walk all branches and count the one with the most multiply-adds."""
-    choices: list[tuple[list[Product], list[Value]]] = []
-    for branch in equation.params["branches"]:
-        listed: list[Product] = []
-        choices.append((listed, _walk(branch, operands[1:], rules, times, listed, None)))
-    found += max((listed for listed, _ in choices), key=total)
-    outputs = choices[0][1]
-    for _, others in choices[1:]:
-        outputs = [_join(a, b) for a, b in zip(outputs, others, strict=True)]
+    listed: list[list[Product]] = [[] for _ in equation.params["branches"]]
+    ends = [
+        _walk(branch, operands[1:], rules, times, products, None)
+        for branch, products in zip(equation.params["branches"], listed, strict=True)
+    ]
+    found += max(listed, key=total)
+    outputs = [functools.reduce(_join, cases) for cases in zip(*ends, strict=True)]
     return [_join(value, operands[0]._replace(support=sparsity_flow.EMPTY)) for value in outputs]
+
+
+_LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
 
 
 def total(found: Sequence[Product]) -> int:
@@ -283,10 +254,8 @@ def _convolution(equation: Any) -> tuple[int, int]:
     numbers = params["dimension_numbers"]
     image, kernel = (v.aval.shape for v in equation.invars)
     output = equation.outvars[0].aval.shape
-    counts = [
-        math.prod(output[axis] for axis in numbers.out_spec[:2]) * kernel[numbers.rhs_spec[1]]
-    ]
-    counts *= 2
+    channels = math.prod(output[axis] for axis in numbers.out_spec[:2])
+    counts = [channels * kernel[numbers.rhs_spec[1]]] * 2
     for i, (before, _) in enumerate(params["padding"]):
         side, taps = image[numbers.lhs_spec[i + 2]], kernel[numbers.rhs_spec[i + 2]]
         holes = params["lhs_dilation"][i]
@@ -305,9 +274,7 @@ def share(product: Product) -> Fraction:
     Every entry of a weight is used equally often, so for one masked operand this is its density,
     exactly; for two it is the product of both, which holds if their zeros do not line up.
     """
-    first, second = product.operands
-    return _weight_density(first) * _weight_density(second)
-
-
-def _weight_density(value: Value) -> Fraction:
-    return sparsity_flow.density(value.support) if value.params else sparsity_flow.DENSE
+    return math.prod(
+        (sparsity_flow.density(value.support) for value in product.operands if value.params),
+        start=sparsity_flow.DENSE,
+    )

@@ -63,17 +63,9 @@ def join(first: Support, second: Support) -> Support:
 
 
 def through(name: str, params: Any, operands: Sequence[Support], shapes: Any, outputs: Any) -> Any:
-    """Follow supports through one primitive.
+    """Follow the operands' supports through one primitive to those of its outputs.
 
-    Args:
-      name: of the primitive.
-      params: of its equation.
-      operands: supports of its operands.
-      shapes: of its operands.
-      outputs: shapes of its outputs.
-
-    Returns:
-      The supports of the outputs; dense for a primitive that is not known to keep zeros.
+    They are dense for a primitive that is not known to keep zeros.
     """
     if name in _FIX_ZERO or (name == "integer_pow" and params["y"] > 0):
         return list(operands)

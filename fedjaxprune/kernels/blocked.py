@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from fedjaxprune.kernels import pooling
+from fedjaxprune.kernels import strides as geometry
 from fedjaxprune.structure import jaxprs
 
 _POOL = 2  # pooling windows are 2 × 2
@@ -74,15 +75,25 @@ def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, blo
         [blocks[:, i : i + n, j : j + m] for i in range(q) for j in range(r)], axis=-1
     ).reshape(x.shape[0] * n * m, q * r * block * block * in_channels)
     outputs = patches @ _spread(kernel, block)
-    first, second, third, fourth = jnp.split(outputs, 4, axis=-1)
-    peak = jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth))
-    pooled = jnp.maximum(peak + jnp.tile(bias, half * half)[None], 0)
-    images = pooled.reshape(x.shape[0], n, m, half, half, out_channels)
-    images = images.transpose(0, 1, 3, 2, 4, 5).reshape(
-        x.shape[0], n * half, m * half, out_channels
+    pooled = jnp.maximum(_peak(outputs)[1] + jnp.tile(bias, half * half)[None], 0)
+    images = _swap(
+        pooled,
+        (x.shape[0], n, m, half, half, out_channels),
+        (x.shape[0], n * half, m * half, out_channels),
     )
     height, width = _pooled(x.shape, kernel.shape, padding)
     return images[:, :height, :width], (x, kernel, patches, outputs, pooled)
+
+
+def _peak(outputs: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Cut rows into the four places of a pooling window, and take the largest."""
+    first, second, third, fourth = parts = jnp.split(outputs, 4, axis=-1)
+    return parts, jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth))
+
+
+def _swap(x: jax.Array, shape: tuple[int, ...], result: tuple[int, ...]) -> jax.Array:
+    """Swap the two middle axes of six: pixels of blocks and blocks of pixels."""
+    return x.reshape(shape).transpose(0, 1, 3, 2, 4, 5).reshape(result)
 
 
 def _backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) -> Any:
@@ -93,14 +104,12 @@ def _backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) ->
     half = block // _POOL
     height, width = _pooled(x.shape, kernel.shape, padding)
     cotangent = jnp.pad(cotangent, ((0, 0), (0, n * half - height), (0, m * half - width), (0, 0)))
-    cotangent = cotangent.reshape(batch, n, half, m, half, out_channels)
-    cotangent = cotangent.transpose(0, 1, 3, 2, 4, 5).reshape(pooled.shape)
+    cotangent = _swap(cotangent, (batch, n, half, m, half, out_channels), pooled.shape)
     zero = jnp.zeros((), cotangent.dtype)
     cotangent = jnp.where(pooled > 0, cotangent, zero)
     d_bias = jnp.sum(jnp.sum(cotangent, axis=0).reshape(half * half, out_channels), axis=0)
 
-    first, second, third, fourth = jnp.split(outputs, 4, axis=-1)
-    peak = jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth))
+    (first, second, third, _), peak = _peak(outputs)
     is_first = first == peak
     is_second = (second == peak) & ~is_first
     is_third = (third == peak) & ~(is_first | is_second)
@@ -116,14 +125,13 @@ def _backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) ->
     for i in range(q):
         for j in range(r):
             start = (i * r + j) * size
-            d_blocks = d_blocks + lax.pad(
-                d_patches[..., start : start + size],
-                zero,
-                ((0, 0, 0), (i, q - 1 - i, 0), (j, r - 1 - j, 0), (0, 0, 0)),
-            )
-    d_x = d_blocks.reshape(batch, n + q - 1, m + r - 1, block, block, in_channels)
-    d_x = d_x.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, (n + q - 1) * block, (m + r - 1) * block, in_channels
+            place = ((0, 0, 0), (i, q - 1 - i, 0), (j, r - 1 - j, 0), (0, 0, 0))
+            d_blocks = d_blocks + lax.pad(d_patches[..., start : start + size], zero, place)
+    down, across = n + q - 1, m + r - 1
+    d_x = _swap(
+        d_blocks,
+        (batch, down, across, block, block, in_channels),
+        (batch, down * block, across * block, in_channels),
     )
     d_x = d_x[:, padding : padding + in_height, padding : padding + in_width]
     # Pixels that no pooling window sees may lie beyond the blocks.
@@ -155,19 +163,12 @@ def _grid(
 def _to_blocks(x: jax.Array, padding: int, block: int, rows: int, columns: int) -> jax.Array:
     """Cut ``[B, H, W, C]`` into ``[B, rows, columns, block * block * C]``, padding or cropping."""
     batch, height, width, channels = x.shape
-    padded = lax.pad(
-        x,
-        jnp.zeros((), x.dtype),
-        (
-            (0, 0, 0),
-            (padding, rows * block - height - padding, 0),
-            (padding, columns * block - width - padding, 0),
-            (0, 0, 0),
-        ),
-    )
-    padded = padded.reshape(batch, rows, block, columns, block, channels)
-    return padded.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, rows, columns, block * block * channels
+    down = padding, rows * block - height - padding
+    across = padding, columns * block - width - padding
+    return _swap(
+        geometry.pad(x, (down, across)),
+        (batch, rows, block, columns, block, channels),
+        (batch, rows, columns, block * block * channels),
     )
 
 

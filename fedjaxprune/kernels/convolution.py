@@ -89,17 +89,11 @@ def conv_general_dilated(
             out_sharding,
         )
     strides = (int(window_strides[0]), int(window_strides[1]))
-    pads = padding
-    if isinstance(pads, str):
-        pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, pads)
-    (top, bottom), (left, right) = pads
-    return conv(
-        lhs,
-        rhs,
-        strides=strides,
-        padding=((top, bottom), (left, right)),
-        groups=feature_group_count,
-    )
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    (top, bottom), (left, right) = padding
+    pads = (top, bottom), (left, right)
+    return conv(lhs, rhs, strides=strides, padding=pads, groups=feature_group_count)
 
 
 def _given(values: Sequence[int] | None) -> Sequence[int]:
@@ -111,15 +105,8 @@ def conv(
 ) -> jax.Array:
     """Convolve ``[B, H, W, C]`` with ``[kh, kw, C / G, O]`` in the forms that are fast on CPU.
 
-    Args:
-      x: images.
-      kernel: taps down, taps across, channels in of a group, channels out of all.
-      strides: down and across.
-      padding: zeros (before, after) down and across; negative ones crop.
-      groups: ``G``; each makes ``O / G`` outputs from ``C / G`` inputs.
-
-    Returns:
-      ``[B, H', W', O]``.
+    A kernel has taps down and across, channels in of a group and channels out of all ``G`` groups;
+    each makes ``O / G`` outputs from ``C / G`` inputs. Negative padding crops.
     """
     plain = functools.partial(
         lax.conv_general_dilated,
@@ -194,13 +181,14 @@ def _kernel_gradient(
             is_by_image=False,
         )(x, cotangent)
     weights_per_tap = x.shape[3] * out_channels
-    if strides != (1, 1) and weights_per_tap >= _MANY_WEIGHTS:
-        return _kernel_gradient_by_taps(x, cotangent, size, strides, padding)
     # Crop what no tap of the kernel reaches.
-    pads = [
+    down, across = (
         (before, size[i] + strides[i] * (cotangent.shape[i + 1] - 1) - x.shape[i + 1] - before)
         for i, (before, _) in enumerate(padding)
-    ]
+    )
+    pads = down, across
+    if strides != (1, 1) and weights_per_tap >= _MANY_WEIGHTS:
+        return _kernel_gradient_by_taps(geometry.pad(x, pads), cotangent, size, strides)
     is_large = weights_per_tap >= _SOME_WEIGHTS and height * width >= _SOME_PIXELS
     num_groups = max(1, min(_MAX_GROUPS, batch // _GROUP)) if is_large else 1
     ends = [batch * i // num_groups for i in range(num_groups + 1)]
@@ -209,7 +197,7 @@ def _kernel_gradient(
             x[begin:end].transpose(3, 1, 2, 0),
             cotangent[begin:end].transpose(1, 2, 0, 3),
             (1, 1),
-            (pads[0], pads[1]),
+            pads,
             dilation=strides,
         )
         for begin, end in itertools.pairwise(ends)
@@ -218,26 +206,16 @@ def _kernel_gradient(
 
 
 def _kernel_gradient_by_taps(
-    x: jax.Array,
-    cotangent: jax.Array,
-    size: tuple[int, ...],
-    strides: tuple[int, int],
-    padding: Pads,
+    x: jax.Array, cotangent: jax.Array, size: tuple[int, ...], strides: tuple[int, int]
 ) -> jax.Array:
-    """Multiply for each tap the pixels that it meets with the cotangent."""
-    height, width = cotangent.shape[1:3]
-    reach = [size[i] + strides[i] * (cotangent.shape[i + 1] - 1) for i in range(2)]
-    pads = [(p, reach[i] - x.shape[i + 1] - p) for i, (p, _) in enumerate(padding)]
-    x = geometry.pad(x, (pads[0], pads[1]))
+    """Multiply for each tap the pixels of padded images that it meets with the cotangent."""
     flat = cotangent.reshape(-1, cotangent.shape[3])
-    rows = []
-    for i in range(size[0]):
-        row = []
-        for j in range(size[1]):
-            met = geometry.met(x, (i, j), strides, (height, width))
-            row.append(met.reshape(-1, x.shape[3]).T @ flat)
-        rows.append(jnp.stack(row))
-    return jnp.stack(rows)
+
+    def one(i: int, j: int) -> jax.Array:
+        met = geometry.met(x, (i, j), strides, cotangent.shape[1:3])
+        return met.reshape(-1, x.shape[3]).T @ flat
+
+    return jnp.stack([jnp.stack([one(i, j) for j in range(size[1])]) for i in range(size[0])])
 
 
 def _plain(
@@ -321,10 +299,7 @@ def _side_by_side(
 def _one_by_one(function: Any, *, is_by_image: bool) -> Any:
     """Map a function of images and something else under ``vmap`` client by client.
 
-    Args:
-      function: ``(images, other) -> outputs``.
-      is_by_image: whether each image has its own output, so that images alone under ``vmap`` may
-        become one larger batch.
+    If each image has its own output, images alone under ``vmap`` become one larger batch.
     """
 
     def rule(axis_size, in_batched, x, other):

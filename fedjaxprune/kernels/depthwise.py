@@ -21,14 +21,8 @@ from fedjaxprune.kernels.strides import Pads
 def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> jax.Array:
     """Convolve each channel of ``[B, H, W, C]`` by itself.
 
-    Args:
-      x: images.
-      kernel: ``[kh, kw, 1, C * m]``; channel `c` makes the outputs ``c * m ... (c + 1) * m - 1``.
-      strides: down and across.
-      padding: zeros (before, after) down and across; negative ones crop.
-
-    Returns:
-      ``[B, H', W', C * m]``.
+    The kernel is ``[kh, kw, 1, C * m]``; channel `c` makes the outputs from ``c * m`` up to
+    ``(c + 1) * m``. Negative padding crops.
     """
     size = geometry.outputs(x.shape, kernel.shape, strides, padding)
     padded = _copies(geometry.pad(x, padding), kernel)

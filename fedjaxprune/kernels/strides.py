@@ -43,16 +43,8 @@ def input_gradient(
 ) -> jax.Array:
     """Convolve the cotangent with the taps that reach each place in a stride, without zeros.
 
-    Args:
-      convolve: ``(cotangent, taps, padding)``, what the taps give back to the images at stride 1.
-      kernel: ``[kh, kw, ...]``.
-      cotangent: ``[B, H', W', O]``.
-      size: of the images, down and across.
-      strides: of the convolution.
-      padding: of the convolution.
-
-    Returns:
-      ``[B, H, W, C]``.
+    `convolve` takes the cotangent ``[B, H', W', O]``, taps and padding, and gives what the taps
+    give back to the images at stride 1; the kernel is ``[kh, kw, ...]``, the images are of `size`.
     """
     blocks = [-(-size[i] // strides[i]) for i in range(2)]
     down, across = (

@@ -21,51 +21,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fedjaxprune.kernels import strides as geometry
+from fedjaxprune.kernels.strides import Pads
+
 TILE = 4  # outputs a side
 _POINTS = tuple(map(fractions.Fraction, ("0", "1", "-1", "2", "-2", "1/2", "-1/2")))
 # Where it was faster than the plain sums on CPU (docs/performance.md).
 _FEWEST_CHANNELS, _MOST_FILLING = 16, 1.5
 _MANY_MULTIPLICATIONS, _FEWEST_MULTIPLICATIONS = 2.5e8, 6e7
 _MANY_BYTES, _CACHED_BYTES = 6 * 2**20, 2**20  # images above the first are cut into parts of these
-_Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Fewest(NamedTuple):
-    """From where on a direction goes Winograd's way.
+    """From where on a direction goes Winograd's way."""
 
-    Attributes:
-      tiles: of the whole batch.
-      weights: per tap, of a layer that has not very many multiplications.
-    """
-
-    tiles: int
-    weights: int
+    tiles: int  # of the whole batch
+    weights: int  # per tap, of a layer that has not very many multiplications
 
 
 CONVOLVE, GRADIENT = Fewest(tiles=128, weights=2048), Fewest(tiles=64, weights=1024)
 
 
 class Transforms(NamedTuple):
-    """The constant matrices of one tile and kernel size, in the paper's letters.
+    """The constant matrices of one tile and kernel size, in the paper's letters."""
 
-    Attributes:
-      images: ``B^T [n, n]``, with ``n = TILE + r - 1``.
-      kernel: ``G [n, r]``.
-      outputs: ``A^T [TILE, n]``.
-    """
-
-    images: np.ndarray
-    kernel: np.ndarray
-    outputs: np.ndarray
+    images: np.ndarray  # B^T [n, n], with n = TILE + r - 1
+    kernel: np.ndarray  # G [n, r]
+    outputs: np.ndarray  # A^T [TILE, n]
 
 
 @functools.cache
 def transforms(taps: int) -> Transforms:
-    """Derive the matrices by Toom and Cook's polynomial evaluation, in exact fractions.
-
-    Args:
-      taps: of the kernel, a side; 3 or 5.
-    """
+    """Derive the matrices for 3 or 5 taps by Toom and Cook's evaluation, in exact fractions."""
     size = TILE + taps - 1
     points = _POINTS[: size - 1]
 
@@ -79,9 +66,7 @@ def transforms(taps: int) -> Transforms:
 
     others = [[p for p in points if p != point] for point in points]
     scales = [
-        functools.reduce(
-            lambda product, p, at=point: product * (at - p), rest, fractions.Fraction(1)
-        )
+        math.prod((point - p for p in rest), start=fractions.Fraction(1))
         for point, rest in zip(points, others, strict=True)
     ]
     images = [*(polynomial(rest) for rest in others), polynomial(points)]
@@ -100,12 +85,6 @@ def pays(
     It needs a square kernel of 3 or 5, channels that make a matrix product worth while, tiles of
     which few are filling and which pay the kernel's transform back, and enough work in all to pay
     for compiling it.
-
-    Args:
-      x: shape of the images.
-      kernel: its shape.
-      outputs: height and width of the outputs.
-      fewest: `CONVOLVE` or `GRADIENT`.
     """
     taps, across, in_channels, out_channels = kernel
     if taps != across or taps not in (3, 5) or min(in_channels, out_channels) < _FEWEST_CHANNELS:
@@ -123,7 +102,7 @@ def pays(
     )
 
 
-def convolve(x: jax.Array, kernel: jax.Array, padding: _Pads) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, padding: Pads) -> jax.Array:
     """Convolve ``[B, H, W, C]`` with ``[r, r, C, O]`` with stride 1."""
     transformed = _transform_kernel(kernel)
     parts = _split(x)
@@ -133,29 +112,21 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: _Pads) -> jax.Array:
     return outputs.reshape(-1, *outputs.shape[2:])
 
 
-def kernel_gradient(x: jax.Array, cotangent: jax.Array, taps: int, padding: _Pads) -> jax.Array:
-    """Compute the gradient ``[r, r, C, O]`` of `convolve` by its kernel.
-
-    Args:
-      x: the images ``[B, H, W, C]``.
-      cotangent: of the outputs, ``[B, H', W', O]``.
-      taps: of the kernel, a side.
-      padding: as it was.
-    """
+def kernel_gradient(x: jax.Array, cotangent: jax.Array, taps: int, padding: Pads) -> jax.Array:
+    """Compute the gradient ``[r, r, C, O]`` of `convolve` by its kernel."""
     parts = _split(x)
     if parts.shape[0] == 1:
         products = _correlate(x, cotangent, taps, padding)
     else:
         size = TILE + taps - 1
         zeros = [jnp.zeros((size, x.shape[3], cotangent.shape[3]), x.dtype)] * size
-        products, _ = lax.scan(
-            lambda total, part: (
-                jax.tree.map(jnp.add, total, _correlate(*part, taps, padding)),
-                None,
-            ),
-            zeros,
-            (parts, cotangent.reshape(*parts.shape[:2], *cotangent.shape[1:])),
-        )
+        cotangents = cotangent.reshape(*parts.shape[:2], *cotangent.shape[1:])
+
+        def add(total, part):
+            more = _correlate(part[0], part[1], taps, padding)
+            return jax.tree.map(jnp.add, total, more), None
+
+        products, _ = lax.scan(add, zeros, (parts, cotangents))
     matrix = transforms(taps).kernel.T
     columns = _combine(matrix, products)  # r times [n, C, O]
     return jnp.stack([jnp.stack(_combine(matrix, column)) for column in columns], axis=1)
@@ -169,7 +140,7 @@ def _split(x: jax.Array) -> jax.Array:
     return x.reshape(parts, -1, *x.shape[1:])
 
 
-def _convolve(x: jax.Array, kernel: list[jax.Array], taps: int, padding: _Pads) -> jax.Array:
+def _convolve(x: jax.Array, kernel: list[jax.Array], taps: int, padding: Pads) -> jax.Array:
     """Convolve with a transformed kernel."""
     matrix, out_channels = transforms(taps).outputs, kernel[0].shape[2]
     height, width = (x.shape[i + 1] + sum(padding[i]) - taps + 1 for i in range(2))
@@ -184,7 +155,7 @@ def _convolve(x: jax.Array, kernel: list[jax.Array], taps: int, padding: _Pads) 
     return images[:, :height, :width]
 
 
-def _correlate(x: jax.Array, cotangent: jax.Array, taps: int, padding: _Pads) -> list[jax.Array]:
+def _correlate(x: jax.Array, cotangent: jax.Array, taps: int, padding: Pads) -> list[jax.Array]:
     """Multiply transformed images and cotangents: for each column ``[n, C, O]``."""
     matrix = transforms(taps).outputs.T
     _, height, width, out_channels = cotangent.shape
@@ -199,16 +170,14 @@ def _correlate(x: jax.Array, cotangent: jax.Array, taps: int, padding: _Pads) ->
 
 
 def _transform_images(
-    x: jax.Array, padding: _Pads, taps: int, down: int, across: int
+    x: jax.Array, padding: Pads, taps: int, down: int, across: int
 ) -> list[jax.Array]:
     """Cut images into overlapping tiles and transform them: for each column ``[n, T, C]``."""
     batch, height, width, channels = x.shape
     matrix = transforms(taps).images
     (top, _), (left, _) = padding
     after = (down * TILE + taps - 1 - height - top, across * TILE + taps - 1 - width - left)
-    x = lax.pad(
-        x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, after[0], 0), (left, after[1], 0), (0, 0, 0))
-    )
+    x = geometry.pad(x, ((top, after[0]), (left, after[1])))
     ends = TILE * (down - 1) + 1, TILE * (across - 1) + 1
     rows = jnp.stack(
         _combine(matrix, [x[:, i : i + ends[0] : TILE] for i in range(len(matrix))])

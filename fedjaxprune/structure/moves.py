@@ -29,6 +29,26 @@ def pad(x: np.ndarray, filling: Any, config: Any) -> np.ndarray:
     return result
 
 
+def places_of_dot(numbers: Any, ndims: Sequence[int]) -> list[dict[int, int]]:
+    """Say for both operands of a product which of their axes becomes which axis of the output."""
+    contracted, batched = numbers
+    places, offset = [], len(batched[0])
+    for ndim, summed, batch in zip(ndims, contracted, batched, strict=True):
+        free = [axis for axis in range(ndim) if axis not in batch and axis not in summed]
+        place = {axis: i for i, axis in enumerate(batch)}
+        places.append(place | {axis: i for i, axis in enumerate(free, offset)})
+        offset += len(free)
+    return places
+
+
+def places_of_gather(equation: Any) -> dict[int, int]:
+    """Say which axes of what is looked up become which axes of the output."""
+    numbers = equation.params["dimension_numbers"]
+    gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
+    windows = (axis for axis in range(equation.invars[0].aval.ndim) if axis not in gone)
+    return dict(zip(windows, numbers.offset_dims, strict=True))
+
+
 def _broadcast(params: Any, x: np.ndarray) -> np.ndarray:
     dims = [1] * len(params["shape"])
     for place, size in zip(params["broadcast_dimensions"], x.shape, strict=True):

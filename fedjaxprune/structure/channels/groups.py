@@ -210,36 +210,22 @@ def _collect(book: labels.Book, paths: list[str]) -> Analysis:
         )
         groups.append(_group(members, roots, leaks, mixes))
 
-    atoms = {owner: atom for atom, owner in enumerate(book.owners)}
     filters = []
-    for leaf, axis in sorted(makers):
-        size = sum(1 for owner in book.owners if owner[:2] == (leaf, axis))
-        roots = [labels.find(book, atoms[leaf, axis, i]) for i in range(size)]
-        places = [(leaf, axis)]
-        for place in sorted(book.attached.get((leaf, axis), ())):
+    for maker in sorted(makers):
+        roots = [labels.find(book, i) for i, owner in enumerate(book.owners) if owner[:2] == maker]
+        indices = {maker: np.arange(len(roots))[:, None]}
+        for place in sorted(book.attached.get(maker, ())):
             counts = {len(classes[root].get(place, ())) for root in roots}
-            if place != (leaf, axis) and counts == {1} and place[0] < len(paths):
-                places.append(place)
+            if place != maker and counts == {1} and place[0] < len(paths):
+                indices[place] = np.array([classes[root][place] for root in roots])
         members = tuple(
-            Member(
-                paths[place[0]],
-                place[1],
-                np.arange(size)[:, None]
-                if place == (leaf, axis)
-                else np.array([classes[root][place] for root in roots]),
-                "filter" if place == (leaf, axis) else "channel",
-            )
-            for place in places
+            Member(paths[place[0]], place[1], each, "filter" if place == maker else "channel")
+            for place, each in indices.items()
         )
         filters.append(_group(members, roots, leaks, mixes))
-    return Analysis(
-        groups=tuple(groups),
-        filters=tuple(filters),
-        fixed=tuple(
-            (paths[leaf], axis, "; ".join(sorted(why)))
-            for (leaf, axis), why in sorted(bound.items())
-        ),
-    )
+    said = ((paths[leaf], axis, sorted(why)) for (leaf, axis), why in sorted(bound.items()))
+    fixed = tuple((path, axis, "; ".join(why)) for path, axis, why in said)
+    return Analysis(tuple(groups), tuple(filters), fixed)
 
 
 def _group(members: tuple[Member, ...], roots: list[int], leaks: Any, mixes: Any) -> Group:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune.kernels import convolution
+from fedjaxprune.structure import moves
 from fedjaxprune.structure.compaction import arithmetic, dependence
 from fedjaxprune.structure.compaction.dependence import Call, Kept, Known, Rule, Site, Wish, Wishes
 from fedjaxprune.structure.compaction.program import Op
@@ -168,23 +169,10 @@ def _known_dot(op: Op, operands: Sequence[Known]) -> list[Known]:
     return [Known(varies, value, all(each.static for each in operands))]
 
 
-def _places(op: Op) -> list[dict[int, int]]:
-    """Say for both operands which of their axes becomes which axis of the output."""
-    (contracted, batched) = op.equation.params["dimension_numbers"]
-    places, offset = [], len(batched[0])
-    for side in (0, 1):
-        place = {axis: i for i, axis in enumerate(batched[side])}
-        for axis in range(len(op.equation.invars[side].aval.shape)):
-            if axis not in batched[side] and axis not in contracted[side]:
-                place[axis] = offset
-                offset += 1
-        places.append(place)
-    return places
-
-
 def _wish_dot(site: Site) -> Wishes:
-    contracted = site.op.equation.params["dimension_numbers"][0]
-    kept, places = dependence.whole(site), _places(site.op)
+    (contracted, _) = numbers = site.op.equation.params["dimension_numbers"]
+    kept = dependence.whole(site)
+    places = moves.places_of_dot(numbers, list(map(len, kept)))
     for side, place in enumerate(places):
         for axis, target in place.items():
             kept[side][axis] = site.outputs[0][target]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjaxprune.structure import jaxprs
+from fedjaxprune.structure import jaxprs, moves
 from fedjaxprune.structure.compaction import dependence
 from fedjaxprune.structure.compaction.dependence import Call, Known, Rule, Site, Wishes
 from fedjaxprune.structure.compaction.program import Op, Program, at
@@ -72,11 +72,9 @@ def _offsets(op: Op) -> dict[int, int]:
     """Say which axes of the table, taken whole, become which axes of the output."""
     numbers, sizes = op.equation.params["dimension_numbers"], op.equation.params["slice_sizes"]
     shape = op.equation.invars[0].aval.shape
-    gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
-    windows = [axis for axis in range(len(shape)) if axis not in gone]
     return {
         axis: place
-        for axis, place in zip(windows, numbers.offset_dims, strict=True)
+        for axis, place in moves.places_of_gather(op.equation).items()
         if sizes[axis] == shape[axis] and axis not in numbers.start_index_map
     }
 

@@ -6,7 +6,7 @@ channel is pruned. What a network adds, multiplies or contracts entry by entry b
 atoms are merged into classes, and a class is one channel, wherever it appears.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,53 +15,37 @@ import numpy as np
 class Label(NamedTuple):
     """Whose channel each entry of an array is, along some of its axes.
 
-    Attributes:
-      ids: atom of each entry, -1 for none; as many axes as the array, of size 1 where it does not
-        vary.
-      zero: whether the entry is zero when the atom's channel is pruned; the shape of `ids`.
+    Both arrays have as many axes as the array, of size 1 where they do not vary.
     """
 
-    ids: np.ndarray
-    zero: np.ndarray
+    ids: np.ndarray  # atom of each entry, -1 for none
+    zero: np.ndarray  # whether the entry is zero when the atom's channel is pruned
 
 
 class Value(NamedTuple):
-    """An array of the network.
-
-    Attributes:
-      shape: its shape.
-      labels: as above; several vary along different axes (a kernel's inputs and outputs).
-      varies: whether it depends on the network's inputs, not on parameters alone.
-      const: the number that all of its entries are, or None.
-      sources: leaves that it is made of since the last contraction, as ``(leaf, axis)``; for one
-        that varies, the filters that made it.
-    """
+    """An array of the network."""
 
     shape: tuple[int, ...]
-    labels: tuple[Label, ...] = ()
-    varies: bool = False
-    const: float | None = None
+    labels: tuple[Label, ...] = ()  # several vary along different axes (a kernel's in and out)
+    varies: bool = False  # whether it depends on the network's inputs, not on parameters alone
+    const: float | None = None  # the number that all of its entries are
+    # Leaves that it is made of since the last contraction, as ``(leaf, axis)``; for one that
+    # varies, the filters that made it.
     sources: frozenset[tuple[int, int]] = frozenset()
 
 
 class Book(NamedTuple):
-    """What the walk writes down; the only mutable thing in it.
+    """What the walk writes down; the only mutable thing in it."""
 
-    Attributes:
-      parents: of each atom, for merging; grows as atoms are made.
-      owners: ``(leaf, axis, index)`` of each atom.
-      roles: of ``(leaf, axis)``: ``"filter"`` makes channels, ``"input"`` reads them.
-      attached: of a filter ``(leaf, axis)``: the leaves that act on its output before it meets
-        another's.
-      leaks: ``(atom, why)`` where a pruned channel may be something else than zero.
-      mixes: ``(atom, why)`` where a channel that is not zero enters another's computation.
-      fixed: ``(atom, why)`` for channels that are not the network's own to remove.
-    """
-
-    parents: list[int]
-    owners: list[tuple[int, int, int]]
+    parents: list[int]  # of each atom, for merging; grows as atoms are made
+    owners: list[tuple[int, int, int]]  # ``(leaf, axis, index)`` of each atom
+    # Of ``(leaf, axis)``: ``"filter"`` makes channels, ``"input"`` reads them.
     roles: dict[tuple[int, int], str]
+    # Of a filter: the leaves that act on its output before it meets another's.
     attached: dict[tuple[int, int], set[tuple[int, int]]]
+    # Each ``(atom, why)``: where a pruned channel may be something else than zero; where a channel
+    # that is not zero enters another's computation; and channels that are not the network's own to
+    # remove.
     leaks: set[tuple[int, str]]
     mixes: set[tuple[int, str]]
     fixed: set[tuple[int, str]]
@@ -155,18 +139,13 @@ def _same_cut(first: np.ndarray, second: np.ndarray) -> bool:
 def join(
     book: Book, values: Sequence[Value], shape: tuple[int, ...], *, needs_all: bool
 ) -> list[Label]:
-    """Merge the labels of arrays that meet entry by entry.
+    """Merge the labels of arrays that meet entry by entry, all of a shape or scalar.
 
-    Args:
-      book: written to.
-      values: of the same shape, or scalar.
-      shape: of the result.
-      needs_all: whether the result is zero only where all are (a sum), or where one is (a product).
+    If it `needs_all`, the result is zero only where all are (a sum), else where one is (a product).
     """
     joined: list[Label] = []
-    ndim = len(shape)
-    same = [(axis, axis) for axis in range(ndim)]
-    pending = [list(value.labels) if len(value.shape) == ndim else [] for value in values]
+    same = [(axis, axis) for axis in range(len(shape))]
+    pending = [list(value.labels) if len(value.shape) == len(shape) else [] for value in values]
     for i in range(len(values)):
         while pending[i]:
             label = pending[i].pop(0)
@@ -213,3 +192,17 @@ def map_labels(value: Value, shape: Any, function: Callable[[np.ndarray], np.nda
     """Move ids and zeros alike."""
     labels = tuple(Label(*(function(x) for x in label)) for label in value.labels)
     return value._replace(shape=tuple(shape), labels=labels)
+
+
+def placed(label: Label, places: Mapping[int, int], ndim: int) -> Label:
+    """Put axes to their places in an array of more axes; the rest of the label is of size 1."""
+    order = sorted(places, key=places.__getitem__)
+
+    def move(x: np.ndarray) -> np.ndarray:
+        dims = [1] * ndim
+        for axis, place in places.items():
+            dims[place] = x.shape[axis]
+        rest = (axis for axis in range(x.ndim) if axis not in places)
+        return x.transpose(*order, *rest).reshape(dims)
+
+    return Label(*map(move, label))

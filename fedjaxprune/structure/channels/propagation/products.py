@@ -5,33 +5,31 @@ from typing import Any
 
 import numpy as np
 
+from fedjaxprune.structure import moves
 from fedjaxprune.structure.channels.propagation import labels as labels_lib
 from fedjaxprune.structure.channels.propagation.labels import Book, Label, Value
 
 
 def dot_general(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     """Contract axes of two arrays: what is contracted is one channel, what is free is kept."""
-    (contracted, batch) = equation.params["dimension_numbers"]
+    (contracted, _) = numbers = equation.params["dimension_numbers"]
     contract(book, "dot_general", values, list(zip(*contracted, strict=True)))
     shape = tuple(equation.outvars[0].aval.shape)
-    free, kept = [], []
-    for side, value in enumerate(values):
-        drop = set(contracted[side]) | set(batch[side])
-        free.append([axis for axis in range(len(value.shape)) if axis not in drop])
-        gone = set(contracted[side])
-        kept.append([each for each in value.labels if not labels_lib.varying(each) & gone])
-    moved = []
-    for side in (0, 1):
-        before = 0 if side == 0 else len(free[0])
-        order = [*batch[side], *contracted[side], *free[side]]
-        labels = []
-        for label in kept[side]:
-            dims = [label.ids.shape[axis] for axis in batch[side]] + [1] * before
-            dims += [label.ids.shape[axis] for axis in free[side]]
-            dims += [1] * (len(shape) - len(dims))
-            labels.append(Label(*(x.transpose(order).reshape(dims) for x in label)))
-        moved.append(Value(shape, tuple(labels)))
-    return [_product(book, values, kept, moved, shape)]
+    kept = [
+        [each for each in value.labels if not labels_lib.varying(each) & set(gone)]
+        for value, gone in zip(values, contracted, strict=True)
+    ]
+    places = moves.places_of_dot(numbers, [len(value.shape) for value in values])
+    moved = [
+        Value(shape, tuple(labels_lib.placed(label, place, len(shape)) for label in labels))
+        for labels, place in zip(kept, places, strict=True)
+    ]
+    joined = labels_lib.join(book, moved, shape, needs_all=False)
+    first, second = values
+    sources = _made(book, first, second, kept[0]) | _made(book, second, first, kept[1])
+    varies = first.varies or second.varies
+    sources = sources if varies else labels_lib.sources_of(values)
+    return [Value(shape, tuple(joined), varies, sources=sources)]
 
 
 def conv(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
@@ -46,14 +44,10 @@ def conv(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
         for value in values:
             labels_lib.give_up(book, value.labels, "a convolution in groups is not understood")
         return [Value(shape, varies=True)]
-    spatial = [
-        each
-        for value, axes in ((lhs, numbers.lhs_spec[2:]), (rhs, numbers.rhs_spec[2:]))
-        for each in value.labels
-        if labels_lib.varying(each) & set(axes)
-    ]
-    for label in spatial:
-        labels_lib.note(book.fixed, label.ids, "a tap of a convolution")
+    for value, spec in ((lhs, numbers.lhs_spec), (rhs, numbers.rhs_spec)):
+        for label in value.labels:
+            if labels_lib.varying(label) & set(spec[2:]):
+                labels_lib.note(book.fixed, label.ids, "a tap of a convolution")
     made = [each for each in rhs.labels if labels_lib.varying(each) == {outputs}]
     read = [each for each in lhs.labels if labels_lib.varying(each) == {features}]
     if groups == 1:
@@ -63,14 +57,9 @@ def conv(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
         for label in read:
             for filters in made:
                 labels_lib.unify(book, np.repeat(label.ids.ravel(), repeat), filters.ids.ravel())
-    dims = [shape[place] if axis == place else 1 for axis in range(len(shape))]
-    labels = tuple(
-        Label(*(np.broadcast_to(x.ravel(), (shape[place],)).reshape(dims) for x in each))
-        for each in made
-    )
-    if groups != 1:
-        return [Value(shape, labels, True, sources=lhs.sources)]
-    return [Value(shape, labels, True, sources=_made(book, rhs, lhs, made))]
+    labels = tuple(labels_lib.placed(each, {outputs: place}, len(shape)) for each in made)
+    sources = lhs.sources if groups != 1 else _made(book, rhs, lhs, made)
+    return [Value(shape, labels, True, sources=sources)]
 
 
 def contract(
@@ -89,10 +78,9 @@ def contract(
             if match is None:
                 if this.varies:
                     _note_mix(book, label, name)
-                elif other.varies and not this.varies:
-                    labels_lib.note(book.fixed, label.ids, "reads the network's input")
-                elif not this.varies:
-                    labels_lib.note(book.fixed, label.ids, f"{name} with a constant")
+                else:
+                    why = "reads the network's input" if other.varies else f"{name} with a constant"
+                    labels_lib.note(book.fixed, label.ids, why)
                 continue
             if label.ids.size != match.ids.size:
                 labels_lib.give_up(
@@ -118,17 +106,6 @@ def _made(book: Book, operand: Value, other: Value, kept: Sequence[Label]) -> fr
         labels_lib.set_role(book, label, "filter")
         places |= {book.owners[int(atom)][:2] for atom in np.unique(label.ids) if atom >= 0}
     return frozenset(places)
-
-
-def _product(book: Book, values: Any, kept: Any, moved: Any, shape: tuple[int, ...]) -> Value:
-    joined = labels_lib.join(book, moved, shape, needs_all=False)
-    sources = _made(book, values[0], values[1], kept[0]) | _made(
-        book, values[1], values[0], kept[1]
-    )
-    varies = values[0].varies or values[1].varies
-    return Value(
-        shape, tuple(joined), varies, sources=sources if varies else labels_lib.sources_of(values)
-    )
 
 
 def _note_mix(book: Book, label: Label, name: str) -> None:
@@ -164,8 +141,8 @@ def window(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
         axes = {axis for axis, size in enumerate(params["window_dimensions"]) if size != 1}
     else:
         axes = {params["axis"] if "axis" in params else params["dimension"]}
-    labels = [each for each in value.labels if not labels_lib.varying(each) & axes]
     lost = [each for each in value.labels if labels_lib.varying(each) & axes]
+    labels = [each for each in value.labels if not labels_lib.varying(each) & axes]
     labels_lib.give_up(book, lost, f"{name} mixes channels")
     varies = any(each.varies for each in values)
     return [
@@ -177,18 +154,13 @@ def window(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
 def gather(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
     """Look rows up: axes that are taken whole keep their channels."""
     operand, indices = values
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    sizes, places = equation.params["slice_sizes"], moves.places_of_gather(equation)
     shape = tuple(equation.outvars[0].aval.shape)
-    removed = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
-    windows = [axis for axis in range(len(operand.shape)) if axis not in removed]
     labels = []
     for label in operand.labels:
         axes = labels_lib.varying(label)
-        if all(axis in windows and sizes[axis] == operand.shape[axis] for axis in axes):
-            dims = [1] * len(shape)
-            for axis, place in zip(windows, numbers.offset_dims, strict=True):
-                dims[place] = label.ids.shape[axis]
-            labels.append(Label(*(x.reshape(dims) for x in label)))
+        if all(axis in places and sizes[axis] == operand.shape[axis] for axis in axes):
+            labels.append(labels_lib.placed(label, places, len(shape)))
             if not operand.varies and indices.varies:
                 labels_lib.set_role(book, label, "filter")
         else:

@@ -15,14 +15,10 @@ def broadcast(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]
     """Place axes among new ones."""
     del book
     shape, places = equation.params["shape"], equation.params["broadcast_dimensions"]
-
-    def spread(x: np.ndarray) -> np.ndarray:
-        dims = [1] * len(shape)
-        for axis, place in enumerate(places):
-            dims[place] = x.shape[axis]
-        return x.reshape(dims)
-
-    return [labels_lib.map_labels(values[0], shape, spread)]
+    labels = (
+        labels_lib.placed(each, dict(enumerate(places)), len(shape)) for each in values[0].labels
+    )
+    return [values[0]._replace(shape=tuple(shape), labels=tuple(labels))]
 
 
 def reshape(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
