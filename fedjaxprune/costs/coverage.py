@@ -29,12 +29,8 @@ def agreement(votes: Any, num_clients: jax.Array, prunable: PrunableFn) -> jax.A
         left = n - kept
         return jnp.sum((kept * (kept - 1) + left * (left - 1)) / pairs)
 
-    leaves = _prunable(votes, prunable)
+    flags = masks_lib.prunable_leaves(votes, prunable)
+    leaves = [x for x, flag in zip(jax.tree.leaves(votes), flags, strict=True) if flag]
     size = max(1, sum(leaf.size for leaf in leaves))
     mean = trees.tree_sum([agreeing(leaf) for leaf in leaves], dtype=jnp.float32) / size
     return jnp.where((num_clients > 1) & (len(leaves) > 0), mean, jnp.float32(1.0))
-
-
-def _prunable(tree: Any, prunable: PrunableFn) -> list[jax.Array]:
-    flags = masks_lib.prunable_leaves(tree, prunable)
-    return [leaf for leaf, flag in zip(jax.tree.leaves(tree), flags, strict=True) if flag]

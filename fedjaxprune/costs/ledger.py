@@ -108,7 +108,8 @@ def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> T
         here = informed[here] if lacks_masks[slot] else here
         exchanges.setdefault((going_up[slot], here), []).append(names[slot])
     up, down = (
-        _sum([_times(len(who), both[way]) for both, who in exchanges.items()]) for way in (0, 1)
+        _sum(LinkBits(*(len(who) * n for n in both[way])) for both, who in exchanges.items())
+        for way in (0, 1)
     )
     groups: dict[tuple[int, int], list[int]] = {}
     for (there, here), who in exchanges.items():
@@ -152,14 +153,9 @@ def charge_by_formula(
     """
     present, network = np.asarray(metrics.participated), _network(state, prunable)
     reached = received(present, np.asarray(metrics.sent.client_ids))
-    storages = tuple(storage_models.STORAGE.values())
-    charged = dict(
-        zip(
-            storage_models.STORAGE,
-            _charge(_transfers(metrics, present, reached), network.leaves, storages),
-            strict=True,
-        )
-    )
+    names, storages = zip(*storage_models.STORAGE.items(), strict=True)
+    bits = _charge(_transfers(metrics, present, reached), network.leaves, storages)
+    charged = dict(zip(names, bits, strict=True))
     plain, num_prunable = charged["values"], network.num_prunable
     num_masks = int(np.asarray(metrics.sent.num_masks)[reached].sum(dtype=np.int64))
     own = [message["masks"] for message in metrics.sent.up.values() if "masks" in message]
@@ -248,22 +244,17 @@ def _by_slot(
     if not columns:
         return (NOTHING,) * num_slots
     cases = zip(*(_cells(column, num_slots) for column in columns), strict=True)
+    deltas = [column.name == "delta" for column in columns]
     seen: dict[Any, LinkBits] = {}
     lengths = []
     for case in cases:
         if case not in seen:
-            seen[case] = _message(
-                tuple(
-                    _Part(
-                        leaves=column.leaves,
-                        live_counts=here[0],
-                        sent_counts=here[1],
-                        payloads=tuple(map(payload, here[0])) if column.name == "delta" else None,
-                    )
-                    for column, here in zip(columns, case, strict=True)
-                    if here is not None
-                )
+            parts = (
+                _Part(column.leaves, *here, tuple(map(payload, here[0])) if is_delta else None)
+                for column, here, is_delta in zip(columns, case, deltas, strict=True)
+                if here is not None
             )
+            seen[case] = _message(tuple(parts))
         lengths.append(seen[case])
     return tuple(lengths)
 
@@ -272,49 +263,38 @@ def _by_slot(
 def _message(parts: tuple[_Part, ...]) -> LinkBits:
     """Charge a message; one without fields is not sent."""
     plans = []
-    for part in parts:
-        if part.payloads is not None:
-            plans += messages.plan_delta(part.leaves, part.live_counts or (), part.payloads)
-        elif part.sent_counts is not None and all(
-            leaf.dtype == headers.BOOL for leaf in part.leaves
-        ):
-            plans += messages.plan_masks(part.leaves, part.sent_counts)
-        elif part.sent_counts is not None:
-            places = part.live_counts or [math.prod(leaf.shape) for leaf in part.leaves]
-            plans += messages.plan_pairs(part.leaves, places, part.sent_counts)
-        elif part.live_counts is not None:
-            plans += messages.plan_values(part.leaves, part.live_counts)
+    for leaves, live_counts, sent_counts, payloads in parts:
+        if payloads is not None:
+            plans += messages.plan_delta(leaves, live_counts or (), payloads)
+        elif sent_counts is not None and all(leaf.dtype == headers.BOOL for leaf in leaves):
+            plans += messages.plan_masks(leaves, sent_counts)
+        elif sent_counts is not None:
+            places = live_counts or [math.prod(leaf.shape) for leaf in leaves]
+            plans += messages.plan_pairs(leaves, places, sent_counts)
+        elif live_counts is not None:
+            plans += messages.plan_values(leaves, live_counts)
         else:
-            plans += messages.plan_whole(part.leaves)
+            plans += messages.plan_whole(leaves)
     return message_bits(plans) if parts else NOTHING
-
-
-def _leaves(
-    name: str, field: FieldLength, state: RoundState, network: _Network
-) -> tuple[Spec, ...]:
-    """Describe the tensors of a field."""
-    if not isinstance(field.template, tuple) or field.template:
-        those = messages.specs(name, field.template)
-        return tuple(spec._replace(shape=spec.shape[1:]) for spec in those)
-    if name == "masks":
-        return network.masks
-    return messages.specs(name, state.model_state if name == "model_state" else state.params)
 
 
 def _column(
     name: str, field: FieldLength, state: RoundState, network: _Network, who: np.ndarray
 ) -> _Column:
     """Take a field's counts off it; those of slots not in `who` may be anything."""
-    sent_counts = field.sent_counts
-    if name == "masks" and isinstance(field.template, tuple) and not field.template:
-        sent_counts = np.asarray(sent_counts)[
-            ..., np.asarray(network.flags)
-        ]  # of the leaves that travel
+    sent_counts, template = field.sent_counts, field.template
+    if not isinstance(template, tuple) or template:
+        specs = messages.specs(name, template)
+        leaves = tuple(spec._replace(shape=spec.shape[1:]) for spec in specs)
+    elif name == "masks":
+        leaves = network.masks
+        sent_counts = np.asarray(sent_counts)[..., np.asarray(network.flags)]
+    else:
+        leaves = messages.specs(name, state.model_state if name == "model_state" else state.params)
     slots = _travels(field, who)
     counts = (
         None if isinstance(n, tuple) else _freeze(n) for n in (field.live_counts, sent_counts)
     )
-    leaves = _leaves(name, field, state, network)
     return _Column(name, leaves, None if slots.all() else _freeze(slots), *counts)
 
 
@@ -325,13 +305,10 @@ def _travels(field: FieldLength, who: np.ndarray) -> np.ndarray:
 
 def _cells(column: _Column, num_slots: int) -> Sequence[tuple[Counts | None, Counts | None] | None]:
     """Read both counts of a field for each slot; None for slots that it is not for."""
-    both = tuple(
-        zip(_rows(column.live_counts, num_slots), _rows(column.sent_counts, num_slots), strict=True)
-    )
-    if column.clients is None:
-        return both
-    here = _thaw(column.clients).tolist()
-    return [counts if is_here else None for counts, is_here in zip(both, here, strict=True)]
+    rows = (_rows(counts, num_slots) for counts in (column.live_counts, column.sent_counts))
+    here = [True] * num_slots if column.clients is None else _thaw(column.clients).tolist()
+    cells = zip(zip(*rows, strict=True), here, strict=True)
+    return [both if is_here else None for both, is_here in cells]
 
 
 def _rows(counts: _Frozen | None, num_slots: int) -> Sequence[Counts | None]:
@@ -379,11 +356,6 @@ def _describe(structure: Any, shapes: tuple[Any, ...], prunable: PrunableFn) -> 
     )
     num_prunable = sum(math.prod(leaf.shape) for leaf in that_travel)
     return _Network(leaves, flags, that_travel, num_prunable)
-
-
-def _times(number: int, bits: LinkBits) -> LinkBits:
-    """Charge the same message several times."""
-    return LinkBits(*(number * count for count in bits))
 
 
 def _sum(parts: Iterable[LinkBits]) -> LinkBits:

@@ -200,9 +200,8 @@ def _why(
     seen_by: tuple[str, ...],
 ) -> tuple[str, tuple[str, ...]]:
     """Say why a pruned filter cannot go, and in which leaves its channel lives, if in any."""
-    said = [f"{name} is left as it is, with all channels" for name in seen_by]
-    if said:
-        return "; ".join(said), ()
+    if seen_by:
+        return "; ".join(f"{name} is left as it is, with all channels" for name in seen_by), ()
     for group in analysis.groups:
         for member in group.members:
             rows = np.flatnonzero((member.indices == index).any(axis=1))
