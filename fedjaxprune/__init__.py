@@ -14,9 +14,8 @@ __all__, __getattr__, __dir__ = namespace.offer(
         "structure testing trees types wire"
     ),
     names={
-        "experiment.verbs": (
-            "Run Sweep compare describe export find load report resume run sweep task"
-        ),
+        "experiment.verbs": ("Run Sweep compare describe export find load report resume run sweep"),
+        "experiment.run.composing": "task",
         "experiment.run.listener": "Listener",
         "types": "Aggregator Algorithm Client Model Pruner Stage Uplink",
         "rounds.task": "Task",

@@ -91,8 +91,8 @@ def describe_settings(settings_type: type[pydantic.BaseModel]) -> list[Row]:
     """Describe the fields of a `Settings` class in their order, nested ones by path."""
     rows = []
     for name, field in settings_type.model_fields.items():
-        if nested := _nested(field.annotation):
-            rows += [row._replace(name=f"{name}.{row.name}") for row in describe_settings(nested)]
+        if inner := nested(field.annotation):
+            rows += [row._replace(name=f"{name}.{row.name}") for row in describe_settings(inner)]
             continue
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         annotation = _annotation(settings_type, name)
@@ -182,7 +182,8 @@ def _words(leaf: Any) -> tuple[Any, ...]:
     return typing.get_args(leaf) if typing.get_origin(leaf) is Literal else ()
 
 
-def _nested(annotation: Any) -> type[Settings] | None:
+def nested(annotation: Any) -> type[Settings] | None:
+    """Give the type of a section, if an annotation is one."""
     is_settings = isinstance(annotation, type) and issubclass(annotation, Settings)
     return annotation if is_settings else None
 

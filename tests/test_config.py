@@ -21,9 +21,9 @@ def stubs(monkeypatch):
     stub_parts.use(monkeypatch)
 
 
-def refused(values, **sources) -> str:
+def refused(values) -> str:
     with pytest.raises(ConfigError) as caught:
-        resolve.resolve(values, **sources)
+        resolve.resolve(values)
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert sentence[-1] in ".?"
@@ -272,7 +272,7 @@ def test_whatever_is_wrong_is_one_sentence_with_the_full_path(name):
 
 
 def test_a_sentence_says_where_a_setting_came_from():
-    sentence = refused({"method.sparsity": 2}, sources={"method.sparsity": "--sparsity"})
+    sentence = refused(resolve.Given({"method.sparsity": 2}, {"method.sparsity": "--sparsity"}))
     assert sentence == "method.sparsity must be a number in [0, 1), got 2 (from --sparsity)."
     given = resolve.read({"client": {"lr": 1}}, source="mine.yaml")
     assert "'client.lr' (from mine.yaml); did you mean" in refused(given)

@@ -14,7 +14,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from fedjaxprune import models, registry, types
 from fedjaxprune.data import batching, conversion, datasets, partitions, sources, transforms
 from fedjaxprune.errors import ConfigError, DataError
-from fedjaxprune.experiment.run import evaluation, fitting
+from fedjaxprune.experiment.run import composing, evaluation
 from fedjaxprune.models import adapters, heads, lstm
 
 RNG = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def train(dataset, build, *, num_steps=60, learning_rate=0.1, partition="iid", *
     )
     people = partitions.population(dataset.train, clients)
     preprocess, test_fn = transforms.for_dataset(dataset, augment=False)
-    model = fitting.make_model(build, dataset, preprocess=test_fn, what="model 'x'")
+    model = composing.make_model(build, dataset, preprocess=test_fn, what="model 'x'")
     batcher = batching.steps(num_steps=1, batch_size=32, preprocess=preprocess)
     params, state = model.init(jax.random.key(0))
     optimizer = optax.sgd(learning_rate)
@@ -275,7 +275,7 @@ def test_a_model_says_why_it_cannot_read_the_data(tmp_path):
     for dataset, build, message in cases:
         _, preprocess = transforms.for_dataset(dataset, augment=False)
         with pytest.raises(ConfigError, match=f"model 'x' does not fit .*{message}"):
-            fitting.make_model(build, dataset, preprocess=preprocess, what="model 'x'")
+            composing.make_model(build, dataset, preprocess=preprocess, what="model 'x'")
     with pytest.raises(ValueError, match=r"augment crops and flips images"):
         transforms.for_dataset(conversion.as_dataset(PLAIN), augment=True)
 

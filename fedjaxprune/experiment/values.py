@@ -16,21 +16,14 @@ def under_paths(**given: Any) -> Given:
     paths = {"method": "method", "model": "model", "data": "data.dataset"}
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None:
-            continue
-        if name == "data" and isinstance(value, Mapping) and not _is_data(value):
-            found |= resolve.read({"data": value}).values
-        elif isinstance(value, Mapping) and name != "data":
+        is_data = name == "data" and isinstance(value, Mapping)
+        # A mapping of arrays has names of its own; one of settings has those of the section.
+        is_data = is_data and any(one.partition(".")[0] not in Data.model_fields for one in value)
+        if isinstance(value, Mapping) and not is_data:
             found |= resolve.read({name: value}).values
-        else:
+        elif value is not None:
             found[f"{paths[name]}.name"] = value
     return Given(found)
-
-
-def _is_data(value: Mapping[str, Any]) -> bool:
-    """Tell data from settings of the section `data`."""
-    names = Data.model_fields
-    return not all(name.partition(".")[0] in names for name in value)
 
 
 def as_parts(given: Given, *, is_new: bool) -> Given:

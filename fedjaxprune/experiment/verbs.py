@@ -227,40 +227,6 @@ def export(run: Folder | Run, out: Folder | None = None, *, model: Any = None) -
         return exporting.read(place)
 
 
-def task(
-    model: Any,
-    population: Any,
-    protocol: Any,
-    *,
-    batch_size: int = 16,
-    preprocess: Any = None,
-    server_examples: Sequence[int] = (),
-    num_epochs: int = 1,
-) -> Any:
-    """Make a method's `Task` of a network, clients' examples and a protocol of one's own.
-
-    Args:
-      model: a `Model`.
-      population: a `Population`.
-      protocol: a `Protocol`.
-      batch_size: of the local steps that a method makes beside those of the protocol.
-      preprocess: ``(key, inputs) -> inputs`` of these; None takes them as stored.
-      server_examples: rows of the population's examples that the server holds.
-      num_epochs: passes over its examples that a client makes in a round.
-    """
-    from fedjaxprune.experiment.run import composing
-
-    return composing.task(
-        model,
-        population,
-        protocol,
-        batch_size=batch_size,
-        preprocess=preprocess,
-        server_examples=server_examples,
-        num_epochs=num_epochs,
-    )
-
-
 def _folders(runs: Any) -> list[Any]:
     several = [runs] if isinstance(runs, str | os.PathLike | Run) else list(runs)
     return [one.folder if isinstance(one, Run) else os.fspath(one) for one in several]

@@ -12,7 +12,7 @@ import pydantic
 from fedjaxprune import registry
 from fedjaxprune.errors import ConfigError, near_miss, shown
 from fedjaxprune.experiment.config import sections
-from fedjaxprune.settings import Settings, allowed, alternatives
+from fedjaxprune.settings import Settings, allowed, alternatives, nested
 
 # Names of schema 1 that are called otherwise, or that a section would not tell.
 RENAMED: Mapping[str, str] = {
@@ -106,8 +106,8 @@ def _find(kind: type[Settings], loc: list[str]) -> tuple[type[Settings], str, st
         if step not in kind.model_fields:
             break
         path.append(step)
-        inner = kind.model_fields[step].annotation
-        if not (isinstance(inner, type) and issubclass(inner, Settings)):
+        inner = nested(kind.model_fields[step].annotation)
+        if not inner:
             return kind, step, ".".join(path)
         kind = inner
     return kind, "", ".".join(path)
@@ -119,10 +119,8 @@ def _prefixed(sentence: str, owner: type[Settings], path: str) -> str:
     if not path or begin.startswith(f"{path}."):
         return sentence
     if begin in owner.model_fields:
-        section = (
-            path if path.rpartition(".")[2] not in owner.model_fields else path.rpartition(".")[0]
-        )
-        return f"{section}.{sentence}"
+        section, _, last = path.rpartition(".")
+        return f"{section if last in owner.model_fields else path}.{sentence}"
     return f"{path}: {sentence}"
 
 

@@ -1,6 +1,5 @@
 """Configurations as text: YAML files, presets, the config of a run folder, the shortest command."""
 
-import importlib.resources
 import json
 import pathlib
 import shlex
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+import fedjaxprune
 from fedjaxprune.errors import ConfigError, first_line, near_miss
 from fedjaxprune.experiment.config import identity, resolve
 from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, plain
@@ -79,9 +79,10 @@ def read_stored(text: str, *, source: str) -> Stored:
         )
     versions = values.pop(VERSIONS, None)
     parts, command = values.pop(PARTS, {}), values.pop(COMMAND, "")
-    whole = [*(name for name in RunConfig.model_fields if name not in values)]
-    if not isinstance(versions, dict) or not isinstance(parts, dict) or whole:
-        lost = [*whole, *([] if isinstance(versions, dict) else [VERSIONS])] or [PARTS]
+    lost = [name for name in RunConfig.model_fields if name not in values]
+    notes = {VERSIONS: versions, PARTS: parts}
+    lost += [name for name, note in notes.items() if not isinstance(note, dict)]
+    if lost:
         raise ConfigError(
             f"{source} is not the whole config of a run: it lacks {', '.join(lost[:3])}"
             f"{' and more' if len(lost) > 3 else ''}."
@@ -122,13 +123,9 @@ def preset_texts() -> dict[str, str]:
 
     They lie beside the parts that they are of, in folders called ``presets``.
     """
-    package = importlib.resources.files("fedjaxprune")
-    folders = [one / "presets" for one in package.iterdir() if (one / "presets").is_dir()]
-    files = [entry for folder in folders for entry in folder.iterdir()]
+    files = pathlib.Path(fedjaxprune.__path__[0]).glob("*/presets/*.yaml")
     return {
-        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
-        for entry in sorted(files, key=lambda entry: entry.name)
-        if entry.name.endswith(".yaml")
+        one.stem: one.read_text(encoding="utf-8") for one in sorted(files, key=lambda one: one.name)
     }
 
 
@@ -233,7 +230,8 @@ def command(config: RunConfig) -> str:
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """Give what each setting is where only the parts are named."""
     known = resolve.paths(type(config))
-    usual = {path: _json(owner.model_fields[name].default) for path, (owner, name) in known.items()}
+    usual = {path: owner.model_fields[name].default for path, (owner, name) in known.items()}
+    usual = {path: list(one) if isinstance(one, tuple) else one for path, one in usual.items()}
     usual |= {f"{path}.name": place.default for path, place in PLACES.items()}
     usual["model.name"] = config.parts.method.part.default_model
     for path, place in reversed(PLACES.items()):  # a method's variant may set other sections
@@ -242,10 +240,6 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
         usual["data.num_clients"] = resolve.CLIENTS
         usual["federation.cohort_size"] = min(resolve.COHORT, config.data.num_clients)
     return usual
-
-
-def _json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def short_option(path: str, known: list[str]) -> str:

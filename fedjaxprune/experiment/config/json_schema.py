@@ -5,7 +5,7 @@ from typing import Any
 from fedjaxprune import registry
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, Uplink
-from fedjaxprune.settings import Settings
+from fedjaxprune.settings import Settings, nested
 
 
 def schema() -> dict[str, Any]:
@@ -23,10 +23,10 @@ def _section(kind: type[Settings], prefix: str) -> dict[str, Any]:
     made = kind.model_json_schema()
     properties = {}
     for name, field in kind.model_fields.items():
-        path, inner = prefix + name, field.annotation
+        path = prefix + name
         if path in PLACES:
             properties[name] = {"description": field.description, **_part(path)}
-        elif isinstance(inner, type) and issubclass(inner, Settings):
+        elif inner := nested(field.annotation):
             properties[name] = _section(inner, f"{path}.")
         else:
             properties[name] = _plain(made["properties"][name])

@@ -18,14 +18,10 @@ from fedjaxprune.experiment.config import errors
 from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, Parts, RunConfig, Uplink, plain
 from fedjaxprune.registry import Found, Part
 from fedjaxprune.registry.listing import Origin, split_variant
-from fedjaxprune.settings import Settings
+from fedjaxprune.settings import Settings, nested
 
 CLIENTS, COHORT = 20, 10  # where the user says nothing
-_SECTIONS = frozenset(
-    name
-    for name, field in RunConfig.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
-)
+_SECTIONS = frozenset(n for n, field in RunConfig.model_fields.items() if nested(field.annotation))
 
 
 class Given(NamedTuple):
@@ -56,18 +52,12 @@ def _flat(values: Mapping[str, Any], prefix: str, origin: str) -> Iterator[tuple
         if not isinstance(key, str):
             raise ConfigError(f"{prefix}{key} must be a text, as names of settings are{origin}.")
         path = prefix + key
+        value = value.model_dump() if isinstance(value, Settings) else value
         is_nested = isinstance(value, Mapping) and not _holds_arrays(value)
-        if path in PLACES:
-            if is_nested:
-                yield from _flat(value, f"{path}.", origin)
-            elif isinstance(value, Settings):
-                yield from _flat(value.model_dump(), f"{path}.", origin)
-            else:
-                yield f"{path}.name", value
-        elif path in _SECTIONS:
-            if isinstance(value, Settings):
-                value = value.model_dump()
-            elif value is not None and not is_nested:
+        if path in PLACES and not is_nested:
+            yield f"{path}.name", value
+        elif path in PLACES or path in _SECTIONS:
+            if value is not None and not is_nested:
                 given = shown(value)
                 raise ConfigError(f"{path} must be settings as `name: value`, got {given}{origin}.")
             yield from _flat(value or {}, f"{path}.", origin)
@@ -204,16 +194,13 @@ def _type_of(paths: tuple[str, ...], settings: tuple[type[Settings], ...]) -> ty
     return concrete(RunConfig, "")
 
 
-def resolve(
-    values: Mapping[str, Any] | Given, *, sources: Mapping[str, str] | None = None
-) -> RunConfig:
+def resolve(values: Mapping[str, Any] | Given) -> RunConfig:
     """Make a config: find the parts that it names, fill in defaults, and check everything once.
 
     A part is a name (also ``METHOD/VARIANT``, ``file.py:NAME``, ``module:NAME``), a mapping with
     its ``name`` and settings, or a value: a `Part`, a `Method`, a function, a model, a data set.
     """
-    given = values if isinstance(values, Given) else read(values)
-    found = find_parts(given._replace(sources={**given.sources, **(sources or {})}))
+    found = find_parts(values if isinstance(values, Given) else read(values))
     check_names(found)
     settings = dict(found.given.values)
     if (
@@ -272,8 +259,7 @@ def paths(kind: type[Settings], prefix: str = "") -> dict[str, tuple[type[Settin
     """List the settings of a config by full path: the section's type, and the name in it."""
     found = {}
     for name, field in kind.model_fields.items():
-        inner: Any = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Settings):
+        if inner := nested(field.annotation):
             found |= paths(inner, f"{prefix}{name}.")
         else:
             found[prefix + name] = (kind, name)

@@ -18,6 +18,7 @@ from fedjaxprune.settings import (
     Probability,
     Rounds,
     Settings,
+    nested,
     setting,
 )
 
@@ -222,8 +223,8 @@ def _places(kind: type[Settings], prefix: str = "") -> Iterator[Place]:
         extra = field.json_schema_extra
         if isinstance(extra, dict) and "kind" in extra:
             yield Place(prefix + name, str(extra["kind"]), field.default)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            yield from _places(field.annotation, f"{prefix}{name}.")
+        elif inner := nested(field.annotation):
+            yield from _places(inner, f"{prefix}{name}.")
 
 
 PLACES: dict[str, Place] = {place.path: place for place in _places(RunConfig)}

@@ -176,11 +176,6 @@ def folder() -> pathlib.Path:
     return pathlib.Path(base) / "fedjaxprune"
 
 
-def load(key: str, *, warn: WarnFn) -> dict[int, Figure]:
-    """Read what earlier trials of `key` found; a file that is not sound is as good as none."""
-    return _figures(_read(warn).get(key, {}))
-
-
 def save(key: str, figures: Mapping[int, Figure]) -> None:
     """Keep what was found; where a folder cannot be written to, nothing is kept."""
     with contextlib.suppress(OSError):
@@ -193,6 +188,7 @@ def save(key: str, figures: Mapping[int, Figure]) -> None:
 
 
 def _read(warn: WarnFn) -> dict[str, Any]:
+    """Read what earlier trials found; a file that is not sound is as good as none."""
     try:
         path = folder() / CACHED
     except FileNotFoundError:
@@ -239,15 +235,11 @@ def auto(
 
     It does not hold what did not fit: another time there may be more memory.
     """
-    known = load(key, warn=warn) if work.largest > 1 else {}
+    known = _figures(_read(warn).get(key, {})) if work.largest > 1 else {}
     first = UNKNOWN if known or work.largest == 1 else estimate()
     choice = choose(work, measure, known, estimate=first)
-    found = {
-        size: figure
-        for size, figure in choice.figures.items()
-        if size not in known and figure.rate is not None
-    }
-    if found:
+    measured = {size: one for size, one in choice.figures.items() if size not in known}
+    if found := {size: one for size, one in measured.items() if one.rate is not None}:
         save(key, found)
     return choice
 

@@ -26,9 +26,10 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import flops
 from fedjaxprune.experiment.config.sections import RunConfig, plain
 from fedjaxprune.experiment.execution import chunk_size
+from fedjaxprune.experiment.run import composing
 from fedjaxprune.federated import aggregators, cohort, local_training
 from fedjaxprune.rounds.task import Task
-from fedjaxprune.types import Batcher, Broadcast, Cohort, Model, Population, client_data
+from fedjaxprune.types import Batcher, Broadcast, Cohort, Model, Population
 
 MAX_STEPS = 10  # of a client in a trial
 _REPEATS, _MIN_S = 5, 0.05  # timings, and the time that one should take
@@ -82,22 +83,13 @@ def estimate(
     The estimate of training is on the low side, so that a trial is begun only where it is worth its
     price. A network that cannot be counted may take any time.
     """
-    batch = jax.eval_shape(
-        lambda key, population: batcher.batch(
-            key, client_data(population, jnp.int32(0)), jnp.int32(0)
-        ),
-        jax.random.key(0),
-        population,
-    )
+    batch = composing.batch_of(batcher, population)
     key = jax.random.key(0)
     params, state = jax.eval_shape(model.init, key)
     step = jax.make_jaxpr(jax.value_and_grad(model.loss, has_aux=True))(params, state, batch, key)
     trial_s = _TRACE_S + _COMPILE_S * len(str(step).splitlines())
-    example = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch.inputs
-    )
     try:
-        count = flops.dense(flops.of_model(model, None, example))
+        count = flops.dense(flops.of_model(model, None, composing.rows(batch.inputs, 1)))
     except ValueError:
         return chunk_size.Estimate(math.inf, trial_s)
     speed = _CPU_FLOPS if jax.default_backend() == "cpu" else _OTHER_FLOPS

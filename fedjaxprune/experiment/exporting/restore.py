@@ -20,7 +20,7 @@ from fedjaxprune.experiment.config.sections import PLACES
 from fedjaxprune.experiment.exporting import safetensors
 from fedjaxprune.experiment.folder import checkpoints, layout, load, lock, network, record
 from fedjaxprune.experiment.folder.network import Network
-from fedjaxprune.experiment.run import fitting
+from fedjaxprune.experiment.run import composing
 from fedjaxprune.registry import Found, find
 from fedjaxprune.types import Model, Params, State
 
@@ -121,7 +121,7 @@ def _model(
     )
     preprocess = transforms.for_dataset(dataset, augment=False)[1]
     make = functools.partial(part.build, part.settings(**section))
-    made = fitting.make_model(make, dataset, preprocess=preprocess, what=f"model {name!r}")
+    made = composing.make_model(make, dataset, preprocess=preprocess, what=f"model {name!r}")
     return made, preprocess
 
 

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.errors import first_line
+from fedjaxprune.experiment.folder import layout
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
 
@@ -151,7 +152,9 @@ def restore(
                     f"({_reason(error)})."
                 )
         # Else orbax would refuse to write this round again.
-        _put_aside(pathlib.Path(manager.directory) / str(num_rounds), aside)
+        aside.mkdir(exist_ok=True)
+        checkpoint = pathlib.Path(manager.directory) / str(num_rounds)
+        checkpoint.rename(layout.free(aside / checkpoint.name))
     manager.reload()
     return found
 
@@ -184,15 +187,6 @@ def read_network(
             except Exception as error:  # whatever orbax makes of a damaged file
                 warn(f"the checkpoint of round {num_rounds} cannot be read ({_reason(error)}).")
     return None
-
-
-def _put_aside(checkpoint: pathlib.Path, aside: pathlib.Path) -> None:
-    """Move a checkpoint to the folder `aside`, under a name that is free there."""
-    aside.mkdir(exist_ok=True)
-    target, number = aside / checkpoint.name, 2
-    while target.exists():
-        target, number = aside / f"{checkpoint.name}-{number}", number + 1
-    checkpoint.rename(target)
 
 
 def _checksums(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, int]:

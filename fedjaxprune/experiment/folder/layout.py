@@ -14,6 +14,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import platform
@@ -31,28 +32,18 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 NETWORK, CHECKPOINTS, PICTURE = "network.json", "checkpoints", "accuracy.png"
 SKIPPED = "checkpoints-skipped"  # those that could not be used, put aside
 SCHEMA = 2  # of metrics.jsonl, summary.json and network.json
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "numpy",
-    "orbax-checkpoint",
-    "scikit-learn",
-    "tensorflow-datasets",
-    "array_record",
-    "pydantic",
+_PACKAGES = (
+    "jax jaxlib flax optax numpy orbax-checkpoint scikit-learn tensorflow-datasets array_record "
+    "pydantic"
 )
 
 
 def versions() -> dict[str, str]:
     """List the versions of what a run is made with."""
     packages = {}
-    for name in PACKAGES:
-        try:
+    for name in _PACKAGES.split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "fedjaxprune": __version__,
         **packages,
@@ -70,10 +61,13 @@ def default_folder(config: RunConfig) -> pathlib.Path:
     """Name a new folder under ``runs/`` by method, data and time."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{as_name(config.method.name)}-{as_name(config.data.dataset.name)}-{now}"
-    folder, number = pathlib.Path("runs") / name, 2
-    while folder.exists():
-        folder, number = folder.with_name(f"{name}-{number}"), number + 1
-    return folder
+    return free(pathlib.Path("runs") / name)
+
+
+def free(path: pathlib.Path) -> pathlib.Path:
+    """Add a number to a path that is taken."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 def as_name(text: str) -> str:

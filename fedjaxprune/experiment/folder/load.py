@@ -69,8 +69,11 @@ def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[RunData], list[s
     for text in given:
         if not str(text):
             raise RunFolderError("got an empty name for a run folder.")
-        for folder in _expand(layout.path_of(text)):
-            folders.setdefault(folder.resolve(), folder)
+        folder = layout.path_of(text)
+        if not (inner := [folder] if is_run(folder) else inside(folder)):
+            raise no_run(folder)
+        for one in inner:
+            folders.setdefault(one.resolve(), one)
     names = _names(list(folders))
     found, notes = [], []
     for resolved, folder in folders.items():
@@ -82,14 +85,6 @@ def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[RunData], list[s
     if not found:
         raise RunFolderError(notes[0] if notes else "got no run: give at least one run folder.")
     return found, notes
-
-
-def _expand(folder: pathlib.Path) -> list[pathlib.Path]:
-    """List the run folders that `folder` stands for."""
-    found = [folder] if is_run(folder) else inside(folder)
-    if not found:
-        raise no_run(folder)
-    return found
 
 
 def is_run(folder: pathlib.Path) -> bool:

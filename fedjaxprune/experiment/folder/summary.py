@@ -33,9 +33,7 @@ def summarize(header: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any
         "stages": dict(collections.Counter(line["stage"] for line in lines)),
         "train": {"loss": value(end, "train.loss")},
         "test": {
-            "loss": newest.get("loss"),
-            "accuracy": newest.get("accuracy"),
-            "error": newest.get("error"),
+            **{name: newest.get(name) for name in ("loss", "accuracy", "error")},
             "accuracy_mean_last_10": math.fsum(last) / len(last) if last else None,
             "num_tests_averaged": len(last),
         },
@@ -48,9 +46,10 @@ def summarize(header: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any
             "unchanged_fraction": math.fsum(unchanged) / len(unchanged),
         },
         "traffic": {
-            "up": _totals(value(line, "traffic.up") for line in lines),
-            "down": _totals(value(line, "traffic.down") for line in lines),
-            "dense": _totals(value(line, "traffic.dense") for line in lines),
+            **{
+                way: _totals(value(line, f"traffic.{way}") for line in lines)
+                for way in ("up", "down", "dense")
+            },
             "by_stage": _by_stage(lines),
             "by_client": _by_client(lines),
             "published": _published(lines),

@@ -4,6 +4,7 @@ Every component is built by the part that the config names; no part is known her
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices
 from fedjaxprune.experiment.folder import network as network_lib
 from fedjaxprune.experiment.folder.network import Network
-from fedjaxprune.experiment.run import client_sampling, composing, fitting, loop
+from fedjaxprune.experiment.run import composing, loop
 from fedjaxprune.experiment.run import examples as examples_lib
 from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.experiment.run.examples import Examples
@@ -34,7 +35,7 @@ from fedjaxprune.rounds import simulation
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import INT_MAX
-from fedjaxprune.types import Algorithm, Batcher, Model, Schedule
+from fedjaxprune.types import Algorithm, Model
 
 _NEEDS = {
     "batch_norm": (facts_lib.has_batch_norm, "BatchNorm statistics"),
@@ -61,7 +62,7 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
     algorithm = make_algorithm(config, task)
     chunk = None
     if size == "auto" and warn is not None:
-        with _refusals(config):  # before the trial compiles anything
+        with _refusals(_no_round(config)):  # before the trial compiles anything
             loop.check_start(_parts(config, task, algorithm, examples))
         chunk = chunk_trial.choose(config, task, examples.population, warn=warn)
         config = resolve_lib.replace(config, {"execution.chunk_size": chunk.size})
@@ -70,7 +71,7 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
             task = task._replace(protocol=protocol)
             algorithm = make_algorithm(config, task)
     parts = _parts(config, task, algorithm, examples)._replace(chunk=chunk)
-    with _refusals(config):
+    with _refusals(_no_round(config)):
         loop.check(parts)
     return parts
 
@@ -79,9 +80,9 @@ def _parts(
     config: RunConfig, task: Task, algorithm: Algorithm, examples: Examples
 ) -> loop.RunParts:
     dataset = examples.dataset
-    with _refusals(config):
+    with _refusals(_no_round(config)):
         advance = tuple(
-            simulation.advance(stage, client_sampling.of_stage(stage, config, examples.sizes))
+            simulation.advance(stage, composing.cohorts_of(stage, config, examples.sizes))
             for stage in algorithm.stages
         )
     return loop.RunParts(
@@ -118,21 +119,15 @@ def _check_sizes(config: RunConfig, sizes: np.ndarray) -> None:
 
 def make_model(config: RunConfig, dataset: Dataset, preprocess: transforms.Preprocess) -> Model:
     """Build the network, and see by shapes alone that it reads the data."""
-
-    def make(*, input_shape: tuple[int, ...], num_classes: int) -> Model:
-        return config.parts.model.part.build(
-            config.model, input_shape=input_shape, num_classes=num_classes
-        )
-
+    make = functools.partial(config.parts.model.part.build, config.model)
     what = f"model {config.model.name!r}"
-    model = fitting.make_model(make, dataset, preprocess=preprocess, what=what)
+    model = composing.make_model(make, dataset, preprocess=preprocess, what=what)
     return precision.compute_in(model, config.execution.compute_dtype)
 
 
 def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -> Task:
     """Make what the method's `build` is given."""
-    stored = given.dataset.train["inputs"]
-    two = jax.ShapeDtypeStruct((2, *stored.shape[1:]), stored.dtype)
+    two = composing.rows(given.dataset.train["inputs"], 2)
     section = config.client
     return Task(
         model=model,
@@ -152,15 +147,20 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
 def make_protocol(config: RunConfig, preprocess: transforms.Preprocess, *, chunk: int) -> Protocol:
     """Build the protocol that every method shares."""
     parts, section = config.parts, config.client
-    batcher = _batcher(config, preprocess)
-    try:
+    common: dict[str, Any] = {"batch_size": section.batch_size, "preprocess": preprocess}
+    if section.steps is None:
+        batcher = batching.epochs(num_epochs=section.epochs, **common)
+    else:
+        batcher = batching.steps(num_steps=section.steps, **common)
+    with _refusals(""):
         uplink = parts.uplink.part.build(config.uplink)
+        decay = optax.exponential_decay(1.0, 1, section.learning_rate_decay)
         number = int(config.execution.devices)  # resolved: "auto" became a number
         return Protocol(
             num_rounds=config.federation.num_rounds,
             batcher=batcher,
             optimizer=parts.optimizer.part.build(section.optimizer),
-            learning_rate_scale=_learning_rate_scale(section.learning_rate_decay),
+            learning_rate_scale=lambda index: jnp.asarray(decay(index), jnp.float32),
             uplink=uplinks.error_feedback(uplink) if config.uplink.error_feedback else uplink,
             aggregator=parts.aggregator.part.build(config.server.aggregator),
             server=parts.server_optimizer.part.build(config.server.optimizer),
@@ -170,25 +170,6 @@ def make_protocol(config: RunConfig, preprocess: transforms.Preprocess, *, chunk
                 section.correction, batcher=batcher, optimizer_settings=section.optimizer
             ),
         )
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(first_line(error)) from None
-
-
-def _learning_rate_scale(decay: float) -> Schedule:
-    """Choose the factor on the learning rate, by round."""
-    schedule = optax.exponential_decay(1.0, 1, decay)
-    return lambda round_index: jnp.asarray(schedule(round_index), jnp.float32)
-
-
-def _batcher(config: RunConfig, preprocess: transforms.Preprocess) -> Batcher:
-    """Choose how much a client does in a round."""
-    section = config.client
-    common: dict[str, Any] = {"batch_size": section.batch_size, "preprocess": preprocess}
-    if section.steps is not None:
-        return batching.steps(num_steps=section.steps, **common)
-    return batching.epochs(num_epochs=section.epochs, **common)
 
 
 def check_needs(config: RunConfig, task: Task) -> None:
@@ -204,16 +185,8 @@ def check_needs(config: RunConfig, task: Task) -> None:
 
 def make_algorithm(config: RunConfig, task: Task) -> Algorithm:
     """Build the method."""
-    found = config.parts.method
-    try:
-        algorithm = found.part.build(config.method, task)
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, OverflowError) as error:
-        said = first_line(error)
-        if not said.startswith(_SECTIONS):
-            said = f"method {config.method.name!r}: {said}"
-        raise ConfigError(said) from None
+    with _refusals(f"method {config.method.name!r}: "):
+        algorithm = config.parts.method.part.build(config.method, task)
     if not isinstance(algorithm, Algorithm):
         raise ConfigError(
             f"method {config.method.name!r} must build an Algorithm, got "
@@ -236,7 +209,7 @@ def describe_network(
         input_dtype=str(inputs.dtype),
         num_outputs=dataset.num_outputs,
         num_classes=dataset.num_classes,
-        positions=fitting.positions(dataset),
+        positions=composing.positions(dataset),
         max_value=dataset.max_value,
         mean=tuple(map(float, dataset.mean or ())) if normalizes else None,
         std=tuple(map(float, dataset.std or ())) if normalizes else None,
@@ -248,7 +221,7 @@ def describe_network(
 
 
 @contextlib.contextmanager
-def _refusals(config: RunConfig) -> Iterator[None]:
+def _refusals(start: str) -> Iterator[None]:
     """Turn what components say of settings that do not fit into one sentence."""
     try:
         yield
@@ -256,9 +229,11 @@ def _refusals(config: RunConfig) -> Iterator[None]:
         raise
     except (ValueError, TypeError, OverflowError) as error:
         said = first_line(error)
-        if not said.startswith(_SECTIONS):
-            said = (
-                f"the settings do not make a round of {config.method.name!r} with "
-                f"{config.model.name!r} on {config.data.dataset.name!r}: {said}"
-            )
-        raise ConfigError(said) from None
+        raise ConfigError(said if said.startswith(_SECTIONS) else start + said) from None
+
+
+def _no_round(config: RunConfig) -> str:
+    return (
+        f"the settings do not make a round of {config.method.name!r} with {config.model.name!r} on "
+        f"{config.data.dataset.name!r}: "
+    )

@@ -1,6 +1,6 @@
-"""A method's task from a network, clients' examples and a protocol of one's own."""
+"""What runs are composed of: batches, tasks, cohorts, and networks that fit their data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,11 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune.data import batching, transforms
-from fedjaxprune.experiment.run import keys
+from fedjaxprune.data.datasets import Dataset
+from fedjaxprune.errors import ConfigError, first_line
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.federated import sampling
+from fedjaxprune.models import heads, outside
 from fedjaxprune.rounds import facts
 from fedjaxprune.rounds.protocol import Protocol
+from fedjaxprune.rounds.simulation import SamplingFn
 from fedjaxprune.rounds.task import BatchesFn, Task
-from fedjaxprune.types import Batcher, Model, Population, client_data
+from fedjaxprune.types import Batcher, Model, Population, Stage, client_data
+
+# What a key is for: numbers folded into the seed's key, so that none is used twice.
+INIT, ROUNDS, COHORT, VALIDATION = range(4)
+
+
+def rows(tree: Any, number: int) -> Any:
+    """Give the shapes of that many rows of a tree of arrays."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((number, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.map(shape, tree)
+
+
+def batch_of(batcher: Batcher, population: Population) -> Any:
+    """Give the shapes of a client's batch."""
+
+    def batch(key, population):
+        return batcher.batch(key, client_data(population, jnp.int32(0)), jnp.int32(0))
+
+    return jax.eval_shape(batch, jax.random.key(0), population)
 
 
 def batches_of(
@@ -21,14 +47,12 @@ def batches_of(
     """Make local steps beside those of the protocol, as `Task.batches`."""
 
     def batches(*, epochs=1, examples="all", share=0.1, augment=True) -> Batcher:
-        common: dict[str, Any] = {
-            "batch_size": batch_size,
-            "preprocess": train if augment else test,
-        }
+        preprocess = train if augment else test
+        common: dict[str, Any] = {"batch_size": batch_size, "preprocess": preprocess}
         if examples == "all":
             return batching.epochs(num_epochs=epochs, **common)
         make = {"validation": batching.development, "training": batching.undeveloped}[examples]
-        key = jax.random.fold_in(jax.random.key(seed), keys.VALIDATION)
+        key = jax.random.fold_in(jax.random.key(seed), VALIDATION)
         return make(key, share=share, **common)
 
     return batches
@@ -39,24 +63,25 @@ def task(
     population: Population,
     protocol: Protocol,
     *,
-    batch_size: int,
-    preprocess: transforms.Preprocess | None,
-    server_examples: Sequence[int],
-    num_epochs: int,
+    batch_size: int = 16,
+    preprocess: transforms.Preprocess | None = None,
+    server_examples: Sequence[int] = (),
+    num_epochs: int = 1,
 ) -> Task:
-    """Make the task; see `verbs.task`."""
+    """Make a method's `Task` of a network, clients' examples and a protocol of one's own.
+
+    Args:
+      model: a `Model`.
+      population: a `Population`.
+      protocol: a `Protocol`.
+      batch_size: of the local steps that a method makes beside those of the protocol.
+      preprocess: ``(key, inputs) -> inputs`` of these; None takes them as stored.
+      server_examples: rows of the population's examples that the server holds.
+      num_epochs: passes over its examples that a client makes in a round.
+    """
     prepare = preprocess or transforms.chain()
     sizes = np.diff(np.asarray(population.offsets))
-    batch = jax.eval_shape(
-        lambda key, population: protocol.batcher.batch(
-            key, client_data(population, jnp.int32(0)), jnp.int32(0)
-        ),
-        jax.random.key(0),
-        population,
-    )
-    two = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), batch.inputs
-    )
+    two = rows(batch_of(protocol.batcher, population).inputs, 2)
     return Task(
         model=model,
         protocol=protocol,
@@ -67,3 +92,60 @@ def task(
         largest_client=int(sizes.max()),
         num_epochs=num_epochs,
     )
+
+
+def make_model(
+    build: Callable[..., Any], dataset: Dataset, *, preprocess: Callable[[Any, Any], Any], what: str
+) -> Model:
+    """Call a model's `build` for a data set, and give the model the loss of the data's task."""
+    try:
+        key = jax.random.key(0)
+        inputs = jax.eval_shape(preprocess, key, rows(dataset.test["inputs"], 1))
+        made = build(input_shape=dataset.input_shape, num_classes=dataset.num_outputs)
+        shape, dtype = dataset.input_shape, inputs.dtype
+        model = outside.as_model(made, input_shape=shape, input_dtype=dtype)
+        model = heads.for_task(model, dataset.task)
+        params, state = jax.eval_shape(model.init, key)
+        shape = jax.eval_shape(model.predict, params, state, inputs).shape
+        wanted = (1, *positions(dataset), dataset.num_outputs)
+        if shape != wanted:
+            raise ValueError(f"its output has the shape {shape}, and needed is {wanted}.")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{what} does not fit the data set {dataset.name!r} ({_in_words(dataset)}): "
+            f"{first_line(error)}"
+        ) from None
+    return model
+
+
+def _in_words(dataset: Dataset) -> str:
+    """Say what a data set's examples are, such as ``"images (28, 28, 1), classification"``."""
+    shape = tuple(dataset.input_shape)
+    what = "images" if len(shape) == 3 else "examples"
+    what = "tokens" if dataset.task == "sequence" else what
+    return f"{what} {shape}, {dataset.task}"
+
+
+def positions(dataset: Dataset) -> tuple[int, ...]:
+    """Give the axis of positions of a sequence that has a label at each; else nothing."""
+    return np.shape(dataset.test["labels"])[1:] if dataset.task == "sequence" else ()
+
+
+def cohorts_of(stage: Stage, config: RunConfig, sizes: np.ndarray) -> SamplingFn:
+    """Choose how the cohorts of a stage are drawn; whoever is drawn may drop out."""
+    section, number = config.federation, len(sizes)
+    if stage.cohort == "everyone":
+        chosen = sampling.all_clients(num_clients=number)
+    elif isinstance(stage.cohort, int):
+        chosen = sampling.uniform(num_clients=number, cohort_size=stage.cohort)
+    else:
+        build = config.parts.sampling.part.build
+        chosen = build(
+            section.sampling, num_clients=number, cohort_size=section.cohort_size, sizes=sizes
+        )
+    if section.dropout_rate:
+        chosen = sampling.with_dropout(chosen, probability=section.dropout_rate)
+    if stage.cohort == "same":
+        key = jax.random.fold_in(jax.random.key(config.seed), COHORT)
+        chosen = sampling.same_every_round(key, chosen)
+    return chosen

@@ -92,25 +92,21 @@ def evaluate(
                 total.through, gates(params, model_state, test.inputs[places], counts)
             )
             if head.hits is None:
-                losses = head.test_loss(logits, labels)
-                errors = heads.absolute_error(logits, labels)
-                return total._replace(
-                    total_loss=total.total_loss + jnp.sum(jnp.where(counts, losses, 0.0)),
-                    total_error=total.total_error + jnp.sum(jnp.where(counts, errors, 0.0)),
-                    through=through,
-                ), None
-            labels = labels.astype(jnp.int32)
-            if labels.ndim > 1:  # one label per position; negative: none
-                counts = counts[:, None] & (labels >= 0)
-                labels = jnp.maximum(labels, 0)
-            losses = head.test_loss(logits, labels)
-            correct = counts & head.hits(logits, labels)
-            return total._replace(
-                total_loss=total.total_loss + jnp.sum(jnp.where(counts, losses, 0.0)),
-                num_correct=total.num_correct + jnp.sum(correct, dtype=jnp.int32),
-                class_correct=total.class_correct.at[labels].add(correct.astype(jnp.int32)),
-                through=through,
-            ), None
+                errors = jnp.where(counts, heads.absolute_error(logits, labels), 0.0)
+                total = total._replace(total_error=total.total_error + jnp.sum(errors))
+            else:
+                labels = labels.astype(jnp.int32)
+                if labels.ndim > 1:  # one label per position; negative: none
+                    counts = counts[:, None] & (labels >= 0)
+                    labels = jnp.maximum(labels, 0)
+                correct = counts & head.hits(logits, labels)
+                total = total._replace(
+                    num_correct=total.num_correct + jnp.sum(correct, dtype=jnp.int32),
+                    class_correct=total.class_correct.at[labels].add(correct.astype(jnp.int32)),
+                )
+            losses = jnp.where(counts, head.test_loss(logits, labels), 0.0)
+            total_loss = total.total_loss + jnp.sum(losses)
+            return total._replace(total_loss=total_loss, through=through), None
 
         def gates(params, model_state, inputs, counts):
             if model.inspect is None:

@@ -28,11 +28,15 @@ class Examples(NamedTuple):
 
 def read(config: RunConfig) -> Examples:
     """Read the data, set the server's examples aside, and deal the rest out to clients."""
-    dataset = _read_dataset(config)
+    section = config.data
+    try:
+        value = config.parts.dataset.part.build(section.dataset)
+        dataset = conversion.as_dataset(value, name=section.dataset.name)
+    except DataError as error:
+        raise DataError(f"data.dataset {section.dataset.name!r}: {error}") from None
     labels = np.asarray(dataset.train["labels"])
     held, rest = _hold_out(config, labels)
     rng = np.random.default_rng(config.seed)
-    section = config.data
     try:
         parts = config.parts.partition.part.build(
             section.partition,
@@ -67,16 +71,6 @@ def read(config: RunConfig) -> Examples:
         train=train,
         test=test,
     )
-
-
-def _read_dataset(config: RunConfig) -> Dataset:
-    """Build the data set that a config names; arrays and the like are made one."""
-    section = config.data.dataset
-    try:
-        value = config.parts.dataset.part.build(section)
-        return conversion.as_dataset(value, name=section.name)
-    except DataError as error:
-        raise DataError(f"data.dataset {section.name!r}: {error}") from None
 
 
 def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,9 @@ def start(
     parts = _build(config, listener.warn)
     for sentence in parts.algorithm.notes:
         listener.warn(sentence)
-    texts = {layout.NETWORK: _network_text(parts)}
+    from fedjaxprune.experiment.folder import network
+
+    texts = {layout.NETWORK: network.to_text(parts.network)}
     if parts.chunk is not None:
         from fedjaxprune.experiment.execution import chunk_size
 
@@ -61,7 +63,10 @@ def resume(
     given = given or Given({})
     stored = layout.stored(folder)
     config = stored_config(folder, given)
-    if different := files.differences(config, _without_values(given)):
+    # Parts that are values have no settings to be compared.
+    values = given.values.items()
+    named = {path: v for path, v in values if isinstance(v, str) or not path.endswith(".name")}
+    if different := files.differences(config, given._replace(values=named)):
         raise RunFolderError(
             f"the run in {str(folder)!r} has another config: {'; '.join(different)}; "
             "leave these out, or start a new run."
@@ -102,16 +107,6 @@ def stored_config(folder: pathlib.Path, given: Given | None = None) -> RunConfig
     return resolve_lib.resolve(Given(values, dict.fromkeys(values, str(folder / layout.CONFIG))))
 
 
-def _without_values(given: Given) -> Given:
-    """Leave out parts that are values, which have no settings to be compared."""
-    named = {path: v for path, v in given.values.items() if not _is_value(path, v)}
-    return given._replace(values=named)
-
-
-def _is_value(path: str, value: Any) -> bool:
-    return path.endswith(".name") and not isinstance(value, str)
-
-
 def changes(stored: files.Stored, config: RunConfig) -> list[str]:
     """Say, a sentence each, what code is not that which a run was made with."""
     versions = [
@@ -138,12 +133,6 @@ def _build(config: RunConfig, warn: Callable[[str], object] | None) -> Any:
 
     with _memory(config):
         return build.build(config, warn=warn)
-
-
-def _network_text(parts: Any) -> str:
-    from fedjaxprune.experiment.folder import network
-
-    return network.to_text(parts.network)
 
 
 @contextlib.contextmanager
@@ -210,11 +199,9 @@ def _train(folder: pathlib.Path, parts: Any, listener: Listener, trackers: Opene
             ):
                 loop.train(parts, folder=folder, listener=followed)
                 found = record.read(folder)
-                plots.accuracy(found.lines, folder / layout.PICTURE, title=title(config))
+                title = (
+                    f"{config.method.name} on {config.data.dataset.name} with {config.model.name}"
+                )
+                plots.accuracy(found.lines, folder / layout.PICTURE, title=title)
                 summary.write(folder, summary.summarize(found.header, found.lines))
         listener.finish(config, folder, summary.summarize(found.header, found.lines))
-
-
-def title(config: RunConfig) -> str:
-    """Name a run for a human."""
-    return f"{config.method.name} on {config.data.dataset.name} with {config.model.name}"

@@ -19,7 +19,7 @@ from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size
 from fedjaxprune.experiment.folder import checkpoints, layout, record
 from fedjaxprune.experiment.folder.network import Network
-from fedjaxprune.experiment.run import evaluation, keys, round_record
+from fedjaxprune.experiment.run import composing, evaluation, round_record
 from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.rounds import simulation
@@ -71,9 +71,12 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
     """
     algorithm, config = parts.algorithm, parts.config
     key = jax.random.key(config.seed)
-    rounds_key = jax.random.fold_in(key, keys.ROUNDS)
+    rounds_key = jax.random.fold_in(key, composing.ROUNDS)
     begin_fn = jax.jit(lambda key: start(key, parts))
-    now = _place(jax.tree.map(_own, begin_fn(jax.random.fold_in(key, keys.INIT))), parts.mesh)
+    # Buffers of its own (for donation) and of strong type (else there is a second trace).
+    begun = begin_fn(jax.random.fold_in(key, composing.INIT))
+    now = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), begun)
+    now = _place(now, parts.mesh)
     rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
@@ -194,8 +197,3 @@ def start(key: Key, parts: RunParts) -> Simulation:
     params, model_state = parts.model.init(key)
     num_clients = parts.population.offsets.shape[0] - 1
     return simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
-
-
-def _own(leaf: jax.Array) -> jax.Array:
-    """Copy to a buffer of its own (for donation) and of strong type (else a second trace)."""
-    return jnp.array(leaf, dtype=leaf.dtype, copy=True)

@@ -14,6 +14,7 @@ import numpy as np
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import traffic, trees
 from fedjaxprune.costs import flops
+from fedjaxprune.experiment.run import composing
 from fedjaxprune.models import gates
 from fedjaxprune.types import Model, Params, PrunableFn, RoundMetrics
 
@@ -53,8 +54,7 @@ def profile(
     warn: Callable[[str], object],
 ) -> Profile:
     """Count a network once."""
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), inputs)
-    example = jax.eval_shape(preprocess, jax.random.key(0), one)
+    example = jax.eval_shape(preprocess, jax.random.key(0), composing.rows(inputs, 1))
     try:
         layers = flops.of_model(model, None, example)
     except ValueError as error:

@@ -36,17 +36,17 @@ execute.child({given!r})
 _FAILED = "failed: "
 
 
-def _nothing(sentence: str) -> None:
-    """Say nothing."""
-
-
 class Audience(NamedTuple):
     """Who listens to a sweep."""
 
     # opens a listener for each run of this process
     listen: Callable[[], AbstractContextManager[Listener]] = lambda: nullcontext(Listener())
-    note: Callable[[str], object] = _nothing  # takes a sentence: which run begins, which one ended
-    warn: Callable[[str], object] = _nothing  # takes a sentence: which run failed, and why
+    note: Callable[[str], object] = lambda sentence: (
+        None
+    )  # takes a sentence: which run begins, which one ended
+    warn: Callable[[str], object] = lambda sentence: (
+        None
+    )  # takes a sentence: which run failed, and why
 
 
 def is_finished(member: Member) -> bool:

@@ -68,7 +68,8 @@ def read(given: str | Mapping[str, Any], *, folder: pathlib.Path | None) -> Swee
     else:
         source, stem, values = "a mapping", "sweep", dict(given)
     cases = values.pop(CASES, [{}])
-    if not isinstance(cases, list) or not cases or not all(map(_is_settings, cases)):
+    are_settings = isinstance(cases, list) and all(isinstance(case, dict) for case in cases)
+    if not cases or not are_settings or not all(isinstance(n, str) for case in cases for n in case):
         raise ConfigError(
             f"{CASES} must be a list of settings such as `- {{method: NAME}}`, each as "
             f"`name: value` (from {source})."
@@ -92,10 +93,6 @@ def read(given: str | Mapping[str, Any], *, folder: pathlib.Path | None) -> Swee
     for member in members:
         _check_folder(member, source)
     return Sweep(source, folder, members, tuple(_notes(members, common, [first, *others])))
-
-
-def _is_settings(case: Any) -> bool:
-    return isinstance(case, dict) and all(isinstance(name, str) for name in case)
 
 
 def _members(
