@@ -68,23 +68,14 @@ def setting(default: Any, meaning: str, *, unit: str = "", unset: str = "", **bo
 
 
 class Row(NamedTuple):
-    """What a setting is, in words.
+    """What a setting is, in words."""
 
-    Attributes:
-      name: with the path of nested settings, such as ``"optimizer.momentum"``.
-      type: such as ``"integer"``, ``"auto | number"`` or ``"masked | dense | none"``.
-      default: its default, what an unset one stands for, or ``"required"``.
-      unit: empty for a number without one, a text or a choice.
-      bounds: such as ``"in [0, 1)"`` or ``"at least 1"``; empty without any.
-      meaning: one or more sentences.
-    """
-
-    name: str
-    type: str
-    default: str
-    unit: str
-    bounds: str
-    meaning: str
+    name: str  # with the path of nested settings, such as ``"optimizer.momentum"``
+    type: str  # such as ``"integer"``, ``"auto | number"`` or ``"masked | dense | none"``
+    default: str  # its default, what an unset one stands for, or ``"required"``
+    unit: str  # empty for a number without one, a text or a choice
+    bounds: str  # such as ``"in [0, 1)"`` or ``"at least 1"``; empty without any
+    meaning: str  # one or more sentences
 
 
 def describe_settings(settings_type: type[pydantic.BaseModel]) -> list[Row]:
@@ -127,8 +118,7 @@ def allowed(settings_type: type[pydantic.BaseModel], name: str, *, machine_limit
 
 def alternatives(settings_type: type[pydantic.BaseModel], name: str) -> list[str]:
     """List the words that a setting may be; empty for one that is no choice."""
-    leaves = _leaves(_annotation(settings_type, name))
-    return [str(word) for leaf, _ in leaves for word in _words(leaf)]
+    return [word for leaf, _ in _leaves(_annotation(settings_type, name)) for word in _words(leaf)]
 
 
 def _limits(annotation: Any, *, machine_limits: bool) -> str:
@@ -178,8 +168,8 @@ def _leaves(annotation: Any, bounds: tuple[Any, ...] = ()) -> Iterator[tuple[Any
         yield annotation, list(bounds)
 
 
-def _words(leaf: Any) -> tuple[Any, ...]:
-    return typing.get_args(leaf) if typing.get_origin(leaf) is Literal else ()
+def _words(leaf: Any) -> list[str]:
+    return list(map(str, typing.get_args(leaf))) if typing.get_origin(leaf) is Literal else []
 
 
 def nested(annotation: Any) -> type[Settings] | None:
@@ -199,13 +189,9 @@ def _list_text(leaf: Any) -> str:
 def _type_text(annotation: Any) -> str:
     texts: list[str] = []
     for leaf, _ in _leaves(annotation):
-        if words := _words(leaf):
-            texts += [str(word) for word in words]
-        elif leaf is type(None):
-            texts.append("none")
-        else:
-            bare = typing.get_origin(leaf) is None and getattr(leaf, "__name__", None)
-            texts.append(_KINDS.get(leaf) or _list_text(leaf) or bare or str(leaf))
+        bare = typing.get_origin(leaf) is None and getattr(leaf, "__name__", None)
+        kind = "none" if leaf is type(None) else _KINDS.get(leaf) or _list_text(leaf)
+        texts += _words(leaf) or [kind or bare or str(leaf)]
     return " | ".join(dict.fromkeys(texts))
 
 

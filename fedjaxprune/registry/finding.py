@@ -59,9 +59,14 @@ def find(kind: str, name: Any, *, path: str = "") -> Found:
     base, variant = listing.split_variant(name) if kind == "method" else (name, "")
     value, origin, settings = _look_up(kind, base, name, label)
     made = as_part(kind, value, f"{label}: {base!r}")
-    if variant:
-        settings = _variant(made, base, variant, label)
-    return Found(kind, name, made, settings, origin)
+    if variant and not made.variants:
+        raise ConfigError(f"{label}: {base!r} has no variants, got {variant!r}.")
+    if variant and variant not in made.variants:
+        raise ConfigError(
+            f"{label}: the variant of {base!r} must be one of {', '.join(made.variants)}, "
+            f"got {variant!r}{near_miss(variant, made.variants)}"
+        )
+    return Found(kind, name, made, made.variants[variant] if variant else settings, origin)
 
 
 def _look_up(kind: str, base: str, name: str, label: str) -> tuple[Any, Origin, Mapping[str, Any]]:
@@ -109,17 +114,6 @@ def _unknown(kind: str, name: str, other: str, label: str) -> str:
 def _built_in(kind: str, name: str, module: str, label: str) -> Any:
     value = load(lambda: importlib.import_module(module), f"{label}: {name!r}")
     return value.METHOD if kind == "method" else value.PARTS[name]
-
-
-def _variant(made: Any, base: str, variant: str, label: str) -> Mapping[str, Any]:
-    if not made.variants:
-        raise ConfigError(f"{label}: {base!r} has no variants, got {variant!r}.")
-    if variant not in made.variants:
-        raise ConfigError(
-            f"{label}: the variant of {base!r} must be one of {', '.join(made.variants)}, "
-            f"got {variant!r}{near_miss(variant, made.variants)}"
-        )
-    return made.variants[variant]
 
 
 def _only_name(kind: str, place: str, label: str) -> str:

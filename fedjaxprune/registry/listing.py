@@ -185,7 +185,11 @@ def _declared(text: str, is_method: bool) -> Mapping[str, Listed]:
     """Read what a module's text declares; a method has no name here, as its file has it."""
     piece = _piece(text, "METHOD" if is_method else "PARTS")
     tree = next((one for one in map(_parse, (piece, text)) if one.body), _parse(""))
-    return {"": _method(tree)} if is_method else _table(tree)
+    if not is_method:
+        return _table(tree)
+    found = _keys(_keyword(_assigned(tree).get("METHOD"), "variants"))
+    variants = {name: in_words(_literal(node)) for name, node in found.items()}
+    return {"": Listed(_first_sentence(tree), Origin("built-in"), variants)}
 
 
 def _piece(text: str, name: str) -> str:
@@ -218,12 +222,6 @@ def _assigned(tree: ast.Module) -> dict[str, ast.AST]:
 
 def _first_sentence(tree: ast.Module) -> str:
     return (ast.get_docstring(tree) or "").partition("\n")[0]
-
-
-def _method(tree: ast.Module) -> Listed:
-    found = _keys(_keyword(_assigned(tree).get("METHOD"), "variants"))
-    variants = {name: in_words(_literal(node)) for name, node in found.items()}
-    return Listed(_first_sentence(tree), Origin("built-in"), variants)
 
 
 def in_words(settings: Mapping[str, Any]) -> str:

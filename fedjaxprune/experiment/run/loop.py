@@ -5,6 +5,7 @@ once. The host reads metrics only, one round behind the device.
 All randomness comes from the seed and the number of the round: a resumed run needs no key.
 """
 
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -53,16 +54,6 @@ class RunParts(NamedTuple):
         return sum(stage.num_rounds for stage in self.algorithm.stages)
 
 
-class _Pending(NamedTuple):
-    """A round that the device may still be working on."""
-
-    stage: str
-    stage_round: int
-    round: int
-    metrics: Any
-    tested: evaluation.Evaluation | None
-
-
 def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> RoundState:
     """Run all rounds that the folder does not hold yet, and return the final state.
 
@@ -87,12 +78,12 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
     deploy, fingerprint = jax.jit(algorithm.deployed_params), files.fingerprint(config)
     clock = 0.0
 
-    def note(pending: _Pending) -> None:
+    def note(stage: str, stage_round: int, number: int, found: Any) -> None:
         """Wait for one round and put it on record."""
         nonlocal clock
-        metrics, tested = jax.device_get((pending.metrics, pending.tested))
+        metrics, tested = jax.device_get(found)
         before, clock = clock, time.perf_counter()
-        line = writer.line(pending.stage, pending.stage_round, pending.round, metrics, tested)
+        line = writer.line(stage, stage_round, number, metrics, tested)
         line["time_s"] = round(clock - before, 6)
         record.append(folder, line)
         listener.round(line)
@@ -119,7 +110,7 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
             listener.warn("no checkpoint can be used: the run starts again at round 1.")
         listener.start(writer.header, record.cut(folder, writer.header, done))
 
-        begin, pending = 0, None
+        begin, note_last = 0, _nothing_to_note
         clock = time.perf_counter()
         for stage, advance in zip(algorithm.stages, parts.advance, strict=True):
             end = begin + stage.num_rounds
@@ -132,18 +123,22 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
                     now, metrics = step(rounds_key, now, population)
                     tested = try_out(now.state, test) if is_due or is_last else None
                 except Exception:
-                    if pending is not None:  # so that the record ends where the error came
-                        note(pending)
+                    note_last()  # so that the record ends where the error came
                     raise
-                if pending is not None:
-                    note(pending)
-                pending = _Pending(stage.name, number - begin, number, metrics, tested)
+                note_last()
+                # The device may still be working on this round.
+                outcome = (metrics, tested)
+                note_last = functools.partial(note, stage.name, number - begin, number, outcome)
                 if number % saves.every == 0 or is_last:
-                    note(pending)
-                    pending = None
+                    note_last()
+                    note_last = _nothing_to_note
                     save(number)
             begin = end
     return now.state
+
+
+def _nothing_to_note() -> None:
+    """Do nothing: all rounds are on record."""
 
 
 def check_start(parts: RunParts) -> None:
