@@ -1,5 +1,6 @@
 """What a part is, in words: summary, paper, settings, needs, variants and a command."""
 
+import contextlib
 import inspect
 import sys
 import textwrap
@@ -103,15 +104,11 @@ def _kind_of(value: Any) -> str:
     """Tell the kind of a part by what it says of itself, or by what it wants to be given."""
     if hasattr(value, "variants"):
         return "method"
-    build = getattr(value, "build", value)
-    try:
-        wanted = set(inspect.signature(build).parameters)
-    except (TypeError, ValueError):
-        wanted = set()
-    for kind, one in registry.KINDS.items():
-        if wanted & set(one.context):
-            return kind
-    return "dataset"
+    wanted: set[str] = set()
+    with contextlib.suppress(TypeError, ValueError):
+        wanted = set(inspect.signature(getattr(value, "build", value)).parameters)
+    kinds = (kind for kind, one in registry.KINDS.items() if wanted & set(one.context))
+    return next(kinds, "dataset")
 
 
 def _texts(part: Any) -> tuple[str, str]:

@@ -189,11 +189,9 @@ def save(key: str, figures: Mapping[int, Figure]) -> None:
 
 def _read(warn: WarnFn) -> dict[str, Any]:
     """Read what earlier trials found; a file that is not sound is as good as none."""
+    path = pathlib.Path(CACHED)
     try:
         path = folder() / CACHED
-    except FileNotFoundError:
-        return {}
-    try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for figures in found.values():
             _figures(figures)

@@ -5,6 +5,7 @@ examples, on all its devices; only the number of steps is small, and plain SGD s
 method.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -163,11 +164,10 @@ def measure(
 
 def _time(play: Any, given: list[Any], most: int, mesh: Mesh | None) -> float:
     """Time one step of the clients of a chunk, all devices at work: the median, seconds."""
+    one, many = jnp.int32(1), jnp.int32(most)
     if mesh is not None:
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        given, one, many = jax.device_put((given, jnp.int32(1), jnp.int32(most)), everywhere)
-    else:
-        one, many = jnp.int32(1), jnp.int32(most)
+        given, one, many = jax.device_put((given, one, many), everywhere)
     compiled = jax.jit(play).lower(*given, one).compile()
     needed = compiled.memory_analysis()
     room = _free_bytes()
@@ -262,12 +262,11 @@ def key(config: RunConfig, task: Task, work: chunk_size.Work) -> str:
 
 def _processor() -> str:
     """Name the kind of processor, which JAX calls no more than a cpu."""
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+        found = next(line for line in lines if line.startswith("model name"))
+        return found.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def num_steps(work: chunk_size.Work) -> int:
