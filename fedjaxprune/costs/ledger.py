@@ -244,17 +244,18 @@ def _by_slot(
     if not columns:
         return (NOTHING,) * num_slots
     cases = zip(*(_cells(column, num_slots) for column in columns), strict=True)
-    deltas = [column.name == "delta" for column in columns]
+
+    def part(column: _Column, counts: Any) -> _Part:
+        live, sent = counts
+        payloads = tuple(map(payload, live)) if column.name == "delta" else None
+        return _Part(column.leaves, live, sent, payloads)
+
     seen: dict[Any, LinkBits] = {}
     lengths = []
     for case in cases:
         if case not in seen:
-            parts = (
-                _Part(column.leaves, *here, tuple(map(payload, here[0])) if is_delta else None)
-                for column, here, is_delta in zip(columns, case, deltas, strict=True)
-                if here is not None
-            )
-            seen[case] = _message(tuple(parts))
+            fields = (pair for pair in zip(columns, case, strict=True) if pair[1] is not None)
+            seen[case] = _message(tuple(part(*field) for field in fields))
         lengths.append(seen[case])
     return tuple(lengths)
 

@@ -14,8 +14,7 @@ _REDUCTIONS = elementwise.names(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"
 )
 _WINDOWS = elementwise.names(
-    """reduce_window_max reduce_window_min reduce_window_sum cumsum cumprod cummax cummin
-    sort"""
+    "reduce_window_max reduce_window_min reduce_window_sum cumsum cumprod cummax cummin sort"
 )
 Rule = Callable[[Book, Any, Sequence[Value]], list[Value]]
 
