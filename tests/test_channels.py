@@ -336,6 +336,27 @@ def test_what_is_not_understood_is_said_and_does_not_fail():
 
 
 @pytest.mark.parametrize(
+    ("function", "leaks"),
+    [
+        (lambda x: x**2, False),
+        (lambda x: jnp.abs(x) ** 1.5, False),
+        (lambda x: x**-2, True),
+        (lambda x: jnp.abs(x) ** 0.0, True),
+        (lambda x: jnp.abs(x) ** jnp.mean(x), True),
+        (lambda x: jnp.arctan2(x, -1.0), True),
+    ],
+    ids=["square", "power", "inverse", "zeroth power", "unknown power", "arctan2"],
+)
+def test_what_is_not_zero_at_zero_leaks(function, leaks):
+    def predict(params, state, inputs):
+        return function(inputs @ params["a"]) @ params["b"]
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    (group,) = groups.analyze(predict, params, {}, jnp.ones((2, 3))).groups
+    assert bool(group.leaks) == leaks
+
+
+@pytest.mark.parametrize(
     ("make", "bits"),
     [
         (lambda **sizes: vgg.vgg11(norm="none", **sizes), 2_752),

@@ -70,7 +70,7 @@ def _apply(book: Book, equation: Any, values: Sequence[Value]) -> list[Value]:
         return walk(book, graphs[0], values)
     rule = _RULES.get(name)
     if rule is None and name in elementwise.KEEPS_ZERO | elementwise.LOSES_ZERO:
-        return [elementwise.unary(name, value) for value in values]
+        return [elementwise.unary(name, value, equation.params) for value in values]
     if rule is None and name in elementwise.BINARY:
         return [elementwise.elementwise(book, name, values, shapes[0])]
     varies = any(value.varies for value in values)

@@ -1,6 +1,6 @@
 """Rules of primitives that work entry by entry."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,16 @@ LOSES_ZERO = names(
 )
 SUMS = names("add sub add_any max min or xor")  # zero where all arguments are
 PRODUCTS = names("mul and")  # zero where one argument is
-FIRST = names("div rem pow atan2 shift_left")  # zero where the first argument is
-COMPARES = names("eq ne lt le gt ge nextafter shift_right_logical shift_right_arithmetic")
+FIRST = names("div rem pow shift_left")  # zero where the first argument is
+COMPARES = names(  # may be anything else at zero
+    "eq ne lt le gt ge nextafter atan2 shift_right_logical shift_right_arithmetic"
+)
 BINARY = SUMS | PRODUCTS | FIRST | COMPARES
 
 
-def unary(name: str, value: Value) -> Value:
+def unary(name: str, value: Value, params: Mapping[str, Any]) -> Value:
     """Apply a function of one argument to each entry."""
-    if name in KEEPS_ZERO:
+    if name in KEEPS_ZERO and params.get("y", 1) > 0:  # integer_pow of 0 or less is not zero
         const = value.const if name in ("convert_element_type", "copy") else None
         return value._replace(const=const)
     labels = tuple(Label(each.ids, np.zeros_like(each.zero)) for each in value.labels)
@@ -51,7 +53,8 @@ def elementwise(book: Book, name: str, values: Sequence[Value], shape: tuple[int
     labels = labels_lib.join(book, clipped, shape, needs_all=name not in PRODUCTS)
     if name in FIRST:
         labels = as_in(labels, values[0], shape)
-    if name in COMPARES:
+    exponent = values[1].const if name == "pow" else 1.0
+    if name in COMPARES or exponent is None or exponent <= 0.0:  # x ** 0 is 1 at zero
         labels = [Label(each.ids, np.zeros_like(each.zero)) for each in labels]
     _attach(book, values)
     varies = any(value.varies for value in values)
