@@ -5,13 +5,14 @@ positions of a batch alone, so no permutation is stored, sorted or padded to the
 a client's randomness depends neither on its neighbours nor on the size of the population.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedjaxprune.data.transforms import Preprocess
+from fedjaxprune.errors import DataError, near_miss
 from fedjaxprune.types import Batch, Batcher, ClientData, Key
 
 # Two positions keep their distance through one round with probability 1/2 (else it is uniform), so
@@ -246,21 +247,37 @@ def _gather(
 
     Those for which `counts` ``[B]`` is False weigh nothing.
     """
+    _check_fields(data.examples)
     # An empty last client starts behind the end of the index: clip, so that nothing is made up.
-    rows = data.order.at[data.start + positions].get(mode="clip")
+    rows = jnp.zeros_like(positions)
+    if data.order.shape[0] > 0:  # else nobody has any
+        rows = data.order.at[data.start + positions].get(mode="clip")
 
     def take(leaf: Any) -> jax.Array:
         return leaf.at[rows].get(mode="clip")
 
+    def target(leaf: jax.Array) -> jax.Array:
+        made = take(leaf)  # targets of a regression keep their type
+        return made if jnp.issubdtype(made.dtype, jnp.floating) else made.astype(jnp.int32)
+
     inputs = jax.tree.map(take, data.examples["inputs"])
-    labels = take(data.examples["labels"])
-    if not jnp.issubdtype(labels.dtype, jnp.floating):  # targets of a regression keep their type
-        labels = labels.astype(jnp.int32)
+    labels = jax.tree.map(target, data.examples["labels"])
     return Batch(
         inputs=preprocess(jax.random.fold_in(key, step), inputs),
         labels=labels,
         weights=counts.astype(jnp.float32),
     )
+
+
+def _check_fields(examples: Any) -> None:
+    """Refuse examples that have no inputs or labels of these names."""
+    names = examples if isinstance(examples, Mapping) else ()
+    if absent := [name for name in ("inputs", "labels") if name not in names]:
+        have = ", ".join(map(str, names)) or f"{type(examples).__name__} without names"
+        raise DataError(
+            "a batch is made of the arrays inputs and labels of the examples, got "
+            f"{have}{near_miss(absent[0], names)}"
+        )
 
 
 def _check_share(share: float) -> None:

@@ -34,6 +34,7 @@ def as_dataset(
     num_classes: int | None = None,
     class_names: tuple[str, ...] = (),
     test_fraction: float = 0.2,
+    keys: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Make a `Dataset` of whatever holds examples, or say why it cannot be used.
 
@@ -52,6 +53,8 @@ def as_dataset(
       class_names: of integer classes.
       test_fraction: share of the examples that are held out for tests where no test examples are
         given; the same ones every time, of each class alike.
+      keys: by name, client ids of the training examples, beside those in a mapping; here a name may
+        be any, such as ``labels``.
 
     Raises:
       DataError: what is wrong, in one sentence.
@@ -66,6 +69,9 @@ def as_dataset(
 
         return huggingface.convert(value, name=name, task=task, test_fraction=test_fraction)
     train, test, columns = _split(value)
+    if twice := columns.keys() & (keys or {}).keys():
+        raise DataError(f"client ids {min(twice)!r} are given twice, in the data and by keys.")
+    columns |= keys or {}
     task = task or "classification"
     checks.lengths(train, ("train inputs", "train labels"))
     columns = {key: checks.keys(ids, key, len(train[1])) for key, ids in columns.items()}
@@ -133,7 +139,12 @@ def check(dataset: Dataset) -> None:
 
 def _split(value: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Find training arrays, test arrays (None: not given) and columns of client ids."""
-    if isinstance(value, Mapping) and "train" in value:
+    if isinstance(value, Mapping) and "train" in value and _names(value) is None:
+        if others := [key for key in value if key not in ("train", "test", "validation")]:
+            raise DataError(
+                "data must have the splits train and test (or validation), got "
+                f"{', '.join(map(str, value))}{near_miss(others[0], ('test', 'validation'))}"
+            )
         return _two(value["train"], value.get("test", value.get("validation")))
     if isinstance(value, Mapping):
         return _of_mapping(value)
@@ -170,7 +181,7 @@ def _pair(split: Any, name: str) -> Any:
 
 def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
     """Read a mapping of arrays by the names that it uses."""
-    found = next((names for names in NAMES if names[0] in value and names[1] in value), None)
+    found = _names(value)
     if found is None:
         have = ", ".join(map(str, value)) or "none"
         wanted = next((name for name in NAMES[0][:2] if name not in value), "inputs")
@@ -186,8 +197,19 @@ def _of_mapping(value: Mapping) -> tuple[Any, Any, dict[str, Any]]:
     test = None
     if test_inputs in value:
         test = tuple(checks.array(value[key], key) for key in (test_inputs, test_labels))
-    known = {inputs, labels, test_inputs, test_labels}
-    return train, test, {str(key): ids for key, ids in value.items() if key not in known}
+    rest = {str(key): ids for key, ids in value.items() if key not in found}
+    if twice := rest.keys() & {name for names in NAMES for name in names if len(name) > 1}:
+        raise DataError(
+            f"data name arrays in two ways, {inputs} and {min(twice)}; use one row of "
+            f"{'; '.join(', '.join(names) for names in NAMES[:2])}, or give client ids of such a "
+            "name by keys."
+        )
+    return train, test, rest
+
+
+def _names(value: Mapping) -> tuple[str, str, str, str] | None:
+    """Find the names that a mapping uses for its arrays."""
+    return next((names for names in NAMES if names[0] in value and names[1] in value), None)
 
 
 def _count_symbols(*arrays: Any) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune.data import splits
+from fedjaxprune.data import population_checks, splits
 from fedjaxprune.errors import ConfigError, near_miss
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, Positive, Settings, setting
@@ -21,7 +21,6 @@ from fedjaxprune.types import Examples, Population
 Partition = list[np.ndarray]
 
 _NUM_TRIES = 100
-_INT32_MAX = 2**31 - 1
 
 
 def iid(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Partition:
@@ -180,43 +179,45 @@ def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
     return kept
 
 
-def population(examples: Examples, parts: Sequence[np.ndarray]) -> Population:
+def population(
+    examples: Examples, parts: Sequence[np.ndarray], *, num_classes: int | None = None
+) -> Population:
     """Put examples on the device, once and as stored, with who holds which.
 
+    Values are kept as JAX keeps them: 64 bits as 32, unless ``jax_enable_x64`` is set.
+
     Args:
-      examples: tree of ``[E, ...]``.
-      parts: the clients' indices; they may overlap, leave examples out, or be empty.
+      examples: tree of ``[E, ...]``, of finite real numbers. Those of `batching` are ``{"inputs":
+        ..., "labels": ...}``: inputs may be a tree of arrays; so may the targets of a loss of one's
+        own.
+      parts: the clients' indices; they may overlap, leave examples out, repeat one, which then
+        counts as often, or be empty.
+      num_classes: labels must be less; None does not look, and the loss of an example with another
+        label is NaN.
 
     Raises:
-      ValueError: if the leaves differ in `E`, or an index is no whole number in ``[0, E)``.
+      DataError: a value cannot be used or does not fit its type, the leaves differ in `E`, or an
+        index is no whole number in ``[0, E)``.
     """
-    sizes = {int(np.shape(leaf)[0]) for leaf in jax.tree.leaves(examples)}
-    if len(sizes) != 1:
-        raise ValueError(f"examples must agree in their first axis, got sizes {sorted(sizes)}.")
-    (num_examples,) = sizes
-    if len(parts) == 0:
-        raise ValueError("parts must have at least one client, got none.")
-    index = np.concatenate([np.asarray(part) for part in parts])
-    if index.size and not np.issubdtype(index.dtype, np.integer):
-        raise ValueError(f"parts must hold integers, got {index.dtype}.")
-    if index.size > _INT32_MAX:
-        raise ValueError(f"parts must hold at most {_INT32_MAX} indices, got {index.size}.")
-    if index.size and not (index.min() >= 0 and index.max() < num_examples):
-        raise ValueError(
-            f"parts must hold indices in [0, {num_examples}), got {index.min()} to {index.max()}."
-        )
-    offsets = np.cumsum([0, *(len(part) for part in parts)])
+    stored, num_examples = population_checks.examples(examples, num_classes=num_classes)
+    order, offsets = population_checks.rows(parts, num_examples)
     return Population(
-        examples=jax.tree.map(jnp.asarray, examples),
-        order=jnp.asarray(index.astype(np.int32)),
-        offsets=jnp.asarray(offsets.astype(np.int32)),
+        examples=jax.tree.map(jnp.asarray, stored),
+        order=jnp.asarray(order),
+        offsets=jnp.asarray(offsets),
     )
 
 
 def histogram(parts: Sequence[np.ndarray], labels: np.ndarray, *, num_classes: int) -> np.ndarray:
-    """Count the labels of every client: ``[N, num_classes]`` int64."""
-    labels = np.asarray(labels)
-    return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
+    """Count the labels of every client: ``[N, num_classes]`` int64.
+
+    Raises:
+      DataError: a label is no class, or a client's index no example.
+    """
+    stored, num_examples = population_checks.examples({"labels": labels}, num_classes=num_classes)
+    order, offsets = population_checks.rows(parts, num_examples)
+    own = np.split(np.asarray(stored["labels"])[order], offsets[1:-1])
+    return np.stack([np.bincount(classes, minlength=num_classes) for classes in own])
 
 
 def _dirichlet_counts(

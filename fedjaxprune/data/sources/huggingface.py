@@ -88,9 +88,9 @@ def convert(
     chosen = _inputs(inputs, columns, features, label, name)
     names = tuple(getattr(features.get(label), "names", None) or ())
     plain = [c for c in columns if _kind(features.get(c)) in ("Value", "ClassLabel")]
-    keys = [c for c in plain if c not in (*chosen, label)]
+    others = [c for c in plain if c not in (*chosen, label)]
+    keys = {c: ids for c in others if not _has_missing(ids := _values(train, c))}
     arrays: dict[str, Any] = {"inputs": _stack(train, chosen), "labels": _values(train, label)}
-    arrays |= {key: ids for key in keys if not _has_missing(ids := _values(train, key))}
     if test is not None:
         if missing := {*chosen, label} - set(test.column_names):
             raise DataError(f"{name}: the test split has no column {min(missing)!r}.")
@@ -102,6 +102,7 @@ def convert(
         num_classes=len(names) or None,
         class_names=names,
         test_fraction=test_fraction,
+        keys=keys,
     )
 
 

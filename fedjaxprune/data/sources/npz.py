@@ -37,7 +37,7 @@ def build(settings: NpzSettings) -> Dataset:
     path = files.find(settings.path)
     arrays = files.read(path, _load, "an .npz archive")
     names = next((names for names in NAMES if names[0] in arrays and names[1] in arrays), NAMES[0])
-    chosen = {}
+    chosen, keys = {}, {}
     for key, usual in zip(NAMES[0], names, strict=True):
         given = getattr(settings, key)
         if given is not None:
@@ -46,9 +46,14 @@ def build(settings: NpzSettings) -> Dataset:
             chosen[key] = arrays.pop(given or usual)
     if "labels" in chosen:
         shape = chosen["labels"].shape[:1]
-        chosen |= {key: ids for key, ids in arrays.items() if ids.shape == shape}
-    fraction = settings.test_fraction
-    made = as_dataset(chosen, name=path.stem, task=settings.task, test_fraction=fraction)
+        keys = {key: ids for key, ids in arrays.items() if ids.shape == shape}
+    made = as_dataset(
+        chosen,
+        name=path.stem,
+        task=settings.task,
+        test_fraction=settings.test_fraction,
+        keys=keys,
+    )
     return made._replace(may_flip=settings.flip)
 
 

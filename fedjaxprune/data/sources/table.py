@@ -91,10 +91,11 @@ def build(settings: TableSettings) -> Dataset:
             labels, test_labels = (labels - center) / width, (test_labels - center) / width
     keys = {name: _no_missing(train[name], name, path)[rows] for name in settings.keys}
     return as_dataset(
-        {"train": {"inputs": inputs, "labels": labels, **keys}, "test": (test_inputs, test_labels)},
+        ((inputs, labels), (test_inputs, test_labels)),
         name=path.stem,
         task=settings.task,
         class_names=class_names,
+        keys=keys,
     )
 
 

@@ -72,14 +72,12 @@ def build(settings: TextSettings) -> Dataset:
     train, test = np.stack(windows[0]), np.stack(windows[1])
     columns = {"speaker" if len(spoken) > 1 else "line": np.array(owners)}
     return as_dataset(
-        {
-            "train": {"inputs": train[:, :-1], "labels": train[:, -1], **columns},
-            "test": (test[:, :-1], test[:, -1]),
-        },
+        ((train[:, :-1], train[:, -1]), (test[:, :-1], test[:, -1])),
         name=path.stem,
         task="sequence",
         num_classes=len(symbols),
         class_names=tuple(symbols),
+        keys=columns,
     )
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjaxprune.data import conversion, partitions, splits, transforms
+from fedjaxprune.data import conversion, partitions, population_checks, splits, transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, DataError, first_line
 from fedjaxprune.experiment.config.sections import RunConfig
@@ -45,18 +45,20 @@ def read(config: RunConfig) -> Examples:
             num_clients=section.num_clients,
             keys={name: ids[rest] for name, ids in dataset.keys.items()},
         )
+        order, offsets = population_checks.rows(parts, len(rest))
     except ValueError as error:
         over = "" if section.num_clients is None else f" over {section.num_clients} clients"
         raise ConfigError(
             f"data.partition {section.partition.name!r} of {section.dataset.name!r}{over} is "
             f"impossible: {first_line(error)}"
         ) from None
-    if section.num_clients not in (None, len(parts)):
+    num_clients = len(offsets) - 1
+    if section.num_clients not in (None, num_clients):
         raise ConfigError(
-            f"data.num_clients must be {len(parts)}, as the partition {section.partition.name!r} "
+            f"data.num_clients must be {num_clients}, as the partition {section.partition.name!r} "
             f"makes so many clients, or be left out; got {section.num_clients}."
         )
-    parts = [rest[np.asarray(part)] for part in parts]
+    parts = np.split(rest[order], offsets[1:-1])
     if not config.data.normalize:
         dataset = dataset._replace(mean=None, std=None)
     try:
@@ -66,8 +68,10 @@ def read(config: RunConfig) -> Examples:
     return Examples(
         dataset=dataset,
         held=held,
-        population=partitions.population(dict(dataset.train), parts),
-        sizes=np.array([len(part) for part in parts]),
+        population=partitions.population(
+            dict(dataset.train), parts, num_classes=dataset.num_classes or None
+        ),
+        sizes=np.diff(offsets).astype(np.int64),
         train=train,
         test=test,
     )

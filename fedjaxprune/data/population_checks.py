@@ -1,0 +1,161 @@
+"""Why examples and clients' rows make no population, in one sentence each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune.data import checks
+from fedjaxprune.errors import DataError
+from fedjaxprune.types import Examples
+
+_INT32_MAX = 2**31 - 1
+_AT_ONCE = 2**24  # values that are looked at together, to hold no second copy
+
+
+def examples(tree: Examples, *, num_classes: int | None) -> tuple[Examples, int]:
+    """Check arrays ``[E, ...]`` and give them in the types in which JAX keeps them, with ``E``.
+
+    Args:
+      tree: of arrays.
+      num_classes: that the labels must be less than; None if it is not known.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    if not leaves:
+        raise DataError(f"examples must be a mapping of arrays, got {tree!r}.")
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    made = [_stored(leaf, at or "examples") for at, (_, leaf) in zip(paths, leaves, strict=True)]
+    sizes = {len(leaf) for leaf in made}
+    if len(sizes) != 1:
+        raise DataError(f"examples must agree in their first axis, got sizes {sorted(sizes)}.")
+    (size,) = sizes
+    if not 0 < size <= _INT32_MAX:
+        raise DataError(f"examples must number from 1 to {_INT32_MAX}, got {size}.")
+    if num_classes is not None:
+        labels = [leaf for at, leaf in zip(paths, made, strict=True) if at == "labels"]
+        _check_classes(labels[0] if labels else None, num_classes)
+    return jax.tree.unflatten(structure, made), size
+
+
+def rows(parts: Sequence[Any], num_examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Check the clients' rows, and give them one after the other, with where each client begins.
+
+    Args:
+      parts: lists of integers in ``[0, num_examples)``.
+      num_examples: ``E``.
+
+    Returns:
+      ``([sum of sizes], [N + 1])``, both int32.
+    """
+    if isinstance(parts, Mapping | str | bytes) or not hasattr(parts, "__iter__"):
+        raise DataError(
+            f"parts must be a list with the rows of each client, got {checks.kind(parts)}"
+            + ("; give list(parts.values())." if isinstance(parts, Mapping) else ".")
+        )
+    made = [_integers(part, client) for client, part in enumerate(parts)]
+    if not made:
+        raise DataError("parts must have at least one client, got none.")
+    index = np.concatenate(made)
+    if index.size > _INT32_MAX:
+        raise DataError(f"parts must hold at most {_INT32_MAX} indices, got {index.size}.")
+    if index.size and not (index.min() >= 0 and index.max() < num_examples):
+        raise DataError(
+            f"parts must hold indices in [0, {num_examples}), got {index.min()} to {index.max()}."
+        )
+    offsets = np.cumsum([0, *map(len, made)])
+    return index.astype(np.int32), offsets.astype(np.int32)
+
+
+def _integers(part: Any, client: int) -> np.ndarray:
+    """Take one client's rows as int64; of an empty list NumPy makes floats."""
+    try:
+        made = np.asarray(part)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"parts: client {client} has no list of rows: {error}") from None
+    if made.ndim != 1:
+        raise DataError(
+            f"parts must hold a list of rows for each client, but that of client {client} has the "
+            f"shape {made.shape}."
+        )
+    if made.dtype == np.bool_ and made.size:
+        raise DataError(
+            f"parts must hold integers, but client {client} has marks; give "
+            "numpy.flatnonzero(marks)."
+        )
+    if made.size and made.dtype.kind not in "ui":
+        raise DataError(f"parts must hold integers, but client {client} has {made.dtype}.")
+    if made.dtype == np.uint64 and made.size and made.max() > _INT32_MAX:
+        raise DataError(f"parts: client {client} has the row {made.max()}, which no example is.")
+    return made.astype(np.int64)
+
+
+def _stored(leaf: Any, path: str) -> Any:
+    """Check one array, called by its path, and give it in the type in which JAX keeps it."""
+    made = leaf if isinstance(leaf, jax.Array) else checks.array(leaf, path)
+    if made.ndim == 0:
+        raise DataError(f"{path} must be an array with an axis of examples, got one number.")
+    given = made.dtype
+    is_float = jnp.issubdtype(given, jnp.floating)
+    is_whole = jnp.issubdtype(given, jnp.integer) or given == np.bool_
+    if not (is_float or is_whole):
+        raise DataError(f"{path} must be real numbers, got {_kind(made)}.")
+    try:
+        dtype = jnp.asarray(np.zeros(0, given)).dtype
+    except TypeError:  # numbers of more bits than JAX has
+        raise DataError(f"{path} must be numbers of at most 64 bits, got {given}.") from None
+    if isinstance(made, jax.core.Tracer):  # its values are not known
+        return made
+    if is_float:
+        with np.errstate(over="ignore"):
+            made = made if made.dtype == dtype else made.astype(dtype)
+        _check_finite(made, path)
+        return made
+    is_label = path.partition("/")[0] == "labels"  # batches hold int32
+    limits = jnp.iinfo(jnp.int32 if is_label or given == np.bool_ else dtype)
+    if limits.max < jnp.iinfo(jnp.uint8 if given == np.bool_ else given).max and made.size:
+        low, high = int(made.min()), int(made.max())
+        if low < limits.min or high > limits.max:
+            raise DataError(
+                f"{path} must fit {limits.dtype}, got {low} to {high}; number what occurs from 0: "
+                "give numpy.unique(values, return_inverse=True)[1]."
+            )
+    return made
+
+
+def _kind(made: Any) -> str:
+    if jnp.issubdtype(made.dtype, jnp.complexfloating):
+        return f"{made.dtype}; give real and imaginary parts as features of their own"
+    if made.dtype == np.object_:
+        return "rows of differing shapes, or objects"
+    return "text" if jnp.issubdtype(made.dtype, np.character) else str(made.dtype)
+
+
+def _check_finite(values: Any, path: str) -> None:
+    for start, block in _blocks(values):
+        bad = ~np.isfinite(block)
+        if bad.any():
+            example = int(np.argwhere(bad)[0][0])
+            raise DataError(
+                f"{path} must be finite {values.dtype} numbers, but example {start + example} has "
+                f"{block[bad][0]}; fill what is missing, and say where by an array of its own."
+            )
+
+
+def _blocks(values: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Walk through an array by some examples at a time."""
+    host = np.asarray(values)
+    step = max(1, _AT_ONCE // max(1, host[:1].size))
+    for start in range(0, len(host), step):
+        yield start, host[start : start + step]
+
+
+def _check_classes(labels: Any, num_classes: int) -> None:
+    """Refuse labels that are no classes; with several an example, negative ones are none."""
+    if labels is None or labels.dtype.kind not in "bui":
+        given = "no array of that name" if labels is None else str(labels.dtype)
+        raise DataError(f"labels must be integers for {num_classes} classes, got {given}.")
+    low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
+    if high >= num_classes or (low < 0 and labels.ndim == 1):
+        raise DataError(f"labels must lie in [0, {num_classes}), got {low} to {high}.")
