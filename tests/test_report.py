@@ -127,12 +127,16 @@ def test_curves_say_what_the_record_says(tmp_path):
 
 def test_what_is_constant_has_a_sentence_and_no_picture(tmp_path):
     one = make(write(tmp_path / "a", rising([0.1, 0.2])))
-    assert list(pictures(one)) == ["score", "loss", "layers", "traffic", "clients", "participation"]
-    for words in ("Sparsity: 50 % in every round.", "Clients in a round: 2 in every round."):
+    assert list(pictures(one)) == ["score", "loss", "traffic", "clients", "participation"]
+    for words in (
+        "Sparsity: 50 % in every round.",
+        "Sparsity by layer: in every round, a 25 %, b 50 %.",
+        "Clients in a round: 2 in every round.",
+    ):
         assert f"<li>{words}</li>" in one
     dense = [changed(one, DENSE) for one in rising([0.1, 0.2])]
     write(tmp_path / "s" / "dense", dense)
-    write(tmp_path / "s" / "fixed", rising([0.1, 0.2]), {"method": {"name": "fixed"}})
+    write(tmp_path / "s" / "fixed", rising([0.1] * 3), {"method": {"name": "fixed"}})
     text = make(tmp_path / "s")
     for words in (
         "Sparsity, constant: fedavg 0 %; fixed 50 %.",
@@ -140,6 +144,21 @@ def test_what_is_constant_has_a_sentence_and_no_picture(tmp_path):
     ):
         assert f"<li>{words}</li>" in text
     assert list(pictures(text)["layers"]) == ["fixed"]  # opens on one that prunes
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.5, 0.5], "50 % in every layer and round"),
+        (np.linspace(0, 0.6, 13), "in every round, from 0 % in l0 to 60 % in l12"),
+    ],
+)
+def test_layers_of_constant_sparsity_have_a_sentence(tmp_path, values, words):
+    layers = {f"l{n}/kernel": float(value) for n, value in enumerate(values)}
+    lines = [changed(one, {"mask.sparsity_by_layer": layers}) for one in rising([0.1, 0.2])]
+    text = make(write(tmp_path / "a", lines))
+    assert f"<li>Sparsity by layer: {words}.</li>" in text
+    assert "layers" not in pictures(text)
 
 
 def test_every_table_scrolls_in_its_own_box_by_keyboard_too(tmp_path):
@@ -240,12 +259,36 @@ def test_stages_are_marked_where_they_begin(tmp_path):
     assert [shape["x0"] for shape in layout["shapes"]] == [0.5, 2.5]
 
 
-def test_stages_of_several_methods_are_one_mark_a_round(tmp_path):
-    for name, stage, method in (("a", "warm", "fedavg"), ("b", "agree", "mpfl")):
-        lines = [line(1, stage=stage), *gradual([0.1, 0.2, 0.3])[1:]]
-        write(tmp_path / name, lines, {"method.name": method})
-    layout = pictures(make(tmp_path / "a", tmp_path / "b"))["sparsity"][""]["layout"]
-    assert [a["text"] for a in layout["annotations"]] == ["warm / agree", "train"]
+def test_stages_of_several_methods_are_one_mark_a_round_that_says_whose_they_are(tmp_path):
+    folders = []
+
+    def marks():
+        layout = pictures(make(*folders))["sparsity"][""]["layout"]
+        colors = [shape["line"]["color"] for shape in layout["shapes"]]
+        return dict(zip((a["text"] for a in layout["annotations"]), colors, strict=True))
+
+    def add(name, stages, settings):
+        played = zip(gradual([0.1] * 4), stages, strict=True)
+        lines = [changed(one, {"stage": stage}) for one, stage in played]
+        folders.append(write(tmp_path / name, lines, settings))
+
+    add("a", ["warm", "train", "train", "train"], {"method.name": "fedavg"})
+    assert marks() == {"warm": "#888888", "train": "#888888"}
+    add("b", ["agree", "agree", "train", "train"], {"method": {"name": "mpfl", "votes": 1}})
+    assert marks() == {
+        "warm (fedavg) / agree (mpfl)": "#888888",
+        "train (fedavg)": frame.LIGHT[0],
+        "train (mpfl)": frame.LIGHT[1],
+    }
+    add("c", ["agree", "agree", "agree", "train"], {"method": {"name": "mpfl", "votes": 2}})
+    assert list(marks()) == [
+        "warm (fedavg) / agree (mpfl)",
+        "train (fedavg)",
+        "train (mpfl, method.votes 1)",
+        "train (mpfl, method.votes 2)",
+    ]
+    del folders[0]
+    assert next(iter(marks())) == "agree"  # everybody's
 
 
 def test_runs_without_some_figures_have_the_other_pictures(tmp_path):

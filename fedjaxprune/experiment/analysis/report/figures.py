@@ -14,6 +14,8 @@ from fedjaxprune.experiment.analysis.report import costs, frame, series
 from fedjaxprune.experiment.folder import load
 from fedjaxprune.experiment.folder.load import RunData
 
+FEW_LAYERS = 12  # that a sentence can list
+
 
 class _Series(NamedTuple):
     """A number of every round, with `key`, `title` and `note` as of a `frame.Picture`."""
@@ -172,6 +174,8 @@ def _layers(run: RunData) -> go.Figure | str | None:
         return "nothing is pruned"
     if all(path.endswith("/kernel") for path in paths):
         paths = [path.removesuffix("/kernel") for path in paths]
+    if table.shape[1] == 1:
+        return _constant_layers(dict(zip(paths, table[:, 0].tolist(), strict=True)))
     figure = frame.empty(x="rounds", y="", height=140 + 16 * max(len(paths), 6))
     figure.add_heatmap(
         x=frame.thin(edges),
@@ -186,6 +190,17 @@ def _layers(run: RunData) -> go.Figure | str | None:
     figure.update_yaxes(autorange="reversed", title=None)
     frame.whole(figure.update_xaxes, len(run.lines))
     return figure
+
+
+def _constant_layers(values: dict[str, float]) -> str:
+    """Say the sparsity of layers in which it is constant: of each, or of many the extremes."""
+    texts = {path: f"{value:.4g} %" for path, value in values.items()}
+    if len(set(texts.values())) == 1:
+        return f"{next(iter(texts.values()))} in every layer and round"
+    if len(texts) > FEW_LAYERS:
+        least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        return f"in every round, from {texts[least]} in {least} to {texts[most]} in {most}"
+    return f"in every round, {', '.join(f'{path} {text}' for path, text in texts.items())}"
 
 
 def _spread(run: RunData) -> go.Figure | str | None:

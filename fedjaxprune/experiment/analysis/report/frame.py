@@ -140,27 +140,45 @@ def curves(
 
 
 def mark_stages(figure: go.Figure, groups: Sequence[Group]) -> None:
-    """Mark where stages begin, once for each round; the text shown on hover says whose they are."""
-    found: dict[int, dict[str, list[str]]] = {}
-    for members in groups:
+    """Mark where stages begin, once for each round, and say whose they are if not everybody's.
+
+    The line of one group alone has the color and the dashes of its curve.
+    """
+    found: dict[int, dict[str, list[int]]] = {}
+    for number, members in enumerate(groups):
         for mark in series.stages(groups_lib.counted(members)[0]):
-            found.setdefault(mark.round, {}).setdefault(mark.stage, []).append(members.label)
+            found.setdefault(mark.round, {}).setdefault(mark.stage, []).append(number)
+    length = max(len(run.lines) for members in groups for run in groups_lib.counted(members))
     for row, (begin, stages) in enumerate(sorted(found.items())):
-        whose = [f"{stage}: {', '.join(labels)}" for stage, labels in stages.items()]
+        numbers = [number for several in stages.values() for number in several]
+        hover = [f"{s}: {'; '.join(groups[n].label for n in ns)}" for s, ns in stages.items()]
+        own = numbers[0] if len(groups) > 1 == len(numbers) else None
+        color, dash = ("#888888", "dot") if own is None else (nth(LIGHT, own), nth(DASHES, own))
         figure.add_vline(
             x=begin - 0.5,
-            line={"width": 1, "dash": "dot", "color": "#888888"},
+            line={"width": 1, "dash": dash, "color": color},
             annotation={
-                "text": " / ".join(stages),
-                "hovertext": "<br>".join(whose) if len(groups) > 1 else None,
-                "font": {"size": 11},
+                "text": " / ".join(f"{stage}{_whose(n, groups)}" for stage, n in stages.items()),
+                "hovertext": "<br>".join(hover) if len(groups) > 1 else None,
+                "font": {"size": 11} | ({} if own is None else {"color": color}),
                 "yanchor": "bottom",
-                "xanchor": "left",
+                "xanchor": "left" if begin - 0.5 <= length / 2 else "right",
                 "yshift": 14 * (row % 4),  # pixels: pictures differ in height
             },
         )
     if found:
         figure.update_layout(margin={"t": 42 + 16 * min(len(found), 4)})
+
+
+def _whose(numbers: Sequence[int], groups: Sequence[Group]) -> str:
+    """Name groups behind a stage's name: by methods if that is enough; nothing if it is all."""
+    if len(numbers) == len(groups):
+        return ""
+    names = [groups_lib.name_of(members.runs[0]) for members in groups]
+    whose = list(dict.fromkeys(names[number] for number in numbers))
+    if sum(map(names.count, whose)) > len(numbers):  # not all groups of these methods
+        whose = [groups[number].label for number in numbers]
+    return f" ({'; '.join(whose) if len(whose) <= 3 else f'{len(numbers)} configurations'})"
 
 
 def bar(values: Sequence[float]) -> dict[str, Any]:
