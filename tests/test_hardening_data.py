@@ -171,10 +171,7 @@ def test_client_ids_may_have_any_name(tmp_path):
     names = ("labels", "inputs", "train", "test_inputs", "x_train", "y")
     ids = {name: [f"{name}{i % 2}" for i in range(40)] for name in names}
     columns = {"a": list(range(40)), "label": [i % 4 for i in range(40)], **ids}
-    lines = [
-        ",".join(columns),
-        *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True)),
-    ]
+    rows = [",".join(map(str, row)) for row in zip(*columns.values(), strict=True)]
     (tmp_path / "mine.csv").write_text("\n".join([",".join(columns), *rows]))
     part = registry.find("dataset", "table").part
     dataset = part.build(part.settings(path=str(tmp_path / "mine.csv"), keys=names))

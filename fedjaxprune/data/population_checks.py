@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fedjaxprune.data import checks
 from fedjaxprune.errors import DataError
@@ -105,7 +106,7 @@ def _stored(leaf: Any, path: str) -> Any:
         dtype = jnp.asarray(np.zeros(0, given)).dtype
     except TypeError:  # numbers of more bits than JAX has
         raise DataError(f"{path} must be numbers of at most 64 bits, got {given}.") from None
-    if isinstance(made, jax.core.Tracer):  # its values are not known
+    if isinstance(made, Tracer):  # its values are not known
         return made
     if is_float:
         with np.errstate(over="ignore"):
