@@ -121,13 +121,22 @@ def alternatives(settings_type: type[pydantic.BaseModel], name: str) -> list[str
     return [word for leaf, _ in _leaves(_annotation(settings_type, name)) for word in _words(leaf)]
 
 
+def takes_list(settings_type: type[pydantic.BaseModel], name: str) -> bool:
+    """Tell whether a setting may be a list."""
+    return any(_list_text(leaf) for leaf, _ in _leaves(_annotation(settings_type, name)))
+
+
 def _limits(annotation: Any, *, machine_limits: bool) -> str:
     """Say where the numbers of a type lie: ``"in [0, 1)"``, ``"at least 1"``; empty without limits.
 
     The largest numbers of int32 and float32 are named only with `machine_limits`.
     """
     low = high = None
-    for limit in (limit for _, bounds in _leaves(annotation) for limit in bounds):
+    leaves = list(_leaves(annotation))
+    for item in (typing.get_args(leaf)[0] for leaf, _ in leaves if _list_text(leaf)):
+        if limits := _limits(item, machine_limits=machine_limits):
+            return f"each {limits}"
+    for limit in (limit for _, bounds in leaves for limit in bounds):
         match limit:
             case annotated_types.MinLen(min_length=1):
                 return "that is not empty"

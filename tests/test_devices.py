@@ -17,7 +17,6 @@ SETTINGS = {
     "method": {"name": "feddip", "prune_every": 2},
     "data": {"num_clients": 12, "partition": "dirichlet"},
     "federation": {"num_rounds": 5, "cohort_size": 9, "dropout_rate": 0.2},
-    "client.epochs": 1,
     "uplink": {"name": "top_k", "error_feedback": True},
     "evaluation.every": 5,
     "checkpoints": {"every": 2, "keep": 2},
@@ -30,7 +29,8 @@ class Stop(Exception):
 
 def train(folder, *, devices, stop_after=None, **changes):
     """Run in `folder`; return the final state, or None if it was stopped."""
-    given = resolve.merge(resolve.read(SETTINGS), resolve.read(changes))
+    work = {} if "client.steps" in changes else {"client.epochs": 1}
+    given = resolve.merge(resolve.read({**SETTINGS, **work}), resolve.read(changes))
     given = resolve.merge(given, resolve.read({"execution.devices": devices}))
     parts = build.build(resolve.resolve(given))
     assert (1 if parts.mesh is None else parts.mesh.size) == devices

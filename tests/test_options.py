@@ -117,7 +117,7 @@ BAD = {
     "ambiguous part": (
         ["--uplink", "top_k", "--aggregator", "trimmed_mean", "--fraction", "0.5"],
         [
-            "'--fraction' is of several sections",
+            "'--fraction': several sections have it, so give",
             "--server.aggregator.fraction or --uplink.fraction",
         ],
     ),
@@ -135,6 +135,17 @@ BAD = {
     "schema": (["schema.yaml"], ["schema must be 2", "got 1 (from schema.yaml)"]),
     "empty folder": (["--folder="], ["--folder must be a folder, got none"]),
     "resume": (["--resume"], ["--resume must be a folder, got none"]),
+    "short and full": (["--method.name", "feddip", "--method", "fedavg"], ["given once, got 2"]),
+    "setting twice": (["--epochs", "3", "--client.epochs", "3"], ["--epochs or --client.epochs"]),
+    "same twice": (["--folder", "a", "--folder", "b"], ["--folder must be given once, got 2"]),
+    "yes and no": (["--no-normalize", "--data.normalize"], ["--normalize or", "given once"]),
+    "two amounts": (["--epochs", "3", "--steps", "2"], ["client.epochs must", "steps", "got 3"]),
+    "two amounts in file": (["work.yaml"], ["client.epochs must be left out", "(here 4;"]),
+    "file and option": (["steps.yaml", "--epochs", "3"], ["client.epochs must be left out"]),
+    "empty variant": (["--method", "feddip/"], ["the variant of 'feddip' must", "got ''"]),
+    "no such variants": (["--method", "fedavg/"], ["'fedavg' has no variants, got ''"]),
+    "nested variant": (["--method", "feddip//corrected"], ["variant of 'feddip'", "'/corrected'"]),
+    "variant alone": (["--method", "/corrected"], ["method must be one of", "'/corrected'"]),
     "two folders": (["--resume", "a", "--folder", "b"], ["'a'", "'b'; give one"]),
     "cohort": (["--cohort-size", "99"], ["federation.cohort_size", "(20), got 99"]),
 }
@@ -151,6 +162,8 @@ def test_bad_input_is_one_sentence(capsys, begun, name):
         "value": "method: {sparsity: most}\n",
         "list": "- rounds\n",
         "schema": "schema: 1\n",
+        "work": "client: {epochs: 3, steps: 4}\n",
+        "steps": "client: {steps: 4}\n",
     }.items():
         pathlib.Path(f"{file}.yaml").write_text(text)
     status, out, err = call(capsys, "run", *args)

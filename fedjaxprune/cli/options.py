@@ -142,13 +142,13 @@ def explain_option(error: click.NoSuchOption, command: str) -> str:
     known = list(resolve.paths(context.command.config_type))
     hint = errors.explain(given, known, context.command.parts)
     if hint.renamed:
-        option = by_path.get(hint.renamed, f"--{hint.renamed}")
+        option = by_path.get(hint.renamed, f"--{hint.renamed}".replace(" or ", " or --"))
         return f"{start}: since schema 2 it is {option} ({hint.renamed})."
     if hint.owners:
         return f"{start}: {errors.whose(hint)}."
     if len(hint.paths) > 1:
         full = " or ".join(f"--{path.replace('_', '-')}" for path in hint.paths)
-        return f"{start} is of several sections: give {full}."
+        return f"{start}: several sections have it, so give {full}."
     own = [name for param in params for name in param.opts if "." not in name]
     close = difflib.get_close_matches(error.option_name, own, n=1, cutoff=0.8)
     best = by_path[hint.paths[0]] if hint.paths else close[0] if close else ""

@@ -40,8 +40,13 @@ class Command(click.Command):
         return click.Command.make_context(command, info_name, args, parent, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read options with dashes or underscores alike."""
+        """Read options with dashes or underscores alike, each once."""
         ctx.token_normalize_func = lambda text: text.replace("_", "-")
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        for param in order:
+            if order.count(param) > 1 and not (param.multiple or isinstance(param, click.Argument)):
+                names = " or ".join(sorted(param.opts, key=len))
+                raise ConfigError(f"{names} must be given once, got {order.count(param)}.")
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -59,9 +59,10 @@ def find(kind: str, name: Any, *, path: str = "") -> Found:
     base, variant = listing.split_variant(name) if kind == "method" else (name, "")
     value, origin, settings = _look_up(kind, base, name, label)
     made = as_part(kind, value, f"{label}: {base!r}")
-    if variant and not made.variants:
+    is_variant = bool(variant) or (kind == "method" and name.endswith("/"))
+    if is_variant and not made.variants:
         raise ConfigError(f"{label}: {base!r} has no variants, got {variant!r}.")
-    if variant and variant not in made.variants:
+    if is_variant and variant not in made.variants:
         raise ConfigError(
             f"{label}: the variant of {base!r} must be one of {', '.join(made.variants)}, "
             f"got {variant!r}{near_miss(variant, made.variants)}"

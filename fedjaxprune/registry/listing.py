@@ -146,6 +146,13 @@ def top_names(file: pathlib.Path) -> list[str]:
     ]
 
 
+def mentions(kind: str, text: str) -> bool:
+    """Tell whether a text stands anywhere in the modules of a kind's built-in parts."""
+    folders = {file.parent for _, file in _modules(KINDS[kind].place)}
+    files = (file for folder in folders for file in folder.rglob("*.py"))
+    return any(text in file.read_text(encoding="utf-8") for file in files)
+
+
 def split_variant(name: str) -> tuple[str, str]:
     """Take the name of a method apart from that of its variant, which may be empty."""
     if name.endswith(".py"):

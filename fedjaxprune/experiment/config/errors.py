@@ -12,6 +12,7 @@ import pydantic
 from fedjaxprune import registry
 from fedjaxprune.errors import ConfigError, near_miss, shown
 from fedjaxprune.experiment.config import sections
+from fedjaxprune.registry.listing import mentions
 from fedjaxprune.settings import Settings, allowed, alternatives, nested
 
 # Names of schema 1 that are called otherwise, or that a section would not tell.
@@ -33,7 +34,7 @@ RENAMED: Mapping[str, str] = {
     "checkpoint_every": "checkpoints.every",
     "keep_checkpoints": "checkpoints.keep",
     "development_share": "method.validation_fraction",
-    "pretrain_epochs": "method.server_epochs",
+    "pretrain_epochs": "method.server_epochs or method.vote_epochs",
     "swap_fraction": "method.drop_fraction",
     "prune_until": "method.last_prune_round",
     "feddip_mode": "method.mode",
@@ -74,8 +75,8 @@ class Hint(NamedTuple):
 
     paths: tuple[str, ...] = ()  # of settings of this run; without any, the rest says why
     renamed: str = ""  # its path since schema 2
-    owners: tuple[str, ...] = ()  # parts that have such a setting, where the chosen one does not
-    chosen: str = ""  # the part that was chosen
+    # parts that have such a setting, by the name of the chosen one of their kind, which has not
+    owners: Mapping[str, tuple[str, ...]] = {}
 
 
 def refuse(
@@ -88,6 +89,8 @@ def refuse(
     if first["type"] == "value_error":
         return ConfigError(_prefixed(str(first["ctx"]["error"]), owner, path))
     given = shown(first["input"])
+    if first["loc"] and isinstance(first["loc"][-1], int):
+        given += f" as item {first['loc'][-1] + 1}"
     is_huge = first["type"] in ("less_than_equal", "int_parsing_size", "finite_number")
     if not name:
         return ConfigError(f"{path} must be settings as `name: value`, got {given}{source}.")
@@ -146,10 +149,12 @@ def unknown(path: str, hint: Hint, source: str) -> ConfigError:
 
 
 def whose(hint: Hint) -> str:
-    """Say which parts have a setting that the chosen one does not have."""
-    names = hint.owners[:4]
-    more = f" and {len(hint.owners) - 4} more" if len(hint.owners) > 4 else ""
-    return f"it is a setting of {', '.join(names)}{more}, not of {hint.chosen}"
+    """Say which parts have a setting that the chosen ones do not have."""
+    texts = []
+    for chosen, names in hint.owners.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        texts.append(f"{', '.join(names[:4])}{more}, not of {chosen}")
+    return f"it is a setting of {', and of '.join(texts)}"
 
 
 def explain(path: str, known: Iterable[str], parts: Mapping[str, registry.Found]) -> Hint:
@@ -157,25 +162,32 @@ def explain(path: str, known: Iterable[str], parts: Mapping[str, registry.Found]
     known = [one for one in known if not one.endswith(".name")] + list(sections.PLACES)
     section, _, name = path.rpartition(".")
     if not section and name in RENAMED:
-        return Hint(renamed=RENAMED[name])
+        return Hint(renamed=_renamed(name, known))
     for wanted in (name, _SHORT.get(name, name)):
         if same := tuple(one for one in known if one.rpartition(".")[2] == wanted):
             return Hint(paths=same)
-    for place, found in parts.items():
-        if (not section or section == place) and (owners := _owners(found, name)):
-            return Hint(owners=owners, chosen=found.name)
+    asked = (found for place, found in parts.items() if not section or section == place)
+    if owners := {found.name: own for found in asked if (own := _owners(found, name))}:
+        return Hint(owners=owners)
     near = [one for one in known if one.rpartition(".")[0] == section] if section else []
     for among in (near, known):
         names = {one.rpartition(".")[2]: one for one in reversed(among)}
         if close := difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6):
             return Hint(paths=(names[close[0]],))
     close = difflib.get_close_matches(path, RENAMED, n=1, cutoff=0.8)
-    return Hint(renamed=RENAMED[close[0]]) if close else Hint()
+    return Hint(renamed=_renamed(close[0], known)) if close else Hint()
+
+
+def _renamed(name: str, known: Iterable[str]) -> str:
+    """Say what an old name is called now, in this run where methods differ in that."""
+    return next((one for one in RENAMED[name].split(" or ") if one in known), RENAMED[name])
 
 
 def _owners(found: registry.Found, name: str) -> tuple[str, ...]:
     """List the built-in parts of the same kind that have a setting of this name."""
     owners = []
+    if not mentions(found.kind, f"{name}:"):  # importing takes a second
+        return ()
     for other, listed in registry.names(found.kind).items():
         if listed.origin.source == "built-in":
             try:

@@ -52,7 +52,7 @@ def _flat(values: Mapping[str, Any], prefix: str, origin: str) -> Iterator[tuple
         if not isinstance(key, str):
             raise ConfigError(f"{prefix}{key} must be a text, as names of settings are{origin}.")
         path = prefix + key
-        value = value.model_dump() if isinstance(value, Settings) else value
+        value = value.model_dump(exclude_unset=True) if isinstance(value, Settings) else value
         is_nested = isinstance(value, Mapping) and not _holds_arrays(value)
         if path in PLACES and not is_nested:
             yield f"{path}.name", value

@@ -83,6 +83,15 @@ class Client(Settings):
     )
     correction: Any = part("correction", "none", "Correction of client drift.")
 
+    @pydantic.model_validator(mode="after")
+    def _check_work(self) -> "Client":
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError(
+                f"epochs must be left out where steps are set (here {self.steps}; none unsets "
+                f"them), got {self.epochs}."
+            )
+        return self
+
 
 class Server(Settings):
     """What the server does with the messages."""
@@ -239,4 +248,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
         first = {"name": value["name"]} if "name" in value else {}
         return {name: ordered(one) for name, one in (first | value).items()}
 
-    return ordered(config.model_dump(mode="json"))
+    values = config.model_dump(mode="json")
+    if config.client.steps is not None:
+        del values["client"]["epochs"]  # steps count
+    return ordered(values)

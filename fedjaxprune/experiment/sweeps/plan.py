@@ -26,6 +26,7 @@ import yaml
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import files, identity, resolve
 from fedjaxprune.experiment.config.sections import PLACES, RunConfig, plain
+from fedjaxprune.settings import takes_list
 
 PRESET, CASES, FOLDER = "preset", "cases", "folder"
 _METHOD = "method.name"
@@ -52,7 +53,15 @@ def is_sweep(values: Mapping[str, Any]) -> bool:
     """Tell the file of a sweep from that of one run."""
     if CASES in values or PRESET in values:
         return True
-    return any(isinstance(value, list) for value in resolve.read(values).values.values())
+    given = resolve.read(values)
+    lists = {path: value for path, value in given.values.items() if isinstance(value, list)}
+    if not lists or any(path.endswith(".name") for path in lists):
+        return bool(lists)
+    known = resolve.paths(resolve.find_parts(given).type)
+    return any(
+        path not in known or not takes_list(*known[path]) or isinstance((value or [""])[0], list)
+        for path, value in lists.items()
+    )
 
 
 def read(given: str | Mapping[str, Any], *, folder: pathlib.Path | None) -> Sweep:
