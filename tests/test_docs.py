@@ -22,9 +22,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands(page):
+def commands(page, kind="bash"):
     """List the words behind every ``fedjaxprune`` in a page's blocks of shell commands."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line.partition("&&")[0], comments=True)
         if words[:1] == ["fedjaxprune"] and not any("..." in word for word in words):
@@ -92,6 +92,18 @@ def own_parts(tmp_path_factory):
     for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, re.M | re.S):
         (folder / name).write_text(code)
     return folder
+
+
+OWN = [
+    words
+    for words in commands(ROOT / "docs/own_parts.md", "console")
+    if any(".py:" in word for word in words) and words[0] in ("run", "describe")
+]
+
+
+@pytest.mark.parametrize("words", OWN, ids=range(len(OWN)))
+def test_a_command_of_the_page_is_valid(own_parts, words, monkeypatch):
+    test_a_documented_command_is_valid("own_parts.md", words, monkeypatch, own_parts)
 
 
 @pytest.mark.parametrize("name", ["short.py:momentum_sgd", "long.py:OPTIMIZER"])

@@ -117,6 +117,9 @@ def ran(place):
     own = f"run --method ./own.py:METHOD {method} --model small_perceptron {DATA} {TINY} "
     edit = 'import pathlib\np = pathlib.Path("own.py")\np.write_text(p.read_text() + "# mine\\n")\n'
     (place / "edit.py").write_text(edit)
+    (place / "elsewhere").mkdir()
+    (place / "away.py").write_text("import os\nos.chdir('elsewhere')\n")
+    (place / "elsewhere" / "back.py").write_text("import os\nos.chdir('..')\n")
     return play(
         place,
         f"run --method sparse_evolution {method} {DATA} {TINY} --folder a --track stop:stop",
@@ -124,7 +127,9 @@ def ran(place):
         "sweep sweep.yaml",
         own + "--folder own --track stop:stop",
         "python edit.py",
-        "run --resume own",
+        "python away.py",
+        "run --resume ../own",  # which was started with ./own.py
+        "python back.py",
         "export a",
         "python values.py",
     )
@@ -155,7 +160,7 @@ def test_an_installed_method_model_and_data_set_run_resume_and_are_swept(place, 
 def test_a_file_is_the_same_method_and_a_changed_one_is_said(place, ran):
     status, text = result(ran, "run --method ./own.py:METHOD")
     assert status == 130, text
-    status, text = ran["run --resume own"]
+    status, text = ran["run --resume ../own"]
     assert status == 0, text
     assert re.search(
         r"the run was made with other code: method was a file with checksum (\w{8}) then and is a "

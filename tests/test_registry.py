@@ -11,9 +11,10 @@ import pydantic
 import pytest
 
 from fedjaxprune import registry
+from fedjaxprune.data.sources import files
 from fedjaxprune.errors import ConfigError, FedJaxPruneError, first_line, near_miss
 from fedjaxprune.method import Method
-from fedjaxprune.registry import listing
+from fedjaxprune.registry import imports, listing
 from fedjaxprune.settings import Settings, setting
 
 HEAD = """
@@ -245,6 +246,22 @@ def test_a_file_is_found_with_its_checksum_and_again_when_it_changes(folder, tmp
     assert dict(registry.find("method", "own/mine.py:METHOD/v").variant) == {"rate": 3}
     write(file, text + "import beside_mine\nX = 1\n")
     assert registry.find("method", "own/mine.py").origin.sha256 != checksum
+
+
+def test_paths_are_seen_from_where_a_run_was_started(tmp_path, monkeypatch):
+    for place in ("there", "here"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "own.py").write_text(f"METHOD = {place!r}\n")
+        (tmp_path / place / "x.csv").write_text(place)
+    (tmp_path / "here" / "new.csv").write_text("new")
+    monkeypatch.chdir(tmp_path / "here")
+    assert imports.refer("own.py", "METHOD", "")[0] == "here"
+    with registry.as_started_in(str(tmp_path / "there")):
+        assert imports.refer("./own.py", "METHOD", "")[0] == "there"
+        assert files.find("x.csv").read_text() == "there"
+        assert files.find("new.csv").read_text() == "new"  # only here
+        assert files.find(str(tmp_path / "here" / "x.csv")).read_text() == "here"
+    assert files.find("x.csv").read_text() == "here"
 
 
 def test_annotations_of_a_file_may_be_texts(folder, tmp_path):

@@ -34,7 +34,9 @@ class Command(click.Command):
         has_help = bool({"-h", "--help"} & set(args))
         command = Command(self.name, callback=self.callback, help=self.help)
         if seen.names.values or seen.source or not has_help:
-            found = resolve.find_parts(resolve.merge(_base(seen), seen.names))
+            base, started_in = _base(seen)
+            with registry.as_started_in(started_in):
+                found = resolve.find_parts(resolve.merge(base, seen.names))
             command.config_type, command.parts = found.type, found.parts
         command.params = [*options(command.config_type), *self.params]
         return click.Command.make_context(command, info_name, args, parent, **extra)
@@ -116,15 +118,20 @@ def _scan(args: Sequence[str]) -> _Seen:
     return _Seen(source, given, (resumed or folder) if is_resumed else "")
 
 
-def _base(seen: _Seen) -> resolve.Given:
-    """Read what comes before the options: a preset or file, or the config of a run to resume."""
-    base = resolve.Given({})
+def _base(seen: _Seen) -> tuple[resolve.Given, str]:
+    """Read what comes before the options: a preset or file, or the config of a run to resume.
+
+    And where that run was started.
+    """
+    base, started_in = resolve.Given({}), ""
     if seen.resumed:
         path = layout.path_of(seen.resumed) / layout.CONFIG
         if os.path.isfile(path):  # else resuming says what is wrong
             stored = files.read_stored(path.read_text(encoding="utf-8"), source=str(path))
-            base = resolve.read(stored.values, source=str(path))
-    return resolve.merge(base, files.read_source(seen.source)) if seen.source else base
+            base, started_in = resolve.read(stored.values, source=str(path)), stored.started_in
+    if seen.source:
+        base = resolve.merge(base, files.read_source(seen.source))
+    return base, started_in
 
 
 @click.command(cls=Command)

@@ -1,6 +1,7 @@
 """Parts by name: built-in ones, those of installed packages and those of a user's own files."""
 
 from fedjaxprune.registry.finding import Found, find
+from fedjaxprune.registry.imports import as_started_in, locate
 from fedjaxprune.registry.listing import KINDS, Kind, Listed, Origin, names
 from fedjaxprune.registry.parts import Part, call, part
 from fedjaxprune.settings import describe_settings
@@ -12,9 +13,11 @@ __all__ = [
     "Listed",
     "Origin",
     "Part",
+    "as_started_in",
     "call",
     "describe_settings",
     "find",
+    "locate",
     "names",
     "part",
 ]

@@ -3,14 +3,13 @@
 import difflib
 import importlib
 import inspect
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fedjaxprune.errors import ConfigError, first_line, near_miss, shown
 from fedjaxprune.registry import listing
-from fedjaxprune.registry.imports import load, refer
+from fedjaxprune.registry.imports import load, locate, refer
 from fedjaxprune.registry.listing import KINDS, Origin
 from fedjaxprune.registry.parts import a_kind, as_part, name_of
 
@@ -120,7 +119,7 @@ def _built_in(kind: str, name: str, module: str, label: str) -> Any:
 def _only_name(kind: str, place: str, label: str) -> str:
     """Find what a file without ``:NAME`` means: its ``METHOD``, for a method."""
     try:
-        found = listing.top_names(pathlib.Path(place).expanduser())
+        found = listing.top_names(locate(place))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"{label}: {place!r} cannot be read ({reason}).") from None

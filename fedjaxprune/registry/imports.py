@@ -1,5 +1,7 @@
 """Import a file or a module that a user names, and say in one sentence why that failed."""
 
+import contextlib
+import contextvars
 import hashlib
 import importlib
 import importlib.metadata
@@ -9,11 +11,30 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedjaxprune.errors import ConfigError, first_line, near_miss
 from fedjaxprune.registry.listing import Origin
+
+_STARTED_IN: contextvars.ContextVar[str] = contextvars.ContextVar("started_in", default="")
+
+
+@contextlib.contextmanager
+def as_started_in(folder: str) -> Iterator[None]:
+    """Read relative paths and names of modules as in another working folder, that of a run."""
+    token = _STARTED_IN.set(folder)
+    try:
+        yield
+    finally:
+        _STARTED_IN.reset(token)
+
+
+def locate(text: str) -> pathlib.Path:
+    """Find what a user's path names: seen from where a run was started, else from here."""
+    here = pathlib.Path(os.path.expanduser(text))
+    there = _STARTED_IN.get() / here
+    return there if os.path.exists(there) else here
 
 
 def refer(place: str, name: str, what: str) -> tuple[Any, Origin]:
@@ -21,7 +42,7 @@ def refer(place: str, name: str, what: str) -> tuple[Any, Origin]:
     if place.endswith(".py"):
         module, origin = _import_file(place, what)
     else:
-        _see(os.getcwd())
+        _see(_STARTED_IN.get() or os.getcwd())
         module = load(lambda: importlib.import_module(place), what)
         origin = _origin_of(module, place)
     if not hasattr(module, name):
@@ -32,7 +53,7 @@ def refer(place: str, name: str, what: str) -> tuple[Any, Origin]:
 
 def _import_file(place: str, what: str) -> tuple[types.ModuleType, Origin]:
     """Import a file under a name of its path and content; a changed file is imported again."""
-    file = pathlib.Path(place).expanduser().resolve()
+    file = locate(place).resolve()
     try:
         content = file.read_bytes()
     except OSError as error:

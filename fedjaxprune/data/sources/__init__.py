@@ -1,11 +1,11 @@
 """Where data sets come from: one module per source, each with its settings."""
 
 import os
-import pathlib
 from typing import Any
 
 from fedjaxprune.data.sources import files
 from fedjaxprune.errors import ConfigError
+from fedjaxprune.registry import locate
 
 _SUFFIXES = {".csv": "table", ".tsv": "table", ".parquet": "table", ".npz": "npz", ".txt": "text"}
 
@@ -24,7 +24,7 @@ def source_for_path(text: str) -> tuple[str, dict[str, Any]] | None:
     Raises:
       ConfigError: it can only be a path, but there is nothing, or no file that is read.
     """
-    path = pathlib.Path(text).expanduser()
+    path = locate(text)
     suffix = path.suffix.lower()
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix], {"path": text}

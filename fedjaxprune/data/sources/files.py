@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from fedjaxprune.errors import DataError, first_line, near_miss
+from fedjaxprune.registry import locate
 
 
 def find(path: str, *, kind: Literal["file", "folder"] = "file") -> pathlib.Path:
     """Find a file or a folder."""
-    found = pathlib.Path(path).expanduser()
+    found = locate(path)
     if not found.exists():
         raise DataError(f"there is no {kind} {path}{near_name(found)}")
     if found.is_dir() != (kind == "folder"):

@@ -1,7 +1,6 @@
 """A Hugging Face data set: in memory, saved to a folder, or by name through `datasets`."""
 
 import importlib
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from fedjaxprune.data.conversion import as_dataset
 from fedjaxprune.data.datasets import Dataset, Task
 from fedjaxprune.data.sources import files
 from fedjaxprune.errors import DataError, first_line
-from fedjaxprune.registry import Part
+from fedjaxprune.registry import Part, locate
 from fedjaxprune.settings import Probability, Settings, setting
 
 _INPUTS = ("image", "img", "inputs", "x", "pixel_values", "features", "input_ids")
@@ -50,7 +49,7 @@ def build(settings: HuggingFaceSettings) -> Dataset:
             "data sets of Hugging Face by name need the package datasets: pip install "
             "'fedjaxprune[huggingface]'."
         ) from None
-    folder = pathlib.Path(settings.source).expanduser()
+    folder = locate(settings.source)
     try:
         if folder.is_dir():
             value = package.load_from_disk(str(folder))

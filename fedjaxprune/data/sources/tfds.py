@@ -15,7 +15,7 @@ import numpy as np
 
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import DataError, first_line
-from fedjaxprune.registry import Part
+from fedjaxprune.registry import Part, locate
 from fedjaxprune.settings import Settings, setting
 
 # Per channel, over the training images: mean and standard deviation.
@@ -87,7 +87,7 @@ def prepared(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
 def folder_of(data_dir: str | os.PathLike[str] | None = None) -> tuple[pathlib.Path, str]:
     """Find the folder of prepared sets (see `read`), which need not exist, and say who named it."""
     if data_dir:
-        return pathlib.Path(os.path.expanduser(data_dir)), "named by data_dir"
+        return locate(os.fspath(data_dir)), "named by data_dir"
     if environment := os.environ.get("TFDS_DATA_DIR"):
         return pathlib.Path(os.path.expanduser(environment)), "named by TFDS_DATA_DIR"
     return pathlib.Path(os.path.expanduser("~/tensorflow_datasets")), "the default"

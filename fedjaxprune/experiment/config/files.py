@@ -1,6 +1,7 @@
 """Configurations as text: YAML files, presets, the config of a run folder, the shortest command."""
 
 import json
+import os
 import pathlib
 import shlex
 import zlib
@@ -16,8 +17,8 @@ from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, pl
 from fedjaxprune.registry import Found
 
 # Keys of a run folder's config.yaml that are no settings.
-VERSIONS, PARTS, COMMAND = "versions", "parts", "command"
-_NOTES = (VERSIONS, PARTS, COMMAND)
+VERSIONS, PARTS, COMMAND, STARTED_IN = "versions", "parts", "command", "started_in"
+_NOTES = (VERSIONS, PARTS, COMMAND, STARTED_IN)
 _CHOSEN_HERE = ("execution.devices", "execution.chunk_size")  # "auto" leaves them to the run
 
 
@@ -29,6 +30,7 @@ class Stored(NamedTuple):
     # whose code ran, by the path of a part's section; built-in parts are not in it
     parts: dict[str, dict[str, str]]
     command: str  # the shortest command that makes such a run
+    started_in: str  # the working folder, from which relative paths are seen
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,6 +81,7 @@ def read_stored(text: str, *, source: str) -> Stored:
         )
     versions = values.pop(VERSIONS, None)
     parts, command = values.pop(PARTS, {}), values.pop(COMMAND, "")
+    started_in = str(values.pop(STARTED_IN, ""))
     lost = [name for name in RunConfig.model_fields if name not in values]
     notes = {VERSIONS: versions, PARTS: parts}
     lost += [name for name, note in notes.items() if not isinstance(note, dict)]
@@ -87,7 +90,7 @@ def read_stored(text: str, *, source: str) -> Stored:
             f"{source} is not the whole config of a run: it lacks {', '.join(lost[:3])}"
             f"{' and more' if len(lost) > 3 else ''}."
         )
-    return Stored(values, versions, parts, str(command))
+    return Stored(values, versions, parts, str(command), started_in)
 
 
 def read_source(name: str) -> resolve.Given:
@@ -133,7 +136,8 @@ def to_yaml(config: RunConfig, *, versions: Mapping[str, str] | None = None) -> 
     """Write a complete config, and for a run folder whose code runs and a command for it."""
     values: dict[str, Any] = {"schema": SCHEMA, **plain(config)}
     if versions is not None:
-        values |= {PARTS: whose_code(config), COMMAND: command(config), VERSIONS: dict(versions)}
+        values |= {PARTS: whose_code(config), COMMAND: command(config)}
+        values |= {STARTED_IN: os.getcwd(), VERSIONS: dict(versions)}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
 

@@ -21,7 +21,7 @@ from fedjaxprune.experiment.exporting import safetensors
 from fedjaxprune.experiment.folder import checkpoints, layout, load, lock, network, record
 from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import composing
-from fedjaxprune.registry import Found, find
+from fedjaxprune.registry import Found, as_started_in, find
 from fedjaxprune.types import Model, Params, State
 
 
@@ -101,7 +101,8 @@ def _model(
             f"model of the run in {str(folder)!r} was a value given in Python ({name}): give it "
             "again, as model=..."
         )
-    part = find(PLACES["model"].kind, given or name, path="model").part
+    with as_started_in(stored.started_in):
+        part = find(PLACES["model"].kind, given or name, path="model").part
     # Of the data only what the network must know: one example of each split, as stored.
     labels = (known.num_outputs,) if known.task == "regression" else known.positions
     one = {

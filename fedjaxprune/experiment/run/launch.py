@@ -17,7 +17,7 @@ from fedjaxprune.experiment.config.resolve import Given
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.folder import failure, layout, lock, record, summary
 from fedjaxprune.experiment.run.listener import Listener
-from fedjaxprune.registry import Found
+from fedjaxprune.registry import Found, as_started_in
 
 INTERRUPTED = 130  # exit status of a command
 Openers = Mapping[str, Any]  # trackers by name, as `tracker.find` gives them
@@ -59,9 +59,19 @@ def resume(
     trackers: Openers | None = None,
 ) -> pathlib.Path:
     """Continue the run in `folder`, if the explicitly given settings agree with it."""
-    listener = listener or Listener()
-    given = given or Given({})
     stored = layout.stored(folder)
+    with as_started_in(stored.started_in):
+        _resume(folder, stored, given or Given({}), listener or Listener(), trackers or {})
+    return folder
+
+
+def _resume(
+    folder: pathlib.Path,
+    stored: files.Stored,
+    given: Given,
+    listener: Listener,
+    trackers: Openers,
+) -> None:
     config = stored_config(folder, given)
     # Parts that are values have no settings to be compared.
     values = given.values.items()
@@ -82,8 +92,7 @@ def resume(
         from fedjaxprune.experiment.folder import network
 
         network.check_same(parts.network, folder)
-    _train(folder, parts, listener, trackers or {})
-    return folder
+    _train(folder, parts, listener, trackers)
 
 
 def stored_config(folder: pathlib.Path, given: Given | None = None) -> RunConfig:
