@@ -142,15 +142,15 @@ def test_what_the_receiver_knows_is_not_sent_and_the_length_follows_from_counts(
 
 
 def test_a_message_written_by_hand_is_the_one_of_the_documentation():
-    values = np.zeros([4, 5], np.float32)
-    values[0, 2], values[3, 1] = 1.5, -2.0
+    values = np.zeros([8, 10], np.float32)
+    values[0, 2], values[6, 1] = 1.5, -2.0
     message = {"b": np.array([1, 2], np.int8), "w": values}
     written = (
         "464a5001 00 02"  # magic and version, flags, two tensors
         "00 01 62 11 00 02"  # b: int8, one axis, dense, 2 entries
-        "00 01 77 2b 02 04 05 02 02 01"  # w: float32, two axes, RICE, 4 by 5, 2 listed, 2 low, 1
+        "00 01 77 2b 03 08 0a 02 04"  # w: float32, two axes, ELIAS_FANO, 8 by 10, 2 listed, 4 low
         "01 02"  # values of b
-        "90 88"  # gaps 2 and 13: low bits 10 01, then unary 1 0001
+        "2d 88"  # positions 2 and 61: low bits 0010 1101, then the bits 0 + 0 and 3 + 1 of six
         "0000c03f 000000c0"  # 1.5, -2.0
     )
     body = bytes.fromhex(written)

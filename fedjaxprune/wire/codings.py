@@ -1,7 +1,8 @@
 """Sets of positions as bytes: which of the `n` entries of a tensor are marked.
 
-Six codings, of which a message takes the shortest. Three have a length that depends on the number
-of marked entries alone (`counted`): a simulator can charge for them without looking at a position.
+Six codings, of which a message takes the shortest, with what its header says of them. Three have a
+length that depends on the number of marked entries alone (`counted`): a simulator can charge for
+them without looking at a position. `positions` reads what is written here.
 """
 
 import math
@@ -15,6 +16,8 @@ from fedjaxprune.wire.packing import WireError
 
 ALL, BITMAP, RICE, ELIAS_FANO, SLICES, AXIS = range(6)
 LISTS = (RICE, ELIAS_FANO)  # these list positions; the others draw them
+WITH_PARAMETER = (RICE, ELIAS_FANO, SLICES, AXIS)
+WITH_EXTRA = (RICE, SLICES)
 MAX_PARAMETER = 40  # low bits of a listed number
 
 
@@ -44,6 +47,19 @@ def num_marked(coding: Coding, n: int) -> int:
     return n - coding.num_listed if coding.complement else coding.num_listed
 
 
+def header(coding: Coding) -> bytes:
+    """Write what a tensor's header says of its coding, beside the byte that names it."""
+    parts = b"" if coding.code == ALL else packing.varint(coding.num_listed)
+    if coding.code in WITH_PARAMETER:
+        parts += bytes([coding.parameter])
+    return parts + packing.varint(coding.extra) if coding.code in WITH_EXTRA else parts
+
+
+def total_bytes(coding: Coding, n: int, shape: Sequence[int]) -> int:
+    """Tell how many bytes a coding takes in the header and for the positions together."""
+    return len(header(coding)) + num_bytes(coding, n, shape)
+
+
 def num_bytes(coding: Coding, n: int, shape: Sequence[int]) -> int:
     """Tell how many bytes the positions take, exactly."""
     code, _, count, parameter, extra = coding
@@ -68,10 +84,8 @@ def counted(n: int, marked: int) -> Coding:
         return Coding(ALL)
     complement = 2 * marked > n
     count = n - marked if complement else marked
-    listed = _elias_fano(n, count, complement)
-    if num_bytes(listed, n, ()) < packing.num_bytes(n):
-        return listed
-    return Coding(BITMAP, num_listed=marked)
+    drawn, listed = Coding(BITMAP, num_listed=marked), _elias_fano(n, count, complement)
+    return min(drawn, listed, key=lambda coding: total_bytes(coding, n, ()))
 
 
 def shortest(mask: np.ndarray) -> tuple[Coding, np.ndarray | None]:
@@ -91,7 +105,7 @@ def shortest(mask: np.ndarray) -> tuple[Coding, np.ndarray | None]:
             if live is not None:
                 num_live = int(np.count_nonzero(live))
                 options.append(Coding(SLICES, num_listed=marked, parameter=axis, extra=num_live))
-    best = min(options, key=lambda coding: num_bytes(coding, n, mask.shape))
+    best = min(options, key=lambda coding: (total_bytes(coding, n, mask.shape), coding.code))
     return best, listed if best.code in LISTS else None
 
 
@@ -120,37 +134,6 @@ def write(coding: Coding, mask: np.ndarray, listed: np.ndarray | None) -> list[b
         unary = np.zeros(coding.num_listed + ((mask.size - 1) >> k), np.bool_)
     unary[ends] = True
     return [packing.pack(numbers & ((1 << k) - 1), k), np.packbits(unary).tobytes()]
-
-
-def read(coding: Coding, data: memoryview, n: int, shape: Sequence[int]) -> np.ndarray:
-    """Read the marked positions back, ascending: ``[marked]`` int64, or bool ``[n]`` of a drawing.
-
-    Args:
-      coding: checked by `check`.
-      data: exactly as long as `num_bytes` says.
-      n: entries.
-      shape: of the tensor, for SLICES and AXIS.
-
-    Raises:
-      WireError: if the bytes are not those of a set of so many positions.
-    """
-    if coding.code == BITMAP:
-        mask = _read_bits(data, n)
-    elif coding.code == AXIS:
-        line = _read_bits(data, shape[coding.parameter])
-        mask = np.broadcast_to(line.reshape(_across(shape, coding.parameter)), shape).reshape(-1)
-    elif coding.code == SLICES:
-        mask = _read_slices(coding, data, n, shape).reshape(-1)
-    else:
-        listed = _read_list(coding, data, n)
-        if not coding.complement:
-            return listed
-        mask = np.ones(n, np.bool_)
-        mask[listed] = False
-        return mask
-    if np.count_nonzero(mask) != coding.num_listed:
-        raise WireError("a bitmap does not mark as many entries as it should.")
-    return mask
 
 
 def check(coding: Coding, n: int, shape: Sequence[int], *, is_whole: bool) -> None:
@@ -185,7 +168,7 @@ def check(coding: Coding, n: int, shape: Sequence[int], *, is_whole: bool) -> No
 def _elias_fano(n: int, count: int, complement: bool) -> Coding:
     """Take the number of low bits that makes the list shortest, the least of them if several do."""
     options = [Coding(ELIAS_FANO, complement, count, k) for k in _low_bits(n, count)]
-    return min(options, key=lambda coding: num_bytes(coding, n, ()))
+    return min(options, key=lambda coding: total_bytes(coding, n, ()))
 
 
 def _rice(n: int, listed: np.ndarray, complement: bool) -> Coding:
@@ -195,7 +178,7 @@ def _rice(n: int, listed: np.ndarray, complement: bool) -> Coding:
     for k in _low_bits(n, count):
         length = packing.num_bytes(int((gaps >> k).sum()) + count)
         options.append(Coding(RICE, complement, count, k, length))
-    return min(options, key=lambda coding: num_bytes(coding, n, ()))
+    return min(options, key=lambda coding: total_bytes(coding, n, ()))
 
 
 def _low_bits(n: int, count: int) -> range:
@@ -204,53 +187,9 @@ def _low_bits(n: int, count: int) -> range:
     return range(max(guess - 1, 0), min(guess + 2, MAX_PARAMETER + 1))
 
 
-def _read_list(coding: Coding, data: memoryview, n: int) -> np.ndarray:
-    """Read listed positions, ascending ``[count]`` int64."""
-    count, k = coding.num_listed, coding.parameter
-    if count == 0:
-        return np.zeros(0, np.int64)
-    split = packing.num_bytes(count * k)
-    unary = np.frombuffer(data[split:], np.uint8)
-    ends = np.flatnonzero(np.unpackbits(unary).view(np.bool_))
-    if len(ends) != count:
-        raise WireError("a unary list does not hold as many numbers as it should.")
-    if coding.code == RICE and packing.num_bytes(int(ends[-1]) + 1) != len(unary):
-        raise WireError("a unary list continues after its last number.")
-    if (int(ends[-1]) + 1 - count) > (n >> k):
-        raise WireError("a position is out of range.")
-    low = packing.unpack(data[:split], count, k)
-    if coding.code == ELIAS_FANO:
-        listed = ((ends - np.arange(count)) << k) | low
-    else:
-        listed = np.cumsum(((_gaps(ends) << k) | low) + 1) - 1
-    if int(listed[0]) < 0 or int(listed[-1]) >= n or not np.all(listed[1:] > listed[:-1]):
-        raise WireError("positions do not ascend within their range.")
-    return listed
-
-
 def _gaps(listed: np.ndarray) -> np.ndarray:
     """Count the entries that are skipped before each listed one."""
     return np.diff(listed, prepend=-1) - 1
-
-
-def _read_bits(data: memoryview, size: int) -> np.ndarray:
-    """Read a bitmap ``[size]``."""
-    packing.check_filling(data, size)
-    return np.unpackbits(np.frombuffer(data, np.uint8), count=size).view(np.bool_)
-
-
-def _read_slices(coding: Coding, data: memoryview, n: int, shape: Sequence[int]) -> np.ndarray:
-    """Read which slices along an axis are live, and the bitmap of those."""
-    axis = coding.parameter
-    split = packing.num_bytes(shape[axis])
-    live = _read_bits(data[:split], shape[axis])
-    if np.count_nonzero(live) != coding.extra:
-        raise WireError("not so many slices are live as there should be.")
-    inner = [coding.extra if i == axis else size for i, size in enumerate(shape)]
-    drawn = _read_bits(data[split:], coding.extra * (n // max(shape[axis], 1))).reshape(inner)
-    mask = np.zeros(shape, np.bool_)
-    mask[(slice(None),) * axis + (live,)] = drawn
-    return mask
 
 
 def _live(listed: np.ndarray, shape: Sequence[int], axis: int) -> np.ndarray | None:

@@ -5,21 +5,20 @@ coding; `kept`, `pairs`, `levels` and `counted` say what the receiver knows alre
 length must follow from counts alone. Everything is NumPy on the host.
 """
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from fedjaxprune.wire import codings, headers, packing
+from fedjaxprune.wire import codings, headers, packing, reading
 from fedjaxprune.wire.codings import Coding
 from fedjaxprune.wire.headers import Lengths, Plan
 from fedjaxprune.wire.packing import WireError
 
 MAGIC = b"FJP\x01"  # the last byte is the version
 DEFLATED = 0x01
-MAX_BYTES = 1 << 32
+MAX_BYTES = 1 << 28
 CHECKSUM_BYTES = 4
 
 
@@ -55,7 +54,12 @@ class Levels(NamedTuple):
     level_bits: int
 
 
-Message = Mapping[str, np.ndarray] | Mapping[str, Part] | Mapping[str, np.ndarray | Part]
+Message = (
+    Mapping[str, np.ndarray]
+    | Mapping[str, Part]
+    | Mapping[str, np.ndarray | Part]
+    | Mapping[str, np.ndarray | Levels]
+)
 
 
 def kept(values: np.ndarray, mask: np.ndarray | None) -> Part:
@@ -172,41 +176,59 @@ def decode(
     Args:
       data: what `encode` wrote, from whomever it comes.
       known: masks ``[...]`` bool that the receiver holds, by the tensors' names.
-      max_bytes: how much the tensors together may take; what is declared is compared with it before
-        anything is allocated.
+      max_bytes: how much the tensors together may take. What is declared is compared with it before
+        anything is allocated. Reading takes that much again for a deflated message, and once more
+        for a tensor under a known mask, beside a few MiB.
 
     Raises:
       WireError: if the data are no whole and undamaged message, or too large, or made for other
-        masks than the known ones.
+        masks than the known ones, or if there is too little memory.
     """
-    view = memoryview(data).cast("B")
+    try:
+        return _decode(memoryview(data).cast("B"), known or {}, max_bytes)
+    except MemoryError:
+        raise WireError("the message needs more memory than there is.") from None
+
+
+def _decode(
+    view: memoryview, known: Mapping[str, np.ndarray], max_bytes: int
+) -> dict[str, np.ndarray | Levels]:
+    """Read a message back."""
     if len(view) < frame_bytes(0) or view[: len(MAGIC)] != MAGIC:
         raise WireError("this is no message of version 1.")
     flags, at = packing.read_byte(view, len(MAGIC))
     body = view[at : len(view) - CHECKSUM_BYTES]
     if flags == DEFLATED:
-        body = _inflate(body, max_bytes)
+        body = reading.inflate(body, max_bytes)
     elif flags:
         raise WireError("a flag of the message is unknown.")
-    plans, at = _read_plans(body, max_bytes)
-    masks = [_known_mask(item, known or {}) for item in plans]
+    plans, at = reading.plans(body, max_bytes)
+    masks = [_known_mask(item, known) for item in plans]
     digest = zlib.crc32(view[: len(view) - CHECKSUM_BYTES])
     for mask in masks:
         digest = _crc_known(mask, digest)
     if digest != int.from_bytes(view[len(view) - CHECKSUM_BYTES :], "little"):
         raise WireError("the checksum does not fit: damaged, or made for other known masks.")
     tensors = {}
-    for item, mask, length in zip(plans, masks, measure(plans), strict=True):
-        middle, end = at + length.positions, at + length.positions + length.values
-        tensors[item.name] = _tensor(item, mask, body[at:middle], body[middle:end])
-        at = end
+    for item, mask in zip(plans, masks, strict=True):
+        begin, (positions, values) = at, headers.payload(item)
+        middle, at = begin + positions, begin + positions + values
+        tensor = reading.tensor(item, mask, body[begin:middle], body[middle:at])
+        if item.level_bits:
+            scales = np.frombuffer(body[middle : middle + 4 * item.num_scales], "<f4")
+            tensor = Levels(tensor, scales.astype(np.float32), item.level_bits)
+        tensors[item.name] = tensor
     return tensors
 
 
-def _plan(name: str, given: np.ndarray | Part) -> tuple[Plan, "_Work"]:
+def _plan(name: str, given: np.ndarray | Part | Levels) -> tuple[Plan, "_Work"]:
     """Decide how a tensor is written."""
+    if isinstance(given, Levels):
+        given = levels(given.levels, bits=given.level_bits, scales=given.scales)
     part = given if isinstance(given, Part) else Part(np.asarray(given))
     values = np.asarray(part.values)
+    if not isinstance(name, str) or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise ValueError(f"a name must be text that UTF-8 can write, got {name!r}.")
     if len(name.encode()) > headers.MAX_NAME:
         raise ValueError(f"a name may have {headers.MAX_NAME} bytes, got {name!r}.")
     if values.dtype not in headers.DTYPES:
@@ -260,9 +282,9 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def _size(coding: Coding, values: np.ndarray) -> int:
-    """Count the bytes of a plain tensor's payload in a coding."""
+    """Count the bytes of a plain tensor that depend on its coding."""
     marked = codings.num_marked(coding, values.size)
-    return codings.num_bytes(coding, values.size, values.shape) + marked * values.dtype.itemsize
+    return codings.total_bytes(coding, values.size, values.shape) + marked * values.dtype.itemsize
 
 
 def _payload(plan: Plan, work: _Work) -> list[bytes | memoryview]:
@@ -284,61 +306,12 @@ def _payload(plan: Plan, work: _Work) -> list[bytes | memoryview]:
     return [*pieces, sent.astype(sent.dtype.newbyteorder("<"), copy=False).view(np.uint8).data]
 
 
-def _tensor(
-    plan: Plan, mask: np.ndarray | None, positions: memoryview, values: memoryview
-) -> np.ndarray | Levels:
-    """Read a tensor back."""
-    n, coding = headers.num_entries(plan), plan.coding
-    where: Any = slice(None)  # or positions, or a mask
-    if coding.code != codings.ALL:
-        where = codings.read(coding, positions, n, plan.shape)
-    if plan.dtype == headers.BOOL:
-        drawn = np.zeros(n, np.bool_)
-        drawn[where] = True
-        return drawn.reshape(plan.shape)
-    holder = np.dtype(f"u{plan.dtype.itemsize}")
-    scales = np.frombuffer(values[: 4 * plan.num_scales], "<f4").astype(np.float32)
-    if plan.level_bits:
-        marked = codings.num_marked(coding, n)
-        sent = packing.unpack(values[4 * plan.num_scales :], marked, plan.level_bits)
-    else:
-        sent = np.frombuffer(values, holder.newbyteorder("<"))
-    if mask is not None:
-        where = np.flatnonzero(mask)[where]
-    out = np.zeros(math.prod(plan.shape), holder)
-    out[where] = sent
-    out = out.view(plan.dtype).reshape(plan.shape)
-    return Levels(out, scales, plan.level_bits) if plan.level_bits else out
-
-
-def _read_plans(body: memoryview, max_bytes: int) -> tuple[list[Plan], int]:
-    """Read all headers, and see that what they declare is there and not too much."""
-    count, at = packing.read_varint(body, 0)
-    plans, name, declared, names = [], "", 0, set()
-    for _ in range(count):
-        item, at = headers.read(body, at, name)
-        name = item.name
-        if name in names:
-            raise WireError("two tensors have the same name.")
-        names.add(name)
-        if item.dtype == headers.BOOL and item.num_known is not None:
-            raise WireError("a mask travels whole, not under another one.")
-        declared += math.prod(max(size, 1) for size in item.shape) * item.dtype.itemsize
-        if declared > max_bytes:
-            raise WireError(f"the tensors take more than {max_bytes} bytes.")
-        plans.append(item)
-    payload = sum(length.positions + length.values for length in measure(plans))
-    if payload != len(body) - at:
-        raise WireError(f"the payload has {len(body) - at} bytes, not {payload}.")
-    return plans, at
-
-
 def _known_mask(plan: Plan, known: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Look up the mask under which a tensor was sent."""
     if plan.num_known is None:
         return None
-    mask = known.get(plan.name)
-    if mask is None or mask.dtype != np.bool_ or mask.shape != plan.shape:
+    mask = np.asarray(known.get(plan.name))
+    if mask.dtype != np.bool_ or mask.shape != plan.shape:
         raise WireError(f"{plan.name!r} needs a known bool mask of the shape {plan.shape}.")
     if int(np.count_nonzero(mask)) != plan.num_known:
         raise WireError(f"{plan.name!r} was sent under another mask than the known one.")
@@ -348,21 +321,6 @@ def _known_mask(plan: Plan, known: Mapping[str, np.ndarray]) -> np.ndarray | Non
 def _crc_known(mask: np.ndarray | None, digest: int) -> int:
     """Let a known mask into the checksum, so that no message is read under another one."""
     return digest if mask is None else zlib.crc32(np.packbits(mask).data, digest)
-
-
-def _inflate(body: memoryview, max_bytes: int) -> memoryview:
-    """Undo zlib, as far as the declared length and no further."""
-    size, at = packing.read_varint(body, 0)
-    if size > 1032 * len(body) or size > 2 * max_bytes + (1 << 20):
-        raise WireError("the message declares more than it can hold.")
-    inflater = zlib.decompressobj()
-    try:
-        raw = inflater.decompress(body[at:], size + 1)
-    except zlib.error:
-        raise WireError("the message cannot be inflated.") from None
-    if len(raw) != size or not inflater.eof or inflater.unused_data:
-        raise WireError("the message inflates to another length than it declares.")
-    return memoryview(raw)
 
 
 def _before(plans: Sequence[Plan]) -> list[str]:

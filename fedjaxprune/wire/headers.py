@@ -21,8 +21,7 @@ _FLOATS = ("float16", ml_dtypes.bfloat16, "float32", "float64")
 DTYPES = tuple(np.dtype(name) for name in ("bool", *_INTEGERS.split(), *_FLOATS))
 BOOL = DTYPES[0]
 MAX_AXES, MAX_NAME, MAX_LEVEL_BITS = 15, 255, 16
-WITH_PARAMETER = (codings.RICE, codings.ELIAS_FANO, codings.SLICES, codings.AXIS)
-WITH_EXTRA = (codings.RICE, codings.SLICES)
+MAX_HEADER = 2 + MAX_NAME + 2 + 9 * MAX_AXES + 9 + 2 + 9 + 1 + 9  # bytes; a varint has at most 9
 COMPLEMENT, KNOWN, LEVELS = 0x08, 0x10, 0x20  # flags beside the coding's three bits
 
 
@@ -63,14 +62,18 @@ def num_entries(plan: Plan) -> int:
 
 def lengths(plan: Plan, before: str) -> Lengths:
     """Tell how many bytes a tensor takes after one of name `before`."""
+    return Lengths(len(write(plan, before)), *payload(plan))
+
+
+def payload(plan: Plan) -> tuple[int, int]:
+    """Tell how many bytes the positions of a tensor take, and scales and values together."""
     n = num_entries(plan)
     values = 0
     if plan.dtype != BOOL:
         marked = codings.num_marked(plan.coding, n)
         bits = plan.level_bits or 8 * plan.dtype.itemsize
         values = 4 * plan.num_scales + packing.num_bytes(bits * marked)
-    positions = codings.num_bytes(plan.coding, n, plan.shape)
-    return Lengths(header=len(write(plan, before)), positions=positions, values=values)
+    return codings.num_bytes(plan.coding, n, plan.shape), values
 
 
 def plan_counts(
@@ -104,13 +107,7 @@ def write(plan: Plan, before: str) -> bytes:
         parts.append(packing.varint(plan.num_known))
     if plan.level_bits:
         parts.append(bytes([plan.level_bits, plan.num_scales]))
-    if coding.code != codings.ALL:
-        parts.append(packing.varint(coding.num_listed))
-    if coding.code in WITH_PARAMETER:
-        parts.append(bytes([coding.parameter]))
-    if coding.code in WITH_EXTRA:
-        parts.append(packing.varint(coding.extra))
-    return b"".join(parts)
+    return b"".join([*parts, codings.header(coding)])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -159,9 +156,9 @@ def read(data: memoryview, at: int, before: str) -> tuple[Plan, int]:
     code, count, parameter, extra = flags & 0x07, 0, 0, 0
     if code != codings.ALL:
         count, at = packing.read_varint(data, at)
-    if code in WITH_PARAMETER:
+    if code in codings.WITH_PARAMETER:
         parameter, at = packing.read_byte(data, at)
-    if code in WITH_EXTRA:
+    if code in codings.WITH_EXTRA:
         extra, at = packing.read_varint(data, at)
     coding = Coding(code, bool(flags & COMPLEMENT), count, parameter, extra)
     plan = Plan(name, dtype, tuple(shape), num_known, coding, level_bits, num_scales)

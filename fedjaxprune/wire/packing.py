@@ -5,7 +5,7 @@ Bit strings are filled from the most significant bit of every byte and end with 
 
 import numpy as np
 
-CHUNK = 1 << 16  # integers at a time, a multiple of 8: working memory stays in the cache
+CHUNK = 1 << 16  # numbers at a time, a multiple of 8: working memory stays in the cache
 
 
 class WireError(ValueError):
@@ -30,21 +30,20 @@ def pack(values: np.ndarray, width: int) -> bytes:
     return b"".join(parts)
 
 
-def unpack(data: memoryview, count: int, width: int) -> np.ndarray:
-    """Read `count` integers of `width` bits: ``[count]`` int64."""
-    values = np.zeros(count, np.int64)
+def unpack(data: memoryview, begin: int, count: int, width: int) -> np.ndarray:
+    """Read `count` integers of `width` bits, from number `begin` on: ``[count]`` int64."""
     if width == 0 or count == 0:
-        return values
-    check_filling(data, count * width)
+        return np.zeros(count, np.int64)
     holder = _holder(width)
-    for begin in range(0, count, CHUNK):
-        size = min(CHUNK, count - begin)
-        first = begin * width // 8
-        chunk = np.frombuffer(data[first : first + num_bytes(size * width)], np.uint8)
-        bits = np.zeros((size, 8 * holder.itemsize), np.uint8)
-        bits[:, -width:] = np.unpackbits(chunk, count=size * width).reshape(size, width)
-        values[begin : begin + size] = np.packbits(bits).view(holder)
-    return values
+    bits = np.zeros((count, 8 * holder.itemsize), np.uint8)
+    bits[:, -width:] = read_bits(data, begin * width, count * width).reshape(count, width)
+    return np.packbits(bits).view(holder).astype(np.int64)
+
+
+def read_bits(data: memoryview, begin: int, count: int) -> np.ndarray:
+    """Read `count` bits, from bit `begin` on: ``[count]`` uint8."""
+    within = np.frombuffer(data[begin // 8 : num_bytes(begin + count)], np.uint8)
+    return np.unpackbits(within, count=begin % 8 + count)[begin % 8 :]
 
 
 def check_filling(data: memoryview, num_bits: int) -> None:
