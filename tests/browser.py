@@ -7,9 +7,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
+
+# Chromium reads commands from 3 and writes to 4. A process of its own sees to that, as JAX warns of
+# a fork in the process that has loaded it.
+HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find() -> str | None:
@@ -24,17 +34,13 @@ def opened(*, width: int) -> Iterator[Callable[..., Any]]:
     assert program is not None
     pipes = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for _ in range(2) for end in os.pipe()]
     theirs, ours = (pipes[0], pipes[3]), (pipes[2], pipes[1])
-
-    def hand_over() -> None:  # Chromium reads from 3 and writes to 4
-        os.dup2(theirs[0], 3)
-        os.dup2(theirs[1], 4)
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            [sys.executable, "-c", HAND_OVER, *map(str, theirs), program,
+             "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
              "--disable-background-networking", "--remote-debugging-pipe",
              f"--user-data-dir={profile}", f"--window-size={width},900", "about:blank"],
-            close_fds=False, preexec_fn=hand_over, stderr=subprocess.DEVNULL,
+            pass_fds=theirs, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         for end in theirs:
             os.close(end)
