@@ -1,6 +1,8 @@
 """The errors that a user can cause, and what their sentences share; imports nothing heavy."""
 
 import difflib
+import os
+import pathlib
 from collections.abc import Iterable
 
 _LONGEST = 80  # characters of a value that a sentence repeats
@@ -39,3 +41,16 @@ def near_miss(given: object, names: Iterable[object]) -> str:
     text = str(given).lower().replace("-", "_")
     close = difflib.get_close_matches(text, lowered, n=1, cutoff=0.6)
     return f"; did you mean {str(lowered[close[0]])!r}?" if close else "."
+
+
+def near_file(path: pathlib.Path) -> str:
+    """Suggest the nearest name in the folder of a path that does not exist, or end the sentence."""
+    is_lost = not os.path.exists(path) and os.path.isdir(path.parent)
+    return near_miss(path.name, os.listdir(path.parent) if is_lost else ())
+
+
+def beside(name: str) -> str:
+    """Say that a name is also that of a file or a folder here, which a path would mean."""
+    if not os.path.exists(name):
+        return ""
+    return f"; there is a {'folder' if os.path.isdir(name) else 'file'} here: write ./{name}"

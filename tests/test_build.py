@@ -9,7 +9,10 @@ from fedjaxprune import registry, trees
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import files, resolve
 from fedjaxprune.experiment.execution import chunk_trial
-from fedjaxprune.experiment.run import build, examples
+from fedjaxprune.experiment.run import build, examples, launch
+from fedjaxprune.experiment.run.listener import Listener
+from tests import stub
+from tests.folders import changed, line
 
 SMALL = {
     "method": "fedavg",
@@ -176,3 +179,15 @@ def test_every_round_of_a_preset_can_be_traced(name, tfds_data_dir):
         given = resolve.merge(given, resolve.read(place))
     build.build(resolve.resolve(given))
     jax.clear_caches()
+
+
+def test_an_own_method_that_never_prunes_is_warned_of():
+    said = []
+    listener = Listener(warn=said.append)
+    lines = [changed(line(n), {"mask.sparsity": 0.0}) for n in (1, 2)]
+    for method in (f"{stub.FILE}:METHOD", "feddip/without_pruning"):
+        config = resolve.resolve({"method": method})
+        launch._check_pruned(config, lines, listener)
+        launch._check_pruned(config, [*lines, line(3)], listener)
+    (sentence,) = said
+    assert "but no weight was pruned in any of 2 rounds" in sentence

@@ -47,6 +47,17 @@ def said(compared):
     return headline.sentence(compared).replace("\N{MINUS SIGN}", "-")
 
 
+@pytest.mark.parametrize("name", ["task", "label", "keys"])
+def test_runs_that_learn_something_else_of_the_same_data_are_refused(tmp_path, name):
+    folders = [
+        write(tmp_path / value, rising([0.5]), {f"data.dataset.{name}": value})
+        for value in ("one", "other")
+    ]
+    with pytest.raises(RunFolderError, match="cannot be compared") as caught:
+        compare.of_folders(folders)
+    assert f"data.dataset.{name} is 'one' in the one and 'other' in" in str(caught.value)
+
+
 def test_seeds_are_merged_and_numbers_are_those_of_the_hand(tmp_path):
     first = write(tmp_path / "a", rising([0.2, 0.4, 0.6]), seed=0)
     second = write(tmp_path / "b", rising([0.3, 0.5, 0.8]), seed=1)
@@ -169,7 +180,7 @@ def test_different_networks_of_methods_are_pointed_out(tmp_path):
     write(tmp_path / "s" / "a", rising([0.5]))
     write(tmp_path / "s" / "b", rising([0.5]), {**FEDDIP, "model": {"name": "lenet5"}})
     compared, notes = compare.of_folders([tmp_path / "s"])
-    assert notes == ["the methods ran different networks: fedavg mlp, feddip lenet5."]
+    assert notes == ["the methods ran different networks: fedavg with mlp, feddip with lenet5."]
     assert said(compared).endswith("(one seed, different networks).")
 
 

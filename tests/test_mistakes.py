@@ -20,6 +20,18 @@ FILES = {
     "case.yaml": "cases: [{method: feddip}, {method: fedip}]\n",
     "sizes.yaml": "model: {name: mlp, hidden_sizes: [10, -1]}\n",
     "cohort.yaml": "data.num_clients: 4\nfederation.cohort_size: [2, 9]\n",
+    "notes": "",
+    "holes.csv": "a,b\n,0\n" + "1,0\n2,1\n" * 9,
+    "play.txt": "abcde" * 40,
+    "tokens.py": """
+import flax.linen as nn
+
+def net(*, num_classes):
+    return nn.Embed(num_classes, num_classes)
+
+def small(*, num_classes):
+    return nn.Embed(num_classes - 1, num_classes)
+""",
     "numbers.csv": "a,b\n1,2\n3,4\n",
 }
 BAD = {
@@ -34,6 +46,23 @@ BAD = {
     "two kinds": ("run --fraction 0.1", ["trimmed_mean, not of weighted_mean, and of top_k, r"]),
     "pretrained": ("run --method mpfl --pretrain-epochs 3", ["(method.vote_epochs)"]),
     "model": ("run --model lenet", ["model must be one of", "did you mean 'lenet5'?"]),
+    "momentum": ("run --optimizer adam --momentum 0.9", ["a setting of sgd, not of adam"]),
+    "nova": (
+        "run --optimizer adam --correction fednova",
+        ["client.optimizer must be 'sgd' with client.correction 'fednova'", "got 'adam'"],
+    ),
+    "explorers": (
+        "run --method autoflip --model mlp --stop-on validation --validation-fraction 1",
+        ["method.validation_fraction must be less than 1", "no examples to train on"],
+    ),
+    "explorers' share": (
+        "run --method autoflip --model mlp --stop-on validation --validation-fraction 0.999",
+        ["method.validation_fraction must leave explorers examples", "0.999 holds out all"],
+    ),
+    "first convolution": (
+        "run --method random_masks --allocation uniform_but_first --model mlp",
+        ["keeps the first convolution dense", "the network has none"],
+    ),
     "gates": ("run --method adaptive_dynamic_pruning --model mlp", ["needs gates", "'mlp'"]),
     "norm": ("run --method fedtiny --model mlp", ["needs BatchNorm", "'mlp'"]),
     "filters": ("run --method mpfl --model mlp", ["needs convolutions", "'mlp'"]),
@@ -57,6 +86,30 @@ BAD = {
     "taken": ("run --folder taken", ["taken", "empty"]),
     "file": ("run --folder numbers.csv/run", ["numbers.csv"]),
     "resume": ("run --resume nowhere", ["nowhere", "holds no run"]),
+    "no label": ("run --dataset numbers.csv", ["label (--label COLUMN): numbers.csv", "a, b"]),
+    "bare folder": ("run --dataset png", ["'png' is not prepared", "a folder here: write ./png"]),
+    "near folder": ("run --dataset digit", ["there is a folder here: write ./digit", "'digits'?"]),
+    "bare file": ("run --dataset notes", ["there is a file here: write ./notes"]),
+    "missing value": ("run --dataset holes.csv --label b", ["has 1 missing value in column 'a'"]),
+    "tokens": (
+        "run --dataset play.txt --length 2",
+        ["'mlp' does not fit", "tokens", "; built-in models that fit: char_lstm."],
+    ),
+    "outputs": (
+        "run --dataset play.txt --length 2 --model tokens.py:net",
+        ["needed is (1, 5): 5 for each example, which has one label; built-in"],
+    ),
+    "vocabulary": (
+        "run --dataset play.txt --length 2 --model tokens.py:small",
+        ["its embedding has 4 rows, and the tokens reach 4: they must be less than 4"],
+    ),
+    "file for a preset": (
+        "run ./notes",
+        ["is neither a preset nor a .yaml file: the name of a file must end in .yaml."],
+    ),
+    "near file": ("run --model tokns.py:net", ["(No such file", "did you mean 'tokens.py'?"]),
+    "near method": ("run --method brokn.py", ["cannot be read", "did you mean 'broken.py'?"]),
+    "near yaml": ("run tpyo.yaml", ["No such file", "did you mean 'typo.yaml'?"]),
     "column": ("run --dataset numbers.csv", ["numbers.csv"]),
     # parts from files
     "no file": ("run --model nowhere.py:net", ["model: 'nowhere.py:net' cannot be read"]),
@@ -100,7 +153,8 @@ def test_a_mistake_is_one_sentence_and_makes_no_folder(capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for file, text in FILES.items():
         pathlib.Path(file).write_text(text)
-    pathlib.Path("taken").mkdir()
+    for folder in ("taken", "png", "digit"):
+        pathlib.Path(folder).mkdir()
     pathlib.Path("taken/thesis.txt").write_text("")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:

@@ -515,7 +515,11 @@ def test_a_data_set_whose_fields_do_not_fit_is_refused():
 TABLES = {
     "no file": ({}, {"path": "none.csv"}, "there is no file"),
     "near file": ({}, {"path": "tabel.csv"}, "did you mean 'table.csv'"),
-    "no such label": ({}, {"label": "lable"}, "label: .* has no 'lable', .* did you mean 'label'"),
+    "no such label": (
+        {},
+        {"label": "lable"},
+        r"label \(--label COLUMN\): .* has no 'lable', .* did you mean 'label'",
+    ),
     "no such feature": ({}, {"features": ("z",)}, "features: .* has no 'z'"),
     "no such key": ({}, {"keys": ("user",)}, "keys: .* has no 'user'"),
     "the label as a feature": ({}, {"features": ("label",)}, "must not contain the label"),

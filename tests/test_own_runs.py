@@ -82,7 +82,7 @@ def test_a_table_with_client_ids_and_a_linen_network_by_the_command(capsys):
         "data.partition: {name: by_key, key: hospital}\n"
         "model: {name: './networks.py:linen', width: 6}\n",
     )
-    assert "1 round, the clients by key; folder run" in said
+    assert "1 round, the clients by key\nfolder: run" in said
     assert run.config["data"]["num_clients"] == 3
     assert run.config["data"]["dataset"]["keys"] == ["hospital"]
     assert run.summary["mask"]["num_prunable"] == 6 * 32  # 30 features: no hospital among them
@@ -243,7 +243,7 @@ def test_a_wrong_value_is_one_sentence(options, sentence):
         (["--dataset", "./cancr.csv"], "there is no file ./cancr.csv; did you mean 'cancer.csv'?"),
         (["--dataset", "./pet"], "there is no file or folder './pet'; did you mean 'pets'?"),
         (["--dataset", "./notes.xlsx"], "files that are read end in .csv, .tsv, .parquet, "),
-        (["--dataset", "./cancer.csv"], "label: cancer.csv has no 'label', only"),
+        (["--dataset", "./cancer.csv"], "label (--label COLUMN): cancer.csv has no 'label', only"),
         (
             ["--dataset", "./cancer.csv", "--label", "diagnosis", "--features", "mean area,3"],
             "features: cancer.csv has no '3'",

@@ -54,11 +54,9 @@ def feddip(folder, lines, **arguments):
 
 def test_the_first_line_says_what_is_run(tmp_path):
     out, err = shown(feddip(tmp_path / "a", rising([0.1, 0.2])))
-    first, second, *_ = out.splitlines()
-    assert first == (
-        f"feddip on digits with mlp: 100 rounds, 3 of 6 clients in each; folder {tmp_path / 'a'}"
-    )
-    assert (second, err) == ("compiling the first round", "")
+    first, where, second, *_ = out.splitlines()
+    assert first == "feddip on digits with mlp: 100 rounds, 3 of 6 clients in each"
+    assert (where, second, err) == (f"folder: {tmp_path / 'a'}", "compiling the first round", "")
 
 
 def test_rounds_are_counted_by_stage_and_preparatory_ones_are_named(tmp_path):

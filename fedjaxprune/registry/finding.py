@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fedjaxprune.errors import ConfigError, first_line, near_miss, shown
+from fedjaxprune.errors import ConfigError, beside, first_line, near_file, near_miss, shown
 from fedjaxprune.registry import listing
 from fedjaxprune.registry.imports import load, locate, refer
 from fedjaxprune.registry.listing import KINDS, Origin
@@ -107,7 +107,7 @@ def _unknown(kind: str, name: str, other: str, label: str) -> str:
     known = "".join(f"{one}, " for one in listed)
     return (
         f"{label} must be one of {known}path/to/file.py:NAME or package.module:NAME, "
-        f"got {shown(name)}{near_miss(name, every)}"
+        f"got {shown(name)}{(kind == 'dataset' and beside(name)) or ''}{near_miss(name, every)}"
     )
 
 
@@ -122,7 +122,8 @@ def _only_name(kind: str, place: str, label: str) -> str:
         found = listing.top_names(locate(place))
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ConfigError(f"{label}: {place!r} cannot be read ({reason}).") from None
+        near = near_file(locate(place))
+        raise ConfigError(f"{label}: {place!r} cannot be read ({reason}){near}") from None
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"{label}: {place!r} is no Python file ({first_line(error)}).") from None
     if kind == "method" and "METHOD" in found:

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fedjaxprune.errors import ConfigError, first_line, near_miss
+from fedjaxprune.errors import ConfigError, first_line, near_file, near_miss
 from fedjaxprune.registry.listing import Origin
 
 _STARTED_IN: contextvars.ContextVar[str] = contextvars.ContextVar("started_in", default="")
@@ -58,7 +58,7 @@ def _import_file(place: str, what: str) -> tuple[types.ModuleType, Origin]:
         content = file.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ConfigError(f"{what} cannot be read ({reason}).") from None
+        raise ConfigError(f"{what} cannot be read ({reason}){near_file(file)}") from None
     checksum = hashlib.sha256(content).hexdigest()
     digest = hashlib.sha256(f"{file}:{checksum}".encode()).hexdigest()[:12]
     module_name = f"fedjaxprune_file_{file.stem}_{digest}"

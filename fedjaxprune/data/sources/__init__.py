@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-from fedjaxprune.data.sources import files
-from fedjaxprune.errors import ConfigError
+from fedjaxprune.errors import ConfigError, near_file
 from fedjaxprune.registry import locate
 
 _SUFFIXES = {".csv": "table", ".tsv": "table", ".parquet": "table", ".npz": "npz", ".txt": "text"}
@@ -35,7 +34,5 @@ def source_for_path(text: str) -> tuple[str, dict[str, Any]] | None:
             raise ConfigError(
                 f"data.dataset: files that are read end in {', '.join(_SUFFIXES)}, got {text!r}."
             )
-        raise ConfigError(
-            f"data.dataset: there is no file or folder {text!r}{files.near_name(path)}"
-        )
+        raise ConfigError(f"data.dataset: there is no file or folder {text!r}{near_file(path)}")
     return None

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fedjaxprune.errors import DataError, first_line, near_miss
+from fedjaxprune.errors import DataError, first_line, near_file, near_miss
 from fedjaxprune.registry import locate
 
 
@@ -12,17 +12,11 @@ def find(path: str, *, kind: Literal["file", "folder"] = "file") -> pathlib.Path
     """Find a file or a folder."""
     found = locate(path)
     if not found.exists():
-        raise DataError(f"there is no {kind} {path}{near_name(found)}")
+        raise DataError(f"there is no {kind} {path}{near_file(found)}")
     if found.is_dir() != (kind == "folder"):
         other = "folder" if kind == "file" else "file"
         raise DataError(f"path must be a {kind}, but {path} is a {other}.")
     return found
-
-
-def near_name(path: pathlib.Path) -> str:
-    """Suggest the nearest name in the folder of a path that does not exist, or end the sentence."""
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return near_miss(path.name, [entry.name for entry in beside])
 
 
 def read(path: pathlib.Path, reader: Callable[[pathlib.Path], Any], what: str) -> Any:

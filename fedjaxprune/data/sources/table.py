@@ -127,7 +127,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _features(settings: TableSettings, names: list[str], path: pathlib.Path) -> tuple[str, ...]:
     """Check the named columns, and choose the features."""
     where = str(path)
-    files.column(settings.label, names, "label", where)
+    files.column(settings.label, names, "label (--label COLUMN)", where)
     for name in settings.keys:
         files.column(name, names, "keys", where)
     if settings.split is not None:
@@ -177,9 +177,11 @@ def _no_missing(values: np.ndarray, name: str, path: pathlib.Path) -> np.ndarray
     else:
         return values
     if bad.any():
+        number = int(bad.sum())
         raise DataError(
-            f"{path} has {int(bad.sum())} missing values in column {name!r}, the first in row "
-            f"{int(np.flatnonzero(bad)[0]) + 1}; fill them, or leave the column or the rows out."
+            f"{path} has {number} missing value{'s' * (number > 1)} in column {name!r}, the first "
+            f"in row {int(np.flatnonzero(bad)[0]) + 1}; fill them, or leave the column or the rows "
+            "out."
         )
     return values
 

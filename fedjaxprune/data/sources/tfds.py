@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedjaxprune.data.datasets import Dataset
-from fedjaxprune.errors import DataError, first_line
+from fedjaxprune.errors import DataError, beside, first_line
 from fedjaxprune.registry import Part, locate
 from fedjaxprune.settings import Settings, setting
 
@@ -115,6 +115,8 @@ def _tfds() -> Any:
 def _missing(name: str, data_dir: str | os.PathLike[str] | None) -> DataError:
     """Say why there is no such set, and what to do."""
     folder, named_by = folder_of(data_dir)
+    if here := beside(name):
+        return DataError(f"data set {name!r} is not prepared in {folder}{here}.")
     known = set(_tfds().list_builders(with_community_datasets=False))
     here = prepared(folder)
     base = name.partition("/")[0]

@@ -10,6 +10,7 @@ from fedjaxprune.experiment.folder import load
 from fedjaxprune.experiment.folder.load import RunData
 
 DATASET = "data.dataset."  # accuracies are of its test set
+_COMPARED = ("name", "task", "label", "labels", "keys")  # settings that decide what is learned
 METHOD, MODEL = "method.name", "model.name"
 
 
@@ -26,13 +27,16 @@ def group(found: Sequence[RunData]) -> tuple[list[Group], list[str]]:
     The notes are on runs that are left out because another one has the same settings and seed, and
     on what makes a comparison doubtful.
     """
-    first = dataset_of(found[0])
+    first = identity.flat(found[0].config)
     for run in found[1:]:
-        if (other := dataset_of(run)) != first:
-            raise RunFolderError(
-                f"{str(found[0].folder)!r} and {str(run.folder)!r} cannot be compared: "
-                f"data.dataset is {first!r} in the one and {other!r} in the other."
-            )
+        other = identity.flat(run.config)
+        for path in (f"{DATASET}{name}" for name in _COMPARED):
+            if first.get(path) != other.get(path):
+                raise RunFolderError(
+                    f"{str(found[0].folder)!r} and {str(run.folder)!r} cannot be compared: "
+                    f"{path.removesuffix('.name')} is {first.get(path)!r} in the one and "
+                    f"{other.get(path)!r} in the other."
+                )
     by_key: dict[str, dict[Any, RunData]] = {}
     notes = []
     for run in found:
@@ -155,7 +159,7 @@ def networks_differ(groups: Sequence[Group]) -> str:
         by_method.setdefault(str(settings.get(METHOD)), {})[str(settings.get(MODEL))] = None
     if len({frozenset(models) for models in by_method.values()}) <= 1:
         return ""
-    return ", ".join(f"{name} {_listed(models)}" for name, models in by_method.items())
+    return ", ".join(f"{name} with {_listed(models)}" for name, models in by_method.items())
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 import fedjaxprune
-from fedjaxprune.errors import ConfigError, first_line, near_miss
+from fedjaxprune.errors import ConfigError, first_line, near_file, near_miss
 from fedjaxprune.experiment.config import identity, resolve
 from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, plain
 from fedjaxprune.registry import Found
@@ -110,14 +110,17 @@ def load_source(name: str) -> dict[str, Any]:
             text = path.expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ConfigError(f"cannot read the YAML file {name!r}: {reason}.") from None
+            near = near_file(path.absolute())
+            raise ConfigError(f"cannot read the YAML file {name!r}: {reason}{near}") from None
         return load_yaml(text, source=name)
     texts = preset_texts()
     if name in texts:
         return load_yaml(texts[name], source=f"preset {name}")
-    known = f"expected is a preset ({', '.join(texts)}) or the path of a .yaml file"
     if "/" in name or path.suffix or path.exists():
-        raise ConfigError(f"{name!r} is neither a preset nor a .yaml file: {known}.")
+        raise ConfigError(
+            f"{name!r} is neither a preset nor a .yaml file: the name of a file must end in .yaml."
+        )
+    known = f"expected is a preset ({', '.join(texts)}) or the path of a .yaml file"
     raise ConfigError(f"unknown preset {name!r}: {known}{near_miss(name, texts)}")
 
 

@@ -1,5 +1,7 @@
 """What runs are composed of: batches, tasks, cohorts, and networks that fit their data."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjaxprune import registry, trees
 from fedjaxprune.data import batching, transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
@@ -99,23 +102,61 @@ def make_model(
 ) -> Model:
     """Call a model's `build` for a data set, and give the model the loss of the data's task."""
     try:
-        key = jax.random.key(0)
-        inputs = jax.eval_shape(preprocess, key, rows(dataset.test["inputs"], 1))
-        made = build(input_shape=dataset.input_shape, num_classes=dataset.num_outputs)
-        shape, dtype = dataset.input_shape, inputs.dtype
-        model = outside.as_model(made, input_shape=shape, input_dtype=dtype)
-        model = heads.for_task(model, dataset.task)
-        params, state = jax.eval_shape(model.init, key)
-        shape = jax.eval_shape(model.predict, params, state, inputs).shape
-        wanted = (1, *positions(dataset), dataset.num_outputs)
-        if shape != wanted:
-            raise ValueError(f"its output has the shape {shape}, and needed is {wanted}.")
+        return _make(build, dataset, preprocess)
     except (ValueError, TypeError) as error:
+        names = _fitting(dataset, preprocess)
+        others = f"; built-in models that fit: {', '.join(names)}." if names else ""
+        said = first_line(error).rstrip("." if names else "")
         raise ConfigError(
             f"{what} does not fit the data set {dataset.name!r} ({_in_words(dataset)}): "
-            f"{first_line(error)}"
+            f"{said}{others}"
         ) from None
+
+
+def _make(
+    build: Callable[..., Any], dataset: Dataset, preprocess: Callable[[Any, Any], Any]
+) -> Model:
+    key = jax.random.key(0)
+    inputs = jax.eval_shape(preprocess, key, rows(dataset.test["inputs"], 1))
+    made = build(input_shape=dataset.input_shape, num_classes=dataset.num_outputs)
+    model = outside.as_model(made, input_shape=dataset.input_shape, input_dtype=inputs.dtype)
+    model = heads.for_task(model, dataset.task)
+    params, state = jax.eval_shape(model.init, key)
+    if dataset.task == "sequence":
+        _check_vocabulary(params, dataset)
+    shape = jax.eval_shape(model.predict, params, state, inputs).shape
+    wanted = (1, *positions(dataset), dataset.num_outputs)
+    if shape != wanted:
+        each = "position" if positions(dataset) else "example"
+        raise ValueError(
+            f"its output has the shape {shape}, and needed is {wanted}: {dataset.num_outputs} "
+            f"for each {each}, which has one label."
+        )
     return model
+
+
+def _check_vocabulary(params: Any, dataset: Dataset) -> None:
+    """Refuse tokens that no embedding has a row for, as JAX would read its last row for them."""
+    leaves = zip(trees.paths(params), jax.tree.leaves(params), strict=True)
+    sizes = [leaf.shape[0] for path, leaf in leaves if path.endswith("embedding")]
+    largest = max(int(split["inputs"].max()) for split in (dataset.train, dataset.test))
+    if sizes and max(sizes) <= largest:
+        raise ValueError(
+            f"its embedding has {max(sizes)} rows, and the tokens reach {largest}: they must be "
+            f"less than {max(sizes)}."
+        )
+
+
+def _fitting(dataset: Dataset, preprocess: Callable[[Any, Any], Any]) -> list[str]:
+    """List the built-in models that read a data set, unless it is of images, which takes long."""
+    names = []
+    for name, listed in registry.names("model").items():
+        if len(dataset.input_shape) == 1 and listed.origin.source == "built-in":
+            part = registry.find("model", name).part
+            with contextlib.suppress(ValueError, TypeError):
+                _make(functools.partial(part.build, part.settings()), dataset, preprocess)
+                names.append(name)
+    return names
 
 
 def _in_words(dataset: Dataset) -> str:

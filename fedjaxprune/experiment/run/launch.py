@@ -7,7 +7,7 @@ imported only when a run is about to be built.
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedjaxprune.errors import ConfigError, RunFolderError
@@ -190,6 +190,17 @@ def _said(folder: pathlib.Path) -> Iterator[None]:
         ) from None
 
 
+def _check_pruned(config: RunConfig, lines: Sequence[record.Line], listener: Listener) -> None:
+    """Warn where an own method never pruned; built-in ones refuse settings that lead to that."""
+    asked = getattr(config.method, "sparsity", 0.0)
+    is_own = config.parts.method.origin.source != "built-in"
+    if is_own and asked and not any(record.value(line, "mask.sparsity") for line in lines):
+        listener.warn(
+            f"method.sparsity is {asked}, but no weight was pruned in any of {len(lines)} rounds: "
+            "the first revision of the masks may lie beyond the last round."
+        )
+
+
 def _train(folder: pathlib.Path, parts: Any, listener: Listener, trackers: Openers) -> None:
     """Run what is left to run; what ends it early is marked in the folder."""
     from fedjaxprune.experiment.analysis import plots
@@ -213,4 +224,5 @@ def _train(folder: pathlib.Path, parts: Any, listener: Listener, trackers: Opene
                 )
                 plots.accuracy(found.lines, folder / layout.PICTURE, title=title)
                 summary.write(folder, summary.summarize(found.header, found.lines))
+                _check_pruned(config, found.lines, listener)
         listener.finish(config, folder, summary.summarize(found.header, found.lines))

@@ -23,7 +23,7 @@ _PASSES = ("forward", "input_gradient", "weight_gradient")
 def report(console: Console, errors: Console, *, details: bool) -> Iterator[Listener]:
     """Open a report of a run: a bar if `console` is a terminal, else lines; a table at its end."""
     stages: dict[str, int] = {}  # rounds of each; the last one need not be named
-    score = "accuracy -"
+    score, place = "accuracy -", ""
     bar = Progress(
         BarColumn(bar_width=8),  # all columns fit a terminal of 80
         TextColumn("{task.description}"),
@@ -51,11 +51,15 @@ def report(console: Console, errors: Console, *, details: bool) -> Iterator[List
         return f"{where(line)}: loss {_loss(line)}, {score}, sparsity {sparsity}"
 
     def begin(config: RunConfig, folder: pathlib.Path) -> None:
-        say(f"{_what(config)}; folder {folder}")
+        nonlocal place
+        say(_what(config))
+        place = f"folder: {folder}"  # which is made once the run is put together
 
     def start(header: Mapping[str, Any], lines: list[Line]) -> None:
         stages.update({one["name"]: one["num_rounds"] for one in header["stages"]})
         total, done = sum(stages.values()), len(lines)
+        if place:
+            say(place)
         if console.is_terminal:
             if lines:
                 describe(lines[-1])

@@ -50,7 +50,7 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
     body = [
         _states(groups),
         f"<h2>{'Comparison' if len(groups) > 1 else 'Result'}</h2>",
-        *(f'<p class="note">{escape(note)}</p>' for note in notes),
+        *(f'<p class="note">{escape(_begun(note))}</p>' for note in notes),
         _table(compared),
         '<h2>Pictures</h2><div class="pictures">',
         *(_place(number, picture) for number, picture in enumerate(drawn)),
@@ -74,7 +74,7 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
     said = said.replace(" %", "\N{NO-BREAK SPACE}%")
     parts = {
         "TITLE": escape(f"{dataset}: {what}"),
-        "HEADLINE": escape(said[:1].upper() + said[1:]),
+        "HEADLINE": escape(_begun(said)),
         "STYLE": _file("page.css"),
         "BODY": "\n".join(body),
         "FOOT": f"Made with fedjaxprune {__version__} from the run folders.",
@@ -124,6 +124,11 @@ def _library() -> str:
     return _pack(text)
 
 
+def _begun(sentence: str) -> str:
+    """Begin a sentence with a capital letter."""
+    return sentence[:1].upper() + sentence[1:]
+
+
 def _list(kind: str, items: Sequence[str]) -> str:
     texts = "".join(f"<li>{escape(item)}</li>" for item in items)
     return f'<ul class="{kind}">{texts}</ul>' if texts else ""
@@ -147,7 +152,7 @@ def _states(groups: Sequence[Group]) -> str:
 def _table(compared: Comparison) -> str:
     """Write the comparison as tables; of one configuration, as a list of numbers."""
     text = escape(tables.comma_separated(compared))
-    end = _list("note", compared.notes) + (
+    end = _list("note", [_begun(note) for note in compared.notes]) + (
         f'<p><button id="csv" type="button" data-text="{text}">download all numbers</button></p>'
     )
     if len(compared.groups) == 1:
