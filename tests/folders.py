@@ -25,6 +25,7 @@ CONFIG = {
         "num_rounds": 100,
         "cohort_size": 3,
         "sampling": {"name": "uniform"},
+        "attack": {"name": "none"},
         "dropout_rate": 0.0,
     },
     "client": {

@@ -33,8 +33,13 @@ PARTS = {
     "correction": "client.correction",
     "server_optimizer": "server.optimizer",
     "aggregator": "server.aggregator",
+    "attack": "federation.attack",
     "uplink": "uplink",
     "optimizer": "client.optimizer",
+}
+HOSTILE = {"federation.hostile_fraction": 0.5}  # of four clients
+OTHERS = {name: HOSTILE for name in registry.names("attack") if name != "none"} | {
+    "server_trust": {"server.data_fraction": 0.1}
 }
 CHOICES = [(path, name) for kind, path in PARTS.items() for name in registry.names(kind)]
 
@@ -42,7 +47,7 @@ CHOICES = [(path, name) for kind, path in PARTS.items() for name in registry.nam
 @pytest.mark.parametrize(("path", "name"), CHOICES)
 def test_every_choice_makes_a_round(path, name):
     needed = {"server_learning_rate": 0.1} if name in ("fedadam", "fedyogi") else {}
-    made(**{path: {"name": name, **needed}})
+    made(**{path: {"name": name, **needed}}, **OTHERS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", registry.names("model"))

@@ -50,8 +50,8 @@ from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Fraction, Settings, Share, setting
 from fedjaxprune.traffic import PublishedBits
 from fedjaxprune.types import (
+    Aggregator,
     Algorithm,
-    CohortAggregator,
     Masks,
     Params,
     RoundMetrics,
@@ -198,7 +198,8 @@ def _check(settings: AdaptiveDynamicPruning, task: Task) -> None:
             "model.norm must be 'batch' for adaptive_dynamic_pruning with a model.density below 1, "
             "as statistics of a group run over channels that a gate has closed."
         )
-    if settings.upload != "dense" and isinstance(task.protocol.aggregator, CohortAggregator):
+    rule = task.protocol.aggregator
+    if settings.upload != "dense" and not isinstance(rule, Aggregator | None):
         raise ValueError(
             "server.aggregator must be a mean, such as 'weighted_mean', for "
             f"adaptive_dynamic_pruning with method.upload {settings.upload!r}, as what a client "

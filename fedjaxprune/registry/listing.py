@@ -50,6 +50,7 @@ KINDS: dict[str, Kind] = {
     "correction": Kind("fedjaxprune.federated.corrections", ("batcher", "optimizer_settings")),
     "uplink": Kind("fedjaxprune.federated.uplinks"),
     "aggregator": Kind("fedjaxprune.federated.aggregators"),
+    "attack": Kind("fedjaxprune.federated.attacks", ("num_classes",)),
     "server_optimizer": Kind("fedjaxprune.federated.server_optimizers"),
     "tracker": Kind("fedjaxprune.experiment.tracking", is_component=True),
     "consensus": Kind("fedjaxprune.pruning.structured.voting", is_component=True),

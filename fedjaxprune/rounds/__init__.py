@@ -4,6 +4,6 @@ from fedjaxprune import namespace
 
 __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
-    modules="facts protocol reporting server_work simulation stages task training",
+    modules="facts hostility protocol reporting server_work simulation stages task training",
     names={"protocol": "FieldSpec Hooks Masking Protocol", "stages": "in_order", "task": "Task"},
 )

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune.federated.aggregators import ServerAggregator
+from fedjaxprune.federated.attacks import Attackers
 from fedjaxprune.traffic import FieldLength
 from fedjaxprune.types import (
     Aggregator,
@@ -53,6 +55,7 @@ class Protocol(NamedTuple):
       mesh: devices that share the cohort (`cohort.make_mesh`); changes nothing but speed and
         memory. None uses one device.
       correction: of client drift (SCAFFOLD, FedNova); None trains and averages plainly.
+      attackers: hostile clients, in training rounds; None: all are honest.
     """
 
     num_rounds: int
@@ -60,11 +63,12 @@ class Protocol(NamedTuple):
     optimizer: optax.GradientTransformation
     learning_rate_scale: Schedule | None = None
     uplink: Uplink | None = None
-    aggregator: Aggregator | CohortAggregator | None = None
+    aggregator: Aggregator | CohortAggregator | ServerAggregator | None = None
     server: optax.GradientTransformation | None = None
     chunk_size: int = 1
     mesh: jax.sharding.Mesh | None = None
     correction: Correction | None = None
+    attackers: Attackers | None = None
 
 
 class MaskTransport(NamedTuple):

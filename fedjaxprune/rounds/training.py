@@ -13,21 +13,19 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.federated import aggregators, cohort, server_optimizers, uplinks
+from fedjaxprune.federated import aggregators, attacks, cohort, server_optimizers, uplinks
 from fedjaxprune.pruning import pruners
-from fedjaxprune.rounds import traffic
+from fedjaxprune.rounds import hostility, traffic
 from fedjaxprune.rounds.protocol import Hooks, Masking, Protocol, broadcast_of, no_correction
 from fedjaxprune.rounds.stages import check_prunable, with_hooks
 from fedjaxprune.traffic import Send
 from fedjaxprune.types import (
-    Aggregator,
     Algorithm,
     Broadcast,
     Client,
     ClientData,
     ClientState,
     Cohort,
-    CohortAggregator,
     Correction,
     Delta,
     FieldSpec,
@@ -52,7 +50,7 @@ class Parts(NamedTuple):
 
     Attributes:
       protocol: says how the cohort is mapped.
-      client: with the correction around it.
+      client: with the correction around it, and the attack, if there is one.
       uplink: of the deltas.
       server: the server's optimizer.
       correction: of client drift.
@@ -71,7 +69,7 @@ class Parts(NamedTuple):
     pruner: Pruner
     prunable: PrunableFn
     fields: Mapping[str, FieldSpec]
-    aggregators: Mapping[str, Aggregator | CohortAggregator]
+    aggregators: hostility.ByField
     masking: Masking
 
     @property
@@ -256,11 +254,21 @@ def aggregate(
     key: Key, parts: Parts, given: Given, members: Cohort, population: Population
 ) -> cohort.Outcome:
     """Let the cohort work, and join its messages field by field."""
+
+    def server_message(data):
+        server_key = jax.random.fold_in(key, population.offsets.shape[0])  # no client's
+        own = parts._replace(uplink=uplinks.identity())  # nothing of it travels
+        rows = (own.client.init(given.broadcast.params), own.uplink.init(given.broadcast.params))
+        return local_work(server_key, own, given, rows, data)[0].fields
+
+    by_field = hostility.beside_server(parts.aggregators, population, server_message)
+    if parts.protocol.attackers is not None:
+        by_field, members = hostility.under_attack(parts.protocol.attackers, by_field, members)
     rows = members.states
     return cohort.run(
         key,
         lambda key, given, own, data: local_work(key, parts, given, own, data),
-        parts.aggregators,
+        by_field,
         given,
         members._replace(states=(rows.client, rows.uplink)),
         population,
@@ -345,9 +353,10 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
                 f"got {spec.send!r}."
             )
         by_field[name] = by_field.get(name, mean) if spec.aggregate is None else spec.aggregate
+    client, attackers = correction.wrap(client), protocol.attackers
     return Parts(
         protocol=protocol,
-        client=correction.wrap(client),
+        client=client if attackers is None else attacks.among(client, attackers.attack),
         uplink=uplinks.identity() if protocol.uplink is None else protocol.uplink,
         server=server_optimizers.fedavg() if protocol.server is None else protocol.server,
         correction=correction,

@@ -62,6 +62,17 @@ class Federation(Settings):
     dropout_rate: Probability = setting(
         0.0, "Probability that a drawn client drops out of the round.", unit="probability"
     )
+    attack: Any = part(
+        "attack", "none", "What hostile clients do in training rounds, to try aggregators on."
+    )
+    hostile_fraction: float | None = setting(
+        None,
+        "Fraction of the clients that are hostile; the seed says which.",
+        unit="fraction",
+        unset="0.2 under an attack, else none",
+        gt=0,
+        lt=1,
+    )
 
 
 class Client(Settings):
@@ -177,6 +188,7 @@ class Parts(NamedTuple):
     correction: Found
     server_optimizer: Found
     aggregator: Found
+    attack: Found
     uplink: Found
 
 
@@ -215,6 +227,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"client.steps must be at most {INT_MAX // batch} with client.batch_size {batch}, "
                 f"got {steps}."
+            )
+        if self.federation.hostile_fraction is not None and self.federation.attack.name == "none":
+            raise ValueError(
+                "federation.hostile_fraction needs a federation.attack other than 'none', got "
+                f"{self.federation.hostile_fraction}."
             )
         return self
 

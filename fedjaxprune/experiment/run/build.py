@@ -27,7 +27,7 @@ from fedjaxprune.experiment.run import composing, loop
 from fedjaxprune.experiment.run import examples as examples_lib
 from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.experiment.run.examples import Examples
-from fedjaxprune.federated import cohort, local_training, uplinks
+from fedjaxprune.federated import aggregators, attacks, cohort, local_training, uplinks
 from fedjaxprune.method import needs_of
 from fedjaxprune.models import precision
 from fedjaxprune.rounds import facts as facts_lib
@@ -42,6 +42,7 @@ _NEEDS = {
     "convolutions": (facts_lib.has_convolutions, "convolutions"),
     "gates": (facts_lib.has_gates, "gates"),
 }
+_HOSTILE = 2  # beside a seed: draws of their own
 _SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
 
 
@@ -131,7 +132,7 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
     section = config.client
     return Task(
         model=model,
-        protocol=make_protocol(config, given.train, chunk=chunk),
+        protocol=make_protocol(config, given, chunk=chunk),
         facts=facts_lib.of_model(model, inputs=jax.eval_shape(given.test, jax.random.key(0), two)),
         batches=composing.batches_of(
             batch_size=section.batch_size, train=given.train, test=given.test, seed=config.seed
@@ -144,10 +145,10 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
     )
 
 
-def make_protocol(config: RunConfig, preprocess: transforms.Preprocess, *, chunk: int) -> Protocol:
+def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol:
     """Build the protocol that every method shares."""
     parts, section = config.parts, config.client
-    common: dict[str, Any] = {"batch_size": section.batch_size, "preprocess": preprocess}
+    common: dict[str, Any] = {"batch_size": section.batch_size, "preprocess": given.train}
     if section.steps is None:
         batcher = batching.epochs(num_epochs=section.epochs, **common)
     else:
@@ -162,14 +163,40 @@ def make_protocol(config: RunConfig, preprocess: transforms.Preprocess, *, chunk
             optimizer=parts.optimizer.part.build(section.optimizer),
             learning_rate_scale=lambda index: jnp.asarray(decay(index), jnp.float32),
             uplink=uplinks.error_feedback(uplink) if config.uplink.error_feedback else uplink,
-            aggregator=parts.aggregator.part.build(config.server.aggregator),
+            aggregator=_aggregator(config, given),
             server=parts.server_optimizer.part.build(config.server.optimizer),
             chunk_size=chunk,
             mesh=cohort.make_mesh(devices=jax.devices()[:number]) if number > 1 else None,
             correction=parts.correction.part.build(
                 section.correction, batcher=batcher, optimizer_settings=section.optimizer
             ),
+            attackers=_attackers(config, given),
         )
+
+
+def _aggregator(config: RunConfig, given: Examples) -> Any:
+    """Build the aggregator, and tell it which examples the server holds if it asks for any."""
+    made = config.parts.aggregator.part.build(config.server.aggregator)
+    if not isinstance(made, aggregators.ServerAggregator):
+        return made
+    if len(given.held) == 0:
+        raise ConfigError(
+            f"server.aggregator {config.server.aggregator.name!r} compares messages with what the "
+            "server computes on examples of its own: set server.data_fraction."
+        )
+    return made._replace(server_examples=given.held)
+
+
+def _attackers(config: RunConfig, given: Examples) -> attacks.Attackers | None:
+    """Build the attack, and draw the hostile clients."""
+    section = config.federation
+    attack = config.parts.attack.part.build(section.attack, num_classes=given.dataset.num_classes)
+    if attack is None:
+        return None
+    rng = np.random.default_rng([config.seed, _HOSTILE])
+    fraction = 0.2 if section.hostile_fraction is None else section.hostile_fraction
+    chosen = attacks.choose(rng, num_clients=len(given.sizes), fraction=fraction)
+    return attacks.Attackers(attack=attack, client_ids=chosen)
 
 
 def check_needs(config: RunConfig, task: Task) -> None:
