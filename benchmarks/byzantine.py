@@ -134,7 +134,8 @@ def program(
     return play, population_of
 
 
-def _combination(case: Case) -> tuple[str, str, str]:
+def combination(case: Case) -> tuple[str, str, str]:
+    """Name what is compiled together."""
     return case.method, case.aggregator, case.attack
 
 
@@ -142,7 +143,7 @@ def run(wanted: Sequence[Case], folder: pathlib.Path) -> None:
     """Run the cases that have no result yet."""
     folder.mkdir(parents=True, exist_ok=True)
     there = read(folder)
-    for key, group in itertools.groupby(wanted, _combination):
+    for key, group in itertools.groupby(wanted, combination):
         missing = [one for one in group if one not in there]
         if not missing:
             continue

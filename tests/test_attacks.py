@@ -206,6 +206,23 @@ def test_what_a_personal_mask_switches_off_stays_zero_for_colluders():
     np.testing.assert_allclose(rule.reduce(values, masks, jnp.ones(3)), [0.0, 4.0], atol=1e-6)
 
 
+def test_counts_and_flags_of_a_message_are_not_attacked():
+    values = {"count": jnp.array([1, 2]), "flag": jnp.array([True, False]), "x": jnp.ones(2)}
+    hostile = jnp.array([True, False])
+    rule = attacks.together(aggregators.stack(), ATTACKS["inner_product"], hostile)
+    result = rule.reduce(values, None, jnp.ones(2))
+    chex.assert_trees_all_equal(result, {**values, "x": jnp.array([-2.0, 1.0])})
+    inner = Client(
+        init=lambda params: (),
+        update=lambda key, broadcast, state, data: (
+            Message(fields={"delta": values}, weight=jnp.float32(1.0)),
+            state,
+        ),
+    )
+    message, _ = attacks.hostile(inner, ATTACKS["sign_flip"]).update(KEY, None, (), None)  # pyright: ignore[reportArgumentType]
+    chex.assert_trees_all_equal(message.fields["delta"], {**values, "x": -jnp.ones(2)})
+
+
 def test_hostile_clients_are_drawn_by_the_seed_and_in_decimals():
     draw = functools.partial(attacks.choose, num_clients=100)
     chosen = draw(np.random.default_rng(0), fraction=0.29)

@@ -33,14 +33,10 @@ PARTS = {
     "correction": "client.correction",
     "server_optimizer": "server.optimizer",
     "aggregator": "server.aggregator",
-    "attack": "federation.attack",
     "uplink": "uplink",
     "optimizer": "client.optimizer",
 }
-HOSTILE = {"federation.hostile_fraction": 0.5}  # of four clients
-OTHERS = {name: HOSTILE for name in registry.names("attack") if name != "none"} | {
-    "server_trust": {"server.data_fraction": 0.1}
-}
+OTHERS = {"server_trust": {"server.data_fraction": 0.1}}
 CHOICES = [(path, name) for kind, path in PARTS.items() for name in registry.names(kind)]
 
 

@@ -37,8 +37,9 @@ class Attack(NamedTuple):
 
     Attributes:
       poison: ``data -> data`` that it trains on.
-      forge: ``tree -> tree``, what it sends in the place of an honest field of `FIELDS`.
-      collude: ``(values [C, ...], hostile [C] bool, honest [C] bool) -> values``, for such a field
+      forge: ``tree -> tree``, what it sends in the place of the floating-point leaves of an honest
+        field of `FIELDS`.
+      collude: ``(values [C, ...], hostile [C] bool, honest [C] bool) -> values``, for these leaves
         of all clients; those absent are neither.
     """
 
@@ -216,9 +217,10 @@ def together(
 
     def reduce_fn(values, masks, weights):
         present = weights > 0
-        if attack.collude is not None:
-            forged = attack.collude(values, is_hostile & present, ~is_hostile & present)
-            is_alike = jax.tree.structure(masks) == jax.tree.structure(values)
+        if (collude := attack.collude) is not None:
+            sides = (is_hostile & present, ~is_hostile & present)
+            forged = _on_floats(lambda leaves: collude(leaves, *sides), values)
+            is_alike = jax.tree.map(jnp.shape, masks) == jax.tree.map(jnp.shape, values)
             values = masks_lib.apply(masks, forged) if is_alike else forged
         if isinstance(aggregator, CohortAggregator):
             return aggregator.reduce(values, masks, weights)
@@ -250,8 +252,18 @@ def _forged(message: Message, attack: Attack) -> Message:
     """Put what the attack makes of them in the place of the averaged fields."""
     if attack.forge is None:
         return message
-    forged = {name: attack.forge(message.fields[name]) for name in FIELDS if name in message.fields}
+    names = [name for name in FIELDS if name in message.fields]
+    forged = {name: _on_floats(attack.forge, message.fields[name]) for name in names}
     return message._replace(fields={**message.fields, **forged})
+
+
+def _on_floats(function: Callable[[list[Any]], list[Any]], tree: Any) -> Any:
+    """Change the floating-point leaves of a tree, all together; counts and flags stay."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    for place, leaf in zip(places, function([leaves[i] for i in places]), strict=True):
+        leaves[place] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _largest_deviation(hostile: jax.Array, honest: jax.Array) -> jax.Array:
