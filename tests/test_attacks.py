@@ -189,9 +189,12 @@ def test_a_little_is_enough_by_its_table():
     forged = attacks.little_is_enough(deviations=None).collude(values, hostile, ~hostile)  # pyright: ignore[reportOptionalCall]
     np.testing.assert_allclose(forged[:24], 1.0 - 1.426 * 2.0, rtol=1e-3)
     np.testing.assert_array_equal(forged[24:], values[24:])
-    few = jnp.arange(50) < 5  # then a majority needs more than half of the honest: 0 deviations
+    few = jnp.arange(50) < 5  # of 31: 11 of 26 must lie further out, 15 / 26 -> 0.194
     forged = attacks.little_is_enough(deviations=None).collude(values, few, ~hostile)  # pyright: ignore[reportOptionalCall]
-    np.testing.assert_allclose(forged[:5], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(forged[:5], 1.0 - 0.194 * 2.0, rtol=1e-3)
+    two = jnp.arange(50) >= 48  # one of two must: the mean itself is sent
+    forged = attacks.little_is_enough(deviations=None).collude(values, jnp.arange(50) < 1, two)  # pyright: ignore[reportOptionalCall]
+    np.testing.assert_allclose(forged[0], 1.0, rtol=1e-6)
 
 
 def test_what_a_personal_mask_switches_off_stays_zero_for_colluders():
