@@ -1,6 +1,7 @@
 """Commands that run nothing: ``list``, ``describe``, ``validate`` and ``schema``."""
 
 import json
+import re
 
 import click
 
@@ -31,7 +32,8 @@ def list_(kind: str | None) -> None:
     for one in [wanted] if wanted else kinds:
         formatter.write(f"{one}:\n")
         with formatter.indentation():
-            if rows := _presets() if one == PRESETS else _parts(one):
+            rows = _presets(is_short=wanted is None) if one == PRESETS else _parts(one)
+            if rows:
                 formatter.write_dl([*rows.items()], col_max=_NAMES)
     click.echo(formatter.getvalue(), nl=False)
 
@@ -48,9 +50,11 @@ def _parts(kind: str) -> dict[str, str]:
     return rows
 
 
-def _presets() -> dict[str, str]:
+def _presets(*, is_short: bool) -> dict[str, str]:
+    """Give the presets' first lines, or what of them comes before a comma, colon or bracket."""
     texts = files.preset_texts().items()
-    return {name: text.splitlines()[0].lstrip("# ").rstrip(".") for name, text in texts}
+    lines = {name: text.splitlines()[0].lstrip("# ").rstrip(".") for name, text in texts}
+    return {n: re.split(r"[,:(]", x)[0].rstrip() for n, x in lines.items()} if is_short else lines
 
 
 @click.command()
