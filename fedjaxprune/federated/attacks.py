@@ -224,12 +224,7 @@ def together(
             values = masks_lib.apply(masks, forged) if is_alike else forged
         if isinstance(aggregator, CohortAggregator):
             return aggregator.reduce(values, masks, weights)
-
-        def add(total, row):
-            return aggregator.add(total, *row), None
-
-        zero = aggregator.init(jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), values))
-        return aggregator.finish(jax.lax.scan(add, zero, (values, masks, weights))[0])
+        return _streamed(aggregator, values, masks, weights)
 
     return CohortAggregator(reduce=reduce_fn)
 
@@ -246,6 +241,15 @@ def choose(rng: np.random.Generator, *, num_clients: int, fraction: float) -> tu
     if number == 0:
         raise ValueError(f"a fraction of {fraction} of {num_clients} clients is nobody.")
     return tuple(int(one) for one in np.sort(rng.choice(num_clients, number, replace=False)))
+
+
+def _streamed(aggregator: Aggregator, values: Any, masks: Any, weights: jax.Array) -> Any:
+    """Aggregate messages ``[C, ...]`` one after the other."""
+    zero = aggregator.init(jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), values))
+    total, _ = jax.lax.scan(
+        lambda total, row: (aggregator.add(total, *row), None), zero, (values, masks, weights)
+    )
+    return aggregator.finish(total)
 
 
 def _forged(message: Message, attack: Attack) -> Message:

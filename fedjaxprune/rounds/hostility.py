@@ -18,12 +18,13 @@ from fedjaxprune.types import (
     Population,
 )
 
+_Plain = dict[str, Aggregator | CohortAggregator]  # by field
 ByField = Mapping[str, Aggregator | CohortAggregator | ServerAggregator]
 
 
 def beside_server(
     by_field: ByField, population: Population, work: Callable[[ClientData], Mapping[str, Any]]
-) -> dict[str, Aggregator | CohortAggregator]:
+) -> _Plain:
     """Give the aggregators that ask for it the message that the server would send itself.
 
     Args:
@@ -52,8 +53,8 @@ def beside_server(
 
 
 def under_attack(
-    attackers: attacks.Attackers, by_field: ByField, members: Cohort
-) -> tuple[dict[str, Any], Cohort]:
+    attackers: attacks.Attackers, by_field: _Plain, members: Cohort
+) -> tuple[_Plain, Cohort]:
     """Mark the hostile ones of a cohort, and let them see what the others send.
 
     The cohort's clients are those of `attacks.among`.
