@@ -102,7 +102,7 @@ def test_a_known_mask_costs_the_tensor_once_more_and_no_more():
     plan = Plan("x", INT8, shape, N, Coding(codings.BITMAP, num_listed=N))
     body = packing.varint(1) + headers.write(plan, "") + b"\xff" * (N // 8) + b"\1" * N
     body = wire_format.MAGIC + b"\0" + body
-    digest = zlib.crc32(np.packbits(known), zlib.crc32(body))
+    digest = zlib.crc32(np.packbits(known).data, zlib.crc32(body))
     data = body + digest.to_bytes(4, "little")
     tracemalloc.start()
     try:
