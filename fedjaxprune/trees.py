@@ -1,6 +1,7 @@
 """Parameter-tree arithmetic that optax.tree lacks, and leaf paths."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -50,12 +51,62 @@ def all_finite(tree: Any) -> jax.Array:
     A NaN or an infinity less itself is a NaN, and on a CPU floats are summed two to four times as
     fast as bools.
     """
-    finite = jnp.bool_(True)
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            flat = leaf.reshape(-1)
-            finite = finite & jnp.isfinite(jnp.sum(flat - flat))
-    return finite
+    return functools.reduce(jnp.logical_and, _finite(tree), jnp.bool_(True))
+
+
+def all_below(tree: Any, bound: float) -> jax.Array:
+    """Tell whether all floating-point values are smaller than `bound`, a power of 2, either way.
+
+    It costs what `all_finite` costs: a value that is not smaller overflows when it is scaled. A
+    type that cannot represent the bound passes if it is finite.
+    """
+
+    def scaled(leaf):
+        if not _is_inexact(leaf):
+            return leaf
+        # The bound becomes the first power of 2 that overflows.
+        power = int(jnp.finfo(leaf.dtype).maxexp) - int(math.log2(bound))
+        return leaf * jnp.asarray(2.0 ** max(power, 0), leaf.dtype)
+
+    return all_finite(jax.tree.map(scaled, tree))
+
+
+def stays_finite(before: Any, after: Any) -> jax.Array:
+    """Tell whether every leaf that had no NaN or infinity has none now.
+
+    State may begin with an infinity on purpose, such as the best loss so far.
+    """
+    pairs = zip(_finite(before), _finite(after), strict=True)
+    return functools.reduce(jnp.logical_and, (now | ~then for then, now in pairs), jnp.bool_(True))
+
+
+def _finite(tree: Any) -> list[jax.Array]:
+    """Tell of each floating-point leaf whether it has neither NaN nor infinity."""
+    flat = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
+    return [jnp.isfinite(jnp.sum(leaf - leaf)) for leaf in flat]
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def clip_norm(tree: Any, bound: float) -> Any:
+    """Shorten a tree of floating-point leaves to a Euclidean norm of at most `bound`."""
+    wide = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    # The largest value is taken out, as squares of the values themselves may overflow.
+    largest = functools.reduce(
+        jnp.maximum, (jnp.max(jnp.abs(leaf), initial=0.0) for leaf in wide), jnp.float32(0.0)
+    )
+    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    squares = tree_sum([jnp.sum(jnp.square(leaf / unit)) for leaf in wide], dtype=jnp.float32)
+    norm = jnp.sqrt(squares)  # in units of the largest value
+    is_long = norm * unit > bound
+
+    def leaf(value):
+        short = value / unit.astype(value.dtype) * (bound / norm).astype(value.dtype)
+        return jnp.where(is_long, short, value)
+
+    return jax.tree.map(leaf, tree)
 
 
 def count(marks: jax.Array) -> jax.Array:

@@ -178,12 +178,14 @@ class Aggregator(NamedTuple):
       add: ``(accumulator, value, masks or None, weight) -> accumulator``; weight 0 adds nothing.
       merge: ``(accumulator, accumulator) -> accumulator``, associative and commutative.
       finish: ``accumulator -> value``.
+      wide: ``() -> Aggregator``, the same for 2²⁴ examples and more; None: itself.
     """
 
     init: Callable[[Any], Any]
     add: Callable[[Any, Any, Masks | None, jax.Array], Any]
     merge: Callable[[Any, Any], Any]
     finish: Callable[[Any], Any]
+    wide: "Callable[[], Aggregator] | None" = None
 
 
 class CohortAggregator(NamedTuple):
@@ -191,9 +193,11 @@ class CohortAggregator(NamedTuple):
 
     Attributes:
       reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; 0: absent.
+      beside: joins statistics and gradients, if its numbers are for deltas alone; None: itself.
     """
 
     reduce: Callable[[Any, Masks | None, jax.Array], Any]
+    beside: "CohortAggregator | None" = None
 
 
 class FieldSpec(NamedTuple):
@@ -201,15 +205,18 @@ class FieldSpec(NamedTuple):
 
     Attributes:
       aggregate: joins the clients' values; None takes the protocol's for `delta`, the sum for
-        `metrics`, all values ``[C, ...]`` of what is not sent (a report), else the weighted mean.
+        `metrics`, all values ``[C, ...]`` of what is not sent (a report), else the protocol's
+        robust aggregator (a `CohortAggregator`) or, without one, the weighted mean.
       send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
       read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta,
         in the place of a sent field; the pruner sees it as ``inputs.statistics``, free of charge.
+      is_sum: whether the server needs the mean times the sum of the weights; with `aggregate` None.
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
     send: Send = "whole"
     read: Callable[[Delta, Broadcast], Params] | None = None
+    is_sum: bool = False
 
 
 class Correction(NamedTuple):
@@ -324,7 +331,8 @@ class RoundMetrics(NamedTuple):
       num_uploaded: ``[C, L]`` int32, entries per leaf that each present client could send.
       participated: ``[C]`` bool, who took part.
       num_participating: ``[]`` int32, clients that took part.
-      num_rejected: ``[]`` int32, of those, clients left out because their message was not finite.
+      num_rejected: ``[]`` int32, of those, clients left out: their message was not plausible, or
+        the round was dropped.
       sent: the messages, as the ledger needs them.
     """
 

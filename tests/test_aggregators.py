@@ -202,7 +202,7 @@ def test_sums_of_half_precision_are_kept_in_float32(make):
     accumulator = make().init(like)
     for _ in range(300):  # bfloat16 stops counting at 256
         accumulator = make().add(accumulator, like, mask, jnp.float32(1.0))
-    np.testing.assert_array_equal(accumulator.total, np.full(3, 300.0))
+    np.testing.assert_array_equal(accumulator.totals.total, np.full(3, 300.0))
 
 
 @pytest.mark.parametrize("name", sorted(TOGETHER))

@@ -3,6 +3,10 @@
 Statistics are a field of a message: the leaves of the model state that `normalization` accepts, as
 a list ``[leaf, ...]`` in the state's order. `put` writes such a list into a state. No client here
 trains weights or computes gradients.
+
+A single value has no variance. So a variance leaf that is all zero, or that training leaves as it
+was, is not a measurement: the field `measured`, one number a leaf, is 0 for it, and 1 otherwise.
+`combine` leaves it out. The server can tell without the field, so it need not be sent.
 """
 
 from collections.abc import Callable
@@ -19,7 +23,7 @@ from fedjaxprune.types import Batcher, Broadcast, Client, ClientData, Key, Messa
 # A running statistic is set to this value to measure which share of it one training step keeps. It
 # is far larger than real statistics, so that rounding is relative to the share.
 _PROBE = float(2**20)
-_HOPELESS = 1e30  # replaces a loss that is not finite
+_HOPELESS = 1e18  # replaces a loss that is larger or not finite
 
 
 def normalization(path: str, leaf: jax.Array) -> bool:
@@ -57,8 +61,9 @@ def statistics(loss: Any, *, batcher: Batcher) -> Client:
       batcher: the client's examples, without augmentation.
 
     Returns:
-      A `Client` whose message has the fields `statistics` (a list, see `pick`) and `metrics`; its
-      weight is the number of examples. The broadcast's masks are applied to the parameters.
+      A `Client` whose message has the fields `statistics` (a list, see `pick`), `measured` and
+      `metrics`; its weight is the number of examples. The broadcast's masks are applied to the
+      parameters. Batches whose variance is no measurement do not count in its mean.
 
     References:
       Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023 (adaptive BatchNorm
@@ -80,24 +85,30 @@ def statistics(loss: Any, *, batcher: Batcher) -> Client:
             batch = batcher.batch(batch_key, data, step)
             seen, step_metrics = look(zeros, batch, jax.random.fold_in(loss_key, step))
             size = jnp.sum(batch.weights)
+            counts = _measured(broadcast.model_state, seen, zeros)
+            sizes = [jnp.where(counted > 0, size, jnp.zeros_like(size)) for counted in counts]
             totals = [
                 total + jnp.where(size > 0, size * leaf, jnp.zeros_like(leaf))
-                for total, leaf in zip(sums[0], seen, strict=True)
+                for total, leaf, size in zip(sums[0], seen, sizes, strict=True)
             ]
-            return totals, sums[1] + size, metrics.merge(sums[2], step_metrics)
+            sizes = [total + size for total, size in zip(sums[1], sizes, strict=True)]
+            return totals, sizes, sums[2] + size, metrics.merge(sums[3], step_metrics)
 
-        start = (zeros, jnp.float32(0.0), _steps.zero_metrics(loss_key, loss, broadcast, first))
-        totals, size, seen = jax.lax.fori_loop(
-            jnp.int32(0), batcher.num_steps(data), step_fn, start
+        none = jnp.float32(0.0)
+        seen = _steps.zero_metrics(loss_key, loss, broadcast, first)
+        totals, sizes, size, seen = jax.lax.fori_loop(
+            jnp.int32(0), batcher.num_steps(data), step_fn, (zeros, [none] * len(old), none, seen)
         )
 
-        def mean(total, share, before):  # a leaf that no step changes keeps its value
+        def mean(total, size, share, before):  # a leaf that no step changes keeps its value
             usable = (size > 0) & (share > 0)
             divisor = jnp.where(usable, size * share, jnp.ones_like(share))
             return jnp.where(usable, total / divisor, before.astype(jnp.float32))
 
-        found = [mean(*leaves) for leaves in zip(totals, moved, old, strict=True)]
-        return Message(fields={"statistics": found, "metrics": seen}, weight=size), state
+        found = [mean(*leaves) for leaves in zip(totals, sizes, moved, old, strict=True)]
+        measured = [(size > 0).astype(jnp.float32) for size in sizes]
+        fields = {"statistics": found, "measured": measured, "metrics": seen}
+        return Message(fields=fields, weight=size), state
 
     return Client(init=lambda params: (), update=update_fn)
 
@@ -125,7 +136,8 @@ def moving_statistics(loss: Any, *, batcher: Batcher, num_passes: int) -> Client
 
         start = (old, jnp.float32(0.0), _steps.zero_metrics(loss_key, loss, broadcast, first))
         found, size, seen = jax.lax.fori_loop(jnp.int32(0), num_passes * num_steps, step_fn, start)
-        fields = {"statistics": found, "metrics": seen}
+        measured = _measured(broadcast.model_state, found, old)
+        fields = {"statistics": found, "measured": measured, "metrics": seen}
         return Message(fields=fields, weight=size / num_passes), state
 
     return Client(init=lambda params: (), update=update_fn)
@@ -145,9 +157,9 @@ def losses(
     Returns:
       A `Client` whose message has the field `losses`, the mean over its labels ``[]`` float32, and
       `metrics` with the accumulator ``loss`` (the sum and the number of labels); its weight is the
-      number of labels. A negative label of a sequence does not count. A sum that is not finite
-      becomes 1e30: otherwise the whole message would be rejected, with the losses of all other
-      candidates.
+      number of labels. A negative label of a sequence does not count. A sum that is not finite, or
+      larger, becomes 1e18: otherwise the whole message would be rejected, with the losses of all
+      other candidates.
     """
 
     def update_fn(key, broadcast, state, data):
@@ -163,7 +175,8 @@ def losses(
             return metrics.merge(total, metrics.mean(values, weights))
 
         total = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, metrics.zero())
-        total = total._replace(total=jnp.where(jnp.isfinite(total.total), total.total, _HOPELESS))
+        is_usable = jnp.abs(total.total) < _HOPELESS
+        total = total._replace(total=jnp.where(is_usable, total.total, _HOPELESS))
         mean = total.total / jnp.maximum(total.weight, 1.0)
         fields = {"losses": mean, "metrics": {"loss": total}}
         return Message(fields=fields, weight=total.weight), state
@@ -192,6 +205,37 @@ def each_candidate(client: Client) -> Client:
         return Message(fields=messages.fields, weight=messages.weight[0]), state
 
     return Client(init=lambda params: (), update=update_fn)
+
+
+def leave_out(client: Client) -> Client:
+    """Set what a client did not measure to zero, so that `combine` can leave it out."""
+
+    def update_fn(key, broadcast, state, data):
+        message, state = client.update(key, broadcast, state, data)
+        fields = dict(message.fields)
+        pairs = zip(fields["statistics"], fields["measured"], strict=True)
+        fields["statistics"] = [jnp.where(is_known > 0, leaf, 0.0) for leaf, is_known in pairs]
+        return message._replace(fields=fields), state
+
+    return Client(init=client.init, update=update_fn)
+
+
+def combine(
+    statistics: list[jax.Array], measured: list[jax.Array], before: list[jax.Array]
+) -> list[jax.Array]:
+    """Average statistics over the clients that measured them.
+
+    Args:
+      statistics: means over the clients, zero where one did not measure; leading axes are allowed.
+      measured: means over the clients of `measured`, of these leading axes.
+      before: what stays where no client measured.
+    """
+
+    def leaf(total, share, before):
+        share = share.reshape((*share.shape, *[1] * (total.ndim - share.ndim)))
+        return jnp.where(share > 0, total / jnp.where(share > 0, share, 1.0), before)
+
+    return [leaf(*leaves) for leaves in zip(statistics, measured, before, strict=True)]
 
 
 def with_squares(client: Client) -> Client:
@@ -233,6 +277,15 @@ def add_spread(
             value = value + jnp.maximum(square - jnp.square(mean), 0.0)
         found.append(value)
     return found
+
+
+def _measured(model_state, seen, before) -> list[jax.Array]:
+    """Tell of each statistic whether it is a measurement: 1 or 0, ``[]`` float32."""
+    paths = [path for path, leaf in trees.items(model_state) if normalization(path, leaf)]
+    return [
+        jnp.any(new != old).astype(jnp.float32) if path.endswith("var") else jnp.float32(1.0)
+        for path, new, old in zip(paths, seen, before, strict=True)
+    ]
 
 
 def _look(loss, broadcast):

@@ -31,6 +31,12 @@ from fedjaxprune.types import (
 
 AXIS = "clients"  # of the mesh
 
+# A message counts if its values are smaller than this, either way, and its weight is in [0, 2^31]:
+# then no total of a cohort overflows, and one client cannot make every round infinite.
+VALUE_LIMIT = 2.0**64
+WEIGHT_LIMIT = 2.0**31
+COUNTED_EXACTLY = 2**24  # examples; where there are more, sums of arrays keep what rounding takes
+
 ClientUpdate = Callable[[Key, Any, State, ClientData], tuple[Message, State]]
 
 
@@ -40,7 +46,7 @@ class Outcome(NamedTuple):
     Attributes:
       fields: the messages' fields, aggregated, by name.
       states: tree of ``[C, ...]``; absent and rejected clients keep the rows they had.
-      rejected: ``[C]`` bool, clients left out because what they computed was not finite.
+      rejected: ``[C]`` bool, clients left out because what they computed was not plausible.
     """
 
     fields: dict[str, Any]
@@ -78,7 +84,8 @@ def run(
     """Let every client of a cohort work, and aggregate what they say.
 
     A client's key is folded from its id, so its place in the cohort does not matter. A message or a
-    state that is not finite is left out: it counts for nothing and the client's row stays.
+    state that is not plausible is left out: it counts for nothing and the client's row stays. All
+    values must be smaller than `VALUE_LIMIT`, and the weight in ``[0, WEIGHT_LIMIT]``.
 
     Args:
       key: the round's key for its clients.
@@ -108,7 +115,8 @@ def run(
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
     everybodys = (key, broadcast, population)
     shapes, _, _ = jax.eval_shape(functools.partial(_work, update), everybodys, first)
-    streaming, gathering = _sort(aggregators, shapes.fields)
+    is_wide = population.order.shape[0] >= COUNTED_EXACTLY
+    streaming, gathering = _sort(aggregators, shapes.fields, is_wide=is_wide)
     share = _share_fn(update, streaming, gathering, shapes.fields, chunk_size, num_devices)
     if num_devices == chunk_size == 1:
         accumulators, outputs = share(everybodys, rows)
@@ -141,18 +149,20 @@ def run(
 
 
 def _work(update, everybodys, row):
-    """Let one client work: its message, its state, and whether they were not finite."""
+    """Let one client work: its message, its state, and whether they are not plausible."""
     key, broadcast, population = everybodys
     client_id, present, state = row
     data = client_data(population, client_id)
     # An absent client is seen as one without examples, so that it costs nothing.
     data = data._replace(size=jnp.where(present, data.size, jnp.zeros_like(data.size)))
     message, after = update(jax.random.fold_in(key, client_id), broadcast, state, data)
-    finite = trees.all_finite((message, after))
-    valid = present & finite
-    weight = jnp.where(valid, message.weight, jnp.zeros_like(message.weight))
+    weight = message.weight
+    plausible = trees.all_below((message.fields, after), VALUE_LIMIT)
+    plausible = plausible & (weight >= 0) & (weight <= WEIGHT_LIMIT)
+    valid = present & plausible
+    weight = jnp.where(valid, weight, jnp.zeros_like(weight))
     message = message._replace(weight=weight)  # aggregators add nothing of weight 0
-    return message, trees.tree_where(valid, after, state), present & ~finite
+    return message, trees.tree_where(valid, after, state), present & ~plausible
 
 
 def _share_fn(update, streaming, gathering, like, chunk_size, num_devices):
@@ -250,7 +260,7 @@ def _merge(accumulators, streaming, num_devices):
     )
 
 
-def _sort(aggregators, fields):
+def _sort(aggregators, fields, *, is_wide):
     """Split the aggregators in use by kind, and see that every field has one."""
     missing = sorted(set(fields) - set(aggregators) - {"masks"})
     if missing:
@@ -259,7 +269,11 @@ def _sort(aggregators, fields):
             f"there are aggregators for {', '.join(sorted(aggregators))}."
         )
     used = {name: aggregators[name] for name in sorted(fields) if name in aggregators}
-    streaming = {n: a for n, a in used.items() if isinstance(a, Aggregator)}
+    streaming = {
+        name: each.wide() if is_wide and each.wide is not None else each
+        for name, each in used.items()
+        if isinstance(each, Aggregator)
+    }
     gathering = {n: a for n, a in used.items() if isinstance(a, CohortAggregator)}
     return streaming, gathering
 

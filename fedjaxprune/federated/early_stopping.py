@@ -90,11 +90,12 @@ def until_no_improvement(
                 _step_fn(loss, epoch, optimizer, keys, broadcast, data),
                 (progress.local, nothing, nothing),
             )
+            value = metrics.value((seen if watch == "epoch" else latest)["loss"])
             if validation is not None:
                 now = broadcast._replace(params=local.params, model_state=local.model_state)
-                value = validation.update(look_key, now, (), data)[0].fields["losses"]
-            else:
-                value = metrics.value((seen if watch == "epoch" else latest)["loss"])
+                message = validation.update(look_key, now, (), data)[0]
+                # Without a label to look at there is no loss, and 0 would be the best of all.
+                value = jnp.where(message.weight > 0, message.fields["losses"], value)
             is_better = value < progress.best
             return _Progress(
                 local=local,

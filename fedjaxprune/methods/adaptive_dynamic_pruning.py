@@ -214,7 +214,7 @@ def _density(task: Task) -> float:
 
 
 def _warm_up_hooks(settings: AdaptiveDynamicPruning, task: Task) -> Hooks:
-    """Set the gates' density before each round; a round in which nobody was heard leaves it."""
+    """Set the gates' density before each round; a round that is dropped leaves it."""
     schedule = warm_up(
         density=_density(task),
         num_rounds=task.protocol.num_rounds,
@@ -226,12 +226,7 @@ def _warm_up_hooks(settings: AdaptiveDynamicPruning, task: Task) -> Hooks:
         density = schedule(state.round)
         return state._replace(model_state=gates.with_density(state.model_state, density))
 
-    def after_round(before, after, metrics):
-        heard = metrics.num_participating > metrics.num_rejected
-        density = jnp.where(heard, *(gates.density(s.model_state) for s in (after, before)))
-        return after._replace(model_state=gates.with_density(after.model_state, density)), metrics
-
-    return Hooks(before_round=before_round, after_round=after_round)
+    return Hooks(before_round=before_round)
 
 
 def _without_gates(state: RoundState) -> Params:

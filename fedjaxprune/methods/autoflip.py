@@ -34,14 +34,14 @@ import jax.numpy as jnp
 import pydantic
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.federated import aggregators, batch_norm, early_stopping, server_optimizers
+from fedjaxprune.federated import batch_norm, early_stopping, server_optimizers
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.models import heads
 from fedjaxprune.pruning import movement, pruners, schedules
 from fedjaxprune.pruning.structured import channel_pruning
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import reporting, stages
-from fedjaxprune.rounds.protocol import FieldSpec, broadcast_of
+from fedjaxprune.rounds.protocol import FieldSpec, broadcast_of, joining
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Count, Epochs, Rounds, Settings, Share, Sparsity, setting
@@ -152,9 +152,7 @@ def build(settings: AutoFLIP, task: Task) -> Algorithm:
         to explore on.
     """
     _check_run(settings, task)
-    mean = {"clients": aggregators.unweighted_mean(), "examples": aggregators.weighted_mean()}[
-        settings.explorer_weights
-    ]
+    mean = joining(task.protocol, by=settings.explorer_weights)
     prunable, pruner, readings = masks_lib.is_kernel, None, {}
     if settings.sparsity > 0.0:
         prunable, pruner = _pruner(settings, task.facts)
@@ -285,8 +283,7 @@ def _explore(
         for name in readings
     }
     if is_warm:
-        by_examples = FieldSpec(aggregate=aggregators.weighted_mean())
-        fields |= {"model_state": by_examples, "move": by_examples}
+        fields |= {"model_state": FieldSpec(), "move": FieldSpec()}  # by examples
         # Not called `delta`, which would go through the uplink.
         readings = {**readings, "move": lambda delta, masks: delta}
     client = early_stopping.report(

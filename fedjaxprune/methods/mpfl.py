@@ -117,9 +117,9 @@ def build(settings: MPFL, task: Task) -> Algorithm:
 
 
 def diagnostics(metrics: RoundMetrics) -> dict[str, Any]:
-    """Say how far voters agreed on each layer's filters, in an exchange in which any were heard."""
+    """Say how far voters agreed on each layer's filters, in an exchange with two or more."""
     found = metrics.sent.reports.get(AGREEMENT)
-    if found is None or int(metrics.num_participating) <= int(metrics.num_rejected):
+    if found is None or int(metrics.num_participating) - int(metrics.num_rejected) < 2:
         return {}
     return {AGREEMENT: np.round(np.asarray(found[0], np.float64), 6).tolist()}
 

@@ -114,7 +114,7 @@ def _ask_clients(settings: Snip, task: Task) -> tuple[Stage, Stage]:
         name="score",
         client=_gradients(task),
         fields={
-            "grads": FieldSpec(mean),
+            "grads": FieldSpec(),
             **dict.fromkeys(("delta", "model_state"), FieldSpec(mean, send="nothing")),
         },
         broadcast=lambda state: broadcast_of(state)._replace(masks=masks_lib.full(state.params)),

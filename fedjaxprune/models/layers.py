@@ -145,7 +145,8 @@ class BatchNorm(nn.Module):
     """Batch normalization over the examples that count.
 
     Statistics are taken in float32, whatever the images are in.
-    Filling (weight 0) enters neither the batch's statistics nor the running ones. The running
+    Filling (weight 0) enters neither the batch's statistics nor the running ones, and a single
+    value of a channel, which has no variance, leaves the running variance alone. The running
     statistics start at mean 0 and variance 1, live in the collection ``batch_stats`` and follow the
     batch's with momentum 0.9; like PyTorch's, their variance is the unbiased one.
 
@@ -185,9 +186,9 @@ class BatchNorm(nn.Module):
         any_counts = count > 0
         if not self.is_initializing():
             unbiased = var * (count / jnp.maximum(count - 1, 1))
-            for running, value in ((running_mean, mean), (running_var, unbiased)):
+            for running, value, least in ((running_mean, mean, 1), (running_var, unbiased, 2)):
                 moved = self.momentum * running.value + (1 - self.momentum) * value
-                running.value = jnp.where(any_counts, moved, running.value)
+                running.value = jnp.where(count >= least, moved, running.value)
         # A batch that is all filling has no variance, and must not grow from layer to layer.
         factor = jnp.where(any_counts, scale * lax.rsqrt(var + self.epsilon), 0)
         return (centred * factor[None, None, None] + bias[None, None, None]).astype(dtype)

@@ -1,12 +1,13 @@
 """What a training round is made of: the protocol that methods share, and rules that they set."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune.federated import aggregators
 from fedjaxprune.federated.aggregators import ServerAggregator
 from fedjaxprune.federated.attacks import Attackers
 from fedjaxprune.traffic import FieldLength
@@ -35,7 +36,9 @@ __all__ = [
     "Protocol",
     "add_reports",
     "broadcast_of",
+    "joining",
     "no_correction",
+    "weigh",
 ]
 
 
@@ -48,7 +51,8 @@ class Protocol(NamedTuple):
       optimizer: local optimizer, any optax transformation.
       learning_rate_scale: factor on local updates, by round (an optax schedule fits).
       uplink: what a delta looks like after the wire; None sends it as it is.
-      aggregator: of the deltas; None takes the weighted mean.
+      aggregator: of the deltas; None takes the weighted mean. A `CohortAggregator` bounds what a
+        few wrong clients can do, so statistics and gradients go through it as well.
       server: the server's optimizer, an optax transformation (see `server_optimizers`); None takes
         the aggregated delta as it is.
       chunk_size: clients that run side by side; changes nothing but speed and memory.
@@ -56,6 +60,8 @@ class Protocol(NamedTuple):
         memory. None uses one device.
       correction: of client drift (SCAFFOLD, FedNova); None trains and averages plainly.
       attackers: hostile clients, in training rounds; None: all are honest.
+      clip: largest Euclidean norm of a delta, as it arrives; a longer one is shortened to it.
+      max_weight: what a client counts for at most, in examples.
     """
 
     num_rounds: int
@@ -69,6 +75,8 @@ class Protocol(NamedTuple):
     mesh: jax.sharding.Mesh | None = None
     correction: Correction | None = None
     attackers: Attackers | None = None
+    clip: float | None = None
+    max_weight: float | None = None
 
 
 class MaskTransport(NamedTuple):
@@ -133,6 +141,41 @@ def broadcast_of(state: RoundState) -> Broadcast:
     return Broadcast(
         params=state.params, masks=state.masks, model_state=state.model_state, round=state.round
     )
+
+
+def joining(
+    protocol: Protocol, *, by: Literal["examples", "clients", "sum"] = "examples"
+) -> Aggregator | CohortAggregator:
+    """Choose what joins a field beside the deltas: the user's robust aggregator, else a mean.
+
+    Args:
+      protocol: names the aggregator.
+      by: whether a mean counts examples, or each client once; ``"sum"`` multiplies the mean by
+        examples, or the robust aggregate, by the sum of the weights.
+    """
+    robust = protocol.aggregator
+    if robust is None or isinstance(robust, Aggregator):
+        means = {"examples": aggregators.weighted_mean, "clients": aggregators.unweighted_mean}
+        return aggregators.weighted_sum() if by == "sum" else means[by]()
+    if isinstance(robust, ServerAggregator):  # it judges what the server can compute itself
+        robust = aggregators.median()
+    elif robust.beside is not None:
+        robust = robust.beside
+    if by != "sum":
+        return robust
+
+    def reduce_fn(values, masks, weights):
+        middle, total = robust.reduce(values, masks, weights), jnp.sum(weights)
+        return jax.tree.map(lambda leaf: leaf * total.astype(leaf.dtype), middle)
+
+    return CohortAggregator(reduce=reduce_fn)
+
+
+def weigh(protocol: Protocol, weight: jax.Array) -> jax.Array:
+    """Bound what a client counts for."""
+    if protocol.max_weight is None:
+        return weight
+    return jnp.minimum(weight, jnp.asarray(protocol.max_weight, weight.dtype))
 
 
 def add_reports(metrics: RoundMetrics, reports: Mapping[str, jax.Array]) -> RoundMetrics:

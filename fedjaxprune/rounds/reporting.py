@@ -10,9 +10,8 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import aggregators
 from fedjaxprune.federated import cohort as cohort_lib
-from fedjaxprune.rounds import traffic
-from fedjaxprune.rounds.protocol import Hooks, Protocol, add_reports, broadcast_of
-from fedjaxprune.rounds.stages import close, with_hooks
+from fedjaxprune.rounds import stages, traffic
+from fedjaxprune.rounds.protocol import Hooks, Protocol, add_reports, broadcast_of, joining, weigh
 from fedjaxprune.traffic import TRAINED, FieldLength, Sent
 from fedjaxprune.types import (
     Aggregator,
@@ -96,7 +95,7 @@ def reporting_round(
     """Make an exchange in which clients report and the server computes something of the reports.
 
     Clients keep no state of it but which masks they hold, even if they train for it. A round in
-    which no message arrives changes nothing.
+    which no message arrives, or which brings in a NaN or an infinity, changes nothing.
 
     Args:
       protocol: says how the cohort is mapped.
@@ -113,7 +112,7 @@ def reporting_round(
     Raises:
       ValueError: if a field is to travel in a way that exchanges do not know.
     """
-    joined = _aggregators(name, fields)
+    joined = _aggregators(protocol, name, fields)
     travelling = [field for field, spec in fields.items() if spec.send != "nothing"]
 
     def update(key, given, own, data):
@@ -128,7 +127,7 @@ def reporting_round(
             },
         }
         added = {traffic.NUM_MESSAGES: jnp.int32(1), traffic.SUMMARY: summary}
-        return Message(fields={**message.fields, **added}, weight=message.weight), own
+        return Message({**message.fields, **added}, weigh(protocol, message.weight)), own
 
     def round_fn(key, state, members, population):
         client_key, own_key = jax.random.split(key)
@@ -147,7 +146,10 @@ def reporting_round(
             mesh=protocol.mesh,
         )
         is_heard = outcome.fields[traffic.NUM_MESSAGES] > 0
-        after = trees.tree_where(is_heard, server_update(own_key, state, outcome.fields), state)
+        after = server_update(own_key, state, outcome.fields)
+        counts = is_heard & stages.is_sound(state, after)
+        after = trees.tree_where(counts, after, state)
+        rejected = outcome.rejected | (present & is_heard & ~counts)
         received = download(state, rows.masks_held)
         metrics = RoundMetrics(
             train=jax.tree.map(_sum_candidates, outcome.fields["metrics"]),
@@ -157,7 +159,7 @@ def reporting_round(
             num_uploaded=_num_uploaded(received),
             participated=present,
             num_participating=jnp.sum(present, dtype=jnp.int32),
-            num_rejected=jnp.sum(outcome.rejected, dtype=jnp.int32),
+            num_rejected=jnp.sum(rejected, dtype=jnp.int32),
             sent=Sent(
                 round=state.round,
                 client_ids=ids,
@@ -171,17 +173,17 @@ def reporting_round(
         if exchange.compute is not None:
             metrics = add_reports(metrics, exchange.compute(state))
         rows = rows._replace(masks_held=jnp.where(present, state.masks_id, rows.masks_held))
-        return close(state, after), rows, metrics
+        return stages.close(state, after), rows, metrics, counts
 
     return Stage(
         name=name,
         num_rounds=exchange.num_rounds,
-        round=with_hooks(round_fn, exchange.hooks),
+        round=stages.with_hooks(round_fn, exchange.hooks),
         cohort=exchange.cohort,
     )
 
 
-def _aggregators(name, fields) -> dict[str, Aggregator | CohortAggregator]:
+def _aggregators(protocol, name, fields) -> dict[str, Aggregator | CohortAggregator]:
     """Choose how the fields of an exchange's messages become those of the cohort."""
     total = aggregators.unweighted_sum()
     joined = {"metrics": total, traffic.NUM_MESSAGES: total, traffic.SUMMARY: aggregators.stack()}
@@ -191,7 +193,7 @@ def _aggregators(name, fields) -> dict[str, Aggregator | CohortAggregator]:
                 f"the field {field!r} of the exchange {name!r} must be sent as 'whole', 'bits' or "
                 f"'nothing', got {spec.send!r}."
             )
-        joined[field] = aggregators.weighted_mean() if spec.aggregate is None else spec.aggregate
+        joined[field] = joining(protocol) if spec.aggregate is None else spec.aggregate
     return joined
 
 

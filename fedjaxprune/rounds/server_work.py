@@ -10,8 +10,8 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import server_optimizers
+from fedjaxprune.rounds import stages
 from fedjaxprune.rounds.protocol import broadcast_of
-from fedjaxprune.rounds.stages import close
 from fedjaxprune.traffic import TRAINED, FieldLength, Sent
 from fedjaxprune.types import (
     Client,
@@ -58,6 +58,7 @@ def server_round(
 
     def round_fn(key, state, members, population):
         after, train = work(key, state, population)
+        after = trees.tree_where(stages.is_sound(state, after), after, state)
         num_slots = members.participated.shape[0]
         if num_working > num_slots:
             raise ValueError(
@@ -95,7 +96,7 @@ def server_round(
                 reports=reports,
             ),
         )
-        return close(state, after, known_to=masks_known_to), members.states, metrics
+        return stages.close(state, after, known_to=masks_known_to), members.states, metrics
 
     return Stage(name=name, num_rounds=num_rounds, round=round_fn)
 

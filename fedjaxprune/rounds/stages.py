@@ -3,12 +3,26 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.rounds.protocol import Hooks
-from fedjaxprune.types import Algorithm, Params, PrunableFn, RoundFn, RoundState, Stage
+from fedjaxprune.types import (
+    Algorithm,
+    ClientState,
+    Cohort,
+    Params,
+    PrunableFn,
+    RoundFn,
+    RoundMetrics,
+    RoundState,
+    Stage,
+)
+
+# (key, state, cohort, population) -> (state, rows, metrics, whether the round counts)
+_CountedRoundFn = Callable[..., tuple[RoundState, ClientState, RoundMetrics, jax.Array]]
 
 
 def in_order(
@@ -93,16 +107,39 @@ def close(
     )
 
 
-def with_hooks(round_fn: RoundFn, hooks: Hooks | None) -> RoundFn:
-    """Add a method's hooks to a round."""
-    if hooks is None:
-        return round_fn
+def is_sound(before: RoundState, after: RoundState) -> jax.Array:
+    """Tell whether what a round wrote may be kept: it brings no NaN and no infinity in."""
+    rest = [state._replace(params=(), model_state=()) for state in (before, after)]
+    return trees.all_finite((after.params, after.model_state)) & trees.stays_finite(*rest)
+
+
+def keep_if(
+    counts: jax.Array, state: RoundState, cohort: Cohort, after: RoundState, rows: ClientState
+) -> tuple[RoundState, ClientState]:
+    """Drop a round that does not count: only its number and what masks are held remain of it."""
+    after = trees.tree_where(counts, after, state._replace(round=after.round))
+    kept = trees.tree_where(counts, rows, cohort.states)
+    return after, kept._replace(masks_held=rows.masks_held)
+
+
+def with_hooks(round_fn: _CountedRoundFn, hooks: Hooks | None) -> RoundFn:
+    """Add a method's hooks to a round, which also tells whether it counts: ``[]`` bool.
+
+    Of a round that does not count, or in which a hook brings in a NaN or an infinity, nothing but
+    its number remains.
+    """
 
     def hooked_fn(key, state, cohort, population):
+        if hooks is None:
+            return round_fn(key, state, cohort, population)[:3]
         start = state if hooks.before_round is None else hooks.before_round(state)
-        after, rows, metrics = round_fn(key, start, cohort, population)
+        after, rows, metrics, counts = round_fn(key, start, cohort, population)
         if hooks.after_round is not None:
             after, metrics = hooks.after_round(state, after, metrics)
-        return after, rows, metrics
+        sound = is_sound(state, after)
+        rejected = jnp.where(counts & ~sound, metrics.num_participating, metrics.num_rejected)
+        kept, rows = keep_if(counts & sound, state, cohort, after, rows)
+        after = kept._replace(masks_id=after.masks_id)  # counts by who was sent masks
+        return after, rows, metrics._replace(num_rejected=rejected)
 
     return hooked_fn

@@ -15,9 +15,16 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, attacks, cohort, server_optimizers, uplinks
 from fedjaxprune.pruning import pruners
-from fedjaxprune.rounds import hostility, traffic
-from fedjaxprune.rounds.protocol import Hooks, Masking, Protocol, broadcast_of, no_correction
-from fedjaxprune.rounds.stages import check_prunable, with_hooks
+from fedjaxprune.rounds import hostility, stages, traffic
+from fedjaxprune.rounds.protocol import (
+    Hooks,
+    Masking,
+    Protocol,
+    broadcast_of,
+    joining,
+    no_correction,
+    weigh,
+)
 from fedjaxprune.traffic import Send
 from fedjaxprune.types import (
     Algorithm,
@@ -100,9 +107,8 @@ class Stepped(NamedTuple):
       server: state of the server's optimizer.
       model_state: what is not trained.
       correction: the server's part.
-      is_heard: ``[]`` bool; False where no message arrived, or their aggregate is not finite; then
-        nothing changes, momentum and masks included.
-      has_overflown: ``[]`` bool, whether it was the latter.
+      is_heard: ``[]`` bool; False where no message arrived, or where what they lead to is not
+        finite; then nothing changes.
     """
 
     params: Params
@@ -110,7 +116,6 @@ class Stepped(NamedTuple):
     model_state: State
     correction: State
     is_heard: jax.Array
-    has_overflown: jax.Array
 
 
 def training(
@@ -148,7 +153,7 @@ def training(
 
     def init_fn(params, model_state):
         if pruner is not None:
-            check_prunable(params, prunable)
+            stages.check_prunable(params, prunable)
         return RoundState(
             round=jnp.int32(0),
             params=params,
@@ -178,9 +183,13 @@ def training(
             uplink=outcome.states[1],
             masks_held=jnp.where(members.participated, state.masks_id, members.states.masks_held),
         )
-        return after, rows, _metrics(parts, state, after, given, members, outcome, stepped)
+        counts = stepped.is_heard & trees.stays_finite(state.pruner, after.pruner)
+        after, rows = stages.keep_if(counts, state, members, after, rows)
+        return after, rows, _metrics(parts, state, after, given, members, outcome, counts), counts
 
-    stage = Stage(name=name, num_rounds=protocol.num_rounds, round=with_hooks(round_fn, hooks))
+    stage = Stage(
+        name=name, num_rounds=protocol.num_rounds, round=stages.with_hooks(round_fn, hooks)
+    )
     return Algorithm(
         init=init_fn,
         init_client=init_client_fn,
@@ -237,6 +246,8 @@ def upload(
         holders = {} if parts.protocol.aggregator is None else {"masks": sendable}
     delta = masks_lib.apply(sendable, fields["delta"])
     delta, state = parts.uplink.update(key, delta, state, sendable)
+    if parts.protocol.clip is not None:
+        delta = trees.clip_norm(delta, parts.protocol.clip)
     arrived = {
         **fields,
         **{name: masks_lib.apply(masks, fields[name]) for name, masks in narrowed.items()},
@@ -247,7 +258,7 @@ def upload(
         traffic.SUMMARY: traffic.summarize_message(fields, parts.fields, narrowed),
         traffic.NUM_MESSAGES: jnp.int32(1),
     }
-    return Message(fields=arrived, weight=message.weight), state
+    return Message(fields=arrived, weight=weigh(parts.protocol, message.weight)), state
 
 
 def aggregate(
@@ -282,37 +293,29 @@ def server_step(
 ) -> Stepped:
     """Move the model by what was aggregated."""
     delta, correction = parts.correction.update(fields, state.correction, population)
-    stepped = server_optimizers.step(parts.server, delta, state.server, state.params)
-    num_messages = fields[traffic.NUM_MESSAGES]
-    has_overflown = (num_messages > 0) & ~trees.all_finite(stepped)
-    is_heard = (num_messages > 0) & ~has_overflown
-    params, server = trees.tree_where(is_heard, stepped, (state.params, state.server))
-    shifted = server_optimizers.shift(state.model_state, fields["model_state"])
-    return Stepped(
+    params, server = server_optimizers.step(parts.server, delta, state.server, state.params)
+    moved = state._replace(
         params=params,
         server=server,
-        model_state=trees.tree_where(is_heard, shifted, state.model_state),
-        correction=trees.tree_where(trees.all_finite(correction), correction, state.correction),
-        is_heard=is_heard,
-        has_overflown=has_overflown,
+        model_state=server_optimizers.shift(state.model_state, fields["model_state"]),
+        correction=correction,
     )
+    is_heard = (fields[traffic.NUM_MESSAGES] > 0) & stages.is_sound(state, moved)
+    moved = trees.tree_where(is_heard, moved, state)
+    return Stepped(moved.params, moved.server, moved.model_state, moved.correction, is_heard)
 
 
 def revise(
     key: Key, parts: Parts, state: RoundState, stepped: Stepped, fields: Mapping[str, Any]
 ) -> RoundState:
-    """Revise the masks, and make what is pruned exact zero."""
+    """Revise the masks, and make what is pruned exact zero; the round is counted."""
     inputs = PrunerInputs(
         params=stepped.params,
         grads=fields.get("grads"),
         round=state.round,
         statistics={name: fields[name] for name in parts.read},
     )
-    masks, pruner_state = trees.tree_where(
-        stepped.is_heard,
-        parts.pruner.update(key, state.masks, state.pruner, inputs),
-        (state.masks, state.pruner),
-    )
+    masks, pruner_state = parts.pruner.update(key, state.masks, state.pruner, inputs)
     params, server = stepped.params, stepped.server
     if not parts.masking.server_is_dense:
         params = masks_lib.apply(masks, params)
@@ -334,12 +337,11 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
     correction = no_correction() if protocol.correction is None else protocol.correction
     fields = {**correction.fields, **fields}
-    mean, total = aggregators.weighted_mean(), aggregators.unweighted_sum()
-    stack = aggregators.stack()
+    total, stack = aggregators.unweighted_sum(), aggregators.stack()
     by_field = {
-        "delta": mean if protocol.aggregator is None else protocol.aggregator,
-        "model_state": mean,
-        "grads": mean,
+        "delta": joining(protocol) if protocol.aggregator is None else protocol.aggregator,
+        "model_state": joining(protocol),
+        "grads": joining(protocol),
         "metrics": total,
         **dict.fromkeys(traffic.reported(fields), stack),
         traffic.NUM_UPLOADED: stack,
@@ -352,7 +354,8 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
                 f"the field {name!r} must be sent as one of {', '.join(get_args(Send))}; "
                 f"got {spec.send!r}."
             )
-        by_field[name] = by_field.get(name, mean) if spec.aggregate is None else spec.aggregate
+        chosen = spec.aggregate or by_field.get(name)
+        by_field[name] = chosen or joining(protocol, by="sum" if spec.is_sum else "examples")
     client, attackers = correction.wrap(client), protocol.attackers
     return Parts(
         protocol=protocol,
@@ -368,11 +371,11 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     )
 
 
-def _metrics(parts, before, after, given, members, outcome, stepped) -> RoundMetrics:
+def _metrics(parts, before, after, given, members, outcome, counts) -> RoundMetrics:
     """Count the round."""
     present, fields = members.participated, outcome.fields
     received = masks_lib.num_kept(given.download)
-    rejected = outcome.rejected | (present & stepped.has_overflown)
+    rejected = outcome.rejected | (present & (fields[traffic.NUM_MESSAGES] > 0) & ~counts)
     return RoundMetrics(
         train=fields["metrics"],
         num_live=masks_lib.num_kept(after.masks),

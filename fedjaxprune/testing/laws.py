@@ -198,6 +198,37 @@ def not_finite_is_left_out(history: History) -> None:
         law(counted, step, "a message that is not finite is not counted")
 
 
+def dropped_changes_nothing(history: History) -> None:
+    """A round of training whose messages lead to an infinity changes nothing but its number.
+
+    The server's memory is made infinite before it. What clients remember is left alone as well:
+    residuals are not spent, control variates do not move.
+    """
+    for step in history.steps[history.num_before :][:3]:
+        before = step.before._replace(server=_infinite(step.before.server))
+        if not tree_lib.paths(before.server):
+            continue
+        after, rows, metrics = history.run(step.index, before, step.rows_before, step.members)
+        after = after._replace(round=before.round)
+        what = "a round that is dropped changes something"
+        same(step, after, before, what)
+        for name in ("client", "uplink"):
+            found, wanted = (getattr(each, name) for each in (rows, step.rows_before))
+            same(step, found, wanted, f"{what} that clients remember")
+        counted = int(metrics.num_rejected) == int(metrics.num_participating)
+        law(counted, step, "a round that is dropped does not count its clients as rejected")
+
+
+def _infinite(tree: Any) -> Any:
+    """Make all floating-point leaves infinite."""
+
+    def leaf(value):
+        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        return jnp.full_like(value, jnp.inf) if is_float else value
+
+    return jax.tree.map(leaf, tree)
+
+
 def _of_clients(history: History) -> list[Step]:
     """Give the rounds in which the clients that are asked take part, not the server alone."""
     return [
@@ -285,5 +316,6 @@ LAWS: Mapping[str, Callable[[History], None]] = {
     "absent clients change nothing": absent_change_nothing,
     "a round without anybody moves nothing": nobody_moves_nothing,
     "messages that are not finite are left out": not_finite_is_left_out,
+    "a round that is dropped changes nothing": dropped_changes_nothing,
     "the ledger charges what an encoder writes": charges_are_written,
 }

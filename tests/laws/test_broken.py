@@ -101,6 +101,10 @@ PLAYED = {  # what is played again
     "order": (adds(lambda members, metrics, people: members.client_ids[0]), "another order"),
     "absent": (adds(lambda members, metrics, people: sum(members.client_ids)), "other absent"),
     "without anybody": (adds(lambda members, metrics, people: 1), "nobody moves something"),
+    "is dropped": (
+        adds(lambda members, metrics, people: int(metrics.num_rejected)),
+        "a round that is dropped changes something: params",
+    ),
     "not finite": (
         adds(lambda members, metrics, people: int(metrics.num_rejected)),
         "a message that is not finite moves the model",

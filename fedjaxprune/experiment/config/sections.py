@@ -15,6 +15,7 @@ from fedjaxprune.settings import (
     Count,
     Epochs,
     NonNegative,
+    Positive,
     Probability,
     Rounds,
     Settings,
@@ -110,6 +111,18 @@ class Server(Settings):
     optimizer: Any = part("server_optimizer", "fedavg", "The server's optimizer.")
     aggregator: Any = part(
         "aggregator", "weighted_mean", "How the server combines the clients' deltas."
+    )
+    clip: Positive | None = setting(
+        None,
+        "Largest Euclidean norm of a client's delta; a longer one is shortened to it.",
+        unit="norm",
+        unset="deltas keep their norm",
+    )
+    max_weight: Positive | None = setting(
+        None,
+        "Most examples that a client counts for in means.",
+        unit="examples",
+        unset="as many as it has",
     )
     data_fraction: float | None = setting(
         None,

@@ -171,6 +171,8 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
                 section.correction, batcher=batcher, optimizer_settings=section.optimizer
             ),
             attackers=_attackers(config, given),
+            clip=config.server.clip,
+            max_weight=config.server.max_weight,
         )
 
 

@@ -115,8 +115,8 @@ def _rejections(warn: Callable[[str], object]) -> Callable[[Line], None]:
             "no client's message was finite, so the round changed nothing; a smaller "
             "client.optimizer.learning_rate may help."
             if is_all
-            else f"the messages of {rejected} of {number} clients were not finite and were left "
-            "out; the table at the end counts them."
+            else f"the messages of {rejected} of {number} clients were not finite, or too large, "
+            "and were left out; the table at the end counts them."
         )
         warn(f"in round {line['round']} {what}")
 

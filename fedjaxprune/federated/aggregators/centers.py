@@ -85,7 +85,11 @@ def centered_clipping(*, radius: float | None, num_iterations: int) -> CohortAgg
     def move(values, present, center):
         return _clipped_mean(values, present, center, radius)
 
-    return _iterated("centered_clipping", move, num_iterations)
+    # A radius in the unit of deltas says nothing of statistics and gradients.
+    beside = None
+    if radius is not None:
+        beside = centered_clipping(radius=None, num_iterations=num_iterations)
+    return _iterated("centered_clipping", move, num_iterations)._replace(beside=beside)
 
 
 def norm_bounding(*, bound: float | None) -> CohortAggregator:
@@ -114,7 +118,9 @@ def norm_bounding(*, bound: float | None) -> CohortAggregator:
         zero = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), values)
         return _clipped_mean(values, present, zero, bound)
 
-    return CohortAggregator(reduce=reduce_fn)
+    return CohortAggregator(
+        reduce=reduce_fn, beside=None if bound is None else norm_bounding(bound=None)
+    )
 
 
 def _iterated(name, move, num_iterations) -> CohortAggregator:

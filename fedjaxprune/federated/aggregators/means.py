@@ -1,7 +1,7 @@
 """Sums and means as monoids, through which a cohort streams.
 
 A client of weight 0 is absent: whatever its message holds (NaN too), it adds nothing. Sums are kept
-in float32 or wider, whatever the clients send.
+in float32 or wider, whatever the clients send, and count beyond 2²⁴ (`_sums.additive`).
 """
 
 from collections.abc import Callable
@@ -55,29 +55,7 @@ def weighted_mean() -> Aggregator:
       McMahan et al., `Communication-efficient learning of deep networks from decentralized data
       <https://arxiv.org/abs/1602.05629>`_, 2017.
     """
-
-    def init_fn(like):
-        _sums.require_inexact("weighted_mean", like)
-        return WeightedSum(total=_zeros(like), weight=jnp.float32(0.0))
-
-    def add_fn(accumulator, value, masks, weight):
-        del masks  # everybody counts everywhere
-        _sums.require_inexact("weighted_mean", value)
-        present = weight > 0
-        total = jax.tree.map(
-            lambda total, leaf: total + _weigh(present, leaf.astype(total.dtype), weight),
-            accumulator.total,
-            value,
-        )
-        weight = jnp.where(present, weight, jnp.zeros_like(weight))
-        return WeightedSum(total=total, weight=accumulator.weight + weight)
-
-    def finish_fn(accumulator):
-        return jax.tree.map(
-            lambda total: _sums.divide(total, accumulator.weight), accumulator.total
-        )
-
-    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=finish_fn)
+    return _weighted(lambda weight: weight, _divide_all)
 
 
 def unweighted_mean() -> Aggregator:
@@ -85,12 +63,7 @@ def unweighted_mean() -> Aggregator:
 
     Otherwise as `weighted_mean`.
     """
-    mean = weighted_mean()
-
-    def add_fn(accumulator, value, masks, weight):
-        return mean.add(accumulator, value, masks, (weight > 0).astype(jnp.float32))
-
-    return mean._replace(add=add_fn)
+    return _weighted(lambda weight: (weight > 0).astype(jnp.float32), _divide_all)
 
 
 def weighted_sum() -> Aggregator:
@@ -103,8 +76,7 @@ def weighted_sum() -> Aggregator:
     Raises:
       ValueError: while tracing, if a leaf is not of floating point.
     """
-    mean = weighted_mean()
-    return mean._replace(finish=lambda accumulator: accumulator.total)
+    return _weighted(lambda weight: weight, lambda sums: sums.total)
 
 
 def holder_mean() -> Aggregator:
@@ -126,11 +98,11 @@ def holder_mean() -> Aggregator:
       Diao et al., `HeteroFL <https://arxiv.org/abs/2010.01264>`_, 2021.
     """
 
-    def init_fn(like):
+    def zeros(like):
         _sums.require_inexact("holder_mean", like)
         return HolderSum(total=_zeros(like), weight=_zeros(like))
 
-    def add_fn(accumulator, value, masks, weight):
+    def terms(value, masks, weight):
         if masks is None:
             raise ValueError(
                 "aggregators.holder_mean averages over the clients that hold a coordinate, but the "
@@ -141,23 +113,18 @@ def holder_mean() -> Aggregator:
         if jax.tree.map(jnp.shape, masks) != jax.tree.map(jnp.shape, value):
             raise ValueError("aggregators.holder_mean needs masks of the shapes of the deltas.")
         holds = jax.tree.map(lambda mask: mask & (weight > 0), masks)
-        total = jax.tree.map(
-            lambda total, leaf, held: total + _weigh(held, leaf.astype(total.dtype), weight),
-            accumulator.total,
-            value,
-            holds,
+        wide = _widen(value)
+        return HolderSum(
+            total=jax.tree.map(lambda leaf, held: _weigh(held, leaf, weight), wide, holds),
+            weight=jax.tree.map(
+                lambda leaf, held: _weigh(held, jnp.ones_like(leaf), weight), wide, holds
+            ),
         )
-        weights = jax.tree.map(
-            lambda total, held: total + _weigh(held, jnp.ones_like(total), weight),
-            accumulator.weight,
-            holds,
-        )
-        return HolderSum(total=total, weight=weights)
 
-    def finish_fn(accumulator):
-        return jax.tree.map(_sums.divide, accumulator.total, accumulator.weight)
+    def finish(sums):
+        return jax.tree.map(_sums.divide, sums.total, sums.weight)
 
-    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=finish_fn)
+    return _sums.additive(zeros, terms, finish)
 
 
 def vote_counts() -> Aggregator:
@@ -178,7 +145,7 @@ def vote_weights() -> Aggregator:
 
     Returns:
       An `Aggregator` from one client's bool masks ``[...]`` and weight ``[]`` to sums ``[...]``
-      float32, exact for numbers of examples that add up to less than 2²⁴.
+      float32.
 
     Raises:
       ValueError: while tracing, if a leaf is not bool.
@@ -194,16 +161,16 @@ def unweighted_sum() -> Aggregator:
       the sums ``[...]``; integers stay integers, booleans are counted in int32.
     """
 
-    def add_fn(accumulator, value, masks, weight):
+    def terms(value, masks, weight):
         del masks  # everybody counts everywhere
 
-        def leaf(sum_so_far, value):
-            value = value.astype(sum_so_far.dtype)
-            return sum_so_far + jnp.where(weight > 0, value, jnp.zeros_like(value))
+        def leaf(value, zero):
+            value = value.astype(zero.dtype)
+            return jnp.where(weight > 0, value, zero)
 
-        return jax.tree.map(leaf, accumulator, value)
+        return jax.tree.map(leaf, value, _zeros(value))
 
-    return Aggregator(init=_zeros, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
+    return _sums.additive(_zeros, terms, lambda sums: sums)
 
 
 def stack() -> CohortAggregator:
@@ -211,21 +178,45 @@ def stack() -> CohortAggregator:
     return CohortAggregator(reduce=lambda values, masks, weights: values)
 
 
+def _weighted(
+    count: Callable[[jax.Array], jax.Array], finish: Callable[[WeightedSum], Any]
+) -> Aggregator:
+    """Add up values times ``count(weight)``, and these weights."""
+
+    def zeros(like):
+        _sums.require_inexact("weighted_mean", like)
+        return WeightedSum(total=_zeros(like), weight=jnp.float32(0.0))
+
+    def terms(value, masks, weight):
+        del masks  # everybody counts everywhere
+        _sums.require_inexact("weighted_mean", value)
+        weight = count(weight)
+        present = weight > 0
+        return WeightedSum(
+            total=jax.tree.map(lambda leaf: _weigh(present, leaf, weight), _widen(value)),
+            weight=jnp.where(present, weight, jnp.zeros_like(weight)),
+        )
+
+    return _sums.additive(zeros, terms, finish)
+
+
+def _divide_all(sums: WeightedSum) -> Any:
+    return jax.tree.map(lambda total: _sums.divide(total, sums.weight), sums.total)
+
+
 def _votes(dtype: Any, count: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
     """Add up ``(votes of the present [...] bool, weight) -> [...]`` of one client's masks."""
 
-    def init_fn(like):
+    def zeros(like):
         _require_bool(like)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), like)
 
-    def add_fn(accumulator, value, masks, weight):
+    def terms(value, masks, weight):
         del masks  # the votes are the value
         _require_bool(value)
-        return jax.tree.map(
-            lambda sums, mask: sums + count(mask & (weight > 0), weight), accumulator, value
-        )
+        return jax.tree.map(lambda mask: count(mask & (weight > 0), weight), value)
 
-    return Aggregator(init=init_fn, add=add_fn, merge=_add_trees, finish=lambda sums: sums)
+    return _sums.additive(zeros, terms, lambda sums: sums)
 
 
 def _zeros(like: Any) -> Any:
@@ -240,16 +231,16 @@ def _zeros(like: Any) -> Any:
     return jax.tree.map(leaf, like)
 
 
+def _widen(tree: Any) -> Any:
+    """Convert leaves to the types of their sums."""
+    return jax.tree.map(lambda leaf: leaf.astype(_sums.sum_dtype(leaf.dtype)), tree)
+
+
 def _weigh(condition: jax.Array, value: jax.Array, weight: jax.Array) -> jax.Array:
     """Multiply where `condition` holds; elsewhere zero, whatever the value was."""
     return jnp.where(condition, value, jnp.zeros_like(value)) * jnp.where(
         weight > 0, weight, jnp.zeros_like(weight)
     ).astype(value.dtype)
-
-
-def _add_trees(first: Any, second: Any) -> Any:
-    """Merge accumulators that are sums."""
-    return jax.tree.map(jnp.add, first, second)
 
 
 def _require_bool(tree: Masks) -> None:

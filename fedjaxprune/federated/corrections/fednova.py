@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune.federated import aggregators
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings
 from fedjaxprune.types import Batcher, Client, Correction, FieldSpec, Message
@@ -75,7 +74,7 @@ def normalized_averaging(*, batcher: Batcher, momentum: float = 0.0) -> Correcti
         init=lambda params: (),
         wrap=wrap_fn,
         update=update_fn,
-        fields={"effective_steps": FieldSpec(aggregators.weighted_mean())},
+        fields={"effective_steps": FieldSpec()},
     )
 
 

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.federated import aggregators
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings
 from fedjaxprune.types import Batcher, Client, Correction, FieldSpec, Message, Params, State
@@ -98,7 +97,7 @@ def control_variates() -> Correction:
         init=init_fn,
         wrap=wrap_fn,
         update=update_fn,
-        fields={"control": FieldSpec(aggregators.weighted_sum(), send="masked")},
+        fields={"control": FieldSpec(send="masked", is_sum=True)},
     )
 
 

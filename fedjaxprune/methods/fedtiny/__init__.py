@@ -31,13 +31,13 @@ References:
 from typing import Literal
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.federated import aggregators, local_training, sparse_gradients
+from fedjaxprune.federated import local_training, sparse_gradients
 from fedjaxprune.method import Method, Needs, Paper
 from fedjaxprune.methods.fedtiny import selection, traffic
 from fedjaxprune.pruning import drop_and_grow
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import stages
-from fedjaxprune.rounds.protocol import FieldSpec
+from fedjaxprune.rounds.protocol import FieldSpec, joining
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Count, Epochs, Fraction, Rounds, Settings, Share, Sparsity, setting
@@ -159,13 +159,13 @@ def _train(settings: FedTiny, task: Task, prunable: PrunableFn) -> Algorithm:
         report_grads=drop_and_grow.every(period=period, until=until),
         report_steps=local_training.last_step,
     )
-    mean = {"examples": aggregators.weighted_mean(), "clients": aggregators.unweighted_sum()}
+    mean = joining(task.protocol, by=settings.gradient_weights)
     return training(
         task.protocol,
         client=sparse_gradients.top_gradients(client, num_pairs=num_exchanged),
         pruner=drop_and_grow.drop_and_grow(num_exchanged),
         prunable=prunable,
-        fields={"grads": FieldSpec(aggregate=mean[settings.gradient_weights], send="pairs")},
+        fields={"grads": FieldSpec(aggregate=mean, send="pairs")},
     )
 
 

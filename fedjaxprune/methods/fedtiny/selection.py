@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.federated import aggregators, batch_norm
+from fedjaxprune.federated import batch_norm
 from fedjaxprune.methods.fedtiny import traffic
 from fedjaxprune.models import heads
 from fedjaxprune.pruning import candidates
@@ -141,20 +141,21 @@ def calibrate(plan: Plan, task: Task, settings: "FedTiny") -> Stage:
         measure = batch_norm.moving_statistics(
             task.model.loss, batcher=batcher, num_passes=num_passes
         )
-    fields = {"statistics": FieldSpec(aggregate=aggregators.weighted_mean())}
+    measure = batch_norm.leave_out(measure)
+    # The server tells what was measured, and computes the squares, from what it receives.
+    fields = {"statistics": FieldSpec(), "measured": FieldSpec(send="nothing")}
     is_total = settings.variance == "total"
-    if is_total:  # the server computes the squares from what it receives
+    if is_total:
         measure = batch_norm.with_squares(measure)
-        fields["squares"] = FieldSpec(aggregate=aggregators.weighted_mean(), send="nothing")
+        fields["squares"] = FieldSpec(send="nothing")
 
     def server_update(key, state, fields):
         del key  # deterministic
-        found = fields["statistics"]
+        before = state.method.statistics
+        found = batch_norm.combine(fields["statistics"], fields["measured"], before)
         if is_total:
             found = batch_norm.add_spread(state.model_state, found, fields["squares"])
-        usable = trees.all_finite(found)
-        statistics = trees.tree_where(usable, found, state.method.statistics)
-        return state._replace(method=state.method._replace(statistics=statistics))
+        return state._replace(method=state.method._replace(statistics=found))
 
     # Exact statistics start from zero, so that none are sent.
     sent = _statistics_of_one if num_passes is not None else lambda state: []
@@ -183,7 +184,7 @@ def compare(plan: Plan, task: Task, settings: "FedTiny") -> Stage:
         loss=heads.prediction_loss(task.model),
         batcher=_validation(task, settings),
     )
-    fields = {"losses": FieldSpec(aggregate=aggregators.weighted_mean())}
+    fields = {"losses": FieldSpec()}
     # Measured by the clients, each candidate has statistics of its own.
     sent = _statistics_of_all if settings.selection == "adaptive" else _statistics_of_one
     return _ask(plan, task, "compare", losses, fields, server_update, sent)
