@@ -51,6 +51,7 @@ from fedjaxprune.types import (
     Broadcast,
     Client,
     ClientData,
+    CohortAggregator,
     Masks,
     Params,
     PrunableFn,
@@ -270,7 +271,7 @@ def _explore(
     settings: AutoFLIP,
     task: Task,
     readings: Mapping[str, ReadFn],
-    mean: Aggregator,
+    mean: Aggregator | CohortAggregator,
     server_update: Callable[..., RoundState],
 ) -> Stage:
     """Send the dense model to the explorers; they send deviations, or the trained model."""
