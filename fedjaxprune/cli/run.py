@@ -127,7 +127,7 @@ def _base(seen: _Seen) -> tuple[resolve.Given, str]:
     if seen.resumed:
         path = layout.path_of(seen.resumed) / layout.CONFIG
         if os.path.isfile(path):  # else resuming says what is wrong
-            stored = files.read_stored(path.read_text(encoding="utf-8"), source=str(path))
+            stored = layout.stored(path.parent)
             base, started_in = resolve.read(stored.values, source=str(path)), stored.started_in
     if seen.source:
         base = resolve.merge(base, files.read_source(seen.source))

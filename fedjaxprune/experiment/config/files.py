@@ -12,9 +12,11 @@ import yaml
 
 import fedjaxprune
 from fedjaxprune.errors import ConfigError, first_line, near_file, near_miss
-from fedjaxprune.experiment.config import identity, resolve
+from fedjaxprune.experiment import reading
+from fedjaxprune.experiment.config import identity, resolve, yaml_text
 from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, plain
 from fedjaxprune.registry import Found
+from fedjaxprune.settings import nested
 
 # Keys of a run folder's config.yaml that are no settings.
 VERSIONS, PARTS, COMMAND, STARTED_IN = "versions", "parts", "command", "started_in"
@@ -33,26 +35,10 @@ class Stored(NamedTuple):
     started_in: str  # the working folder, from which relative paths are seen
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe reader, but a key that comes twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, unless a key comes twice."""
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{key.value!r} is set twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_yaml(text: str, *, source: str) -> dict[str, Any]:
     """Read a mapping of names to values."""
     try:
-        values = yaml.load(text, _Loader)  # as safe as SafeLoader, of which it is one
+        values = yaml_text.read(text)
     except yaml.constructor.ConstructorError as error:
         where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{source} cannot be used{where}: {error.problem}.") from None
@@ -73,6 +59,7 @@ def load_yaml(text: str, *, source: str) -> dict[str, Any]:
 def read_stored(text: str, *, source: str) -> Stored:
     """Read the config of a run folder; imports none of its parts."""
     values = load_yaml(text, source=source)
+    _check_keys(values, source)
     schema = values.pop("schema", None)
     if schema != SCHEMA:
         raise ConfigError(
@@ -82,15 +69,36 @@ def read_stored(text: str, *, source: str) -> Stored:
     versions = values.pop(VERSIONS, None)
     parts, command = values.pop(PARTS, {}), values.pop(COMMAND, "")
     started_in = str(values.pop(STARTED_IN, ""))
-    lost = [name for name in RunConfig.model_fields if name not in values]
+    lost = [
+        name
+        for name, field in RunConfig.model_fields.items()
+        if name not in values or (nested(field.annotation) and not isinstance(values[name], dict))
+    ]
     notes = {VERSIONS: versions, PARTS: parts}
     lost += [name for name, note in notes.items() if not isinstance(note, dict)]
+    if not lost:
+        lost = [f"{PARTS}.{name}" for name, one in parts.items() if not _are_texts(one)]
     if lost:
         raise ConfigError(
             f"{source} is not the whole config of a run: it lacks {', '.join(lost[:3])}"
             f"{' and more' if len(lost) > 3 else ''}."
         )
     return Stored(values, versions, parts, str(command), started_in)
+
+
+def _check_keys(values: Any, source: str) -> None:
+    """Refuse names that are no texts, at any depth."""
+    inner = values.values() if isinstance(values, dict) else values
+    for key in values if isinstance(values, dict) else ():
+        if not isinstance(key, str):
+            raise ConfigError(f"{source} must hold settings as `name: value`, got {key!r}.")
+    for one in inner:
+        if isinstance(one, dict | list):
+            _check_keys(one, source)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(one, str) for one in values.values())
 
 
 def read_source(name: str) -> resolve.Given:
@@ -107,7 +115,7 @@ def load_source(name: str) -> dict[str, Any]:
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            text = path.expanduser().read_text(encoding="utf-8")
+            text = reading.text(path.expanduser(), largest=yaml_text.LARGEST, may_link=True)
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             near = near_file(path.absolute())
@@ -141,7 +149,7 @@ def to_yaml(config: RunConfig, *, versions: Mapping[str, str] | None = None) -> 
     if versions is not None:
         values |= {PARTS: whose_code(config), COMMAND: command(config)}
         values |= {STARTED_IN: os.getcwd(), VERSIONS: dict(versions)}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    return yaml_text.write(values)
 
 
 def whose_code(config: RunConfig) -> dict[str, dict[str, str]]:

@@ -25,7 +25,8 @@ from collections.abc import Mapping
 
 from fedjaxprune import __version__
 from fedjaxprune.errors import ConfigError, RunFolderError
-from fedjaxprune.experiment.config import files
+from fedjaxprune.experiment import reading
+from fedjaxprune.experiment.config import files, yaml_text
 from fedjaxprune.experiment.config.sections import RunConfig
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -141,10 +142,11 @@ def stored(folder: pathlib.Path) -> files.Stored:
     """Read a run's config, the versions and the code that it was made with; imports no part."""
     path = folder / CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = reading.text(path, may_link=False, largest=yaml_text.LARGEST)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RunFolderError(
-            f"{str(folder)!r} holds no run (no readable {CONFIG} in it)."
+            f"{str(folder)!r} holds no run (no readable {CONFIG} in it: {why})."
         ) from None
     try:
         return files.read_stored(text, source=str(path))

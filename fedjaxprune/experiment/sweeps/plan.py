@@ -26,6 +26,7 @@ import yaml
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import files, identity, resolve
 from fedjaxprune.experiment.config.sections import PLACES, RunConfig, plain
+from fedjaxprune.experiment.folder import layout
 from fedjaxprune.settings import takes_list
 
 PRESET, CASES, FOLDER = "preset", "cases", "folder"
@@ -173,10 +174,9 @@ def _name(varied: Sequence[str], settings: Mapping[str, Any]) -> str:
 
 def _check_folder(member: Member, source: str) -> None:
     """Refuse a folder that another configuration made."""
-    path = member.folder / "config.yaml"
-    if not path.exists():
+    if not (member.folder / layout.CONFIG).exists():
         return
-    there = files.read_stored(path.read_text(encoding="utf-8"), source=str(path)).values
+    there = layout.stored(member.folder).values
     different = [
         f"{name.removesuffix('.name')} is {old!r} there and {new!r} in {source}"
         for name, old, new in identity.differences(there, plain(member.config))
