@@ -137,6 +137,8 @@ def write(
       parts: whose code ran.
     """
     config = changed(CONFIG, {**(settings or {}), "seed": seed})
+    if config["client"]["steps"] is not None:
+        del config["client"]["epochs"]
     stored = {
         "schema": layout.SCHEMA, **config, "parts": parts or {},
         "command": f"fedjaxprune run --method {config['method']['name']}", "versions": VERSIONS,

@@ -42,13 +42,15 @@ class Command(click.Command):
         return click.Command.make_context(command, info_name, args, parent, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read options with dashes or underscores alike, each once."""
+        """Read options with dashes or underscores alike; of one given again the last counts."""
         ctx.token_normalize_func = lambda text: text.replace("_", "-")
-        _, _, order = self.make_parser(ctx).parse_args(list(args))
-        for param in order:
-            if order.count(param) > 1 and not (param.multiple or isinstance(param, click.Argument)):
-                names = " or ".join(sorted(param.opts, key=len))
-                raise ConfigError(f"{names} must be given once, got {order.count(param)}.")
+        words = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+        for param in self.params:
+            names = [name for name in (*param.opts, *param.secondary_opts) if name in words]
+            if len(names) > 1:
+                raise ConfigError(
+                    f"one of {' and '.join(names)} must be left out: they set the same."
+                )
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
