@@ -1,6 +1,7 @@
 """Adaptive dynamic pruning against its specification: gates, strict steps, uploads, FLOPs."""
 
 import functools
+import os
 from typing import Any
 
 import chex
@@ -59,6 +60,9 @@ def readers_of(model, shape=SHAPE):
     return facts.of_model(model, inputs=facts.float_inputs(shape)).gate_readers()
 
 
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
 def population(seed=0):
     rng = np.random.default_rng(seed)
     total = sum(SIZES)
@@ -86,7 +90,12 @@ def play(algorithm, model=GATED, num_rounds=2):
     now = simulation.start(algorithm, params, state, num_clients=3)
     ids = jnp.arange(3, dtype=jnp.int32)
     everybody = jnp.ones(3, jnp.bool_)
-    advance = jax.jit(simulation.advance(algorithm.stages[0], lambda key: (ids, everybody)))
+    # Two programs that are compared to the bit are compiled as in production (see conftest.py).
+    fused = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in XLA_FLAGS else None
+    advance = jax.jit(
+        simulation.advance(algorithm.stages[0], lambda key: (ids, everybody)),
+        compiler_options=fused,
+    )
     history = []
     for _ in range(num_rounds):
         now, told = advance(KEY, now, PEOPLE)
