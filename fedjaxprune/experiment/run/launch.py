@@ -194,7 +194,13 @@ def _check_pruned(config: RunConfig, lines: Sequence[record.Line], listener: Lis
     """Warn where an own method never pruned; built-in ones refuse settings that lead to that."""
     asked = getattr(config.method, "sparsity", 0.0)
     is_own = config.parts.method.origin.source != "built-in"
-    if is_own and asked and not any(record.value(line, "mask.sparsity") for line in lines):
+    heard = [line for line in lines if record.value(line, "train.loss") is not None]
+    if (
+        is_own
+        and asked
+        and heard
+        and not any(record.value(line, "mask.sparsity") for line in heard)
+    ):
         listener.warn(
             f"method.sparsity is {asked}, but no weight was pruned in any of {len(lines)} rounds: "
             "the first revision of the masks may lie beyond the last round."
