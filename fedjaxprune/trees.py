@@ -140,6 +140,6 @@ def shape_only(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), tree)
 
 
-def take_rows(tree: Any, rows: jax.Array | int) -> Any:
+def take_rows(tree: Any, rows: jax.Array | slice | int) -> Any:
     """Take `rows` of every leaf's leading axis."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)

@@ -14,7 +14,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics
-from fedjaxprune.federated import _steps
+from fedjaxprune.federated import _optax, _steps
 from fedjaxprune.federated.local_training import Local, LossFn
 from fedjaxprune.types import Batcher, Client, Masks, Message, Metrics, Params
 
@@ -47,7 +47,7 @@ def until_no_improvement(
     Args:
       loss: as in a `Model`; its metrics have the accumulator ``loss``.
       epoch: one pass over the client's examples; each pass has a key of its own.
-      optimizer: any optax transformation.
+      optimizer: any optax transformation, as in `local_sgd`.
       max_epochs: at least 1 (AutoFLIP's code: 150).
       patience: at least 1 (AutoFLIP's code: 40).
       watch: the loss that must improve: the mean over the batches of an epoch, or the loss of its
@@ -106,7 +106,7 @@ def until_no_improvement(
             )
 
         end = _Progress(
-            local=Local(start, optimizer.init(start), broadcast.model_state),
+            local=Local(start, _steps.optimizer_init(optimizer, start), broadcast.model_state),
             metrics=nothing,
             epoch=jnp.int32(0),
             best=jnp.float32(jnp.inf),
@@ -134,11 +134,15 @@ def _step_fn(loss, epoch, optimizer, keys, broadcast, data):
     def step_fn(step, carry):
         (params, optimizer_state, model_state), seen, _ = carry
         batch = epoch.batch(keys[0], data, step)
-        (_, (model_state, latest)), grads = jax.value_and_grad(loss, has_aux=True)(
-            params, model_state, batch, jax.random.fold_in(keys[1], step)
+        given = model_state, batch, jax.random.fold_in(keys[1], step)
+        (value, (model_state, latest)), grads = jax.value_and_grad(loss, has_aux=True)(
+            params, *given
         )
         grads = masks_lib.apply(broadcast.masks, grads)
-        updates, optimizer_state = _steps.optimizer_step(optimizer, grads, optimizer_state, params)
+        of_loss = _optax.Loss(value, lambda params: loss(params, *given)[0])
+        updates, optimizer_state = _steps.optimizer_step(
+            optimizer, grads, optimizer_state, params, loss=of_loss
+        )
         params = masks_lib.apply(broadcast.masks, optax.apply_updates(params, updates))
         local = Local(params, optimizer_state, model_state)
         return local, metrics.merge(seen, latest), latest

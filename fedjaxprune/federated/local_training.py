@@ -10,7 +10,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
-from fedjaxprune.federated import _steps
+from fedjaxprune.federated import _optax, _steps
 from fedjaxprune.traffic import DENSE_GRADIENT
 from fedjaxprune.types import (
     Batch,
@@ -144,7 +144,10 @@ def local_sgd(
       batcher: how the client's examples become local steps.
       optimizer: any optax transformation; its state starts afresh every round. One that draws
         random numbers from a key of its own (``optax.add_noise``) therefore draws the same ones for
-        every client and round: add noise in the loss instead.
+        every client and round: add noise in the loss instead. One that asks for it gets `value`,
+        `grad` and `value_fn` of the step's batch (``optax.lbfgs``, ``optax.polyak_sgd``,
+        ``optax.contrib.reduce_on_plateau``). Refused are those that ask for more, and those that
+        train other parameters than they are given (``optax.lookahead``, schedule-free ones).
       learning_rate_scale: factor on the optimizer's updates, by round (an optax schedule fits);
         constant inside a round. Without it updates are taken as they are.
       penalties: terms added to the loss of every step.
@@ -228,15 +231,21 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             before = progress.local
             batch = batcher.batch(batch_key, data, step)
             seen = masks_lib.apply(masks, before.params) if dense_updates else before.params
-            (_, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
+            given = before.model_state, batch, jax.random.fold_in(step_key, step)
+            (value, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
                 objective, has_aux=True
-            )(seen, before.model_state, batch, jax.random.fold_in(step_key, step))
+            )(seen, *given)
             grads = dense_grads
             if is_corrected:
                 grads = jax.tree.map(jnp.add, grads, broadcast.correction)
             grads = grads if dense_updates else masks_lib.apply(masks, grads)
             updates, optimizer_state = _steps.optimizer_step(
-                rules.optimizer, grads, before.optimizer, before.params, factor=factor
+                rules.optimizer,
+                grads,
+                before.optimizer,
+                before.params,
+                loss=_followed(objective, broadcast, start, before.params, value, given),
+                factor=factor,
             )
             now = Local(optax.apply_updates(before.params, updates), optimizer_state, model_state)
             if rules.post_step is not None:
@@ -256,7 +265,9 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
 
         first = jax.eval_shape(lambda: batcher.batch(batch_key, data, jnp.int32(0)))
         progress = _Progress(
-            local=Local(start, rules.optimizer.init(start), broadcast.model_state),
+            local=Local(
+                start, _steps.optimizer_init(rules.optimizer, start), broadcast.model_state
+            ),
             grads=() if rules.report_grads is None else jax.tree.map(jnp.zeros_like, start),
             num_reported=jnp.int32(0),
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
@@ -275,6 +286,28 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
         return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
 
     return Client(init=lambda params: (), update=update_fn)
+
+
+def _followed(objective, broadcast, start, params, value, given) -> _optax.Loss:
+    """Make the loss whose gradient a step follows, for an optimizer that asks for it.
+
+    A correction is the gradient of its product with how far the parameters have moved.
+    """
+    correction = broadcast.correction
+
+    def linear(params):
+        if not jax.tree.leaves(correction):
+            return jnp.float32(0.0)
+        moved = jax.tree.map(
+            lambda c, to, from_: jnp.sum(c * (to - from_)), correction, params, start
+        )
+        return trees.tree_sum(moved, dtype=jnp.float32)
+
+    def value_fn(params):
+        seen = masks_lib.apply(broadcast.masks, params)
+        return objective(seen, *given)[0] + linear(params)
+
+    return _optax.Loss(value + linear(params), value_fn)
 
 
 def _report(progress: _Progress, grads: Params, due: jax.Array, size: jax.Array) -> _Progress:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune.federated import _optax
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import FLOAT_MAX, Fraction, Positive, Settings, setting
 from fedjaxprune.types import Delta, Masks, Params, State
@@ -86,9 +87,15 @@ def fedyogi(
 
 
 def init(server: optax.GradientTransformation, params: Params) -> State:
-    """Make the state of a server that has not stepped; any optax optimizer is a server."""
-    with jax.numpy_dtype_promotion("standard"):  # optax does not keep to strict promotion
-        return server.init(params)
+    """Make the state of a server that has not stepped.
+
+    Any optax optimizer is a server that needs nothing but gradients and parameters.
+
+    Raises:
+      TypeError: it is no optax optimizer.
+      ValueError: it keeps parameters of its own (`optax.lookahead`).
+    """
+    return _optax.init(server, params, what="the server's optimizer")
 
 
 def step(
@@ -100,18 +107,25 @@ def step(
       ``(params, state)``, in the dtypes of `params`.
     """
     grads = jax.tree.map(lambda leaf, param: -leaf.astype(param.dtype), delta, params)
+    updates, state = _optax.update(
+        server, grads, state, params, what="the server's optimizer", loss=None
+    )
     with jax.numpy_dtype_promotion("standard"):  # optax does not keep to strict promotion
-        updates, state = server.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
 
 def shift(model_state: State, change: State) -> State:
-    """Add a mean change to what is not trained; a counter takes the nearest integer."""
+    """Add a mean change to what is not trained.
+
+    An integer takes the nearest one. A boolean changes if the mean change is more than a half.
+    """
 
     def leaf(before: jax.Array, change: jax.Array) -> jax.Array:
         if jnp.issubdtype(before.dtype, jnp.inexact):
             return before + change.astype(before.dtype)
-        return before + jnp.round(change).astype(before.dtype)
+        signed = jnp.int64 if before.dtype.itemsize == 8 else jnp.int32
+        moved = before.astype(signed) + jnp.round(change).astype(signed)
+        return moved > 0 if before.dtype == jnp.bool_ else moved.astype(before.dtype)
 
     return jax.tree.map(leaf, model_state, change)
 

@@ -48,7 +48,7 @@ class Protocol(NamedTuple):
     Attributes:
       num_rounds: rounds of the run; schedules stretch over them.
       batcher: how a client's examples become local steps.
-      optimizer: local optimizer, any optax transformation.
+      optimizer: local optimizer, an optax transformation (`local_training.local_sgd`).
       learning_rate_scale: factor on local updates, by round (an optax schedule fits).
       uplink: what a delta looks like after the wire; None sends it as it is.
       aggregator: of the deltas; None takes the weighted mean. A `CohortAggregator` bounds what a

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from fedjaxprune import metrics
+from fedjaxprune import metrics, trees
 from fedjaxprune.federated import cohort
 from fedjaxprune.models import gates as gating
 from fedjaxprune.models import heads
@@ -35,7 +35,7 @@ class TestSet(NamedTuple):
 
     __test__ = False  # no test case, whatever pytest makes of the name
 
-    inputs: jax.Array  # ``[T, ...]``, as stored
+    inputs: Any  # ``[T, ...]``, or a tree of these, as stored
     labels: jax.Array  # ``[T]`` or more, as `Dataset.test` has them
 
 
@@ -87,10 +87,9 @@ def evaluate(
             counts = places < num_examples
             places = jnp.minimum(places, num_examples - 1)
             labels = test.labels[places]
-            logits = model.predict(params, model_state, preprocess(key, test.inputs[places]))
-            through = metrics.merge(
-                total.through, gates(params, model_state, test.inputs[places], counts)
-            )
+            inputs = trees.take_rows(test.inputs, places)
+            logits = model.predict(params, model_state, preprocess(key, inputs))
+            through = metrics.merge(total.through, gates(params, model_state, inputs, counts))
             if head.hits is None:
                 errors = jnp.where(counts, heads.absolute_error(logits, labels), 0.0)
                 total = total._replace(total_error=total.total_error + jnp.sum(errors))
@@ -116,10 +115,9 @@ def evaluate(
             )
 
         def share(params, model_state, test, starts):
-            layers = jax.eval_shape(
-                gates, params, model_state, test.inputs[:size], jnp.ones(size, jnp.bool_)
-            )
-            one = jax.eval_shape(lambda: preprocess(key, test.inputs[:1]))
+            some = trees.take_rows(test.inputs, slice(size))
+            layers = jax.eval_shape(gates, params, model_state, some, jnp.ones(size, jnp.bool_))
+            one = jax.eval_shape(lambda: preprocess(key, trees.take_rows(test.inputs, slice(1))))
             num_classes = jax.eval_shape(model.predict, params, model_state, one).shape[-1]
             num_classes = {"binary": 2, "regression": 0}.get(task, num_classes)
             zero = Evaluation(

@@ -1,0 +1,74 @@
+"""Calls optax: its promotion of dtypes, what its optimizers ask for, and those that do not fit."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from fedjaxprune.types import Params, State
+
+# Optimizers that train other parameters than those that they are given, by their state.
+_OTHER_PARAMS = {
+    optax.LookaheadState: "optax.lookahead trains two copies of the parameters",
+    optax.contrib.ScheduleFreeState: "a schedule-free optimizer trains other parameters than "
+    "those that are to be tested",
+}
+
+
+class Loss(NamedTuple):
+    """What an optimizer may ask of a step's loss.
+
+    Attributes:
+      value: ``[]``, at the parameters.
+      value_fn: ``params -> value``, of the same batch.
+    """
+
+    value: jax.Array
+    value_fn: Callable[[Params], jax.Array]
+
+
+def init(optimizer: Any, params: Params, *, what: str) -> State:
+    """Make the state of an optimizer.
+
+    Raises:
+      TypeError: it is no optax optimizer.
+      ValueError: it trains other parameters than those that it is given.
+    """
+    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
+        given = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise TypeError(f"{what} must be an optax optimizer, such as optax.sgd(0.1), got {given}.")
+    with jax.numpy_dtype_promotion("standard"):  # optax does not keep to strict promotion
+        state = optimizer.init(params)
+    kinds = tuple(_OTHER_PARAMS)
+    for leaf in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds)):
+        if isinstance(leaf, kinds):
+            raise ValueError(f"{what} cannot be used: {_OTHER_PARAMS[type(leaf)]}.")
+    return state
+
+
+def update(
+    optimizer: Any, grads: Params, state: State, params: Params, *, what: str, loss: Loss | None
+) -> tuple[Params, State]:
+    """Make an optimizer's updates; one that asks for the loss gets value, grad and value_fn.
+
+    Raises:
+      ValueError: it asks for something else.
+    """
+    takes = inspect.signature(optimizer.update).parameters.values()
+    takes_more = any(one.kind is one.VAR_KEYWORD for one in takes)
+    takes_more = takes_more or isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    extra = {**loss._asdict(), "grad": grads} if takes_more and loss is not None else {}
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
+        try:
+            return optimizer.update(grads, state, params, **extra)
+        except TypeError as error:
+            found = re.search(r"missing .* required keyword-only arguments?: (.*)", str(error))
+            if found is None:
+                raise
+            known = "nothing else" if loss is None else "value, grad and value_fn"
+            raise ValueError(
+                f"{what} asks for {found[1]}, and is given gradients, parameters and {known}."
+            ) from error
