@@ -113,7 +113,7 @@ def test_an_optimizer_of_the_page_is_a_part(own_parts, name):
     assert jax.tree.leaves(optimizer.init({"kernel": jax.numpy.zeros(3)}))
 
 
-@pytest.mark.parametrize("name", ["linen", "batch_norm", "equinox", "functions"])
+@pytest.mark.parametrize("name", ["linen", "batch_norm", "equinox", "functions", "said"])
 def test_a_network_of_the_page_is_a_model(own_parts, name):
     part = registry.find("model", f"{own_parts}/networks.py:{name}").part
     made = part.build(part.settings(), input_shape=(8, 8, 1), num_classes=10)

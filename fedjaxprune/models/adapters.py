@@ -1,99 +1,154 @@
 """Make a `Model` from a flax linen module, a flax nnx module or plain functions."""
 
-import inspect
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fedjaxprune import metrics
-from fedjaxprune.models import heads, precision
+from fedjaxprune.errors import first_line
+from fedjaxprune.models import _arguments, _flax, _state, calls, heads, precision
 from fedjaxprune.models.heads import Head
 from fedjaxprune.types import Batch, Key, Metrics, Model, Params, State
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, classes], labels [B]) -> [B]
 
 _SOWN = "metrics"  # collection in which a linen module's layers leave accumulators
+# What else a step's key is folded with, beyond a module's streams, which are numbered.
+_CALL, _STREAMS = 2**31 - 1, 2**31 - 2
 
 
 def from_linen(
     module: nn.Module,
     *,
-    input_shape: Sequence[int],
+    input_shape: Any,
     input_dtype: Any = jnp.float32,
     loss: LossFn | None = None,
+    train_kwargs: calls.Kwargs | None = None,
+    eval_kwargs: calls.Kwargs | None = None,
+    call: calls.CallFn | None = None,
+    streams: Sequence[str] = ("dropout",),
 ) -> Model:
     """Make a model from a flax linen module.
 
     Its `params` collection becomes the parameters, all other collections become the state, but for
     `metrics`: what layers sow there (accumulators, one a name) joins the loss's metrics as
-    ``metrics["layers"]``, by path. The loss calls the module in training mode, predictions in
-    inference mode, by whichever of the arguments ``train``, ``training`` or ``deterministic`` its
-    ``__call__`` has. If it has one named
-    ``mask``, the loss passes ``[B]`` booleans there that are False for padding, so that statistics
-    leave it out. The key of the loss feeds the `dropout` stream.
+    ``metrics["layers"]``, by path. What is sown elsewhere is no state: the next call makes it anew,
+    and a loss that is sown is not added to the model's.
+
+    How the module is told that it trains follows from the names of its arguments: ``train``,
+    ``training``, ``is_training``, ``deterministic``, ``use_running_average``, ``inference`` and
+    some more (`calls.TRAINING`, `calls.INFERENCE`). One named ``mask`` gets ``[B]`` booleans in
+    training, False for padding, so that statistics leave it out; one that is the mask of an
+    attention layer is left at its default. One named ``key`` or ``rng`` gets a key in training and
+    None in predictions. A boolean of another name is refused, and so is an argument of another name
+    without a default: `train_kwargs` and `eval_kwargs`, or `call`, say what it is.
 
     Args:
       module: takes ``[B, *input_shape]`` and gives logits ``[B, classes]``, or ``[B, T, classes]``
         for a label at each of ``T`` positions.
-      input_shape: of one example.
-      input_dtype: of the inputs, an integer one for tokens.
+      input_shape: of one example; a mapping of shapes where the inputs are a mapping of arrays.
+      input_dtype: of the inputs, an integer one for tokens; a mapping likewise.
       loss: of each label, from logits and labels; None is that of the data's task, which is
         cross-entropy for classes (`heads`).
-    """
-    names = inspect.signature(type(module).__call__).parameters
+      train_kwargs: values of the module's arguments in training, before those of convention.
+      eval_kwargs: the same in predictions.
+      call: ``(module, inputs, mode) -> logits``, which says all (`calls.Mode`): for a module of
+        several arguments, ``lambda module, x, mode: module(x["a"], x["b"], train=mode.train)``.
+      streams: names of random streams that a step of training has. A module that asks for another
+        gets one; one that asks `has_rng` is told of these alone.
 
-    def options(train: bool, **mask: jax.Array) -> dict[str, Any]:
-        known = {"train": train, "training": train, "deterministic": not train, **mask}
-        return {name: value for name, value in known.items() if name in names}
+    Raises:
+      TypeError: it is no linen module.
+      ValueError: an argument is not known (above); while tracing, if the state does not keep its
+        shapes and types.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"it must be a flax linen module, got {type(module).__name__}.")
+    options = {"own": call, "train_kwargs": train_kwargs, "eval_kwargs": eval_kwargs}
+    what, way = _flax.way_to_call(module, **options)
+
+    def run(variables: Any, inputs: Any, mode: calls.Mode, **others: Any) -> Any:
+        with _flax.lenient():
+            return module.apply(variables, inputs, mode, method=_flax.method(way), **others)
+
+    def example():
+        shapes, types = input_shape, input_dtype
+        if not isinstance(shapes, Mapping):
+            return jnp.zeros((1, *shapes), types)
+        types = types if isinstance(types, Mapping) else dict.fromkeys(shapes, types)
+        return {name: jnp.zeros((1, *shape), types[name]) for name, shape in shapes.items()}
 
     def init_fn(key: Key) -> tuple[Params, State]:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            state = module.init(key, jnp.zeros((1, *input_shape), input_dtype), **options(False))
-        state = dict(state)
+        with _flax.lenient():
+            found = module.init(key, example(), calls.Mode(train=False), method=_flax.method(way))
+        state = nn.unbox({name: found[name] for name in found if name not in _state.SOWN})
         state.pop(_SOWN, None)
-        return state.pop("params"), state
+        params = state.pop("params", {})
+        if _state.has_tuples(state):
+            after = jax.eval_shape(lambda p, s: train(p, s, example(), None, key)[1], params, state)
+            state = _state.without_sown(state, after)
+        return params, _state.check(state)
+
+    def train(params, state, inputs, mask, key):
+        mode = calls.Mode(train=True, mask=mask, key=jax.random.fold_in(key, _CALL))
+        given = {"params": params, **state}, inputs, mode
+        rngs = {n: jax.random.fold_in(key, i) if i else key for i, n in enumerate(streams)}
+        mutable = [*state, _SOWN]
+        try:
+            return run(*given, rngs=rngs, mutable=mutable)
+        except flax.errors.InvalidRngError:  # it asks for a stream of another name
+            rngs = {"params": jax.random.fold_in(key, _STREAMS), **rngs}
+            return run(*given, rngs=rngs, mutable=mutable)
 
     def apply_fn(params, state, inputs, mask, key):
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            logits, new_state = module.apply(
-                {"params": params, **state},
-                inputs,
-                rngs={"dropout": key},
-                mutable=[*state, _SOWN],
-                **options(True, mask=mask),
-            )
-        new_state = dict(new_state)
-        return logits, new_state, _by_path(new_state.pop(_SOWN, {}))
+        mask = _arguments.settle_mask(train, way, (params, state, inputs, mask, key), what=what)
+        logits, after = train(params, state, inputs, mask, key)
+        layers = _flax.by_path(dict(after).get(_SOWN, {}))
+        return logits, _state.keep_like(state, nn.unbox(dict(after))), layers
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return module.apply({"params": params, **state}, inputs, **options(False))  # pyright: ignore[reportReturnType]
+        try:
+            return run({"params": params, **state}, inputs, calls.Mode(train=False))
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(
+                f"{what} draws random numbers in predictions, which must not be random: "
+                f"{first_line(error)}"
+            ) from None
 
     def inspect_fn(params: Params, state: State, inputs: Any, counts: jax.Array) -> Metrics:
-        variables, given = {"params": params, **state}, options(False, mask=counts)
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            _, said = module.apply(variables, inputs, mutable=[_SOWN], **given)
-        return {"layers": _by_path(dict(said).pop(_SOWN, {}))}
+        mode = calls.Mode(train=False, mask=counts)
+        _, said = run({"params": params, **state}, inputs, mode, mutable=[_SOWN])
+        return {"layers": _flax.by_path(dict(said).get(_SOWN, {}))}
 
     return make_model(init_fn, apply_fn, predict_fn, loss, inspect_fn)
 
 
-def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn | None = None) -> Model:
+def from_nnx(
+    make: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    loss: LossFn | None = None,
+    train_kwargs: calls.Kwargs | None = None,
+    eval_kwargs: calls.Kwargs | None = None,
+    call: calls.CallFn | None = None,
+) -> Model:
     """Make a model from a flax nnx module.
 
     Its variables of type ``nnx.Param`` become the parameters, all others but its random streams
-    (batch statistics, for instance) the state; both as plain dictionaries. The loss switches the
-    module to training by ``train()`` and gives each of its streams a key of its own, derived from
-    the loss's; predictions switch it to inference by ``eval()``. An argument ``mask`` is passed as
-    in `from_linen`.
+    (batch statistics, for instance) the state; both as plain dictionaries. What a call sows is no
+    state. The loss switches the module to training by ``train()`` and gives each of its streams a
+    key of its own, derived from the loss's; predictions switch it to inference by ``eval()``.
+    Arguments of its ``__call__`` are treated as in `from_linen`; one named ``rngs`` gets streams of
+    the call's own in training, and None in predictions.
 
     Args:
       make: builds the module, which takes ``[B, ...]`` and gives logits ``[B, classes]``.
-      loss: as in `from_linen`.
+      loss: as in `from_linen`, and so are the others.
     """
 
     def build(key: Key) -> Any:
@@ -102,109 +157,122 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], *, loss: LossFn | None = No
     def split(module: Any) -> Any:
         return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with _flax.lenient():
         abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
     graph, like_params, like_streams, like_state = split(abstract)
-    has_mask = "mask" in inspect.signature(type(abstract).__call__).parameters
+    options = {"own": call, "train_kwargs": train_kwargs, "eval_kwargs": eval_kwargs}
+    what, way = _flax.way_to_call(abstract, make_rngs=nnx.Rngs, **options)
 
     def assemble(params: Params, state: State, key: Key) -> Any:
         return nnx.merge(
             graph,
-            _restore(like_params, params),
-            _make_streams(like_streams, key),
-            _restore(like_state, state),
+            _flax.restore(like_params, params),
+            _flax.make_streams(key, like_streams),
+            _flax.restore(like_state, state),
         )
 
     def init_fn(key: Key) -> tuple[Params, State]:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with _flax.lenient():
             _, params, _, state = split(build(key))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+        return nnx.to_pure_dict(params), _state.check(nnx.to_pure_dict(state))
 
-    def apply_fn(params, state, inputs, mask, key):
+    def train(params, state, inputs, mask, key):
         module = assemble(params, state, key)
         module.train()
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            logits = module(inputs, mask=mask) if has_mask else module(inputs)
-        return logits, nnx.to_pure_dict(split(module)[3]), {}
+        mode = calls.Mode(train=True, mask=mask, key=jax.random.fold_in(key, _CALL))
+        with _flax.lenient():
+            logits = way.call(module, inputs, mode)
+        return logits, nnx.to_pure_dict(split(module)[3])
+
+    def apply_fn(params, state, inputs, mask, key):
+        mask = _arguments.settle_mask(train, way, (params, state, inputs, mask, key), what=what)
+        logits, after = train(params, state, inputs, mask, key)
+        return logits, _state.keep_like(state, after), {}
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
         module = assemble(params, state, jax.random.key(0))  # inference draws nothing
         module.eval()
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return module(inputs)
+        with _flax.lenient():
+            return way.call(module, inputs, calls.Mode(train=False))
 
     return make_model(init_fn, apply_fn, predict_fn, loss)
 
 
 def from_functions(
     init: Callable[[Key], Params],
-    apply: Callable[[Params, Any], jax.Array],
+    apply: Callable[..., jax.Array],
     *,
     loss: LossFn | None = None,
+    train_kwargs: calls.Kwargs | None = None,
+    eval_kwargs: calls.Kwargs | None = None,
 ) -> Model:
     """Make a model without state from two plain functions.
 
     Args:
       init: ``key -> params``.
-      apply: ``(params, inputs [B, ...]) -> logits [B, classes]``, in training and inference alike.
-      loss: as in `from_linen`.
+      apply: ``(params, inputs [B, ...]) -> logits [B, classes]``; its other arguments are treated
+        as in `from_linen`.
+      loss: as in `from_linen`, and so are the others.
     """
+    way = _arguments.of(
+        apply,
+        what="apply",
+        num_given=2,
+        train_kwargs=train_kwargs,
+        eval_kwargs=eval_kwargs,
+        mask=True,
+        strict=True,
+    )
 
     def init_fn(key: Key) -> tuple[Params, State]:
         return init(key), {}
 
+    def train(params, state, inputs, mask, key):
+        mode = calls.Mode(train=True, mask=mask, key=key)
+        return way.call(functools.partial(apply, params), inputs, mode), state
+
     def apply_fn(params, state, inputs, mask, key):
-        del mask, key  # nothing here is random or shared between examples
-        return apply(params, inputs), state, {}
+        mask = _arguments.settle_mask(train, way, (params, state, inputs, mask, key), what="apply")
+        return *train(params, state, inputs, mask, key), {}
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
         del state
-        return apply(params, inputs)
+        return way.call(functools.partial(apply, params), inputs, calls.Mode(train=False))
 
     return make_model(init_fn, apply_fn, predict_fn, loss)
-
-
-def _restore(like: Any, values: Any) -> Any:
-    """Put plain values into a copy of an abstract nnx state."""
-    restored = jax.tree.map(lambda leaf: leaf, like)
-    nnx.replace_by_pure_dict(restored, values)
-    return restored
-
-
-def _make_streams(like: Any, key: Key) -> Any:
-    """Start every random stream of an abstract nnx state: a key of its own, and counts of zero."""
-    leaves, structure = jax.tree.flatten(like)
-    started = []
-    for i, leaf in enumerate(leaves):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            own = jax.random.fold_in(key, i)
-            started.append(jax.random.split(own, leaf.shape) if leaf.shape else own)
-        else:
-            started.append(jnp.zeros(leaf.shape, leaf.dtype))
-    return jax.tree.unflatten(structure, started)
-
-
-def _by_path(sown: Any) -> dict[str, Any]:
-    """Flatten nested dictionaries to one, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(
-        sown, is_leaf=lambda node: not isinstance(node, dict)
-    )
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def make_model(
     init: Any, apply: Any, predict: Any, loss: LossFn | None, inspect: Any = None
 ) -> Model:
     """Make a model; without a loss of its own it can be given the head of any task."""
-    made = Model(init=init, loss=apply, predict=predict, inspect=inspect)
+
+    def apply_fn(params, state, inputs, mask, key):
+        logits, after, layers = apply(params, state, inputs, mask, key)
+        return _one_array(logits), after, layers
+
+    def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
+        return _one_array(predict(params, state, inputs))
+
+    made = Model(init=init, loss=apply, predict=predict_fn, inspect=inspect)
     if loss is not None:
         own = Head(loss=loss, test_loss=loss, hits=heads.is_largest)
-        return made._replace(loss=_training_loss(apply, own))
+        return made._replace(loss=_training_loss(apply_fn, own))
 
     def with_head(head: Head) -> Model:
-        return made._replace(loss=_training_loss(apply, head), head=head, with_head=with_head)
+        return made._replace(loss=_training_loss(apply_fn, head), head=head, with_head=with_head)
 
     return with_head(heads.CLASSES)
+
+
+def _one_array(logits: Any) -> jax.Array:
+    """Refuse an output that is no array."""
+    if not hasattr(logits, "dtype"):
+        raise TypeError(
+            f"the network gives a {type(logits).__name__}, and must give one array of logits: a "
+            "call function (call=) can take it out."
+        )
+    return logits
 
 
 def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], head: Head) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedjaxprune import trees
-from fedjaxprune.models import adapters
+from fedjaxprune.models import _arguments, _state, adapters, calls
 from fedjaxprune.types import Key, Model, Params, State
 
 _ALLOWED = (
@@ -58,20 +58,33 @@ def as_model(value: Any, *, input_shape: Sequence[int], input_dtype: Any = jnp.f
     raise TypeError(f"it must be {_ALLOWED}, got {given}.")
 
 
-def from_equinox(make: Callable[[Key], Any], *, loss: adapters.LossFn | None = None) -> Model:
+def from_equinox(
+    make: Callable[[Key], Any],
+    *,
+    loss: adapters.LossFn | None = None,
+    train_kwargs: calls.Kwargs | None = None,
+    eval_kwargs: calls.Kwargs | None = None,
+    call: Callable[..., Any] | None = None,
+) -> Model:
     """Make a model from an Equinox module, which takes one example, as Equinox's layers do.
 
     Its inexact arrays become the parameters, as nested dictionaries; an `equinox.nn.State` (of
     BatchNorm, say) the model state. Examples are mapped with ``axis_name="batch"``, the name that
     Equinox's own BatchNorm is usually given. Where the module takes a `key`, every example of a
-    training step has one of its own. Predictions use `equinox.nn.inference_mode`.
+    training step has one of its own. Predictions use `equinox.nn.inference_mode`. Other arguments
+    are treated as in `adapters.from_linen`, but for ``mask``, which Equinox has no place for.
 
     Args:
       make: ``key -> module`` or ``key -> (module, state)``.
-      loss: as in `adapters.from_linen`.
+      loss: as in `adapters.from_linen`, and so are the next two.
+      train_kwargs: values of the module's arguments in training.
+      eval_kwargs: values of them in predictions.
+      call: ``(module, example, mode) -> output``, or with a state ``(module, example, state, mode)
+        -> (output, state)``, which says all (`calls.Mode`); its mask is None.
 
     Raises:
       TypeError: `make` gives no Equinox module.
+      ValueError: an argument of the module is not known.
     """
     import equinox as eqx
 
@@ -86,12 +99,21 @@ def from_equinox(make: Callable[[Key], Any], *, loss: adapters.LossFn | None = N
     module, like_state = eqx.filter_eval_shape(build, jax.random.key(0))
     like_params, _ = eqx.partition(module, _is_param)
     has_state = like_state is not None
-    takes_key = "key" in inspect.signature(type(module).__call__).parameters
+    way = _arguments.of(
+        _arguments.method_of(module),
+        what=f"{type(module).__name__}.__call__",
+        num_given=3 if has_state else 2,
+        own=call,
+        train_kwargs=train_kwargs,
+        eval_kwargs=eval_kwargs,
+        mask=False,
+        strict=not _arguments.of_library(module),
+    )
 
     def init_fn(key: Key) -> tuple[Params, State]:
         module, state = build(key)
         params, _ = eqx.partition(module, eqx.is_inexact_array)
-        return _nested(params), _nested(state) if has_state else {}
+        return _nested(params), _state.check(_nested(state)) if has_state else {}
 
     # What is neither trained nor state (sizes, functions, integer tables) follows from no key.
     _, static = eqx.partition(build(jax.random.key(0))[0], eqx.is_inexact_array)
@@ -103,10 +125,13 @@ def from_equinox(make: Callable[[Key], Any], *, loss: adapters.LossFn | None = N
         own = _restored(like_state, state) if has_state else None
 
         def one(example: Any, index: jax.Array) -> Any:
-            options = {}
-            if takes_key:
-                options["key"] = None if key is None else jax.random.fold_in(key, index)
-            return module(example, own, **options) if has_state else module(example, **options)
+            key_ = None if key is None else jax.random.fold_in(key, index)
+            mode = calls.Mode(train=key is not None, key=key_)
+            if not has_state:
+                return way.call(module, example, mode)
+            if call is not None:
+                return call(module, example, own, mode)
+            return way.call(lambda x, *args, **kw: module(x, own, *args, **kw), example, mode)
 
         size = jax.tree.leaves(inputs)[0].shape[0]
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -119,8 +144,8 @@ def from_equinox(make: Callable[[Key], Any], *, loss: adapters.LossFn | None = N
 
     def apply_fn(params, state, inputs, mask, key):
         del mask  # Equinox's layers have no place for it
-        outputs, state = run(params, state, inputs, key)
-        return outputs, state, {}
+        outputs, after = run(params, state, inputs, key)
+        return outputs, _state.keep_like(state, after), {}
 
     def predict_fn(params: Params, state: State, inputs: Any) -> jax.Array:
         return run(params, state, inputs, None)[0]
