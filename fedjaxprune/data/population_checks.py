@@ -40,55 +40,58 @@ def examples(tree: Examples, *, num_classes: int | None) -> tuple[Examples, int]
     return jax.tree.unflatten(structure, made), size
 
 
-def rows(parts: Sequence[Any], num_examples: int) -> tuple[np.ndarray, np.ndarray]:
+def rows(
+    parts: Sequence[Any], num_examples: int, *, what: str = "parts"
+) -> tuple[np.ndarray, np.ndarray]:
     """Check the clients' rows, and give them one after the other, with where each client begins.
 
     Args:
       parts: lists of integers in ``[0, num_examples)``.
       num_examples: ``E``.
+      what: their name in errors.
 
     Returns:
       ``([sum of sizes], [N + 1])``, both int32.
     """
     if isinstance(parts, Mapping | str | bytes) or not hasattr(parts, "__iter__"):
         raise DataError(
-            f"parts must be a list with the rows of each client, got {checks.kind(parts)}"
+            f"{what} must be a list with the rows of each client, got {checks.kind(parts)}"
             + ("; give list(parts.values())." if isinstance(parts, Mapping) else ".")
         )
-    made = [_integers(part, client) for client, part in enumerate(parts)]
+    made = [_integers(part, client, what) for client, part in enumerate(parts)]
     if not made:
-        raise DataError("parts must have at least one client, got none.")
+        raise DataError(f"{what} must have at least one client, got none.")
     index = np.concatenate(made)
     if index.size > _INT32_MAX:
-        raise DataError(f"parts must hold at most {_INT32_MAX} indices, got {index.size}.")
+        raise DataError(f"{what} must hold at most {_INT32_MAX} indices, got {index.size}.")
     if index.size and not (index.min() >= 0 and index.max() < num_examples):
         raise DataError(
-            f"parts must hold indices in [0, {num_examples}), got {index.min()} to {index.max()}."
+            f"{what} must hold indices in [0, {num_examples}), got {index.min()} to {index.max()}."
         )
     offsets = np.cumsum([0, *map(len, made)])
     return index.astype(np.int32), offsets.astype(np.int32)
 
 
-def _integers(part: Any, client: int) -> np.ndarray:
+def _integers(part: Any, client: int, what: str) -> np.ndarray:
     """Take one client's rows as int64; of an empty list NumPy makes floats."""
     try:
         made = np.asarray(part)
     except (ValueError, TypeError) as error:
-        raise DataError(f"parts: client {client} has no list of rows: {error}") from None
+        raise DataError(f"{what}: client {client} has no list of rows: {error}") from None
     if made.ndim != 1:
         raise DataError(
-            f"parts must hold a list of rows for each client, but that of client {client} has the "
+            f"{what} must hold a list of rows for each client, but that of client {client} has the "
             f"shape {made.shape}."
         )
     if made.dtype == np.bool_ and made.size:
         raise DataError(
-            f"parts must hold integers, but client {client} has marks; give "
+            f"{what} must hold integers, but client {client} has marks; give "
             "numpy.flatnonzero(marks)."
         )
     if made.size and made.dtype.kind not in "ui":
-        raise DataError(f"parts must hold integers, but client {client} has {made.dtype}.")
+        raise DataError(f"{what} must hold integers, but client {client} has {made.dtype}.")
     if made.dtype == np.uint64 and made.size and made.max() > _INT32_MAX:
-        raise DataError(f"parts: client {client} has the row {made.max()}, which no example is.")
+        raise DataError(f"{what}: client {client} has the row {made.max()}, which no example is.")
     return made.astype(np.int64)
 
 

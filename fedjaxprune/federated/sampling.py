@@ -5,6 +5,7 @@ drawn.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,32 @@ from jax.typing import ArrayLike
 from fedjaxprune.registry import Part
 from fedjaxprune.types import Key
 
-# key -> (client_ids [C] int32, distinct and ascending; present [C] bool)
+# key -> (client_ids [C] int32, ascending; present [C] bool)
 SamplingFn = Callable[[Key], tuple[jax.Array, jax.Array]]
 
 
-def uniform(*, num_clients: int, cohort_size: int) -> SamplingFn:
+class Sampling(NamedTuple):
+    """A `SamplingFn` that says how many clients it draws from, so that a round can compare.
+
+    Attributes:
+      choose: ``key -> (client_ids, present)``; ids are distinct and in ``[0, num_clients)``.
+      num_clients: ``N``.
+    """
+
+    choose: SamplingFn
+    num_clients: int
+
+    def __call__(self, key: Key) -> tuple[jax.Array, jax.Array]:
+        """Draw a cohort."""
+        return self.choose(key)
+
+
+def num_clients_of(sampling: SamplingFn) -> int | None:
+    """Tell how many clients a function draws from; None for one that does not say."""
+    return getattr(sampling, "num_clients", None)
+
+
+def uniform(*, num_clients: int, cohort_size: int) -> Sampling:
     """Choose `cohort_size` of the `num_clients` clients, every cohort being equally likely.
 
     Raises:
@@ -30,10 +52,10 @@ def uniform(*, num_clients: int, cohort_size: int) -> SamplingFn:
         tickets = jax.random.bits(key, (num_clients,), jnp.uint32)
         return _best(tickets, cohort_size)
 
-    return choose_fn
+    return Sampling(choose_fn, num_clients)
 
 
-def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> SamplingFn:
+def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> Sampling:
     """Choose clients one after the other without replacement, with odds proportional to `weights`.
 
     The largest ``log(weight) + Gumbel noise`` are such a draw. For cohorts of more than one client
@@ -69,10 +91,10 @@ def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> Sampl
         noise = jax.random.gumbel(key, log_weights.shape, jnp.float32, mode="high")
         return _best(jnp.asarray(log_weights) + noise, cohort_size)
 
-    return choose_fn
+    return Sampling(choose_fn, values.size)
 
 
-def all_clients(num_clients: int) -> SamplingFn:
+def all_clients(num_clients: int) -> Sampling:
     """Let all clients take part in every round.
 
     Raises:
@@ -84,7 +106,7 @@ def all_clients(num_clients: int) -> SamplingFn:
         del key  # deterministic
         return jnp.arange(num_clients, dtype=jnp.int32), jnp.ones(num_clients, jnp.bool_)
 
-    return choose_fn
+    return Sampling(choose_fn, num_clients)
 
 
 def same_every_round(key: Key, draw: SamplingFn) -> SamplingFn:
@@ -99,7 +121,7 @@ def same_every_round(key: Key, draw: SamplingFn) -> SamplingFn:
         del round_key  # the cohort does not depend on the round
         return draw(key)
 
-    return choose_fn
+    return _like(draw, choose_fn)
 
 
 def with_dropout(inner: SamplingFn, *, probability: float) -> SamplingFn:
@@ -124,7 +146,13 @@ def with_dropout(inner: SamplingFn, *, probability: float) -> SamplingFn:
         dropped = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
         return client_ids, present & ~dropped
 
-    return choose_fn
+    return _like(inner, choose_fn)
+
+
+def _like(inner: SamplingFn, choose: SamplingFn) -> SamplingFn:
+    """Say what the inner function says about its clients."""
+    number = num_clients_of(inner)
+    return choose if number is None else Sampling(choose, number)
 
 
 def _best(tickets: jax.Array, cohort_size: int) -> tuple[jax.Array, jax.Array]:
@@ -135,6 +163,9 @@ def _best(tickets: jax.Array, cohort_size: int) -> tuple[jax.Array, jax.Array]:
 
 def _check_cohort(cohort_size: int, num_clients: int, which: str) -> None:
     """Refuse a cohort that cannot be drawn."""
+    for name, value in (("num_clients", num_clients), ("cohort_size", cohort_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
     if cohort_size < 1:
         raise ValueError(f"cohort_size must be at least 1, got {cohort_size}.")
     if cohort_size > num_clients:

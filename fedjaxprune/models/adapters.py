@@ -278,23 +278,19 @@ def _one_array(logits: Any) -> jax.Array:
 def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], head: Head) -> Any:
     """Make a model's loss: the weighted mean over the batch's labels, and its metrics.
 
-    Logits of fewer bits are widened to float32 first.
-
-    With several classes an example (``[B, T]``) every one has the example's weight, and a negative
-    one, which marks the filling of a short sequence, has none.
+    Logits of fewer bits are widened to float32 first. A loss gives a number for each example,
+    ``[B]``, or for each of its labels, ``[B, T]``: then every one has the example's weight, and a
+    class that is negative, which marks the filling of a short sequence, has none.
     """
 
     def loss_fn(params: Params, state: State, batch: Batch, key: Key) -> Any:
         logits, state, layers = apply_fn(params, state, batch.inputs, batch.weights > 0, key)
-        logits = precision.widen(logits)
-        labels, weights = batch.labels, batch.weights
-        are_classes = jnp.issubdtype(labels.dtype, jnp.integer)
-        if labels.ndim > 1 and are_classes:
-            weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
-            weights = jnp.where(labels >= 0, weights, jnp.zeros_like(weights))
-        losses = metrics.mean(head.loss(logits, labels), weights)
+        logits, labels = jax.tree.map(precision.widen, logits), batch.labels
+        values = head.loss(logits, labels)
+        weights = _label_weights(labels, batch.weights)
+        losses = metrics.mean(values, _loss_weights(values, weights, batch.weights))
         report = {"loss": losses}
-        if head.hits is not None and are_classes:
+        if head.hits is not None and heads.counts_hits(head, logits, labels):
             correct = head.hits(logits, labels)
             report["accuracy"] = metrics.mean(correct.astype(jnp.float32), weights)
         # Zero, with zero gradients, for a batch that is all filling.
@@ -302,3 +298,28 @@ def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], he
         return mean, (state, {**report, "layers": layers} if layers else report)
 
     return loss_fn
+
+
+def _label_weights(labels: Any, weights: jax.Array) -> jax.Array:
+    """Give each label of an array its example's weight; a negative class among several has none."""
+    if not hasattr(labels, "dtype") or labels.ndim == 1:
+        return weights
+    own = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return own
+    return jnp.where(labels >= 0, own, jnp.zeros_like(own))
+
+
+def _loss_weights(values: Any, labels: jax.Array, examples: jax.Array) -> jax.Array:
+    """Choose the weights ``[B]`` or ``[B, T]`` that fit a loss, or say what it should give."""
+    shape, dtype = jnp.shape(values), jnp.result_type(values)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"a loss must give real floating numbers, got {dtype}.")
+    for weights in (examples, labels):
+        if shape == weights.shape:
+            return weights
+    each = f", or for each label, shape {labels.shape}" if labels.shape != examples.shape else ""
+    raise ValueError(
+        f"a loss must give one number for each example, shape {examples.shape}{each}, and take no "
+        f"mean over the batch, got the shape {shape}."
+    )

@@ -46,7 +46,8 @@ def compute_in(model: Model, dtype: Any) -> Model:
 
 def widen(x: jax.Array) -> jax.Array:
     """Give an array of fewer bits as float32, for what needs them: logarithms and statistics."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    return x.astype(jnp.float32) if is_narrow else x
 
 
 def _cast(tree: Any, old: Any, new: Any) -> Any:

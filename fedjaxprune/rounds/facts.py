@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import gated_updates
-from fedjaxprune.models import gates
+from fedjaxprune.models import gates, parameters
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Model, PrunableFn
@@ -46,6 +46,7 @@ def of_model(model: Model, *, inputs: Any) -> Facts:
       inputs: tree of shapes (or arrays) ``[2, ...]`` of two examples.
     """
     params, state = jax.eval_shape(model.init, jax.random.key(0))
+    parameters.check(params, state)
     inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
 
     def channels() -> groups.Analysis:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
@@ -138,20 +139,35 @@ def server_examples(rows: Any) -> SourceFn:
     Args:
       rows: ``[S]`` integers, rows of the population's examples; at least one.
     """
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or rows.shape[0] == 0:
+        raise ValueError(f"rows must list at least one example, got the shape {rows.shape}.")
     order = jnp.asarray(rows, jnp.int32)
-    if order.ndim != 1 or order.shape[0] == 0:
-        raise ValueError(f"rows must list at least one example, got the shape {order.shape}.")
 
-    return lambda population: ClientData(
-        population.examples, order, jnp.int32(0), jnp.int32(order.shape[0])
-    )
+    def source(population):
+        num_examples = jax.tree.leaves(population.examples)[0].shape[0]
+        if rows.min() < 0 or rows.max() >= num_examples:
+            raise ValueError(
+                f"rows of the server's examples must lie in [0, {num_examples}), got {rows.min()} "
+                f"to {rows.max()}."
+            )
+        return ClientData(population.examples, order, jnp.int32(0), jnp.int32(order.shape[0]))
+
+    return source
 
 
 def examples_of(client_id: int) -> SourceFn:
     """Take one client's examples, for a mask that knows no other client."""
     if client_id < 0:
         raise ValueError(f"client_id must not be negative, got {client_id}.")
-    return lambda population: client_data(population, jnp.int32(client_id))
+
+    def source(population):
+        num_clients = population.offsets.shape[0] - 1
+        if client_id >= num_clients:
+            raise ValueError(f"client_id must be less than {num_clients}, got {client_id}.")
+        return client_data(population, jnp.int32(client_id))
+
+    return source
 
 
 def all_examples() -> SourceFn:

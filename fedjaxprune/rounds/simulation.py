@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune import trees
+from fedjaxprune.federated import sampling
+from fedjaxprune.federated.sampling import SamplingFn
+from fedjaxprune.models import parameters
 from fedjaxprune.types import (
     Algorithm,
     ClientState,
@@ -20,8 +24,6 @@ from fedjaxprune.types import (
     Stage,
     State,
 )
-
-SamplingFn = Callable[[Key], tuple[jax.Array, jax.Array]]
 
 
 class Simulation(NamedTuple):
@@ -42,8 +44,24 @@ def start(
     """Make the simulation in which no client has taken part yet.
 
     Parameters and state are copied, so that the simulation may be donated.
+
+    Args:
+      algorithm: whose state and rows are made.
+      params: real floating numbers.
+      model_state: what is not trained.
+      num_clients: ``N`` of the population; the first round compares.
+
+    Raises:
+      ValueError: there is no client, or the parameters cannot be trained (`parameters.check`).
     """
-    own = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True))
+    if isinstance(num_clients, bool) or not isinstance(num_clients, int | np.integer):
+        raise ValueError(f"num_clients must be a whole number, got {num_clients!r}.")
+    if num_clients < 1:
+        raise ValueError(f"num_clients must be at least 1, got {num_clients}.")
+    parameters.check(params, model_state)
+    own = functools.partial(
+        jax.tree.map, lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
+    )
     params, model_state = own(params), own(model_state)
     row = algorithm.init_client(params)
     rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_clients, *jnp.shape(leaf))), row)
@@ -58,18 +76,27 @@ def advance(
     The returned function folds the round's number into the key that it is given, so the run's one
     key goes in every time, and a run continued from a saved simulation takes the same path.
 
+    The population says how many clients there are. A function of `sampling`, and the rows, are
+    compared with it while tracing; of any other function, whoever it draws that is no client counts
+    as absent.
+
     Args:
       stage: whose round is run.
-      participation: ``key -> (client_ids [C], present [C])``.
+      participation: ``key -> (client_ids [C], present [C])``. An id may occur twice, as in a draw
+        with replacement: it then counts twice.
 
     Returns:
       ``(key, simulation, population) -> (simulation, metrics)``.
+
+    Raises:
+      ValueError: while tracing, if the numbers of clients disagree, or the participation is none.
     """
 
     def advance_fn(key, simulation, population):
+        num_clients = _count_clients(simulation, population, participation)
         round_key = jax.random.fold_in(key, simulation.state.round)
         sample_key, work_key = jax.random.split(round_key)
-        client_ids, present = participation(sample_key)
+        client_ids, present = _draw(participation, sample_key, num_clients)
         cohort = Cohort(
             client_ids=client_ids,
             participated=present,
@@ -77,10 +104,49 @@ def advance(
         )
         state, new, metrics = stage.round(work_key, simulation.state, cohort, population)
         # Absent clients are written back nowhere: a filling slot may bear a present client's id.
-        slots = jnp.where(present, client_ids, population.offsets.shape[0])
+        slots = jnp.where(present, client_ids, num_clients + 1)
         rows = jax.tree.map(
             lambda old, row: old.at[slots].set(row, mode="drop"), simulation.rows, new
         )
         return Simulation(state=state, rows=rows), metrics
 
     return advance_fn
+
+
+def _count_clients(simulation: Simulation, population: Population, draw: SamplingFn) -> int:
+    """Count the population, and see that rows and draws are of as many clients."""
+    num_clients = population.offsets.shape[0] - 1
+    if num_clients < 1:
+        raise ValueError("the population must have at least one client, got none.")
+    drawn = sampling.num_clients_of(draw)
+    if drawn not in (None, num_clients):
+        raise ValueError(
+            f"the cohort is drawn from {drawn} clients, but the population has {num_clients}."
+        )
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(simulation.rows)}
+    if others := sizes - {num_clients}:
+        raise ValueError(
+            f"the simulation was started with num_clients={max(others)}, but the population has "
+            f"{num_clients} clients."
+        )
+    return num_clients
+
+
+def _draw(draw: SamplingFn, key: Key, num_clients: int) -> tuple[jax.Array, jax.Array]:
+    """Draw a cohort; of a function that does not say from whom, only clients are present."""
+    given = draw(key)
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ValueError(
+            f"participation must give (client_ids, present), got {type(given).__name__}."
+        )
+    ids, present = map(jnp.asarray, given)
+    if ids.ndim != 1 or ids.shape != present.shape or present.dtype != jnp.bool_:
+        raise ValueError(
+            "participation must give ids and booleans of one shape (cohort_size,), got "
+            f"{ids.dtype} {ids.shape} and {present.dtype} {present.shape}."
+        )
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"participation must give ids that are integers, got {ids.dtype}.")
+    if sampling.num_clients_of(draw) is None:
+        present = present & (ids >= 0) & (ids < num_clients)
+    return ids, present

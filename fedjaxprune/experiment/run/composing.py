@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import registry, trees
-from fedjaxprune.data import batching, transforms
+from fedjaxprune.data import batching, population_checks, transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.federated import sampling
-from fedjaxprune.models import heads, outside
+from fedjaxprune.models import heads, outside, parameters
 from fedjaxprune.rounds import facts
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.rounds.simulation import SamplingFn
@@ -85,12 +85,14 @@ def task(
     prepare = preprocess or transforms.chain()
     sizes = np.diff(np.asarray(population.offsets))
     two = rows(batch_of(protocol.batcher, population).inputs, 2)
+    num_examples = len(jax.tree.leaves(population.examples)[0])
+    held, _ = population_checks.rows([server_examples], num_examples, what="server_examples")
     return Task(
         model=model,
         protocol=protocol,
         facts=facts.of_model(model, inputs=two),
         batches=batches_of(batch_size=batch_size, train=prepare, test=prepare, seed=0),
-        server_examples=np.asarray(server_examples, np.int32),
+        server_examples=held,
         num_clients=len(sizes),
         largest_client=int(sizes.max()),
         num_epochs=num_epochs,
@@ -122,14 +124,19 @@ def _make(
     model = outside.as_model(made, input_shape=dataset.input_shape, input_dtype=inputs.dtype)
     model = heads.for_task(model, dataset.task)
     params, state = jax.eval_shape(model.init, key)
+    parameters.check(params, state)
     if dataset.task == "sequence":
         _check_vocabulary(params, dataset)
-    shape = jax.eval_shape(model.predict, params, state, inputs).shape
+    output = jax.eval_shape(model.predict, params, state, inputs)
     wanted = (1, *positions(dataset), dataset.num_outputs)
-    if shape != wanted:
+    if not hasattr(output, "shape"):
+        raise ValueError(f"its output is a {type(output).__name__}, and needed is one array.")
+    if not jnp.issubdtype(output.dtype, jnp.floating):
+        raise ValueError(f"its output is {output.dtype}, and needed are real numbers.")
+    if output.shape != wanted:
         each = "position" if positions(dataset) else "example"
         raise ValueError(
-            f"its output has the shape {shape}, and needed is {wanted}: {dataset.num_outputs} "
+            f"its output has the shape {output.shape}, and needed is {wanted}: {dataset.num_outputs} "
             f"for each {each}, which has one label."
         )
     return model
