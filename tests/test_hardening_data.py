@@ -1,5 +1,7 @@
 """What makes no population is refused on the host, and whatever is taken trains."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,3 +197,29 @@ def test_a_mapping_that_can_be_read_in_two_ways_is_refused():
     assert set(made.keys) == {"train"}
     with pytest.raises(DataError, match="client ids 'train' are given twice"):
         conversion.as_dataset({"inputs": x, "labels": y, "train": y}, keys={"train": y})
+
+
+def test_options_of_partitions_are_whole_numbers_and_keys_sort():
+    rng = np.random.default_rng(0)
+    wrong: Any
+    for wrong in (2.0, True, "2"):
+        with pytest.raises(ValueError, match="num_clients must be a whole number, got"):
+            partitions.iid(rng, Y, num_clients=wrong)
+    with pytest.raises(ValueError, match="min_size must be a whole number"):
+        partitions.dirichlet(rng, Y, num_clients=2, alpha=1.0, min_size=wrong)
+    with pytest.raises(ValueError, match=r"classes_per_client must lie in \[1, 3\]"):
+        partitions.shards(rng, Y, num_clients=2, classes_per_client=wrong)
+    whole: Any = np.int64(2)
+    assert len(partitions.iid(rng, Y, num_clients=whole)) == 2
+    for keys, sentence in (
+        (np.array([1, "a", 2], object), "keys must sort"),
+        (np.array(["a", None], object), "must have no missing values"),
+        (np.array([1.0, np.nan]), "must have no missing values"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            partitions.by_key(keys)
+
+
+def test_targets_that_no_float32_holds_are_refused():
+    with pytest.raises(DataError, match=r"train labels must be finite numbers, got 1e\+39 in"):
+        conversion.as_dataset((np.ones((40, 2)), np.full(40, 1e39)), task="regression")

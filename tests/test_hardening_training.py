@@ -16,7 +16,7 @@ from fedjaxprune.data import batching, partitions, transforms
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.federated import sampling, uplinks
 from fedjaxprune.methods import fedavg
-from fedjaxprune.models import adapters, heads, parameters
+from fedjaxprune.models import adapters, heads, lstm, parameters
 from fedjaxprune.rounds import facts, protocol, server_work, simulation, task
 from tests import quadratic, stub
 from tests.playing import STATE, dip, setup
@@ -406,3 +406,11 @@ def test_any_population_that_is_taken_trains_on_its_own_rows_alone():
         assert np.isfinite(after.state.params["kernel"]).all()
 
     check()
+
+
+def test_a_token_that_the_network_does_not_know_makes_its_example_nan():
+    model = lstm.char_lstm(input_shape=(3,), num_classes=4, hidden_sizes=(4,))
+    params, state = model.init(KEY)
+    tokens = jnp.array([[0, 1, 3], [0, 4, 3], [-1, 1, 3]], jnp.int32)
+    logits = np.asarray(model.predict(params, state, tokens))
+    assert np.isnan(logits).any(axis=1).tolist() == [False, True, True]

@@ -158,7 +158,8 @@ def _targets(made: np.ndarray, name: str) -> np.ndarray:
             f"{name} labels of a regression must have shape (examples,) or (examples, targets), "
             f"got {made.shape}."
         )
-    floats = made.astype(np.float32)
+    with np.errstate(over="ignore"):
+        floats = made.astype(np.float32)
     if not np.isfinite(floats).all():
         row = int(np.argwhere(~np.isfinite(floats))[0][0])
         raise DataError(f"{name} labels must be finite numbers, got {made[row]} in example {row}.")

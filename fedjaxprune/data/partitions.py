@@ -5,15 +5,16 @@ they are the whole data set. Randomness comes from the given NumPy generator alo
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
-from fedjaxprune.data import population_checks, splits
-from fedjaxprune.errors import ConfigError, near_miss
+from fedjaxprune.data import checks, population_checks, splits
+from fedjaxprune.errors import ConfigError, DataError, near_miss
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, Positive, Settings, setting
 from fedjaxprune.types import Examples, Population
@@ -77,7 +78,8 @@ def shards(
     labels = _check(labels, num_clients)
     classes = splits.by_class(labels)
     num_shards = num_clients * classes_per_client
-    if not 1 <= classes_per_client <= len(classes):
+    is_whole = isinstance(classes_per_client, int | np.integer)
+    if not is_whole or not 1 <= classes_per_client <= len(classes):
         raise ValueError(
             f"classes_per_client must lie in [1, {len(classes)}], the number of classes, "
             f"got {classes_per_client}."
@@ -168,7 +170,11 @@ def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
     keys = np.asarray(keys)
     if keys.ndim != 1 or keys.size == 0:
         raise ValueError(f"keys must be a list of at least one key, got shape {keys.shape}.")
-    _, inverse = np.unique(keys, return_inverse=True)
+    checks.keys(keys, "keys", keys.size)
+    try:
+        _, inverse = np.unique(keys, return_inverse=True)
+    except TypeError:
+        raise DataError("keys must sort, but some are numbers and some are text.") from None
     parts = [rows.astype(np.int32) for rows in splits.by_class(inverse)]
     kept = [rows for rows in parts if rows.size >= min_size]
     if not kept:
@@ -180,7 +186,7 @@ def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
 
 
 def population(
-    examples: Examples, parts: Sequence[np.ndarray], *, num_classes: int | None = None
+    examples: Examples, parts: Iterable[ArrayLike], *, num_classes: int | None = None
 ) -> Population:
     """Put examples on the device, once and as stored, with who holds which.
 
@@ -208,7 +214,7 @@ def population(
     )
 
 
-def histogram(parts: Sequence[np.ndarray], labels: np.ndarray, *, num_classes: int) -> np.ndarray:
+def histogram(parts: Iterable[ArrayLike], labels: np.ndarray, *, num_classes: int) -> np.ndarray:
     """Count the labels of every client: ``[N, num_classes]`` int64.
 
     Raises:
@@ -266,6 +272,9 @@ def _check(labels: np.ndarray, num_clients: int, *, min_size: int = 1) -> np.nda
         raise ValueError(
             f"labels must be one integer per example, got {labels.dtype} of shape {labels.shape}."
         )
+    for name, value in (("num_clients", num_clients), ("min_size", min_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
     if num_clients < 1:
         raise ValueError(f"num_clients must be at least 1, got {num_clients}.")
     if min_size < 0:

@@ -1,6 +1,6 @@
 """Why examples and clients' rows make no population, in one sentence each."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ def examples(tree: Examples, *, num_classes: int | None) -> tuple[Examples, int]
 
 
 def rows(
-    parts: Sequence[Any], num_examples: int, *, what: str = "parts"
+    parts: Iterable[Any], num_examples: int, *, what: str = "parts"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Check the clients' rows, and give them one after the other, with where each client begins.
 

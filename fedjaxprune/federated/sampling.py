@@ -4,8 +4,8 @@ Who is chosen depends on the key alone, so that a resumed run draws the cohorts 
 drawn.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from fedjaxprune.types import Key
 SamplingFn = Callable[[Key], tuple[jax.Array, jax.Array]]
 
 
-class Sampling(NamedTuple):
+@dataclasses.dataclass(frozen=True)  # `jax.jit` takes no tuple for a function
+class Sampling:
     """A `SamplingFn` that says how many clients it draws from, so that a round can compare.
 
     Attributes:

@@ -66,7 +66,10 @@ class Lstm(nn.Module):
 
 
 class CharLstm(nn.Module):
-    """An embedding, stacked LSTMs and a dense layer; `num_classes` counts tokens, in and out."""
+    """An embedding, stacked LSTMs and a dense layer; `num_classes` counts tokens, in and out.
+
+    What it makes of a token that is not in ``[0, num_classes)`` is NaN.
+    """
 
     embedding_size: int
     hidden_sizes: Sequence[int]
@@ -79,7 +82,8 @@ class CharLstm(nn.Module):
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"char_lstm reads tokens, which are integers, got {tokens.dtype}.")
         shape = (self.num_classes, self.embedding_size)
-        x = self.param("embedding", nn.initializers.normal(1.0), shape)[tokens]
+        table = self.param("embedding", nn.initializers.normal(1.0), shape)
+        x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         for i, size in enumerate(self.hidden_sizes, start=1):
             x = Lstm(size, name=f"lstm_{i}")(x)
         if self.labels == "last":

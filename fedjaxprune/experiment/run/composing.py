@@ -15,10 +15,10 @@ from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.federated import sampling
+from fedjaxprune.federated.sampling import SamplingFn
 from fedjaxprune.models import heads, outside, parameters
 from fedjaxprune.rounds import facts
 from fedjaxprune.rounds.protocol import Protocol
-from fedjaxprune.rounds.simulation import SamplingFn
 from fedjaxprune.rounds.task import BatchesFn, Task
 from fedjaxprune.types import Batcher, Model, Population, Stage, client_data
 

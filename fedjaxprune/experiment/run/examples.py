@@ -69,7 +69,9 @@ def read(config: RunConfig) -> Examples:
         dataset=dataset,
         held=held,
         population=partitions.population(
-            dict(dataset.train), parts, num_classes=dataset.num_classes or None
+            dict(dataset.train),
+            parts,
+            num_classes=None if dataset.task == "regression" else dataset.num_classes,
         ),
         sizes=np.diff(offsets).astype(np.int64),
         train=train,
