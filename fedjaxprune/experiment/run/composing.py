@@ -136,8 +136,8 @@ def _make(
     if output.shape != wanted:
         each = "position" if positions(dataset) else "example"
         raise ValueError(
-            f"its output has the shape {output.shape}, and needed is {wanted}: {dataset.num_outputs} "
-            f"for each {each}, which has one label."
+            f"its output has the shape {output.shape}, and needed is {wanted}: "
+            f"{dataset.num_outputs} for each {each}, which has one label."
         )
     return model
 
