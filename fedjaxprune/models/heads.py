@@ -39,7 +39,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Compute the cross-entropy of labels 0 and 1 ``[B]``, in nats, from one logit ``[B, 1]``.
 
-    That of any other label is NaN.
+    Any other label counts as 0; `partitions.population` refuses it if `num_classes` is 2.
     """
     _check_outputs(logits)
     if logits.shape[-1:] != (1,):
@@ -49,7 +49,7 @@ def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         )
     labels = _check_labels(labels, logits.shape[:-1])
     logit = logits[..., 0]
-    return _where_class(jax.nn.softplus(jnp.where(labels == 1, -logit, logit)), labels, 2)
+    return jax.nn.softplus(jnp.where(labels == 1, -logit, logit))
 
 
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
