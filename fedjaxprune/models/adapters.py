@@ -285,7 +285,7 @@ def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], he
 
     def loss_fn(params: Params, state: State, batch: Batch, key: Key) -> Any:
         logits, state, layers = apply_fn(params, state, batch.inputs, batch.weights > 0, key)
-        logits, labels = jax.tree.map(precision.widen, logits), batch.labels
+        logits, labels = precision.widen(logits), batch.labels
         values = head.loss(logits, labels)
         weights = _label_weights(labels, batch.weights)
         losses = metrics.mean(values, _loss_weights(values, weights, batch.weights))

@@ -147,10 +147,7 @@ def _check_labels(labels: Any, shape: tuple[int, ...]) -> jax.Array:
 
 def _check_outputs(outputs: Any) -> None:
     if not hasattr(outputs, "dtype"):
-        raise ValueError(
-            f"a network's output must be one array, got {type(outputs).__name__}; several need a "
-            "loss of their own."
-        )
+        raise ValueError(f"a network's output must be one array, got {type(outputs).__name__}.")
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise ValueError(f"a network's outputs must be real numbers, got {outputs.dtype}.")
 
