@@ -29,6 +29,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def visible(text: str) -> str:
+    """Replace what a terminal would obey, or nobody would see, by escapes such as ``\\x1b``.
+
+    Letters of all languages stay, and so do line breaks.
+    """
+    return "".join(
+        one if one.isprintable() or one in "\n\xa0" else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
 def shown(value: object) -> str:
     """Repeat what was given in a sentence, cut after 80 characters."""
     text = "nothing" if value is None else repr(value)

@@ -1,15 +1,18 @@
 """Files that may come from strangers: what is read of them, and what is refused in one sentence."""
 
+import json
 import os
 
 import pytest
 import yaml
 
-from fedjaxprune.errors import ConfigError, RunFolderError
+from fedjaxprune.data.sources import tfds
+from fedjaxprune.errors import ConfigError, DataError, RunFolderError
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.config import files, resolve, yaml_text
 from fedjaxprune.experiment.folder import layout
 from tests import folders
+from tests.test_datasets import pictures, prepare
 
 
 @pytest.mark.parametrize(
@@ -163,3 +166,29 @@ def test_a_link_is_followed_only_where_it_may_be(tmp_path):
     assert reading.text(tmp_path / "b", may_link=True) == "x"
     with pytest.raises(OSError, match="it is a symbolic link"):
         reading.text(tmp_path / "b", may_link=False)
+
+
+def foreign(folder, kind, tmp_path, monkeypatch):
+    """Prepare a set one of whose features is of a class of a module that says if it is imported."""
+    prepare(folder, "my_pets", {"train": pictures(3), "test": pictures(2)})
+    (path,) = folder.rglob("features.json")
+    found = json.loads(path.read_text())
+    found["featuresDict"]["features"]["more"] = {kind: "imported_by_a_set.Feature"}
+    path.write_text(json.dumps(found))
+    (tmp_path / "imported_by_a_set.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pythonClassName", "python_class_name", "type"])
+def test_a_prepared_set_imports_no_code_but_that_of_tfds(kind, tmp_path, monkeypatch):
+    foreign(tmp_path / "data", kind, tmp_path, monkeypatch)
+    with pytest.raises(DataError, match=r"'imported_by_a_set.Feature'.*--trust-data"):
+        tfds.read("my_pets", data_dir=tmp_path / "data")
+
+
+def test_a_prepared_set_that_is_trusted_may_import(tmp_path, monkeypatch):
+    foreign(tmp_path / "data", "pythonClassName", tmp_path, monkeypatch)
+    with pytest.raises(DataError, match="cannot be read: imported"):
+        tfds.build(
+            tfds.TfdsSettings(tfds_name="my_pets", data_dir=str(tmp_path / "data"), trust_data=True)
+        )

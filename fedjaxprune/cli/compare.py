@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fedjaxprune.errors import ConfigError
+from fedjaxprune.errors import ConfigError, visible
 from fedjaxprune.experiment.folder.layout import path_of
 
 _WIDE = 200  # columns of a table that goes into a file
@@ -77,7 +77,7 @@ def show(
 
     compared, notes = comparison.of_folders(runs, at_mib=at_mib, to_accuracy=_fraction(to_accuracy))
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {visible(note)}", err=True)
     if style != "table":
         write = tables.markdown if style == "markdown" else tables.comma_separated
         click.echo(write(compared), nl=False)
@@ -93,7 +93,9 @@ def show(
     states = {members.label: groups.states(members) for members in compared.groups}
     lines += [f"* {label}: {state}" for label, state in states.items() if state]
     for line in (*lines, headline.sentence(compared)):
-        console.print(line, soft_wrap=not console.is_terminal, highlight=False, markup=False)
+        console.print(
+            visible(line), soft_wrap=not console.is_terminal, highlight=False, markup=False
+        )
 
 
 @click.command()
@@ -126,7 +128,7 @@ def report(
         raise ConfigError("--out must be a text that is not empty, got ''.")
     path = path_of(out)
     for note in page.of_folders(runs, path, at_mib=at_mib, to_accuracy=_fraction(to_accuracy)):
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {visible(note)}", err=True)
     click.echo(f"report: {path}")
 
 

@@ -12,7 +12,7 @@ import click
 from fedjaxprune import __version__
 from fedjaxprune.cli import compare, conformance, export, run, running, show, sweep
 from fedjaxprune.cli.options import explain_option
-from fedjaxprune.errors import FedJaxPruneError, near_miss
+from fedjaxprune.errors import FedJaxPruneError, near_miss, visible
 
 USAGE = 2  # exit status
 
@@ -66,5 +66,5 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(running.INTERRUPTED)
     else:
         return
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
     sys.exit(USAGE)

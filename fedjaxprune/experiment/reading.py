@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import stat
+from collections.abc import Iterable
 from typing import Any
 
 LARGEST_TEXT = 256 * 2**20  # bytes of a file that is read
@@ -43,6 +44,39 @@ def text(
     if len(content) > largest:
         raise OSError(None, f"it is larger than {largest:,} bytes", str(path))
     return content.decode("utf-8", errors)
+
+
+def open_no_link(name: str, flags: int) -> int:
+    """Open a file, as the `opener` of `open`, unless it is a symbolic link."""
+    return os.open(name, flags | _NO_LINK, 0o666)
+
+
+def write_new(path: pathlib.Path, content: bytes) -> None:
+    """Write a file that is made anew, so that no link that lies there is followed."""
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
+
+
+def check_own(folder: pathlib.Path, names: Iterable[str]) -> None:
+    """Check that files and folders of these names, and all in them, are no links, pipes or devices.
+
+    Raises:
+      OSError: one of them is.
+    """
+    waiting = [folder / name for name in names]
+    while waiting:
+        path = waiting.pop()
+        try:
+            mode = path.lstat().st_mode
+            if stat.S_ISDIR(mode):
+                waiting.extend(path.iterdir())
+                continue
+        except FileNotFoundError:  # a run that is going on takes its drafts away
+            continue
+        if not stat.S_ISREG(mode):
+            kind = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+            raise OSError(None, f"it is {kind}", str(path))
 
 
 def from_json(source: str) -> Any:

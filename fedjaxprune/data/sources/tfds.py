@@ -5,6 +5,7 @@ was prepared, without its builder's code and without TensorFlow.
 """
 
 import difflib
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedjaxprune.data.datasets import Dataset
-from fedjaxprune.errors import DataError, beside, first_line
+from fedjaxprune.errors import DataError, beside, first_line, shown
 from fedjaxprune.registry import Part, locate
 from fedjaxprune.settings import Settings, setting
 
@@ -28,6 +29,9 @@ _STATISTICS = {
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"[^/:\s]+(/[^/:\s]+)?(:[^/:\s]+)?")
+_OWN = "tensorflow_datasets."
+_CLASSES = frozenset({"pythonClassName", "python_class_name", "type"})  # name code, in JSON
+_LARGEST = 2**24  # bytes of the file of features
 _CHUNK = 1000  # examples decoded at a time
 
 
@@ -40,17 +44,29 @@ class TfdsSettings(Settings):
     data_dir: str | None = setting(
         None, "Folder of prepared sets.", unset="TFDS_DATA_DIR, else ~/tensorflow_datasets"
     )
+    trust_data: bool = setting(
+        False, "Whether the set may name code of any package to be imported for its features."
+    )
 
 
 def build(settings: TfdsSettings) -> Dataset:
     """Read the set that the settings name."""
-    return read(settings.tfds_name, data_dir=settings.data_dir)
+    return read(
+        settings.tfds_name, data_dir=settings.data_dir, trust_data=settings.trust_data or None
+    )
 
 
-def read(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def read(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    trust_data: bool | None = None,
+) -> Dataset:
     """Read the newest or the named version of a set that was prepared in the array_record format.
 
-    Its splits are ``train`` and ``test``, or ``validation`` where there is no ``test``.
+    Its splits are ``train`` and ``test``, or ``validation`` where there is no ``test``. The files
+    of a set name the classes of its features, which TFDS imports: those of TFDS itself, and others
+    only with `trust_data`.
     """
     if not _NAME.fullmatch(name):
         raise DataError(
@@ -70,6 +86,8 @@ def read(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
     newest = max(versions, key=lambda text: [int(number) for number in text.split(".")])
     chosen = versions[version or newest]
     try:
+        if not trust_data:
+            _check_features(name, chosen)
         return _read(name, chosen)
     except DataError:
         raise
@@ -181,6 +199,28 @@ def _read(name: str, folder: pathlib.Path) -> Dataset:
         std=std,
         may_flip=train["inputs"].shape[-1] > 1,  # grayscale sets are mostly characters
     )
+
+
+def _check_features(name: str, folder: pathlib.Path) -> None:
+    """Refuse a set whose features are of other classes than TFDS's own, before any is imported."""
+    for path in sorted(folder.rglob("features.json")):
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            raise DataError(f"data set {name!r} cannot be read: {str(path)!r} is damaged.")
+        waiting = [json.loads(path.read_text(encoding="utf-8"))]
+        while waiting:
+            one = waiting.pop()
+            waiting.extend(one.values() if isinstance(one, dict) else one)
+            waiting = [inner for inner in waiting if isinstance(inner, dict | list)]
+            if not isinstance(one, dict):
+                continue
+            for key in _CLASSES & one.keys():
+                kind = one[key]
+                if isinstance(kind, str) and "." in kind and not kind.startswith(_OWN):
+                    raise DataError(
+                        f"data set {name!r} in {folder} asks for the code of {shown(kind)}, which "
+                        "is not part of TFDS: if you trust whoever made it, give --trust-data "
+                        "(data.dataset.trust_data)."
+                    )
 
 
 def _features(tfds: Any, name: str, builder: Any) -> tuple[str, str]:

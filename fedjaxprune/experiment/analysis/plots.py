@@ -1,5 +1,6 @@
 """The picture of a run: accuracy against rounds, and against what went over the wire."""
 
+import io
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder.record import Line, value
 from fedjaxprune.traffic import BITS_PER_MIB
 
@@ -53,5 +55,7 @@ def accuracy(lines: Sequence[Line], path: pathlib.Path, *, title: str) -> None:
         axes.grid(alpha=0.3)
     # Written beside and moved: a picture is whole or not there.
     draft = path.with_name(f".{path.name}.new.png")
-    figure.savefig(draft)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    reading.write_new(draft, drawn.getvalue())
     draft.replace(path)

@@ -4,16 +4,19 @@ import csv
 import io
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from fedjaxprune.experiment.analysis import compare, groups
 from fedjaxprune.experiment.analysis.compare import Comparison, Measures
 
 _LABEL, _SHORT = 16, 8  # characters: least of a label, most of a column that is never wrapped
+_MARKDOWN = re.compile(r"[\\|<\[\]`]")  # what is more than text in Markdown
 RUN, SEEDS, OPEN, BY_SEED = "run", "seeds", "not finished", "last test by seed"
 
 
@@ -115,7 +118,8 @@ def terminal(compared: Comparison, *, width: int) -> list[Table]:
         for column, needed in zip(shown, widths, strict=True):
             grid.add_column(column.short, justify="right", no_wrap=needed <= _SHORT)
         for number, (label, own) in enumerate(zip(labels, compared.measures, strict=True)):
-            grid.add_row(label, str(len(own)), *(cells[number] for cells in texts))
+            cells = (label, str(len(own)), *(each[number] for each in texts))
+            grid.add_row(*map(Text, cells))  # a label may look like markup
         made.append(grid)
     return made
 
@@ -145,7 +149,7 @@ def everything(compared: Comparison) -> list[Column]:
 def markdown(compared: Comparison) -> str:
     """Write everything as one table in Markdown."""
     table = rows(compared, everything(compared), is_short=False)
-    head, *body = [[text.replace("|", "\\|") for text in row] for row in table]
+    head, *body = [[_MARKDOWN.sub(r"\\\g<0>", text) for text in row] for row in table]
     lines = [head, ["---"] * len(head), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -163,5 +167,11 @@ def comma_separated(compared: Comparison) -> str:
             values = [column.read(one) for one in measures]
             numbers += [compare.mean(values), compare.deviation(values)]
         texts = ["" if math.isnan(number) else f"{number:.10g}" for number in numbers]
-        writer.writerow([members.label, len(measures), *texts, groups.states(members)])
+        words = [_word(members.label), len(measures), *texts, _word(groups.states(members))]
+        writer.writerow(words)
     return file.getvalue()
+
+
+def _word(text: str) -> str:
+    """Keep a spreadsheet from reading a text as a formula."""
+    return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text

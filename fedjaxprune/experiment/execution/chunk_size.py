@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder import layout
 
 FILE = "chunk_size.json"  # in the run folder
@@ -192,7 +193,7 @@ def _read(warn: WarnFn) -> dict[str, Any]:
     path = pathlib.Path(CACHED)
     try:
         path = folder() / CACHED
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = reading.from_json(reading.text(path, may_link=True))
         for figures in found.values():
             _figures(figures)
         return found

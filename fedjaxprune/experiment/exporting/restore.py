@@ -15,6 +15,7 @@ import numpy as np
 from fedjaxprune.data import transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import RunFolderError
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.config import files
 from fedjaxprune.experiment.config.sections import PLACES
 from fedjaxprune.experiment.exporting import safetensors
@@ -130,6 +131,10 @@ def check(folder: pathlib.Path) -> None:
     """See that a folder holds a run with a checkpoint, before anything heavy is done."""
     if not load.is_run(folder):
         raise load.no_run(folder)
+    try:
+        reading.check_own(folder, layout.OWN)
+    except OSError as error:
+        raise RunFolderError(f"cannot read {str(error.filename)!r}: {error.strerror}.") from None
     found = folder / layout.CHECKPOINTS
     if not found.is_dir() or not any(entry.name.isdigit() for entry in found.iterdir()):
         what = f"continue it with `fedjaxprune run --resume {folder}`"

@@ -8,6 +8,7 @@ be shorter, whole with the mask beside it. Shapes of such leaves are in the file
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from fedjaxprune import trees
 from fedjaxprune.errors import RunFolderError
+from fedjaxprune.experiment import reading
 from fedjaxprune.types import Masks
 
 FORMAT, VERSION = "fedjaxprune", "1"
@@ -57,10 +59,12 @@ def decode(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Undo `encode`: named arrays, and masks of all of them."""
-    shapes = json.loads(metadata["shapes"])
+    shapes = reading.from_json(metadata["shapes"])
     arrays, masks = {}, {}
     for name, shape in shapes.items():
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
+        if not 0 <= size <= 8 * tensors[name + MASK].size:  # else a few bytes could claim memory
+            raise ValueError("a shape and its mask do not fit")
         mask = np.unpackbits(tensors[name + MASK], count=size).astype(bool).reshape(shape)
         if name + VALUES in tensors:
             values = tensors[name + VALUES]
@@ -98,7 +102,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise RunFolderError(f"{str(path)!r} is not an exported network of this version.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         arrays, masks = decode(tensors, metadata)
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, RunFolderError):
             raise
         raise RunFolderError(

@@ -10,7 +10,6 @@ deleted: it is put aside.
 
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import re
@@ -25,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.errors import first_line
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder import layout
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
@@ -119,7 +119,7 @@ def fingerprints(folder: pathlib.Path) -> dict[int, int]:
     found = {}
     for step in folder.glob("[0-9]*"):
         try:
-            about = json.loads((step / "about" / "metadata").read_text(encoding="utf-8"))
+            about = reading.from_json(reading.text(step / "about" / "metadata", may_link=False))
             found[int(step.name)] = about["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             continue

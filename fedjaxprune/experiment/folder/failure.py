@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fedjaxprune.errors import first_line
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder import record
 
 FAILED = "failed.json"
+_LARGEST = 2**16  # bytes of a mark that is read
 _LONGEST = 300  # characters of an error that are kept
 
 
@@ -46,7 +48,7 @@ def marked(folder: pathlib.Path) -> Iterator[None]:
 def read(folder: pathlib.Path) -> Failure | None:
     """Read the mark; None where there is none that can be read."""
     try:
-        found = json.loads((folder / FAILED).read_text(encoding="utf-8"))
-        return Failure(round=int(found["round"]), error=str(found["error"]))
+        found = reading.from_json(reading.text(folder / FAILED, may_link=False, largest=_LARGEST))
+        return Failure(round=int(found["round"]), error=str(found["error"])[:_LONGEST])
     except (OSError, ValueError, TypeError, KeyError):
         return None

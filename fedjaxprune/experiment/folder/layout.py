@@ -32,6 +32,9 @@ from fedjaxprune.experiment.config.sections import RunConfig
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 NETWORK, CHECKPOINTS, PICTURE = "network.json", "checkpoints", "accuracy.png"
 SKIPPED = "checkpoints-skipped"  # those that could not be used, put aside
+# What a run writes to, and must not be a link that leads out of its folder.
+OWN = (CONFIG, METRICS, SUMMARY, NETWORK, PICTURE, CHECKPOINTS, SKIPPED)
+OWN += ("failed.json", "chunk_size.json", "tensorboard")
 SCHEMA = 2  # of metrics.jsonl, summary.json and network.json
 _PACKAGES = (
     "jax jaxlib flax optax numpy orbax-checkpoint scikit-learn tensorflow-datasets array_record "
@@ -81,7 +84,7 @@ def replace(path: pathlib.Path, text: str) -> None:
     """Write a file so that it is never seen half written, whoever else writes it."""
     draft = path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}.new")
     try:
-        draft.write_text(text, encoding="utf-8")
+        reading.write_new(draft, text.encode())
         draft.replace(path)
     except BaseException:
         with contextlib.suppress(OSError, ValueError):

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.errors import RunFolderError
+from fedjaxprune.errors import RunFolderError, visible
 from fedjaxprune.experiment.folder import failure, layout, lock, record, summary
 
 EXPORTED = "model.stablehlo"  # is in the folder of an exported network
@@ -153,6 +153,8 @@ def _read(folder: pathlib.Path, name: str) -> tuple[RunData | None, str | None]:
             else f"has no rounds on record yet ({layout.METRICS} has none)"
         )
         return None, f"the run {str(folder)!r} {what}: there is nothing to show of it."
+    if failed:
+        failed = failed._replace(error=visible(failed.error))
     state = "running" if held else "failed" if failed else "interrupted"
     if not held and not failed and (folder / layout.SUMMARY).exists():
         state = "finished"
@@ -164,15 +166,24 @@ def _read(folder: pathlib.Path, name: str) -> tuple[RunData | None, str | None]:
         )
     run = RunData(
         folder=folder,
-        name=name,
-        config=stored.values,
-        versions=stored.versions,
-        parts=stored.parts,
-        command=stored.command,
-        header=found.header,
+        name=visible(name),
+        config=_visible(stored.values),
+        versions=_visible(stored.versions),
+        parts=_visible(stored.parts),
+        command=visible(stored.command),
+        header=_visible(found.header),
         lines=found.lines,
         summary=summary.summarize(found.header, found.lines),
         state=state,
         failure=failed if state == "failed" else None,
     )
     return run, remark
+
+
+def _visible(tree: Any) -> Any:
+    """Make the texts of a tree fit to be shown, its names included."""
+    if isinstance(tree, dict):
+        return {visible(name): _visible(one) for name, one in tree.items()}
+    if isinstance(tree, list):
+        return [_visible(one) for one in tree]
+    return visible(tree) if isinstance(tree, str) else tree

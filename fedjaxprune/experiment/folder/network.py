@@ -4,14 +4,19 @@ It has the shapes of the parameters and how examples, as the data set stores the
 """
 
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from fedjaxprune import trees
 from fedjaxprune.errors import RunFolderError
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder.layout import NETWORK, SCHEMA
+
+_LARGEST = 2**28  # entries of an example
 
 
 class Network(NamedTuple):
@@ -49,15 +54,33 @@ def read(folder: pathlib.Path) -> Network:
     """Read what a run folder says of its network."""
     path = folder / NETWORK
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = reading.from_json(reading.text(path, may_link=False))
         if found.pop("schema") != SCHEMA:
             raise ValueError("another schema")
         lists = {name: tuple(one) for name, one in found.items() if isinstance(one, list)}
-        return Network(**{**found, **lists})
+        known = Network(**{**found, **lists})
+        _check(known)
+        return known
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise RunFolderError(
             f"{str(path)!r} cannot be read: it is missing, damaged or of another version."
         ) from None
+
+
+def _check(known: Network) -> None:
+    """Raise unless fields are of their types, and an example of a size that fits a memory."""
+    shapes = [known.input_shape, known.positions]
+    for tree in (known.params, known.state):
+        for dtype, shape in tree.values():
+            jax.numpy.dtype(dtype)
+            shapes.append(shape)
+    sizes = [known.num_outputs, known.num_classes, *(size for shape in shapes for size in shape)]
+    if not all(isinstance(one, int) and 0 <= one < 2**31 for one in sizes):
+        raise ValueError("a size is no size")
+    if math.prod(known.input_shape) > _LARGEST or math.prod(known.positions) > _LARGEST:
+        raise ValueError("an example is too large")
+    if np.dtype(known.input_dtype).kind not in "fiub":
+        raise ValueError("inputs are no numbers")
 
 
 def check_same(now: Network, folder: pathlib.Path) -> None:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.errors import RunFolderError
+from fedjaxprune.errors import RunFolderError, shown
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder.layout import METRICS, SCHEMA, replace
 
 Line = dict[str, Any]
@@ -35,6 +36,7 @@ _WHOLE = (
     "clients.participating",
     "clients.rejected",
 )
+_MOST_ROUNDS = 2**31 - 1
 _MAPPINGS = ("train", "test", "mask", "traffic", "compute", "clients", "method")
 
 
@@ -47,9 +49,9 @@ class Record(NamedTuple):
 
 
 def finite(value: Any) -> float | None:
-    """Make a number fit for JSON, which has no NaN: None where it is not finite."""
+    """Make a number fit for JSON: None where it is not finite, or too large to be squared."""
     number = float(value)
-    return number if math.isfinite(number) else None
+    return number if math.fabs(number) <= reading.LARGEST_NUMBER else None
 
 
 def value(tree: Mapping[str, Any], path: str) -> Any:
@@ -68,8 +70,8 @@ def begin(folder: pathlib.Path, header: Mapping[str, Any]) -> None:
 
 
 def append(folder: pathlib.Path, line: Line) -> None:
-    """Write one round to the record, at once."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
+    """Write one round to the record, at once, and not where a link leads."""
+    with open(folder / METRICS, "a", encoding="utf-8", opener=reading.open_no_link) as file:
         file.write(_text(line))
 
 
@@ -102,16 +104,17 @@ def look(folder: pathlib.Path) -> Record:
 def _read(folder: pathlib.Path, *, strict: bool) -> Record:
     path = folder / METRICS
     try:
-        *rows, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        source = reading.text(path, may_link=False, errors="replace")
     except FileNotFoundError:
         return Record({}, [])
     except OSError as error:
         raise RunFolderError(f"cannot read {str(path)!r}: {error.strerror}.") from None
+    *rows, torn = source.split("\n")
     if not rows:
         return Record({}, [], bool(torn))
     header = _parse(rows[0])
     if header is None or header.get("schema") != SCHEMA or not _are_stages(header.get("stages")):
-        given = "no header" if header is None or "schema" not in header else header["schema"]
+        given = "no header" if header is None or "schema" not in header else shown(header["schema"])
         raise RunFolderError(
             f"the record {str(path)!r} must begin with a header of schema {SCHEMA}, got {given}: "
             "another version of fedjaxprune wrote it, or it is damaged."
@@ -137,15 +140,17 @@ def _text(line: Mapping[str, Any]) -> str:
 
 def _parse(row: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(row)
-    except (ValueError, RecursionError):
+        found = reading.from_json(row)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 
 
 def _are_stages(stages: Any) -> bool:
     return isinstance(stages, list) and all(
-        isinstance(value(stage, "name"), str) and isinstance(value(stage, "num_rounds"), int)
+        isinstance(value(stage, "name"), str)
+        and isinstance(rounds := value(stage, "num_rounds"), int)
+        and 0 <= rounds <= _MOST_ROUNDS
         for stage in stages
     )
 
@@ -153,6 +158,11 @@ def _are_stages(stages: Any) -> bool:
 def _fits(line: Line, number: int, strict: bool) -> bool:
     """Tell whether a line is that of round `number`."""
     if line.get("round") != number or not isinstance(line.get("stage"), str):
+        return False
+    stage_round, time = line.get("stage_round", 0), line.get("time_s")
+    if not isinstance(stage_round, int) or abs(stage_round) > _MOST_ROUNDS:
+        return False
+    if time is not None and not isinstance(time, int | float):
         return False
     if not all(isinstance(line.get(name, {}), dict) for name in _MAPPINGS):
         return False
@@ -170,6 +180,12 @@ def _are_kinds(line: Line) -> bool:
     traffic = dict(line.get("traffic", {}))
     clients = traffic.pop("by_client", [])
     compute = [one for one in line.get("compute", {}).values() if one is not None]
+    formulas = traffic.get("published", {})
+    ways = [traffic[name] for name in ("up", "down", "dense") if name in traffic]
+    ways += [line.get("mask", {}).get("sparsity_by_layer") or {}]
+    ways += [formulas, *(formulas.values() if isinstance(formulas, dict) else ())]
+    if not all(isinstance(one, dict) for one in ways):
+        return False
     sums = [traffic, *compute]
     others = [line.get(name, {}) for name in ("train", "test", "mask", "clients")]
     return (

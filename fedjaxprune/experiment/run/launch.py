@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedjaxprune.errors import ConfigError, RunFolderError
+from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.config import files, identity
 from fedjaxprune.experiment.config import resolve as resolve_lib
 from fedjaxprune.experiment.config.resolve import Given
@@ -168,6 +169,7 @@ def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
     from fedjaxprune.experiment.folder import checkpoints
 
     with _said(folder):
+        reading.check_own(folder, layout.OWN)
         found = checkpoints.fingerprints(folder / layout.CHECKPOINTS)
         record.read(folder)
     if other := [n for n, value in found.items() if value != files.fingerprint(config)]:

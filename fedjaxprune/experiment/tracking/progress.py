@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
+from fedjaxprune.errors import visible
 from fedjaxprune.experiment.config.sections import RunConfig, plain
 from fedjaxprune.experiment.folder.record import Line, numbers_of, value
 from fedjaxprune.experiment.run.listener import Listener
@@ -26,17 +28,17 @@ def report(console: Console, errors: Console, *, details: bool) -> Iterator[List
     score, place = "accuracy -", ""
     bar = Progress(
         BarColumn(bar_width=8),  # all columns fit a terminal of 80
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeRemainingColumn(),
         console=console,
     )
     task = bar.add_task("reading data", total=None)
 
     def say(sentence: str) -> None:
-        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+        console.print(visible(sentence), soft_wrap=True, highlight=False, markup=False)
 
     def warn(sentence: str) -> None:
-        text = f"warning: {sentence}"
+        text = f"warning: {visible(sentence)}"
         errors.print(text, style="yellow", soft_wrap=True, highlight=False, markup=False)
 
     def where(line: Line) -> str:
@@ -185,7 +187,7 @@ def table(summary: Mapping[str, Any], config: RunConfig, *, details: bool) -> Ta
     sides = Column(), Column(justify="right")
     grid = Table(*sides, show_header=False, caption="* summed over rounds and clients")
     for row in rows.items():
-        grid.add_row(*row)
+        grid.add_row(*(Text(visible(cell)) for cell in row))
     return grid
 
 

@@ -65,7 +65,8 @@ def whole(axes: Callable[..., Any], highest: float) -> None:
 
 def thin(values: np.ndarray) -> np.ndarray:
     """Make values as short in the page as a screen can show: four bytes each."""
-    return np.asarray(values, np.float32)
+    with np.errstate(over="ignore"):  # of a record that somebody made up
+        return np.asarray(values, np.float32)
 
 
 def band(
