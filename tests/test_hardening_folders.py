@@ -217,12 +217,11 @@ def show(compared, notes):
     """Write a comparison in all forms."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=100)
+    file = io.StringIO()
+    console = Console(file=file, width=100)
     for table in tables.terminal(compared, width=100):
         console.print(table)
-    found = "".join(
-        [console.file.getvalue(), tables.markdown(compared), tables.comma_separated(compared)]
-    )
+    found = "".join([file.getvalue(), tables.markdown(compared), tables.comma_separated(compared)])
     assert not {"\x1b", "\x07", "\u202e"} & set(found)
     return compared, notes
 
@@ -264,7 +263,9 @@ def test_a_text_of_a_stranger_is_shown_as_it_stands(text, tmp_path):
     texts(run, text)
     compared, notes = show(*compare.of_folders([run, other]))
     assert visible(text) in compared.groups[0].label
-    assert visible(text) in load.read(run).failure.error
+    failed = load.read(run).failure
+    assert failed is not None
+    assert visible(text) in failed.error
     made = page.make(compared, notes)
     assert not {"\x1b", "\x07", "\u202e"} & set(made)
     done = CliRunner().invoke(cli, ["compare", str(run), str(other)])
