@@ -19,6 +19,7 @@ from fedjaxprune.types import (
     RoundMetrics,
     RoundState,
     Stage,
+    State,
 )
 
 # (key, state, cohort, population) -> (state, rows, metrics, whether the round counts)
@@ -109,8 +110,20 @@ def close(
 
 def is_sound(before: RoundState, after: RoundState) -> jax.Array:
     """Tell whether what a round wrote may be kept: it brings no NaN and no infinity in."""
-    rest = [state._replace(params=(), model_state=()) for state in (before, after)]
-    return trees.all_finite((after.params, after.model_state)) & trees.stays_finite(*rest)
+    rest = [state._replace(params=(), model_state=(), pruner=()) for state in (before, after)]
+    is_finite = trees.all_finite((after.params, after.model_state)) & trees.stays_finite(*rest)
+    return is_finite & is_sound_pruner(before.pruner, after.pruner)
+
+
+def is_sound_pruner(before: State, after: State) -> jax.Array:
+    """Tell whether a pruner's state brings no NaN in, and no infinity but the -inf of scores."""
+    return trees.stays_finite(*jax.tree.map(_without_negative_infinity, (before, after)))
+
+
+def _without_negative_infinity(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    return jnp.where(jnp.isneginf(leaf), jnp.zeros_like(leaf), leaf)
 
 
 def keep_if(

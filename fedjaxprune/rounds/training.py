@@ -183,7 +183,7 @@ def training(
             uplink=outcome.states[1],
             masks_held=jnp.where(members.participated, state.masks_id, members.states.masks_held),
         )
-        counts = stepped.is_heard & trees.stays_finite(state.pruner, after.pruner)
+        counts = stepped.is_heard & stages.is_sound_pruner(state.pruner, after.pruner)
         after, rows = stages.keep_if(counts, state, members, after, rows)
         return after, rows, _metrics(parts, state, after, given, members, outcome, counts), counts
 
