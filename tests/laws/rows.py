@@ -57,7 +57,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     ),
     "pooled_filters+channels": ("pooled_filters", {"remove": "channels"}),
 }
-USUAL = ("dynamic_sparse", "feddip+dense")  # of these
+USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense")  # of these
 DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themselves
 BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
 DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters
