@@ -78,7 +78,7 @@ def of(
     is_silent = train_kwargs is None and eval_kwargs is None
     if strict and is_silent and any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(
-            f"{what} takes any keyword, so that nothing says how it is told that it trains: give "
+            f"{what} takes any keyword, so that nothing says which one is the training flag: give "
             "train_kwargs and eval_kwargs, {} where it needs none."
         )
     named = _check(parameters, what=what, roles=roles, given=given, strict=strict)
@@ -137,7 +137,7 @@ def of_library(value: Any) -> bool:
 
 
 def refuse_flags(layer: Any, *, what: str) -> None:
-    """Refuse a layer that expects to be told of training, and is told nothing.
+    """Refuse a layer that needs a training flag and gets none.
 
     Raises:
       ValueError: it has an argument that is a boolean by default.

@@ -41,7 +41,7 @@ def from_linen(
     ``metrics["layers"]``, by path. What is sown elsewhere is no state: the next call makes it anew,
     and a loss that is sown is not added to the model's.
 
-    How the module is told that it trains follows from the names of its arguments: ``train``,
+    The training flag is found by the names of its arguments: ``train``,
     ``training``, ``is_training``, ``deterministic``, ``use_running_average``, ``inference`` and
     some more (`calls.TRAINING`, `calls.INFERENCE`). One named ``mask`` gets ``[B]`` booleans in
     training, False for padding, so that statistics leave it out; one that is the mask of an
@@ -61,7 +61,7 @@ def from_linen(
       call: ``(module, inputs, mode) -> logits``, which says all (`calls.Mode`): for a module of
         several arguments, ``lambda module, x, mode: module(x["a"], x["b"], train=mode.train)``.
       streams: names of random streams that a step of training has. A module that asks for another
-        gets one; one that asks `has_rng` is told of these alone.
+        gets one; `has_rng` is true of these alone.
 
     Raises:
       TypeError: it is no linen module.
