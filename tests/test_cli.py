@@ -6,28 +6,18 @@ import os
 import pathlib
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import jax
-import numpy as np
 import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune.cli.main import cli, main
-from fedjaxprune.experiment.folder import checkpoints, layout, record
+from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.experiment.run import build, loop
-from tests import stub
-
-# A run of seconds, of parts that are found by their files.
-SMALL = [
-    "--method", f"{stub.FILE}:METHOD", "--dataset", f"{stub.FILE}:data", "--num-rounds", "6",
-    "--num-clients", "8", "--cohort-size", "2", "--steps", "1", "--batch-size", "4",
-    "--checkpoints.every", "2", "--evaluation.every", "2", "--devices", "1",
-]  # fmt: skip
+from tests import processes, stub
+from tests.processes import lines, small
 
 
 @pytest.fixture(scope="session")
@@ -62,17 +52,12 @@ def call(capsys, *args: str) -> tuple[int, str, str]:
 
 
 def small_run(capsys, folder, *args: str) -> None:
-    status, _, err = call(capsys, "run", *SMALL, "--folder", folder, *args)
+    status, _, err = call(capsys, "run", *small("--folder", folder, *args))
     assert status == 0, err
 
 
-def lines(folder: pathlib.Path) -> list[record.Line]:
-    """Read a record without its times."""
-    return [{**line, "time_s": 0.0} for line in record.read(folder).lines]
-
-
 def test_a_run_writes_its_folder_and_shows_a_table(capsys, tmp_path):
-    status, out, err = call(capsys, "run", *SMALL, "--folder", "deep/er/run", "--sparsity", "0.25")
+    status, out, err = call(capsys, "run", *small("--folder", "deep/er/run", "--sparsity", "0.25"))
     assert (status, err) == (0, "")
     first, *_ = out.splitlines()
     assert f"{stub.FILE}:METHOD on {stub.FILE}:data with {stub.FILE}:net: 6 rounds" in first
@@ -93,7 +78,7 @@ def test_a_run_writes_its_folder_and_shows_a_table(capsys, tmp_path):
 
 
 def test_without_a_folder_it_is_named_by_method_data_and_time(capsys, tmp_path):
-    status, _, _ = call(capsys, "run", *SMALL, "--num-rounds", "1")
+    status, _, _ = call(capsys, "run", *small("--num-rounds", "1"))
     assert status == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("stub.py-METHOD-stub.py-data-")
@@ -108,7 +93,7 @@ def test_unknown_commands_are_one_sentence(capsys):
 
 def test_a_folder_that_cannot_be_written_to(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    status, _, err = call(capsys, "run", *SMALL, "--folder", "run")
+    status, _, err = call(capsys, "run", *small("--folder", "run"))
     assert status == 2
     assert "not writable" in err
     assert list(tmp_path.iterdir()) == []
@@ -117,14 +102,14 @@ def test_a_folder_that_cannot_be_written_to(capsys, tmp_path, monkeypatch):
 def test_an_existing_run_is_resumed_only_on_demand_and_as_it_is(capsys, tmp_path):
     small_run(capsys, "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    status, _, err = call(capsys, "run", *SMALL, "--folder", "run")
+    status, _, err = call(capsys, "run", *small("--folder", "run"))
     assert status == 2
     assert "--resume" in err
     status, _, err = call(capsys, "run", "--resume", "run", "--num-rounds", "9", "--seed", "0")
     assert status == 2
     assert "federation.num_rounds is 6 in the run, 9 was given" in err
     assert "seed" not in err
-    status, _, err = call(capsys, "run", *SMALL, "--folder", "run", "--resume")
+    status, _, err = call(capsys, "run", *small("--folder", "run", "--resume"))
     assert (status, err) == (0, "")
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert after == before
@@ -193,7 +178,7 @@ def test_what_cannot_be_written_is_one_sentence(capsys, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "metrics.jsonl"))
 
     monkeypatch.setattr(record, "append", fail)
-    status, _, err = call(capsys, "run", *SMALL, "--folder", "other")
+    status, _, err = call(capsys, "run", *small("--folder", "other"))
     assert status == 2
     assert "No space left on device: 'other/metrics.jsonl'" in err
     assert err.count("\n") == 1
@@ -206,7 +191,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence(capsys, monkeypatch
         raise ValueError("the disk is full\nand more")
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
-    status, _, err = call(capsys, "run", *SMALL, "--folder", "run")
+    status, _, err = call(capsys, "run", *small("--folder", "run"))
     assert status == 2
     assert "(the disk is full: " in err
     assert err.count("\n") == 1
@@ -217,26 +202,26 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
 
     monkeypatch.setattr(loop, "train", fail)
-    status, _, err = call(capsys, "run", *SMALL, "--chunk-size", "2", "--folder", "run")
+    status, _, err = call(capsys, "run", *small("--chunk-size", "2", "--folder", "run"))
     assert status == 2
     assert err.startswith("error: there is not enough memory")
     assert "execution.chunk_size (here 2)" in err
     assert err.count("\n") == 1
     monkeypatch.setattr(build, "build", fail)  # the data may be too large by themselves
-    status, _, err = call(capsys, "run", *SMALL, "--chunk-size", "1", "--folder", "other")
+    status, _, err = call(capsys, "run", *small("--chunk-size", "1", "--folder", "other"))
     assert status == 2
     assert "start a new one with a smaller client.batch_size (here 4) or model" in err
 
 
 def test_rejected_and_absent_clients_are_told_of(capsys):
     status, out, err = call(
-        capsys, "run", *SMALL, "--model", "mlp", "--learning-rate", "1e30", "--folder", "run"
+        capsys, "run", *small("--model", "mlp", "--learning-rate", "1e30", "--folder", "run")
     )
     assert status == 0
     assert err.count("warning: ") == 1
     assert "no client's message was finite" in err
     status, out, err = call(
-        capsys, "run", *SMALL, "--cohort-size", "1", "--dropout-rate", "0.9", "--folder", "few"
+        capsys, "run", *small("--cohort-size", "1", "--dropout-rate", "0.9", "--folder", "few")
     )
     assert (status, err) == (0, "")
     assert "loss -" in out
@@ -293,7 +278,7 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(record, "append", interrupt)
-    status, _, err = call(capsys, "run", *SMALL, "--folder", "run")
+    status, _, err = call(capsys, "run", *small("--folder", "run"))
     assert status == 130
     assert err == "interrupted; continue with `fedjaxprune run --resume run`.\n"
     monkeypatch.setattr(record, "append", append)
@@ -304,72 +289,20 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
-def python(code: str, *args: str, **options) -> subprocess.Popen:
-    """Start a process of its own."""
-    source = pathlib.Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(source), **options}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def command(*args: str) -> subprocess.Popen:
-    """Start the command in a process of its own."""
-    return python("from fedjaxprune.cli.main import main; main()", *args)
-
-
-def wait_for_round(process: subprocess.Popen, folder: pathlib.Path, number: int) -> None:
-    """Wait until a run has recorded a round, or has ended."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(record.look(folder).lines) >= number:
-            return
-        time.sleep(0.002)
-
-
-def final_arrays(folder: pathlib.Path, num_rounds: int) -> list[np.ndarray]:
-    """Read all arrays of the last checkpoint: parameters, masks, rows."""
-    import orbax.checkpoint as ocp
-
-    with checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=3) as manager:
-        args = ocp.args.Composite(arrays=ocp.args.PyTreeRestore())
-        tree = manager.restore(num_rounds, args=args)["arrays"]
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def assert_killed_and_resumed(folder, whole, settings, *, after_rounds, num_rounds, delay=0.0):
+def assert_killed_and_resumed(folder, whole, settings, *, after_rounds, delay=0.0):
     """Kill a run by SIGKILL, once for each of `after_rounds`, and resume it to the same bits."""
-    args = ["run", *settings, "--folder", str(folder)]
     for number in after_rounds:
-        process = command(*args)
-        wait_for_round(process, folder, number)
+        process = processes.command(*processes.arguments(settings, folder))
+        processes.wait_for_round(process, folder, number)
         time.sleep(random.Random(number).uniform(0, delay))
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        if (folder / layout.CONFIG).exists():
-            args = ["run", "--resume", str(folder)]
-    process = command(*args)
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert lines(folder) == lines(whole)
-    for array, other in zip(
-        final_arrays(folder, num_rounds), final_arrays(whole, num_rounds), strict=True
-    ):
-        np.testing.assert_array_equal(array, other)
+        processes.stopped(process)
+    processes.assert_resumes(settings, folder, whole)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    settings = [*SMALL, "--num-rounds", "30", "--checkpoints.every", "1"]
-    process = command("run", *settings, "--folder", str(tmp_path / "whole"))
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert_killed_and_resumed(
-        tmp_path / "run", tmp_path / "whole", settings, after_rounds=[7], num_rounds=30
-    )
+    settings = small("--num-rounds", "30", "--checkpoints.every", "1")
+    whole = processes.completed(settings, tmp_path / "whole")
+    assert_killed_and_resumed(tmp_path / "run", whole, settings, after_rounds=[7])
 
 
 @pytest.mark.slow
@@ -380,17 +313,10 @@ def test_feddip_killed_again_and_again_resumes_to_the_same_bits(tmp_path, seed):
         "--method", "feddip", "--num-rounds", "40", "--seed", str(seed), "--checkpoints.every", "3",
         "--sparsity", "0.9", "--uplink", "top_k", "--error-feedback", "--dropout-rate", "0.1",
     ]  # fmt: skip
-    process = command("run", *settings, "--folder", str(tmp_path / "whole"))
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
+    whole = processes.completed(settings, tmp_path / "whole")
     moments = sorted(random.Random(seed).sample(range(40), 4))
     assert_killed_and_resumed(
-        tmp_path / "run",
-        tmp_path / "whole",
-        settings,
-        after_rounds=[0, *moments],
-        num_rounds=40,
-        delay=0.3,
+        tmp_path / "run", whole, settings, after_rounds=[0, *moments], delay=0.3
     )
 
 
@@ -402,11 +328,7 @@ def test_mpfl_killed_in_each_of_its_stages_resumes_to_the_same_bits(tmp_path):
         "--steps", "2", "--server-optimizer", "fedavgm", "--uplink", "top_k", "--error-feedback",
         "--checkpoints.every", "1",
     ]  # fmt: skip
-    process = command("run", *settings, "--folder", str(tmp_path / "whole"))
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    stages = [line["stage"] for line in lines(tmp_path / "whole")]
+    whole = processes.completed(settings, tmp_path / "whole")
+    stages = [line["stage"] for line in lines(whole)]
     assert stages == [*["start"] * 2, *["agree"] * 3, *["train"] * 3]
-    assert_killed_and_resumed(
-        tmp_path / "run", tmp_path / "whole", settings, after_rounds=[1, 3, 6], num_rounds=8
-    )
+    assert_killed_and_resumed(tmp_path / "run", whole, settings, after_rounds=[1, 3, 6])

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
+from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.folder import checkpoints, layout, record
 from fedjaxprune.experiment.folder.network import Network
@@ -194,7 +195,7 @@ class Stop(Exception):
     pass
 
 
-def train(folder, *, stop_after=None, trace=lambda: None, **changes):
+def train(folder, *, stop_after=None, trace=lambda: None, allow=(), **changes):
     """Train in `folder`; return the state, the record without times, and the warnings."""
     folder.mkdir(exist_ok=True)
     warnings = []
@@ -210,7 +211,7 @@ def train(folder, *, stop_after=None, trace=lambda: None, **changes):
         parts = make_parts(config, trace)
         loop.check(parts)  # as a run does before it makes a folder
         listener = Listener(round=on_round, warn=warnings.append)
-        state = loop.train(parts, folder=folder, listener=listener)
+        state = loop.train(parts, folder=folder, listener=listener, allow=allow)
     lines = [{**line, "time_s": 0.0} for line in record.read(folder).lines]
     return state, lines, warnings
 
@@ -382,12 +383,18 @@ def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, who
     assert "round 8 is damaged" in warnings[0]
 
 
-def test_without_any_whole_checkpoint_the_run_starts_again(tmp_path, whole):
+def test_without_any_whole_checkpoint_the_run_starts_again_only_on_demand(tmp_path, whole):
     folder = tmp_path / "run"
     train(folder, stop_after=9)
     for step in (4, 6, 8):
         damage_truncate(folder / layout.CHECKPOINTS / str(step))
-    state, lines, warnings = train(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(
+        RunFolderError, match=r"that of round 4 is damaged .* `--allow restart` starts"
+    ):
+        train(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    state, lines, warnings = train(folder, allow=["restart"])
     assert_same(state, lines, whole)
     assert len(warnings) == 4
     assert "starts again at round 1" in warnings[-1]

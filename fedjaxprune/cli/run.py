@@ -5,6 +5,7 @@ first, then options are made of their settings. Help that names no part imports 
 """
 
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -148,6 +149,13 @@ def _base(seen: _Seen) -> tuple[resolve.Given, str]:
     help="Continue the run in FOLDER, or in --folder, with the config that it holds, to the same "
     "bits as if it had never stopped. Settings given besides must agree with that config.",
 )
+@click.option(
+    "--allow",
+    type=click.Choice(["restart", "environment"]),
+    multiple=True,
+    help="With --resume: restart at round 1 if no checkpoint can be used, or go on to other bits "
+    "in an environment with other options of JAX or XLA.",
+)
 @click.option("--details", is_flag=True, help="Show everything that was measured at the end.")
 @running.TRACK
 @click.pass_context
@@ -156,8 +164,7 @@ def run(
     source: str | None,
     folder: str | None,
     resume: str | None,
-    details: bool,
-    track: tuple[str, ...],
+    allow: tuple[str, ...],
     **values: Any,
 ) -> None:
     """Run one experiment and write its folder.
@@ -167,11 +174,13 @@ def run(
     """
     command: Any = context.command
     given = read_options(command, values)
+    if allow and resume is None:
+        raise ConfigError(f"--allow {allow[0]} needs --resume.")
     if source:
         given = resolve.merge(files.read_source(source), given)
     from fedjaxprune.experiment.tracking import tracker
 
-    trackers = tracker.find(track)
+    trackers, details = tracker.find(values.pop("track")), values.pop("details")
     for name, text in {"--folder": folder, "--resume": resume}.items():
         if text == "" and not (name == "--resume" and folder):
             raise ConfigError(f"{name} must be a folder, got none.")
@@ -182,16 +191,34 @@ def run(
     from fedjaxprune.experiment.run import launch
 
     config = None if resume is not None else resolve.resolve(given)
-    named = layout.path_of(resume or folder or "")
-    place = named if config is None or folder else layout.default_folder(config)
+    named = resume or folder
+    place = layout.path_of(named) if named else None
+
+    def begin(config: RunConfig, folder: pathlib.Path) -> None:
+        nonlocal place
+        place = folder
+
+    def how_to_continue() -> str:
+        """Say how to go on with a run that ended early; empty where it has not."""
+        if place is None or not (place / layout.CONFIG).exists():
+            return "the run had not begun"
+        if (place / layout.SUMMARY).exists():
+            return ""
+        return f"continue with `fedjaxprune run --resume {place}`"
+
     try:
-        with running.progress(details=details, is_member=False) as listener:
+        with (
+            running.watched(how_to_continue) as watch,
+            running.progress(details=details, is_member=False, begin=begin) as listener,
+        ):
+            common: Any = {"listener": listener, "trackers": trackers, "stop": watch.stop}
             if config is None:
-                launch.resume(place, given, listener=listener, trackers=trackers)
+                assert place is not None
+                launch.resume(place, given, **common, allow=allow)
             else:
-                launch.start(config, folder=place, listener=listener, trackers=trackers)
+                launch.start(config, folder=place, **common)
     except KeyboardInterrupt:
-        if not (place / layout.CONFIG).exists():
+        if place is None or not (place / layout.CONFIG).exists():
             raise
         click.echo(f"interrupted; continue with `fedjaxprune run --resume {place}`.", err=True)
         raise SystemExit(running.INTERRUPTED) from None

@@ -1,10 +1,15 @@
 """What the commands that run something share: trackers and progress on the terminal."""
 
 import contextlib
-from collections.abc import Iterator
+import pathlib
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.execution import signals
 
 INTERRUPTED = 130  # exit status
 
@@ -18,11 +23,35 @@ TRACK = click.option(
 
 
 @contextlib.contextmanager
-def progress(*, details: bool, is_member: bool) -> Iterator[Any]:
+def watched(how_to_continue: Callable[[], str]) -> Iterator[signals.Watch]:
+    """Watch for signals that end a run early; say how to continue, and exit with their status."""
+
+    def words(number: int) -> str:
+        return f"stopped by {signal.Signals(number).name}; {how_to_continue()}."
+
+    number = None
+    try:
+        with signals.watched(last_words=words) as watch:
+            yield watch
+            number = watch.came()
+    except signals.Stopped as stopped:
+        number = stopped.number
+    if number is not None and how_to_continue():
+        click.echo(words(number), err=True)
+        raise SystemExit(signals.status(number))
+
+
+@contextlib.contextmanager
+def progress(
+    *,
+    details: bool,
+    is_member: bool,
+    begin: Callable[[RunConfig, pathlib.Path], object] = lambda config, folder: None,
+) -> Iterator[Any]:
     """Set JAX up, and open a listener that prints how a run goes.
 
     With details its last table has everything that was measured; a member of a sweep has no such
-    table, as the results are compared at the end.
+    table, as the results are compared at the end. `begin` is called when a run begins.
     """
     from rich.console import Console
 
@@ -33,4 +62,10 @@ def progress(*, details: bool, is_member: bool) -> Iterator[Any]:
         compilation_cache.kept(),
         shown.report(Console(), Console(stderr=True), details=details) as listener,
     ):
-        yield listener._replace(finish=lambda *run: None) if is_member else listener
+
+        def tell(config: RunConfig, folder: pathlib.Path) -> None:
+            begin(config, folder)
+            listener.begin(config, folder)
+
+        told = listener._replace(begin=tell)
+        yield told._replace(finish=lambda *run: None) if is_member else told

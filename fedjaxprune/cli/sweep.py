@@ -1,5 +1,7 @@
 """The command ``fedjaxprune sweep``: many runs from one file."""
 
+from typing import Any
+
 import click
 
 from fedjaxprune.cli import compare, running
@@ -47,19 +49,29 @@ def sweep(
     for note in read.notes:
         click.echo(f"note: {note}", err=True)
     trackers = tracker.find(track)
-    audience = execute.Audience(
-        listen=lambda: running.progress(details=False, is_member=True),
-        note=click.echo,
-        warn=lambda sentence: click.echo(sentence, err=True),
-    )
-    try:
-        if jobs == 1:
-            failed = execute.one_by_one(read, audience, trackers=trackers)
-        else:
-            failed = execute.side_by_side(read, audience, jobs=jobs, track=track)
-    except (KeyboardInterrupt, SystemExit):
-        click.echo(f"continue the sweep with `fedjaxprune sweep {file}`.", err=True)
-        raise SystemExit(running.INTERRUPTED) from None
+
+    def how_to_continue() -> str:
+        if all(execute.is_finished(member) for member in read.members):
+            return ""
+        return f"continue the sweep with `fedjaxprune sweep {file}`"
+
+    with running.watched(how_to_continue) as watch:
+
+        def listen() -> Any:
+            watch.begin()
+            return running.progress(details=False, is_member=True)
+
+        audience = execute.Audience(
+            listen=listen, note=click.echo, warn=lambda text: click.echo(text, err=True)
+        )
+        try:
+            if jobs == 1:
+                failed = execute.one_by_one(read, audience, trackers=trackers, stop=watch.stop)
+            else:
+                failed = execute.side_by_side(read, audience, jobs=jobs, track=track)
+        except (KeyboardInterrupt, SystemExit):
+            click.echo(f"continue the sweep with `fedjaxprune sweep {file}`.", err=True)
+            raise SystemExit(running.INTERRUPTED) from None
     folders = [member.folder for member in read.members if member.folder.is_dir()]
     try:
         if folders:

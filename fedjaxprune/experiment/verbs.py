@@ -6,7 +6,7 @@ Each takes names, files or values, does what the command of its name does, and p
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -99,6 +99,7 @@ def resume(
     data: Any = None,
     listener: Listener | None = None,
     trackers: Sequence[str] = (),
+    allow: Collection[str] = (),
 ) -> Run:
     """Continue a run with the config that its folder holds, to the same bits.
 
@@ -109,6 +110,8 @@ def resume(
       data: likewise.
       listener: as for `run`.
       trackers: as for `run`.
+      allow: what else is an error: ``"restart"`` at round 1 if no checkpoint can be used, and
+        another ``"environment"``, to go on to other bits under other options of JAX or XLA.
 
     Raises:
       FedJaxPruneError: what is wrong, in one sentence.
@@ -116,7 +119,13 @@ def resume(
     place = layout.path_of(folder)
     given = values.as_parts(values.under_paths(method=method, model=model, data=data), is_new=False)
     with _listening(listener) as listens, quiet():
-        launch.resume(place, given, listener=listens, trackers=_trackers(trackers))
+        launch.resume(
+            place,
+            given,
+            listener=listens,
+            trackers=_trackers(trackers),
+            allow=allow,
+        )
     return Run(place, model=values.model_of(given))
 
 

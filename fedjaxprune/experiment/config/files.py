@@ -19,8 +19,9 @@ from fedjaxprune.registry import Found
 from fedjaxprune.settings import nested
 
 # Keys of a run folder's config.yaml that are no settings.
-VERSIONS, PARTS, COMMAND, STARTED_IN = "versions", "parts", "command", "started_in"
-_NOTES = (VERSIONS, PARTS, COMMAND, STARTED_IN)
+VERSIONS, ENVIRONMENT, PARTS, COMMAND = "versions", "environment", "parts", "command"
+STARTED_IN = "started_in"
+_NOTES = (VERSIONS, ENVIRONMENT, PARTS, COMMAND, STARTED_IN)
 _CHOSEN_HERE = ("execution.devices", "execution.chunk_size")  # "auto" leaves them to the run
 
 
@@ -33,6 +34,7 @@ class Stored(NamedTuple):
     parts: dict[str, dict[str, str]]
     command: str  # the shortest command that makes such a run
     started_in: str  # the working folder, from which relative paths are seen
+    environment: dict[str, str]  # what else decides the bits, such as options of JAX
 
 
 def load_yaml(text: str, *, source: str) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def read_stored(text: str, *, source: str) -> Stored:
     versions = values.pop(VERSIONS, None)
     parts, command = values.pop(PARTS, {}), values.pop(COMMAND, "")
     started_in = str(values.pop(STARTED_IN, ""))
+    environment = values.pop(ENVIRONMENT, {})
     lost = [
         name
         for name, field in RunConfig.model_fields.items()
@@ -76,6 +79,7 @@ def read_stored(text: str, *, source: str) -> Stored:
     ]
     notes = {VERSIONS: versions, PARTS: parts}
     lost += [name for name, note in notes.items() if not isinstance(note, dict)]
+    lost += [] if _are_texts(environment) else [ENVIRONMENT]
     if not lost:
         lost = [f"{PARTS}.{name}" for name, one in parts.items() if not _are_texts(one)]
     if lost:
@@ -83,7 +87,7 @@ def read_stored(text: str, *, source: str) -> Stored:
             f"{source} is not the whole config of a run: it lacks {', '.join(lost[:3])}"
             f"{' and more' if len(lost) > 3 else ''}."
         )
-    return Stored(values, versions, parts, str(command), started_in)
+    return Stored(values, versions, parts, str(command), started_in, environment)
 
 
 def _check_keys(values: Any, source: str) -> None:
@@ -143,12 +147,18 @@ def preset_texts() -> dict[str, str]:
     }
 
 
-def to_yaml(config: RunConfig, *, versions: Mapping[str, str] | None = None) -> str:
-    """Write a complete config, and for a run folder whose code runs and a command for it."""
+def to_yaml(
+    config: RunConfig,
+    *,
+    versions: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Write a complete config, and for a run folder what else decides its bits, and a command."""
     values: dict[str, Any] = {"schema": SCHEMA, **plain(config)}
     if versions is not None:
         values |= {PARTS: whose_code(config), COMMAND: command(config)}
         values |= {STARTED_IN: os.getcwd(), VERSIONS: dict(versions)}
+        values[ENVIRONMENT] = dict(environment or {})
     return yaml_text.write(values)
 
 

@@ -5,12 +5,10 @@ examples, on all its devices; only the number of steps is small, and plain SGD s
 method.
 """
 
-import contextlib
 import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import time
 import zlib
@@ -26,7 +24,7 @@ from fedjaxprune import __version__, trees
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import flops
 from fedjaxprune.experiment.config.sections import RunConfig, plain
-from fedjaxprune.experiment.execution import chunk_size
+from fedjaxprune.experiment.execution import chunk_size, devices
 from fedjaxprune.experiment.run import composing
 from fedjaxprune.federated import aggregators, cohort, local_training
 from fedjaxprune.rounds.task import Task
@@ -253,20 +251,11 @@ def key(config: RunConfig, task: Task, work: chunk_size.Work) -> str:
         "compute_dtype": config.execution.compute_dtype,
         "steps": num_steps(work),
         "devices": f"{work.devices} {device.platform} {device.device_kind}",
-        "processor": f"{os.cpu_count()} {_processor()}",
+        "processor": f"{os.cpu_count()} {devices.processor()}",
         "jax": jax.__version__,
         "fedjaxprune": __version__,
     }
     return json.dumps(about, sort_keys=True)
-
-
-def _processor() -> str:
-    """Name the kind of processor, which JAX calls no more than a cpu."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        found = next(line for line in lines if line.startswith("model name"))
-        return found.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def num_steps(work: chunk_size.Work) -> int:

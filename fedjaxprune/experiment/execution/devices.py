@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pathlib
+import platform
 
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import resolve as resolve_lib
@@ -12,6 +14,15 @@ def num_cores() -> int:
     """Count the cores that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Name the kind of processor, which JAX calls no more than a cpu."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = next(line for line in lines if line.startswith("model name"))
+        return found.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def wanted(config: RunConfig) -> int:

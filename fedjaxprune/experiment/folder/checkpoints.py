@@ -10,11 +10,12 @@ deleted: it is put aside.
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +24,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.errors import first_line
+from fedjaxprune.errors import RunFolderError, first_line
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder import layout
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
 
 DEPLOYED = "deployed"  # beside the arrays of a simulation
+RESTART = "restart"  # what must be allowed to start again at round 1 if rounds were saved
 
 
 @contextlib.contextmanager
@@ -49,6 +51,7 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointM
         raise
     with _writing(folder):
         manager.close()
+    layout.sync_names(folder)
 
 
 @contextlib.contextmanager
@@ -92,7 +95,13 @@ def save(
     ):
         host |= shipped
     checksums = {"/".join(name): zlib.crc32(leaf.tobytes()) for name, leaf in host.items()}
-    about = {"num_rounds": num_rounds, "checksums": checksums, "fingerprint": fingerprint}
+    about = {
+        "num_rounds": num_rounds,
+        "checksums": checksums,
+        "kinds": {"/".join(name): _kind(leaf) for name, leaf in host.items()},
+        "fingerprint": fingerprint,
+    }
+    about["own_checksum"] = _sum(about)
     with _writing(pathlib.Path(manager.directory)):
         manager.save(
             num_rounds,
@@ -120,7 +129,7 @@ def fingerprints(folder: pathlib.Path) -> dict[int, int]:
     for step in folder.glob("[0-9]*"):
         try:
             about = reading.from_json(reading.text(step / "about" / "metadata", may_link=False))
-            found[int(step.name)] = about["fingerprint"]
+            found[int(step.name)] = _whole(about)["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
@@ -133,30 +142,81 @@ def restore(
     usable: Callable[[int], bool],
     aside: pathlib.Path,
     warn: Callable[[str], object],
+    allow: Collection[str] = (RESTART,),
 ) -> tuple[int, Any] | None:
     """Read the newest checkpoint that is whole and `usable`, and put aside those that are newer.
 
     Returns its number of rounds and a tree like `like`, or None where there is none.
+
+    Raises:
+      RunFolderError: a whole checkpoint is not like `like`, or there are checkpoints of which none
+        can be used, unless `allow` has `RESTART`; nothing was put aside.
     """
-    found = None
+    found, skipped = None, {}
+    folder = pathlib.Path(manager.directory)
     for num_rounds in sorted(manager.all_steps(), reverse=True):
         if not usable(num_rounds):
-            warn(f"the record does not reach the checkpoint of round {num_rounds}: it is skipped.")
-        else:
-            try:
+            skipped[num_rounds] = "skipped, as the record does not reach it"
+            continue
+        try:
+            kinds = _about(manager, num_rounds)["kinds"]
+            if not (difference := _difference(kinds, like)):
                 found = num_rounds, _read(manager, num_rounds, like)
                 break
-            except Exception as error:  # whatever orbax makes of a damaged file
-                warn(
-                    f"the checkpoint of round {num_rounds} is damaged and skipped "
-                    f"({_reason(error)})."
-                )
+        except Exception as error:  # whatever orbax makes of a damaged file
+            skipped[num_rounds] = f"damaged and skipped ({_reason(error)})"
+            continue
+        raise RunFolderError(
+            f"the checkpoint of round {num_rounds} in {str(folder)!r} is whole and does not fit "
+            f"this run, in which {difference} (nothing was changed)."
+        )
+    if found is None and skipped and RESTART not in allow:
+        each = "; ".join(f"that of round {step} is {why}" for step, why in skipped.items())
+        raise RunFolderError(
+            f"no checkpoint in {str(folder)!r} can be used: {each}; nothing was changed, and "
+            f"`--allow {RESTART}` starts the run again at round 1."
+        )
+    for num_rounds, why in skipped.items():
+        warn(f"the checkpoint of round {num_rounds} is {why}.")
         # Else orbax would refuse to write this round again.
         aside.mkdir(exist_ok=True)
-        checkpoint = pathlib.Path(manager.directory) / str(num_rounds)
+        checkpoint = folder / str(num_rounds)
         checkpoint.rename(layout.free(aside / checkpoint.name))
     manager.reload()
     return found
+
+
+def _difference(kinds: Mapping[str, list[Any]], like: Any) -> str:
+    """Say in what arrays of these `kinds` are not those of `like`; empty where they are."""
+    leaves = zip(_names(like), jax.tree.leaves(like), strict=True)
+    wanted = {"/".join(name): _kind(leaf) for name, leaf in leaves}
+    stored = {name: kind for name, kind in kinds.items() if not name.startswith(f"{DEPLOYED}/")}
+    for name in dict.fromkeys([*wanted, *stored]):
+        if wanted.get(name) != stored.get(name):
+            return f"{name} is {_worded(wanted.get(name))} and not {_worded(stored.get(name))}"
+    return ""
+
+
+def _kind(leaf: Any) -> list[Any]:
+    """Give type and shape of an array as JSON has them."""
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _worded(kind: list[Any] | None) -> str:
+    return "absent" if kind is None else f"{kind[0]} {tuple(kind[1])}"
+
+
+def _sum(about: Mapping[str, Any]) -> int:
+    """Sum up what is said of a checkpoint, apart from this sum."""
+    rest = {name: value for name, value in about.items() if name != "own_checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _whole(about: Any) -> dict[str, Any]:
+    """Raise if what is said of a checkpoint is not what was written."""
+    if about["own_checksum"] != _sum(about):
+        raise ValueError("its checksum does not fit its contents")
+    return about
 
 
 class Finished(NamedTuple):
@@ -181,7 +241,8 @@ def read_network(
             try:
                 found = _read(manager, num_rounds, like)["state"]
                 own = masks_lib.apply(found["masks"], found["params"])
-                if any(name.startswith(f"{DEPLOYED}/") for name in _checksums(manager, num_rounds)):
+                names = _about(manager, num_rounds)["checksums"]
+                if any(name.startswith(f"{DEPLOYED}/") for name in names):
                     own = _read(manager, num_rounds, {DEPLOYED: params})[DEPLOYED]
                 return Finished(num_rounds, own, found["masks"], found["model_state"])
             except Exception as error:  # whatever orbax makes of a damaged file
@@ -189,15 +250,15 @@ def read_network(
     return None
 
 
-def _checksums(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, int]:
-    about = manager.restore(num_rounds, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-    return about["about"]["checksums"]
+def _about(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, Any]:
+    found = manager.restore(num_rounds, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+    return _whole(found["about"])
 
 
 def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
     """Read one checkpoint, or the part that `like` has, or raise whatever is wrong with it."""
     leaves, treedef = jax.tree.flatten(like)
-    names, checksums = _names(like), _checksums(manager, num_rounds)
+    names, checksums = _names(like), _about(manager, num_rounds)["checksums"]
     # One leaf at a time: of many in flight, all but the first to fail would complain on stderr.
     host = [_read_leaf(manager, num_rounds, *pair) for pair in zip(names, leaves, strict=True)]
     for name, array, leaf in zip(names, host, leaves, strict=True):

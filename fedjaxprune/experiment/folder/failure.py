@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fedjaxprune.errors import first_line
+from fedjaxprune.errors import RunFolderError, first_line
 from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.folder import layout, record
 
 FAILED = "failed.json"
 _LARGEST = 2**16  # bytes of a mark that is read
@@ -33,15 +33,20 @@ def describe(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def marked(folder: pathlib.Path) -> Iterator[None]:
-    """Take the old mark from `folder`, and leave one if an error passes by."""
+    """Take the old mark from `folder`, and leave one if an error passes by.
+
+    A folder that is refused keeps the mark that it had.
+    """
+    old = read(folder)
     (folder / FAILED).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
         with contextlib.suppress(Exception):  # a full disk, say: the error itself is raised
             number = len(record.read(folder).lines) + 1
-            mark = Failure(round=number, error=describe(error)[:_LONGEST])
-            (folder / FAILED).write_text(json.dumps(mark._asdict()) + "\n", encoding="utf-8")
+            new = Failure(round=number, error=describe(error)[:_LONGEST])
+            if mark := old if isinstance(error, RunFolderError) else new:
+                layout.replace(folder / FAILED, json.dumps(mark._asdict()) + "\n")
         raise
 
 

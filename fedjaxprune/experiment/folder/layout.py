@@ -21,7 +21,7 @@ import platform
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fedjaxprune import __version__
 from fedjaxprune.errors import ConfigError, RunFolderError
@@ -61,11 +61,33 @@ def path_of(text: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(text))  # pathlib's may raise
 
 
-def default_folder(config: RunConfig) -> pathlib.Path:
-    """Name a new folder under ``runs/`` by method, data and time."""
+@contextlib.contextmanager
+def claimed(config: RunConfig) -> Iterator[pathlib.Path]:
+    """Make a new folder under ``runs/``, named by method, data and time, that no other run takes.
+
+    It is taken away again if it is empty at the end.
+    """
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{as_name(config.method.name)}-{as_name(config.data.dataset.name)}-{now}"
-    return free(pathlib.Path("runs") / name)
+    path = folder = pathlib.Path("runs") / name
+    check_free(free(path))
+    is_first = not path.parent.exists()
+    while True:
+        try:
+            folder = free(path)
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another run was faster
+            continue
+        except OSError as error:
+            raise _unwritable(folder, error) from None
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+            if is_first:
+                folder.parent.rmdir()
 
 
 def free(path: pathlib.Path) -> pathlib.Path:
@@ -81,15 +103,38 @@ def as_name(text: str) -> str:
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-    """Write a file so that it is never seen half written, whoever else writes it."""
-    draft = path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}.new")
+    """Write a file so that it is never seen half written, whoever else writes it, and durably."""
+    draft = _draft(path)
     try:
         reading.write_new(draft, text.encode())
+        sync(draft)
         draft.replace(path)
     except BaseException:
         with contextlib.suppress(OSError, ValueError):
             draft.unlink(missing_ok=True)
         raise
+    sync_names(path.parent)
+
+
+def _draft(path: pathlib.Path) -> pathlib.Path:
+    """Name what becomes `path` once it is whole, apart from the drafts of all others."""
+    return path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}.new")
+
+
+def sync(path: pathlib.Path) -> None:
+    """Make the contents of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_names(folder: pathlib.Path) -> None:
+    """Make durable which files a folder has, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_free(folder: pathlib.Path) -> None:
@@ -125,20 +170,32 @@ def _unwritable(folder: pathlib.Path, error: OSError) -> RunFolderError:
     )
 
 
-def create(folder: pathlib.Path, config: RunConfig, texts: Mapping[str, str]) -> None:
+def create(
+    folder: pathlib.Path,
+    config: RunConfig,
+    texts: Mapping[str, str],
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Make the run folder in one step, with its config and other files: all of it or nothing."""
     check_free(folder)
-    draft = folder.absolute().with_name(f".{folder.absolute().name}.new")
-    texts = {**texts, CONFIG: files.to_yaml(config, versions=versions())}
+    place = folder.absolute()
+    draft = _draft(place)
+    written = files.to_yaml(config, versions=versions(), environment=environment)
     try:
-        shutil.rmtree(draft, ignore_errors=True)  # left by a run that was killed in this moment
         draft.mkdir(parents=True)
-        for name, text in texts.items():
+        for name, text in {**texts, CONFIG: written}.items():
             (draft / name).write_text(text, encoding="utf-8")
-        draft.rename(folder.absolute())
-    except OSError as error:
+            sync(draft / name)
+        sync_names(draft)
+        draft.rename(place)
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        check_free(folder)  # another run may have been faster
         raise _unwritable(folder, error) from None
+    sync_names(place.parent)
 
 
 def stored(folder: pathlib.Path) -> files.Stored:

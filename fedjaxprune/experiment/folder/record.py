@@ -12,7 +12,6 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from fedjaxprune.errors import RunFolderError, shown
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder.layout import METRICS, SCHEMA, replace
+from fedjaxprune.experiment.folder.layout import sync as sync_file
 
 Line = dict[str, Any]
 
@@ -77,8 +77,7 @@ def append(folder: pathlib.Path, line: Line) -> None:
 
 def sync(folder: pathlib.Path) -> None:
     """Make the record durable, before a checkpoint relies on it."""
-    with (folder / METRICS).open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(folder / METRICS)
 
 
 def cut(folder: pathlib.Path, header: Mapping[str, Any], num_rounds: int) -> list[Line]:

@@ -7,10 +7,10 @@ imported only when a run is about to be built.
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from fedjaxprune.errors import ConfigError, RunFolderError
+from fedjaxprune.errors import ConfigError, RunFolderError, near_miss
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.config import files, identity
 from fedjaxprune.experiment.config import resolve as resolve_lib
@@ -22,6 +22,13 @@ from fedjaxprune.registry import Found, as_started_in
 
 INTERRUPTED = 130  # exit status of a command
 Openers = Mapping[str, Any]  # trackers by name, as `tracker.find` gives them
+MAY_BE_ALLOWED = ("restart", "environment")
+StopFn = Callable[[], bool]  # asked once a round: whether the run ends after it
+
+
+def never() -> bool:
+    """Let a run come to its end."""
+    return False
 
 
 def start(
@@ -30,10 +37,16 @@ def start(
     folder: pathlib.Path | None = None,
     listener: Listener | None = None,
     trackers: Openers | None = None,
+    stop: StopFn = never,
 ) -> pathlib.Path:
-    """Begin a new run, bring it to its end and return its folder."""
+    """Begin a new run, bring it to its end and return its folder.
+
+    It ends early, with a checkpoint, after a round in which `stop` says so.
+    """
+    if folder is None:
+        with layout.claimed(config) as folder:
+            return start(config, folder=folder, listener=listener, trackers=trackers, stop=stop)
     listener = listener or Listener()
-    folder = folder or layout.default_folder(config)
     layout.check_free(folder)
     listener.begin(config, folder)
     parts = _build(config, listener.warn)
@@ -47,8 +60,10 @@ def start(
 
         listener.note(parts.chunk.sentence)
         texts[chunk_size.FILE] = chunk_size.to_text(parts.chunk)
-    layout.create(folder, parts.config, texts)
-    _train(folder, parts, listener, trackers or {})
+    from fedjaxprune.experiment.execution import environment
+
+    layout.create(folder, parts.config, texts, environment=environment.here())
+    _train(folder, parts, listener, trackers or {}, stop=stop)
     return folder
 
 
@@ -58,11 +73,36 @@ def resume(
     *,
     listener: Listener | None = None,
     trackers: Openers | None = None,
+    stop: StopFn = never,
+    allow: Collection[str] = (),
 ) -> pathlib.Path:
-    """Continue the run in `folder`, if the explicitly given settings agree with it."""
+    """Continue the run in `folder`, if the explicitly given settings agree with it.
+
+    Args:
+      folder: of the run.
+      given: settings that must agree with the run's.
+      listener: receives the run's events.
+      trackers: that follow it.
+      stop: as for `start`.
+      allow: what is refused without it: ``"restart"`` at round 1 if no checkpoint can be used, and
+        another ``"environment"``, in which JAX computes otherwise than when the run began.
+    """
+    if unknown := [word for word in allow if word not in MAY_BE_ALLOWED]:
+        raise ConfigError(
+            f"allow must be {' or '.join(MAY_BE_ALLOWED)}, got {unknown[0]!r}"
+            f"{near_miss(unknown[0], MAY_BE_ALLOWED)}"
+        )
     stored = layout.stored(folder)
     with as_started_in(stored.started_in):
-        _resume(folder, stored, given or Given({}), listener or Listener(), trackers or {})
+        _resume(
+            folder,
+            stored,
+            given or Given({}),
+            listener or Listener(),
+            trackers or {},
+            stop=stop,
+            allow=allow,
+        )
     return folder
 
 
@@ -72,6 +112,9 @@ def _resume(
     given: Given,
     listener: Listener,
     trackers: Openers,
+    *,
+    stop: StopFn,
+    allow: Collection[str],
 ) -> None:
     config = stored_config(folder, given)
     # Parts that are values have no settings to be compared.
@@ -88,12 +131,15 @@ def _resume(
     listener.begin(config, folder)
     for sentence in changes(stored, config):
         listener.warn(sentence)
+    _prepare(config)
+    if sentence := _other_environment(stored, folder, is_allowed="environment" in allow):
+        listener.warn(sentence)
     parts = _build(config, None)
     with _said(folder):
         from fedjaxprune.experiment.folder import network
 
         network.check_same(parts.network, folder)
-    _train(folder, parts, listener, trackers)
+    _train(folder, parts, listener, trackers, stop=stop, allow=allow)
 
 
 def stored_config(folder: pathlib.Path, given: Given | None = None) -> RunConfig:
@@ -134,11 +180,33 @@ def changes(stored: files.Stored, config: RunConfig) -> list[str]:
     return sentences
 
 
-def _build(config: RunConfig, warn: Callable[[str], object] | None) -> Any:
-    """Put a run together, with as many devices as it wants."""
+def _prepare(config: RunConfig) -> None:
+    """Make as many devices as a run wants."""
     from fedjaxprune.experiment.execution import devices
 
     devices.prepare(config)
+
+
+def _other_environment(stored: files.Stored, folder: pathlib.Path, *, is_allowed: bool) -> str:
+    """Refuse to go on to other bits unless that is allowed; say what else may change them."""
+    from fedjaxprune.experiment.execution import environment
+
+    then, now = stored.environment, environment.here()
+    different = "; ".join(environment.differences(then, now))
+    if different and not is_allowed:
+        raise RunFolderError(
+            f"the run in {str(folder)!r} would go on to other bits, as JAX computes otherwise here "
+            f"({different}): set this as it was, or give `--allow environment`."
+        )
+    old, new = then.get(environment.PROCESSOR), now[environment.PROCESSOR]
+    if old not in (None, new):
+        different += f"{'; ' if different else ''}the processor was {old} then and is {new} now"
+    return f"the bits may differ from here on: {different}." if different else ""
+
+
+def _build(config: RunConfig, warn: Callable[[str], object] | None) -> Any:
+    """Put a run together, with as many devices as it wants."""
+    _prepare(config)
     from fedjaxprune.experiment.run import build
 
     with _memory(config):
@@ -209,8 +277,10 @@ def _check_pruned(config: RunConfig, lines: Sequence[record.Line], listener: Lis
         )
 
 
-def _train(folder: pathlib.Path, parts: Any, listener: Listener, trackers: Openers) -> None:
-    """Run what is left to run; what ends it early is marked in the folder."""
+def _train(
+    folder: pathlib.Path, parts: Any, listener: Listener, trackers: Openers, **options: Any
+) -> None:
+    """Run what is left to run, with options of `loop.train`; an error is marked in the folder."""
     from fedjaxprune.experiment.analysis import plots
     from fedjaxprune.experiment.run import loop
     from fedjaxprune.experiment.tracking import tracker
@@ -225,8 +295,10 @@ def _train(folder: pathlib.Path, parts: Any, listener: Listener, trackers: Opene
                 failure.marked(folder),
                 tracker.follow(listener, trackers, folder=folder, config=config) as followed,
             ):
-                loop.train(parts, folder=folder, listener=followed)
+                loop.train(parts, folder=folder, listener=followed, **options)
                 found = record.read(folder)
+                if len(found.lines) < parts.num_rounds:
+                    return  # it was stopped
                 title = (
                     f"{config.method.name} on {config.data.dataset.name} with {config.model.name}"
                 )

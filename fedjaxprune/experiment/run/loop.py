@@ -8,13 +8,14 @@ All randomness comes from the seed and the number of the round: a resumed run ne
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.config import files
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size
@@ -54,11 +55,29 @@ class RunParts(NamedTuple):
         return sum(stage.num_rounds for stage in self.algorithm.stages)
 
 
-def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> RoundState:
+def train(
+    parts: RunParts,
+    *,
+    folder: pathlib.Path,
+    listener: Listener,
+    stop: Callable[[], bool] = lambda: False,
+    allow: Collection[str] = (),
+) -> RoundState:
     """Run all rounds that the folder does not hold yet, and return the final state.
 
     A folder with checkpoints continues from the newest one that is whole, to the same bits as if it
     had never stopped; the record is cut to that round.
+
+    Args:
+      parts: of the run.
+      folder: of the run.
+      listener: receives its events.
+      stop: asked once a round: whether to save a checkpoint after it and return.
+      allow: with `checkpoints.RESTART` a run starts again at round 1 if what was saved cannot be
+        read.
+
+    Raises:
+      RunFolderError: no checkpoint can be used, or the newest one is another run's.
     """
     algorithm, config = parts.algorithm, parts.config
     key = jax.random.key(config.seed)
@@ -93,21 +112,12 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
         deployed = deploy(now.state)
         checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
 
-    num_lines = len(record.read(folder).lines)
     tests, saves = config.evaluation, config.checkpoints
     with checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=saves.keep) as manager:
-        found = checkpoints.restore(
-            manager,
-            shapes,
-            usable=lambda step: step <= num_lines,
-            aside=folder / layout.SKIPPED,
-            warn=listener.warn,
-        )
+        found = _saved(manager, shapes, folder, every=saves.every, allow=allow, warn=listener.warn)
         done = 0
         if found is not None:
             done, now = found[0], _place(found[1], parts.mesh)
-        elif num_lines:
-            listener.warn("no checkpoint can be used: the run starts again at round 1.")
         listener.start(writer.header, record.cut(folder, writer.header, done))
 
         begin, note_last = 0, _nothing_to_note
@@ -129,12 +139,45 @@ def train(parts: RunParts, *, folder: pathlib.Path, listener: Listener) -> Round
                 # The device may still be working on this round.
                 outcome = (metrics, tested)
                 note_last = functools.partial(note, stage.name, number - begin, number, outcome)
-                if number % saves.every == 0 or is_last:
+                if (is_over := stop()) or number % saves.every == 0 or is_last:
                     note_last()
                     note_last = _nothing_to_note
                     save(number)
+                if is_over:
+                    return now.state
             begin = end
     return now.state
+
+
+def _saved(
+    manager: Any,
+    shapes: Simulation,
+    folder: pathlib.Path,
+    *,
+    every: int,
+    allow: Collection[str],
+    warn: Callable[[str], object],
+) -> tuple[int, Simulation] | None:
+    """Read the newest checkpoint that can be used: number of rounds and simulation."""
+    num_lines = len(record.read(folder).lines)
+    found = checkpoints.restore(
+        manager,
+        shapes,
+        usable=lambda step: step <= num_lines,
+        aside=folder / layout.SKIPPED,
+        warn=warn,
+        allow=allow,
+    )
+    # The second checkpoint is begun only when the first one is written.
+    if found is None and num_lines > 2 * every and checkpoints.RESTART not in allow:
+        raise RunFolderError(
+            f"the run in {str(folder)!r} has {num_lines} rounds on record and no checkpoint: put "
+            "its checkpoints back (nothing was changed), or start it again at round 1 with "
+            f"`--allow {checkpoints.RESTART}`."
+        )
+    if found is None and num_lines:
+        warn("no checkpoint can be used: the run starts again at round 1.")
+    return found
 
 
 def _nothing_to_note() -> None:

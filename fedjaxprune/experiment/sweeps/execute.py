@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from fedjaxprune.errors import ConfigError, FedJaxPruneError
-from fedjaxprune.experiment.execution import devices
+from fedjaxprune.experiment.execution import devices, signals
 from fedjaxprune.experiment.folder import failure, layout
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.experiment.run.listener import Listener
@@ -55,9 +55,16 @@ def is_finished(member: Member) -> bool:
 
 
 def one_by_one(
-    sweep: Sweep, audience: Audience, *, trackers: launch.Openers | None = None
+    sweep: Sweep,
+    audience: Audience,
+    *,
+    trackers: launch.Openers | None = None,
+    stop: launch.StopFn = launch.never,
 ) -> dict[str, str]:
-    """Run what is missing in this process; return what failed, by name, and why."""
+    """Run what is missing in this process; return what failed, by name, and why.
+
+    `stop` is asked once a round: whether the run that is at work ends after it.
+    """
     missing = [member for member in sweep.members if not is_finished(member)]
     failed = {}
     if missing:
@@ -68,7 +75,7 @@ def one_by_one(
         for number, member in enumerate(missing, start=1):
             audience.note(f"run {number} of {len(missing)}: {member.name}")
             with audience.listen() as listener:
-                why = attempt(member, listener, trackers=trackers)
+                why = attempt(member, listener, trackers=trackers, stop=stop)
             if why is not None:
                 failed[member.name] = why
                 audience.warn(f"failed: {member.name}: {why}")
@@ -77,14 +84,19 @@ def one_by_one(
 
 
 def attempt(
-    member: Member, listener: Listener, *, trackers: launch.Openers | None = None
+    member: Member,
+    listener: Listener,
+    *,
+    trackers: launch.Openers | None = None,
+    stop: launch.StopFn = launch.never,
 ) -> str | None:
     """Begin a member or continue it; return why it failed, or None."""
+    common: Any = {"listener": listener, "trackers": trackers, "stop": stop}
     try:
         if (member.folder / layout.CONFIG).exists():
-            launch.resume(member.folder, listener=listener, trackers=trackers)
+            launch.resume(member.folder, **common)
         else:
-            launch.start(member.config, folder=member.folder, listener=listener, trackers=trackers)
+            launch.start(member.config, folder=member.folder, **common)
     except FedJaxPruneError as error:
         return str(error)
     except Exception as error:
@@ -172,8 +184,14 @@ def child(given: str) -> None:
 
         trackers = tracker.find(track)
     listener = Listener(warn=lambda sentence: None)
-    with compilation_cache.kept():
-        why = attempt(member, listener, trackers=trackers)
+    why = None
+    try:
+        with compilation_cache.kept(), signals.watched(last_words=lambda number: "") as signaled:
+            why = attempt(member, listener, trackers=trackers, stop=signaled.stop)
+            if (number := signaled.came()) is not None and not is_finished(member):
+                raise signals.Stopped(number)
+    except signals.Stopped as stopped:
+        sys.exit(signals.status(stopped.number))
     if why is not None:
         sys.stderr.write(f"{_FAILED}{why}\n")
         sys.exit(1)
