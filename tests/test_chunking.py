@@ -201,7 +201,9 @@ def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path):
     monkeypatch.setattr(chunk_trial, "measure", lambda *args, **options: table)
     monkeypatch.setattr(chunk_trial, "estimate", lambda *args, **options: chunk_size.UNKNOWN)
     monkeypatch.setattr(chunk_size, "SHARE", 1e9)
-    monkeypatch.setattr(launch, "_train", lambda folder, parts, *rest: trained.append(parts.config))
+    monkeypatch.setattr(
+        launch, "_train", lambda folder, parts, *_, **__: trained.append(parts.config)
+    )
     folder = tmp_path / "run"
     listener = Listener(note=told.append)
     launch.start(resolve.resolve(SETTINGS), folder=folder, listener=listener)

@@ -14,7 +14,7 @@ import fedjaxprune as fjp
 from fedjaxprune import registry
 from fedjaxprune.cli import main as command
 from fedjaxprune.data import conversion
-from fedjaxprune.experiment.config import errors
+from fedjaxprune.experiment.config import errors, files, resolve
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.models import outside
 
@@ -47,6 +47,12 @@ def test_a_documented_command_is_valid(page, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     begun = []
     monkeypatch.setattr(launch, "start", lambda config, **rest: begun.append(config))
+    monkeypatch.setattr(launch, "resume", lambda folder, *_, **rest: begun.append(folder))
+    if "--resume" in words:
+        folder = pathlib.Path(words[words.index("--resume") + 1])
+        folder.mkdir(parents=True)
+        stored = files.to_yaml(resolve.resolve({}), versions={})
+        (folder / "config.yaml").write_text(stored)
     while "--track" in words:  # its package need not be installed
         at = words.index("--track")
         words = words[:at] + words[at + 2 :]

@@ -51,6 +51,7 @@ def test_options_short_and_full_set_the_same(capsys, begun):
         assert (status, out, err) == (0, "", "")
     (one, rest), (other, _) = begun
     assert one == other
+    assert callable(rest.pop("stop"))
     assert rest == {"folder": pathlib.Path("here"), "trackers": {}, "listener": False}
     assert (one.method.sparsity, one.client.optimizer.name, one.uplink.fraction) == (
         0.8,
