@@ -1,5 +1,7 @@
 """Optimizers that ask for the loss get it, and those that do not fit are refused in a sentence."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,11 +65,12 @@ def test_a_client_follows_optax_own_recipe(name):
 
     start = masks.apply(MASKS, quadratic.PARAMS)
     params, state = start, optimizer.init(start)
+    update: Any = optimizer.update
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(STEPS):
             value, grads = jax.value_and_grad(value_fn)(params)
             grads = masks.apply(MASKS, grads)
-            updates, state = optimizer.update(
+            updates, state = update(
                 grads, state, params, value=value, grad=grads, value_fn=value_fn
             )
             params = masks.apply(MASKS, optax.apply_updates(params, updates))
@@ -116,7 +119,8 @@ def asking(updates, state, params=None, *, hessian, **extra):
     return updates, state
 
 
-ASKING = optax.GradientTransformationExtraArgs(lambda params: (), asking)
+ASK: Any = asking
+ASKING = optax.GradientTransformationExtraArgs(lambda params: (), ASK)
 SCHEDULE_FREE = optax.contrib.schedule_free_sgd(0.1)
 REFUSED = [
     (optax.chain(optax.lookahead(optax.sgd(0.1), 5, 0.5)), ValueError, "trains two copies"),

@@ -1,6 +1,7 @@
 """Sums that count beyond 2²⁴, and statistics that are no measurements."""
 
 import itertools
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -114,6 +115,7 @@ def normalize(inputs, weights):
     module = layers.BatchNorm()
     variables = module.init(KEY, inputs, train=False, mask=None)
     mask = jnp.asarray(weights) > 0
+    after: Any
     _, after = module.apply(variables, inputs, train=True, mask=mask, mutable=["batch_stats"])
     return {name: float(leaf[0]) for name, leaf in after["batch_stats"].items()}
 
