@@ -87,12 +87,10 @@ def arguments(settings: Sequence[str], folder: pathlib.Path) -> list[str]:
     return ["run", *settings, "--folder", str(folder)]
 
 
-def stopped(
-    process: subprocess.Popen, number: int = signal.SIGKILL, *, patience_s: float = 60.0
-) -> str:
+def stopped(process: subprocess.Popen, number: int = signal.SIGKILL) -> str:
     """Send a signal, wait for the end, and give what was said on stderr."""
     process.send_signal(number)
-    return process.communicate(timeout=patience_s)[1]
+    return process.communicate(timeout=60)[1]
 
 
 def assert_resumes(

@@ -39,7 +39,8 @@ def here() -> dict[str, str]:
 
     known = jax.config.values  # an attribute, where there is one, heeds contexts, too
     found = {name: getattr(jax.config, name, known[name]) for name in _OPTIONS if name in known}
-    cores = f"{devices.num_cores()} cores of {devices.processor()}"
+    number = devices.num_cores()
+    cores = f"{number} core{'s' * (number > 1)} of {devices.processor()}"
     return {
         **{name: str(value) for name, value in found.items()},
         **{name: os.environ.get(name, "") for name in _VARIABLES},
