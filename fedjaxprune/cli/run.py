@@ -153,8 +153,8 @@ def _base(seen: _Seen) -> tuple[resolve.Given, str]:
     "--allow",
     type=click.Choice(["restart", "environment"]),
     multiple=True,
-    help="With --resume: restart at round 1 if no checkpoint can be used, or go on to other bits "
-    "in an environment with other options of JAX or XLA.",
+    help="With --resume: restart at round 1 if no checkpoint can be used, or continue with other "
+    "bits in an environment with other options of JAX or XLA.",
 )
 @click.option("--details", is_flag=True, help="Show everything that was measured at the end.")
 @running.TRACK
@@ -199,7 +199,7 @@ def run(
         place = folder
 
     def how_to_continue() -> str:
-        """Say how to go on with a run that ended early; empty where it has not."""
+        """Say how to continue a run that ended early; empty where it has not."""
         if place is None or not (place / layout.CONFIG).exists():
             return "the run had not begun"
         if (place / layout.SUMMARY).exists():

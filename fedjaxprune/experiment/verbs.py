@@ -111,7 +111,7 @@ def resume(
       listener: as for `run`.
       trackers: as for `run`.
       allow: what else is an error: ``"restart"`` at round 1 if no checkpoint can be used, and
-        another ``"environment"``, to go on to other bits under other options of JAX or XLA.
+        another ``"environment"``, to continue with other bits under other options of JAX or XLA.
 
     Raises:
       FedJaxPruneError: what is wrong, in one sentence.

@@ -88,7 +88,7 @@ def cut(folder: pathlib.Path, header: Mapping[str, Any], num_rounds: int) -> lis
 
 
 def read(folder: pathlib.Path) -> Record:
-    """Read the record of a run that is to go on: every line must have all fields.
+    """Read the record of a run that is to be continued: every line must have all fields.
 
     A last line that a kill tore is left out.
     """

@@ -188,15 +188,15 @@ def _prepare(config: RunConfig) -> None:
 
 
 def _other_environment(stored: files.Stored, folder: pathlib.Path, *, is_allowed: bool) -> str:
-    """Refuse to go on to other bits unless that is allowed; say what else may change them."""
+    """Refuse a change of bits unless that is allowed; say what else may change them."""
     from fedjaxprune.experiment.execution import environment
 
     then, now = stored.environment, environment.here()
     different = "; ".join(environment.differences(then, now))
     if different and not is_allowed:
         raise RunFolderError(
-            f"the run in {str(folder)!r} would go on to other bits, as JAX computes otherwise here "
-            f"({different}): set this as it was, or give `--allow environment`."
+            f"the run in {str(folder)!r} would give other bits from here on, as JAX computes "
+            f"otherwise here ({different}): set this as it was, or give `--allow environment`."
         )
     old, new = then.get(environment.PROCESSOR), now[environment.PROCESSOR]
     if old not in (None, new):
@@ -233,7 +233,7 @@ def _memory(config: RunConfig) -> Iterator[None]:
 
 
 def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
-    """Refuse to go on from what another config made, and from a record that is not whole."""
+    """Refuse to continue from what another config made, and from a record that is not whole."""
     from fedjaxprune.experiment.folder import checkpoints
 
     with _said(folder):
@@ -265,12 +265,8 @@ def _check_pruned(config: RunConfig, lines: Sequence[record.Line], listener: Lis
     asked = getattr(config.method, "sparsity", 0.0)
     is_own = config.parts.method.origin.source != "built-in"
     heard = [line for line in lines if record.value(line, "train.loss") is not None]
-    if (
-        is_own
-        and asked
-        and heard
-        and not any(record.value(line, "mask.sparsity") for line in heard)
-    ):
+    was_pruned = any(record.value(line, "mask.sparsity") for line in heard)
+    if is_own and asked and heard and not was_pruned:
         listener.warn(
             f"method.sparsity is {asked}, but no weight was pruned in any of {len(lines)} rounds: "
             "the first revision of the masks may lie beyond the last round."

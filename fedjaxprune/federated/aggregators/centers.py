@@ -7,6 +7,8 @@ global masks are no part of any norm, and personal masks are part of what client
 message whose squared norm is not a finite float32 adds nothing.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -158,6 +160,11 @@ def _require_positive(name, value):
         raise ValueError(f"{name} must be greater than 0, got {value}.")
 
 
+def _norm(meaning: str, *, unset: str) -> Any:
+    """Make a setting of a norm, with what it is where it is not set."""
+    return setting(None, meaning, unit="norm of a message", unset=unset, gt=0, le=FLOAT_MAX)
+
+
 class GeometricMedianSettings(Settings):
     """Settings of `geometric_median`."""
 
@@ -167,13 +174,9 @@ class GeometricMedianSettings(Settings):
 class CenteredClippingSettings(Settings):
     """Settings of `centered_clipping`."""
 
-    radius: float | None = setting(
-        None,
+    radius: float | None = _norm(
         "Distance from the center that a message may have.",
-        unit="norm of a message",
         unset="the median of the clients' distances",
-        gt=0,
-        le=FLOAT_MAX,
     )
     num_iterations: Count = setting(3, "Times that the center moves.", unit="steps")
 
@@ -181,13 +184,8 @@ class CenteredClippingSettings(Settings):
 class NormBoundingSettings(Settings):
     """Settings of `norm_bounding`."""
 
-    bound: float | None = setting(
-        None,
-        "Norm that a message may have.",
-        unit="norm of a message",
-        unset="the median of the clients' norms",
-        gt=0,
-        le=FLOAT_MAX,
+    bound: float | None = _norm(
+        "Norm that a message may have.", unset="the median of the clients' norms"
     )
 
 
