@@ -211,12 +211,14 @@ class FieldSpec(NamedTuple):
       read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta,
         in the place of a sent field; the pruner sees it as ``inputs.statistics``, free of charge.
       is_sum: whether the server needs the mean times the sum of the weights; with `aggregate` None.
+      travels: ``(path, leaf) -> bool``, leaves of a ``"whole"`` field that are sent (None: all).
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
     send: Send = "whole"
     read: Callable[[Delta, Broadcast], Params] | None = None
     is_sum: bool = False
+    travels: Callable[[str, Any], bool] | None = None
 
 
 class Correction(NamedTuple):

@@ -33,6 +33,8 @@ from fedjaxprune.pruning.structured import filters
 from fedjaxprune.rounds import facts, simulation
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.types import Broadcast, Population, client_data
+from fedjaxprune.wire import format as wire_format
+from fedjaxprune.wire import messages
 from tests import quadratic, resuming
 
 KEY = jax.random.key(11)
@@ -196,6 +198,21 @@ def test_what_is_not_touched_did_not_change_so_that_sending_the_rest_is_sending_
     assert history[0].num_uploaded.sum() < 3 * sum(trees.sizes(dense.state.params))
 
 
+def test_a_client_does_not_send_back_the_density_that_the_server_set():
+    """22 bytes: a float32 and a header of 18."""
+    algorithm, now, history = played(density=0.25, upload="dense")
+    message = messages.whole("delta", now.state.params) | messages.weight(5)
+    given = message | messages.whole("model_state", now.state.model_state)
+    statistics = {k: v for k, v in now.state.model_state.items() if k != gating.COLLECTION}
+    known = message | messages.whole("model_state", statistics)
+    num_bytes, more = (len(wire_format.encode(each)) for each in (known, given))
+    assert more - num_bytes == 22
+    charged = charge(algorithm, history[0], now.state)
+    assert charged.uplink_bits == 3 * 8 * num_bytes
+    values = sum(trees.sizes((now.state.params, statistics)))
+    assert charged.published[adp.NAME].uplink == 3 * 32 * values
+
+
 # The strict step -----------------------------------------------------------------------------
 
 
@@ -296,8 +313,8 @@ def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
         path: [count] * 3 for path, count in expected.items()
     }
     values = sum(expected.values())
-    statistics = 2 * (2 + 3) + 1  # means, variances, and the density
-    all_statistics = 2 * sum(WIDTHS) + 1
+    statistics = 2 * (2 + 3)  # means and variances; the server has set the density itself
+    all_statistics = 2 * sum(WIDTHS) + 1  # and the density
     charged = charge(algorithm, history[0], now.state)
     assert charged.uplink.values == 3 * 32 * values
     assert charged.uplink.statistics == 3 * 32 * statistics

@@ -16,6 +16,7 @@ from fedjaxprune.federated import gated_updates, local_training
 from fedjaxprune.federated import personalization as personal_lib
 from fedjaxprune.federated.corrections import scaffold
 from fedjaxprune.methods import feddip
+from fedjaxprune.models import gates
 from fedjaxprune.pruning import allocation
 from fedjaxprune.rounds import protocol, training
 from fedjaxprune.testing import history, scenario
@@ -217,6 +218,11 @@ def bits_of(message):
     return 8 * len(wire_format.encode(message))
 
 
+def without_density(state):
+    """Leave out what the server set itself: how many channels gates keep."""
+    return {name: tree for name, tree in state.items() if name != gates.COLLECTION}
+
+
 def trees_flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -320,12 +326,15 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             known = jax.device_get(
                 gated_updates.of_state(fields[gated_updates.SALIENT], fields[name])
             )
-            parts[name] = messages.values(name, fields[name], known)
+            sent_state, known = (without_density(tree) for tree in (fields[name], known))
+            parts[name] = messages.values(name, sent_state, known)
         elif name == "control":
             parts[name] = messages.values(name, fields[name], masks)
         elif name == "grads" and as_pairs:
             pruned = jax.tree.map(np.logical_not, masks)
             parts[name] = messages.pairs(name, fields[name], pruned)
+        elif name == "model_state":
+            parts[name] = messages.whole(name, without_density(fields[name]))
         else:
             parts[name] = messages.whole(name, fields[name])
     message = {}

@@ -42,7 +42,7 @@ def fedrts_f4(kept: Sequence[int], shapes: Shapes) -> int:
     leads to one output (the last axis of our kernels), as where the rule comes from.
 
     References:
-      Tan et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
+      Huang et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
     """
     total = 0
     for m, shape in zip(kept, shapes, strict=True):

@@ -168,7 +168,7 @@ def published_bits(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
     present = np.asarray(metrics.participated)
     reached = ledger.received(present, np.asarray(metrics.sent.client_ids))
     statistics = trees.sizes(state.model_state)
-    reply = metrics.sent.up["reply"]["model_state"].live_counts
+    reply = metrics.sent.up["reply"]["model_state"]
     num_bits = sum(
         math.prod(leaf.shape[1:])
         for leaf in jax.tree.leaves(metrics.sent.up.get(gated_updates.SALIENT, {}))
@@ -176,9 +176,10 @@ def published_bits(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
     )
     values = np.asarray(metrics.num_uploaded, np.int64)[present].sum()
     of_state = (
-        np.count_nonzero(present) * sum(statistics)
-        if isinstance(reply, tuple)
-        else np.asarray(reply, np.int64)[present].sum()
+        np.count_nonzero(present)
+        * sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(reply.template))
+        if isinstance(reply.live_counts, tuple)
+        else np.asarray(reply.live_counts, np.int64)[present].sum()
     )
     down = int(np.asarray(metrics.num_downloaded, np.int64)[0].sum()) + sum(statistics)
     return PublishedBits(

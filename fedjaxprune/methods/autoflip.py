@@ -36,7 +36,7 @@ import pydantic
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import batch_norm, early_stopping, server_optimizers
 from fedjaxprune.method import Method, Paper
-from fedjaxprune.models import heads
+from fedjaxprune.models import gates, heads
 from fedjaxprune.pruning import movement, pruners, schedules
 from fedjaxprune.pruning.structured import channel_pruning
 from fedjaxprune.rounds import facts as facts_lib
@@ -284,7 +284,8 @@ def _explore(
         for name in readings
     }
     if is_warm:
-        fields |= {"model_state": FieldSpec(), "move": FieldSpec()}  # by examples
+        # By examples.
+        fields |= {"model_state": FieldSpec(travels=gates.is_of_client), "move": FieldSpec()}
         # Not called `delta`, which would go through the uplink.
         readings = {**readings, "move": lambda delta, masks: delta}
     client = early_stopping.report(

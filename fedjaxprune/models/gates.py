@@ -3,9 +3,9 @@
 A gate lets a part of a layer's channels through, chosen anew for every example. How large a part is
 one number, the density (rho), which a method may change from round to round: it is an array in the
 model's state, ``state["gating"]["density"]``, so that training and predictions read the same one
-and a change of it compiles nothing. It is not trained, and a weighted mean over clients leaves it
-as it is. Which channels the examples of a step kept is a metric, not state: a client reads it from
-the loss (`kept`), and it neither travels with the statistics nor outlives the round.
+and a change of it compiles nothing. It is not trained, and clients do not send it back. Which
+channels the examples of a step kept is a metric, not state: a client reads it from the loss
+(`kept`), and it neither travels with the statistics nor outlives the round.
 
 A gated layer is named by its path, and all leaves of the parameters under that path have the
 layer's output channels on their last axis: ``conv/kernel``, the normalization and the gate's own
@@ -39,6 +39,12 @@ def density(state: State) -> jax.Array:
     """
     _check(state)
     return state[COLLECTION]["density"]
+
+
+def is_of_client(path: str, leaf: jax.Array) -> bool:
+    """Tell, by path in the model's state, what a client may change: all but the density."""
+    del leaf  # its path says it
+    return path != f"{COLLECTION}/density"
 
 
 def with_density(state: State, density: jax.Array) -> State:

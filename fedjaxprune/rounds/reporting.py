@@ -117,7 +117,8 @@ def reporting_round(
 
     def update(key, given, own, data):
         message, _ = client.update(key, given, (), data)
-        sent = {field: message.fields[field] for field in travelling}
+        arrived = traffic.zero_unsent(fields, message.fields)
+        sent = {field: traffic.only_sent(fields, field, arrived[field]) for field in travelling}
         summary = {
             "template": trees.shape_only(sent),
             "sent_counts": {
@@ -127,7 +128,7 @@ def reporting_round(
             },
         }
         added = {traffic.NUM_MESSAGES: jnp.int32(1), traffic.SUMMARY: summary}
-        return Message({**message.fields, **added}, weigh(protocol, message.weight)), own
+        return Message({**arrived, **added}, weigh(protocol, message.weight)), own
 
     def round_fn(key, state, members, population):
         client_key, own_key = jax.random.split(key)

@@ -1,7 +1,7 @@
 """What a round's messages were, in counts: noted at the client, gathered for the ledger."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,25 @@ _SHAPED: tuple[Send, ...] = ("whole", "bits")  # whose lengths follow from their
 NUM_UPLOADED, NUM_MESSAGES, SUMMARY = "num_uploaded", "num_messages", "message_summary"
 
 
+def check_field(name: str, spec: FieldSpec) -> None:
+    """See that a field of a training round's messages can travel as its spec says.
+
+    Raises:
+      ValueError: the way is unknown, or some leaves shall stay away of a field that is not sent
+        whole.
+    """
+    if spec.send not in get_args(Send):
+        raise ValueError(
+            f"the field {name!r} must be sent as one of {', '.join(get_args(Send))}; "
+            f"got {spec.send!r}."
+        )
+    if spec.travels is not None and spec.send != "whole":
+        raise ValueError(
+            f"the field {name!r} must be sent as 'whole' if `travels` says which of its leaves are "
+            f"sent; got {spec.send!r}."
+        )
+
+
 def summarize_message(
     fields: Mapping[str, Any], specs: Mapping[str, FieldSpec], narrowed: Mapping[str, Masks]
 ) -> dict[str, Any]:
@@ -28,7 +47,7 @@ def summarize_message(
     A field without a spec travels whole; `narrowed` has the masks of those that travel in part.
     """
     others = {
-        name: tree
+        name: only_sent(specs, name, tree)
         for name, tree in fields.items()
         if name not in SPECIAL and _send(specs, name) != "nothing"
     }
@@ -46,11 +65,32 @@ def summarize_message(
             name: masks_lib.num_kept(jax.tree.map(_is_set, tree))
             for name, tree in of("pairs", "bits").items()
         },
-        "live_counts": {name: masks_lib.num_kept(masks) for name, masks in narrowed.items()},
+        "live_counts": {
+            name: masks_lib.num_kept(only_sent(specs, name, masks))
+            for name, masks in narrowed.items()
+        },
     }
     if "masks" in fields:
         summary["masks"] = masks_lib.num_kept(fields["masks"])
     return summary
+
+
+def only_sent(specs: Mapping[str, FieldSpec], name: str, tree: Any) -> Any:
+    """Put None in the place of the leaves of a field that its spec does not let travel."""
+    travels = _travels(specs, name)
+    return trees.map_with_path(lambda path, leaf: leaf if travels(path, leaf) else None, tree)
+
+
+def zero_unsent(specs: Mapping[str, FieldSpec], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Put zeros in the place of the leaves that do not travel, as the server sees them."""
+
+    def zeroed(name: str, tree: Any) -> Any:
+        travels = _travels(specs, name)
+        return trees.map_with_path(
+            lambda path, leaf: leaf if travels(path, leaf) else jnp.zeros_like(leaf), tree
+        )
+
+    return {name: zeroed(name, tree) for name, tree in fields.items()}
 
 
 def sent(
@@ -142,6 +182,11 @@ def _pack(masks: Masks, prunable: PrunableFn, *, needed: jax.Array) -> tuple[jax
 
 def _send(specs: Mapping[str, FieldSpec], name: str) -> Send:
     return specs[name].send if name in specs else "whole"
+
+
+def _travels(specs: Mapping[str, FieldSpec], name: str) -> Callable[[str, Any], bool]:
+    spec = specs.get(name)
+    return (lambda path, leaf: True) if spec is None or spec.travels is None else spec.travels
 
 
 def _says_anything(tree: Any) -> jax.Array:

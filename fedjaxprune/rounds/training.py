@@ -5,7 +5,7 @@ Each step is a function of plain values; `training` puts them in order.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import optax
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, attacks, cohort, server_optimizers, uplinks
+from fedjaxprune.models import gates
 from fedjaxprune.pruning import pruners
 from fedjaxprune.rounds import hostility, stages, traffic
 from fedjaxprune.rounds.protocol import (
@@ -25,7 +26,6 @@ from fedjaxprune.rounds.protocol import (
     no_correction,
     weigh,
 )
-from fedjaxprune.traffic import Send
 from fedjaxprune.types import (
     Algorithm,
     Broadcast,
@@ -235,7 +235,7 @@ def upload(
     key: Key, parts: Parts, message: Message, given: Given, state: State
 ) -> tuple[Message, State]:
     """Make of one client's message what arrives: masked, through the uplink, and counted."""
-    fields, rules = message.fields, parts.masking
+    fields, rules = traffic.zero_unsent(parts.fields, message.fields), parts.masking
     sendable = given.upload
     if "masks" in fields:  # personal ones
         sendable = jax.tree.map(jnp.logical_and, sendable, fields["masks"])
@@ -336,7 +336,7 @@ def revise(
 def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
     correction = no_correction() if protocol.correction is None else protocol.correction
-    fields = {**correction.fields, **fields}
+    fields = {"model_state": FieldSpec(travels=gates.is_of_client), **correction.fields, **fields}
     total, stack = aggregators.unweighted_sum(), aggregators.stack()
     by_field = {
         "delta": joining(protocol) if protocol.aggregator is None else protocol.aggregator,
@@ -349,11 +349,7 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
         traffic.NUM_MESSAGES: total,
     }
     for name, spec in fields.items():
-        if spec.send not in get_args(Send):
-            raise ValueError(
-                f"the field {name!r} must be sent as one of {', '.join(get_args(Send))}; "
-                f"got {spec.send!r}."
-            )
+        traffic.check_field(name, spec)
         chosen = spec.aggregate or by_field.get(name)
         by_field[name] = chosen or joining(protocol, by="sum" if spec.is_sum else "examples")
     client, attackers = correction.wrap(client), protocol.attackers

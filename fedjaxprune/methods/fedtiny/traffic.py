@@ -76,7 +76,7 @@ def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
     encoding contains the mask. Statistics and losses are not charged.
 
     References:
-      Tan et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
+      Huang et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
     """
     stored = ledger.charge_storage(metrics, state, storage_models.fedrts_f4)
     field = metrics.sent.up.get("reply", {}).get("grads")
