@@ -24,6 +24,7 @@ from fedjaxprune.types import (
     RoundMetrics,
     RoundState,
     Stage,
+    State,
 )
 
 
@@ -113,22 +114,7 @@ def reporting_round(
       ValueError: if a field is to travel in a way that exchanges do not know.
     """
     joined = _aggregators(protocol, name, fields)
-    travelling = [field for field, spec in fields.items() if spec.send != "nothing"]
-
-    def update(key, given, own, data):
-        message, _ = client.update(key, given, (), data)
-        arrived = traffic.zero_unsent(fields, message.fields)
-        sent = {field: traffic.only_sent(fields, field, arrived[field]) for field in travelling}
-        summary = {
-            "template": trees.shape_only(sent),
-            "sent_counts": {
-                field: masks_lib.num_kept(tree)
-                for field, tree in sent.items()
-                if fields[field].send == "bits"
-            },
-        }
-        added = {traffic.NUM_MESSAGES: jnp.int32(1), traffic.SUMMARY: summary}
-        return Message({**arrived, **added}, weigh(protocol, message.weight)), own
+    update = _noted(client, protocol, fields)
 
     def round_fn(key, state, members, population):
         client_key, own_key = jax.random.split(key)
@@ -182,6 +168,30 @@ def reporting_round(
         round=stages.with_hooks(round_fn, exchange.hooks),
         cohort=exchange.cohort,
     )
+
+
+def _noted(
+    client: Client, protocol: Protocol, fields: Mapping[str, FieldSpec]
+) -> Callable[..., tuple[Message, State]]:
+    """Make of a client's reports what arrives, and note for the ledger what of it travels."""
+    travelling = [field for field, spec in fields.items() if spec.send != "nothing"]
+
+    def update(key, given, own, data):
+        message, _ = client.update(key, given, (), data)
+        arrived = traffic.zero_unsent(fields, message.fields)
+        sent = {field: traffic.only_sent(fields, field, arrived[field]) for field in travelling}
+        summary = {
+            "template": trees.shape_only(sent),
+            "sent_counts": {
+                field: masks_lib.num_kept(tree)
+                for field, tree in sent.items()
+                if fields[field].send == "bits"
+            },
+        }
+        added = {traffic.NUM_MESSAGES: jnp.int32(1), traffic.SUMMARY: summary}
+        return Message({**arrived, **added}, weigh(protocol, message.weight)), own
+
+    return update
 
 
 def _aggregators(protocol, name, fields) -> dict[str, Aggregator | CohortAggregator]:
