@@ -20,6 +20,8 @@ from fedjaxprune.pruning import candidates, drop_and_grow, schedules
 from fedjaxprune.rounds import protocol, training
 from fedjaxprune.structure import jaxprs
 from fedjaxprune.types import Broadcast, Message, PrunerInputs, client_data
+from fedjaxprune.wire import format as wire_format
+from fedjaxprune.wire import messages
 from tests import quadratic, resuming
 
 KEY = jax.random.key(5)
@@ -283,6 +285,39 @@ def test_the_server_trains_on_its_own_examples_alone():
     assert history[0].num_participating == 0
 
 
+def test_after_the_choice_its_index_is_sent_to_those_who_hold_the_candidates():
+    """The first two clients of four hold them, one holds nothing, one the chosen masks already."""
+    algorithm, states, _ = play()
+    state, pool = states[3], states[3].method
+    assert (pool.held_id, pool.chosen_id) == (state.masks_id - 1, state.masks_id)
+    ids = range(4)
+    members = quadratic.cohort(algorithm, ids)
+    held = [*[int(pool.held_id)] * 2, 0, int(pool.chosen_id)]
+    rows = members.states._replace(masks_held=jnp.array(held, jnp.int32))
+    message = messages.whole("model_state", state.model_state)
+    message |= messages.values("params", state.params, state.masks)
+    named = messages.whole("chosen", np.uint8(pool.chosen)) | message
+    in_force = messages.masks_in_force(state.masks, [False, True, False, True])
+    known, index, full = (len(wire_format.encode(each)) for each in (message, named, in_force))
+
+    def received(before):
+        run = jax.jit(algorithm.stages[3].round)
+        _, after, metrics = run(KEY, before, members._replace(states=rows), PEOPLE)
+        np.testing.assert_array_equal(after.masks_held, [before.masks_id] * 4)
+        charged = ledger.account(metrics, before, algorithm)
+        return [
+            entry.downlink_bits // 8
+            for i in ids
+            for entry in charged.clients
+            if i in entry.client_ids
+        ]
+
+    assert received(state) == [index, index, known + full, known]
+    assert index < known + full
+    later = state._replace(masks_id=state.masks_id + 1)  # an exchange has changed the masks since
+    assert received(later) == [known + full] * 4
+
+
 def test_with_one_candidate_the_selection_leaves_the_mask():
     _, states, _ = play(pool_size=1)
     chex.assert_trees_all_equal(states[1].masks, states[3].masks)
@@ -521,7 +556,7 @@ def test_every_message_is_counted():
     assert down.values == up.values == 6 * 32 * live
     assert down.statistics == up.statistics == 6 * 32 * num_statistics
     assert up.masks == up.indices == down.indices == 0
-    assert (down.masks > 0) == changed
+    assert down.masks == 6 * 8 * changed  # a byte: they hold the candidates, and learn which it is
     # Round 2 of training: pairs of the head's kernel, whose positions lie among its dead weights.
     sent = num_pairs(history[4])
     leaf = trees.paths(quadratic.PARAMS).index("head/kernel")

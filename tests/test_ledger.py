@@ -194,7 +194,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                 is_new = versions[client] == 0 and stage == "agree" and name == "mpfl+started"
                 down = received_by_filter(stage, algorithm, before, is_stale, is_new)
             else:
-                down = received(name, stage, algorithm, before, masks, is_stale)
+                down = received(name, stage, algorithm, before, masks, versions[client])
             up = 0
             if present[slot]:
                 versions[client] = version
@@ -234,8 +234,9 @@ def guest(before, after):
     return {0: (bits_of(messages.personal_masks(after.masks, FLAGS)), bits_of(down))}
 
 
-def received(name, stage, algorithm, before, masks, is_stale):
-    """Encode what a client receives, in bits."""
+def received(name, stage, algorithm, before, masks, version):
+    """Encode what a client that holds a version of the masks receives, in bits."""
+    is_stale = version != int(before.masks_id)
     if stage in ("score", "explore"):  # of the dense model
         model = messages.whole("model_state", before.model_state)
         return bits_of(model | messages.whole("params", before.params))
@@ -252,6 +253,11 @@ def received(name, stage, algorithm, before, masks, is_stale):
     message |= messages.whole("model_state", before.model_state)
     sees = at_large(name, before.masks)
     message |= messages.values("params", algorithm.deployed_params(before), sees)
+    pool = before.method
+    holds_all = "fedtiny" in name and (pool.held_id, pool.chosen_id) == (version, before.masks_id)
+    if is_stale and holds_all:
+        is_stale = False
+        message = messages.whole("chosen", np.asarray(pool.chosen, np.uint8)) | message
     in_force = messages.masks_in_force(before.masks, flags_of(algorithm, before.params))
     return bits_of(message) + is_stale * bits_of(in_force)
 
@@ -451,6 +457,12 @@ def test_the_rule_of_fedrts_by_hand():
     by_density[50] = 50 * 4 + 100 * 6 + 1600  # 10 columns: 4 bits; 100 rows, ceil(log2 50) = 6
     for kept, bits in by_density.items():
         assert storage_models.fedrts_f4([kept], shapes) == bits
+        # PruneFL's squares go up dense: 1000 weights of 32 bits. The live weights go both ways.
+        assert storage_models.prunefl([kept], shapes) == 32_000 + bits
+        assert storage_models.prunefl_corrected([kept], shapes) == 32_000 + 2 * bits
+    # A bias of 10 that is not pruned, beside them: 320 bits in each of the three transfers.
+    both = ([50, 10], [*shapes, (10,)])
+    assert storage_models.prunefl_corrected(*both) == 32_000 + 2 * 2400 + 3 * 320
 
 
 def test_a_summary_adds_up_the_ledger():

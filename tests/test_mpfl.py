@@ -25,6 +25,7 @@ KEY = jax.random.key(4)
 PEOPLE = quadratic.population()
 LOCAL_STEPS, ROUNDS, ITERATIONS = 3, 2, 2
 NUM_FILTERS = 4 + 2
+SLOW = pytest.mark.slow  # seconds each, and the same code as MPFL's
 
 
 def setup(**changes):
@@ -194,6 +195,33 @@ def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
     for layer, bits in enumerate(states[2].method.keep):
         tally = sizes @ np.array([vote[layer] for vote in votes])
         np.testing.assert_array_equal(bits, 2 * tally > sizes.sum())
+
+
+@pytest.mark.parametrize(
+    "module", [mpfl, *(pytest.param(m, marks=SLOW) for m in (averaged_filters, pooled_filters))]
+)
+def test_the_exchange_that_prunes_nothing_may_be_left_out(module):
+    """The later rounds are the same, masks and charges included, and it costs nothing."""
+    own = {"consensus": "top_k"} if module is mpfl else {}
+    algorithm, states, history = voted() if module is mpfl else (a := make(module), *run(a))
+    shorter = make(module, skip_first_exchange=True, **own)
+    assert [stage.num_rounds for stage in shorter.stages] == [ITERATIONS, ROUNDS]
+    found, told = run(shorter)
+    later = zip(states[2:], found[1:], strict=True)
+    chex.assert_trees_all_equal(found[0].params, states[1].params)
+    for wanted, state in later:
+        assert state.round == wanted.round - 1
+        for name in ("params", "masks", "masks_id", "server"):
+            chex.assert_trees_all_equal(getattr(state, name), getattr(wanted, name))
+        chex.assert_trees_all_equal(state.method.keep, wanted.method.keep)
+        chex.assert_trees_all_equal(state.method.agreement, wanted.method.agreement[1:])
+    charged = [charge(shorter, m, s) for m, s in zip(told, found[1:], strict=True)]
+    assert charged == [
+        charge(algorithm, m, s) for m, s in zip(history[1:], states[2:], strict=True)
+    ]
+    if module is mpfl:
+        total = sum(sum(traffic.published["filter_masked"]) for traffic in charged[:ITERATIONS])
+        assert total == agreement_bits(NUM_FILTERS, 6, ITERATIONS - 1)
 
 
 def test_no_exchange_follows_once_enough_is_pruned():

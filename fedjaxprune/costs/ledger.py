@@ -38,6 +38,7 @@ KINDS: Mapping[str, str] = {
     "statistics": "statistics",
     messages.WEIGHT: "framing",
     messages.SEED: "indices",
+    "chosen": "masks",
 }
 _ROUNDS = 16  # counts of all slots that are remembered: half a megabyte each for a thousand clients
 NOTHING = LinkBits(values=0, indices=0, masks=0, statistics=0, framing=0)

@@ -64,6 +64,40 @@ def pairs(num_pairs: int, size: int) -> int:
     return num_pairs * (32 + _log2(size))
 
 
+def prunefl(kept: Sequence[int], shapes: Shapes) -> int:
+    """Charge what FedRTS charges a PruneFL client for a round that revises masks, both ways.
+
+    A dense and a sparse model (``O_d + O_s``), as `fedrts_f4` stores them; other rounds take two
+    sparse models. `prunefl_corrected` has the transfer that is missing.
+
+    Args:
+      kept: live weights of each leaf.
+      shapes: of the leaves.
+
+    References:
+      Huang et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
+    """
+    return dense(kept, shapes) + fedrts_f4(kept, shapes)
+
+
+def prunefl_corrected(kept: Sequence[int], shapes: Shapes) -> int:
+    """Charge a PruneFL client for every transfer of a round that revises masks, both ways.
+
+    The client receives the live weights (``O_s``), and sends the live weights back (``O_s``) and
+    the squared gradients of all weights (``O_d``). The published ``O_d + O_s`` has one sparse model
+    only: beside the weights down and the squares up, it lacks the live weights that go up.
+
+    Args:
+      kept: live weights of each leaf.
+      shapes: of the leaves.
+
+    References:
+      Jiang et al., `PruneFL <https://arxiv.org/abs/1909.12326>`_, 2022, and its public code, in
+      which clients send both.
+    """
+    return prunefl(kept, shapes) + fedrts_f4(kept, shapes)
+
+
 STORAGE: Mapping[str, StorageFn] = {
     "dense": dense,
     "values": values,

@@ -74,6 +74,11 @@ class RankingSettings(FilterSettings):
         ge=1,
         le=10_000,
     )
+    skip_first_exchange: bool = setting(
+        False,
+        "Whether to leave out the exchange that does not prune (the public code has it): nobody "
+        "trains or sends anything for it, and the later exchanges want the same.",
+    )
     prune_fraction_per_step: float | None = setting(
         None,
         "Fraction of the remaining filters that a ranking prunes in an exchange (public code: "
@@ -107,7 +112,7 @@ class FilterState(NamedTuple):
     """
 
     keep: filters.Keep  # [F] bool a layer: the filters in force
-    agreement: jax.Array  # [num_prune_steps + 1, layers] float32
+    agreement: jax.Array  # [exchanges, layers] float32
     removed_kept: jax.Array  # [L] int32: left if what reads a pruned channel is removed with it
 
 
@@ -120,10 +125,21 @@ class Plan(NamedTuple):
     remove: filters.Drops
     num_steps: int  # exchanges that prune; one that does not comes before them
     stop: fractions.Fraction  # of the layers' weights; no exchange once more is pruned
+    first_step: int  # 0, or 1 to leave the exchange out that does not prune
+
+    @property
+    def num_exchanges(self) -> int:
+        """Count the exchanges; that of index `i` in its stage makes the step ``first_step + i``."""
+        return self.num_steps + 1 - self.first_step
 
 
 def make_plan(
-    task: Task, settings: FilterSettings, *, num_steps: int, stop: float | None = None
+    task: Task,
+    settings: FilterSettings,
+    *,
+    num_steps: int,
+    stop: float | None = None,
+    first_step: int = 0,
 ) -> Plan:
     """Find the filters of the network; without `stop` exchanges end as MPFL's code has it."""
     channels, params = task.facts.channels(), task.facts.params
@@ -141,13 +157,18 @@ def make_plan(
         remove=settings.remove,
         num_steps=num_steps,
         stop=filters.exact(max(STOP, settings.sparsity) if stop is None else stop),
+        first_step=first_step,
     )
 
 
 def plan_ranking(task: Task, settings: RankingSettings) -> tuple[Plan, filters.TargetFn]:
     """Find the filters, and how many a ranking leaves in each exchange."""
     plan = make_plan(
-        task, settings, num_steps=settings.num_prune_steps, stop=settings.stop_sparsity
+        task,
+        settings,
+        num_steps=settings.num_prune_steps,
+        stop=settings.stop_sparsity,
+        first_step=int(settings.skip_first_exchange),
     )
     wanted = filters.even_steps(settings.sparsity, plan.num_steps)
     share = settings.prune_fraction_per_step
@@ -254,7 +275,7 @@ def exchange(
         server_update=server_update,
         download=download,
         exchange=reporting.Exchange(
-            num_rounds=plan.num_steps + 1,
+            num_rounds=plan.num_exchanges,
             cohort="everyone",
             compute=lambda state: {TRAINED: masks_lib.num_kept(state.masks)[None]},
             is_over=lambda state: is_over(plan, state.method.keep),
@@ -280,7 +301,7 @@ def train_after(
     def init(state):
         method = FilterState(
             keep=filters.full(plan.layers),
-            agreement=jnp.zeros((plan.num_steps + 1, len(plan.layers)), jnp.float32),
+            agreement=jnp.zeros((plan.num_exchanges, len(plan.layers)), jnp.float32),
             removed_kept=jnp.asarray(trees.sizes(state.params), jnp.int32),
         )
         return state._replace(method=method)

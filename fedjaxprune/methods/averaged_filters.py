@@ -42,9 +42,9 @@ def build(settings: AveragedFilters, task: Task) -> Algorithm:
             masks_lib.apply(state.masks, state.params),
             fields["trained"],
         )
-        keep = state.method.keep
-        keep = filters.ranked(plan.layers, mean, keep, targets(state.round, keep))
-        return _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=state.round)
+        keep, step = state.method.keep, plan.first_step + state.round
+        keep = filters.ranked(plan.layers, mean, keep, targets(step, keep))
+        return _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=step)
 
     average = _filter_rounds.exchange(
         task,

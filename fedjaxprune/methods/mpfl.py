@@ -5,7 +5,8 @@ Stages of one run:
 1. ``start`` (only with `dense_rounds`): dense FedAvg, for weights worth pruning;
 2. ``agree``: in every exchange the nodes train from the weights of the start under the mask so far,
    rank the filters of each layer by norm, and vote for those they would keep; the server makes one
-   mask of the votes, and all weights go back to the start. The first exchange prunes nothing;
+   mask of the votes, and all weights go back to the start. The first exchange prunes nothing
+   (`skip_first_exchange` leaves it out);
 3. ``train``: FedAvg under the mask, from the weights of the start.
 
 The public code has no federated training, hands out pretrained weights with a classifier drawn
@@ -80,19 +81,20 @@ def build(settings: MPFL, task: Task) -> Algorithm:
         votes, weight = fields["ballot"]
         num_voters = fields["num_messages"]
         norms = filters.norms(state.params, plan.layers)
+        step = plan.first_step + state.round
 
         def decide(line, live, norm, quota):
             ballot = voting.Ballot(
                 votes=line, weight=weight, num_voters=num_voters, live=live, worth=norm
             )
-            return voting.decide(rule, ballot, trees.take_rows(quota, state.round))
+            return voting.decide(rule, ballot, trees.take_rows(quota, step))
 
         keep = tuple(map(decide, votes, state.method.keep, norms, quotas))
         alike = [
             coverage.agreement((line,), num_voters, lambda path, leaf: True)
             for line in fields["masks"]
         ]
-        state = _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=state.round)
+        state = _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=step)
         log = state.method.agreement.at[state.round].set(jnp.stack(alike), mode="drop")
         return state._replace(method=state.method._replace(agreement=log))
 
@@ -132,7 +134,8 @@ def _voter(trainer: Client, plan: _filter_rounds.Plan, targets: filters.TargetFn
         start = masks_lib.apply(broadcast.masks, broadcast.params)
         trained = jax.tree.map(jnp.add, start, message.fields["delta"])
         keep = filters.of_masks(plan.layers, broadcast.masks)
-        vote = filters.ranked(plan.layers, trained, keep, targets(broadcast.round, keep))
+        step = plan.first_step + broadcast.round
+        vote = filters.ranked(plan.layers, trained, keep, targets(step, keep))
         norms = [jnp.sum(norm) for norm in filters.norms(trained, plan.layers)]
         fields = {
             "masks": vote,

@@ -34,16 +34,16 @@ def build(settings: PooledFilters, task: Task) -> Algorithm:
 
     def work(key, state, population):
         trained, metrics = train(key, state, population)
-        before = state.method.keep
+        before, step = state.method.keep, plan.first_step + state.round
         keep = trees.tree_where(
             _filter_rounds.is_over(plan, before),
             before,
-            filters.ranked(plan.layers, trained.params, before, targets(state.round, before)),
+            filters.ranked(plan.layers, trained.params, before, targets(step, before)),
         )
-        state = _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=state.round)
+        state = _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=step)
         return state, metrics
 
-    prepare = server_round("prepare", work, num_rounds=plan.num_steps + 1)
+    prepare = server_round("prepare", work, num_rounds=plan.num_exchanges)
     return _filter_rounds.train_after(task, settings, plan, (prepare,))
 
 

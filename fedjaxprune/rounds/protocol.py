@@ -86,10 +86,14 @@ class MaskTransport(NamedTuple):
       encode: ``state -> FieldLength`` of the field `masks`, in a message of that name. None sends
         the prunable leaves in the shortest coding, which the ledger finds out on the host.
       is_needed: ``state -> [] bool``, whether there is anything to say; None always sends them.
+      choose: ``(state, masks_held [C]) -> FieldLength`` of the field `chosen`, which goes with the
+        parameters and says which of several masks are in force; its `clients` are those that hold
+        all of these and need nothing else. None: there is no such client.
     """
 
     encode: Callable[[RoundState], FieldLength] | None = None
     is_needed: Callable[[RoundState], jax.Array] | None = None
+    choose: Callable[[RoundState, jax.Array], FieldLength] | None = None
 
     def receivers(self, state: RoundState, masks_held: jax.Array) -> jax.Array:
         """Mark the clients that have to be sent the masks, ``[C]``, by what each holds."""

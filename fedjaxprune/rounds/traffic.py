@@ -128,6 +128,10 @@ def sent(
     if jax.tree.leaves(state.correction):
         down["broadcast"]["drift"] = FieldLength(live_counts=trained)
     receivers = transport.receivers(state, cohort.states.masks_held)
+    if transport.choose is not None:
+        chosen = transport.choose(state, cohort.states.masks_held)
+        down["broadcast"]["chosen"] = chosen._replace(clients=receivers & chosen.clients)
+        receivers = receivers & ~chosen.clients
     packed: Any = ()
     if transport.encode is None:
         packed = _pack(state.masks, prunable, needed=jnp.any(receivers))

@@ -37,7 +37,7 @@ from fedjaxprune.methods.fedtiny import selection, traffic
 from fedjaxprune.pruning import drop_and_grow
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import stages
-from fedjaxprune.rounds.protocol import FieldSpec, joining
+from fedjaxprune.rounds.protocol import FieldSpec, Masking, MaskTransport, joining
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Count, Epochs, Fraction, Rounds, Settings, Share, Sparsity, setting
@@ -144,8 +144,10 @@ def build(settings: FedTiny, task: Task) -> Algorithm:
 
 def _train(settings: FedTiny, task: Task, prunable: PrunableFn) -> Algorithm:
     """Build sparse training, in which one block at a time exchanges weights."""
+    masking = Masking(transport=MaskTransport(choose=traffic.choose))
     if settings.drop_fraction == 0.0:
-        return training(task.protocol, client=task.local_client(), prunable=prunable)
+        client = task.local_client()
+        return training(task.protocol, client=client, prunable=prunable, masking=masking)
     period, until = exchange_rounds(settings, task.protocol.num_rounds)
     num_exchanged = drop_and_grow.counts(
         fraction=drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until),
@@ -166,6 +168,7 @@ def _train(settings: FedTiny, task: Task, prunable: PrunableFn) -> Algorithm:
         pruner=drop_and_grow.drop_and_grow(num_exchanged),
         prunable=prunable,
         fields={"grads": FieldSpec(aggregate=mean, send="pairs")},
+        masking=masking,
     )
 
 

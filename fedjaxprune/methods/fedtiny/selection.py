@@ -43,6 +43,8 @@ class Pool(NamedTuple):
     statistics: list[jax.Array]  # [candidates, ...] float32 each, the normalization statistics
     losses: jax.Array  # [candidates] float32, mean losses over the clients; infinite before
     chosen: jax.Array  # [] int32, the candidate that training starts from
+    held_id: jax.Array  # [] int32, `masks_held` of clients that hold all candidates; -1 before
+    chosen_id: jax.Array  # [] int32, `masks_id` of the chosen candidate's masks; -1 before
 
 
 def make_plan(facts: facts_lib.Facts, prunable: PrunableFn, settings: "FedTiny") -> Plan:
@@ -96,6 +98,8 @@ def empty_pool(plan: Plan, model_state: State) -> Pool:
         ],
         losses=jnp.full(plan.num_candidates, jnp.inf, jnp.float32),
         chosen=jnp.int32(0),
+        held_id=jnp.int32(-1),
+        chosen_id=jnp.int32(-1),
     )
 
 
@@ -169,8 +173,10 @@ def compare(plan: Plan, task: Task, settings: "FedTiny") -> Stage:
         del key  # deterministic
         losses = fields["losses"]
         chosen = jnp.argmin(losses).astype(jnp.int32)
-        pool = state.method._replace(losses=losses, chosen=chosen)
+        pool = state.method._replace(losses=losses, chosen=chosen, held_id=state.masks_id)
         masks = candidates.by_magnitude(state.params, pool.counts[chosen], plan.prunable)
+        has_changed = masks_lib.num_changed(state.masks, masks) > 0
+        pool = pool._replace(chosen_id=state.masks_id + has_changed.astype(jnp.int32))
         statistics = [leaf[chosen] for leaf in pool.statistics]
         return state._replace(
             params=masks_lib.apply(masks, state.params),

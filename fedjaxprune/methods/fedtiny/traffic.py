@@ -49,6 +49,19 @@ def download(
     )
 
 
+def choose(state: RoundState, masks_held: jax.Array) -> FieldLength:
+    """Tell clients that hold all candidates which one was chosen, by its index.
+
+    It is as wide as the number of candidates asks for. Once an exchange has changed the masks, they
+    need these, like all others.
+    """
+    pool = state.method
+    num_candidates = pool.counts.shape[0]
+    dtype = np.min_scalar_type(num_candidates - 1)
+    holds_all = (masks_held == pool.held_id) & (state.masks_id == pool.chosen_id)
+    return FieldLength(template=trees.shape_only(jnp.zeros([], dtype)), clients=holds_all)
+
+
 def evaluated(state: RoundState, *, prunable: PrunableFn) -> dict[str, jax.Array]:
     """Say which models a client evaluates: all candidates, by forward passes only."""
     like = state.method.counts[:, 0]
