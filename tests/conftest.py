@@ -1,5 +1,6 @@
 """The suite is strict: no implicit dtype or rank promotion; warnings are errors."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -53,6 +54,12 @@ def _count(event: str, duration: float, **rest: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)  # pyright: ignore[reportArgumentType]
+
+
+def pytest_collection_finish() -> None:
+    """Search less often for what can be freed: JAX keeps millions of objects while tracing."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -180,6 +180,7 @@ def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
     assert history[-1].num_uploaded.tolist() == [sizes] * 3
 
 
+@pytest.mark.slow
 def test_the_reference_is_fedavg_of_the_squeeze_excitation_network_to_the_bit():
     variant = dict(adp.METHOD.variants["squeeze_excitation"])
     model = gated_chain(variant.pop("model.density"))
@@ -189,6 +190,7 @@ def test_the_reference_is_fedavg_of_the_squeeze_excitation_network_to_the_bit():
     chex.assert_trees_all_equal(statistics, squeezed().model_state)
 
 
+@pytest.mark.slow
 def test_what_is_not_touched_did_not_change_so_that_sending_the_rest_is_sending_all():
     """To the bit, with momentum and weight decay: absent entries are dense averaging's zeros."""
     _, touched, history = played(density=0.25, upload="touched")

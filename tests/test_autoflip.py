@@ -702,6 +702,7 @@ def test_explorers_stop_by_examples_that_they_do_not_train_on():
     assert 6 <= found.train["epochs"].total <= 6 * EPOCHS
 
 
+@pytest.mark.slow
 def test_killed_at_any_round_it_resumes_to_the_same_bits(tmp_path):
     draw = sampling.with_dropout(sampling.uniform(num_clients=6, cohort_size=4), probability=0.2)
     parts = resuming.parts(

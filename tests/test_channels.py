@@ -138,6 +138,12 @@ NETWORKS = {
     "nnx": lambda: (adapters.from_nnx(lambda rngs: Nnx(rngs)), (6, 7, 3)),
 }
 
+# One of each way to read channels; the others are slow.
+USUAL = ("attentive", "char_lstm", "functions", "gated_resnet", "mlp", "resnet_projection", "vgg")
+CASES = [
+    pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in sorted(NETWORKS)
+]
+
 
 @functools.cache
 def network(name):
@@ -180,7 +186,7 @@ def inputs_only(analysis, keep, params):
     return makers, jax.tree.map(lambda whole, own: whole | ~own, all_of_them, makers)
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("name", CASES)
 def test_what_reads_a_pruned_channel_may_be_anything(name):
     model, params, state, inputs, analysis = network(name)
     makers, readers = inputs_only(analysis, halves(analysis, spare="leaks"), params)
@@ -195,7 +201,7 @@ def test_what_reads_a_pruned_channel_may_be_anything(name):
         assert not np.allclose(unlike, predict(params, state, inputs), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("name", CASES)
 def test_a_channel_that_nothing_reads_may_be_anything(name):
     model, params, state, inputs, analysis = network(name)
     makers, readers = inputs_only(analysis, halves(analysis, spare="mixes"), params)
@@ -206,7 +212,7 @@ def test_a_channel_that_nothing_reads_may_be_anything(name):
     np.testing.assert_allclose(predict(other, state, inputs), outputs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("name", CASES)
 def test_every_filter_is_in_one_group_or_fixed_and_no_entry_in_two(name):
     _, params, _, _, analysis = network(name)
     seen = set()

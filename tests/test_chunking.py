@@ -251,6 +251,7 @@ def test_the_estimate_that_spares_short_runs_a_trial(small):
     assert 1 < found.trial_s < 10
 
 
+@pytest.mark.slow
 def test_a_trial_plays_local_training(small):
     *_, measure = small
     assert measure(2) > 0

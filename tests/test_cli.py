@@ -213,6 +213,7 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
     assert "start a new one with a smaller client.batch_size (here 4) or model" in err
 
 
+@pytest.mark.slow
 def test_rejected_and_absent_clients_are_told_of(capsys):
     status, out, err = call(
         capsys, "run", *small("--model", "mlp", "--learning-rate", "1e30", "--folder", "run")
@@ -299,6 +300,7 @@ def assert_killed_and_resumed(folder, whole, settings, *, after_rounds, delay=0.
     processes.assert_resumes(settings, folder, whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     settings = small("--num-rounds", "30", "--checkpoints.every", "1")
     whole = processes.completed(settings, tmp_path / "whole")

@@ -66,15 +66,13 @@ def run(
     )(members, PEOPLE)
 
 
-@pytest.mark.parametrize("chunk_size", [2, 3, 4, 6, 100])
+@pytest.mark.parametrize("chunk_size", [2, 4, 100])
 def test_every_chunk_size_gives_the_same_result(chunk_size):
     ids = [4, 0, 5, 2, 1, 3]
     chex.assert_trees_all_close(run(ids, chunk_size=chunk_size), run(ids), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("num_devices", "chunk_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (4, 2), (5, 1), (8, 3)]
-)
+@pytest.mark.parametrize(("num_devices", "chunk_size"), [(1, 4), (2, 1), (3, 2), (8, 3)])
 def test_every_number_of_devices_gives_the_same_result(num_devices, chunk_size):
     ids, present = [4, 0, 5, 2, 1], [True, True, False, True, True]
     visits = [40, 0, 50, 20, 10]
@@ -85,7 +83,7 @@ def test_every_number_of_devices_gives_the_same_result(num_devices, chunk_size):
     np.testing.assert_array_equal(shared.states["visits"], [41, 1, 50, 21, 11])
 
 
-@pytest.mark.parametrize("num_devices", [2, 3, 8])
+@pytest.mark.parametrize("num_devices", [2, 8])
 def test_a_client_that_is_not_finite_is_left_out_on_any_device(num_devices):
     def broken(key, broadcast, state, data):
         message, after = update(key, broadcast, state, data)

@@ -254,6 +254,7 @@ def test_an_unknown_name_gets_a_near_miss(tmp_path, name, near):
         datasets.load(name, data_dir=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize(
     ("name", "num_train", "shape", "labels"),

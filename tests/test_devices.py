@@ -57,7 +57,8 @@ def largest_difference(state, other):
 
 
 @pytest.mark.parametrize(
-    ("devices", "chunk_size"), [(8, 1), (3, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
+    ("devices", "chunk_size"),
+    [(3, 2), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (2, 8))],
 )
 def test_devices_differ_in_rounding_only(tmp_path, devices, chunk_size):
     # Without top-k, whose choice among all but equal entries rounding may turn.
@@ -71,6 +72,7 @@ def test_devices_differ_in_rounding_only(tmp_path, devices, chunk_size):
     assert value(second, "test.accuracy") == pytest.approx(value(first, "test.accuracy"), abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_devices_resumes_to_the_same_bits(tmp_path):
     whole = train(tmp_path / "whole", devices=2)
     assert train(tmp_path / "run", devices=2, stop_after=4) is None

@@ -198,6 +198,7 @@ def test_what_is_personal_is_not_corrected_and_its_gradients_stay_at_home():
     assert metrics.sent.down["broadcast"]["drift"].live_counts[place] == 0
 
 
+@pytest.mark.slow
 def test_fednova_with_equal_numbers_of_steps_is_fedavg():
     plain = play(dense(setup()), DROPPING)
     for momentum in (0.0, 0.9):

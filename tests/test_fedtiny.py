@@ -326,6 +326,7 @@ def test_with_one_candidate_the_selection_leaves_the_mask():
     assert np.any(np.asarray(moved) != 0.0)
 
 
+@pytest.mark.slow
 def test_one_candidate_without_readjustment_is_fedavg_under_a_fixed_mask_to_the_bit():
     _, states, _ = play(pool_size=1, drop_fraction=0.0)
     plain = training.training(

@@ -80,13 +80,9 @@ def personal_parameters(s):
 OWN = {"personal_masks": personal, "personal_parameters": personal_parameters}
 USUAL = [  # the others share with them what they send
     ("adaptive_dynamic_pruning", "feedback_top_k"),
-    ("adaptive_dynamic_pruning+scaffold", "identity"),
     ("autoflip", "identity"),
-    ("averaged_filters", "identity"),
     ("fedavg/scaffold", "identity"),
-    ("feddip", "feedback_top_k"),
     ("feddip", "quantize"),
-    ("fedtiny", "identity"),
     ("fedtiny+fednova", "quantize"),
     ("magnitude_masks/one_client", "identity"),
     ("mpfl+started", "identity"),

@@ -220,6 +220,7 @@ def test_an_unknown_choice_is_refused():
         )
 
 
+@pytest.mark.slow
 def test_a_gated_resnet_starts_where_it_can_learn():
     model = gated.gated_resnet32(input_shape=SHAPE, num_classes=3, norm="batch", density=0.7)
     params, state = jax.jit(model.init)(KEY)

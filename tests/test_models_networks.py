@@ -38,6 +38,11 @@ SHAPES = {
     "pooled_cnn": (4, 5, 3),
     "gated_vgg": (4, 5, 2),
 }
+# One of each family; the others are slow.
+USUAL = ("gated_vgg", "lenet5", "mlp", "resnet_batch", "vgg")
+CASES = [
+    pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in sorted(SMALL)
+]
 TINY_HEAD = vgg.Head(pool=2, hidden_sizes=(5,), num_classes=3, dropout=0.5)
 
 
@@ -95,7 +100,7 @@ def count(model, prunable=None):
     return sum(n for n, flag in zip(trees.sizes(params), flags, strict=True) if flag)
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", CASES)
 def test_loss_is_the_weighted_mean_and_metrics_agree(name):
     params, state, step = compiled(name)
     (loss, (_, report)), _ = step(params, state, batch_for(SHAPES[name]), KEY)
@@ -104,7 +109,7 @@ def test_loss_is_the_weighted_mean_and_metrics_agree(name):
     assert 0.0 <= report["accuracy"].total <= 3.0
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", CASES)
 def test_filling_changes_neither_loss_nor_gradient_nor_state(name):
     params, state, step = compiled(name)
     batch = batch_for(SHAPES[name])
@@ -114,7 +119,7 @@ def test_filling_changes_neither_loss_nor_gradient_nor_state(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", CASES)
 def test_a_batch_that_is_all_filling_has_zero_loss_and_gradient_and_leaves_the_state(name):
     params, state, step = compiled(name)
     batch = batch_for(SHAPES[name], filling=4)
@@ -125,7 +130,7 @@ def test_a_batch_that_is_all_filling_has_zero_loss_and_gradient_and_leaves_the_s
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", CASES)
 def test_clients_under_vmap_are_clients_one_by_one(name):
     params, state, step = compiled(name)
     other = jax.tree.map(lambda leaf: leaf * 1.5, params)
@@ -137,7 +142,7 @@ def test_clients_under_vmap_are_clients_one_by_one(name):
         np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", CASES)
 def test_predictions_are_logits_and_parameters_plain_dicts(name):
     params, state, _ = compiled(name)
     assert type(params) is dict

@@ -30,6 +30,19 @@ DEFAULT = {
         "snip/of_clients",
     ),
 }
+# Variants that are usual methods with one part replaced or left out.
+SLOW_VARIANTS = (
+    "adaptive_dynamic_pruning/random_channels",
+    "adaptive_dynamic_pruning/squeeze_excitation",
+    "autoflip/explored_start",
+    "fedavg/fedprox",
+    "feddip/without_penalty",
+    "feddip/without_pruning",
+    "fedtiny/vanilla_selection",
+    "magnitude_masks/one_client",
+    "magnitude_masks/pooled",
+    "rigl/static",
+)
 SLOW_NOTHING = (  # they share the parts that count with a method without an ending
     "averaged_filters",
     "autoflip/explored_start",
@@ -46,7 +59,8 @@ def by_row(*, slow):
     """Make a case of each row, all rows of a method for one worker."""
     for name in rows.names():
         marks = [pytest.mark.xdist_group(rows.family(name))]
-        if slow or (name in rows.BESIDE and name not in rows.USUAL):
+        is_beside = name in rows.BESIDE and name not in rows.USUAL
+        if slow or is_beside or name in SLOW_VARIANTS:
             marks.append(pytest.mark.slow)
         yield pytest.param(name, marks=marks)
 
@@ -118,7 +132,12 @@ def test_a_round_that_is_traced_again_is_noticed():
 
 
 def test_rows_that_are_named_here_exist():
-    named = {*SLOW_NOTHING, *rows.USUAL, *(name for some in DEFAULT.values() for name in some)}
+    named = {
+        *SLOW_NOTHING,
+        *SLOW_VARIANTS,
+        *rows.USUAL,
+        *(name for some in DEFAULT.values() for name in some),
+    }
     assert named <= set(rows.names())
     assert {rows.family(name) for name in named} <= {rows.family(name) for name in rows.names()}
 
