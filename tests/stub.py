@@ -65,6 +65,7 @@ def settings(**changes):
         "federation.num_rounds": 3,
         "client.batch_size": 4,
         "client.epochs": 1,
+        "execution.chunk_size": 1,  # `auto` measures, and may choose another
         "execution.devices": 1,
         "checkpoints.every": 1,
         **changes,

@@ -22,7 +22,7 @@ from tests.processes import lines, small
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Give all runs of these tests one folder for compiled code, not the user's."""
+    """Give all runs of these tests one folder for measured chunk sizes, not the user's."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -30,7 +30,6 @@ def cache(tmp_path_factory):
 def apart(cache, monkeypatch, tmp_path):
     """Work in an empty folder, leave the user's cache alone, and put JAX back as it was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,8 @@ for package in export.NEEDED:
 
 SPARSE = [
     "run", "--method", "random_masks", "--sparsity", "0.98", "--model", "mlp", "--num-rounds", "2",
-    "--num-clients", "4", "--cohort-size", "2", "--steps", "1", "--devices", "1",
+    "--num-clients", "4", "--cohort-size", "2", "--devices", "1", "--chunk-size", "1",
+    "--steps", "1",
 ]  # fmt: skip
 
 
@@ -41,9 +42,7 @@ def put_back():
 def run(tmp_path_factory):
     """Make a run so sparse that channels die."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder.parent / "cache"))
-        main.main([*SPARSE, "--folder", str(folder)])
+    main.main([*SPARSE, "--folder", str(folder)])
     return folder
 
 
@@ -154,8 +153,7 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_the_command_tells_what_it_did_and_leaves_the_run_alone(capsys, run, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_the_command_tells_what_it_did_and_leaves_the_run_alone(capsys, run, tmp_path):
     before = snapshot(run)
     status, out, err = call(capsys, "export", run, "--out", tmp_path / "net")
     assert (status, err) == (0, "")
@@ -167,8 +165,7 @@ def test_the_command_tells_what_it_did_and_leaves_the_run_alone(capsys, run, tmp
     assert err == f"error: {str(tmp_path / 'net')!r} exists; give a folder that does not.\n"
 
 
-def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, exported, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_what_is_no_run_is_refused_in_one_sentence(capsys, run, exported, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     several = tmp_path / "several"

@@ -12,6 +12,7 @@ import sys
 import pytest
 import yaml
 
+pytestmark = pytest.mark.xdist_group("plugin")  # the package is installed once
 ROOT = pathlib.Path(__file__).parent.parent
 PLUGIN = ROOT / "examples" / "plugin"
 DATA = "--dataset blobs --partition by_key"

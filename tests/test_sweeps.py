@@ -26,7 +26,6 @@ def cache(tmp_path_factory):
 def apart(cache, tmp_path, monkeypatch):
     """Work in an empty folder, leave the user's cache alone, and put JAX back as it was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     before = jax.config.values["jax_compilation_cache_dir"]
     yield
