@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 INT_MAX, FLOAT_MAX = 2**31 - 1, 1e30
 
 Count = Annotated[int, Field(ge=1, le=INT_MAX)]
+Counts = Annotated[tuple[Count, ...], Field(max_length=64)]  # such as the widths of layers
 Rounds = Count
 Epochs = Count
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -129,13 +130,15 @@ def takes_list(settings_type: type[pydantic.BaseModel], name: str) -> bool:
 def _limits(annotation: Any, *, machine_limits: bool) -> str:
     """Say where the numbers of a type lie: ``"in [0, 1)"``, ``"at least 1"``; empty without limits.
 
-    The largest numbers of int32 and float32 are named only with `machine_limits`.
+    The largest numbers of int32 and float32, and lengths, are named only with `machine_limits`.
     """
     low = high = None
     leaves = list(_leaves(annotation))
-    for item in (typing.get_args(leaf)[0] for leaf, _ in leaves if _list_text(leaf)):
-        if limits := _limits(item, machine_limits=machine_limits):
-            return f"each {limits}"
+    for leaf, notes in ((leaf, notes) for leaf, notes in leaves if _list_text(leaf)):
+        if limits := _limits(typing.get_args(leaf)[0], machine_limits=machine_limits):
+            lengths = [one.max_length for one in notes if isinstance(one, annotated_types.MaxLen)]
+            most = f", at most {lengths[0]} of them" if lengths and machine_limits else ""
+            return f"each {limits}{most}"
     for limit in (limit for _, bounds in leaves for limit in bounds):
         match limit:
             case annotated_types.MinLen(min_length=1):

@@ -267,6 +267,9 @@ def test_code_that_changed_since_is_warned_of(capsys, tmp_path):
     status, _, err = call(capsys, "run", "--resume", "run")
     assert status == 0
     assert "the run was made with other code: method was a file with checksum" in err
+    status, _, err = call(capsys, "export", "run")
+    assert status == 0
+    assert err.startswith("warning: the run was made with other code: model was a file with check")
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):

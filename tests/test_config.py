@@ -1,6 +1,7 @@
 """The nested configuration: what is resolved, what is refused and how, and what becomes text."""
 
 import copy
+import pathlib
 import typing
 from typing import Any
 
@@ -164,13 +165,12 @@ def test_a_file_is_a_part_and_the_folder_says_whose_code_ran(tmp_path):
     stored = files.read_stored(files.to_yaml(config, versions={"jax": "1"}), source="config.yaml")
     assert stored.parts["model"]["path"] == str(path)
     assert list(stored.parts) == ["model"]
-    assert files.code_changes(stored.parts, config) == []
+    assert files.code_changes(stored.parts, files.whose_code(config)) == ""
     path.write_text(text + "# changed\n")
     again = resolve.resolve(stored.values)
-    (change,) = files.code_changes(stored.parts, again)
-    assert change.startswith("model was a file with checksum ")
-    (change,) = files.code_changes(stored.parts, resolve.resolve({}))
-    assert change.endswith("and is built in now")
+    change = files.code_changes(stored.parts, files.whose_code(again))
+    assert change.startswith("the run was made with other code: model was a file with checksum ")
+    assert files.code_changes(stored.parts, {}).endswith("and is built in now.")
 
 
 # What is given, and what the sentence must say.
@@ -449,3 +449,49 @@ def test_the_json_schema_has_every_section_and_part():
     uplinks = sections["uplink"]["anyOf"]
     (share,) = [one for one in uplinks if "fraction" in one.get("properties", {})]
     assert "error_feedback" in share["properties"]
+
+
+def test_paths_in_a_file_are_seen_from_the_file(tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    for folder in (other, tmp_path / "here"):
+        folder.mkdir()
+    for name in ("mine.py", "table.csv", "base.yaml"):
+        (other / name).write_text("def net(*, input_shape, num_classes):\n    return 1\n")
+    text = "model: mine.py:net\ndata.dataset: {name: table, path: table.csv, test_path: no.csv}\n"
+    (other / "config.yaml").write_text(text)
+    (other / "sweep.yaml").write_text(
+        "preset: base.yaml\nfolder: base.yaml\nseed: [0, 1]\ndata: {dataset: [table.csv, digits]}\n"
+        "cases: [{model: [mine.py:net, mlp]}, {method: {name: mpfl, consensus: mine.py:net}}]\n"
+    )
+
+    def seen(name: str, folder: pathlib.Path) -> dict:
+        monkeypatch.chdir(folder)
+        return dict(files.read_source(name).values)
+
+    data = {"data.dataset.name": "table", "data.dataset.test_path": "no.csv"}
+    there = {"model.name": "mine.py:net", "data.dataset.path": "table.csv", **data}
+    assert seen("config.yaml", other) == seen(str(other / "config.yaml"), other) == there
+    below = {"model.name": "./other/mine.py:net", "data.dataset.path": "./other/table.csv", **data}
+    assert seen("other/config.yaml", tmp_path) == below
+    away = {"model.name": f"{other}/mine.py:net", "data.dataset.path": f"{other}/table.csv", **data}
+    assert seen("../other/config.yaml", tmp_path / "here") == away
+    # The config of a run folder says where its paths are seen from.
+    (tmp_path / "here" / "config.yaml").write_text(f"{text}started_in: {other}\n")
+    assert seen("config.yaml", tmp_path / "here") == away
+    monkeypatch.chdir(tmp_path)
+    assert files.load_source("other/sweep.yaml") == {
+        "preset": "./other/base.yaml",
+        "folder": "base.yaml",
+        "seed": [0, 1],
+        "data": {"dataset": ["./other/table.csv", "digits"]},
+        "cases": [
+            {"model": ["./other/mine.py:net", "mlp"]},
+            {"method": {"name": "mpfl", "consensus": "./other/mine.py:net"}},
+        ],
+    }
+    # A run that was started with one way to write a path may be continued with another.
+    with registry.as_started_in(str(other)):
+        stored = resolve.resolve({"model": "mine.py:net"})
+        given = resolve.read({"model": str(other / "mine.py") + ":net"})
+        assert files.differences(stored, given) == []
+        assert files.differences(stored, resolve.read({"model": "mlp"}))

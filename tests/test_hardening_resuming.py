@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import threading
@@ -14,13 +15,14 @@ import pytest
 import yaml
 
 import fedjaxprune as fjp
-from fedjaxprune.errors import RunFolderError
+from fedjaxprune.errors import FedJaxPruneError, RunFolderError
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import environment, signals
-from fedjaxprune.experiment.folder import checkpoints, failure, layout, load
+from fedjaxprune.experiment.exporting import restore
+from fedjaxprune.experiment.folder import checkpoints, declared, environments, failure, layout, load
 from fedjaxprune.experiment.run import launch
-from tests import stub
+from tests import damage, stub
 from tests.processes import lines
 
 
@@ -153,11 +155,67 @@ def test_another_processor_is_said_and_does_no_harm(warnings, monkeypatch):
     assert said.startswith("the bits may differ from here on: the processor was ")
 
 
+def test_every_environment_is_on_record_and_noted_in_a_comparison(unfinished, monkeypatch):
+    def build(*anything):
+        raise Begun
+
+    first = environment.here()
+    shutil.rmtree(unfinished / layout.CHECKPOINTS / "8")
+    rows = (unfinished / layout.METRICS).read_text().splitlines(keepends=True)
+    (unfinished / layout.METRICS).write_text("".join(rows[:8]))
+    with jax.default_matmul_precision("highest"):
+        fjp.resume(unfinished, allow=["environment"], listener=fjp.Listener(warn=str))
+        second = environment.here()
+        assert environments.read(unfinished) == [environments.Change(7, second)]
+        monkeypatch.setattr(launch, "_build", build)
+        with pytest.raises(Begun):  # the environment is that of the last rounds now
+            fjp.resume(unfinished)
+    with pytest.raises(RunFolderError, match=r"precision was highest then and is None now"):
+        fjp.resume(unfinished)
+    assert load.read_all([unfinished])[1] == [
+        f"{str(unfinished)!r} was computed in another environment from round 7 on: "
+        "jax_default_matmul_precision was None then and is highest now."
+    ]
+    # Rounds that are run again forget the environment in which they were run before.
+    environments.note(unfinished, first, second, 9)
+    assert [one.round for one in environments.read(unfinished)] == [7]
+    environments.note(unfinished, first, first, 9)
+    assert [one.round for one in environments.read(unfinished)] == [7, 9]
+    assert len(load.read_all([unfinished])[1]) == 1  # there is no ninth round
+    environments.note(unfinished, first, first, 5)
+    assert environments.read(unfinished) == []
+    (unfinished / layout.ENVIRONMENTS).write_text('[{"round": "a", "environment": {}}]')
+    with pytest.raises(RunFolderError, match=r"environments\.json' cannot be read: it is damaged"):
+        load.read(unfinished)
+
+
 def test_a_folder_without_an_environment_is_resumed(unfinished, warnings):
     path = unfinished / layout.CONFIG
     head, _, _ = path.read_text().partition("environment:\n")
     path.write_text(head)
     assert warnings() == []
+
+
+def test_huge_arrays_and_odd_settings_of_a_stranger_are_one_sentence(unfinished):
+    damage.SPECIAL["arrays of 2^34 entries in chunks"](unfinished, random.Random(0))
+    said: list[str] = []
+    with pytest.raises(RunFolderError, match=r"no checkpoint .* can be read"):
+        restore.from_folder(unfinished, warn=said.append)
+    assert all(
+        one.endswith("(its arrays are not those that its description lists).") for one in said
+    )
+    assert len(said) == 3
+    with pytest.raises(ValueError, match=r"bytes cannot hold arrays of 1,099,511,627,776 bytes"):
+        declared.check_room(unfinished / layout.CHECKPOINTS, 2**40)
+    text = (unfinished / layout.CONFIG).read_text()
+    for new, sentence in {
+        "scale: [1, {}]": r"model\.scale must be a number, got \[1, \{\}\] \(from .*yaml\)\.",
+        "scales: 0.1": r"unknown setting 'model\.scales' \(from .*\); did you mean model\.scale\?",
+    }.items():
+        (unfinished / layout.CONFIG).write_text(text.replace("scale: 0.1", new))
+        with pytest.raises(FedJaxPruneError, match=sentence) as caught:
+            fjp.export(unfinished)
+        assert "\n" not in str(caught.value)
 
 
 # Checkpoints that do not fit, and records that would be cut.

@@ -18,6 +18,7 @@ FILES = {
     "foreign.yaml": "method: {name: fedavg, sparsity: 0.5}\n",
     "sweep.yaml": "method: feddip\nmethod.sparsity: [0.5, 1.5]\n",
     "case.yaml": "cases: [{method: feddip}, {method: fedip}]\n",
+    "pooled.yaml": "method: {name: pooled_filters, pretrain_epochs: 3}\n",
     "sizes.yaml": "model: {name: mlp, hidden_sizes: [10, -1]}\n",
     "cohort.yaml": "data.num_clients: 4\nfederation.cohort_size: [2, 9]\n",
     "notes": "",
@@ -45,6 +46,11 @@ BAD = {
     "item in file": ("validate sizes.yaml", ["got -1 as item 2 (from sizes.yaml)."]),
     "two kinds": ("run --fraction 0.1", ["trimmed_mean, not of weighted_mean, and of top_k, r"]),
     "pretrained": ("run --method mpfl --pretrain-epochs 3", ["(method.vote_epochs)"]),
+    "pretrained control": ("validate pooled.yaml", ["did you mean method.vote_epochs?"]),
+    "pretrained elsewhere": (
+        "run --method fedavg --pretrain-epochs 3",
+        ["since schema 2 it is method.server_epochs or method.vote_epochs."],
+    ),
     "model": ("run --model lenet", ["model must be one of", "did you mean 'lenet5'?"]),
     "momentum": ("run --optimizer adam --momentum 0.9", ["a setting of sgd, not of adam"]),
     "nova": (

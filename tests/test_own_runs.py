@@ -212,7 +212,10 @@ class Unbuilt(own_networks.nn.Module):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"model": Unbuilt}, "is the class Unbuilt, not a model: it must be a Part or a function"),
+        (
+            {"model": Unbuilt},
+            "class Unbuilt, not a model: name an instance of it, such as `net = U",
+        ),
         ({"model": 3}, "it must be a Model, a flax linen module, .* got int"),
         ({"data": load_breast_cancer}, "'return_X_y', .* to give what it returns, call it"),
         (
@@ -250,7 +253,7 @@ def test_a_wrong_value_is_one_sentence(options, sentence):
         ),
         (
             ["--model", "./networks.py:Block"],
-            "is the class Block, not a model: it must be a Part or",
+            "is the class Block, not a model: name",
         ),
         (["--model", "./networks.py"], "must be ./networks.py:NAME, got"),
         (["--model", "./networks.py:line"], "has no line; did you mean 'linen'?"),

@@ -34,6 +34,7 @@ def build(settings, task):
 )
 IMPORTED = "X cannot be imported ("
 NO_MODEL = ", not a model: it must be a Part or a function of input_shape and num_classes."
+NO_CLASS = ", not a model: "
 NEITHER = (
     ", which is neither a setting (keyword-only and annotated) nor one of input_shape, num_classes."
 )
@@ -294,8 +295,17 @@ def test_a_module_is_found_from_the_working_folder(folder, tmp_path):
         ("\n1 / 0", "x.py:F", f"{IMPORTED}ZeroDivisionError: division by zero, x.py line 2)."),
         ("raise SystemExit", "x.py:F", f"{IMPORTED}SystemExit: SystemExit, x.py line 1)."),
         ("N = 3", "x.py:N", f"X is of type int{NO_MODEL}"),
-        ("class Net: 0", "x.py:Net", f"X is the class Net{NO_MODEL}"),
-        ("class Net:\n def __call__(self): 0\nn = Net()", "x.py:n", f"X is of type Net{NO_MODEL}"),
+        (
+            "class Net: 0",
+            "x.py:Net",
+            f"X is the class Net{NO_CLASS}name a function that makes one,",
+        ),
+        (
+            "class Net:\n init = apply = 0",
+            "x.py:Net",
+            f"X is the class Net{NO_CLASS}name an instance of it, such as `net = Net(...)`, or a ",
+        ),
+        ("class A:\n def __call__(self): 0\nn = A()", "x.py:n", f"X is of type A{NO_MODEL}"),
         (HEAD + "P = Part(build=3)", "x.py:P", "X has a `build` that is no function."),
         (HEAD + "P = Part(len, dict)", "x.py:P", "X has `settings` that are no subclass of "),
         ("def f(*, name: int = 1): 0", "x.py:f", "X has a setting called 'name', which a config "),

@@ -103,6 +103,18 @@ BAD = {
         "data.num_clients: 3\nfederation.cohort_size: [2, 4]",
         ["federation.cohort_size must be at most data.num_clients (3), got 4"],
     ),
+    "settings in a list": (
+        "method: [fedavg, {name: feddip, sparsity: 0.5}]",
+        [
+            "method has settings in its list, {'name': 'feddip'",
+            "`- method: {...}` (from mine.yaml)",
+        ],
+    ),
+    "nested settings in a list": (
+        "client: {optimizer: [{name: sgd, momentum: 0.5}]}",
+        ["client.optimizer has settings", "one of the cases, such as `- client.optimizer: {...}`"],
+    ),
+    "a list of a section": ("server: [{clip: 3}]", ["server has settings in its list, {'clip': 3"]),
     "empty list": ("seed: []", ["seed is a list without a value (from mine.yaml)"]),
     "no cases": ("cases: []", ["cases must be a list", "- {method: NAME}"]),
     "cases": ("cases: {method: fedavg}", ["cases must be a list"]),

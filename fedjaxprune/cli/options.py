@@ -142,8 +142,9 @@ def explain_option(error: click.NoSuchOption, command: str) -> str:
     known = list(resolve.paths(context.command.config_type))
     hint = errors.explain(given, known, context.command.parts)
     if hint.renamed:
-        option = by_path.get(hint.renamed, f"--{hint.renamed}".replace(" or ", " or --"))
-        return f"{start}: since schema 2 it is {option} ({hint.renamed})."
+        option = by_path.get(hint.renamed)  # None where this run has no such setting
+        now = f"{option} ({hint.renamed})" if option else hint.renamed
+        return f"{start}: since schema 2 it is {now}."
     if hint.owners:
         return f"{start}: {errors.whose(hint)}."
     if len(hint.paths) > 1:

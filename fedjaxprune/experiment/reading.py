@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 LARGEST_TEXT = 256 * 2**20  # bytes of a file that is read
+_LARGEST_WHOLE = 64 * 2**20  # of a file in a checkpoint that describes arrays
+_ARRAYS = "d"  # folder in which TensorStore keeps arrays
 _DEEPEST = 32  # lists and mappings in each other
 _DIGITS = 30  # of a whole number
 LARGEST_NUMBER = 1e100  # whose square is finite
@@ -58,17 +60,21 @@ def write_new(path: pathlib.Path, content: bytes) -> None:
         file.write(content)
 
 
-def check_own(folder: pathlib.Path, names: Iterable[str]) -> None:
+def check_own(folder: pathlib.Path, names: Iterable[str], *, checkpoints: str = "") -> None:
     """Check that files and folders of these names, and all in them, are no links, pipes or devices.
 
+    In the folder of that name, only files that hold arrays may have more than 64 MiB, as the others
+    are read whole.
+
     Raises:
-      OSError: one of them is.
+      OSError: one of them is, or is too large.
     """
     waiting = [folder / name for name in names]
     while waiting:
         path = waiting.pop()
         try:
-            mode = path.lstat().st_mode
+            about = path.lstat()
+            mode = about.st_mode
             if stat.S_ISDIR(mode):
                 waiting.extend(path.iterdir())
                 continue
@@ -77,6 +83,9 @@ def check_own(folder: pathlib.Path, names: Iterable[str]) -> None:
         if not stat.S_ISREG(mode):
             kind = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
             raise OSError(None, f"it is {kind}", str(path))
+        is_whole = path.parent.name != _ARRAYS and folder / checkpoints in path.parents
+        if checkpoints and is_whole and about.st_size > _LARGEST_WHOLE:
+            raise OSError(None, f"it is larger than {_LARGEST_WHOLE:,} bytes", str(path))
 
 
 def from_json(source: str) -> Any:

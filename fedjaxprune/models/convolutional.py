@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fedjaxprune.kernels import pooling, shapes
 from fedjaxprune.models import adapters, layers
 from fedjaxprune.registry import Part, call
-from fedjaxprune.settings import Count, Fraction, Settings, setting
+from fedjaxprune.settings import Count, Counts, Fraction, Settings, setting
 from fedjaxprune.types import Model
 
 
@@ -216,9 +216,7 @@ class FemnistCnnSettings(Settings):
 class PooledCnnSettings(Settings):
     """Settings of `pooled_cnn`."""
 
-    channels: tuple[Count, ...] = setting(
-        (32, 64, 32), "Channels of the convolutions.", unit="channels"
-    )
+    channels: Counts = setting((32, 64, 32), "Channels of the convolutions.", unit="channels")
     hidden_size: Count = setting(128, "Width of the hidden dense layer.", unit="units")
 
 

@@ -24,7 +24,7 @@ from fedjaxprune.kernels import pooling, shapes
 from fedjaxprune.models import adapters, gated_layers, gates, layers, resnet, vgg
 from fedjaxprune.models.gated_layers import Choice
 from fedjaxprune.registry import Part, call
-from fedjaxprune.settings import Count, Positive, Probability, Settings, Share, setting
+from fedjaxprune.settings import Counts, Positive, Probability, Settings, Share, setting
 from fedjaxprune.types import Model
 
 
@@ -147,7 +147,7 @@ class GatedVggSettings(GatedSettings):
         "Scale of the gates' kernels at the start; the gates see a sigmoid of their input.",
         unit="multiples of He's normal",
     )
-    hidden_sizes: tuple[Count, ...] = setting(
+    hidden_sizes: Counts = setting(
         (), "Widths of the hidden dense layers (paper's code: 4096, 4096).", unit="units"
     )
     dropout: Probability = setting(

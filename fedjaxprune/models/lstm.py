@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fedjaxprune.kernels import shapes
 from fedjaxprune.models import adapters, layers
 from fedjaxprune.registry import Part, call
-from fedjaxprune.settings import Count, Settings, setting
+from fedjaxprune.settings import Count, Counts, Settings, setting
 from fedjaxprune.types import Model
 
 Labels = Literal["last", "every"]
@@ -144,7 +144,7 @@ class CharLstmSettings(Settings):
     """Settings of `char_lstm`."""
 
     embedding_size: Count = setting(8, "Width of the embedding.", unit="units")
-    hidden_sizes: tuple[Count, ...] = setting((256, 256), "Widths of the LSTMs.", unit="units")
+    hidden_sizes: Counts = setting((256, 256), "Widths of the LSTMs.", unit="units")
     labels: Labels = setting("last", "Positions that have a label.")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fedjaxprune.kernels import shapes
 from fedjaxprune.models import adapters, layers
 from fedjaxprune.registry import Part, call
-from fedjaxprune.settings import Count, Settings, setting
+from fedjaxprune.settings import Counts, Settings, setting
 from fedjaxprune.types import Model
 
 
@@ -51,9 +51,7 @@ def mlp(
 class MlpSettings(Settings):
     """Settings of `mlp`."""
 
-    hidden_sizes: tuple[Count, ...] = setting(
-        (200, 100), "Widths of the hidden layers.", unit="units"
-    )
+    hidden_sizes: Counts = setting((200, 100), "Widths of the hidden layers.", unit="units")
 
 
 PARTS = {"mlp": Part(call(mlp), MlpSettings, summary="two hidden layers; any numeric input")}

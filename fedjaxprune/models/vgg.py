@@ -9,7 +9,7 @@ import jax
 from fedjaxprune.kernels import pooling, shapes
 from fedjaxprune.models import adapters, layers, resnet
 from fedjaxprune.registry import Part, call
-from fedjaxprune.settings import Count, Fraction, Settings, setting
+from fedjaxprune.settings import Count, Counts, Fraction, Settings, setting
 from fedjaxprune.types import Model
 
 VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -136,7 +136,7 @@ class VggSettings(Settings):
     """Settings of VGGs."""
 
     norm: Norm = setting("batch", "Normalization layers.")
-    hidden_sizes: tuple[Count, ...] = setting(
+    hidden_sizes: Counts = setting(
         (), "Widths of the hidden dense layers; torchvision's are 4096 and 4096.", unit="units"
     )
     pool: Count = setting(1, "Side of the image that the dense layers see.", unit="pixels")

@@ -72,6 +72,8 @@ def as_part(kind: str, value: Any, what: str) -> Any:
     is_part = isinstance(value, tuple) and hasattr(value, "build") and hasattr(value, "settings")
     if not is_part:
         is_class = isinstance(value, type)
+        if is_class and kind == "model":
+            raise ConfigError(f"{what} is the class {value.__name__}, not a model: {_make(value)}.")
         given = f"the class {value.__name__}" if is_class else f"of type {type(value).__name__}"
         raise ConfigError(f"{what} is {given}, not {a_kind(kind)}: it must be {wanted}.")
     part: Any = value
@@ -96,6 +98,20 @@ def _is_network(value: Any) -> bool:
     if inspect.isfunction(value):
         return list(inspect.signature(value).parameters) in (["rngs"], ["key"])
     return hasattr(value, "init") and hasattr(value, "apply") and not isinstance(value, type)
+
+
+def _make(network: type) -> str:
+    """Say how a class of networks becomes a model."""
+    name = network.__name__
+    if hasattr(network, "init") and hasattr(network, "apply"):  # of flax linen
+        return (
+            f"name an instance of it, such as `net = {name}(...)`, or a function of input_shape "
+            "and num_classes that makes one"
+        )
+    return (
+        f"name a function that makes one, such as `def net(*, rngs): return {name}(..., rngs=rngs)`"
+        " of flax nnx, the same with `key` of Equinox, or one of input_shape and num_classes"
+    )
 
 
 def name_of(value: Any) -> str:

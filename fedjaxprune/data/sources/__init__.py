@@ -9,6 +9,11 @@ from fedjaxprune.registry import locate
 _SUFFIXES = {".csv": "table", ".tsv": "table", ".parquet": "table", ".npz": "npz", ".txt": "text"}
 
 
+def is_path(text: str) -> bool:
+    """Tell whether the name of a data set can be the path of a file or a folder."""
+    return "/" in text or os.sep in text or text.lower().endswith(tuple(_SUFFIXES))
+
+
 def source_for_path(text: str) -> tuple[str, dict[str, Any]] | None:
     """Choose the source of a data set that is given by the path of a file or a folder.
 

@@ -91,7 +91,7 @@ def refuse(
     given = shown(first["input"])
     if first["loc"] and isinstance(first["loc"][-1], int):
         given += f" as item {first['loc'][-1] + 1}"
-    is_huge = first["type"] in ("less_than_equal", "int_parsing_size", "finite_number")
+    is_huge = first["type"] in ("less_than_equal", "int_parsing_size", "finite_number", "too_long")
     if not name:
         return ConfigError(f"{path} must be settings as `name: value`, got {given}{source}.")
     may_be = allowed(owner, name, machine_limits=is_huge)

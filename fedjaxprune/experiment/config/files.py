@@ -13,7 +13,7 @@ import yaml
 import fedjaxprune
 from fedjaxprune.errors import ConfigError, first_line, near_file, near_miss
 from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.config import identity, resolve, yaml_text
+from fedjaxprune.experiment.config import identity, rebase, resolve, yaml_text
 from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, plain
 from fedjaxprune.registry import Found
 from fedjaxprune.settings import nested
@@ -22,6 +22,7 @@ from fedjaxprune.settings import nested
 VERSIONS, ENVIRONMENT, PARTS, COMMAND = "versions", "environment", "parts", "command"
 STARTED_IN = "started_in"
 _NOTES = (VERSIONS, ENVIRONMENT, PARTS, COMMAND, STARTED_IN)
+_ALWAYS = ("method", "model", "data.dataset")  # parts without which there is no run
 _CHOSEN_HERE = ("execution.devices", "execution.chunk_size")  # "auto" leaves them to the run
 
 
@@ -82,6 +83,7 @@ def read_stored(text: str, *, source: str) -> Stored:
     lost += [] if _are_texts(environment) else [ENVIRONMENT]
     if not lost:
         lost = [f"{PARTS}.{name}" for name, one in parts.items() if not _are_texts(one)]
+        lost += _nameless(values)
     if lost:
         raise ConfigError(
             f"{source} is not the whole config of a run: it lacks {', '.join(lost[:3])}"
@@ -101,6 +103,19 @@ def _check_keys(values: Any, source: str) -> None:
             _check_keys(one, source)
 
 
+def _nameless(values: Mapping[str, Any]) -> list[str]:
+    """List the parts without a name; of those that every run has, all, and of others if given."""
+    lost = []
+    for path in PLACES:
+        found: Any = values
+        for step in path.split("."):
+            found = found.get(step) if isinstance(found, dict) else None
+        name = found.get("name") if isinstance(found, dict) else None
+        if not isinstance(name, str) and (found is not None or path in _ALWAYS):
+            lost.append(f"{path}.name")
+    return lost
+
+
 def _are_texts(values: Any) -> bool:
     return isinstance(values, dict) and all(isinstance(one, str) for one in values.values())
 
@@ -115,7 +130,7 @@ def read_source(name: str) -> resolve.Given:
 
 
 def load_source(name: str) -> dict[str, Any]:
-    """Read a preset or a YAML file as it stands."""
+    """Read a preset or a YAML file; relative paths in it become such as are seen from here."""
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
@@ -124,7 +139,10 @@ def load_source(name: str) -> dict[str, Any]:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             near = near_file(path.absolute())
             raise ConfigError(f"cannot read the YAML file {name!r}: {reason}{near}") from None
-        return load_yaml(text, source=name)
+        values = load_yaml(text, source=name)
+        begun = values.get(STARTED_IN)  # of a run folder's config: where its paths are seen from
+        folders = [pathlib.Path(begun)] if isinstance(begun, str) and begun else []
+        return rebase.rebase(values, [*folders, path.expanduser().parent])
     texts = preset_texts()
     if name in texts:
         return load_yaml(texts[name], source=f"preset {name}")
@@ -167,24 +185,27 @@ def whose_code(config: RunConfig) -> dict[str, dict[str, str]]:
 
     A package with its version, a file with its checksum, or a value; nothing for built-in parts.
     """
-    found = {}
-    for path, place in PLACES.items():
-        part: Found = getattr(config.parts, place.kind)
-        if part.origin.source != "built-in":
-            noted = {name: text for name, text in part.origin._asdict().items() if text}
-            found[path] = {"name": part.name, **noted}
-    return found
+    found = {path: getattr(config.parts, place.kind) for path, place in PLACES.items()}
+    return {path: noted for path, part in found.items() if (noted := origin_of(part))}
 
 
-def code_changes(then: Mapping[str, Mapping[str, str]], config: RunConfig) -> list[str]:
-    """Say which parts of a stored run have other code now, one phrase for each."""
-    now = whose_code(config)
+def origin_of(part: Found) -> dict[str, str]:
+    """Say whose code a part is; nothing for a built-in one."""
+    if part.origin.source == "built-in":
+        return {}
+    return {"name": part.name, **{name: one for name, one in part.origin._asdict().items() if one}}
+
+
+def code_changes(
+    then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> str:
+    """Say which parts of a stored run have other code now, in a sentence; empty if none has."""
     changes = []
     for path in dict.fromkeys([*then, *now]):
         old, new = _code(then.get(path)), _code(now.get(path))
         if old != new:
             changes.append(f"{path} was {old} then and is {new} now")
-    return changes
+    return f"the run was made with other code: {'; '.join(changes)}." if changes else ""
 
 
 def _code(origin: Mapping[str, str] | None) -> str:
@@ -210,6 +231,9 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
     them is compared at most as large as the cohort.
     """
     there = resolve.read(plain(stored))
+    same = {path: old for path, old in there.values.items() if path in given.values}
+    same = {path: old for path, old in same.items() if rebase.is_same(old, given.values[path])}
+    given = given._replace(values={**given.values, **same})
     found = {path: getattr(stored.parts, place.kind) for path, place in PLACES.items()}
     own = {f"{path}.name": one for path, one in found.items() if one.origin.source == "value"}
     base = there._replace(values={**there.values, **own})

@@ -53,7 +53,7 @@ def _flat(values: Mapping[str, Any], prefix: str, origin: str) -> Iterator[tuple
             raise ConfigError(f"{prefix}{key} must be a text, as names of settings are{origin}.")
         path = prefix + key
         value = value.model_dump(exclude_unset=True) if isinstance(value, Settings) else value
-        is_nested = isinstance(value, Mapping) and not _holds_arrays(value)
+        is_nested = isinstance(value, Mapping) and not holds_arrays(value)
         if path in PLACES and not is_nested:
             yield f"{path}.name", value
         elif path in PLACES or path in _SECTIONS:
@@ -65,7 +65,7 @@ def _flat(values: Mapping[str, Any], prefix: str, origin: str) -> Iterator[tuple
             yield path, value
 
 
-def _holds_arrays(value: Mapping[Any, Any]) -> bool:
+def holds_arrays(value: Mapping[Any, Any]) -> bool:
     """Tell a data set, a mapping of arrays, from settings."""
     return any(hasattr(one, "shape") for one in value.values())
 
@@ -222,6 +222,22 @@ def check_names(found: Resolved) -> None:
         if path not in known:
             hint = errors.explain(path, known, found.parts)
             raise errors.unknown(path, hint, errors.source_of(path, found.given.sources))
+
+
+def settings_of(found: Found, values: Mapping[str, Any], *, path: str, source: str) -> Settings:
+    """Check the settings of one part alone, without its name."""
+    kind, sources = found.part.settings, {f"{path}.{name}": source for name in values}
+    known = [f"{path}.{one}" for one in kind.model_fields]
+    for full in sources:
+        if full not in known:
+            hint = errors.explain(full, known, {path: found})
+            raise errors.unknown(full, hint, errors.source_of(full, sources))
+    fields: dict[str, Any] = {path: (kind, ...)}
+    owner = pydantic.create_model("Section", __base__=Settings, **fields)
+    try:
+        return getattr(owner.model_validate({path: dict(values)}), path)
+    except pydantic.ValidationError as error:
+        raise errors.refuse(error, owner, sources) from None
 
 
 def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

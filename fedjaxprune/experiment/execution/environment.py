@@ -62,3 +62,10 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         for name, value in now.items()
         if name != PROCESSOR and then.get(name, value) != value
     ]
+
+
+def other_processor(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Say whether the processor is another one, as `differences` says what else is."""
+    old, new = then.get(PROCESSOR), now.get(PROCESSOR)
+    is_known = old is not None and new is not None
+    return [f"the processor was {old} then and is {new} now"] if is_known and old != new else []

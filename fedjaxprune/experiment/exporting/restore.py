@@ -16,7 +16,7 @@ from fedjaxprune.data import transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.config import files
+from fedjaxprune.experiment.config import files, resolve
 from fedjaxprune.experiment.config.sections import PLACES
 from fedjaxprune.experiment.exporting import safetensors
 from fedjaxprune.experiment.folder import checkpoints, layout, load, lock, network, record
@@ -43,18 +43,22 @@ def from_folder(
     """Read the newest checkpoint of a run that is whole; the run may still be going on.
 
     `model` builds the network, where the run was given a value in Python; `warn` takes a sentence
-    about each checkpoint that cannot be read.
+    about each checkpoint that cannot be read, and one if the network's code has changed.
     """
     check(folder)
     known = network.read(folder)
     stored = layout.stored(folder)
-    built, preprocess = _model(folder, known, model)
+    keep = stored.values["checkpoints"].get("keep")
+    checkpoints.check_number(folder / layout.CHECKPOINTS, keep)
+    found = record.read(folder)
+    if not found.header:
+        raise RunFolderError(f"the run in {str(folder)!r} has no record ({layout.METRICS}).")
+    built, preprocess = _model(folder, known, model, warn)
     params, state = jax.eval_shape(built.init, jax.random.key(0))
     network.check_same(
         known._replace(params=network.shapes(params), state=network.shapes(state)), folder
     )
     arrays = read(folder, params, state, warn=warn)
-    found = record.read(folder)
     found = found._replace(lines=found.lines[: arrays.num_rounds])
     return Finished(stored, known, built, preprocess, arrays, found)
 
@@ -87,11 +91,14 @@ def arrays_of(folder: pathlib.Path) -> checkpoints.Finished:
 
 def model_of(folder: pathlib.Path, *, model: Found | None = None) -> Model:
     """Build the network of a run, which imports its code."""
-    return _model(folder, network.read(folder), model)[0]
+    return _model(folder, network.read(folder), model, None)[0]
 
 
 def _model(
-    folder: pathlib.Path, known: Network, given: Found | None
+    folder: pathlib.Path,
+    known: Network,
+    given: Found | None,
+    warn: Callable[[str], object] | None,
 ) -> tuple[Model, transforms.Preprocess]:
     """Build the network and the preprocessing of tests by what the run folder says."""
     stored = layout.stored(folder)
@@ -103,7 +110,12 @@ def _model(
             "again, as model=..."
         )
     with as_started_in(stored.started_in):
-        part = find(PLACES["model"].kind, given or name, path="model").part
+        found = find(PLACES["model"].kind, given or name, path="model")
+    source = str(folder / layout.CONFIG)
+    settings = resolve.settings_of(found, section, path="model", source=source)
+    then = {path: one for path, one in stored.parts.items() if path == "model"}
+    if warn and (other := files.code_changes(then, {"model": files.origin_of(found)})):
+        warn(other)
     # Of the data only what the network must know: one example of each split, as stored.
     labels = (known.num_outputs,) if known.task == "regression" else known.positions
     one = {
@@ -122,7 +134,7 @@ def _model(
         std=known.std,
     )
     preprocess = transforms.for_dataset(dataset, augment=False)[1]
-    make = functools.partial(part.build, part.settings(**section))
+    make = functools.partial(found.part.build, settings)
     made = composing.make_model(make, dataset, preprocess=preprocess, what=f"model {name!r}")
     return made, preprocess
 
@@ -132,7 +144,7 @@ def check(folder: pathlib.Path) -> None:
     if not load.is_run(folder):
         raise load.no_run(folder)
     try:
-        reading.check_own(folder, layout.OWN)
+        reading.check_own(folder, layout.OWN, checkpoints=layout.CHECKPOINTS)
     except OSError as error:
         raise RunFolderError(f"cannot read {str(error.filename)!r}: {error.strerror}.") from None
     found = folder / layout.CHECKPOINTS

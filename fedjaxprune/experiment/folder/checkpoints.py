@@ -26,11 +26,13 @@ import orbax.checkpoint as ocp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.errors import RunFolderError, first_line
 from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.folder import layout
+from fedjaxprune.experiment.folder import declared, layout
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
 
+ARRAYS = "arrays"  # the item of a checkpoint, and its folder
 DEPLOYED = "deployed"  # beside the arrays of a simulation
+_SPARE = 100  # files or folders that may lie beside the checkpoints that are kept
 RESTART = "restart"  # what must be allowed to start again at round 1 if rounds were saved
 
 
@@ -42,7 +44,7 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointM
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
-    manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    manager = _open(folder, options)
     try:
         yield manager
     except BaseException:
@@ -52,6 +54,18 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointM
     with _writing(folder):
         manager.close()
     layout.sync_names(folder)
+
+
+def _open(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """Open the checkpoints in `folder`; what orbax raises of odd files becomes a sentence."""
+    try:
+        return ocp.CheckpointManager(folder.absolute(), options=options)
+    except OSError:
+        raise
+    except Exception as error:
+        raise RunFolderError(
+            f"the checkpoints in {str(folder)!r} cannot be read ({_reason(error)})."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -69,7 +83,7 @@ def _reason(error: Exception) -> str:
     """Say briefly what is wrong: what the system said, if that is in it, else its first line."""
     if found := re.search(r"\[OS error \d+: (?:E[A-Z0-9]+ )?([^\]]+)\]", str(error)):
         return found[1]
-    return first_line(error)[:200]
+    return first_line(error)[:200].rstrip(".")
 
 
 def save(
@@ -117,6 +131,17 @@ def _on_host(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
     leaves = jax.device_get(jax.tree.leaves(tree))
     named = zip(_names(tree), leaves, strict=True)
     return {name: np.array(leaf, copy=True) for name, leaf in named}
+
+
+def check_number(folder: pathlib.Path, keep: Any) -> None:
+    """Refuse many more checkpoints than a run keeps, which would take long to look at."""
+    found = len(os.listdir(folder)) if folder.is_dir() else 0
+    kept = keep if isinstance(keep, int) else 0
+    if found > 2 * kept + _SPARE:
+        raise RunFolderError(
+            f"{str(folder)!r} holds {found:,} files or folders, and the run keeps {kept} "
+            "checkpoints: take away what is not one of them."
+        )
 
 
 def fingerprints(folder: pathlib.Path) -> dict[int, int]:
@@ -236,9 +261,10 @@ def read_network(
     like = {"state": {"params": params, "masks": masks, "model_state": state}}
     # Said in full, as orbax warns of what it has to change by itself.
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    with _open(folder, options) as manager:
         for num_rounds in sorted(manager.all_steps(), reverse=True):
             try:
+                declared.check_room(folder / str(num_rounds) / ARRAYS, _num_bytes(like))
                 found = _read(manager, num_rounds, like)["state"]
                 own = masks_lib.apply(found["masks"], found["params"])
                 names = _about(manager, num_rounds)["checksums"]
@@ -250,6 +276,10 @@ def read_network(
     return None
 
 
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _about(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, Any]:
     found = manager.restore(num_rounds, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
     return _whole(found["about"])
@@ -258,14 +288,19 @@ def _about(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, Any]:
 def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
     """Read one checkpoint, or the part that `like` has, or raise whatever is wrong with it."""
     leaves, treedef = jax.tree.flatten(like)
-    names, checksums = _names(like), _about(manager, num_rounds)["checksums"]
+    about = _about(manager, num_rounds)
+    names, checksums, kinds = _names(like), about["checksums"], about["kinds"]
+    for name, leaf in zip(names, leaves, strict=True):
+        if kinds.get("/".join(name)) != _kind(leaf):
+            path, there = "/".join(name), _worded(kinds.get("/".join(name)))
+            raise ValueError(f"{path} is {there}, expected {_worded(_kind(leaf))}")
+    declared.check(pathlib.Path(manager.directory) / str(num_rounds) / ARRAYS, kinds)
     # One leaf at a time: of many in flight, all but the first to fail would complain on stderr.
     host = [_read_leaf(manager, num_rounds, *pair) for pair in zip(names, leaves, strict=True)]
     for name, array, leaf in zip(names, host, leaves, strict=True):
         if array.shape != leaf.shape or array.dtype != leaf.dtype:
-            raise ValueError(
-                f"{'/'.join(name)} is {array.dtype}{array.shape}, expected {leaf.dtype}{leaf.shape}"
-            )
+            given = _worded(_kind(array))
+            raise ValueError(f"{'/'.join(name)} is {given}, expected {_worded(_kind(leaf))}")
         if checksums["/".join(name)] != zlib.crc32(array.tobytes()):
             raise ValueError("its checksum does not fit its contents")
     return jax.tree.unflatten(treedef, [jnp.array(array) for array in host])

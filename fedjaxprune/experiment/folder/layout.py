@@ -9,6 +9,7 @@
     checkpoints/
     accuracy.png    written at the end
     failed.json     if an error ended the run: see `failure`
+    environments.json   if the run was continued in another environment: see `environments`
 """
 
 import contextlib
@@ -31,10 +32,11 @@ from fedjaxprune.experiment.config.sections import RunConfig
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 NETWORK, CHECKPOINTS, PICTURE = "network.json", "checkpoints", "accuracy.png"
+ENVIRONMENTS = "environments.json"
 SKIPPED = "checkpoints-skipped"  # those that could not be used, put aside
 # What a run writes to, and must not be a link that leads out of its folder.
 OWN = (CONFIG, METRICS, SUMMARY, NETWORK, PICTURE, CHECKPOINTS, SKIPPED)
-OWN += ("failed.json", "chunk_size.json", "tensorboard")
+OWN += (ENVIRONMENTS, "failed.json", "chunk_size.json", "tensorboard")
 SCHEMA = 2  # of metrics.jsonl, summary.json and network.json
 _PACKAGES = (
     "jax jaxlib flax optax numpy orbax-checkpoint scikit-learn tensorflow-datasets array_record "

@@ -11,7 +11,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fedjaxprune.errors import RunFolderError, visible
-from fedjaxprune.experiment.folder import failure, layout, lock, record, summary
+from fedjaxprune.experiment.config.files import Stored
+from fedjaxprune.experiment.execution import environment
+from fedjaxprune.experiment.folder import (
+    environments,
+    failure,
+    layout,
+    lock,
+    record,
+    summary,
+)
 
 EXPORTED = "model.stablehlo"  # is in the folder of an exported network
 _NAMED = 6  # runs that a message names
@@ -54,9 +63,9 @@ def read(folder: str | pathlib.Path) -> RunData:
     folder = layout.path_of(folder)
     if not is_run(folder):
         raise no_run(folder)
-    run, remark = _read(folder, folder.name)
+    run, remarks = _read(folder, folder.name)
     if run is None:
-        raise RunFolderError(str(remark))
+        raise RunFolderError(remarks[0])
     return run
 
 
@@ -77,9 +86,8 @@ def read_all(given: Iterable[str | pathlib.Path]) -> tuple[list[RunData], list[s
     names = _names(list(folders))
     found, notes = [], []
     for resolved, folder in folders.items():
-        run, remark = _read(folder, names[resolved])
-        if remark:
-            notes.append(remark)
+        run, remarks = _read(folder, names[resolved])
+        notes += remarks
         if run is not None:
             found.append(run)
     if not found:
@@ -140,8 +148,8 @@ def _names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
         length += 1
 
 
-def _read(folder: pathlib.Path, name: str) -> tuple[RunData | None, str | None]:
-    """Read one run, or say why it cannot be looked at yet."""
+def _read(folder: pathlib.Path, name: str) -> tuple[RunData | None, list[str]]:
+    """Read one run, with remarks on it, or say why it cannot be looked at yet."""
     stored = layout.stored(folder)
     found = record.look(folder)
     failed = failure.read(folder)
@@ -152,15 +160,15 @@ def _read(folder: pathlib.Path, name: str) -> tuple[RunData | None, str | None]:
             if failed and not held
             else f"has no rounds on record yet ({layout.METRICS} has none)"
         )
-        return None, f"the run {str(folder)!r} {what}: there is nothing to show of it."
+        return None, [f"the run {str(folder)!r} {what}: there is nothing to show of it."]
     if failed:
         failed = failed._replace(error=visible(failed.error))
     state = "running" if held else "failed" if failed else "interrupted"
     if not held and not failed and (folder / layout.SUMMARY).exists():
         state = "finished"
-    remark = None
+    remarks = _changes(folder, stored, found.lines[-1]["round"])
     if found.is_torn and not held:
-        remark = (
+        remarks.append(
             f"the last line of {str(folder / layout.METRICS)!r} is torn and left out; "
             f"`fedjaxprune run --resume {folder}` mends it."
         )
@@ -177,7 +185,22 @@ def _read(folder: pathlib.Path, name: str) -> tuple[RunData | None, str | None]:
         state=state,
         failure=failed if state == "failed" else None,
     )
-    return run, remark
+    return run, remarks
+
+
+def _changes(folder: pathlib.Path, stored: Stored, last: int) -> list[str]:
+    """Say from which rounds on, up to the last one, a run was computed in another environment."""
+    remarks, then = [], stored.environment
+    for one in environments.read(folder):
+        now = one.environment
+        found = environment.differences(then, now) + environment.other_processor(then, now)
+        if found and one.round <= last:
+            remarks.append(
+                f"{str(folder)!r} was computed in another environment from round {one.round} on: "
+                f"{'; '.join(found)}."
+            )
+        then = now
+    return remarks
 
 
 def _visible(tree: Any) -> Any:

@@ -16,7 +16,14 @@ from fedjaxprune.experiment.config import files, identity
 from fedjaxprune.experiment.config import resolve as resolve_lib
 from fedjaxprune.experiment.config.resolve import Given
 from fedjaxprune.experiment.config.sections import RunConfig
-from fedjaxprune.experiment.folder import failure, layout, lock, record, summary
+from fedjaxprune.experiment.folder import (
+    environments,
+    failure,
+    layout,
+    lock,
+    record,
+    summary,
+)
 from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.registry import Found, as_started_in
 
@@ -139,7 +146,18 @@ def _resume(
         from fedjaxprune.experiment.folder import network
 
         network.check_same(parts.network, folder)
-    _train(folder, parts, listener, trackers, stop=stop, allow=allow)
+    _train(folder, parts, _noting(listener, stored, folder), trackers, stop=stop, allow=allow)
+
+
+def _noting(listener: Listener, stored: files.Stored, folder: pathlib.Path) -> Listener:
+    """Note from which round on a run is computed in this environment, when rounds begin."""
+    from fedjaxprune.experiment.execution import environment
+
+    def start(header: Mapping[str, Any], lines: Sequence[record.Line]) -> None:
+        environments.note(folder, stored.environment, environment.here(), len(lines) + 1)
+        listener.start(header, lines)
+
+    return listener._replace(start=start)
 
 
 def stored_config(folder: pathlib.Path, given: Given | None = None) -> RunConfig:
@@ -175,9 +193,8 @@ def changes(stored: files.Stored, config: RunConfig) -> list[str]:
         sentences.append(
             f"the run was made with other versions ({'; '.join(versions)}): the bits may differ."
         )
-    if other := files.code_changes(stored.parts, config):
-        sentences.append(f"the run was made with other code: {'; '.join(other)}.")
-    return sentences
+    other = files.code_changes(stored.parts, files.whose_code(config))
+    return [*sentences, other] if other else sentences
 
 
 def _prepare(config: RunConfig) -> None:
@@ -191,17 +208,18 @@ def _other_environment(stored: files.Stored, folder: pathlib.Path, *, is_allowed
     """Refuse a change of bits unless that is allowed; say what else may change them."""
     from fedjaxprune.experiment.execution import environment
 
-    then, now = stored.environment, environment.here()
-    different = "; ".join(environment.differences(then, now))
+    changed = environments.read(folder)
+    then = changed[-1].environment if changed else stored.environment
+    now = environment.here()
+    different = environment.differences(then, now)
     if different and not is_allowed:
         raise RunFolderError(
             f"the run in {str(folder)!r} would give other bits from here on, as JAX computes "
-            f"otherwise here ({different}): set this as it was, or give `--allow environment`."
+            f"otherwise here ({'; '.join(different)}): set this as it was, or give `--allow "
+            "environment`."
         )
-    old, new = then.get(environment.PROCESSOR), now[environment.PROCESSOR]
-    if old not in (None, new):
-        different += f"{'; ' if different else ''}the processor was {old} then and is {new} now"
-    return f"the bits may differ from here on: {different}." if different else ""
+    different += environment.other_processor(then, now)
+    return f"the bits may differ from here on: {'; '.join(different)}." if different else ""
 
 
 def _build(config: RunConfig, warn: Callable[[str], object] | None) -> Any:
@@ -237,7 +255,8 @@ def _check_untouched(folder: pathlib.Path, config: RunConfig) -> None:
     from fedjaxprune.experiment.folder import checkpoints
 
     with _said(folder):
-        reading.check_own(folder, layout.OWN)
+        reading.check_own(folder, layout.OWN, checkpoints=layout.CHECKPOINTS)
+        checkpoints.check_number(folder / layout.CHECKPOINTS, config.checkpoints.keep)
         found = checkpoints.fingerprints(folder / layout.CHECKPOINTS)
         record.read(folder)
     if other := [n for n, value in found.items() if value != files.fingerprint(config)]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fedjaxprune.errors import ConfigError
+from fedjaxprune.errors import ConfigError, shown
 from fedjaxprune.experiment.config import files, identity, resolve
 from fedjaxprune.experiment.config.sections import PLACES, RunConfig, plain
 from fedjaxprune.experiment.folder import layout
@@ -52,7 +52,7 @@ class Sweep(NamedTuple):
 
 def is_sweep(values: Mapping[str, Any]) -> bool:
     """Tell the file of a sweep from that of one run."""
-    if CASES in values or PRESET in values:
+    if CASES in values or PRESET in values or any(map(_settings_in, values.values())):
         return True
     given = resolve.read(values)
     lists = {path: value for path, value in given.values.items() if isinstance(value, list)}
@@ -98,6 +98,8 @@ def read(given: str | Mapping[str, Any], *, folder: pathlib.Path | None) -> Swee
         raise ConfigError(
             f"{str(folder)!r} is the folder of a single run; give the sweep another --folder."
         )
+    for path, value in ((path, value) for one in (values, *cases) for path, value in one.items()):
+        _check_items(path, value, source)
     first, *others = [resolve.read(one, source=source) for one in (values, *cases)]
     members = tuple(_members(source, common, first, others, folder))
     for member in members:
@@ -123,6 +125,7 @@ def _members(
                 raise ConfigError(
                     f"{path.removesuffix('.name')} is a list without a value (from {source})."
                 )
+            _check_items(path.removesuffix(".name"), value, source)
         choices = [value if isinstance(value, list) else [value] for value in given.values()]
         for chosen in itertools.product(*choices):
             config = _config(common, values, case, dict(zip(given, chosen, strict=True)), source)
@@ -139,6 +142,21 @@ def _members(
             seen.add(key)
             names.add(name)
             yield Member(name, config, folder / name)
+
+
+def _check_items(path: str, value: Any, source: str) -> None:
+    """Refuse settings in a list, which would have to be told from the others'."""
+    if items := _settings_in(value):
+        raise ConfigError(
+            f"{path} has settings in its list, {shown(items[0])}: a list holds single values, so "
+            f"give each as one of the {CASES}, such as `- {path}: {{...}}` (from {source})."
+        )
+
+
+def _settings_in(value: Any) -> list[Any]:
+    """List the mappings in a list, except those of arrays."""
+    items = value if isinstance(value, list) else []
+    return [one for one in items if isinstance(one, Mapping) and not resolve.holds_arrays(one)]
 
 
 def _config(
