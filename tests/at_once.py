@@ -118,7 +118,8 @@ def main() -> None:
     for row in sys.stdin:
         args: list[str] = json.loads(row)
         if not args:  # the first commands are done
-            resource.setrlimit(resource.RLIMIT_AS, (_size() + SPARE,) * 2)
+            most = _size() + SPARE
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
         status: Any = 0
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             old = [os.dup(1), os.dup(2)]

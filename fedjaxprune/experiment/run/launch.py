@@ -153,7 +153,7 @@ def _noting(listener: Listener, stored: files.Stored, folder: pathlib.Path) -> L
     """Note from which round on a run is computed in this environment, when rounds begin."""
     from fedjaxprune.experiment.execution import environment
 
-    def start(header: Mapping[str, Any], lines: Sequence[record.Line]) -> None:
+    def start(header: Mapping[str, Any], lines: list[record.Line]) -> None:
         environments.note(folder, stored.environment, environment.here(), len(lines) + 1)
         listener.start(header, lines)
 
