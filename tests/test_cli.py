@@ -13,6 +13,7 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
+import fedjaxprune as fjp
 from fedjaxprune.cli.main import cli, main
 from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.experiment.run import build, loop
@@ -270,6 +271,8 @@ def test_code_that_changed_since_is_warned_of(capsys, tmp_path):
     status, _, err = call(capsys, "export", "run")
     assert status == 0
     assert err.startswith("warning: the run was made with other code: model was a file with check")
+    with pytest.warns(UserWarning, match="made with other code: model was a file with checksum"):
+        fjp.export("run", "again")
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):

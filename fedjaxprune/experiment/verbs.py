@@ -232,7 +232,7 @@ def export(run: Folder | Run, out: Folder | None = None, *, model: Any = None) -
     if given is None and isinstance(run, Run):
         given = run._given
     with quiet():
-        exporting.export(folder, place, model=given)
+        exporting.export(folder, place, model=given, warn=Listener().warn)
         return exporting.read(place)
 
 
