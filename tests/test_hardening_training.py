@@ -115,6 +115,21 @@ def test_the_loss_of_a_label_that_is_no_class_is_nan(labels, num_wrong):
         np.testing.assert_allclose(got[~np.isnan(got)], right[~np.isnan(got)], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("labels", "is_told"), [([0, 1, 1, 0, 1, 0], False), ([0, 1, 7, 0, 1, 0], True)]
+)
+def test_a_label_that_is_no_class_of_one_logit_is_reported_as_nan(labels, is_told):
+    """What is trained is the same to the bit; padding may be anything."""
+    model = heads.for_task(linear(1), "binary")
+    params, state = model.init(KEY)
+    labels = jnp.asarray([*labels, 9])
+    batch = types.Batch(jnp.asarray([*X, X[0]]), labels, jnp.ones(7).at[6].set(0.0))
+    loss, (_, seen) = model.loss(params, state, batch, KEY)
+    assert np.isfinite(loss)
+    assert np.isnan(seen["loss"].total) == is_told
+    assert seen["loss"].weight == 6
+
+
 def test_more_classes_than_the_labels_type_can_hold_are_told_apart():
     logits = jnp.zeros((2, 300)).at[0, 3].set(5.0).at[1, 259].set(5.0)
     labels = jnp.array([3, 3], jnp.uint8)

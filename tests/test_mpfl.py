@@ -13,7 +13,7 @@ import pytest
 from fedjaxprune import masks, models, trees
 from fedjaxprune.costs import ledger
 from fedjaxprune.errors import ConfigError
-from fedjaxprune.federated import sampling, server_optimizers
+from fedjaxprune.federated import aggregators, sampling, server_optimizers
 from fedjaxprune.methods import averaged_filters, fedavg, mpfl, pooled_filters, random_filters
 from fedjaxprune.models import adapters, resnet, vgg
 from fedjaxprune.pruning.structured import filters
@@ -176,6 +176,15 @@ def test_averaged_filters_rank_the_plain_mean_of_the_clients_weights():
     dense = 6 * 32 * quadratic.NUM_WEIGHTS
     assert traffic.uplink.values == dense
     assert traffic.published["filter_masked"] == (dense, 6 * NUM_FILTERS)
+
+
+def test_averaged_filters_go_through_a_robust_aggregator():
+    algorithm = make(averaged_filters, protocol=setup(aggregator=aggregators.median()))
+    (_, first, second), _ = run(algorithm, num_rounds=2)
+    everybody = [trained(i, first.params) for i in range(6)]
+    middle = jax.tree.map(lambda *leaves: np.median(leaves, axis=0), *everybody)
+    wanted = tuple(best(middle, [np.ones(4, bool), np.ones(2, bool)], counts_at(1)))
+    chex.assert_trees_all_equal(tuple(map(np.asarray, second.method.keep)), wanted)
 
 
 def test_random_filters_follow_from_the_seed_and_do_not_travel():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.federated import sampling, uplinks
+from fedjaxprune.federated import populations, sampling, uplinks
 from fedjaxprune.rounds import simulation
 from tests import quadratic
 from tests.playing import STATE, dip, setup
@@ -77,3 +77,73 @@ def test_only_those_present_change_their_rows(parts):
         jax.tree.map(lambda leaf: jnp.any(leaf.reshape(6, -1) != 0, axis=1), after.rows.uplink)
     )
     assert int(jnp.any(jnp.stack(touched), axis=0).sum()) == int(record.num_participating)
+
+
+def with_labels(size):
+    examples = {**PEOPLE.examples, "labels": jnp.zeros(size, jnp.int32)}
+    return PEOPLE._replace(examples=examples)
+
+
+SHAPES = {
+    "labels": (with_labels(27), r"agree in their first axis, got 28 in 'inputs', 27 in 'labels'"),
+    "a number": (PEOPLE._replace(examples=jnp.float32(1.0)), "got a single number in 'examples'"),
+    "nothing": (PEOPLE._replace(examples={}), "got no array in 'examples'"),
+    "order": (PEOPLE._replace(order=PEOPLE.order.astype(jnp.float32)), "order must be .* float32"),
+    "offsets": (PEOPLE._replace(offsets=PEOPLE.offsets[None]), r"offsets must be .* \(1, 7\)"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_population_of_ones_own_is_compared_by_shapes_while_tracing(parts, name):
+    algorithm, advance = parts
+    people, sentence = SHAPES[name]
+    with pytest.raises(ValueError, match=sentence):
+        jax.eval_shape(advance, KEY, start(algorithm), people)
+    with pytest.raises(ValueError, match=sentence):
+        algorithm.stages[0].round(
+            KEY, start(algorithm).state, quadratic.cohort(algorithm, [0, 1]), people
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"participated": jnp.ones(3, jnp.bool_)}, r"booleans of shape \(2,\), .* \(3,\)"),
+        ({"participated": jnp.ones(2)}, "booleans of shape .* float32"),
+        ({"client_ids": jnp.zeros(2)}, "vector of integers, got float32"),
+        ({"client_ids": jnp.zeros(3, jnp.int32)}, "booleans of shape"),
+    ],
+)
+def test_a_cohort_of_ones_own_is_compared_by_shapes_while_tracing(parts, changes, sentence):
+    algorithm, _ = parts
+    members = quadratic.cohort(algorithm, [0, 1])._replace(**changes)
+    with pytest.raises(ValueError, match=sentence):
+        algorithm.stages[0].round(KEY, start(algorithm).state, members, PEOPLE)
+
+
+def test_a_cohorts_rows_are_those_of_its_clients(parts):
+    algorithm, _ = parts
+    members = quadratic.cohort(algorithm, [0, 1])
+    others = members._replace(client_ids=jnp.arange(3), participated=jnp.ones(3, jnp.bool_))
+    with pytest.raises(ValueError, match="a row for each of its 3 clients"):
+        algorithm.stages[0].round(KEY, start(algorithm).state, others, PEOPLE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"order": PEOPLE.order.at[3].set(28)}, r"order must hold rows in \[0, 28\), got 0 to 28"),
+        ({"order": PEOPLE.order.at[3].set(-1)}, "got -1 to"),
+        ({"order": PEOPLE.order[:27]}, "offsets must not fall, from 0 to the 27 entries"),
+        ({"offsets": PEOPLE.offsets.at[2].set(1)}, r"got \[0, 3, 1, 10, 18, 22, ...\]"),
+        ({"offsets": PEOPLE.offsets[1:-1]}, "num_clients must be that of the population, 4, got 6"),
+    ],
+)
+def test_the_rows_of_a_population_of_ones_own_are_looked_at_once(parts, changes, sentence):
+    algorithm, _ = parts
+    options = {"num_clients": 6, "population": PEOPLE}
+    simulation.start(algorithm, quadratic.PARAMS, STATE, **options)
+    options["population"] = PEOPLE._replace(**changes)
+    with pytest.raises(ValueError, match=sentence):
+        simulation.start(algorithm, quadratic.PARAMS, STATE, **options)
+    jax.eval_shape(populations.check_values, PEOPLE)  # values that are traced are not known

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjaxprune import trees
+from fedjaxprune.federated import populations
 from fedjaxprune.types import (
     Aggregator,
     ClientData,
@@ -104,9 +105,11 @@ def run(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     if mesh is not None and mesh.axis_names != (AXIS,):
         raise ValueError(f"the mesh must have the one axis {AXIS!r}, got {mesh.axis_names}.")
+    populations.check_cohort(cohort)
     size = cohort.client_ids.shape[0]
     if size < 1:
         raise ValueError("a cohort must hold at least one client, which may be absent.")
+    populations.check_shapes(population)
     num_devices = 1 if mesh is None else mesh.size
     num_slots = -(-size // num_devices)  # a device
     chunk_size = min(chunk_size, num_slots)

@@ -1,7 +1,8 @@
 """Prune filters by the norms of averaged weights; a control of MPFL.
 
 Weights travel whole in every exchange. Clients count equally, as in MPFL's public code; that code
-ranks by weights of another model by mistake, and here it is the averaged ones. Each layer keeps as
+ranks by weights of another model by mistake, and here it is the averaged ones. A robust aggregator
+(`median`, for instance) takes the place of the mean. Each layer keeps as
 many filters as MPFL's does under the consensus ``top_k``.
 
 References:
@@ -19,7 +20,7 @@ from fedjaxprune.methods import _filter_rounds
 from fedjaxprune.pruning.structured import filters
 from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.task import Task
-from fedjaxprune.types import Algorithm
+from fedjaxprune.types import Aggregator, Algorithm
 
 
 class AveragedFilters(_filter_rounds.RankingSettings):
@@ -33,10 +34,11 @@ def build(settings: AveragedFilters, task: Task) -> Algorithm:
       ValueError: the network has no filters.
     """
     plan, targets = _filter_rounds.plan_ranking(task, settings)
+    is_plain = isinstance(task.protocol.aggregator, Aggregator | None)
 
     def server_update(key, state, fields):
         del key  # deterministic
-        share = 1.0 / fields["num_messages"].astype(jnp.float32)
+        share = 1.0 / fields["num_messages"].astype(jnp.float32) if is_plain else jnp.float32(1.0)
         mean = jax.tree.map(
             lambda start, total: start + (share * total).astype(start.dtype),
             masks_lib.apply(state.masks, state.params),
@@ -56,7 +58,7 @@ def build(settings: AveragedFilters, task: Task) -> Algorithm:
             readings={"trained": lambda delta, masks: delta},
             keep=("metrics",),
         ),
-        fields={"trained": FieldSpec(aggregators.unweighted_sum())},
+        fields={"trained": FieldSpec(aggregators.unweighted_sum() if is_plain else None)},
         server_update=server_update,
     )
     return _filter_rounds.train_after(task, settings, plan, (average,))

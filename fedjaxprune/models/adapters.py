@@ -290,6 +290,9 @@ def _training_loss(apply_fn: Callable[..., tuple[jax.Array, State, Metrics]], he
         weights = _label_weights(labels, batch.weights)
         losses = metrics.mean(values, _loss_weights(values, weights, batch.weights))
         report = {"loss": losses}
+        if head.are_known is not None:
+            all_known = jnp.all(head.are_known(labels) | (weights <= 0))
+            report["loss"] = losses._replace(total=jnp.where(all_known, losses.total, jnp.nan))
         if head.hits is not None and heads.counts_hits(head, logits, labels):
             correct = head.hits(logits, labels)
             report["accuracy"] = metrics.mean(correct.astype(jnp.float32), weights)

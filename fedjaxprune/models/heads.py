@@ -17,11 +17,14 @@ class Head(NamedTuple):
       loss: ``(outputs, labels) -> losses`` in training.
       test_loss: the same in tests, always in float32.
       hits: ``(outputs, labels) -> bool``: which labels are predicted right; None for numbers.
+      are_known: ``labels -> bool``: which labels are classes, for a loss that gives others a number
+        as well: a training step that sees another reports a NaN. None: the loss itself tells.
     """
 
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     test_loss: Callable[[jax.Array, jax.Array], jax.Array]
     hits: Callable[[jax.Array, jax.Array], jax.Array] | None
+    are_known: Callable[[jax.Array], jax.Array] | None = None
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -39,7 +42,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Compute the cross-entropy of labels 0 and 1 ``[B]``, in nats, from one logit ``[B, 1]``.
 
-    Any other label counts as 0; `partitions.population` refuses it if `num_classes` is 2.
+    Any other label counts as 0 here; in training its client reports a NaN and is left out, and
+    `partitions.population` refuses it if `num_classes` is 2.
     """
     _check_outputs(logits)
     if logits.shape[-1:] != (1,):
@@ -71,6 +75,11 @@ def is_largest(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def is_right_side(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Tell where one logit ``[B, 1]`` is positive exactly for labels ``[B]`` of 1."""
     return (logits[..., 0] > 0) == (labels == 1)
+
+
+def are_binary(labels: jax.Array) -> jax.Array:
+    """Tell which labels are 0 or 1."""
+    return (labels == 0) | (labels == 1)
 
 
 def counts_hits(head: Head, outputs: Any, labels: Any) -> bool:
@@ -164,7 +173,7 @@ CLASSES = Head(loss=cross_entropy, test_loss=_test_cross_entropy, hits=is_larges
 HEADS: Mapping[str, Head] = {
     "classification": CLASSES,
     "sequence": CLASSES,
-    "binary": Head(sigmoid_cross_entropy, sigmoid_cross_entropy, is_right_side),
+    "binary": Head(sigmoid_cross_entropy, sigmoid_cross_entropy, is_right_side, are_binary),
     "regression": Head(squared_error, squared_error, None),
 }
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import trees
-from fedjaxprune.federated import sampling
+from fedjaxprune.federated import populations, sampling
 from fedjaxprune.federated.sampling import SamplingFn
 from fedjaxprune.models import parameters
 from fedjaxprune.types import (
@@ -39,7 +39,12 @@ class Simulation(NamedTuple):
 
 
 def start(
-    algorithm: Algorithm, params: Params, model_state: State, *, num_clients: int
+    algorithm: Algorithm,
+    params: Params,
+    model_state: State,
+    *,
+    num_clients: int,
+    population: Population | None = None,
 ) -> Simulation:
     """Make the simulation in which no client has taken part yet.
 
@@ -50,14 +55,24 @@ def start(
       params: real floating numbers.
       model_state: what is not trained.
       num_clients: ``N`` of the population; the first round compares.
+      population: one that `partitions.population` did not make; its values are checked here, once.
+        The first round compares the shapes of any.
 
     Raises:
-      ValueError: there is no client, or the parameters cannot be trained (`parameters.check`).
+      ValueError: there is no client, the parameters cannot be trained (`parameters.check`), or the
+        population has rows that do not exist (`populations.check_values`).
     """
     if isinstance(num_clients, bool) or not isinstance(num_clients, int | np.integer):
         raise ValueError(f"num_clients must be a whole number, got {num_clients!r}.")
     if num_clients < 1:
         raise ValueError(f"num_clients must be at least 1, got {num_clients}.")
+    if population is not None:
+        populations.check_values(population)
+        if population.offsets.shape[0] - 1 != num_clients:
+            raise ValueError(
+                f"num_clients must be that of the population, {population.offsets.shape[0] - 1}, "
+                f"got {num_clients}."
+            )
     parameters.check(params, model_state)
     own = functools.partial(
         jax.tree.map, lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
@@ -115,6 +130,7 @@ def advance(
 
 def _count_clients(simulation: Simulation, population: Population, draw: SamplingFn) -> int:
     """Count the population, and see that rows and draws are of as many clients."""
+    populations.check_shapes(population)
     num_clients = population.offsets.shape[0] - 1
     if num_clients < 1:
         raise ValueError("the population must have at least one client, got none.")

@@ -1,0 +1,101 @@
+"""Check populations and cohorts that were made without `partitions.population` and `sampling`.
+
+What shapes and types tell costs nothing and is checked when a round is traced; what values tell is
+checked once, on the host.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from fedjaxprune import trees
+from fedjaxprune.types import Cohort, Population
+
+_MADE = "; data.partitions.population makes one and checks it"
+
+
+def check_shapes(population: Population) -> None:
+    """Compare the parts of a population, by shapes and types.
+
+    Raises:
+      ValueError: the examples' arrays differ in their first axis, or the clients' rows are no two
+        vectors of integers.
+    """
+    sizes = {path or "examples": jnp.shape(x)[:1] for path, x in trees.items(population.examples)}
+    if not sizes or () in sizes.values():
+        shapeless = next((path for path, size in sizes.items() if not size), "examples")
+        raise ValueError(
+            "a population's examples must be arrays with an axis of examples, got "
+            f"{'a single number' if sizes else 'no array'} in {shapeless!r}{_MADE}."
+        )
+    if len(set(sizes.values())) > 1:
+        each = ", ".join(f"{size} in {path!r}" for path, (size,) in sizes.items())
+        raise ValueError(
+            f"a population's examples must agree in their first axis, got {each}{_MADE}."
+        )
+    for name in ("order", "offsets"):
+        leaf = getattr(population, name)
+        dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
+        if len(shape) != 1 or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"a population's {name} must be a vector of integers, got {dtype} of shape "
+                f"{shape}{_MADE}."
+            )
+
+
+def check_values(population: Population) -> None:
+    """See that clients hold rows that exist; arrays that are being traced are left alone.
+
+    Raises:
+      ValueError: the shapes do not fit (`check_shapes`), the offsets are no sequence that climbs
+        within the order, or the order has an index that no example has.
+    """
+    check_shapes(population)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(population)):
+        return
+    order, offsets = np.asarray(population.order), np.asarray(population.offsets)
+    num_examples = jnp.shape(jax.tree.leaves(population.examples)[0])[0]
+    if not (offsets.size and offsets[0] >= 0 and offsets[-1] <= order.size) or np.any(
+        offsets[1:] < offsets[:-1]
+    ):
+        raise ValueError(
+            f"a population's offsets must not fall, from 0 to the {order.size} entries of order, "
+            f"got {_shown(offsets)}{_MADE}."
+        )
+    if order.size and not (order.min() >= 0 and order.max() < num_examples):
+        raise ValueError(
+            f"a population's order must hold rows in [0, {num_examples}), got {order.min()} to "
+            f"{order.max()}{_MADE}."
+        )
+
+
+def check_cohort(cohort: Cohort) -> None:
+    """Compare the parts of a cohort, by shapes and types.
+
+    Raises:
+      ValueError: ids, presence and rows are not of the same clients.
+    """
+    ids, present = cohort.client_ids, cohort.participated
+    shape = jnp.shape(ids)
+    if len(shape) != 1 or not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+        raise ValueError(
+            "a cohort's client_ids must be a vector of integers, got "
+            f"{jnp.result_type(ids)} of shape {shape}."
+        )
+    if jnp.shape(present) != shape or jnp.result_type(present) != jnp.bool_:
+        raise ValueError(
+            f"a cohort's participated must be booleans of shape {shape}, as its client_ids, got "
+            f"{jnp.result_type(present)} of shape {jnp.shape(present)}."
+        )
+    for path, leaf in trees.items(cohort.states):
+        if jnp.shape(leaf)[:1] != shape:
+            raise ValueError(
+                f"a cohort's states must have a row for each of its {shape[0]} clients, got shape "
+                f"{jnp.shape(leaf)} in {path!r}."
+            )
+
+
+def _shown(values: np.ndarray) -> str:
+    first = ", ".join(map(str, values[:6].tolist()))
+    return f"[{first}{', ...' if values.size > 6 else ''}]"
