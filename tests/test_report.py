@@ -446,3 +446,8 @@ def asked(log: pathlib.Path) -> list[str]:
     return sorted(
         url for url in urls if url.startswith(("http", "ws")) and not any(h in url for h in home)
     )
+
+
+def test_a_name_that_is_no_text_does_not_keep_the_page_from_being_written(tmp_path):
+    page.write(tmp_path / "report.html", "<p>run \udcff</p>")
+    assert (tmp_path / "report.html").read_text() == "<p>run ?</p>"

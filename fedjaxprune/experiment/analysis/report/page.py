@@ -86,11 +86,11 @@ def make(compared: Comparison, notes: Sequence[str] = ()) -> str:
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Write the page in one step."""
+    """Write the page in one step; what is no text (of a folder's name) is shown as ``?``."""
     try:
         if not path.name or path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        layout.replace(path, text)
+        layout.replace(path, text.encode(errors="replace").decode())
     except (OSError, ValueError) as error:  # a ValueError: of a name that no file can have
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
