@@ -12,7 +12,7 @@ import pytest
 
 from fedjaxprune import registry
 from fedjaxprune.experiment.config import sections
-from tests import write_api
+from tests import oldest, write_api
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "fedjaxprune"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -197,3 +197,14 @@ def test_a_method_is_named_in_its_own_file_alone():
     [(name, line)] = found
     assert name == "experiment/config/sections.py"
     assert line.startswith(f'method: Any = part("method", "{sections.PLACES["method"].default}", ')
+
+
+def test_every_requirement_has_one_lower_bound():
+    assert {"jax==0.10", "hypothesis==6.100", "mlflow==2.22"} <= set(oldest.read())
+    project: dict = {"name": "p", "optional-dependencies": {"all": ["p[x]"], "x": ["a>=2"]}}
+    assert oldest.constraints({**project, "dependencies": ["a>=2", "b>=1.0.1"]}) == [
+        "a==2", "b==1.0.1",
+    ]  # fmt: skip
+    for wrong in (["a"], ["a>=2,<3"], ["a>=1"]):
+        with pytest.raises(ValueError, match=r"^'?a.*lower bound"):
+            oldest.constraints({**project, "dependencies": wrong})

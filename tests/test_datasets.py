@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,13 @@ def test_digits_need_nothing_and_are_split_evenly():
     for split in (digits.train, digits.test):
         assert split["inputs"].dtype == np.uint8
         assert split["labels"].dtype == np.int32
+
+
+def test_a_tfds_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.ModuleType("empty"))
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets.public_api", None)
+    with pytest.raises(DataError, match=r"^tensorflow-datasets is installed, but cannot be imp"):
+        datasets.load("mnist", data_dir=tmp_path)
 
 
 def test_importing_does_not_import_tfds():

@@ -4,6 +4,7 @@ Whatever the user gets wrong is one sentence on stderr and exit status 2. JAX is
 the commands that need it, when they are at work.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -53,6 +54,7 @@ def _sentence(error: click.ClickException, args: Sequence[str]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; the entry point of the package."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when JAX is imported
     try:
         cli.main(args=args, prog_name="fedjaxprune", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -5,6 +5,7 @@ was prepared, without its builder's code and without TensorFlow.
 """
 
 import difflib
+import importlib
 import json
 import os
 import pathlib
@@ -127,6 +128,16 @@ def _tfds() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import tensorflow_datasets
+
+        if not hasattr(tensorflow_datasets, "list_builders"):  # it only logs what went wrong
+            try:
+                importlib.import_module("tensorflow_datasets.public_api")
+            except Exception as error:
+                why = first_line(error).rstrip(".")
+                raise DataError(
+                    f"tensorflow-datasets is installed, but cannot be imported: {why}; install "
+                    "versions of its packages that fit each other."
+                ) from error
     return tensorflow_datasets
 
 

@@ -15,7 +15,6 @@ def kept() -> Iterator[None]:
 
     Imports JAX.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     import jax
 
