@@ -182,7 +182,9 @@ def _recipe(name: str) -> str:
 def _read(name: str, folder: pathlib.Path) -> Dataset:
     """Decode both splits of the set prepared in `folder`."""
     tfds = _tfds()
-    builder = tfds.builder_from_directory(folder)
+    with warnings.catch_warnings():  # TFDS calls what protobuf 6 calls deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        builder = tfds.builder_from_directory(folder)
     image, label = _features(tfds, name, builder)
     splits = builder.info.splits
     test_split = "test" if "test" in splits else "validation"
