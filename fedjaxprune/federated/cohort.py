@@ -117,10 +117,12 @@ def run(
     rows = (cohort.client_ids, cohort.participated, cohort.states)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
     everybodys = (key, broadcast, population)
-    shapes, _, _ = jax.eval_shape(functools.partial(_work, update), everybodys, first)
+    # Traced once, for the shapes and for the loop: that is most of the time before compiling.
+    work = jax.jit(functools.partial(_work, update), inline=True)
+    shapes, _, _ = jax.eval_shape(work, everybodys, first)
     is_wide = population.order.shape[0] >= COUNTED_EXACTLY
     streaming, gathering = _sort(aggregators, shapes.fields, is_wide=is_wide)
-    share = _share_fn(update, streaming, gathering, shapes.fields, chunk_size, num_devices)
+    share = _share_fn(work, streaming, gathering, shapes.fields, chunk_size, num_devices)
     if num_devices == chunk_size == 1:
         accumulators, outputs = share(everybodys, rows)
     else:
@@ -168,7 +170,7 @@ def _work(update, everybodys, row):
     return message, trees.tree_where(valid, after, state), present & ~plausible
 
 
-def _share_fn(update, streaming, gathering, like, chunk_size, num_devices):
+def _share_fn(work, streaming, gathering, like, chunk_size, num_devices):
     """Make the work of one device: ``(everybodys, rows) -> (accumulators, outputs by row)``."""
 
     def fold(accumulators, message):
@@ -184,11 +186,11 @@ def _share_fn(update, streaming, gathering, like, chunk_size, num_devices):
 
     def share(everybodys, rows):
         def one_by_one(accumulators, row):
-            message, state, rejected = _work(update, everybodys, row)
+            message, state, rejected = work(everybodys, row)
             return fold(accumulators, message), (state, rejected, keep(message))
 
         def side_by_side(accumulators, chunk):
-            messages, states, rejected = jax.vmap(lambda row: _work(update, everybodys, row))(chunk)
+            messages, states, rejected = jax.vmap(work, in_axes=(None, 0))(everybodys, chunk)
             accumulators, _ = jax.lax.scan(
                 lambda sums, message: (fold(sums, message), None),
                 accumulators,

@@ -218,6 +218,8 @@ def _objective(loss, penalties, broadcast):
 
 
 def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
+    draw = jax.jit(batcher.batch, inline=True)  # traced once, for the shapes and for the steps
+
     def update_fn(key, broadcast, state, data):
         masks = broadcast.masks
         batch_key, step_key = jax.random.split(key)
@@ -229,7 +231,7 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
 
         def step_fn(step, progress):
             before = progress.local
-            batch = batcher.batch(batch_key, data, step)
+            batch = draw(batch_key, data, step)
             seen = masks_lib.apply(masks, before.params) if dense_updates else before.params
             given = before.model_state, batch, jax.random.fold_in(step_key, step)
             (value, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
@@ -263,7 +265,7 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             merged = metrics.merge(progress.metrics, step_metrics)
             return progress._replace(local=now, metrics=merged)
 
-        first = jax.eval_shape(lambda: batcher.batch(batch_key, data, jnp.int32(0)))
+        first = jax.eval_shape(draw, batch_key, data, jnp.int32(0))
         progress = _Progress(
             local=Local(
                 start, _steps.optimizer_init(rules.optimizer, start), broadcast.model_state
