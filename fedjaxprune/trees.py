@@ -135,6 +135,27 @@ def _count_plainly(marks):
     return jnp.sum(marks, dtype=jnp.int32)
 
 
+def check_shapes(tree: Any, like: Any, *, what: str) -> None:
+    """Refuse a tree, named `what`, that has not the structure and the shapes of `like`.
+
+    Raises:
+      ValueError: it has another structure, or a leaf of another shape.
+    """
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(f"{what} must be a tree like the parameters, got {_structure(tree)}.")
+    for path, leaf, wanted in zip(
+        paths(like), jax.tree.leaves(tree), jax.tree.leaves(like), strict=True
+    ):
+        if jnp.shape(leaf) != jnp.shape(wanted):
+            raise ValueError(
+                f"{what} must have shape {jnp.shape(wanted)} at {path}, got {jnp.shape(leaf)}."
+            )
+
+
+def _structure(tree: Any) -> str:
+    return ", ".join(paths(tree)[:4]) or "no leaves"
+
+
 def shape_only(tree: Any) -> Any:
     """Keep nothing of a tree but shapes and types: leaves ``[0, ...]``."""
     return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), tree)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjaxprune import registry, trees
+from fedjaxprune import registry, trees, types
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.run import build
@@ -95,6 +95,42 @@ def test_nan_is_rejected_and_the_others_go_on():
     result = played(attackers=by(ATTACKS["nan"], 1))
     np.testing.assert_allclose(moved(result), np.mean(HONEST, axis=0), rtol=1e-4, atol=1e-5)
     assert result[2].num_rejected == 1
+
+
+@pytest.mark.parametrize(
+    ("client_ids", "said"),
+    [
+        ((99,), r"less than the number of clients \(6\) and not negative, got 99"),
+        ((0, -1), "not negative, got -1"),
+        ((1.7,), r"different client numbers, at least one, got \(1.7,\)"),
+        ((True,), "different client numbers"),
+        ((0, 0), "different client numbers"),
+        ((), "at least one"),
+    ],
+)
+def test_attackers_are_clients_of_the_population(client_ids, said):
+    with pytest.raises(ValueError, match=said):
+        played(attackers=attacks.Attackers(ATTACKS["nan"], client_ids))
+
+
+def cut(tree):
+    return jax.tree.map(lambda leaf: leaf[..., :1] if leaf.ndim else leaf, tree)
+
+
+def test_an_uplink_and_an_aggregator_keep_the_shapes():
+    narrow = uplinks.identity()._replace(
+        update=lambda key, delta, state, masks: (cut(delta), state)
+    )
+    with pytest.raises(ValueError, match=r"what the uplink sends must have shape .* at .*, got"):
+        played(uplink=narrow)
+    first = types.CohortAggregator(
+        reduce=lambda values, masks, weights: cut(jax.tree.map(lambda leaf: leaf[0], values))
+    )
+    with pytest.raises(ValueError, match=r"the aggregated delta must have shape .* at .*, got"):
+        played(aggregator=first)
+    none = uplinks.identity()._replace(update=lambda key, delta, state, masks: ({}, state))
+    with pytest.raises(ValueError, match="must be a tree like the parameters, got no leaves"):
+        played(uplink=none)
 
 
 def test_without_a_hostile_client_in_the_cohort_nothing_changes():

@@ -47,6 +47,7 @@ VALUES = {
     "objects": ({"labels": np.array([None] * 6)}, "labels must be real numbers, got .* objects"),
     "text": ({"labels": np.array(list("abcabc"))}, "labels must be real numbers, got text"),
     "dates": ({"inputs": np.zeros((6, 1), "M8[s]")}, "inputs must be real numbers, got datetime"),
+    "masked values": ({"labels": np.ma.array(Y, mask=Y == 2)}, "labels have masked values"),
     "keys": ({"inputs": jax.random.split(jax.random.key(0), 6)}, "must be real numbers, got key"),
     "nothing": ({"labels": None}, "labels must be an array .* got NoneType"),
     "one number": ({"labels": np.float32(1)}, "labels must be an array with an axis"),
@@ -218,6 +219,15 @@ def test_options_of_partitions_are_whole_numbers_and_keys_sort():
     ):
         with pytest.raises(DataError, match=sentence):
             partitions.by_key(keys)
+
+
+def test_labels_that_say_nothing_are_refused():
+    words = np.array(["a", "b", np.nan] * 4, object)
+    with pytest.raises(DataError, match="labels must not be missing, but some are nan"):
+        conversion.as_dataset({"inputs": np.ones((12, 2)), "labels": words})
+    tokens = np.ones((12, 3), int)
+    with pytest.raises(DataError, match="labels must not all be negative: no position has one"):
+        conversion.as_dataset({"inputs": tokens, "labels": -tokens}, task="sequence")
 
 
 def test_targets_that_no_float32_holds_are_refused():

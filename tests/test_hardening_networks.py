@@ -193,6 +193,42 @@ def test_an_argument_that_nobody_knows_is_one_sentence(module, options, sentence
     assert str(caught.value).count(". ") == 0
 
 
+@pytest.mark.parametrize("default", ["0", "np.bool_(False)", "None", "jnp.bool_(False)"])
+def test_the_default_of_a_known_flag_may_be_any_truth_value(default):
+    scope: dict[str, Any] = {"np": np, "jnp": jnp}
+    exec(f"def apply(params, x, train={default}): return train", scope)
+    way = _arguments.of(scope["apply"], what="apply", num_given=2, mask=True, strict=True)
+    for train in (True, False):
+        assert way.call(functools.partial(scope["apply"], {}), 0, calls.Mode(train=train)) is train
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["fit=np.bool_(False)", "is_train_phase: int = 0", "mode='eval'", "det=None", "train='no'"],
+)
+def test_what_looks_like_a_flag_must_be_said(argument):
+    scope: dict[str, Any] = {"np": np}
+    exec(f"def apply(params, x, {argument}): return x", scope)
+    with pytest.raises(ValueError, match="whose meaning is not known: say what it is"):
+        _arguments.of(scope["apply"], what="apply", num_given=2, mask=True, strict=True)
+
+
+class Frozen(nn.Module):
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=self.deterministic)(x))
+
+
+def test_a_flag_that_is_an_attribute_is_refused():
+    said = "Frozen has the attribute 'deterministic', which is True in training and in predictions"
+    with pytest.raises(ValueError, match=said):
+        adapters.from_linen(Frozen(), input_shape=(6,))
+    chosen = adapters.from_linen(Frozen(), input_shape=(6,), call=lambda module, x, mode: module(x))
+    assert jax.tree.leaves(chosen.init(KEY))
+
+
 def test_the_same_is_refused_of_nnx_equinox_and_functions():
     class NnxNet(nnx.Module):
         def __call__(self, x, learns=False):

@@ -28,6 +28,8 @@ def array(values: Any, what: str) -> np.ndarray:
         made = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{what} cannot be made an array: {first_line(error)}") from None
+    if np.ma.is_masked(values):
+        raise DataError(f"{what} have masked values: leave these examples out, or fill them.")
     if made.ndim == 0:
         raise DataError(f"{what} must be an array with an axis of examples, got {kind(values)}.")
     return made
@@ -96,7 +98,9 @@ def labels(
         _check_binary(present)
         return Labels(made[0], made[1], 2, tuple(class_names) or ("0", "1"))
     for classes, name in zip(present, ("train", "test"), strict=True):
-        if classes.size and classes[0] < 0:
+        if not classes.size:
+            raise DataError(f"{name} labels must not all be negative: no position has one.")
+        if classes[0] < 0:
             raise DataError(
                 f"{name} labels must not be negative, got {classes[0]}; leave out examples "
                 "without a label, and number the classes from 0."
@@ -106,7 +110,7 @@ def labels(
             _check_numbering(present, len(made[0]))
         num_classes = int(max(classes.max(initial=0) for classes in present)) + 1
     for classes, name in zip(present, ("train", "test"), strict=True):
-        if classes.size and classes[-1] >= num_classes:
+        if classes[-1] >= num_classes:
             raise DataError(
                 f"{name} labels must be less than the number of classes ({num_classes}), got "
                 f"{classes[-1]}."
@@ -171,8 +175,9 @@ def _from_text(both: Sequence[np.ndarray], *, task: Task) -> Labels:
     texts = [values.astype(str) for values in both]
     if any(values.ndim != 1 for values in texts):
         raise DataError(f"labels as text must be one per example, got shape {texts[0].shape}.")
-    if any(value is None for values in both for value in values.ravel().tolist()):
-        raise DataError("labels must not be missing, but some are None.")
+    for value in (one for values in both for one in values.ravel().tolist()):
+        if value is None or value != value:
+            raise DataError(f"labels must not be missing, but some are {value}.")
     names = np.unique(texts[0])
     if unknown := sorted(set(texts[1].tolist()) - set(names.tolist())):
         raise DataError(

@@ -59,6 +59,27 @@ class Attackers(NamedTuple):
     attack: Attack
     client_ids: Sequence[int]
 
+    def check(self, num_clients: int) -> None:
+        """Refuse attackers of whom some, or all, are no clients of the population.
+
+        Raises:
+          ValueError: an id is not an integer from 0 to ``num_clients - 1``, comes twice, or there
+            is none.
+        """
+        numbers = int | np.integer
+        ids = [i for i in self.client_ids if isinstance(i, numbers) and not isinstance(i, bool)]
+        if len(ids) != len(self.client_ids) or not ids or len(set(ids)) < len(ids):
+            raise ValueError(
+                "client_ids of attackers must be different client numbers, at least one, got "
+                f"{tuple(self.client_ids)}."
+            )
+        if min(ids) < 0 or max(ids) >= num_clients:
+            wrong = next(one for one in ids if not 0 <= one < num_clients)
+            raise ValueError(
+                f"client_ids of attackers must be less than the number of clients ({num_clients}) "
+                f"and not negative, got {wrong}."
+            )
+
     def are_among(self, client_ids: jax.Array) -> jax.Array:
         """Mark the hostile ones of a cohort's clients, ``[C]`` bool."""
         return jnp.isin(client_ids, jnp.asarray(self.client_ids, jnp.int32))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune import trees
 from fedjaxprune.federated import _optax
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import FLOAT_MAX, Fraction, Positive, Settings, setting
@@ -106,6 +107,7 @@ def step(
     Returns:
       ``(params, state)``, in the dtypes of `params`.
     """
+    trees.check_shapes(delta, params, what="the aggregated delta")
     grads = jax.tree.map(lambda leaf, param: -leaf.astype(param.dtype), delta, params)
     updates, state = _optax.update(
         server, grads, state, params, what="the server's optimizer", loss=None

@@ -7,12 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune.errors import near_miss
 from fedjaxprune.models import calls
 
 MASK, RNGS = "mask", "rngs"
 _LEFT = object()  # in place of a value: the argument keeps its default
+# What an argument is called that may say whether the network trains, whatever its default is.
+_FLAG = re.compile(
+    "(^|_)(train(ing)?|eval(uation)?|infer(ence)?|predict(ing|ion)?|det(erministic)?|mode|phase|"
+    "test(ing)?|fit(ting)?)(_|$)"
+)
 _PROBE = 97  # examples; a prime that no network has as a width
 
 
@@ -207,10 +213,11 @@ def _parameters(function: Callable[..., Any], num_given: int) -> list[inspect.Pa
 
 
 def _fits(one: inspect.Parameter, roles: Mapping[str, str]) -> bool:
-    """Tell whether an argument is one of convention; a flag of theirs is no number or text."""
+    """Tell whether an argument is one of convention; the default of a flag is a truth value."""
     if roles.get(one.name) != "flag":
         return one.name in roles
-    return one.default is one.empty or one.default is None or isinstance(one.default, bool)
+    is_number = isinstance(one.default, int) and one.default in (0, 1)
+    return one.default is one.empty or one.default is None or _is_boolean(one) or is_number
 
 
 def _check(
@@ -237,7 +244,8 @@ def _check(
         if one.name in said and missing and not has_default:
             option = "train_kwargs" if missing[0] else "eval_kwargs"
             raise ValueError(f"{what} needs {one.name!r}, which {option} must have, too.")
-        is_unclear = _is_boolean(one) or not has_default
+        is_flag = roles.get(one.name) == "flag" or _FLAG.search(one.name) is not None
+        is_unclear = _is_boolean(one) or not has_default or is_flag
         if strict and one.name not in said and not _fits(one, roles) and is_unclear:
             raise ValueError(
                 f"{what} has an argument {one.name!r} whose meaning is not known: say what it is "
@@ -248,4 +256,10 @@ def _check(
 
 
 def _is_boolean(one: inspect.Parameter) -> bool:
-    return isinstance(one.default, bool) or bool(re.search(r"\bbool\b", str(one.annotation)))
+    default = one.default
+    is_array = isinstance(default, np.generic | np.ndarray | jax.Array)
+    return (
+        isinstance(default, bool)
+        or (is_array and default.dtype == np.bool_)
+        or bool(re.search(r"\bbool\b", str(one.annotation)))
+    )

@@ -52,8 +52,23 @@ def way_to_call(module: Any, **options: Any) -> tuple[str, _arguments.Call]:
         strict=not _arguments.of_library(layer),
         **options,
     )
+    if options["own"] is options["train_kwargs"] is options["eval_kwargs"] is None:
+        _refuse_fixed_flags(layer, what=what)
     is_ours = type(module).__module__.startswith(f"{__name__.partition('.')[0]}.")
     return what, way._replace(mask=None) if is_ours else way
+
+
+def _refuse_fixed_flags(layer: Any, *, what: str) -> None:
+    """Refuse a linen module whose attribute says, for good, whether it trains."""
+    if not isinstance(layer, nn.Module) or _arguments.of_library(layer):
+        return
+    for name in (*calls.TRAINING, *calls.INFERENCE):
+        if isinstance(getattr(layer, name, None), bool):
+            raise ValueError(
+                f"{type(layer).__name__} has the attribute {name!r}, which is "
+                f"{getattr(layer, name)} in training and in predictions alike: make it an argument "
+                f"of {what}, or give a call function."
+            )
 
 
 def restore(like: Any, values: Any) -> Any:

@@ -245,7 +245,9 @@ def upload(
         sendable = jax.tree.map(jnp.logical_and, sendable, narrowed.pop("delta"))
         holders = {} if parts.protocol.aggregator is None else {"masks": sendable}
     delta = masks_lib.apply(sendable, fields["delta"])
+    dense = delta
     delta, state = parts.uplink.update(key, delta, state, sendable)
+    trees.check_shapes(delta, dense, what="what the uplink sends")
     if parts.protocol.clip is not None:
         delta = trees.clip_norm(delta, parts.protocol.clip)
     arrived = {
@@ -274,6 +276,7 @@ def aggregate(
 
     by_field = hostility.beside_server(parts.aggregators, population, server_message)
     if parts.protocol.attackers is not None:
+        parts.protocol.attackers.check(population.offsets.shape[0] - 1)
         by_field, members = hostility.under_attack(parts.protocol.attackers, by_field, members)
     rows = members.states
     return cohort.run(
