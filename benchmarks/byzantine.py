@@ -1,6 +1,6 @@
 """Aggregators under attack: accuracy on `digits` with a fifth of the clients hostile.
 
-    python -m benchmarks.byzantine                  # all; goes on where it stopped
+    python -m benchmarks.byzantine                  # all; continues where it stopped
     python -m benchmarks.byzantine --quick          # a corner of it: does it work?
     python -m benchmarks.byzantine --table          # from the results that are there
 
