@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -211,7 +212,7 @@ def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
 )
 def test_the_exchange_that_prunes_nothing_may_be_left_out(module):
     """The later rounds are the same, masks and charges included, and it costs nothing."""
-    own = {"consensus": "top_k"} if module is mpfl else {}
+    own: dict[str, Any] = {"consensus": "top_k"} if module is mpfl else {}
     algorithm, states, history = voted() if module is mpfl else (a := make(module), *run(a))
     shorter = make(module, skip_first_exchange=True, **own)
     assert [stage.num_rounds for stage in shorter.stages] == [ITERATIONS, ROUNDS]
