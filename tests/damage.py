@@ -333,28 +333,19 @@ def _said_shapes(shape: list[int]) -> Damage:
     return change
 
 
-def _huge_network(run: pathlib.Path, rng: random.Random) -> None:
-    """Claim a network of 512 GiB, in the config, beside it and in the checkpoints."""
-    width = 2**31 - 1
-    _setting("  - 8\n", f"  - {width}\n")(run, rng)
-    path = run / layout.NETWORK
-    known = json.loads(path.read_text())
-    for one in known["params"].values():
-        one[1] = [width if size == 8 else size for size in one[1]]
-    path.write_text(json.dumps(known))
-    _arrays([64, width], [64, width])(run, rng)
+def _claimed_network(*, width: int, chunk: int) -> Damage:
+    """Claim a wide network in the config, beside it and in checkpoints that lack its chunks."""
 
+    def change(run: pathlib.Path, rng: random.Random) -> None:
+        _setting("  - 8\n", f"  - {width}\n")(run, rng)
+        path = run / layout.NETWORK
+        known = json.loads(path.read_text())
+        for one in known["params"].values():
+            one[1] = [width if size == 8 else size for size in one[1]]
+        path.write_text(json.dumps(known))
+        _arrays([64, width], [64, chunk])(run, rng)
 
-def _wide_network(run: pathlib.Path, rng: random.Random) -> None:
-    """Claim a network of 16 GiB in the same places, with chunks that are not there."""
-    width = 2**26
-    _setting("  - 8\n", f"  - {width}\n")(run, rng)
-    path = run / layout.NETWORK
-    known = json.loads(path.read_text())
-    for one in known["params"].values():
-        one[1] = [width if size == 8 else size for size in one[1]]
-    path.write_text(json.dumps(known))
-    _arrays([64, width], [64, 1024])(run, rng)
+    return change
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
@@ -393,8 +384,8 @@ SPECIAL: dict[str, Damage] = {
     "arrays with chunks of nothing": _arrays([64, 8], [0, 0]),
     "shapes of 2^60 entries": _said_shapes([2**30, 2**30]),
     "shapes that are no numbers": _said_shapes(["a"]),  # type: ignore[list-item]
-    "a network of 512 GiB": _huge_network,
-    "a network of 16 GiB": _wide_network,
+    "a network of 512 GiB": _claimed_network(width=2**31 - 1, chunk=2**31 - 1),
+    "a network of 16 GiB": _claimed_network(width=2**26, chunk=1024),
     "linked checkpoints": _link_folder(layout.CHECKPOINTS),
     "a linked checkpoint": _link_folder(f"{layout.CHECKPOINTS}/3"),
     "linked arrays": _link_folder(f"{layout.CHECKPOINTS}/3/arrays"),
