@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -299,3 +300,18 @@ def test_levels_that_arrived_can_be_sent_again():
 def test_names_that_are_not_text_are_refused(name):
     with pytest.raises(ValueError, match="must be text that UTF-8 can write"):
         wire_format.encode({name: np.zeros(2)})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("data", [None, "text", 3, [1, 2], np.zeros((4, 4), np.uint8)[:, ::2]])
+def test_what_is_no_bytes_is_the_one_error_too(data):
+    with pytest.raises(WireError, match=f"must be contiguous bytes, got {type(data).__name__}"):
+        wire_format.decode(data)
+
+
+def test_messages_and_known_masks_are_mappings():
+    wrong: Any = [np.ones(2, bool)]
+    with pytest.raises(WireError, match="known must be a mapping of masks by name, got list"):
+        wire_format.decode(wire_format.encode({}), known=wrong)
+    for call in (wire_format.encode, wire_format.num_bits):
+        with pytest.raises(ValueError, match="must be a mapping of arrays, got list"):
+            call(wrong)

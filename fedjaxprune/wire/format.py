@@ -6,7 +6,7 @@ length must follow from counts alone. Everything is NumPy on the host.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,9 +123,9 @@ def encode(message: Message, *, deflate_level: int | None = None) -> bytes:
         no longer that of `num_bits`.
 
     Raises:
-      ValueError: if a type, a shape or a name is not one that travels.
+      ValueError: if it is no mapping, or a type, a shape or a name is not one that travels.
     """
-    planned = [_plan(name, part) for name, part in message.items()]
+    planned = [_plan(name, part) for name, part in _items(message)]
     plans = [item for item, _ in planned]
     body: list[bytes | memoryview] = [packing.varint(len(plans))]
     body.extend(map(headers.write, plans, _before(plans)))
@@ -157,7 +157,7 @@ def measure(plans: Sequence[Plan]) -> list[Lengths]:
 
 def plan(message: Message) -> list[Plan]:
     """Decide how every tensor of a message is written, as `encode` does."""
-    return [_plan(name, part)[0] for name, part in message.items()]
+    return [_plan(name, part)[0] for name, part in _items(message)]
 
 
 def frame_bytes(num_tensors: int) -> int:
@@ -181,13 +181,25 @@ def decode(
         for a tensor under a known mask, beside a few MiB.
 
     Raises:
-      WireError: if the data are no whole and undamaged message, or too large, or made for other
-        masks than the known ones, or if there is too little memory.
+      WireError: if the data are no bytes, or no whole and undamaged message, or too large, or made
+        for other masks than the known ones, or if there is too little memory.
     """
+    known = {} if known is None else known
+    if not isinstance(known, Mapping):
+        raise WireError(f"known must be a mapping of masks by name, got {type(known).__name__}.")
     try:
-        return _decode(memoryview(data).cast("B"), known or {}, max_bytes)
+        return _decode(_bytes_of(data), known, max_bytes)
     except MemoryError:
         raise WireError("the message needs more memory than there is.") from None
+
+
+def _bytes_of(data: bytes | bytearray | memoryview) -> memoryview:
+    """See the bytes of a message, or say of which type it is."""
+    try:
+        return memoryview(data).cast("B")
+    except TypeError:
+        given = type(data).__name__
+        raise WireError(f"a message must be contiguous bytes, got {given}.") from None
 
 
 def _decode(
@@ -219,6 +231,13 @@ def _decode(
             tensor = Levels(tensor, scales.astype(np.float32), item.level_bits)
         tensors[item.name] = tensor
     return tensors
+
+
+def _items(message: Message) -> Iterable[tuple[str, np.ndarray | Part | Levels]]:
+    """List a message's tensors, or say of which type it is."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message must be a mapping of arrays, got {type(message).__name__}.")
+    return message.items()
 
 
 def _plan(name: str, given: np.ndarray | Part | Levels) -> tuple[Plan, "_Work"]:
