@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from fedjaxprune import trees
 from fedjaxprune.federated.aggregators import _sums
 
+_MAX_POWER = 126  # 2 ** 126 and its inverse are normal float32 numbers
+
 
 def of_present(values: Any, weights: jax.Array) -> tuple[Any, jax.Array]:
     """Give the messages ``[C, ...]`` in float32 or wider, zeros where absent; and who is present.
@@ -30,9 +32,46 @@ def of_present(values: Any, weights: jax.Array) -> tuple[Any, jax.Array]:
     return jax.tree.map(leaf, values), present
 
 
-def squared_norms(values: Any) -> jax.Array:
-    """Measure each client's vector, ``[C]`` float32; a NaN makes it infinite."""
+def norms(values: Any) -> jax.Array:
+    """Measure each client's vector, ``[C]`` float32; a NaN makes it infinite.
 
+    Squares are of scaled values (`unit`), so that none of them leaves float32 unless the norm does.
+    """
+    scaled, power = unit(values)
+    return jnp.ldexp(jnp.sqrt(_squared_norms(scaled)), power)
+
+
+def unit(values: Any) -> tuple[Any, jax.Array]:
+    """Scale each client's vector to a largest absolute value in [0.5, 1), by a power of 2.
+
+    Powers of 2 change no digit: where nothing is too small or too large, a norm, a product or a
+    mean of scaled values is bit for bit the scaled one of the values.
+
+    Returns:
+      The scaled values ``[C, ...]`` and the powers ``[C]`` int32: a value is
+      ``scaled * 2 ** power``. A vector of zeros, or with a value that is not finite, has power 0.
+    """
+
+    def leaf(value):
+        axes = range(1, value.ndim)
+        return jnp.max(jnp.abs(value), axis=axes, initial=0.0).astype(jnp.float32)
+
+    leaves = [leaf(value) for value in jax.tree.leaves(values)]
+    if not leaves:
+        return values, jnp.zeros([], jnp.int32)
+    largest = functools.reduce(jnp.maximum, leaves)
+    power = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
+    power = jnp.clip(power, -_MAX_POWER, _MAX_POWER)  # beyond it there is no normal float32
+    factors = jnp.ldexp(jnp.ones_like(largest), -power)
+
+    def scale(value):
+        value = value.astype(_sums.sum_dtype(value.dtype))
+        return value * _along(factors, value).astype(value.dtype)
+
+    return jax.tree.map(scale, values), power
+
+
+def _squared_norms(values: Any) -> jax.Array:
     def leaf(value):
         return jnp.sum(jnp.square(value), axis=range(1, value.ndim)).astype(jnp.float32)
 
@@ -45,11 +84,11 @@ def away_from(values: Any, center: Any) -> Any:
     return jax.tree.map(lambda leaf, there: leaf - there[None], values, center)
 
 
-def squared_distances(values: Any, num_clients: int) -> jax.Array:
+def distances(values: Any, num_clients: int) -> jax.Array:
     """Measure how far clients are from each other, ``[C, C]`` float32; exactly symmetric."""
 
     def row(place):
-        return squared_norms(away_from(values, trees.take_rows(values, place)))
+        return norms(away_from(values, trees.take_rows(values, place)))
 
     return jax.lax.map(row, jnp.arange(num_clients, dtype=jnp.int32))
 

@@ -4,7 +4,7 @@ All leaves of a field are one vector. A client of weight 0 is absent: whatever i
 (NaN too), it adds nothing. Every other client counts once, whatever its weight, as a hostile one
 could claim any number of examples. What a client does not hold counts as zero: weights outside
 global masks are no part of any norm, and personal masks are part of what clients differ in. A
-message whose squared norm is not a finite float32 adds nothing.
+message whose norm is not a finite float32 adds nothing.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ def geometric_median(*, num_iterations: int, smoothing: float = 1e-6) -> CohortA
     _require_positive("smoothing", smoothing)
 
     def move(values, present, center):
-        distances = jnp.sqrt(_vectors.squared_norms(_vectors.away_from(values, center)))
+        distances = _vectors.norms(_vectors.away_from(values, center))
         distances = jnp.maximum(distances, jnp.float32(smoothing))
         shares = jnp.where(present, 1.0 / distances, jnp.zeros_like(distances))
         total = jnp.sum(shares)
@@ -143,7 +143,7 @@ def _iterated(name, move, num_iterations) -> CohortAggregator:
 def _clipped_mean(values, present, center, radius):
     """Average what is at most `radius` away from a center, and what is pulled there."""
     away = _vectors.away_from(values, center)
-    distances = jnp.sqrt(_vectors.squared_norms(away))
+    distances = _vectors.norms(away)
     limit = _vectors.middle(distances, present) if radius is None else jnp.float32(radius)
     is_far = distances > limit
     factors = jnp.where(is_far, limit / jnp.where(is_far, distances, 1.0), 1.0)

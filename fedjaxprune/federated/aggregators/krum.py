@@ -65,12 +65,13 @@ def _nearest(name, tolerated, num_chosen) -> CohortAggregator:
         values, present = _vectors.of_present(values, weights)
         num_present = jnp.sum(present, dtype=jnp.int32)
         num_hostile = jnp.array(_vectors.tolerated(tolerated, size), jnp.int32)[num_present]
-        distances = _vectors.squared_distances(values, size)
+        distances = _vectors.distances(values, size)
         is_other = present[None, :] & ~jnp.eye(size, dtype=jnp.bool_)
         ordered = jnp.sort(jnp.where(is_other, distances, jnp.inf), axis=1)
         num_neighbors = jnp.maximum(num_present - num_hostile - 2, 1)
         is_near = jnp.arange(size, dtype=jnp.int32)[None, :] < num_neighbors
-        scores = jnp.sum(jnp.where(is_near, ordered, jnp.zeros_like(ordered)), axis=1)
+        # The root of the sum of squares, which sorts alike and cannot be too small for float32.
+        scores = _vectors.norms(jnp.where(is_near, ordered, jnp.zeros_like(ordered)))
         chosen = num_chosen(num_present, num_hostile)
         return _vectors.combine(values, _smallest(scores, present, chosen))
 

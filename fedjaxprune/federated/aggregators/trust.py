@@ -66,15 +66,19 @@ def server_trust(*, server_examples: Sequence[int]) -> ServerAggregator:
         del masks  # everybody counts everywhere
         _sums.require_inexact("server_trust", values)
         values, present = _vectors.of_present(values, weights)
-        own = _vectors.squared_norms(jax.tree.map(lambda leaf: leaf[None], reference))
-        own = jnp.sqrt(jnp.sum(own))  # of one vector
-        norms = jnp.sqrt(_vectors.squared_norms(values))
+        # All cosines are of scaled vectors, whose squares and products are ordinary numbers.
+        values, _ = _vectors.unit(values)
+        scaled, power = _vectors.unit(jax.tree.map(lambda leaf: leaf[None], reference))
+        own = jnp.sum(_vectors.norms(scaled))  # of one vector
+        norms = _vectors.norms(values)
         has_length = present & (norms > 0) & jnp.isfinite(norms) & (own > 0)
         lengths = jnp.where(has_length, norms, jnp.ones_like(norms))
+        reference = jax.tree.map(lambda leaf: leaf[0], scaled)
         product = _vectors.products(values, reference) / lengths / jnp.where(own > 0, own, 1.0)
         trust = jnp.where(has_length, jnp.maximum(product, 0.0), jnp.zeros_like(product))
         total = jnp.sum(trust)
         shares = trust / jnp.where(total > 0, total, 1.0)
+        own = jnp.ldexp(own, jnp.sum(power))
         return _vectors.combine(values, shares * own / lengths)
 
     return ServerAggregator(reduce=reduce_fn, server_examples=server_examples)
