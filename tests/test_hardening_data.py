@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from fedjaxprune import registry, types
-from fedjaxprune.data import batching, conversion, partitions, population_checks, transforms
+from fedjaxprune.data import (
+    batching,
+    conversion,
+    partitions,
+    population_checks,
+    rounding,
+    splits,
+    transforms,
+)
 from fedjaxprune.errors import DataError
 
 X, Y = np.ones((6, 2), np.float32), np.arange(6) % 3
@@ -44,7 +52,12 @@ VALUES = {
     "a word as a label": ({"labels": np.full(6, 2**31, np.uint32)}, "labels must fit int32"),
     "deep": ({"inputs": {"a": X, "b": (X, changed(0, np.nan))}}, "inputs/b/1 must be finite"),
     "ragged": ({"inputs": np.array([[1], [1, 2]] * 3, object)}, "inputs must be real numbers, got"),
-    "objects": ({"labels": np.array([None] * 6)}, "labels must be real numbers, got .* objects"),
+    "objects": ({"labels": np.array([None] * 6)}, "got missing values .None."),
+    "doubles that merge": ({"inputs": 1e9 + Y[:, None] / 8}, "inputs lie between 1000000000 and"),
+    "doubles that vanish": (
+        {"inputs": X * np.float64(1e-300)},
+        "at position 0, which float32 cannot tell",
+    ),
     "text": ({"labels": np.array(list("abcabc"))}, "labels must be real numbers, got text"),
     "dates": ({"inputs": np.zeros((6, 1), "M8[s]")}, "inputs must be real numbers, got datetime"),
     "masked values": ({"labels": np.ma.array(Y, mask=Y == 2)}, "labels have masked values"),
@@ -116,6 +129,9 @@ def test_labels_of_known_classes_are_in_range():
     ):
         with pytest.raises(DataError, match=sentence):
             make(labels)
+    half: Any = 3.5
+    with pytest.raises(DataError, match=r"num_classes must be a whole number, got 3\.5"):
+        make(Y, half)
     with pytest.raises(DataError, match=r"labels must lie in \[0, 2\)"):
         partitions.histogram([[0]], Y, num_classes=2)
     assert partitions.histogram([[0, 1, 4], []], Y, num_classes=3).tolist() == [[1, 2, 0], [0] * 3]
@@ -233,3 +249,40 @@ def test_labels_that_say_nothing_are_refused():
 def test_targets_that_no_float32_holds_are_refused():
     with pytest.raises(DataError, match=r"train labels must be finite numbers, got 1e\+39 in"):
         conversion.as_dataset((np.ones((40, 2)), np.full(40, 1e39)), task="regression")
+
+
+def test_the_rounding_of_float32_passes_where_it_tells_numbers_apart():
+    rng = np.random.default_rng(0)
+    noise = 0.1 * (1 + 1e-15 * rng.normal(size=40))
+    alike = np.float64(np.float32(1e9)) * np.ones(40)
+    for values in (
+        rng.normal(size=40) * 1e9,
+        1e9 + 1e5 * rng.normal(size=40),
+        noise,
+        alike,
+        (1.0 + 1e-6 * rng.normal(size=40)).astype(np.float32).astype(np.float64),
+        np.where(np.arange(40) == 3, 1e-300, 1.0),
+        2**24 + 2 * np.arange(40),
+        np.arange(40) * 2**40,
+        np.array([-(2**63), 2**62, 2**63 - 2**40]),
+        np.array([0, 2**63], np.uint64),
+        np.zeros((3, 0)),
+        np.array([True, False]),
+    ):
+        rounding.check(values, "values")
+    for values in (np.array([2**63 - 1]), np.array([-(2**63) + 1]), np.array([2**64 - 1], "u8")):
+        with pytest.raises(DataError, match=r"values have the integer .* in example 0, which"):
+            rounding.check(values, "values")
+
+
+def test_the_last_example_of_a_class_is_not_held_out():
+    for num in range(3, 10):
+        labels = np.arange(num) % (num - 1)  # one class has two examples, the others one
+        try:
+            rows, held = splits.split_rows(labels, test_fraction=0.2, by_class=True)
+        except DataError:
+            assert round(0.2 * num) == 0
+        else:
+            assert set(labels[held]) <= set(labels[rows])
+    with pytest.raises(DataError, match="4 examples of 4 classes are too few to hold out a test_f"):
+        splits.split_rows(np.arange(4), test_fraction=0.2, by_class=True)

@@ -1,5 +1,6 @@
 """Users' own data: what can be read trains, and what cannot is refused in one sentence."""
 
+import fractions
 import sys
 from typing import Any
 
@@ -484,6 +485,54 @@ MISTAKES = {
     "unknown task": (PLAIN, {"task": "ranking"}, "task must be one of .* got 'ranking'"),
     "test fraction": (PLAIN, {"test_fraction": 1.5}, r"must lie in \(0, 1\), got 1.5"),
     "ids of another length": (bad(user=[1, 2]), {}, r"ids 'user' must be one id per .* \(2,\)"),
+    "a fraction of a class": (PLAIN, {"num_classes": 4.5}, "num_classes must be a whole .* 4.5"),
+    "a flag of classes": (PLAIN, {"num_classes": True}, "num_classes must be a whole .* True"),
+    "too few names": (PLAIN, {"class_names": ("a",)}, "must name the 4 classes, got 1 names"),
+    "names in one text": (PLAIN, {"class_names": "abcd"}, "a list of names, got the text 'abcd'"),
+    "names of a text's classes": (
+        bad(labels=Y.astype(str)),
+        {"class_names": ("a", "b", "c", "d")},
+        "must name the 4 classes of the labels, got a, b, c, d",
+    ),
+    "number of a text's classes": (
+        bad(labels=Y.astype(str)),
+        {"num_classes": 5},
+        "num_classes is 5, but the labels have 4 classes",
+    ),
+    "three classes in two": (bad(labels=Y % 2), {"task": "binary", "num_classes": 3}, "have 2 cl"),
+    "objects with None": (
+        bad(inputs=np.array([[1.0, None]] * 40, object)),
+        {},
+        r"got missing values \(None\)",
+    ),
+    "objects": (bad(inputs=X.astype(object)), {}, r"objects; give values.astype\(float\)"),
+    "objects of a type": (
+        bad(inputs=np.array([[1.0, fractions.Fraction(1, 2)]] * 40, object)),
+        {},
+        "got objects of type Fraction and float",
+    ),
+    "bfloat16": (bad(inputs=jnp.ones((40, 2), jnp.bfloat16)), {}, "bfloat16, which is no type of"),
+    "bytes as inputs": (bad(inputs=np.full((40, 2), b"a")), {}, "got bytes; decode them"),
+    "bytes as labels": (bad(labels=Y.astype("S")), {}, "got bytes; decode them: values.astype"),
+    "objects as labels": (bad(labels=np.array([None] * 40)), {}, r"missing values \(None\)"),
+    "records": (bad(inputs=np.zeros((40, 2), [("a", "f4")])), {}, "got records of the fields a"),
+    "labels of two types": (
+        bad(labels=np.array(["a", 1] * 20, object)),
+        {},
+        "must all be text or all integers, got text and 1",
+    ),
+    "NaN that became text": (
+        bad(labels=np.array(["a", "b", np.nan, "c"] * 10)),
+        {},
+        "must not be missing, but some are 'nan'",
+    ),
+    "long integers": (bad(inputs=2**24 + Y[:, None]), {}, "16777217 in example 1, .* scale them"),
+    "doubles far from 0": (
+        bad(inputs=1e9 + np.arange(80.0).reshape(40, 2)),
+        {},
+        "lie between 1000000000 and 1000000078 at position 0, which float32 cannot tell apart",
+    ),
+    "large ids": (bad(user=Y + 1e16), {}, "ids 'user' must be text or integers, got float64 num"),
     "missing ids": (bad(user=[None] * 40), {}, "ids 'user' must have no missing"),
     "ids that are NaN": (bad(user=np.full(40, np.nan)), {}, "ids 'user' must have no missing"),
 }
@@ -549,6 +598,56 @@ TABLES = {
         "must hold train or test, got 'a'",
     ),
     "one class": ({"label": ["a"] * 40}, {}, "at least two classes"),
+    "one value that is no number": (
+        {"a": [1.5, 2, 3.25, "?"] + [7] * 36},
+        {},
+        "'a' that reads as numbers, but '[?]' in row 4 is no number: .* one_hot_all",
+    ),
+    "decimal commas": ({"a": ['"1,5"', '"2"'] * 20}, {}, "with commas, such as '1,5' in row 1"),
+    "thousands": ({"a": ['"1,234.5"', "7"] * 20}, {}, "such as '1,234.5' in row 1"),
+    "a label that is missing": (
+        {"label": ["a", "NaN", "b", "?"] * 10},
+        {},
+        r"20 missing values in column 'label', the first in row 2 \('NaN'\)",
+    ),
+    "a client that is missing": (
+        {"user": ["a", "b", "null", "c"] * 10},
+        {"keys": ("user",)},
+        r"10 missing values in column 'user', the first in row 3 \('null'\)",
+    ),
+    "a target that is no number": (
+        {"label": [1.5, 2.5, "x", 3.5] * 10},
+        {"task": "regression"},
+        "must be numbers for a regression, got 'x' in row 3",
+    ),
+    "a huge number": ({"b": [1, 2, 1e300, 3] * 10}, {}, "1e.300 in row 3 of column 'b', which is"),
+    "a huge target": ({"label": [1.5, -1e39] * 20}, {"task": "regression"}, "-1e.39 in row 2 of"),
+    "an infinity": ({"b": [1.5, "inf"] * 20}, {}, "inf in row 2 of column 'b', which is too large"),
+    "long ids": (
+        {"a": 2**24 + np.arange(40)},
+        {"scaling": "none"},
+        "'a' of .* 16777217 in example 1, .* rounded to 16777216: set scaling: standard",
+    ),
+    "longer ids": (
+        {"a": 2**60 + np.arange(40)},
+        {},
+        "1152921504606846977 in example 1, .* rounded",
+    ),
+    "targets far from 0": (
+        {"label": 1e9 + np.arange(40) / 2},
+        {"task": "regression", "scaling": "none"},
+        "'label' of .* lie between 1000000000 and 1000000019.5, which float32 cannot tell apart",
+    ),
+    "tiny numbers": (
+        {"a": X[:, 0] * np.float64(1e-60)},
+        {"scaling": "none"},
+        "'a' of .* cannot tell apart",
+    ),
+    "large ids of clients": (
+        {"user": [f"{2**70}", "1"] * 20},
+        {"keys": ("user",)},
+        r"beyond 2\*\*53",
+    ),
 }
 
 
@@ -587,6 +686,21 @@ def test_a_table_keeps_a_split_and_makes_categories_of_text(tmp_path):
     assert raw.train["inputs"][:, 0].tolist() == raw.test["inputs"][:, 0].tolist()
 
 
+def test_text_that_reads_as_numbers_can_be_categories_and_counted_names_a_header(tmp_path):
+    columns = {"0": ["1", "2", "3+", "0"] * 10, "1": [0.1] * 39 + [0.2], "2": Y}
+    path = write_csv(tmp_path / "t.csv", columns)
+    dataset = read("table", path=path, label="2", categorical="one_hot_all", test_path=path)
+    assert dataset.input_shape == (5,)
+    # Equal numbers are all 0, whatever rounding says of their deviation.
+    path = write_csv(tmp_path / "same.csv", {"a": [0.1] * 40, "b": ["NA", "x"] * 20, "label": Y})
+    assert set(read("table", path=path).train["inputs"][:, 0].tolist()) == {0.0}
+    test = write_csv(tmp_path / "test.csv", {"a": [0.1, "o"] * 20, "b": [1] * 40, "label": Y})
+    with pytest.raises(DataError, match="'a' that reads as numbers, but 'o' in row 2"):
+        read("table", path=path, test_path=test)
+    with pytest.raises(DataError, match="'b' holds text for training, but int64 in"):
+        read("table", path=path, test_path=test, features=("b",))
+
+
 FILES = {
     "a damaged archive": ("npz", "x.npz", b"nothing", "cannot be read as an .npz archive"),
     "a damaged table": ("table", "x.parquet", b"nothing", "cannot be read as a .parquet table"),
@@ -594,6 +708,31 @@ FILES = {
     "no rows": ("table", "x.csv", b"a,label\n", "has no rows"),
     "another suffix": ("table", "x.xls", b"", "must end in .csv, .tsv or .parquet, got x.xls"),
     "two columns of a name": ("table", "x.csv", b"a,a\n1,2\n", "two columns named 'a'"),
+    "an empty table": ("table", "x.csv", b"", "cannot be read as a .csv table: Empty CSV file"),
+    "no header": ("table", "x.csv", b"5.1,3.5,0\n4.9,3.0,1\n", r"is numbers \('5.1,3.5,0'\): add"),
+    "no header and words": ("table", "x.csv", b"5.1,3.5,a\n4,3,b\n", "no 'label' and seems to be"),
+    "semicolons": (
+        "table",
+        "x.csv",
+        b"a;b;label\n1,5;2;0\n",
+        "commas, but .* has semicolons",
+    ),
+    "commas for tabs": ("table", "x.tsv", b"a,b,label\n1,2,0\n", "tabs, but .* has commas"),
+    "Latin-1": (
+        "table",
+        "x.csv",
+        "city,label\nBonn,0\nKöln,1\n".encode("latin1"),
+        r"is not UTF-8, with b'K.*ln' in row 2 of column 'city': save it as UTF-8, or .* iconv",
+    ),
+    "a header in Latin-1": ("table", "x.csv", "größe,label\n1,0\n".encode("latin1"), "first line"),
+    "UTF-16": ("table", "x.csv", "a,label\n1,0\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
+    "three rows": (
+        "table",
+        "x.csv",
+        b"a,label\n1,a\n2,b\n3,c\n",
+        "3 examples of 3 classes are",
+    ),
+    "two rows": ("table", "x.csv", b"a,label\n1,a\n2,a\n", "2 examples are too few to hold out"),
     "no UTF-8": ("text", "x.txt", b"\xff\xfe\xff", "cannot be read as text in UTF-8"),
     "a short text": ("text", "x.txt", b"hello", "5 characters, too few"),
     "a file for a folder": (

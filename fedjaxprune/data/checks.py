@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedjaxprune.data import rounding
 from fedjaxprune.data.datasets import Task
 from fedjaxprune.errors import DataError, first_line
 
 _INT32_MAX = 2**31 - 1
+# Texts that stand for a missing value, in lower case.
+MISSING = {"", "?", "na", "n/a", "#na", "#n/a", "#n/a n/a", "<na>", "nan", "-nan", "null", "nat"}
 
 
 class Labels(NamedTuple):
@@ -42,6 +45,42 @@ def kind(value: Any) -> str:
     return type(value).__name__
 
 
+def content(made: np.ndarray) -> str:
+    """Say what an array that is not of numbers holds instead."""
+    if made.dtype.kind == "O":
+        return _of_objects(made)
+    if made.dtype.kind == "S":
+        return "bytes; decode them: values.astype(str)"
+    if made.dtype.kind == "U":
+        return "text"
+    if made.dtype.names is not None:
+        return f"records of the fields {', '.join(made.dtype.names)}"
+    if made.dtype.kind == "V" and not made.dtype.type.__module__.startswith("numpy"):
+        return f"{made.dtype}, which is no type of NumPy's own; give values.astype(numpy.float32)"
+    if made.dtype.kind == "c":
+        return f"{made.dtype}; give real and imaginary parts as features of their own"
+    return str(made.dtype)
+
+
+def _of_objects(made: np.ndarray) -> str:
+    """Say what an array of objects holds: what keeps it from being an array of numbers."""
+    values = made.ravel().tolist()
+    if shapes := [np.shape(one) for one in values if isinstance(one, list | tuple | np.ndarray)]:
+        if len(shapes) == len(values) and len(set(shapes)) == 1:
+            return f"an array of objects of the shape {shapes[0]}; give numpy.stack(values)"
+        return "rows of differing shapes"
+    if any(value is None for value in values):
+        return "missing values (None)"
+    if all(isinstance(value, int | float | np.number) for value in values):
+        return "an array of objects; give values.astype(float)"
+    kinds = sorted({type(value).__name__ for value in values})
+    if kinds == ["str"]:
+        return "text"
+    if kinds == ["bytes"]:
+        return "bytes; decode them: [value.decode() for value in values]"
+    return f"objects of type {' and '.join(kinds[:3])}"
+
+
 def inputs(values: Any, what: str, *, task: Task) -> np.ndarray:
     """Check the inputs ``[E, ...]`` and give them as uint8, float32 or, for tokens, int32.
 
@@ -49,10 +88,10 @@ def inputs(values: Any, what: str, *, task: Task) -> np.ndarray:
     """
     made = array(values, what)
     if made.dtype.kind in "OUS":
-        given = "text" if _holds_text(made) else "rows of differing shapes"
+        given = content(made)
         raise DataError(f"{what} must be numbers of one shape per example, got {given}.")
     if made.dtype.kind not in "buif":
-        raise DataError(f"{what} must be real numbers, got {made.dtype}.")
+        raise DataError(f"{what} must be real numbers, got {content(made)}.")
     if made.shape[0] == 0:
         raise DataError(f"{what} must have at least one example, got shape {made.shape}.")
     if made.ndim < 2:
@@ -80,6 +119,7 @@ def inputs(values: Any, what: str, *, task: Task) -> np.ndarray:
             f"{what} must be finite float32 numbers, but {num_bad} of {floats.size} values are "
             f"not ({num_nan} NaN), the first in example {example}."
         )
+    rounding.check(made, what)
     return floats
 
 
@@ -90,13 +130,17 @@ def labels(
     both = array(train, "train labels"), array(test, "test labels")
     if task == "regression":
         return Labels(_targets(both[0], "train"), _targets(both[1], "test"), 0, ())
+    class_names = _names(class_names, num_classes)
     if all(_is_text(values) for values in both):
-        return _from_text(both, task=task)
+        found = _from_text(both, task=task)
+        _check_given(found.class_names, num_classes, class_names)
+        return found
     made = [_classes(both[0], "train", task), _classes(both[1], "test", task)]
     present = [np.unique(values[values >= 0] if values.ndim > 1 else values) for values in made]
     if task == "binary":
         _check_binary(present)
-        return Labels(made[0], made[1], 2, tuple(class_names) or ("0", "1"))
+        _check_given(("0", "1"), num_classes, class_names, may_rename=True)
+        return Labels(made[0], made[1], 2, class_names or ("0", "1"))
     for classes, name in zip(present, ("train", "test"), strict=True):
         if not classes.size:
             raise DataError(f"{name} labels must not all be negative: no position has one.")
@@ -117,7 +161,44 @@ def labels(
             )
     if num_classes < 2:
         raise DataError(f"labels must have at least two classes, got {num_classes}.")
-    return Labels(made[0], made[1], num_classes, tuple(map(str, class_names)))
+    if class_names and len(class_names) != num_classes:
+        raise DataError(
+            f"class_names must name the {num_classes} classes, got {len(class_names)} names."
+        )
+    return Labels(made[0], made[1], num_classes, class_names)
+
+
+def _names(class_names: Sequence[str], num_classes: Any) -> tuple[str, ...]:
+    """Check the type of a number of classes and of their names."""
+    whole(num_classes)
+    if isinstance(class_names, str):
+        raise DataError(f"class_names must be a list of names, got the text {class_names!r}.")
+    return tuple(map(str, class_names))
+
+
+def _check_given(
+    names: tuple[str, ...],
+    num_classes: int | None,
+    class_names: tuple[str, ...],
+    *,
+    may_rename: bool = False,
+) -> None:
+    """Refuse a number of classes, or names, other than those of the labels."""
+    if num_classes not in (None, len(names)):
+        raise DataError(f"num_classes is {num_classes}, but the labels have {len(names)} classes.")
+    fits = len(class_names) == len(names) if may_rename else set(class_names) == set(names)
+    if class_names and not fits:
+        raise DataError(
+            f"class_names must name the {len(names)} classes of the labels, got "
+            f"{', '.join(class_names)}."
+        )
+
+
+def whole(num_classes: Any) -> None:
+    """Refuse a number of classes that is no integer; None passes."""
+    is_whole = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
+    if num_classes is not None and not is_whole:
+        raise DataError(f"num_classes must be a whole number, got {num_classes!r}.")
 
 
 def lengths(values: Sequence[Any], names: Sequence[str]) -> None:
@@ -140,6 +221,12 @@ def keys(values: Any, name: str, num_examples: int) -> np.ndarray:
     is_missing = is_object and any(value is None or value != value for value in made)
     if is_missing or (made.dtype.kind == "f" and not np.isfinite(made).all()):
         raise DataError(f"client ids {name!r} must have no missing values.")
+    digits = np.finfo(made.dtype).nmant + 1 if made.dtype.kind == "f" else 0
+    if digits and made.size and np.abs(made).max() > 2.0**digits:
+        raise DataError(
+            f"client ids {name!r} must be text or integers, got {made.dtype} numbers beyond "
+            f"2**{digits}, of which neighbors are equal."
+        )
     return made.astype(str) if is_object else made
 
 
@@ -156,7 +243,7 @@ def _tokens(made: np.ndarray, what: str) -> np.ndarray:
 
 def _targets(made: np.ndarray, name: str) -> np.ndarray:
     if made.dtype.kind not in "buif":
-        raise DataError(f"{name} labels of a regression must be numbers, got {_type(made)}.")
+        raise DataError(f"{name} labels of a regression must be numbers, got {content(made)}.")
     if made.ndim > 2 or 0 in made.shape:
         raise DataError(
             f"{name} labels of a regression must have shape (examples,) or (examples, targets), "
@@ -167,6 +254,7 @@ def _targets(made: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(floats).all():
         row = int(np.argwhere(~np.isfinite(floats))[0][0])
         raise DataError(f"{name} labels must be finite numbers, got {made[row]} in example {row}.")
+    rounding.check(made, f"{name} labels")
     return floats
 
 
@@ -176,8 +264,12 @@ def _from_text(both: Sequence[np.ndarray], *, task: Task) -> Labels:
     if any(values.ndim != 1 for values in texts):
         raise DataError(f"labels as text must be one per example, got shape {texts[0].shape}.")
     for value in (one for values in both for one in values.ravel().tolist()):
-        if value is None or value != value:
-            raise DataError(f"labels must not be missing, but some are {value}.")
+        is_text = isinstance(value, str)
+        if value is None or value != value or (is_text and value.strip().lower() in MISSING):
+            given = repr(value) if is_text else value
+            raise DataError(f"labels must not be missing, but some are {given}.")
+        if not is_text:
+            raise DataError(f"labels must all be text or all integers, got text and {value!r}.")
     names = np.unique(texts[0])
     if unknown := sorted(set(texts[1].tolist()) - set(names.tolist())):
         raise DataError(
@@ -212,7 +304,7 @@ def _classes(made: np.ndarray, name: str, task: Task) -> np.ndarray:
             "regression."
         )
     if made.dtype.kind not in "bui":
-        raise DataError(f"{name} labels must be integer classes or text, got {_type(made)}.")
+        raise DataError(f"{name} labels must be integer classes or text, got {content(made)}.")
     if made.size == 0:
         raise DataError(f"{name} labels must have at least one example, got none.")
     if np.abs(made.astype(np.float64)).max() > _INT32_MAX:
@@ -263,13 +355,7 @@ def _check_count(num_classes: int, num_examples: int, task: Task) -> None:
         )
 
 
-def _holds_text(made: np.ndarray) -> bool:
-    return made.dtype.kind in "US" or isinstance(made.flat[0] if made.size else None, str)
-
-
 def _is_text(made: np.ndarray) -> bool:
-    return made.size > 0 and made.dtype.kind != "S" and _holds_text(made)
-
-
-def _type(made: np.ndarray) -> str:
-    return "text" if _holds_text(made) else str(made.dtype)
+    """Tell labels that are text; of objects the first one says what they are meant to be."""
+    is_object = made.dtype.kind == "O" and made.size > 0
+    return made.dtype.kind == "U" or (is_object and isinstance(made.flat[0], str))

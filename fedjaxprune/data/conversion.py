@@ -132,7 +132,13 @@ def check(dataset: Dataset) -> None:
             )
         checks.inputs(arrays["inputs"], f"{split} inputs", task=dataset.task)
     train, test = dataset.train["labels"], dataset.test["labels"]
-    checks.labels(train, test, task=dataset.task, num_classes=dataset.num_classes, class_names=())
+    checks.labels(
+        train,
+        test,
+        task=dataset.task,
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+    )
     for key, ids in dataset.keys.items():
         checks.keys(ids, key, len(train))
 

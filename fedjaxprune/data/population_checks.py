@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjaxprune.data import checks
+from fedjaxprune.data import checks, rounding
 from fedjaxprune.errors import DataError
 from fedjaxprune.types import Examples
 
@@ -113,9 +113,11 @@ def _stored(leaf: Any, path: str) -> Any:
         return made
     if is_float:
         with np.errstate(over="ignore"):
-            made = made if made.dtype == dtype else made.astype(dtype)
-        _check_finite(made, path)
-        return made
+            stored = made if made.dtype == dtype else made.astype(dtype)
+        _check_finite(stored, path)
+        if isinstance(made, np.ndarray) and stored is not made:
+            rounding.check(made, path)
+        return stored
     is_label = path.partition("/")[0] == "labels"  # batches hold int32
     limits = jnp.iinfo(jnp.int32 if is_label or given == np.bool_ else dtype)
     if limits.max < jnp.iinfo(jnp.uint8 if given == np.bool_ else given).max and made.size:
@@ -129,11 +131,7 @@ def _stored(leaf: Any, path: str) -> Any:
 
 
 def _kind(made: Any) -> str:
-    if jnp.issubdtype(made.dtype, jnp.complexfloating):
-        return f"{made.dtype}; give real and imaginary parts as features of their own"
-    if made.dtype == np.object_:
-        return "rows of differing shapes, or objects"
-    return "text" if jnp.issubdtype(made.dtype, np.character) else str(made.dtype)
+    return checks.content(made) if isinstance(made, np.ndarray) else str(made.dtype)
 
 
 def _check_finite(values: Any, path: str) -> None:
@@ -157,6 +155,7 @@ def _blocks(values: Any) -> Iterator[tuple[int, np.ndarray]]:
 
 def _check_classes(labels: Any, num_classes: int) -> None:
     """Refuse labels that are no classes; with several an example, negative ones are none."""
+    checks.whole(num_classes)
     if labels is None or labels.dtype.kind not in "bui":
         given = "no array of that name" if labels is None else str(labels.dtype)
         raise DataError(f"labels must be integers for {num_classes} classes, got {given}.")

@@ -33,11 +33,16 @@ def split_rows(
     for rows in groups:
         held[rng.permutation(rows)[: round(test_fraction * len(rows))]] = True
     if not held.any():  # classes too small to share
-        held[rng.permutation(len(labels))[: round(test_fraction * len(labels))]] = True
+        rows, last = rng.permutation(len(labels)), []
+        if len(groups) > 1:  # one of each class is for training
+            last = [group[np.argmax(np.argsort(rows)[group])] for group in groups]
+        rows = rows[~np.isin(rows, last)]
+        held[rows[: round(test_fraction * len(labels))]] = True
     if held.all() or not held.any():
+        classes = f" of {len(groups)} classes" if len(groups) > 1 else ""
         raise DataError(
-            f"{len(labels)} examples cannot be split for training and tests by a test_fraction "
-            f"of {test_fraction}."
+            f"{len(labels)} examples{classes} are too few to hold out a test_fraction of "
+            f"{test_fraction} for tests: give more, or test examples of their own."
         )
     return np.flatnonzero(~held), np.flatnonzero(held)
 

@@ -1,14 +1,14 @@
 """A table with one example per row, as CSV or Parquet, read by Apache Arrow."""
 
 import pathlib
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.data import splits
+from fedjaxprune.data import checks, rounding, splits
 from fedjaxprune.data.conversion import as_dataset
 from fedjaxprune.data.datasets import Dataset
-from fedjaxprune.data.sources import files
+from fedjaxprune.data.sources import files, table_reading
 from fedjaxprune.errors import DataError
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Probability, Settings, setting
@@ -46,8 +46,10 @@ class TableSettings(Settings):
         "standard: numbers, and the targets of a regression, get mean 0 and standard deviation 1 "
         "over the training rows; the test error of a regression is then in standard deviations.",
     )
-    categorical: Literal["one_hot", "refuse"] = setting(
-        "one_hot", "What happens to feature columns of text."
+    categorical: Literal["one_hot", "one_hot_all", "refuse"] = setting(
+        "one_hot",
+        "What happens to feature columns of text: an input per category, or an error. one_hot "
+        "refuses text of which half or more reads as numbers; one_hot_all does not.",
     )
 
 
@@ -63,17 +65,17 @@ class _Column(NamedTuple):
 def build(settings: TableSettings) -> Dataset:
     """Read the table; what scaling and categories need is taken from the training rows."""
     path = files.find(settings.path)
-    train = _read(path)
+    train = table_reading.read(path, settings.label)
     names = list(train)
     features = _features(settings, names, path)
-    label = _no_missing(train[settings.label], settings.label, path)
+    label = _label(train, path, settings)
     _check_label(label, settings)
     if settings.test_path is not None:
         test_path = files.find(settings.test_path)
-        test = _read(test_path)
+        test = table_reading.read(test_path, settings.label)
         for name in (*features, settings.label):
             files.column(name, list(test), "test_path", str(test_path))
-        test_label = _no_missing(test[settings.label], settings.label, test_path)
+        test_label = _label(test, test_path, settings)
         rows, held = np.arange(len(label)), np.arange(len(test_label))
     else:
         test, test_path, test_label = train, path, label
@@ -84,12 +86,13 @@ def build(settings: TableSettings) -> Dataset:
     labels, test_labels, class_names = label[rows], test_label[held], ()
     if settings.task != "regression":
         labels, test_labels, class_names = _numbered(labels, test_labels)
-    else:
-        labels, test_labels = labels.astype(np.float64), test_labels.astype(np.float64)
-        if settings.scaling == "standard":
-            center, width = labels.mean(), labels.std() or 1.0
-            labels, test_labels = (labels - center) / width, (test_labels - center) / width
-    keys = {name: _no_missing(train[name], name, path)[rows] for name in settings.keys}
+    elif settings.scaling == "standard":
+        center, width = _moments(labels)
+        labels, test_labels = (labels - center) / width, (test_labels - center) / width
+    keys = {
+        name: table_reading.complete(train[name], name, path, words=checks.MISSING)[rows]
+        for name in settings.keys
+    }
     return as_dataset(
         ((inputs, labels), (test_inputs, test_labels)),
         name=path.stem,
@@ -97,31 +100,6 @@ def build(settings: TableSettings) -> Dataset:
         class_names=class_names,
         keys=keys,
     )
-
-
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read all columns as arrays; text and missing values are objects."""
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".tsv", ".parquet"):
-        raise DataError(f"path must end in .csv, .tsv or .parquet, got {path.name}.")
-
-    def reader(path: pathlib.Path) -> Any:
-        if suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path)
-        import pyarrow.csv
-
-        options = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",")
-        return pyarrow.csv.read_csv(path, parse_options=options)
-
-    table = files.read(path, reader, f"a {suffix} table")
-    if len(set(table.column_names)) < len(table.column_names):
-        twice = next(n for n in table.column_names if table.column_names.count(n) > 1)
-        raise DataError(f"{path} has two columns named {twice!r}.")
-    if table.num_rows == 0:
-        raise DataError(f"{path} has no rows.")
-    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def _features(settings: TableSettings, names: list[str], path: pathlib.Path) -> tuple[str, ...]:
@@ -168,29 +146,45 @@ def _rows(
     return np.flatnonzero(is_train), np.flatnonzero(is_test)
 
 
-def _no_missing(values: np.ndarray, name: str, path: pathlib.Path) -> np.ndarray:
-    """Refuse a column with missing values."""
-    if values.dtype.kind == "f":
-        bad = ~np.isfinite(values)
-    elif values.dtype.kind == "O":
-        bad = np.array([value is None or value != value or value == "" for value in values])
+def _label(table: dict[str, np.ndarray], path: pathlib.Path, settings: TableSettings) -> np.ndarray:
+    """Take the labels ``[rows]``, none of which is missing."""
+    label = table_reading.complete(
+        table[settings.label], settings.label, path, words=checks.MISSING
+    )
+    if settings.task == "regression" and label.dtype.kind in "uif":
+        _check_digits(label, settings.label, path, settings)
+    return label
+
+
+def _check_digits(
+    values: np.ndarray, name: str, path: pathlib.Path, settings: TableSettings
+) -> None:
+    """Refuse numbers that would lose what tells them apart."""
+    what = f"column {name!r} of {path}"
+    if settings.scaling == "none":
+        rounding.check(values, what, advice="set scaling: standard, or scale them")
     else:
-        return values
-    if bad.any():
-        number = int(bad.sum())
-        raise DataError(
-            f"{path} has {number} missing value{'s' * (number > 1)} in column {name!r}, the first "
-            f"in row {int(np.flatnonzero(bad)[0]) + 1}; fill them, or leave the column or the rows "
-            "out."
-        )
-    return values
+        rounding.check_integers(values, what, digits=53, advice="subtract the smallest one")
+
+
+def _moments(numbers: np.ndarray) -> tuple[float, float]:
+    """Give the mean and the standard deviation; of equal numbers 1, however the mean is rounded."""
+    numbers = numbers.astype(np.float64)
+    if numbers.min() == numbers.max():
+        return float(numbers[0]), 1.0
+    return float(numbers.mean()), float(numbers.std()) or 1.0
 
 
 def _check_label(label: np.ndarray, settings: TableSettings) -> None:
     name = settings.label
     if settings.task == "regression":
         if label.dtype.kind not in "buif":
-            raise DataError(f"label: column {name!r} must be numbers for a regression, not text.")
+            given = _kind(label)
+            if isinstance(label[0], str):
+                given = table_reading.first_text(label)
+            raise DataError(
+                f"label: column {name!r} must be numbers for a regression, got {given}."
+            )
         return
     if label.dtype.kind == "f" and (label != np.round(label)).any():
         raise DataError(
@@ -209,12 +203,14 @@ def _fit(
     values: np.ndarray, name: str, path: pathlib.Path, rows: np.ndarray, settings: TableSettings
 ) -> _Column:
     """Take from the training rows how a column becomes inputs."""
-    values = _no_missing(values, name, path)[rows]
+    whole = table_reading.complete(values, name, path)
+    values = whole[rows]
+    if values.dtype.kind in "uif":
+        _check_digits(whole, name, path, settings)
     if values.dtype.kind == "b" or (values.dtype.kind in "uif" and settings.scaling == "none"):
         return _Column(name)
     if values.dtype.kind in "uif":
-        numbers = values.astype(np.float64)
-        return _Column(name, float(numbers.mean()), float(numbers.std()) or 1.0)
+        return _Column(name, *_moments(values))
     if values.dtype.kind != "O" or not all(isinstance(value, str) for value in values):
         raise DataError(
             f"feature column {name!r} must be numbers, true and false, or text, got "
@@ -225,6 +221,8 @@ def _fit(
             f"feature column {name!r} is text; set categorical: one_hot, name it in keys, or name "
             "the columns to read by features."
         )
+    if settings.categorical == "one_hot":
+        table_reading.check_numbers(whole, name, path)
     categories = np.unique(values.astype(str))
     if len(categories) > _MAX_CATEGORIES:
         raise DataError(
@@ -241,17 +239,25 @@ def _apply(
     """Make the inputs ``[rows, width]`` float32."""
     made = []
     for column in columns:
-        values = _no_missing(table[column.name], column.name, path)[rows]
+        values = table_reading.complete(table[column.name], column.name, path)[rows]
         if column.categories is not None:  # one that no training row has becomes zeros
+            if values.dtype.kind != "O":
+                raise DataError(
+                    f"feature column {column.name!r} holds text for training, but {_kind(values)} "
+                    f"in {path}."
+                )
             made.append(values.astype(str)[:, None] == column.categories[None])
         elif values.dtype.kind not in "buif":
+            if values.dtype.kind == "O":
+                table_reading.check_numbers(table[column.name], column.name, path)
             raise DataError(
                 f"feature column {column.name!r} holds numbers for training, but {_kind(values)} "
                 f"in {path}."
             )
         else:
             made.append(((values.astype(np.float64) - column.center) / column.width)[:, None])
-    return np.concatenate([block.astype(np.float32) for block in made], axis=1)
+    with np.errstate(over="ignore"):  # refused with whatever else is not finite
+        return np.concatenate([block.astype(np.float32) for block in made], axis=1)
 
 
 def _numbered(
