@@ -1,5 +1,7 @@
 """Rounds over a population's rows: the same by loop, by scan and for many seeds at once."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedjaxprune.federated import populations, sampling, uplinks
-from fedjaxprune.rounds import simulation
+from fedjaxprune.rounds import simulation, stages
+from fedjaxprune.types import RoundMetrics
 from tests import quadratic
 from tests.playing import STATE, dip, setup
 
@@ -77,6 +80,49 @@ def test_only_those_present_change_their_rows(parts):
         jax.tree.map(lambda leaf: jnp.any(leaf.reshape(6, -1) != 0, axis=1), after.rows.uplink)
     )
     assert int(jnp.any(jnp.stack(touched), axis=0).sum()) == int(record.num_participating)
+
+
+@pytest.mark.parametrize("num_before", [0, 10])
+def test_a_stage_of_ones_own_changes_nothing_where_it_is_not_finite(parts, num_before):
+    algorithm, _ = parts
+
+    def round_fn(key, state, cohort, population):
+        in_state = jnp.where(state.round == 1, jnp.nan, 1.0)
+        in_row = jnp.where((state.round == 2) & (cohort.client_ids == 4), jnp.inf, 1.0)
+        after = state._replace(
+            round=state.round + 1, params=jax.tree.map(lambda w: w + in_state, state.params)
+        )
+        rows = cohort.states._replace(
+            uplink=jax.tree.map(
+                lambda row: row + in_row.reshape(-1, *[1] * (row.ndim - 1)), cohort.states.uplink
+            )
+        )
+        made: dict[str, Any] = dict.fromkeys(RoundMetrics._fields, ())
+        made |= {"num_participating": jnp.int32(6), "num_rejected": jnp.int32(1)}
+        return after, rows, RoundMetrics(**made)
+
+    stage = stages.shift_rounds(algorithm.stages[0]._replace(round=round_fn), num_before)
+    play = jax.jit(simulation.advance(stage, sampling.all_clients(6)))
+    now = start(algorithm)
+    now = now._replace(state=now.state._replace(round=jnp.int32(num_before)))
+    for number, num_rejected in enumerate([1, 6, 6, 1]):
+        after, metrics = play(KEY, now, PEOPLE)
+        assert (after.state.round, metrics.num_rejected) == (num_before + number + 1, num_rejected)
+        if num_rejected == 6:
+            kept = after._replace(state=after.state._replace(round=now.state.round))
+            chex.assert_trees_all_equal(kept, now)
+        else:
+            params, row = quadratic.flatten(after.state.params), jax.tree.leaves(after.rows.uplink)
+            np.testing.assert_allclose(params, quadratic.flatten(now.state.params) + 1.0)
+            assert np.all(row[0] == jax.tree.leaves(now.rows.uplink)[0] + 1.0)
+        now = after
+
+
+def test_rounds_of_the_package_are_not_guarded_twice(parts):
+    algorithm, _ = parts
+    for num_before in (0, 3):
+        built_in = stages.shift_rounds(algorithm.stages[0], num_before).round
+        assert stages.guarded(built_in) is built_in
 
 
 def with_labels(size):

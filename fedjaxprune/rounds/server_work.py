@@ -99,7 +99,7 @@ def server_round(
         )
         return stages.close(state, after, known_to=masks_known_to), members.states, metrics
 
-    return Stage(name=name, num_rounds=num_rounds, round=round_fn)
+    return Stage(name=name, num_rounds=num_rounds, round=stages.mark_guarded(round_fn))
 
 
 def train_at(client: Client, source: SourceFn) -> WorkFn:

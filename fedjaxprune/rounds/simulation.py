@@ -12,6 +12,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import populations, sampling
 from fedjaxprune.federated.sampling import SamplingFn
 from fedjaxprune.models import parameters
+from fedjaxprune.rounds import stages
 from fedjaxprune.types import (
     Algorithm,
     ClientState,
@@ -96,7 +97,8 @@ def advance(
     as absent.
 
     Args:
-      stage: whose round is run.
+      stage: whose round is run. One of your own is guarded (`stages.guarded`): a round that writes
+        a NaN or an infinity changes nothing but the number of rounds.
       participation: ``key -> (client_ids [C], present [C])``. An id may occur twice, as in a draw
         with replacement: it then counts twice.
 
@@ -106,6 +108,8 @@ def advance(
     Raises:
       ValueError: while tracing, if the numbers of clients disagree, or the participation is none.
     """
+
+    round_fn = stages.guarded(stage.round)
 
     def advance_fn(key, simulation, population):
         num_clients = _count_clients(simulation, population, participation)
@@ -117,7 +121,7 @@ def advance(
             participated=present,
             states=trees.take_rows(simulation.rows, client_ids),
         )
-        state, new, metrics = stage.round(work_key, simulation.state, cohort, population)
+        state, new, metrics = round_fn(work_key, simulation.state, cohort, population)
         # Absent clients are written back nowhere: a filling slot may bear a present client's id.
         slots = jnp.where(present, client_ids, num_clients + 1)
         rows = jax.tree.map(

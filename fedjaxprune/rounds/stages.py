@@ -78,13 +78,14 @@ def shift_rounds(stage: Stage, num_before: int) -> Stage:
     """
     if num_before == 0:
         return stage
+    inner = guarded(stage.round)
 
     def round_fn(key, state, cohort, population):
         shifted = state._replace(round=state.round - num_before)
-        result, rows, metrics = stage.round(key, shifted, cohort, population)
+        result, rows, metrics = inner(key, shifted, cohort, population)
         return result._replace(round=result.round + num_before), rows, metrics
 
-    return stage._replace(round=round_fn)
+    return stage._replace(round=mark_guarded(round_fn))
 
 
 def close(
@@ -135,6 +136,32 @@ def keep_if(
     return after, kept._replace(masks_held=rows.masks_held)
 
 
+def mark_guarded(round_fn: RoundFn) -> RoundFn:
+    """Say of a round that it keeps nothing that is not sound, so that `guarded` adds nothing."""
+    round_fn.is_guarded = True  # pyright: ignore[reportFunctionMemberAccess]
+    return round_fn
+
+
+def guarded(round_fn: RoundFn) -> RoundFn:
+    """Drop a round of one's own that brings a NaN or an infinity into the state or a client's row.
+
+    All of its clients are counted as rejected. Rounds of this package, which guard themselves, are
+    given back as they are.
+    """
+    if getattr(round_fn, "is_guarded", False):
+        return round_fn
+
+    def guarded_fn(key, state, cohort, population):
+        after, rows, metrics = round_fn(key, state, cohort, population)
+        sound = is_sound(state, after) & trees.stays_finite(cohort.states, rows)
+        kept, rows = keep_if(sound, state, cohort, after, rows)
+        kept = kept._replace(masks_id=after.masks_id)  # counts by who was sent masks
+        rejected = jnp.where(sound, metrics.num_rejected, metrics.num_participating)
+        return kept, rows, metrics._replace(num_rejected=rejected)
+
+    return mark_guarded(guarded_fn)
+
+
 def with_hooks(round_fn: _CountedRoundFn, hooks: Hooks | None) -> RoundFn:
     """Add a method's hooks to a round, which also tells whether it counts: ``[]`` bool.
 
@@ -155,4 +182,4 @@ def with_hooks(round_fn: _CountedRoundFn, hooks: Hooks | None) -> RoundFn:
         after = kept._replace(masks_id=after.masks_id)  # counts by who was sent masks
         return after, rows, metrics._replace(num_rejected=rejected)
 
-    return hooked_fn
+    return mark_guarded(hooked_fn)
