@@ -214,3 +214,10 @@ def test_looking_at_runs_imports_nobodys_code(place, ran):
     assert "small_perceptron" in looked["list model"][1]
     page = (place / "page.html").read_text()
     assert "sparse_evolution" in page
+
+
+def test_what_is_installed_once_is_used_by_one_worker(request):
+    """A plugin of pytest that passes over groups would double the time of this suite."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("one process, as with -n0, needs no groups")
+    assert request.node.nodeid.endswith("@plugin")
