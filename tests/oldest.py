@@ -20,7 +20,7 @@ def constraints(project: dict[str, Any]) -> list[str]:
     for requirement in listed:
         if requirement.startswith(project["name"]):
             continue  # an extra that includes others
-        bound = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)
+        bound = re.fullmatch(r"([\w.-]+)>=([\d.]+)(?:,<[\d.]+)?", requirement)
         if not bound:
             raise ValueError(f"{requirement!r} has no single lower bound, as in 'numpy>=2.0'.")
         name, version = bound.groups()

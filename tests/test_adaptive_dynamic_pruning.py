@@ -86,17 +86,19 @@ def setup(num_rounds=2, **changes):
     return Protocol(num_rounds, batcher, OPTIMIZER)._replace(**changes)
 
 
-def play(algorithm, model=GATED, num_rounds=2):
-    """Play rounds with all clients; give the last simulation and the metrics of every round."""
+def play(algorithm, model=GATED, num_rounds=2, *, to_the_bit=False):
+    """Play rounds with all clients; give the last simulation and the metrics of every round.
+
+    Two programs that are compared `to_the_bit` are compiled as in production (see conftest.py).
+    """
     params, state = jax.jit(model.init)(KEY)
     now = simulation.start(algorithm, params, state, num_clients=3)
     ids = jnp.arange(3, dtype=jnp.int32)
     everybody = jnp.ones(3, jnp.bool_)
-    # Two programs that are compared to the bit are compiled as in production (see conftest.py).
-    fused = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in XLA_FLAGS else None
+    is_fused = to_the_bit and "fusion_emitters" in XLA_FLAGS
     advance = jax.jit(
         simulation.advance(algorithm.stages[0], lambda key: (ids, everybody)),
-        compiler_options=fused,
+        compiler_options={"xla_cpu_use_fusion_emitters": True} if is_fused else None,
     )
     history = []
     for _ in range(num_rounds):
@@ -122,11 +124,11 @@ def threshold(protocol, model=quadratic.MODEL, *, num_epochs=1, **settings):
 
 
 @functools.cache
-def played(*, density=0.5, **settings):
+def played(*, density=0.5, to_the_bit=False, **settings):
     """Play a variant once for all laws."""
     model = gated_chain(density)
     algorithm = dynamic(setup(), model, **settings)
-    return algorithm, *play(algorithm, model)
+    return algorithm, *play(algorithm, model, to_the_bit=to_the_bit)
 
 
 def charge(algorithm, metrics, state):
@@ -166,14 +168,13 @@ class SqueezeVgg(nn.Module):
 @functools.cache
 def squeezed():
     squeeze = chain(SqueezeVgg)
-    return play(fedavg.build(fedavg.FedAvg(), quadratic.task(setup(), model=squeeze)), squeeze)[
-        0
-    ].state
+    algorithm = fedavg.build(fedavg.FedAvg(), quadratic.task(setup(), model=squeeze))
+    return play(algorithm, squeeze, to_the_bit=True)[0].state
 
 
 def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
     """With strict steps and salient uploads: then all is touched, and all is salient."""
-    _, now, history = played(density=1.0)
+    _, now, history = played(density=1.0, to_the_bit=True)
     chex.assert_trees_all_equal(now.state.params, squeezed().params)
     assert gating.density(now.state.model_state) == 1.0
     sizes = trees.sizes(now.state.params)
@@ -184,7 +185,7 @@ def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
 def test_the_reference_is_fedavg_of_the_squeeze_excitation_network_to_the_bit():
     variant = dict(adp.METHOD.variants["squeeze_excitation"])
     model = gated_chain(variant.pop("model.density"))
-    now, _ = play(dynamic(setup(), model, **variant), model)
+    now, _ = play(dynamic(setup(), model, **variant), model, to_the_bit=True)
     chex.assert_trees_all_equal(now.state.params, squeezed().params)
     statistics = {k: v for k, v in now.state.model_state.items() if k != gating.COLLECTION}
     chex.assert_trees_all_equal(statistics, squeezed().model_state)
@@ -193,8 +194,8 @@ def test_the_reference_is_fedavg_of_the_squeeze_excitation_network_to_the_bit():
 @pytest.mark.slow
 def test_what_is_not_touched_did_not_change_so_that_sending_the_rest_is_sending_all():
     """To the bit, with momentum and weight decay: absent entries are dense averaging's zeros."""
-    _, touched, history = played(density=0.25, upload="touched")
-    _, dense, _ = played(density=0.25, upload="dense")
+    _, touched, history = played(density=0.25, to_the_bit=True, upload="touched")
+    _, dense, _ = played(density=0.25, to_the_bit=True, upload="dense")
     chex.assert_trees_all_equal(touched.state.params, dense.state.params)
     chex.assert_trees_all_equal(touched.state.model_state, dense.state.model_state)
     assert history[0].num_uploaded.sum() < 3 * sum(trees.sizes(dense.state.params))

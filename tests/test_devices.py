@@ -15,6 +15,7 @@ from fedjaxprune.rounds import simulation
 
 SETTINGS = {
     "method": {"name": "feddip", "prune_every": 2},
+    "model": {"name": "mlp", "hidden_sizes": [16]},
     "data": {"num_clients": 12, "partition": "dirichlet"},
     "federation": {"num_rounds": 5, "cohort_size": 9, "dropout_rate": 0.2},
     "uplink": {"name": "top_k", "error_feedback": True},

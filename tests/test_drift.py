@@ -163,9 +163,7 @@ def test_the_servers_control_variate_is_the_mean_of_the_clients_under_any_masks(
         assert not np.any(quadratic.flatten(masks.apply(pruned, state.params)))
         changed += int(metrics.num_changed)
     assert changed > 0
-    plain = play(masked_methods()[name](setup()), DROPPING)
-    corrected, uncorrected = (quadratic.flatten(run[-1][0].params) for run in (played, plain))
-    assert np.any(np.asarray(corrected) != np.asarray(uncorrected))
+    assert np.any(np.asarray(quadratic.flatten(played[-1][0].correction)))
 
 
 def test_what_is_personal_is_not_corrected_and_its_gradients_stay_at_home():

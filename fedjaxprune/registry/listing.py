@@ -105,16 +105,21 @@ def names(kind: str) -> dict[str, Listed]:
     return found
 
 
-def built_in(kind: str) -> dict[str, Place]:
-    """Find the built-in parts of a kind in the text of its modules."""
-    place, found = KINDS[kind].place, {}
+def built_in(kind: str) -> Mapping[str, Place]:
+    """Find the built-in parts of a kind in the text of its modules, which is read once."""
+    return _built_in(KINDS[kind].place, kind == "method")
+
+
+@functools.cache
+def _built_in(place: str, is_method: bool) -> Mapping[str, Place]:
+    found: dict[str, Place] = {}
     for module, file in _modules(place):
         text = file.read_text(encoding="utf-8")
-        if ("METHOD" if kind == "method" else "PARTS") not in text:
+        if ("METHOD" if is_method else "PARTS") not in text:
             continue
-        listed = _declared(text, kind == "method")
+        listed = _declared(text, is_method)
         found |= {name or module.rpartition(".")[2]: Place(module, o) for name, o in listed.items()}
-    return found
+    return MappingProxyType(found)
 
 
 def entry_points(kind: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
@@ -188,7 +193,6 @@ def _modules(place: str) -> list[tuple[str, pathlib.Path]]:
     return []
 
 
-@functools.cache
 def _declared(text: str, is_method: bool) -> Mapping[str, Listed]:
     """Read what a module's text declares; a method has no name here, as its file has it."""
     piece = _piece(text, "METHOD" if is_method else "PARTS")

@@ -17,18 +17,9 @@ DEVICES = "two devices give the result of one"
 LEFT_OUT = "absent clients may be left out"
 NOTHING = "where nothing is pruned it is FedAvg, to the bit"
 DEFAULT = {
-    SIDE: ("dynamic_sparse", "fedavg", "feddip"),
-    DEVICES: ("adaptive_dynamic_pruning", "dynamic_sparse", "mpfl"),
-    LEFT_OUT: (
-        "adaptive_dynamic_pruning",
-        "autoflip",
-        "dynamic_sparse",
-        "fedavg",
-        "feddip",
-        "fedtiny",
-        "mpfl",
-        "snip/of_clients",
-    ),
+    SIDE: ("fedavg", "feddip"),
+    DEVICES: ("adaptive_dynamic_pruning", "mpfl"),
+    LEFT_OUT: ("autoflip", "dynamic_sparse", "fedavg", "fedtiny"),
 }
 # Variants that are usual methods with one part replaced or left out.
 SLOW_VARIANTS = (
