@@ -11,12 +11,14 @@ from typing import Any
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # Programs are small: to split each into 32 pieces and compile them apart takes longer.
-_flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+).strip()
+
 # Two thirds of the compile time of XLA before JAX 0.11 on CPUs is one way to emit fusions; later
 # versions do not know the option, and need it less.
 if int(importlib.metadata.version("jaxlib").split(".")[1]) < 11:
-    _flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags]).strip()
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # What was compiled is kept for the next run: in the user's cache, or where this names a folder.
 os.environ.setdefault(

@@ -172,6 +172,7 @@ def squeezed():
     return play(algorithm, squeeze, to_the_bit=True)[0].state
 
 
+@pytest.mark.slow  # test_models_gated.py compares the networks themselves
 def test_open_gates_are_the_squeeze_excitation_network_to_the_bit():
     """With strict steps and salient uploads: then all is touched, and all is salient."""
     _, now, history = played(density=1.0, to_the_bit=True)

@@ -139,7 +139,7 @@ NETWORKS = {
 }
 
 # One of each way to read channels; the others are slow.
-USUAL = ("attentive", "char_lstm", "functions", "gated_resnet", "mlp", "resnet_projection", "vgg")
+USUAL = ("attentive", "char_lstm", "functions", "mlp", "resnet_projection", "vgg")
 CASES = [
     pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in sorted(NETWORKS)
 ]

@@ -140,7 +140,11 @@ def round_of(name, image, chunk_size, num_clients=10, num_examples=500):
 
 @pytest.mark.parametrize(
     ("name", "image", "chunk_size"),
-    [("mlp", (8, 8, 1), 1), ("lenet5", (28, 28, 1), 1), ("lenet5", (28, 28, 1), 4)],
+    [
+        ("mlp", (8, 8, 1), 1),
+        pytest.param("lenet5", (28, 28, 1), 1, marks=pytest.mark.slow),
+        ("lenet5", (28, 28, 1), 4),
+    ],
 )
 def test_a_rounds_memory_is_predicted_before_it_is_compiled(name, image, chunk_size):
     advance, args = round_of(name, image, chunk_size)

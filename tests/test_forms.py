@@ -117,7 +117,9 @@ def test_a_plain_form_closes_over_no_arrays():
         jaxprs.plain(jax.jit(closing))(X, W)
 
 
-@pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])
+@pytest.mark.parametrize(
+    "name", ["lenet5", "cnn", pytest.param("resnet20", marks=pytest.mark.slow)]
+)
 def test_the_networks_plain_forms_compute_the_same(name):
     options = {"norm": "batch"} if name == "resnet20" else {}
     model = getattr(models, name)(input_shape=(12, 12, 1), num_classes=3, **options)

@@ -171,7 +171,9 @@ def same_but_counters(before, after):
     assert after.round == before.round + 1
 
 
-@pytest.mark.parametrize("correction", ["none", "scaffold", "fednova"])
+@pytest.mark.parametrize(
+    "correction", ["none", "scaffold", pytest.param("fednova", marks=pytest.mark.slow)]
+)
 def test_a_round_that_overflows_changes_nothing_but_counters(correction):
     corrections = {
         "none": None,
@@ -272,7 +274,7 @@ def test_state_that_begins_infinite_does_not_veto_rounds():
 # The user's robust aggregator, and bounds ----------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["model_state", "grads"])
+@pytest.mark.parametrize("field", [pytest.param("model_state", marks=pytest.mark.slow), "grads"])
 def test_statistics_and_gradients_go_through_the_robust_aggregator(field):
     inner = local_training.local_sgd(
         quadratic.MODEL.loss,

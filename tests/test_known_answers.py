@@ -91,7 +91,9 @@ def test_personal_masks_are_averaged_over_their_holders():
     assert charged.masks == 2 * quadratic.NUM_PRUNABLE
 
 
-@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean"])
+@pytest.mark.parametrize(
+    "aggregator", ["median", pytest.param("trimmed_mean", marks=pytest.mark.slow)]
+)
 def test_robust_aggregation_ignores_the_absent_and_the_order(aggregator):
     rule = {"median": aggregators.median(), "trimmed_mean": aggregators.trimmed_mean(fraction=0.3)}
     algorithm = dip()(setup(aggregator=rule[aggregator], chunk_size=3))

@@ -80,7 +80,6 @@ def personal_parameters(s):
 OWN = {"personal_masks": personal, "personal_parameters": personal_parameters}
 USUAL = [  # the others share with them what they send
     ("adaptive_dynamic_pruning", "feedback_top_k"),
-    ("autoflip", "identity"),
     ("fedavg/scaffold", "identity"),
     ("feddip", "quantize"),
     ("fedtiny+fednova", "quantize"),

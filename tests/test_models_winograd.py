@@ -82,7 +82,9 @@ def test_all_directions_of_a_large_layer_go_winograds_way():
         assert relative_error(value, other) < 1e-5
 
 
-@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+@pytest.mark.parametrize(
+    "axes", [(0, 0), *(pytest.param(a, marks=pytest.mark.slow) for a in ((None, 0), (0, None)))]
+)
 def test_under_vmap_the_gradient_follows_client_by_client(axes):
     x = drawn((2, 32, 14, 14, 32) if axes[0] == 0 else (32, 14, 14, 32), 0)
     kernel = 0.03 * drawn((2, 5, 5, 32, 64) if axes[1] == 0 else (5, 5, 32, 64), 1)

@@ -155,7 +155,7 @@ def played(make, model):
     return run, told[-1], [ledger.account(metrics, run.state, algorithm) for metrics in told]
 
 
-DEAR = ("fedprox", "scaffold", "feddip_regrow", "feddip_dense")
+DEAR = ("fedavg", "fedprox", "scaffold", "feddip_regrow", "feddip_dense")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_processes_side_by_side_make_the_same_folders(capsys):
         assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_a_process_of_a_sweep_says_why_it_failed(capsys):
     write(model=["mlp", "lenet5"])  # which reads images
     status, _, err = call(capsys, "sweep", "mine.yaml", "--folder", "made", "--jobs", "2")
