@@ -156,7 +156,7 @@ def skewed_against_equal(mesh: Any) -> dict[str, Contender]:
     algorithm = fedavg.build(fedavg.FedAvg(), given)
     equal = [total // num_clients] * num_clients
     populations = {
-        "unequal clients": _population(sizes, image),
+        "unequal clients": _population(sizes.tolist(), image),
         "equal clients": _population(equal, image),
     }
     return _rounds(algorithm, model, populations, mesh)

@@ -149,7 +149,7 @@ def activations(loss: Callable[..., Any], params: Params, *args: Any) -> int:
     inputs = [jaxpr_flops.CONSTANT] * len(jax.tree.leaves(params))
     inputs += [jaxpr_flops.FED] * (len(graph.jaxpr.invars) - len(inputs))
     values = jaxpr_flops.outputs(graph, inputs, jaxpr_flops.Rules(while_trips=1, plain=False))
-    made_by = {
+    made_by: dict[Any, Any] = {
         equation.outvars[0]: equation.invars[0]
         for equation in graph.jaxpr.eqns
         if equation.primitive.name in _SAME_VALUE

@@ -226,7 +226,7 @@ def test_effective_steps_are_how_far_the_optimizer_goes(momentum):
     place, state = jnp.float32(0.0), optimizer.init(jnp.float32(0.0))
     for count in range(1, 8):
         update, state = optimizer.update(jnp.float32(1.0), state)
-        place = place + update
+        place = jnp.asarray(optax.apply_updates(place, update))
         found = fednova.effective_steps(jnp.int32(count), momentum=momentum)
         np.testing.assert_allclose(found, -place, rtol=1e-5)
 

@@ -22,7 +22,7 @@ def test_scaling_maps_the_storage_to_the_unit_interval():
 def test_normalizing_by_their_own_statistics_gives_mean_zero_and_deviation_one():
     scaled = transforms.scale()(KEY, IMAGES)
     mean, std = np.mean(scaled, axis=(0, 1, 2)), np.std(scaled, axis=(0, 1, 2))
-    outputs = transforms.normalize(mean=mean, std=std)(KEY, scaled)
+    outputs = transforms.normalize(mean=mean.tolist(), std=std.tolist())(KEY, scaled)
     assert outputs.dtype == jnp.float32
     np.testing.assert_allclose(np.mean(outputs, axis=(0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(np.std(outputs, axis=(0, 1, 2)), 1, rtol=1e-5)
