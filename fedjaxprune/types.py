@@ -83,20 +83,21 @@ class ClientData(NamedTuple):
 
     Attributes:
       examples, order: of the population, shared by all clients.
-      start: ``[]`` int32.
-      size: ``[]`` int32, the number of the client's examples.
+      start, size: ``[]`` int32.
+      client_id: ``[]`` int32, which decides the client's own draws; the server's is ``N``.
     """
 
     examples: Examples
     order: jax.Array
     start: jax.Array
     size: jax.Array
+    client_id: jax.Array
 
 
 def client_data(population: Population, client_id: jax.Array) -> ClientData:
     """Look up what client `client_id` ``[]`` holds; nothing is copied."""
     start, end = population.offsets[client_id], population.offsets[client_id + 1]
-    return ClientData(population.examples, population.order, start, end - start)
+    return ClientData(population.examples, population.order, start, end - start, client_id)
 
 
 class Batcher(NamedTuple):
@@ -331,8 +332,7 @@ class RoundMetrics(NamedTuple):
       num_changed: ``[]`` int32, mask entries that the round flipped.
       num_downloaded: ``[C, T, L]`` int32, entries per leaf of the `T` models that each received.
       num_uploaded: ``[C, L]`` int32, entries per leaf that each present client could send.
-      participated: ``[C]`` bool, who took part.
-      num_participating: ``[]`` int32, clients that took part.
+      participated, num_participating: ``[C]`` bool and ``[]`` int32, who took part.
       num_rejected: ``[]`` int32, of those, clients left out: their message was not plausible, or
         the round was dropped.
       sent: the messages, as the ledger needs them.

@@ -197,7 +197,7 @@ def test_an_attack_goes_around_any_client():
         return Message(fields=fields, weight=jnp.float32(1.0)), state
 
     inner = Client(init=lambda params: (), update=update)
-    data = ClientData({"labels": jnp.array([0, 1, 3, -1])}, jnp.arange(4), jnp.int32(0), 4)  # pyright: ignore[reportArgumentType]
+    data = ClientData({"labels": jnp.array([0, 1, 3, -1])}, jnp.arange(4), jnp.int32(0), 4, 0)  # pyright: ignore[reportArgumentType]
     for name, expected in (
         ("label_flip", [3.0, 2.0, 0.0, -1.0]),
         ("sign_flip", [-0.0, -1.0, -3.0, 1.0]),
@@ -347,6 +347,8 @@ def test_every_attack_is_built_by_its_name(name):
 def test_labels_that_are_no_classes_cannot_be_flipped():
     with pytest.raises(ValueError, match="needs at least 2 classes, and the data have 0"):
         attacks.label_flip(num_classes=0)
-    data = ClientData({"labels": jnp.ones(4)}, jnp.arange(4), jnp.int32(0), jnp.int32(4))
+    data = ClientData(
+        {"labels": jnp.ones(4)}, jnp.arange(4), jnp.int32(0), jnp.int32(4), jnp.int32(0)
+    )
     with pytest.raises(ValueError, match="needs integer classes, and the labels are float32"):
         attacks.label_flip(num_classes=2).poison(data)  # pyright: ignore[reportOptionalCall]

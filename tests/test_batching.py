@@ -43,9 +43,8 @@ def client(size, *, start=7, behind=5):
     rows = np.random.default_rng(0).permutation(total).astype(np.int32)
     examples = {"inputs": jnp.arange(total, dtype=jnp.int32), "labels": jnp.arange(total) % 256}
     examples["labels"] = examples["labels"].astype(jnp.uint8)
-    return ClientData(examples, jnp.asarray(rows), jnp.int32(start), jnp.int32(size)), rows[
-        start : start + size
-    ]
+    data = ClientData(examples, jnp.asarray(rows), jnp.int32(start), jnp.int32(size), jnp.int32(1))
+    return data, rows[start : start + size]
 
 
 def collect(batcher, data, key=KEY, num_steps=None):
@@ -249,6 +248,7 @@ def test_steps_of_epochs_that_do_not_fit_int32_are_refused(num_epochs, batch_siz
         order=jnp.arange(7, dtype=jnp.int32),
         start=jnp.int32(0),
         size=jnp.int32(7),
+        client_id=jnp.int32(0),
     )
     with pytest.raises(ValueError, match="must fit int32 for 7 examples"):
         batcher.num_steps(data)

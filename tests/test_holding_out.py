@@ -76,3 +76,18 @@ def test_a_client_always_looks_at_the_same_examples():
     assert left != again
     assert sorted(left) == sorted(again)
     assert seen(2, KEY) == []
+
+
+def test_what_a_client_looks_at_does_not_depend_on_where_its_examples_lie():
+    batcher = batching.development(
+        KEY, share=0.3, batch_size=16, preprocess=lambda key, inputs: inputs
+    )
+
+    def seen(sizes):
+        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        people = partitions.population(
+            {"inputs": np.arange(sum(sizes)), "labels": np.zeros(sum(sizes), int)}, parts
+        )
+        return batcher.batch(KEY, client_data(people, jnp.int32(1)), jnp.int32(0)).inputs - sizes[0]
+
+    np.testing.assert_array_equal(seen([3, 47, 5]), seen([20, 47, 1]))

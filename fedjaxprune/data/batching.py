@@ -180,7 +180,7 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
     within a part in 10⁶ above an integer counts as it.
 
     Args:
-      key: decides which examples, together with the client's place in the population.
+      key: decides which examples, together with the client's id.
       share: in (0, 1].
       batch_size: ``B``, at least 1.
       preprocess: as for `epochs`; usually the one for tests.
@@ -197,7 +197,7 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
     def batch_fn(step_key: Key, data: ClientData, step: jax.Array) -> Batch:
         num = num_shown(data.size, share)
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-        own_key = jax.random.fold_in(key, data.start)
+        own_key = jax.random.fold_in(key, data.client_id)
         positions = permute(own_key, slots % jnp.maximum(num, 1), data.size)
         return _gather(step_key, data, step, positions, slots < num, preprocess)
 
@@ -223,7 +223,7 @@ def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preproce
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
         shuffled = permute(order_key, slots % jnp.maximum(num_left, 1), num_left)
         hidden = jnp.minimum(num + shuffled, jnp.maximum(data.size - 1, 0))
-        positions = permute(jax.random.fold_in(key, data.start), hidden, data.size)
+        positions = permute(jax.random.fold_in(key, data.client_id), hidden, data.size)
         return _gather(preprocess_key, data, step, positions, slots < num_left, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)

@@ -213,6 +213,7 @@ def _check_run(settings: AutoFLIP, task: Task) -> None:
             order=jnp.arange(task.largest_client, dtype=jnp.int32),
             start=jnp.int32(0),
             size=jnp.int32(task.largest_client),
+            client_id=jnp.int32(0),
         )
         epoch = task.batches(examples="training", share=settings.validation_fraction)
         if int(epoch.num_steps(largest)) == 0:

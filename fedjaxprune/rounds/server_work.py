@@ -151,7 +151,8 @@ def server_examples(rows: Any) -> SourceFn:
                 f"rows of the server's examples must lie in [0, {num_examples}), got {rows.min()} "
                 f"to {rows.max()}."
             )
-        return ClientData(population.examples, order, jnp.int32(0), jnp.int32(order.shape[0]))
+        size = jnp.int32(order.shape[0])
+        return ClientData(population.examples, order, jnp.int32(0), size, _own_id(population))
 
     return source
 
@@ -173,5 +174,14 @@ def examples_of(client_id: int) -> SourceFn:
 def all_examples() -> SourceFn:
     """Take the examples of all clients, which no server has: the bound of what data can tell."""
     return lambda population: ClientData(
-        population.examples, population.order, jnp.int32(0), population.offsets[-1]
+        population.examples,
+        population.order,
+        jnp.int32(0),
+        population.offsets[-1],
+        _own_id(population),
     )
+
+
+def _own_id(population: Population) -> jax.Array:
+    """Give the server an id that no client has."""
+    return jnp.int32(population.offsets.shape[0] - 1)

@@ -198,6 +198,20 @@ def not_finite_is_left_out(history: History) -> None:
         law(counted, step, "a message that is not finite is not counted")
 
 
+def place_is_irrelevant(history: History) -> None:
+    """Where clients' examples are stored changes no bit: draws follow from ids, not from places."""
+    people, num_held = scenario.population(), len(history.scenario.task.server_examples)
+    places = np.arange(people.order.shape[0])
+    places[num_held:] = np.roll(places[num_held:], 5)  # the server's stay
+    stored = {n: jnp.asarray(np.asarray(leaf)[places]) for n, leaf in people.examples.items()}
+    order = jnp.asarray(np.argsort(places)[np.asarray(people.order)], jnp.int32)
+    moved = people._replace(examples=stored, order=order)
+    for step in history.steps:
+        after, rows, _ = history.run(step.index, step.before, step.rows_before, step.members, moved)
+        what = "examples that are stored elsewhere give another result"
+        same(step, (after, rows), (step.after, step.rows), what)
+
+
 def dropped_changes_nothing(history: History) -> None:
     """A round of training whose messages lead to an infinity changes nothing but its number.
 
@@ -316,6 +330,7 @@ LAWS: Mapping[str, Callable[[History], None]] = {
     "absent clients change nothing": absent_change_nothing,
     "a round without anybody moves nothing": nobody_moves_nothing,
     "messages that are not finite are left out": not_finite_is_left_out,
+    "where examples are stored is irrelevant": place_is_irrelevant,
     "a round that is dropped changes nothing": dropped_changes_nothing,
     "the ledger charges what an encoder writes": charges_are_written,
 }
