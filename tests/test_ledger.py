@@ -112,7 +112,7 @@ REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grad
 # Who explores uploads the squares of how far it moved, or for these how it moved.
 EXPLORED = ("autoflip+channels", "autoflip/explored_start")
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
-BESIDE = ("control", "effective_steps", "grads", "model_state")
+BESIDE = ("control", "effective_steps", "grads", "model_state", "places")
 
 
 @pytest.mark.parametrize(("name", "wire_name"), CASES)
@@ -334,6 +334,9 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
         elif name == "grads" and as_pairs:
             pruned = jax.tree.map(np.logical_not, masks)
             parts[name] = messages.pairs(name, fields[name], pruned)
+        elif name == "places":
+            pruned = jax.tree.map(np.logical_not, masks)
+            parts[name] = messages.places(name, fields[name], pruned)
         elif name == "model_state":
             parts[name] = messages.whole(name, without_density(fields[name]))
         else:
@@ -354,16 +357,25 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             trees.paths(fields[field]), jax.tree.leaves(fields[field]), strict=True
         )
     }
+    pruned = dict(zip(trees.paths(masks), map(np.logical_not, jax.tree.leaves(masks)), strict=True))
+    in_a_row = {
+        name: named.pop(name)[pruned[name.partition("/")[2]]]
+        for name in list(named)
+        if name.startswith("places/")
+    }
     for name, arrived in wire_format.decode(data, known=known).items():
         if name in (messages.SEED, messages.WEIGHT):
             continue
-        if isinstance(arrived, np.ndarray):
+        if name.startswith("places/"):
+            np.testing.assert_array_equal(arrived, in_a_row.pop(name))
+        elif isinstance(arrived, np.ndarray):
             np.testing.assert_array_equal(arrived, named.pop(name))
         else:
             found = dequantized(arrived)
             found = np.where(known.get(name, True), found, 0.0)
             np.testing.assert_allclose(found, named.pop(name), atol=1e-6)
-    assert not any(np.any(leaf) for leaf in named.values())  # all that stayed away is zero
+    left = (*named.values(), *in_a_row.values())
+    assert not any(np.any(leaf) for leaf in left)  # all that stayed away is zero
     bits = 8 * len(data)
     if gated_updates.SALIENT in fields:
         layers = fields[gated_updates.SALIENT]

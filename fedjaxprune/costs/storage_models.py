@@ -64,6 +64,11 @@ def pairs(num_pairs: int, size: int) -> int:
     return num_pairs * (32 + _log2(size))
 
 
+def places(num_places: int, size: int) -> int:
+    """Charge places in a leaf, without values: ``ceil(log2 size)`` bits each."""
+    return num_places * _log2(size)
+
+
 def prunefl(kept: Sequence[int], shapes: Shapes) -> int:
     """Charge what FedRTS charges a PruneFL client for a round that revises masks, both ways.
 
