@@ -180,9 +180,9 @@ METHOD = Method(
     variants={"posterior_mean": {"decision": "mean"}},
     law_settings={
         "sparsity": 0.5,
-        "drop_fraction": 0.5,
+        "drop_fraction": 0.8,
         "prune_every": 2,
-        "last_prune_round": 4,
+        "last_prune_round": 5,
     },
     nothing_pruned={"sparsity": 0.0},
 )

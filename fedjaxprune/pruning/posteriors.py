@@ -133,10 +133,53 @@ def draw(key: Key, posterior: Posterior) -> Params:
 
     def log_odds(leaf_key, alpha, beta):
         first, second = jax.random.split(leaf_key)
-        log_g = jax.random.loggamma(first, alpha, dtype=jnp.float32)
-        return log_g - jax.random.loggamma(second, beta, dtype=jnp.float32)
+        return log_gamma(first, alpha) - log_gamma(second, beta)
 
     return jax.tree.unflatten(structure, list(map(log_odds, keys, alphas, betas)))
+
+
+class _Draws(NamedTuple):
+    """Gamma variates in the making."""
+
+    attempt: jax.Array  # [] int32
+    values: jax.Array  # [...] float32, logarithms
+    missing: jax.Array  # [...] bool, entries that have been rejected so far
+
+
+def log_gamma(key: Key, shape: jax.Array) -> jax.Array:
+    """Draw logarithms of Gamma variates of many shapes at once.
+
+    All entries are drawn again until none is rejected, half a dozen times for millions of them;
+    each keeps its first value that is not. `jax.random.loggamma` draws one entry after the other
+    on a CPU.
+
+    Args:
+      key: of the draws.
+      shape: ``[...]`` float32, shape parameters of at least 1.
+
+    References:
+      Marsaglia and Tsang, `A simple method for generating gamma variables
+      <https://doi.org/10.1145/358407.358414>`_, 2000.
+    """
+    middle = shape - 1.0 / 3.0
+    scale = 1.0 / jnp.sqrt(9.0 * middle)
+
+    def attempt(draws):
+        normal_key, uniform_key = jax.random.split(jax.random.fold_in(key, draws.attempt))
+        normal = jax.random.normal(normal_key, shape.shape, jnp.float32)
+        exponential = jax.random.exponential(uniform_key, shape.shape, jnp.float32)
+        root = 1.0 + scale * normal
+        log_cube = 3.0 * jnp.log(jnp.where(root > 0.0, root, 1.0))
+        bound = 0.5 * normal * normal + middle * (1.0 - root * root * root + log_cube)
+        is_good = (root > 0.0) & (-exponential < bound)
+        return _Draws(
+            attempt=draws.attempt + 1,
+            values=jnp.where(draws.missing & is_good, jnp.log(middle) + log_cube, draws.values),
+            missing=draws.missing & ~is_good,
+        )
+
+    start = _Draws(jnp.int32(0), jnp.zeros_like(shape), jnp.ones(shape.shape, jnp.bool_))
+    return jax.lax.while_loop(lambda draws: jnp.any(draws.missing), attempt, start).values
 
 
 def mean(key: Key, posterior: Posterior) -> Params:
