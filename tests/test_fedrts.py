@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def named(grads, number):
     )
     wrapped = sparse_gradients.top_places(client, num_places=lambda masks, round: number)
     broadcast = Broadcast(jnp.zeros(8), jnp.asarray(LIVE), (), jnp.int32(0))
-    return wrapped.update(KEY, broadcast, (), ())[0].fields["places"]
+    nobodys: Any = ()
+    return wrapped.update(KEY, broadcast, (), nobodys)[0].fields["places"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_pruned_links_of_the_worked_example(num_places, outcome, alpha, beta):
 def test_a_client_alone_votes_as_the_averaged_model():
     for share in (0.0, 0.25, 1.0):
         outcome, _ = learn(
-            jnp.int32(2), jnp.int32(0), share, False, WEIGHTS[[0, 0]], np.float32([1, 0])
+            jnp.int32(2), jnp.int32(0), share, False, WEIGHTS[[0, 0]], np.array([1, 0], np.float32)
         )
         np.testing.assert_array_equal(outcome[:4], [1, 0, 1, 0])
 

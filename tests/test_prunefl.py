@@ -27,12 +27,12 @@ PEOPLE = quadratic.population()
 
 # The worked example: two layers, weights and squared gradients.
 WEIGHTS = {
-    "a": np.float32([0.9, -0.5, 0.05, 0.3, 0, 0]),
-    "b": np.float32([1, -0.2, 0.6, 0, 0]),
+    "a": np.array([0.9, -0.5, 0.05, 0.3, 0, 0], np.float32),
+    "b": np.array([1, -0.2, 0.6, 0, 0], np.float32),
 }
 GAINS = {
-    "a": np.float32([0.10, 0.02, 0.01, 0.09, 0.30, 0.04]),
-    "b": np.float32([0.20, 0.16, 0.05, 0.50, 0.03]),
+    "a": np.array([0.10, 0.02, 0.01, 0.09, 0.30, 0.04], np.float32),
+    "b": np.array([0.20, 0.16, 0.05, 0.50, 0.03], np.float32),
 }
 LIVE = {name: leaf != 0 for name, leaf in WEIGHTS.items()}
 ALL = 11  # as a bound, none
@@ -157,13 +157,13 @@ def test_times_that_make_no_sense_are_refused():
 
 def test_the_share_of_candidates_halves_every_ten_thousand_rounds():
     share = prunefl._share(prunefl.PruneFL())
-    found = [share(round_index) for round_index in (0, 50, 1000, 10_000)]
+    found = share(jnp.array([0, 50, 1000, 10_000], jnp.float32))
     np.testing.assert_allclose(found, [0.3, 0.298962, 0.27991, 0.15], rtol=1e-5)
 
 
 def reporting(grads):
     """Make a client that reports the given gradient."""
-    fields = {"grads": {"kernel": np.float32([grads]), "bias": np.float32([2.0])}}
+    fields = {"grads": {"kernel": jnp.array([grads]), "bias": jnp.array([2.0])}}
     return Client(init=lambda params: (), update=lambda *_: (Message(fields, jnp.float32(1.0)), ()))
 
 
