@@ -478,7 +478,7 @@ def test_the_rule_of_fedrts_by_hand():
     for kept, bits in by_density.items():
         assert storage_models.fedrts_f4([kept], shapes) == bits
         # PruneFL's squares go up dense: 1000 weights of 32 bits. The live weights go both ways.
-        assert storage_models.prunefl([kept], shapes) == 32_000 + bits
+        assert storage_models.prunefl_published([kept], shapes) == 32_000 + bits
         assert storage_models.prunefl_corrected([kept], shapes) == 32_000 + 2 * bits
     # A bias of 10 that is not pruned, beside them: 320 bits in each of the three transfers.
     both = ([50, 10], [*shapes, (10,)])

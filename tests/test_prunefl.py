@@ -265,8 +265,11 @@ def test_squares_travel_in_due_rounds_only_and_are_dense():
         stored = ledger.charge_storage(metrics, state, sparse)
         kept = np.asarray(metrics.num_live if not is_due else rounds[index].num_live)
         shapes = [leaf.shape for leaf in jax.tree.leaves(state.params)]
-        for name in ("prunefl", "prunefl_corrected"):
-            charge = getattr(storage_models, name)
+        formulas = {
+            "prunefl": storage_models.prunefl_published,
+            "prunefl_corrected": storage_models.prunefl_corrected,
+        }
+        for name, charge in formulas.items():
             both = sum(traffic.published[name])
             assert both == (6 * charge(kept.tolist(), shapes) if is_due else sum(stored))
     assert not any(changed[::2])  # in rounds that are not due

@@ -196,7 +196,8 @@ def _train(settings: PruneFL, task: Task) -> Algorithm:
         masking=Masking(server_is_dense=settings.regrown == "stale"),
     )
     formulas = {
-        name: formula(getattr(storage_models, name)) for name in ("prunefl", "prunefl_corrected")
+        "prunefl": formula(storage_models.prunefl_published),
+        "prunefl_corrected": formula(storage_models.prunefl_corrected),
     }
     return algorithm._replace(published=formulas)
 
