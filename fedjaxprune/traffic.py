@@ -10,8 +10,9 @@ BITS_PER_MIB = 8 * 2**20
 
 # How a field of a message travels: all of it, its entries under the masks in training, pairs of
 # index and value among the entries that those masks rule out (one for each entry that is not zero),
-# bits in a coding of counts, in a message of their own that comes first, or not at all.
-Send = Literal["whole", "masked", "pairs", "bits", "nothing"]
+# the places of such entries without their values, bits in a coding of counts, in a message of their
+# own that comes first, or not at all.
+Send = Literal["whole", "masked", "pairs", "places", "bits", "nothing"]
 
 
 # Reports ``[C, T, L]`` int32 of stages from which no delta travels: entries per leaf of the T
@@ -53,7 +54,8 @@ class FieldLength(NamedTuple):
         alone may travel; () where there are no such masks.
       sent_counts: ``[L]`` or ``[C, L]`` int32, entries that travel with their indices, which are
         numbered among those; a leaf without any stays away. () where all travel. Of a mask it is
-        how many entries are live, and every leaf travels.
+        how many entries are live, and every leaf travels. Of booleans under `live_counts` the
+        positions of those that are True travel alone.
     """
 
     template: Any = ()

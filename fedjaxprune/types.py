@@ -43,8 +43,7 @@ class Model(NamedTuple):
     """A network as three pure functions.
 
     Attributes:
-      init: ``key -> (params, state)``; `state` is what is not trained (BatchNorm statistics),
-        ``{}`` where there is none.
+      init: ``key -> (params, state)``; `state` is not trained (BatchNorm statistics), or ``{}``.
       loss: ``(params, state, batch, key) -> (loss, (state, metrics))``: the weighted mean over the
         batch's labels in training mode; metrics is a dict of accumulators, ``loss`` among them.
       predict: ``(params, state, inputs [B, ...]) -> logits [B, (T,) classes]`` in inference mode.
@@ -210,9 +209,10 @@ class FieldSpec(NamedTuple):
         robust aggregator (a `CohortAggregator`) or, without one, the weighted mean.
       send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
       read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta,
-        in the place of a sent field; the pruner sees it as ``inputs.statistics``, free of charge.
+        in the place of a sent field, free of charge; the pruner sees it in ``inputs.statistics``.
       is_sum: whether the server needs the mean times the sum of the weights; with `aggregate` None.
       travels: ``(path, leaf) -> bool``, leaves of a ``"whole"`` field that are sent (None: all).
+      to_pruner: whether the pruner sees what is sent in ``inputs.statistics``, too.
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
@@ -220,6 +220,7 @@ class FieldSpec(NamedTuple):
     read: Callable[[Delta, Broadcast], Params] | None = None
     is_sum: bool = False
     travels: Callable[[str, Any], bool] | None = None
+    to_pruner: bool = False
 
 
 class Correction(NamedTuple):
@@ -229,8 +230,7 @@ class Correction(NamedTuple):
       init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
         client receives the entries that it trains, as ``broadcast.correction_state``.
       wrap: ``client -> client``.
-      update: ``(aggregated fields, state, population) -> (delta, state)``, at the server; a state
-        stays as it is if no message arrived.
+      update: ``(aggregated fields, state, population) -> (delta, state)``, where a message arrived.
       fields: of the wrapped client's message.
     """
 
@@ -247,7 +247,7 @@ class PrunerInputs(NamedTuple):
       params: parameters to be ranked.
       grads: mean dense gradient over the cohort, or None if the clients report none.
       round: ``[]`` int32.
-      statistics: trees of the parameters, by name, that the server read (`FieldSpec.read`); or ().
+      statistics: trees of the parameters by name (`FieldSpec.read`, `FieldSpec.to_pruner`); or ().
     """
 
     params: Params

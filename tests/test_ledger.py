@@ -28,8 +28,9 @@ from tests import folders, quadratic
 from tests.laws import rows
 from tests.playing import UPLINKS, dip, plain, setup, simulate, some
 
-FLAGS = masks.prunable_leaves(quadratic.PARAMS, masks.is_kernel)
-AT_SERVER = ("prepare", "draw")  # stages in which no client takes part
+is_kernel = masks.is_kernel
+FLAGS = masks.prunable_leaves(quadratic.PARAMS, is_kernel)
+AT_SERVER = ("prepare", "draw", "prune_alone")  # stages in which no client takes part
 
 
 def cohorts(index):
@@ -112,7 +113,8 @@ REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grad
 # Who explores uploads the squares of how far it moved, or for these how it moved.
 EXPLORED = ("autoflip+channels", "autoflip/explored_start")
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
-BESIDE = ("control", "effective_steps", "grads", "model_state")
+BESIDE = ("control", "effective_steps", "gains", "grads", "model_state")
+BESIDE += ("other_gains", "places")
 
 
 @pytest.mark.parametrize(("name", "wire_name"), CASES)
@@ -175,7 +177,9 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         assert traffic.uplink_bits == sum(traffic.uplink) == sum(u for u, _ in charged.values())
         assert traffic.downlink_bits == sum(traffic.downlink)
         if stage in AT_SERVER:
-            assert charged == (guest(before, after) if name.endswith("one_client") else {})
+            by_one = name.endswith("one_client") or stage == "prune_alone"
+            sends_model = stage == "prune_alone"
+            assert charged == (guest(before, after, sends_model=sends_model) if by_one else {})
             continue
         ids, present = cohorts(index)
         assert sorted(charged) == sorted(ids)
@@ -222,11 +226,15 @@ def trees_flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def guest(before, after):
+def guest(before, after, *, sends_model):
     """Encode what the client that makes the mask for all receives and sends."""
     down = messages.whole("model_state", before.model_state)
     down |= messages.whole("params", before.params)
-    return {0: (bits_of(messages.personal_masks(after.masks, FLAGS)), bits_of(down))}
+    up = bits_of(messages.personal_masks(after.masks, FLAGS))
+    if sends_model:
+        model = messages.whole("model_state", after.model_state)
+        up += bits_of(model | messages.values("params", after.params, after.masks))
+    return {0: (up, bits_of(down))}
 
 
 def received(name, stage, algorithm, before, masks, version):
@@ -334,6 +342,14 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
         elif name == "grads" and as_pairs:
             pruned = jax.tree.map(np.logical_not, masks)
             parts[name] = messages.pairs(name, fields[name], pruned)
+        elif name == "places":
+            pruned = jax.tree.map(np.logical_not, masks)
+            parts[name] = messages.places(name, fields[name], pruned)
+        elif name == "gains":
+            kernels = trees.map_with_path(
+                lambda path, leaf: leaf if is_kernel(path, leaf) else None, fields[name]
+            )
+            parts[name] = messages.whole(name, kernels)
         elif name == "model_state":
             parts[name] = messages.whole(name, without_density(fields[name]))
         else:
@@ -354,16 +370,25 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             trees.paths(fields[field]), jax.tree.leaves(fields[field]), strict=True
         )
     }
+    pruned = dict(zip(trees.paths(masks), map(np.logical_not, jax.tree.leaves(masks)), strict=True))
+    in_a_row = {
+        name: named.pop(name)[pruned[name.partition("/")[2]]]
+        for name in list(named)
+        if name.startswith("places/")
+    }
     for name, arrived in wire_format.decode(data, known=known).items():
         if name in (messages.SEED, messages.WEIGHT):
             continue
-        if isinstance(arrived, np.ndarray):
+        if name.startswith("places/"):
+            np.testing.assert_array_equal(arrived, in_a_row.pop(name))
+        elif isinstance(arrived, np.ndarray):
             np.testing.assert_array_equal(arrived, named.pop(name))
         else:
             found = dequantized(arrived)
             found = np.where(known.get(name, True), found, 0.0)
             np.testing.assert_allclose(found, named.pop(name), atol=1e-6)
-    assert not any(np.any(leaf) for leaf in named.values())  # all that stayed away is zero
+    left = (*named.values(), *in_a_row.values())
+    assert not any(np.any(leaf) for leaf in left)  # all that stayed away is zero
     bits = 8 * len(data)
     if gated_updates.SALIENT in fields:
         layers = fields[gated_updates.SALIENT]
@@ -453,7 +478,7 @@ def test_the_rule_of_fedrts_by_hand():
     for kept, bits in by_density.items():
         assert storage_models.fedrts_f4([kept], shapes) == bits
         # PruneFL's squares go up dense: 1000 weights of 32 bits. The live weights go both ways.
-        assert storage_models.prunefl([kept], shapes) == 32_000 + bits
+        assert storage_models.prunefl_published([kept], shapes) == 32_000 + bits
         assert storage_models.prunefl_corrected([kept], shapes) == 32_000 + 2 * bits
     # A bias of 10 that is not pruned, beside them: 320 bits in each of the three transfers.
     both = ([50, 10], [*shapes, (10,)])

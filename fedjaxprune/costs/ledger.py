@@ -177,6 +177,15 @@ def charge_storage(
     return _charge(_transfers(metrics, present, reached), leaves, (storage,))[0]
 
 
+def num_sent(metrics: RoundMetrics, field: str) -> list[int]:
+    """Count by leaf what all clients sent of a reply's field with positions; [] for nothing."""
+    found = metrics.sent.up.get("reply", {}).get(field)
+    if found is None or isinstance(found.sent_counts, tuple):
+        return []
+    who = _travels(found, np.asarray(metrics.participated))
+    return np.asarray(found.sent_counts, np.int64)[who].sum(axis=0).tolist()
+
+
 def _transfers(
     metrics: RoundMetrics, present: np.ndarray, reached: np.ndarray
 ) -> tuple[_Frozen, _Frozen]:
@@ -269,7 +278,10 @@ def _message(parts: tuple[_Part, ...]) -> LinkBits:
         if payloads is not None:
             plans += messages.plan_delta(leaves, live_counts or (), payloads)
         elif sent_counts is not None and all(leaf.dtype == headers.BOOL for leaf in leaves):
-            plans += messages.plan_masks(leaves, sent_counts)
+            if live_counts is None:
+                plans += messages.plan_masks(leaves, sent_counts)
+            else:
+                plans += messages.plan_places(leaves, live_counts, sent_counts)
         elif sent_counts is not None:
             places = live_counts or [math.prod(leaf.shape) for leaf in leaves]
             plans += messages.plan_pairs(leaves, places, sent_counts)

@@ -64,7 +64,12 @@ def pairs(num_pairs: int, size: int) -> int:
     return num_pairs * (32 + _log2(size))
 
 
-def prunefl(kept: Sequence[int], shapes: Shapes) -> int:
+def places(num_places: int, size: int) -> int:
+    """Charge places in a leaf, without values: ``ceil(log2 size)`` bits each."""
+    return num_places * _log2(size)
+
+
+def prunefl_published(kept: Sequence[int], shapes: Shapes) -> int:
     """Charge what FedRTS charges a PruneFL client for a round that revises masks, both ways.
 
     A dense and a sparse model (``O_d + O_s``), as `fedrts_f4` stores them; other rounds take two
@@ -95,7 +100,7 @@ def prunefl_corrected(kept: Sequence[int], shapes: Shapes) -> int:
       Jiang et al., `PruneFL <https://arxiv.org/abs/1909.12326>`_, 2022, and its public code, in
       which clients send both.
     """
-    return prunefl(kept, shapes) + fedrts_f4(kept, shapes)
+    return prunefl_published(kept, shapes) + fedrts_f4(kept, shapes)
 
 
 STORAGE: Mapping[str, StorageFn] = {

@@ -17,7 +17,7 @@ References:
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import local_training, sparse_gradients
 from fedjaxprune.method import Method, Paper
-from fedjaxprune.methods import _fixed_masks
+from fedjaxprune.methods import _due_rounds, _fixed_masks
 from fedjaxprune.pruning import drop_and_grow
 from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.stages import in_order
@@ -88,14 +88,12 @@ def _train(settings: RigL, task: Task) -> Algorithm:
 
 def _exchange_rounds(settings: RigL, num_rounds: int) -> tuple[int, int]:
     """Resolve the rounds from one exchange to the next, and the last that may have one."""
-    until = min(settings.last_prune_round or max(1, int(LAST * num_rounds)), num_rounds)
-    period = settings.prune_every or min(10, max(1, until // 3))
-    if period > until:
-        raise ValueError(
-            f"method.prune_every must be at most {until}, the last round in which weights may be "
-            f"exchanged, got {period}."
-        )
-    return period, until
+    return _due_rounds.resolve(
+        settings.prune_every,
+        settings.last_prune_round,
+        usual_last=int(LAST * num_rounds),
+        num_rounds=num_rounds,
+    )
 
 
 METHOD = Method(

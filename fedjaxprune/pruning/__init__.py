@@ -5,6 +5,7 @@ from fedjaxprune import namespace
 __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
     modules=(
-        "allocation candidates drop_and_grow movement pruners schedules scores selection structured"
+        "allocation candidates cost_benefit drop_and_grow movement posteriors pruners schedules "
+        "scores selection structured"
     ),
 )

@@ -144,7 +144,8 @@ def when(predicate: schedules.Predicate, pruner: Pruner) -> Pruner:
 def exempt(pruner: Pruner, prunable: PrunableFn) -> Pruner:
     """Keep a pruner off the leaves that are not `prunable`: it sees None in their place.
 
-    So they count in no pool and no sparsity, and their masks come back as they went in.
+    So they count in no pool and no sparsity, and their masks come back as they went in. Statistics
+    that are no trees of the parameters, such as a sum over leaves, pass as they are.
     """
 
     def init_fn(params):
@@ -152,11 +153,15 @@ def exempt(pruner: Pruner, prunable: PrunableFn) -> Pruner:
 
     def update_fn(key, masks, state, inputs):
         flags = mask_trees.prunable_leaves(inputs.params, prunable)
+        structure = jax.tree.structure(inputs.params)
         seen = PrunerInputs(
             params=_hide(inputs.params, flags),
             grads=None if inputs.grads is None else _hide(inputs.grads, flags),
             round=inputs.round,
-            statistics={name: _hide(tree, flags) for name, tree in dict(inputs.statistics).items()},
+            statistics={
+                name: _hide(tree, flags) if jax.tree.structure(tree) == structure else tree
+                for name, tree in dict(inputs.statistics).items()
+            },
         )
         changed, state = pruner.update(key, _hide(masks, flags), state, seen)
         changed_leaves = iter(jax.tree.leaves(changed))

@@ -46,6 +46,7 @@ class Task(NamedTuple):
       num_epochs: passes over its examples that a client makes in a round; 1 where the protocol
         counts steps.
       penalties: terms that every method adds to the loss of a local step (FedProx's).
+      cohort_size: clients that are asked in a round; 0 where that is not known.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     largest_client: int
     num_epochs: int = 1
     penalties: tuple[local_training.PenaltyFn, ...] = ()
+    cohort_size: int = 0
 
     def local_client(
         self,

@@ -15,7 +15,8 @@ from fedjaxprune.types import Broadcast, Cohort, FieldSpec, Masks, PrunableFn, R
 # Fields of a message that are charged in their own way, or, as metrics, not at all: what a run
 # reports to its reader is no part of the method.
 SPECIAL = ("delta", "masks", "metrics")
-_SHAPED: tuple[Send, ...] = ("whole", "bits")  # whose lengths follow from their own shapes
+# Ways whose lengths follow from the shapes and types of what is sent.
+_SHAPED: tuple[Send, ...] = ("whole", "places", "bits")
 # Fields that training itself adds to each client's message: for the ledger, and for counting.
 NUM_UPLOADED, NUM_MESSAGES, SUMMARY = "num_uploaded", "num_messages", "message_summary"
 
@@ -55,16 +56,16 @@ def summarize_message(
     def of(*kinds: Send) -> dict[str, Any]:
         return {name: tree for name, tree in others.items() if _send(specs, name) in kinds}
 
+    marks = jax.tree.map(_is_set, of("pairs", "places", "bits"))
     summary = {
         "clients": {
             name: jnp.bool_(True) if name == "model_state" else _says_anything(tree)
             for name, tree in others.items()
         },
-        "template": trees.shape_only(of(*_SHAPED)),
-        "sent_counts": {
-            name: masks_lib.num_kept(jax.tree.map(_is_set, tree))
-            for name, tree in of("pairs", "bits").items()
-        },
+        "template": trees.shape_only(
+            {**of(*_SHAPED), **{name: marks[name] for name in of("places")}}
+        ),
+        "sent_counts": {name: masks_lib.num_kept(tree) for name, tree in marks.items()},
         "live_counts": {
             name: masks_lib.num_kept(only_sent(specs, name, masks))
             for name, masks in narrowed.items()
@@ -82,9 +83,14 @@ def only_sent(specs: Mapping[str, FieldSpec], name: str, tree: Any) -> Any:
 
 
 def zero_unsent(specs: Mapping[str, FieldSpec], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Put zeros in the place of the leaves that do not travel, as the server sees them."""
+    """Put zeros in the place of the leaves that do not travel, as the server sees them.
+
+    Of entries whose places alone travel it knows no more than that: they are 1.
+    """
 
     def zeroed(name: str, tree: Any) -> Any:
+        if _send(specs, name) == "places":
+            return jax.tree.map(lambda leaf: _is_set(leaf).astype(leaf.dtype), tree)
         travels = _travels(specs, name)
         return trees.map_with_path(
             lambda path, leaf: leaf if travels(path, leaf) else jnp.zeros_like(leaf), tree
@@ -167,7 +173,7 @@ def _to_fields(summary, specs, *, trained, pruned) -> dict[str, FieldLength]:
     for name, clients in summary["clients"].items():
         send = _send(specs, name)
         template = summary["template"][name] if send in _SHAPED else ()
-        live: Any = {"masked": trained, "pairs": pruned}.get(send, ())
+        live: Any = {"masked": trained, "pairs": pruned, "places": pruned}.get(send, ())
         fields[name] = FieldLength(
             template=jax.tree.map(lambda leaf: leaf[0], template),
             clients=clients,

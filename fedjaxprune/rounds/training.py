@@ -316,7 +316,7 @@ def revise(
         params=stepped.params,
         grads=fields.get("grads"),
         round=state.round,
-        statistics={name: fields[name] for name in parts.read},
+        statistics={n: fields[n] for n, one in parts.fields.items() if one.read or one.to_pruner},
     )
     masks, pruner_state = parts.pruner.update(key, state.masks, state.pruner, inputs)
     params, server = stepped.params, stepped.server

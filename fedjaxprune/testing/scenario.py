@@ -99,6 +99,7 @@ def make(
     shared = make_protocol(config)
     shared = shared if adapt is None else adapt(shared)
     task = make_task(model, shared, needs, num_epochs=config.client.epochs)
+    task = task._replace(cohort_size=config.federation.cohort_size)
     if mu := config.client.proximal_mu:
         task = task._replace(penalties=(local_training.proximal(mu=mu),))
     params, state = model.init(jax.random.key(0))

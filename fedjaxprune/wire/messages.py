@@ -94,6 +94,21 @@ def plan_pairs(leaves: Sequence[Spec], places: Sequence[int], counts: Sequence[i
     ]
 
 
+def plan_places(leaves: Sequence[Spec], places: Sequence[int], counts: Sequence[int]) -> list[Plan]:
+    """Plan positions without values: bits of the entries that they may be of, in a row.
+
+    Args:
+      leaves: what they belong to, of bools.
+      places: of each leaf, how many entries the receiver knows that positions may be of.
+      counts: of each leaf, how many positions there are; a leaf without any stays away.
+    """
+    return [
+        headers.plan_counts(leaf.name, headers.BOOL, (room,), num_chosen=count)
+        for leaf, room, count in zip(leaves, places, counts, strict=True)
+        if count
+    ]
+
+
 def plan_masks(leaves: Sequence[Spec], kept: Sequence[int]) -> list[Plan]:
     """Plan masks in codings whose length follows from how many entries they keep."""
     return [
@@ -163,6 +178,20 @@ def pairs(field: str, tree: Any, places: Any) -> dict[str, wire_format.Part]:
         name: wire_format.pairs(leaf, leaf != 0, known=_known_mask(place))
         for (name, leaf), place in rows
         if np.any(leaf)
+    }
+
+
+def places(field: str, tree: Any, known: Any) -> dict[str, wire_format.Part]:
+    """Make the part of a message that `plan_places` plans: where entries are not zero.
+
+    Args:
+      field: the field's name.
+      tree: zero where nothing is named.
+      known: masks of the entries that may be named, which the receiver holds.
+    """
+    rows = zip(_named(field, tree), _leaves(known), strict=True)
+    return {
+        name: wire_format.counted(leaf[mask] != 0) for (name, leaf), mask in rows if np.any(leaf)
     }
 
 

@@ -56,6 +56,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
         {"dense_rounds": 1, "votes": "examples", "remove": "channels", "consensus": "top_k"},
     ),
     "pooled_filters+channels": ("pooled_filters", {"remove": "channels"}),
+    "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
 }
 USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense")  # of these
 DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themselves
@@ -111,11 +112,13 @@ def num_live(name: str, index: int) -> int | range | None:
     if method in BY_FILTER:  # half of the filters, of 6 and 4 weights
         wanted = 2 * 6 + 1 * 4 - (name in DROP_CHANNELS) * 2
         return range(1, wanted + 1) if name == "mpfl" else wanted  # whose clients may disagree
+    if method == "prunefl":  # gains decide, beside a bound
+        return range(1, 32 - round(0.8 * 32) + 1 if name == "prunefl/random_start" else 33)
     if method in ("fedtiny", "dynamic_sparse"):
         return 32 - round(0.6 * 32)
     if name in ("fedavg", "autoflip/explored_start", "feddip/without_pruning"):
         return 32
-    if method in ("autoflip", "magnitude_masks", "random_masks", "snip"):
+    if method in ("autoflip", "fedrts", "magnitude_masks", "random_masks", "snip"):
         return 32 - round(0.5 * 32)
     if method in ("feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25

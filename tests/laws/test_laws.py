@@ -29,9 +29,12 @@ SLOW_VARIANTS = (
     "fedavg/fedprox",
     "feddip/without_penalty",
     "feddip/without_pruning",
+    "fedrts/posterior_mean",
     "fedtiny/vanilla_selection",
     "magnitude_masks/one_client",
     "magnitude_masks/pooled",
+    "prunefl/initial_only",
+    "prunefl/random_start",
     "rigl/static",
 )
 SLOW_NOTHING = (  # they share the parts that count with a method without an ending

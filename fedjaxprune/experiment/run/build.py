@@ -142,6 +142,7 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
         largest_client=int(given.sizes.max()),
         num_epochs=1 if section.steps is not None else section.epochs,
         penalties=(local_training.proximal(mu=section.proximal_mu),) if section.proximal_mu else (),
+        cohort_size=config.federation.cohort_size or 0,
     )
 
 

@@ -92,11 +92,6 @@ def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
       Huang et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
     """
     stored = ledger.charge_storage(metrics, state, storage_models.fedrts_f4)
-    field = metrics.sent.up.get("reply", {}).get("grads")
-    if field is None or isinstance(field.sent_counts, tuple):
-        return stored
-    sent = np.asarray(field.sent_counts, np.int64)[np.asarray(metrics.participated)]
-    counts = sent.sum(axis=0).tolist()
-    sizes = trees.sizes(state.params)
-    pair_bits = sum(storage_models.pairs(n, size) for n, size in zip(counts, sizes, strict=True))
+    counts, sizes = ledger.num_sent(metrics, "grads"), trees.sizes(state.params)
+    pair_bits = sum(map(storage_models.pairs, counts, sizes))
     return stored._replace(uplink=stored.uplink + pair_bits)
