@@ -121,6 +121,7 @@ class Broadcast(NamedTuple):
       round: ``[]`` int32.
       correction_state: `RoundState.correction`.
       correction: added to the gradient of every local step, or ``()``; the tree of the parameters.
+      announced: what the method tells every client besides the model, by name, or ``()``.
     """
 
     params: Params
@@ -129,6 +130,7 @@ class Broadcast(NamedTuple):
     round: jax.Array
     correction_state: State = ()
     correction: Params = ()
+    announced: Any = ()
 
 
 class Message(NamedTuple):
@@ -212,6 +214,8 @@ class FieldSpec(NamedTuple):
         in the place of a sent field; the pruner sees it as ``inputs.statistics``, free of charge.
       is_sum: whether the server needs the mean times the sum of the weights; with `aggregate` None.
       travels: ``(path, leaf) -> bool``, leaves of a ``"whole"`` field that are sent (None: all).
+      to_pruner: whether the pruner sees the joined field as ``inputs.statistics``; it then has the
+        structure of the parameters.
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
@@ -219,6 +223,7 @@ class FieldSpec(NamedTuple):
     read: Callable[[Delta, Broadcast], Params] | None = None
     is_sum: bool = False
     travels: Callable[[str, Any], bool] | None = None
+    to_pruner: bool = False
 
 
 class Correction(NamedTuple):
@@ -246,7 +251,8 @@ class PrunerInputs(NamedTuple):
       params: parameters to be ranked.
       grads: mean dense gradient over the cohort, or None if the clients report none.
       round: ``[]`` int32.
-      statistics: trees of the parameters, by name, that the server read (`FieldSpec.read`); or ().
+      statistics: trees of the parameters, by name: what the server read (`FieldSpec.read`) and
+        joined fields (`FieldSpec.to_pruner`); or ().
     """
 
     params: Params

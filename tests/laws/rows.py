@@ -115,7 +115,7 @@ def num_live(name: str, index: int) -> int | range | None:
         return 32 - round(0.6 * 32)
     if name in ("fedavg", "autoflip/explored_start", "feddip/without_pruning"):
         return 32
-    if method in ("autoflip", "magnitude_masks", "random_masks", "snip"):
+    if method in ("autoflip", "feddst", "magnitude_masks", "random_masks", "snip"):
         return 32 - round(0.5 * 32)
     if method in ("feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25
