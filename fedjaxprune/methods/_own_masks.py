@@ -24,6 +24,7 @@ from fedjaxprune.types import (
     Masks,
     Params,
     PrunerInputs,
+    RoundState,
 )
 
 # (masks, local parameters, gradient of all weights, broadcast) -> trees by name
@@ -111,7 +112,7 @@ def build(
     guidance: Guidance | None = None,
     hooks: Hooks | None = None,
     votes: Aggregator | None = None,
-    fields: Mapping[str, FieldSpec] = {},
+    init: Callable[[RoundState], RoundState] | None = None,
 ) -> Algorithm:
     """Draw one mask, and train under masks that clients revise.
 
@@ -122,14 +123,15 @@ def build(
       hooks: what happens before and after each round.
       votes: joins the clients' masks, positive where some client holds a weight; None counts the
         clients.
-      fields: of the clients' messages, beside those that all such methods have.
+      init: ``state -> state``, what the rounds find.
 
     Raises:
       ValueError: nothing would be left of a layer, or the rounds or epochs do not fit the run.
     """
     score = scores.random if settings.first_mask == "random" else scores.magnitude
     draw = _fixed_masks.draw(settings, task, score=score)
-    if settings.drop_fraction == 0.0 or settings.sparsity == 0.0:  # nothing can be exchanged
+    is_fixed = settings.drop_fraction == 0.0 or settings.sparsity == 0.0
+    if is_fixed and (hooks is None or hooks.conclude is None):
         train = training(task.protocol, client=task.local_client())
         return in_order(train, (draw,), sparsity=settings.sparsity)
     due = is_due(settings, task.protocol.num_rounds)
@@ -153,12 +155,11 @@ def build(
         fields={
             "delta": FieldSpec(aggregate=by_holders),
             "masks": FieldSpec(aggregate=votes or aggregators.vote_counts(), to_pruner=True),
-            **fields,
         },
         masking=Masking(upload=lambda state: masks_lib.full(state.params)),
         hooks=hooks,
     )
-    return in_order(train, (draw,), sparsity=settings.sparsity)
+    return in_order(train, (draw,), init=init, sparsity=settings.sparsity)
 
 
 def _before(settings: OwnMaskSettings, task: Task) -> Any:

@@ -173,7 +173,8 @@ class Hooks(NamedTuple):
       after_round: ``(before, after, metrics) -> (after, metrics)``; `before` is the state that came
         in, as it was before `before_round`.
       conclude: ``(aggregated fields, state, population) -> fields``, those that the server changes
-        before it steps.
+        before it steps. Among the given ones is `traffic.NUM_EXAMPLES`, what the clients that were
+        heard count for in all.
       announcement: what every client is told besides the model.
     """
 

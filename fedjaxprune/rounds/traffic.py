@@ -18,6 +18,7 @@ SPECIAL = ("delta", "masks", "metrics")
 _SHAPED: tuple[Send, ...] = ("whole", "bits")  # whose lengths follow from their own shapes
 # Fields that training itself adds to each client's message: for the ledger, and for counting.
 NUM_UPLOADED, NUM_MESSAGES, SUMMARY = "num_uploaded", "num_messages", "message_summary"
+NUM_EXAMPLES = "num_examples"  # of the clients that were heard, where `Hooks.conclude` asks for it
 
 
 def check_field(name: str, spec: FieldSpec) -> None:
@@ -160,11 +161,7 @@ def sent(
 
 def reported(specs: Mapping[str, FieldSpec]) -> list[str]:
     """List the fields that clients report to the simulator, and that do not travel."""
-    return [
-        name
-        for name, spec in specs.items()
-        if spec.send == "nothing" and spec.read is None and spec.aggregate is None
-    ]
+    return [n for n, s in specs.items() if s.send == "nothing" and s.read is None]
 
 
 def weight_field() -> FieldLength:

@@ -261,6 +261,7 @@ def upload(
         **fields,
         **{name: masks_lib.apply(masks, fields[name]) for name, masks in narrowed.items()},
         **holders,
+        **({} if parts.hooks.conclude is None else {traffic.NUM_EXAMPLES: jnp.float32(1.0)}),
         "delta": delta,
         **{name: read(delta, given.broadcast) for name, read in parts.read.items()},
         traffic.NUM_UPLOADED: masks_lib.num_kept(sendable),
@@ -363,6 +364,7 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
         traffic.NUM_UPLOADED: stack,
         traffic.SUMMARY: stack,
         traffic.NUM_MESSAGES: total,
+        traffic.NUM_EXAMPLES: aggregators.weighted_sum(),
     }
     for name, spec in fields.items():
         traffic.check_field(name, spec)

@@ -45,6 +45,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "feddip+dense": ("feddip", {"mode": "dense"}),
     "feddip+regrow": ("feddip", {"mode": "regrow"}),
     "feddip+scaffold": ("feddip", SCAFFOLD),
+    "fedsgc+old": ("fedsgc", {"absent": "old", "direction": "last_step"}),
     "fedtiny+clients": (
         "fedtiny/vanilla_selection",
         {"gradient_weights": "clients", "block_order": "forward"},
@@ -115,7 +116,7 @@ def num_live(name: str, index: int) -> int | range | None:
         return 32 - round(0.6 * 32)
     if name in ("fedavg", "autoflip/explored_start", "feddip/without_pruning"):
         return 32
-    if method in ("autoflip", "feddst", "magnitude_masks", "random_masks", "snip"):
+    if method in ("autoflip", "feddst", "fedsgc", "magnitude_masks", "random_masks", "snip"):
         return 32 - round(0.5 * 32)
     if method in ("feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25
