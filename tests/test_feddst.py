@@ -1,6 +1,7 @@
 """FedDST: the exchange at a client, the union at the server, and what travels in which round."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -230,10 +231,13 @@ def revising(revise, **options):
     )
 
 
-EVEN = jax.tree.map(
-    lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 2 == 0, masks.full(quadratic.PARAMS)
-)
-THIRD = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 3 == 0, EVEN)
+def one_in(number):
+    return jax.tree.map(
+        lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % number == 0, quadratic.PARAMS
+    )
+
+
+EVEN, THIRD = one_in(2), one_in(3)
 
 
 def test_a_client_trains_on_under_the_masks_that_it_revised():
@@ -283,7 +287,7 @@ def test_rounds_that_are_not_due_are_plain_training():
 
 def test_every_layer_keeps_its_weights_and_masks_change_in_due_rounds_alone():
     _, states, _ = played()
-    for index, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+    for index, (before, after) in enumerate(itertools.pairwise(states)):
         kept = masks.num_kept(after.masks).tolist()
         assert kept == [4, 10, 2, 6]  # biases whole; ERK of 24 and 8 weights at one half
         assert (int(masks.num_changed(before.masks, after.masks)) > 0) == (index in DUE)
