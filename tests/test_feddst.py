@@ -78,7 +78,7 @@ CLIENTS = (
     (30.0, numbers(0.7, -0.1, 0.5, 0.2, 0, 0, 0, 0), (0.1, 0.9, 0, 0.2, 0.3, -0.8, 0.1, 0.05)),
     (10.0, numbers(0.5, -0.6, 0.05, 0.4, 0, 0, 0, 0), (0, 0.1, 0.4, 0.1, 0.2, 0.1, -0.7, 0.3)),
 )
-ONE = drop_and_grow.drop_and_grow(drop_and_grow.share_counts(fraction=lambda index: 0.25))
+ONE = drop_and_grow.drop_and_grow(drop_and_grow.share_counts(fraction=schedules.constant(0.25)))
 
 
 def exchanged(params, grads):
@@ -193,7 +193,7 @@ def test_readjustments_end_at_half_of_a_run(num_rounds, options, expected):
     settings = feddst.FedDST(**options)
     assert _own_masks.readjusting_rounds(settings, num_rounds) == expected
     due = _own_masks.is_due(settings, num_rounds)
-    found = [r for r in range(num_rounds) if due(r)]
+    found = [r for r in range(num_rounds) if due(jnp.int32(r))]
     assert found == list(range(1, expected[1], expected[0]))
 
 
@@ -311,6 +311,8 @@ def test_the_record_has_the_gradient_that_a_revision_takes():
     _, _, measured = played()
     costs = [round_costs.of_round(quadratic.profile(), one).training_flops for one in measured]
     quiet, due = costs[0], costs[DUE[0]]
+    assert quiet is not None
+    assert due is not None
     num_examples = sum(np.diff(np.asarray(PEOPLE.offsets)))
     assert due["forward"] * 2 == quiet["forward"] * 3  # two steps of full batches, and one more
     dense = 2 * 32 * num_examples  # multiply-adds of all weights, once
