@@ -163,8 +163,7 @@ class Uplink(NamedTuple):
     Attributes:
       init: ``params -> state`` of one client.
       update: ``(key, delta, state, masks) -> (delta, state)``; outside `masks` all is zero.
-      payload: ``num_kept -> Payload``, on the host in Python integers: what one client sends of a
-        leaf of which so many entries may travel.
+      payload: ``num_kept -> Payload``, in Python integers: what is sent of so many entries.
     """
 
     init: Callable[[Params], State]
@@ -207,15 +206,13 @@ class FieldSpec(NamedTuple):
 
     Attributes:
       aggregate: joins the clients' values; None takes the protocol's for `delta`, the sum for
-        `metrics`, all values ``[C, ...]`` of what is not sent (a report), else the protocol's
-        robust aggregator (a `CohortAggregator`) or, without one, the weighted mean.
+        `metrics`, all values ``[C, ...]`` of a report, which is not sent, else `protocol.joining`.
       send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
       read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta,
         in the place of a sent field; the pruner sees it as ``inputs.statistics``, free of charge.
       is_sum: whether the server needs the mean times the sum of the weights; with `aggregate` None.
       travels: ``(path, leaf) -> bool``, leaves of a ``"whole"`` field that are sent (None: all).
-      to_pruner: whether the pruner sees the joined field as ``inputs.statistics``; it then has the
-        structure of the parameters.
+      to_pruner: whether the pruner sees the joined field, a tree of the parameters, as statistics.
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
@@ -233,8 +230,7 @@ class Correction(NamedTuple):
       init: ``params -> state``, the server's part: () or the tree of the parameters, of which every
         client receives the entries that it trains, as ``broadcast.correction_state``.
       wrap: ``client -> client``.
-      update: ``(aggregated fields, state, population) -> (delta, state)``, at the server; a state
-        stays as it is if no message arrived.
+      update: ``(aggregated fields, state, population) -> (delta, state)``; at the server.
       fields: of the wrapped client's message.
     """
 
@@ -251,8 +247,7 @@ class PrunerInputs(NamedTuple):
       params: parameters to be ranked.
       grads: mean dense gradient over the cohort, or None if the clients report none.
       round: ``[]`` int32.
-      statistics: trees of the parameters, by name: what the server read (`FieldSpec.read`) and
-        joined fields (`FieldSpec.to_pruner`); or ().
+      statistics: trees of the parameters, by name: `FieldSpec.read` or joined, `to_pruner`; or ().
     """
 
     params: Params
@@ -339,8 +334,7 @@ class RoundMetrics(NamedTuple):
       num_uploaded: ``[C, L]`` int32, entries per leaf that each present client could send.
       participated: ``[C]`` bool, who took part.
       num_participating: ``[]`` int32, clients that took part.
-      num_rejected: ``[]`` int32, of those, clients left out: their message was not plausible, or
-        the round was dropped.
+      num_rejected: ``[]`` int32, of those, clients whose message or round was dropped.
       sent: the messages, as the ledger needs them.
     """
 
