@@ -21,6 +21,9 @@ TRAINED, EVALUATED, BACKPROPAGATED = "trained", "evaluated", "backpropagated"
 # Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
 # of them, pruned ones included: ``[]``, or ``[L]`` where it differs by leaf.
 DENSE_GRADIENT = "dense_gradient"
+# Among a client's metrics, of how many examples it took the gradient of all weights once more,
+# beside its local steps: ``[]``, of weight 1 a client.
+EXTRA_GRADIENT = "extra_gradient"
 
 
 class Payload(NamedTuple):

@@ -121,6 +121,7 @@ class Broadcast(NamedTuple):
       round: ``[]`` int32.
       correction_state: `RoundState.correction`.
       correction: added to the gradient of every local step, or ``()``; the tree of the parameters.
+      announced: what the method tells every client besides the model, by name, or ``()``.
     """
 
     params: Params
@@ -129,6 +130,7 @@ class Broadcast(NamedTuple):
     round: jax.Array
     correction_state: State = ()
     correction: Params = ()
+    announced: Any = ()
 
 
 class Message(NamedTuple):
@@ -161,8 +163,7 @@ class Uplink(NamedTuple):
     Attributes:
       init: ``params -> state`` of one client.
       update: ``(key, delta, state, masks) -> (delta, state)``; outside `masks` all is zero.
-      payload: ``num_kept -> Payload``, on the host in Python integers: what one client sends of a
-        leaf of which so many entries may travel.
+      payload: ``num_kept -> Payload``, in Python integers: what is sent of so many entries.
     """
 
     init: Callable[[Params], State]
@@ -205,14 +206,13 @@ class FieldSpec(NamedTuple):
 
     Attributes:
       aggregate: joins the clients' values; None takes the protocol's for `delta`, the sum for
-        `metrics`, all values ``[C, ...]`` of what is not sent (a report), else the protocol's
-        robust aggregator (a `CohortAggregator`) or, without one, the weighted mean.
+        `metrics`, all values ``[C, ...]`` of a report, which is not sent, else `protocol.joining`.
       send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
       read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta,
         in the place of a sent field, free of charge; the pruner sees it in ``inputs.statistics``.
       is_sum: whether the server needs the mean times the sum of the weights; with `aggregate` None.
       travels: ``(path, leaf) -> bool``, leaves of a ``"whole"`` field that are sent (None: all).
-      to_pruner: whether the pruner sees what is sent in ``inputs.statistics``, too.
+      to_pruner: whether the pruner sees the joined field, a tree of the parameters, as statistics.
     """
 
     aggregate: Aggregator | CohortAggregator | None = None
@@ -247,7 +247,7 @@ class PrunerInputs(NamedTuple):
       params: parameters to be ranked.
       grads: mean dense gradient over the cohort, or None if the clients report none.
       round: ``[]`` int32.
-      statistics: trees of the parameters by name (`FieldSpec.read`, `FieldSpec.to_pruner`); or ().
+      statistics: trees of the parameters, by name: `FieldSpec.read` or joined, `to_pruner`; or ().
     """
 
     params: Params
@@ -333,8 +333,7 @@ class RoundMetrics(NamedTuple):
       num_downloaded: ``[C, T, L]`` int32, entries per leaf of the `T` models that each received.
       num_uploaded: ``[C, L]`` int32, entries per leaf that each present client could send.
       participated, num_participating: ``[C]`` bool and ``[]`` int32, who took part.
-      num_rejected: ``[]`` int32, of those, clients left out: their message was not plausible, or
-        the round was dropped.
+      num_rejected: ``[]`` int32, of those, clients whose message or round was dropped.
       sent: the messages, as the ledger needs them.
     """
 

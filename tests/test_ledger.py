@@ -256,6 +256,10 @@ def received(name, stage, algorithm, before, masks, version):
     message |= messages.whole("model_state", before.model_state)
     sees = at_large(name, before.masks)
     message |= messages.values("params", algorithm.deployed_params(before), sees)
+    if rows.family(name) == "fedsgc" and int(before.round) - 1 in (1, 3, 5):  # of training
+        for field, sign in (("rising", 1), ("falling", -1)):
+            marks = trees.items(jax.tree.map(lambda leaf, sign=sign: leaf == sign, before.method))
+            message |= {f"{field}/{path}": wire_format.counted(leaf) for path, leaf in marks}
     pool = before.method
     holds_all = "fedtiny" in name and (pool.held_id, pool.chosen_id) == (version, before.masks_id)
     if is_stale and holds_all:
@@ -397,7 +401,7 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             for name in sorted(layers)
         }
         bits += bits_of(marks)
-    if "masks" in fields:
+    if "masks" in fields and np.any(trees_flat(fields["masks"]) != trees_flat(masks)):
         bits += bits_of(messages.personal_masks(fields["masks"], FLAGS))
     return bits
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from fedjaxprune.types import Params, State
+from fedjaxprune.types import Masks, Params, State
 
 # Optimizers that train other parameters than those that they are given, by their state.
 _OTHER_PARAMS = {
@@ -72,3 +73,22 @@ def update(
             raise ValueError(
                 f"{what} asks for {found[1]}, and is given gradients, parameters and {known}."
             ) from error
+
+
+def zero_pruned(optimizer: Any, state: State, masks: Masks) -> State:
+    """Set what an optimizer remembers about pruned entries to exact zeros, whatever it was.
+
+    Else old momentum would move a weight that is pruned, or that has just grown back. Memory that
+    is not of the parameters' shape (a factored second moment) has no pruned entries and stays.
+    """
+
+    def leaf(value: Any, mask: jax.Array) -> Any:
+        if isinstance(value, optax.MaskedNode) or value.shape != mask.shape:
+            return value
+        return jnp.where(mask, value, jnp.zeros_like(value))
+
+    def is_leaf(value: Any) -> bool:
+        return isinstance(value, optax.MaskedNode)
+
+    with jax.numpy_dtype_promotion("standard"):  # init is called to tell the state's leaves apart
+        return optax.tree.map_params(optimizer, leaf, state, masks, is_leaf=is_leaf)

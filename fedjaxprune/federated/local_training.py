@@ -10,8 +10,9 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
-from fedjaxprune.federated import _optax, _steps
-from fedjaxprune.traffic import DENSE_GRADIENT
+from fedjaxprune.federated import _optax, _steps, mask_revision
+from fedjaxprune.federated.mask_revision import MaskRevision
+from fedjaxprune.traffic import DENSE_GRADIENT, EXTRA_GRADIENT
 from fedjaxprune.types import (
     Batch,
     Batcher,
@@ -123,6 +124,7 @@ class _Progress(NamedTuple):
     local_grads: Params
     metrics: Metrics
     dense: Metrics
+    extra: Metrics = ()
 
 
 def local_sgd(
@@ -195,6 +197,33 @@ def dense_feedback_sgd(
     return _client(objective, batcher, rules, dense_updates=True)
 
 
+def mask_revising_sgd(
+    loss: LossFn,
+    *,
+    batcher: Batcher,
+    optimizer: optax.GradientTransformation,
+    revision: MaskRevision,
+    learning_rate_scale: Schedule | None = None,
+    penalties: Sequence[PenaltyFn] = (),
+) -> Client:
+    """Train as `local_sgd` does, and revise the client's own masks once inside the round.
+
+    At the revision, dropped weights become exact zeros in the parameters and in the optimizer's
+    memory, and grown ones start from zero; the remaining steps train under the new masks. Other
+    arguments are those of `local_sgd`. A `correction` acts on the weights alone that were live in
+    the broadcast, as a client receives no other entry of it. Penalties are no part of the gradient
+    that the revision sees. A client without examples keeps the masks that it was given.
+
+    Returns:
+      A `Client` whose message also has the field `masks`, its own at the end of the round. Its
+      `delta` is zero outside these: a weight that it dropped is left out, not sent as a change. The
+      metrics say of how many examples the revision took a gradient (`traffic.EXTRA_GRADIENT`).
+    """
+    objective = functools.partial(_objective, loss, penalties)
+    rules = _Rules(optimizer, learning_rate_scale, None, None, None, (revision, loss))
+    return _client(objective, batcher, rules, dense_updates=False)
+
+
 class _Rules(NamedTuple):
     """What a local step does with a gradient; see `local_sgd`."""
 
@@ -203,6 +232,7 @@ class _Rules(NamedTuple):
     report_grads: Callable[[jax.Array], jax.Array] | None
     report_steps: StepPredicate | None
     post_step: PostStepFn | None
+    revision: tuple[MaskRevision, LossFn] | None = None  # with the loss without penalties
 
 
 def _objective(loss, penalties, broadcast):
@@ -221,15 +251,19 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
     draw = jax.jit(batcher.batch, inline=True)  # traced once, for the shapes and for the steps
 
     def update_fn(key, broadcast, state, data):
-        masks = broadcast.masks
         batch_key, step_key = jax.random.split(key)
+        masks = broadcast.masks
         start = broadcast.params if dense_updates else masks_lib.apply(masks, broadcast.params)
         num_steps = batcher.num_steps(data)
         is_corrected = bool(jax.tree.leaves(broadcast.correction))
         objective = objective_of(broadcast)
         factor = None if rules.scale is None else functools.partial(rules.scale, broadcast.round)
 
-        def step_fn(step, progress):
+        correction = broadcast.correction
+        if is_corrected and rules.revision is not None:
+            correction = masks_lib.apply(masks, correction)
+
+        def step_fn(masks, step, progress):
             before = progress.local
             batch = draw(batch_key, data, step)
             seen = masks_lib.apply(masks, before.params) if dense_updates else before.params
@@ -239,14 +273,14 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             )(seen, *given)
             grads = dense_grads
             if is_corrected:
-                grads = jax.tree.map(jnp.add, grads, broadcast.correction)
+                grads = jax.tree.map(jnp.add, grads, correction)
             grads = grads if dense_updates else masks_lib.apply(masks, grads)
             updates, optimizer_state = _steps.optimizer_step(
                 rules.optimizer,
                 grads,
                 before.optimizer,
                 before.params,
-                loss=_followed(objective, broadcast, start, before.params, value, given),
+                loss=_followed(objective, (correction, masks), start, before.params, value, given),
                 factor=factor,
             )
             now = Local(optax.apply_updates(before.params, updates), optimizer_state, model_state)
@@ -275,11 +309,25 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
             metrics=_steps.zero_metrics(step_key, objective, broadcast, first),
             dense=() if rules.report_grads is None else metrics.zero(),
+            extra=() if rules.revision is None else metrics.zero(),
         )
-        progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
+        if rules.revision is None:
+            step_fn = functools.partial(step_fn, masks)
+            progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
+        else:
+            revision, loss = rules.revision
+            batch_at = functools.partial(draw, batch_key, data)
+            work = mask_revision.Work(loss, rules.optimizer, broadcast, batch_at, num_steps)
+            masks, progress = mask_revision.in_two_phases(
+                step_key, revision, work, step_fn, progress
+            )
         end = progress.local
         fields = _steps.changes(end.params, start, end.model_state, broadcast.model_state)
         fields["metrics"] = progress.metrics
+        if rules.revision is not None:
+            fields["delta"] = masks_lib.apply(masks, fields["delta"])
+            fields["metrics"] = {**progress.metrics, EXTRA_GRADIENT: progress.extra}
+            fields["masks"] = masks
         if rules.report_grads is not None:
             fields["metrics"] = {**progress.metrics, DENSE_GRADIENT: progress.dense}
             fields["grads"] = _divide(progress.grads, progress.num_reported)
@@ -290,12 +338,13 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
     return Client(init=lambda params: (), update=update_fn)
 
 
-def _followed(objective, broadcast, start, params, value, given) -> _optax.Loss:
+def _followed(objective, rules, start, params, value, given) -> _optax.Loss:
     """Make the loss whose gradient a step follows, for an optimizer that asks for it.
 
-    A correction is the gradient of its product with how far the parameters have moved.
+    `rules` are the correction, which is the gradient of its product with how far the parameters
+    have moved, and the masks.
     """
-    correction = broadcast.correction
+    correction, masks = rules
 
     def linear(params):
         if not jax.tree.leaves(correction):
@@ -306,7 +355,7 @@ def _followed(objective, broadcast, start, params, value, given) -> _optax.Loss:
         return trees.tree_sum(moved, dtype=jnp.float32)
 
     def value_fn(params):
-        seen = masks_lib.apply(broadcast.masks, params)
+        seen = masks_lib.apply(masks, params)
         return objective(seen, *given)[0] + linear(params)
 
     return _optax.Loss(value + linear(params), value_fn)

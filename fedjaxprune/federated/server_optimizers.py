@@ -133,22 +133,11 @@ def shift(model_state: State, change: State) -> State:
 
 
 def zero_pruned(server: optax.GradientTransformation, state: State, masks: Masks) -> State:
-    """Set what the server remembers about pruned entries to exact zeros, whatever it was.
+    """Set what the server remembers about pruned entries to exact zeros; see `_optax.zero_pruned`.
 
-    Else old momentum would move a weight that is pruned, or that has just grown back. Memory that
-    is not of the parameters' shape (a factored second moment) has no pruned entries and stays.
+    Else old momentum would move a weight that is pruned, or that has just grown back.
     """
-
-    def leaf(value: Any, mask: jax.Array) -> Any:
-        if isinstance(value, optax.MaskedNode) or value.shape != mask.shape:
-            return value
-        return jnp.where(mask, value, jnp.zeros_like(value))
-
-    def is_leaf(value: Any) -> bool:
-        return isinstance(value, optax.MaskedNode)
-
-    with jax.numpy_dtype_promotion("standard"):  # init is called to tell the state's leaves apart
-        return optax.tree.map_params(server, leaf, state, masks, is_leaf=is_leaf)
+    return _optax.zero_pruned(server, state, masks)
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -111,9 +111,14 @@ def _is_emptied(size: int, sparsity: float) -> bool:
     return size - round(sparsity * size) < 1
 
 
-def draw(settings: FixedMaskSettings, task: Task) -> Stage:
-    """Draw one mask at random, which follows from the run's seed and does not travel."""
-    choose = chooser(settings, task, scores.random)
+def draw(
+    settings: FixedMaskSettings, task: Task, *, score: scores.ScoreFn = scores.random
+) -> Stage:
+    """Make one mask of the initial weights, at random unless a score is given.
+
+    It follows from the run's seed and does not travel.
+    """
+    choose = chooser(settings, task, score)
 
     def work(key, state, population):
         del population  # no data decides

@@ -8,7 +8,7 @@ of layers.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fedjaxprune import trees
 from fedjaxprune.pruning import schedules, scores
 from fedjaxprune.topk import top_k
-from fedjaxprune.types import Masks, PrunableFn, Pruner, Schedule
+from fedjaxprune.types import Masks, Params, PrunableFn, Pruner, PrunerInputs, Schedule
 
 # (masks, round []) -> the tree with the number of weights to exchange, [] int32, per leaf
 CountFn = Callable[[Masks, jax.Array], Any]
@@ -171,11 +171,73 @@ def counts(
     return counts
 
 
+def share_counts(*, fraction: Schedule) -> CountFn:
+    """Count ``floor(fraction * live)`` weights of every layer, in every round.
+
+    Counts are computed in float64; a product within a part in 10¹² below an integer counts as it.
+
+    Args:
+      fraction: of a layer's live weights, by round.
+
+    Returns:
+      ``(masks, round) -> counts``.
+    """
+
+    def counts(masks, round_index):
+        part = schedules.evaluate(fraction, round_index)
+        return jax.tree.map(lambda mask: _share(part, jnp.sum(mask, dtype=jnp.int32)), masks)
+
+    return counts
+
+
+def _share(part: Any, number: jax.Array) -> jax.Array:
+    """Take a share of a number, rounded down: ``[]`` int32; `part` is a float or float64."""
+    with jax.enable_x64(True):
+        return jnp.floor(part * number.astype(jnp.float64) * (1.0 + 1e-12)).astype(jnp.int32)
+
+
+class Guide(NamedTuple):
+    """Weights that have precedence in an exchange; trees of the masks' shapes, bool.
+
+    Attributes:
+      drop_first: of the live weights.
+      grow_first: of the pruned weights.
+    """
+
+    drop_first: Masks
+    grow_first: Masks
+
+
+def agreement(masks: Masks, there: Params, here: Params) -> Guide:
+    """Let live weights go first that move against a direction, and pruned ones come that follow it.
+
+    Args:
+      masks: before the exchange.
+      there: the direction; its sign counts, and 0 is none.
+      here: how the weights move; likewise.
+
+    References:
+      Tian et al., `Gradient-Congruity Guided Federated Sparse Training
+      <https://arxiv.org/abs/2405.01189>`_, 2024.
+    """
+
+    def signs(leaf):
+        return jnp.sign(leaf).astype(jnp.int8)
+
+    alike = jax.tree.map(lambda one, two: signs(one) * signs(two), there, here)
+    return Guide(
+        drop_first=jax.tree.map(lambda mask, sign: mask & (sign < 0), masks, alike),
+        grow_first=jax.tree.map(lambda mask, sign: ~mask & (sign > 0), masks, alike),
+    )
+
+
 def drop_and_grow(
     num_exchanged: CountFn,
     *,
     drop: scores.ScoreFn = scores.magnitude,
     grow: scores.ScoreFn = scores.gradient,
+    guide: Callable[[Masks, PrunerInputs], Guide] | None = None,
+    guided_share: float = 0.0,
 ) -> Pruner:
     """Drop the lowest-scoring live weights of every leaf, and grow as many pruned ones.
 
@@ -188,23 +250,48 @@ def drop_and_grow(
       num_exchanged: ``(masks, round) -> counts``, as `counts` makes it.
       drop: score of live weights; the lowest are dropped.
       grow: score of pruned weights; the highest are grown.
+      guide: ``(masks, inputs) -> Guide``, weights that have precedence; None for none.
+      guided_share: share of a leaf's exchange, in [0, 1], that `guide` decides: of ``k`` weights
+        ``floor(guided_share * k)`` are the lowest of `drop_first`, or all of these if they are
+        fewer, and the lowest of the others follow. The same holds for `grow_first`.
     """
+    if not 0.0 <= guided_share <= 1.0:
+        raise ValueError(f"guided_share must lie in [0, 1], got {guided_share}.")
 
     def update_fn(key, masks, state, inputs):
         drop_key, grow_key = jax.random.split(key)
 
-        def leaf(mask, worth, promise, count):
+        def leaf(mask, worth, promise, count, *first):
             num_live = jnp.sum(mask, dtype=jnp.int32)
             offered = ~mask & (promise > 0)
             num = jnp.minimum(count, jnp.sum(offered, dtype=jnp.int32))
             num = jnp.minimum(num, num_live)
             lowest = jnp.finfo(worth.dtype).min
             worth = jnp.where(jnp.isnan(worth), lowest, jnp.maximum(worth, lowest))
-            kept = mask & top_k(jnp.where(mask, worth, -jnp.inf), num_live - num)
-            return kept | (offered & top_k(jnp.where(offered, promise, -jnp.inf), num))
+            if not first:
+                kept = _highest(mask, worth, num_live - num)
+                return kept | _highest(offered, promise, num)
+            quota = _share(guided_share, num)
+            kept = mask & ~_lowest(mask & first[0], worth, quota)
+            kept = _highest(kept, worth, num_live - num)
+            grown = _highest(offered & first[1], promise, quota)
+            num_left = num - jnp.sum(grown, dtype=jnp.int32)
+            return kept | grown | _highest(offered & ~grown, promise, num_left)
 
         counts = num_exchanged(masks, inputs.round)
         worth, promise = drop(drop_key, inputs), grow(grow_key, inputs)
-        return jax.tree.map(leaf, masks, worth, promise, counts), state
+        first = () if guide is None else guide(masks, inputs)
+        return jax.tree.map(leaf, masks, worth, promise, counts, *first), state
 
     return Pruner(init=lambda params: (), update=update_fn)
+
+
+def _highest(among: jax.Array, values: jax.Array, count: jax.Array) -> jax.Array:
+    """Mark the `count` highest, or all if there are fewer."""
+    return among & top_k(jnp.where(among, values, -jnp.inf), count)
+
+
+def _lowest(among: jax.Array, values: jax.Array, count: jax.Array) -> jax.Array:
+    """Mark the `count` lowest, or all if there are fewer; of equal ones those of higher index."""
+    size = jnp.sum(among, dtype=jnp.int32)
+    return among & ~_highest(among, values, size - jnp.minimum(count, size))

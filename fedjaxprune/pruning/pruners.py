@@ -51,6 +51,46 @@ def prune_to(
     return _towards(schedule, score, allocation, selection, rank=_dead_last, join=operator.and_)
 
 
+def prune_union_to(
+    sparsity: Schedule | float,
+    *,
+    held: str = "masks",
+    score: scores.ScoreFn = scores.magnitude,
+    allocation: allocations.AllocationFn = allocations.global_pool(),  # noqa: B008
+) -> Pruner:
+    """Make every weight live that some client holds, and prune these until `sparsity` is reached.
+
+    The masks in force count for nothing: what no client holds is pruned. A leaf of which clients
+    hold fewer weights than are allocated to it keeps all of these.
+
+    Args:
+      sparsity: as in `prune_to`.
+      held: name in ``inputs.statistics`` of the clients' votes, positive where some client holds a
+        weight: a field joined by `aggregators.vote_counts`, say, with ``to_pruner=True``.
+      score: as in `prune_to`.
+      allocation: as in `prune_to`.
+
+    Raises:
+      ValueError: if `sparsity` is a number outside [0, 1); while tracing, if there are no votes.
+
+    References:
+      Bibikar et al., `Federated Dynamic Sparse Training <https://arxiv.org/abs/2112.09824>`_, 2022.
+    """
+    prune = prune_to(sparsity, score=score, allocation=allocation)
+
+    def update_fn(key, masks, state, inputs):
+        del masks  # clients revised them
+        votes = dict(inputs.statistics).get(held)
+        if votes is None:
+            raise ValueError(
+                f"pruners.prune_union_to needs the clients' votes {held!r}, but the pruner sees "
+                "none: give the field an aggregate and to_pruner=True."
+            )
+        return prune.update(key, jax.tree.map(lambda vote: vote > 0, votes), state, inputs)
+
+    return Pruner(init=prune.init, update=update_fn)
+
+
 def drop(
     fraction: Schedule | float,
     *,

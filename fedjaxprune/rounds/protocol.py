@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
 from fedjaxprune.federated import aggregators
 from fedjaxprune.federated.aggregators import ServerAggregator
 from fedjaxprune.federated.attacks import Attackers
@@ -20,6 +22,7 @@ from fedjaxprune.types import (
     FieldSpec,
     Key,
     Masks,
+    Population,
     RoundMetrics,
     RoundState,
     Schedule,
@@ -28,6 +31,8 @@ from fedjaxprune.types import (
 
 __all__ = [
     "AfterRound",
+    "Announcement",
+    "ConcludeFn",
     "Correction",
     "FieldSpec",
     "Hooks",
@@ -125,6 +130,39 @@ class Masking(NamedTuple):
 
 
 AfterRound = Callable[[RoundState, RoundState, RoundMetrics], tuple[RoundState, RoundMetrics]]
+ConcludeFn = Callable[[Mapping[str, Any], RoundState, Population], Mapping[str, Any]]
+
+
+class Announcement(NamedTuple):
+    """What a method tells every client of a round besides the model.
+
+    Attributes:
+      fields: ``state -> {name: tree}``, which clients find as `Broadcast.announced`. Each is a
+        field of the message that has the parameters: a tree of booleans travels in a coding of
+        counts, any other whole.
+      is_due: ``state -> [] bool``, the rounds in which it travels; else clients see zeros.
+    """
+
+    fields: Callable[[RoundState], Mapping[str, Any]]
+    is_due: Callable[[RoundState], jax.Array]
+
+    def seen(self, state: RoundState) -> dict[str, Any]:
+        """Give what the clients of a round see."""
+        fields, due = dict(self.fields(state)), self.is_due(state)
+        return trees.tree_where(due, fields, jax.tree.map(jnp.zeros_like, fields))
+
+    def lengths(
+        self, state: RoundState, seen: Mapping[str, Any], num_slots: int
+    ) -> dict[str, FieldLength]:
+        """Describe the fields of a round for the ledger."""
+        due = jnp.broadcast_to(self.is_due(state), (num_slots,))
+
+        def length(tree: Any) -> FieldLength:
+            are_bits = all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(tree))
+            counts = masks_lib.num_kept(tree) if are_bits else ()
+            return FieldLength(trees.shape_only(tree), clients=due, sent_counts=counts)
+
+        return {name: length(tree) for name, tree in seen.items()}
 
 
 class Hooks(NamedTuple):
@@ -134,10 +172,16 @@ class Hooks(NamedTuple):
       before_round: ``state -> state`` that the round starts from.
       after_round: ``(before, after, metrics) -> (after, metrics)``; `before` is the state that came
         in, as it was before `before_round`.
+      conclude: ``(aggregated fields, state, population) -> fields``, those that the server changes
+        before it steps. Among the given ones is `traffic.NUM_EXAMPLES`, what the clients that were
+        heard count for in all.
+      announcement: what every client is told besides the model.
     """
 
     before_round: Callable[[RoundState], RoundState] | None = None
     after_round: AfterRound | None = None
+    conclude: ConcludeFn | None = None
+    announcement: Announcement | None = None
 
 
 def broadcast_of(state: RoundState) -> Broadcast:

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from fedjaxprune.federated import local_training
+from fedjaxprune.federated import local_training, mask_revision
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import protocol as protocol_lib
 from fedjaxprune.rounds import server_work
@@ -82,6 +82,17 @@ class Task(NamedTuple):
             report_grads=report_grads,
             report_steps=report_steps,
             post_step=post_step,
+        )
+
+    def mask_revising_client(self, revision: mask_revision.MaskRevision) -> Client:
+        """Make a client that revises its own masks inside a round."""
+        return local_training.mask_revising_sgd(
+            self.model.loss,
+            batcher=self.protocol.batcher,
+            optimizer=self.protocol.optimizer,
+            revision=revision,
+            learning_rate_scale=self.protocol.learning_rate_scale,
+            penalties=self.penalties,
         )
 
     def dense_feedback_client(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.rounds.protocol import MaskTransport
+from fedjaxprune.rounds.protocol import Announcement, MaskTransport
 from fedjaxprune.traffic import FieldLength, Send, Sent
 from fedjaxprune.types import Broadcast, Cohort, FieldSpec, Masks, PrunableFn, RoundState
 
@@ -19,6 +19,7 @@ SPECIAL = ("delta", "masks", "metrics")
 _SHAPED: tuple[Send, ...] = ("whole", "places", "bits")
 # Fields that training itself adds to each client's message: for the ledger, and for counting.
 NUM_UPLOADED, NUM_MESSAGES, SUMMARY = "num_uploaded", "num_messages", "message_summary"
+NUM_EXAMPLES = "num_examples"  # of the clients that were heard, where `Hooks.conclude` asks for it
 
 
 def check_field(name: str, spec: FieldSpec) -> None:
@@ -41,11 +42,15 @@ def check_field(name: str, spec: FieldSpec) -> None:
 
 
 def summarize_message(
-    fields: Mapping[str, Any], specs: Mapping[str, FieldSpec], narrowed: Mapping[str, Masks]
+    fields: Mapping[str, Any],
+    specs: Mapping[str, FieldSpec],
+    narrowed: Mapping[str, Masks],
+    given: Masks,
 ) -> dict[str, Any]:
     """Note of a client's message what the ledger has to know.
 
-    A field without a spec travels whole; `narrowed` has the masks of those that travel in part.
+    A field without a spec travels whole; `narrowed` has the masks of those that travel in part. A
+    client's own masks travel unless they are those that it was `given`.
     """
     others = {
         name: only_sent(specs, name, tree)
@@ -73,6 +78,7 @@ def summarize_message(
     }
     if "masks" in fields:
         summary["masks"] = masks_lib.num_kept(fields["masks"])
+        summary["has_own"] = masks_lib.num_changed(given, fields["masks"]) > 0
     return summary
 
 
@@ -108,6 +114,7 @@ def sent(
     specs: Mapping[str, FieldSpec],
     prunable: PrunableFn,
     transport: MaskTransport,
+    announcement: Announcement | None = None,
 ) -> Sent:
     """Say what the messages of a training round were, from the state before it.
 
@@ -127,12 +134,16 @@ def sent(
         else:
             reply[name] = field
     if "masks" in summary:
-        up["masks"] = {"masks": FieldLength(sent_counts=summary["masks"])}
+        own = FieldLength(clients=summary["has_own"], sent_counts=summary["masks"])
+        up["masks"] = {"masks": own}
 
     params = FieldLength(live_counts=masks_lib.num_kept(download))
     down = {"broadcast": {"params": params, "model_state": FieldLength()}}
     if jax.tree.leaves(state.correction):
         down["broadcast"]["drift"] = FieldLength(live_counts=trained)
+    if announcement is not None:
+        num_slots = cohort.client_ids.shape[0]
+        down["broadcast"] |= announcement.lengths(state, broadcast.announced, num_slots)
     receivers = transport.receivers(state, cohort.states.masks_held)
     if transport.choose is not None:
         chosen = transport.choose(state, cohort.states.masks_held)

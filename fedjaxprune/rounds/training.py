@@ -16,7 +16,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, attacks, cohort, server_optimizers, uplinks
 from fedjaxprune.models import gates
 from fedjaxprune.pruning import pruners
-from fedjaxprune.rounds import hostility, stages, traffic
+from fedjaxprune.rounds import hostility, measuring, stages, traffic
 from fedjaxprune.rounds.protocol import (
     Hooks,
     Masking,
@@ -44,7 +44,6 @@ from fedjaxprune.types import (
     PrunableFn,
     Pruner,
     PrunerInputs,
-    RoundMetrics,
     RoundState,
     Stage,
     State,
@@ -66,6 +65,7 @@ class Parts(NamedTuple):
       fields: how the fields of messages travel.
       aggregators: of all fields.
       masking: which masks rule where.
+      hooks: what the method adds to every round.
     """
 
     protocol: Protocol
@@ -78,6 +78,7 @@ class Parts(NamedTuple):
     fields: Mapping[str, FieldSpec]
     aggregators: hostility.ByField
     masking: Masking
+    hooks: Hooks = Hooks()
 
     @property
     def read(self) -> dict[str, Callable[[Delta, Broadcast], Params]]:
@@ -150,6 +151,7 @@ def training(
       ValueError: in `init`, if there is a pruner and nothing prunable.
     """
     parts = _complete(protocol, client, pruner, prunable, fields, masking)
+    parts = parts if hooks is None else parts._replace(hooks=hooks)
 
     def init_fn(params, model_state):
         if pruner is not None:
@@ -176,6 +178,9 @@ def training(
         client_key, train_key, pruner_key = jax.random.split(key, 3)
         given = broadcast(train_key, parts, state)
         outcome = aggregate(client_key, parts, given, members, population)
+        if parts.hooks.conclude is not None:
+            changed = parts.hooks.conclude(outcome.fields, state, population)
+            outcome = outcome._replace(fields={**outcome.fields, **changed})
         stepped = server_step(parts, state, outcome.fields, population)
         after = revise(pruner_key, parts, state, stepped, outcome.fields)
         rows = ClientState(
@@ -185,7 +190,8 @@ def training(
         )
         counts = stepped.is_heard & stages.is_sound_pruner(state.pruner, after.pruner)
         after, rows = stages.keep_if(counts, state, members, after, rows)
-        return after, rows, _metrics(parts, state, after, given, members, outcome, counts), counts
+        metrics = measuring.of_round(parts, (state, after), given, members, outcome, counts)
+        return after, rows, metrics, counts
 
     stage = Stage(
         name=name, num_rounds=protocol.num_rounds, round=stages.with_hooks(round_fn, hooks)
@@ -209,7 +215,7 @@ def deployed_params(parts: Parts, state: RoundState) -> Params:
 
 def broadcast(key: Key, parts: Parts, state: RoundState) -> Given:
     """Give every client the model, and masks to train under."""
-    rules = parts.masking
+    rules, announcement = parts.masking, parts.hooks.announcement
     return Given(
         upload=state.masks if rules.upload is None else rules.upload(state),
         download=state.masks if rules.download is None else rules.download(state),
@@ -217,6 +223,7 @@ def broadcast(key: Key, parts: Parts, state: RoundState) -> Given:
             params=deployed_params(parts, state),
             masks=state.masks if rules.train is None else rules.train(key, state),
             correction_state=state.correction,
+            announced=() if announcement is None else announcement.seen(state),
         ),
     )
 
@@ -254,10 +261,13 @@ def upload(
         **fields,
         **{name: masks_lib.apply(masks, fields[name]) for name, masks in narrowed.items()},
         **holders,
+        **({} if parts.hooks.conclude is None else {traffic.NUM_EXAMPLES: jnp.float32(1.0)}),
         "delta": delta,
         **{name: read(delta, given.broadcast) for name, read in parts.read.items()},
         traffic.NUM_UPLOADED: masks_lib.num_kept(sendable),
-        traffic.SUMMARY: traffic.summarize_message(fields, parts.fields, narrowed),
+        traffic.SUMMARY: traffic.summarize_message(
+            fields, parts.fields, narrowed, given.broadcast.masks
+        ),
         traffic.NUM_MESSAGES: jnp.int32(1),
     }
     return Message(fields=arrived, weight=weigh(parts.protocol, message.weight)), state
@@ -350,6 +360,7 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
         traffic.NUM_UPLOADED: stack,
         traffic.SUMMARY: stack,
         traffic.NUM_MESSAGES: total,
+        traffic.NUM_EXAMPLES: aggregators.weighted_sum(),
     }
     for name, spec in fields.items():
         traffic.check_field(name, spec)
@@ -367,32 +378,4 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
         fields=fields,
         aggregators=by_field,
         masking=Masking() if masking is None else masking,
-    )
-
-
-def _metrics(parts, before, after, given, members, outcome, counts) -> RoundMetrics:
-    """Count the round."""
-    present, fields = members.participated, outcome.fields
-    received = masks_lib.num_kept(given.download)
-    rejected = outcome.rejected | (present & (fields[traffic.NUM_MESSAGES] > 0) & ~counts)
-    return RoundMetrics(
-        train=fields["metrics"],
-        num_live=masks_lib.num_kept(after.masks),
-        num_changed=masks_lib.num_changed(before.masks, after.masks),
-        num_downloaded=jnp.broadcast_to(
-            received[None, None], (present.shape[0], 1, received.shape[0])
-        ),
-        num_uploaded=fields[traffic.NUM_UPLOADED],
-        participated=present,
-        num_participating=jnp.sum(present, dtype=jnp.int32),
-        num_rejected=jnp.sum(rejected, dtype=jnp.int32),
-        sent=traffic.sent(
-            before,
-            given,
-            members,
-            fields,
-            specs=parts.fields,
-            prunable=parts.prunable,
-            transport=parts.masking.transport,
-        ),
     )

@@ -45,6 +45,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "feddip+dense": ("feddip", {"mode": "dense"}),
     "feddip+regrow": ("feddip", {"mode": "regrow"}),
     "feddip+scaffold": ("feddip", SCAFFOLD),
+    "fedsgc+old": ("fedsgc", {"absent": "old", "direction": "last_step"}),
     "fedtiny+clients": (
         "fedtiny/vanilla_selection",
         {"gradient_weights": "clients", "block_order": "forward"},
@@ -60,6 +61,15 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
 }
 USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense")  # of these
 DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themselves
+HALF = (  # of the weights are pruned in all rounds of training
+    "autoflip",
+    "feddst",
+    "fedrts",
+    "fedsgc",
+    "magnitude_masks",
+    "random_masks",
+    "snip",
+)
 BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
 DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters
 
@@ -118,7 +128,7 @@ def num_live(name: str, index: int) -> int | range | None:
         return 32 - round(0.6 * 32)
     if name in ("fedavg", "autoflip/explored_start", "feddip/without_pruning"):
         return 32
-    if method in ("autoflip", "fedrts", "magnitude_masks", "random_masks", "snip"):
+    if method in HALF:
         return 32 - round(0.5 * 32)
     if method in ("feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25

@@ -77,7 +77,8 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     (`traffic.EVALUATED`, `traffic.BACKPROPAGATED`). Where there are gates, FLOPs are of what these
     let through, forward and backward. The weight gradient is that of all entries that a client may
     send, where these are more than live ones (error feedback whose residue travels), and dense at
-    the examples of which all of it was wanted (`traffic.DENSE_GRADIENT`).
+    the examples of which all of it was wanted (`traffic.DENSE_GRADIENT`), those of a pass beside
+    the local steps included (`traffic.EXTRA_GRADIENT`).
     """
     flags = np.asarray(profile.flags, bool)
     sizes = np.asarray(profile.sizes, np.int64)
@@ -99,7 +100,7 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
         models=kept[None],
         moved=moved,
         parts=PARTS if trains else (),
-        num_examples=float(metrics.train["loss"].weight),
+        num_examples=float(metrics.train["loss"].weight) + _num_extra(metrics),
         num_dense=_num_dense(profile, metrics),
     )
     for name, parts in {traffic.EVALUATED: PARTS[:1], traffic.BACKPROPAGATED: PARTS}.items():
@@ -127,11 +128,17 @@ class _Work(NamedTuple):
 
 
 def _num_dense(profile: Profile, metrics: RoundMetrics) -> Mapping[str, int]:
-    found = metrics.train.get(traffic.DENSE_GRADIENT)
-    if found is None:
+    found, extra = metrics.train.get(traffic.DENSE_GRADIENT), _num_extra(metrics)
+    if found is None and not extra:
         return {}
-    totals = np.broadcast_to(np.asarray(found.total, np.float64), len(profile.paths))
+    total = 0.0 if found is None else np.asarray(found.total, np.float64)
+    totals = np.broadcast_to(total + extra, len(profile.paths))
     return dict(zip(profile.paths, np.round(totals).astype(np.int64).tolist(), strict=True))
+
+
+def _num_extra(metrics: RoundMetrics) -> float:
+    found = metrics.train.get(traffic.EXTRA_GRADIENT)
+    return 0.0 if found is None else float(found.total)
 
 
 def _flops(profile: Profile, work: _Work, through: Mapping[str, Any]) -> dict[str, int] | None:
