@@ -115,9 +115,7 @@ def report(loss: LossFn, *, batcher: Batcher, name: str, derivative: Derivative)
         first = jax.eval_shape(draw, batch_key, data, jnp.int32(0))
         nothing = _steps.zero_metrics(step_key, loss, broadcast, first)
         start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0.0), nothing)
-        sums, total, seen = jax.lax.fori_loop(
-            jnp.int32(0), batcher.num_steps(data), step_fn, start
-        )
+        sums, total, seen = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, start)
         number = jnp.where(total > 0, total, jnp.ones_like(total))
         mean = jax.tree.map(lambda leaf: leaf / number.astype(leaf.dtype), sums)
         seen = {**seen, DENSE_GRADIENT: metrics.Mean(total=total, weight=total)}

@@ -192,4 +192,4 @@ def train_under(
 ) -> Algorithm:
     """Let plain training under the masks in force follow the stages that choose them."""
     train = training(task.protocol, client=task.local_client())
-    return in_order(train, before, init=init, sparsity=sparsity)
+    return in_order(train, before, init=init, sparsity=sparsity)._replace(has_fixed_masks=True)

@@ -60,8 +60,8 @@ def steps_setting(default: Steps) -> Any:
     """Declare how the sparsity grows, with the method's own default."""
     return setting(
         default,
-        "How the sparsity grows over the steps: by equal numbers of weights, or by equal factors of "
-        "what is left.",
+        "How the sparsity grows over the steps: by equal numbers of weights, or by an equal share "
+        "of what is left.",
     )
 
 

@@ -24,6 +24,7 @@ References:
   <https://arxiv.org/abs/2002.07376>`_, 2020.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -103,7 +104,12 @@ def build(settings: Grasp, task: Task) -> Algorithm:
     )
     second = _ask(task, curvature, tighten, asked, _direction_download)
     return _scored_masks.train_under(
-        settings, task, first, second, settle, method=lambda params: jax.tree.map(jnp.zeros_like, params)
+        settings,
+        task,
+        first,
+        second,
+        settle,
+        method=lambda params: jax.tree.map(jnp.zeros_like, params),
     )
 
 
@@ -153,8 +159,8 @@ def _direction_download(state: RoundState, masks_held: jax.Array) -> reporting.D
     return download._replace(messages={"broadcast": {"direction": FieldLength()}})
 
 
-def _differentiates(num_gradients: int):
-    """Say that clients pass their examples through the dense model so many times, there and back."""
+def _differentiates(num_gradients: int) -> Callable[[RoundState], dict[str, jax.Array]]:
+    """Say that a client differentiates the dense model so many times."""
 
     def compute(state: RoundState) -> dict[str, jax.Array]:
         sizes = jnp.asarray(trees.sizes(state.params), jnp.int32)

@@ -12,8 +12,8 @@ from fedjaxprune.types import Params, State
 
 PredictFn = Callable[[Params, State, Any], jax.Array]  # as in a `Model`
 
-_HALVINGS = 60  # powers of 2 by which the input is made smaller at a time
-_NUM_TRIES = 6  # so that a growth of up to 2 ** 480 is found
+# Powers of 2 of the input that are tried in turn until the flow is neither 0 nor infinite.
+_EXPONENTS = (0.0, -60.0, -120.0, 60.0, 120.0)
 
 
 def absolute(params: Params) -> Params:
@@ -35,8 +35,9 @@ def gradients(
     """Differentiate the flow: the sum of the outputs for an input of ones.
 
     Input and output are scaled by powers of 2 that take the network's growth back, so that deep
-    networks neither overflow nor underflow in float32. This is exact for a network whose output is
-    proportional to its input (`is_proportional`).
+    networks neither overflow nor underflow in float32, as long as the output is 2⁻²⁴⁰ to 2²⁴⁰ times
+    the input. This is exact for a network whose output is proportional to its input
+    (`is_proportional`).
 
     Args:
       predict: in inference mode.
@@ -54,20 +55,22 @@ def gradients(
         ones = jax.tree.map(lambda x: jnp.full(x.shape, scale, x.dtype), inputs)
         return jnp.sum(predict(params, model_state, ones), dtype=jnp.float32)
 
-    def is_too_large(carry):
-        number, found = carry
-        return ~jnp.isfinite(found) & (number < _NUM_TRIES)
+    exponents = jnp.asarray(_EXPONENTS, jnp.float32)
 
-    def smaller(carry):
-        number, _ = carry
-        return number + 1, flow(params, -_HALVINGS * (number + 1).astype(jnp.float32))
+    def is_lost(carry):
+        number, found = carry
+        return ~(jnp.isfinite(found) & (found > 0)) & (number < len(_EXPONENTS) - 1)
+
+    def next_one(carry):
+        number = carry[0] + 1
+        return number, flow(params, exponents[number])
 
     number, found = jax.lax.while_loop(
-        is_too_large, smaller, (jnp.int32(0), flow(params, jnp.float32(0.0)))
+        is_lost, next_one, (jnp.int32(0), flow(params, exponents[0]))
     )
-    growth = jnp.where(found > 0, jnp.log2(jnp.where(found > 0, found, 1.0)), 0.0)
-    half = jnp.round((growth + _HALVINGS * number.astype(jnp.float32)) / 2)
-    half = jnp.where(jnp.isfinite(half), half, 0.0)
+    is_found = jnp.isfinite(found) & (found > 0)
+    growth = jnp.log2(jnp.where(is_found, found, 1.0)) - exponents[number]
+    half = jnp.where(is_found, jnp.round(growth / 2), 0.0)
     scaled, grads = jax.value_and_grad(lambda params: jnp.exp2(-half) * flow(params, -half))(params)
     return grads, scaled
 

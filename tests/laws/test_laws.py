@@ -32,7 +32,11 @@ SLOW_VARIANTS = (
     "fedtiny/vanilla_selection",
     "magnitude_masks/one_client",
     "magnitude_masks/pooled",
+    "force",
+    "grasp/one_exchange",
     "rigl/static",
+    "snip/gradient_norm",
+    "snip/iterative",
 )
 SLOW_NOTHING = (  # they share the parts that count with a method without an ending
     "averaged_filters",
@@ -42,7 +46,17 @@ SLOW_NOTHING = (  # they share the parts that count with a method without an end
     "feddip/without_pruning",
     "magnitude_masks/one_client",
     "magnitude_masks/pooled",
+    "force",
+    "force/of_clients",
+    "grasp",
+    "grasp/of_clients",
+    "grasp/one_exchange",
     "pooled_filters",
+    "snip",
+    "snip/gradient_norm",
+    "snip/iterative",
+    "ssfl",
+    "synflow",
 )
 
 
