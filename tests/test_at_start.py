@@ -1,5 +1,7 @@
 """Masks at the start by derivatives: scores of a network computed by hand, and their masks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,8 +101,9 @@ def report(derivative, people, client_id=0, direction=()):
     """Ask one client for a derivative, as a vector."""
     data = client_data(people, jnp.int32(client_id))
     client = derivatives.report(MODEL.loss, batcher=batches(), name="found", derivative=derivative)
-    given = Broadcast(START, masks.full(START), {}, jnp.int32(0))
-    message, _ = client.update(KEY, Given(given, direction), (), data)
+    broadcast = Broadcast(START, masks.full(START), {}, jnp.int32(0))
+    given: Any = Given(broadcast, direction)
+    message, _ = client.update(KEY, given, (), data)
     return message.fields["found"]
 
 

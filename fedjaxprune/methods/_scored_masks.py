@@ -212,7 +212,8 @@ def by_gradients(
         )
 
     def look(key, state, data):
-        message, _ = client.update(key, Given(broadcast_of(state)), (), data)
+        given: Any = Given(broadcast_of(state))
+        message, _ = client.update(key, given, (), data)
         return message.fields["grads"], message.fields["metrics"]
 
     stage = at_server(look, source(settings, task), tighten, num_steps=number)

@@ -25,7 +25,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,8 @@ def build(settings: Grasp, task: Task) -> Algorithm:
     if settings.examples != "clients":
 
         def look(key, state, data):
-            message, _ = own.update(key, Given(broadcast_of(state)), (), data)
+            given: Any = Given(broadcast_of(state))
+            message, _ = own.update(key, given, (), data)
             return message.fields["curvature"], message.fields["metrics"]
 
         stage = _scored_masks.at_server(look, _scored_masks.source(settings, task), tighten)
