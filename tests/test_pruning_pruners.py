@@ -370,16 +370,15 @@ def test_lamp_divides_squares_by_those_that_are_larger():
 
 
 def test_lamp_in_one_pool_keeps_the_printed_weights_whatever_the_scale():
+    def largest(tree):
+        order = np.argsort(-np.concatenate(tree), kind="stable")[:5]
+        text = "".join("01"[int(i in order)] for i in range(10))
+        return f"{text[:4]} {text[4:]}"
+
     for scale in (1.0, 2.0**-40, 2.0**100):
-        tree, _ = lamp([[scale * value for value in LAMP[0]], LAMP[1]])
-        pruner = pruners.prune_to(0.5, score=scores.lamp)
-        found, _ = pruner.update(KEY, mask_trees.full(tree), (), inputs(params=tree))
-        text = " ".join("".join("01"[int(bit)] for bit in leaf) for leaf in found)
-        assert text == "1001 101001"
-    by_size, _ = pruners.prune_to(0.5).update(
-        KEY, mask_trees.full(lamp(LAMP)[0]), (), inputs(params=lamp(LAMP)[0])
-    )
-    assert kept(by_size) == [1, 4]
+        tree, found = lamp([[scale * value for value in LAMP[0]], LAMP[1]])
+        assert largest(found) == "1001 101001"
+        assert scale != 1.0 or largest(jax.tree.map(jnp.abs, tree)) == "1000 111001"
 
 
 def test_lamp_of_equal_weights_takes_the_lower_index_for_the_larger():

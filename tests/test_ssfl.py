@@ -71,7 +71,7 @@ def start(method=ssfl, people=PEOPLE, participated=None, **options):
     states, metrics = [algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})], []
     for stage in algorithm.stages[:-1]:
         key = jax.random.fold_in(KEY, states[-1].round)
-        after, rows, found = stage.round(key, states[-1], members, people)
+        after, rows, found = jax.jit(stage.round)(key, states[-1], members, people)
         members = members._replace(states=rows)
         states.append(after)
         metrics.append(found)
@@ -90,12 +90,12 @@ def expected_scores(weights):
 def test_all_clients_decide_one_mask(weighing, weights):
     algorithm, states, _ = start(score_weights=weighing)
     assert algorithm.stages[0].cohort == "everyone"
-    live = np.asarray(quadratic.flatten(states[-1].masks))
-    kernels = np.asarray(
-        quadratic.flatten(jax.tree.map(lambda leaf: leaf * 0 + (leaf.ndim > 1), quadratic.PARAMS))
+    live = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(states[-1].masks)])
+    kernels = np.concatenate(
+        [np.full(leaf.size, leaf.ndim > 1) for leaf in jax.tree.leaves(quadratic.PARAMS)]
     )
-    worth = np.where(kernels > 0, expected_scores(weights), -1)
-    wanted = np.isin(np.arange(38), np.argsort(-worth, kind="stable")[:16]) | (kernels == 0)
+    worth = np.where(kernels, expected_scores(weights), -1)
+    wanted = np.isin(np.arange(38), np.argsort(-worth, kind="stable")[:16]) | ~kernels
     np.testing.assert_array_equal(live, wanted)
     before, after = states[0], states[1]
     for name in ("params", "model_state"):  # scoring moves nothing
@@ -136,7 +136,7 @@ def test_masks_of_a_step_go_to_those_who_lack_them_and_gradients_of_live_weights
         live = int(sum(int(leaf.sum()) for leaf in jax.tree.leaves(state.masks)))
         assert traffic.downlink.values == traffic.uplink.values == 6 * 32 * live
         assert (traffic.downlink.masks > 0) == (step > 0)
-        whole = messages.values("params", quadratic.PARAMS, state.masks)
-        down = {**whole, "model_state/steps": np.zeros([], np.float32)}
+        down = messages.values("params", quadratic.PARAMS, state.masks)
+        down |= messages.whole("model_state", state.model_state)
         written = [down] + [messages.personal_masks(state.masks, flags)] * (step > 0)
         assert traffic.downlink_bits == 6 * sum(8 * len(wire_format.encode(one)) for one in written)
