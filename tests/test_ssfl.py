@@ -70,11 +70,13 @@ def start(method=ssfl, people=PEOPLE, participated=None, **options):
     members = quadratic.cohort(algorithm, range(6), participated)
     states, metrics = [algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})], []
     for stage in algorithm.stages[:-1]:
-        key = jax.random.fold_in(KEY, states[-1].round)
-        after, rows, found = jax.jit(stage.round)(key, states[-1], members, people)
-        members = members._replace(states=rows)
-        states.append(after)
-        metrics.append(found)
+        run = jax.jit(stage.round)
+        for _ in range(stage.num_rounds):
+            key = jax.random.fold_in(KEY, states[-1].round)
+            after, rows, found = run(key, states[-1], members, people)
+            members = members._replace(states=rows)
+            states.append(after)
+            metrics.append(found)
     return algorithm, states, metrics
 
 
