@@ -12,7 +12,7 @@ from fedjaxprune import masks, models
 from fedjaxprune.data import partitions
 from fedjaxprune.federated import derivatives
 from fedjaxprune.federated.derivatives import Given
-from fedjaxprune.methods import force, grasp, snip, ssfl, synflow
+from fedjaxprune.methods import force_masks, grasp, snip, ssfl, synflow
 from fedjaxprune.pruning import scores, synaptic_flow
 from fedjaxprune.rounds import facts, protocol
 from fedjaxprune.rounds import task as task_lib
@@ -185,11 +185,11 @@ def test_flow_through_deep_networks_neither_overflows_nor_vanishes(growth):
 
 STEPWISE = {
     "snip": ["111111 110000", "110100 110000", "100000 110000"],
-    "force": ["111111 110000", "100100 110100", "100000 110000"],
+    "force_masks": ["111111 110000", "100100 110100", "100000 110000"],
 }
 
 
-@pytest.mark.parametrize("method", [snip, force], ids=["snip", "force"])
+@pytest.mark.parametrize("method", [snip, force_masks], ids=["snip", "force_masks"])
 def test_stepwise_masks_over_clients_are_those_on_pooled_data(method):
     settings = {"sparsity": 0.75, "num_prune_steps": 3, "steps": "exponential"}
     wanted = STEPWISE[method.__name__.rsplit(".", 1)[-1]]
@@ -205,7 +205,7 @@ def test_one_step_of_each_is_snip():
     settings = {"sparsity": 0.5, "num_prune_steps": 1, "examples": "pooled"}
     (one,) = play(snip, POOLED, allocation="global", **settings)
     assert bits(one.masks) == "111010 110000"
-    (other,) = play(force, POOLED, **settings)
+    (other,) = play(force_masks, POOLED, **settings)
     (pooled,) = play(ssfl, POOLED, sparsity=0.5)[:1]
     assert bits(other.masks) == bits(pooled.masks) == bits(one.masks)
 
@@ -274,7 +274,7 @@ def test_tokens_are_refused():
 
 
 def test_nothing_is_asked_where_nothing_is_pruned():
-    for method in (force, grasp, snip, ssfl, synflow):
+    for method in (force_masks, grasp, snip, ssfl, synflow):
         algorithm = method.build(
             method.METHOD.settings(
                 sparsity=0.0, **({} if method in (ssfl, synflow) else {"examples": "clients"})

@@ -79,13 +79,13 @@ def test_a_method_that_revises_masks_runs_to_its_end_first():
     assert controlled.stages[-2].cohort == "population"  # all of whom forget what they remember
 
 
-def test_a_run_takes_a_control_by_name_for_any_method(control="shuffle"):
+def test_a_run_takes_a_control_by_name_for_any_method():
     given = {
         "method": {"name": "gradual_magnitude", "sparsity": 0.5},
         "model": {"name": "mlp", "hidden_sizes": (4,)},
-        "federation": {"num_rounds": 2, "control": control},
+        "federation": {"num_rounds": 2, "control": "shuffle"},
         "execution.devices": 1,
         "execution.chunk_size": 1,
     }
     parts = build.build(resolve.resolve(given))
-    assert names(parts.algorithm) == [("train", 2), (control, 1), ("retrain", 2)]
+    assert names(parts.algorithm) == [("train", 2), ("shuffle", 1), ("retrain", 2)]

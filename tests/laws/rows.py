@@ -80,7 +80,7 @@ USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense", "rigl+shuffle") 
 DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themselves
 START = (  # choose half of the weights before training
     "autoflip",
-    "force",
+    "force_masks",
     "grasp",
     "magnitude_masks",
     "random_masks",

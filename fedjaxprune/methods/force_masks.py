@@ -9,7 +9,7 @@
 Iterative SNIP (``snip/iterative``) differs in one point: what is pruned stays pruned. With one step
 both are SNIP.
 
-Over clients (``force/of_clients``) every step is an exchange with the cohort of the round: live
+Over clients (``force_masks/of_clients``) every step is an exchange with the cohort of the round: live
 weights go down, with masks for those who lack them, and dense gradients come up. With all clients,
 and without BatchNorm, this is the same as on the pooled data. A step in which no client answers is
 repeated; what is missing after the last one is pruned by magnitude. The federated form, and what
@@ -32,7 +32,7 @@ from fedjaxprune.settings import Count, setting
 from fedjaxprune.types import Algorithm
 
 
-class Force(_scored_masks.ScoredSettings):
+class ForceMasks(_scored_masks.ScoredSettings):
     """Settings of FORCE."""
 
     num_prune_steps: Count = setting(
@@ -43,7 +43,7 @@ class Force(_scored_masks.ScoredSettings):
     steps: _scored_masks.Steps = _scored_masks.steps_setting("exponential")
 
 
-def build(settings: Force, task: Task) -> Algorithm:
+def build(settings: ForceMasks, task: Task) -> Algorithm:
     """Score the weights of the initial network step by step, and train under the last mask."""
     after_steps = _scored_masks.sparsities(
         settings.sparsity, settings.num_prune_steps, settings.steps
@@ -58,7 +58,7 @@ def build(settings: Force, task: Task) -> Algorithm:
 
 METHOD = Method(
     build=build,
-    settings=Force,
+    settings=ForceMasks,
     paper=Paper(
         "de Jorge et al.",
         2021,
