@@ -1,8 +1,7 @@
 """The vocabulary: type aliases and the protocol tuples that the rest of the package uses.
 
 Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of all, ``B`` batch, ``L`` leaves
-of the parameters, ``T`` models. A tuple of functions is a component (what optax calls a
-transformation); a tuple of arrays is state or data. No component keeps anything mutable.
+of the parameters, ``T`` models. Tuples of functions are components, tuples of arrays state or data.
 """
 
 from collections.abc import Callable, Mapping
@@ -351,8 +350,8 @@ class RoundMetrics(NamedTuple):
 _Result = tuple[RoundState, ClientState, RoundMetrics]
 RoundFn = Callable[[Key, RoundState, Cohort, Population], _Result]
 FormulaFn = Callable[[RoundMetrics, RoundState], PublishedBits]  # on the host, of shapes of a state
-# A new sample in each round, the same in all, every client, or a sample of so many.
-CohortRule = Literal["sampled", "same", "everyone"] | int
+# A new sample in each round, the same in all, every client, the same without drop-outs, or so many.
+CohortRule = Literal["sampled", "same", "everyone", "population"] | int
 
 
 class Stage(NamedTuple):
@@ -385,6 +384,7 @@ class Algorithm(NamedTuple):
       diagnostics: ``metrics -> dict`` on the host, what the method itself puts on record.
       notes: sentences about this run that the user should read before it starts.
       counted: the leaves whose sparsity is on record; None: those that are prunable.
+      has_fixed_masks: whether the last stage trains plainly under masks of the stages before.
     """
 
     init: Callable[[Params, State], RoundState]
@@ -397,3 +397,4 @@ class Algorithm(NamedTuple):
     diagnostics: Callable[[RoundMetrics], dict[str, Any]] = lambda metrics: {}
     notes: tuple[str, ...] = ()
     counted: PrunableFn | None = None
+    has_fixed_masks: bool = False

@@ -23,11 +23,20 @@ UNMEASURED = {
     "fedrts",
     "fedrts/posterior_mean",
     "fedsgc",
+    "force_masks",
+    "force_masks/of_clients",
+    "grasp",
+    "grasp/of_clients",
+    "grasp/one_exchange",
     "prunefl",
     "prunefl/initial_only",
     "prunefl/random_start",
     "rigl",
     "rigl/static",
+    "snip/gradient_norm",
+    "snip/iterative",
+    "ssfl",
+    "synflow",
 }
 
 

@@ -207,15 +207,15 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     state, members, traffic = start(algorithm)
     wanted = expected(sensitivity(pooled_mean()))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.masks), wanted)
-    chosen, scored = computed(algorithm)
-    assert chosen.training_flops is not None
+    scored, settled = computed(algorithm)
+    assert settled.training_flops is not None
     assert scored.training_flops is not None
-    assert set(chosen.training_flops.values()) == {0}  # by magnitude, in case nobody answers
+    assert set(settled.training_flops.values()) == {0}  # by magnitude, in case nobody answers
     assert list(scored.training_flops.values()) == 2 * [2 * 28 * 32, 2 * 28 * 8, 2 * 28 * 32]
     assert scored.clients_per_weight == 0.0  # gradients move nothing
     every = 6 * 32 * quadratic.NUM_WEIGHTS
-    assert (traffic[0].uplink_bits, traffic[0].downlink_bits) == (0, 0)
-    for link in (traffic[1].uplink, traffic[1].downlink):
+    assert (traffic[1].uplink_bits, traffic[1].downlink_bits) == (0, 0)
+    for link in (traffic[0].uplink, traffic[0].downlink):
         assert link._replace(framing=0) == (every, 0, 0, 0, 0)
     _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
     assert 0 < ledger.account(metrics, state, algorithm).downlink.masks <= 6 * 32
@@ -267,11 +267,15 @@ def test_gradual_magnitude_says_what_its_last_revision_reaches():
         (gradual_magnitude, {"sparsity": 0.99}, "leave at least one of the 32 prunable weights"),
         (gradual_magnitude, {"sparsity": 0.9, "prune_every": 3}, r"federation.num_rounds \(3\)"),
         (random_masks, {"sparsity": 0.99}, "leave at least one of the 32 prunable weights"),
-        (random_masks, {"sparsity": 0.95}, "at least one of the 8 weights of 'head/kernel'.*0.95"),
+        (
+            random_masks,
+            {"sparsity": 0.95, "least_per_layer": 0},
+            "at least one of the 8 weights of 'head/kernel'.*0.95",
+        ),
+        (random_masks, {"sparsity": 0.97}, "keeps 2 weights of 2 layers, more than the 1 that"),
         (random_masks, {"allocation": "uniform_but_first"}, "the first convolution dense, and the"),
         (magnitude_masks, {"sparsity": 0.99}, "leave at least one of the 32 prunable weights"),
         (snip, {"sparsity": 0.95}, "at least one of the 8 weights of 'head/kernel'"),
-        (snip, {"examples": "clients", "num_prune_steps": 2}, "num_prune_steps must be 1 with"),
         (
             magnitude_masks,
             {"examples": "one_client", "client_id": 6},
@@ -286,8 +290,30 @@ def test_what_leaves_nothing_or_cannot_be_is_refused(method, options, sentence):
 
 def test_other_allocations_keep_more_of_small_layers():
     for allocation, num_live in (("erk", 1), ("global", 2)):  # ERK rounds layer by layer
-        state, _, _ = start(make(random_masks, sparsity=0.95, allocation=allocation))
+        options = {"sparsity": 0.95, "allocation": allocation, "least_per_layer": 0}
+        state, _, _ = start(make(random_masks, **options))
         assert sum(int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS) == num_live
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "er", "erk", "global"])
+def test_random_masks_leave_a_weight_in_every_layer(allocation):
+    state, _, _ = start(make(random_masks, sparsity=0.95, allocation=allocation))
+    assert [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS] == [1, 1]
+
+
+def test_magnitude_masks_may_rank_by_lamp():
+    algorithm = make(
+        magnitude_masks, examples="pooled", server_epochs=1, allocation="global", score="lamp"
+    )
+    state, _, _ = start(algorithm)
+    trained = jax.tree.map(
+        lambda leaf, mean: leaf + 0.1 * (mean - leaf), quadratic.PARAMS, tree(pooled_mean())
+    )
+    found = {name: np.sort(np.square(trained[name]["kernel"]).ravel())[::-1] for name in KERNELS}
+    worth = np.sort(np.concatenate([values / np.cumsum(values) for values in found.values()]))
+    for name, values in found.items():
+        wanted = int(np.sum(values / np.cumsum(values) >= worth[-16]))
+        assert int(jnp.sum(state.masks[name]["kernel"])) == wanted
 
 
 def test_the_first_convolution_stays_dense_where_that_is_asked_for():

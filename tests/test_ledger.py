@@ -30,7 +30,8 @@ from tests.playing import UPLINKS, dip, plain, setup, simulate, some
 
 is_kernel = masks.is_kernel
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, is_kernel)
-AT_SERVER = ("prepare", "draw", "prune_alone")  # stages in which no client takes part
+# Stages in which no client takes part.
+AT_SERVER = ("prepare", "draw", "prune_alone", "settle", "shuffle", "reinitialize")
 
 
 def cohorts(index):
@@ -113,6 +114,7 @@ REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grad
 # Who explores uploads the squares of how far it moved, or for these how it moved.
 EXPLORED = ("autoflip+channels", "autoflip/explored_start")
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
+REPLIES |= {"gradient": ("grads",), "curvature": ("curvature",)}
 BESIDE = ("control", "effective_steps", "gains", "grads", "model_state")
 BESIDE += ("other_gains", "places")
 
@@ -139,7 +141,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
         def told(*arguments):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
-            wanted = {"delta", "masks", "statistics", "losses", "trained"}
+            wanted = {"delta", "masks", "statistics", "losses", "trained", "scores", "curvature"}
             wanted |= {"deviations", "move", gated_updates.SALIENT, *BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
@@ -201,9 +203,13 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                 if stage in (*REPLIES, "explore"):
                     message = {}
                     moved = ("model_state", "move") if name in EXPLORED else ("deviations",)
-                    for field in REPLIES.get(stage, moved):
+                    replies = ("scores",) if name == "ssfl" else REPLIES.get(stage, moved)
+                    for field in replies:
+                        if rows.family(name) == "snip":  # of live weights
+                            message |= messages.values(field, fields[field], before.masks)
+                            continue
                         write = bits_by_filter if field == "masks" else messages.whole
-                        message |= write(field, fields[field])
+                        message |= write(field, reported(name, fields[field]))
                     up = bits_of(message | messages.weight(weight))
                 else:
                     corrected = at_large(name, masks)
@@ -215,6 +221,11 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
 
 def bits_of(message):
     return 8 * len(wire_format.encode(message))
+
+
+def reported(name, tree):
+    """Leave out what a method does not score."""
+    return {one: {"kernel": tree[one]["kernel"]} for one in tree} if name == "ssfl" else tree
 
 
 def without_density(state):
@@ -240,9 +251,13 @@ def guest(before, after, *, sends_model):
 def received(name, stage, algorithm, before, masks, version):
     """Encode what a client that holds a version of the masks receives, in bits."""
     is_stale = version != int(before.masks_id)
-    if stage in ("score", "explore"):  # of the dense model
+    if stage == "curvature" and name == "grasp/of_clients":  # the model came with the one before
+        return bits_of(messages.whole("direction", before.method))
+    if stage in ("score", "gradient", "curvature", "explore"):
         model = messages.whole("model_state", before.model_state)
-        return bits_of(model | messages.whole("params", before.params))
+        model |= messages.values("params", before.params, before.masks)
+        own = messages.personal_masks(before.masks, flags_of(algorithm, before.params))
+        return bits_of(model) + is_stale * bits_of(own)
     if stage in ("calibrate", "compare"):
         statistics = before.method.statistics
         if stage == "calibrate" or name in ("fedtiny/vanilla_selection", "fedtiny+clients"):

@@ -167,3 +167,42 @@ def test_allocations_of_an_empty_tree_are_empty():
 def test_a_negative_power_is_refused():
     with pytest.raises(ValueError, match=r"power must be finite and not negative, got -1"):
         allocation.erk(power=-1)
+
+
+KERNELS = [(5, 5, 1, 6), (5, 5, 6, 16), (400, 120), (120, 84), (84, 10)]  # of LeNet-5
+
+
+def kept(make, sparsity, tree=KERNELS):
+    scores = [jnp.zeros(shape, jnp.float32) for shape in tree]
+    with jax.enable_x64(True):
+        counts = make(scores, jnp.float64(sparsity))
+    return [int(count) for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "er", "erk"),
+    [
+        (0.5, [150, 2400, 19640, 7704, 840], [150, 1259, 20459, 8026, 840]),
+        (0.9, [150, 2400, 2286, 897, 413], [120, 226, 3686, 1446, 666]),
+        (0.95, [150, 1175, 1111, 435, 200], [60, 113, 1843, 723, 333]),
+        (0.99, [69, 219, 207, 81, 37], [12, 22, 368, 144, 66]),
+    ],
+)
+def test_er_ignores_the_size_of_convolutions(sparsity, er, erk):
+    assert kept(allocation.er(), sparsity) == er
+    assert kept(allocation.erk(), sparsity) == erk
+
+
+def test_the_guard_takes_from_the_largest_leaf():
+    uniform = allocation.uniform()
+    assert kept(uniform, 0.9) == [15, 240, 4800, 1008, 84]
+    assert kept(uniform, 0.99) == [2, 24, 480, 101, 8]
+    assert kept(uniform, 0.999) == [0, 2, 48, 10, 1]
+    assert kept(allocation.at_least(uniform), 0.99) == [2, 24, 480, 101, 8]
+    guarded = kept(allocation.at_least(uniform), 0.999)
+    assert guarded == [1, 2, 47, 10, 1]
+    assert sum(guarded) == 61470 - round(0.999 * 61470) == 61
+    assert kept(allocation.at_least(uniform, least=3), 0.9999) == [3] * 5  # more than is asked for
+    assert kept(allocation.at_least(uniform, least=9), 0.5, [(2, 2), (4, 4)]) == [4, 9]
+    with pytest.raises(ValueError, match="least must not be negative, got -1"):
+        allocation.at_least(uniform, least=-1)

@@ -350,3 +350,43 @@ def test_options_of_factories_are_keyword_only(module):
         for parameter in inspect.signature(function).parameters.values():
             if parameter.default is not inspect.Parameter.empty:
                 assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, (name, parameter.name)
+
+
+LAMP = [[0.5, -0.1, 0.2, 0.4], [2.0, -1.0, 1.5, 0.5, 0.1, 3.0]]
+
+
+def lamp(values):
+    tree = [jnp.asarray(leaf, jnp.float32) for leaf in values]
+    return tree, scores.lamp(KEY, inputs(params=tree))
+
+
+def test_lamp_divides_squares_by_those_that_are_larger():
+    _, (first, second) = lamp(LAMP)
+    np.testing.assert_allclose(first, [1, 0.021739, 0.088889, 0.390244], atol=1e-6)
+    expected = [0.307692, 0.061538, 0.147541, 0.015152, 0.000606, 1]
+    np.testing.assert_allclose(second, expected, atol=1e-6)
+    rest = np.delete(np.asarray(first), 0)
+    np.testing.assert_allclose(np.prod(1 - rest), 0.25 / 0.46, rtol=1e-5)
+
+
+def test_lamp_in_one_pool_keeps_the_printed_weights_whatever_the_scale():
+    def largest(tree):
+        order = np.argsort(-np.concatenate(tree), kind="stable")[:5]
+        text = "".join("01"[int(i in order)] for i in range(10))
+        return f"{text[:4]} {text[4:]}"
+
+    for scale in (1.0, 2.0**-40, 2.0**100):
+        tree, found = lamp([[scale * value for value in LAMP[0]], LAMP[1]])
+        assert largest(found) == "1001 101001"
+        assert scale != 1.0 or largest(jax.tree.map(jnp.abs, tree)) == "1000 111001"
+
+
+def test_lamp_of_equal_weights_takes_the_lower_index_for_the_larger():
+    _, (found, zeros) = lamp([[1.0, -1.0, 1.0], [0.0, 0.0]])
+    np.testing.assert_allclose(found, [1, 1 / 2, 1 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(zeros, 0)
+
+
+def test_the_flow_of_gradients_needs_the_curvature():
+    with pytest.raises(ValueError, match="must have a tree named 'curvature'"):
+        scores.gradient_flow(KEY, inputs())

@@ -117,9 +117,25 @@ def test_every_and_at_are_due_when_they_say():
     assert due(schedules.at(3, 0, 19)) == [0, 3, 19]
 
 
+def test_steps_keep_the_printed_fractions_and_end_where_they_should():
+    five = schedules.exponential_steps(0.95, 5)
+    expected = [0.549280, 0.301709, 0.165723, 0.091028, 0.05]
+    np.testing.assert_allclose(1 - np.array(five), expected, atol=1e-6)
+    hundred = 1 - np.array(schedules.exponential_steps(0.99, 100))
+    expected = [0.954993, 0.630957, 0.1, 0.010471, 0.01]
+    np.testing.assert_allclose(hundred[[0, 9, 49, 98, 99]], expected, atol=1e-6)
+    assert five[-1] == 0.95  # to the bit, as halves are rounded by it
+    assert schedules.linear_steps(0.75, 3) == (0.25, 0.5, 0.75)
+    listed = schedules.listed(five)
+    for step, sparsity in [*enumerate(five), (5, 0.95), (99, 0.95)]:
+        assert float(schedules.evaluate(listed, jnp.int32(step))) == sparsity
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: schedules.listed([]), "sparsities must list at least one number, got none"),
+        (lambda: schedules.listed([0.5, 1.0]), r"sparsities must lie in \[0, 1\), got 1.0"),
         (lambda: schedules.constant(1.0), r"value must lie in \[0, 1\), got 1.0"),
         (lambda: schedules.constant(float("nan")), "got nan"),
         (lambda: feddip(1.5), r"final_sparsity must lie in \[0, 1\), got 1.5"),

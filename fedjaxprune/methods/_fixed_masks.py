@@ -11,13 +11,23 @@ from fedjaxprune.rounds import server_work
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
-from fedjaxprune.settings import Settings, Sparsity, setting
-from fedjaxprune.types import Algorithm, Key, Params, PrunableFn, PrunerInputs, RoundState, Stage
+from fedjaxprune.settings import INT_MAX, Settings, Sparsity, setting
+from fedjaxprune.types import (
+    Algorithm,
+    Key,
+    Params,
+    PrunableFn,
+    Pruner,
+    PrunerInputs,
+    RoundState,
+    Schedule,
+    Stage,
+)
 
 ChooseFn = Callable[[Key, RoundState, Params, Any], RoundState]
 
 
-Allocation = Literal["uniform", "uniform_but_first", "erk", "global"]
+Allocation = Literal["uniform", "uniform_but_first", "er", "erk", "global"]
 
 
 def allocation_setting(default: Allocation) -> Any:
@@ -25,7 +35,20 @@ def allocation_setting(default: Allocation) -> Any:
     return setting(
         default,
         "How layers share the live weights: the same share of each, the same of each but the first "
-        "convolution, which stays dense, a larger share of small ones, or one pool.",
+        "convolution, which stays dense, a larger share of small ones (er goes by inputs and "
+        "outputs, erk also by the size of convolutions), or one pool.",
+    )
+
+
+def least_setting(default: int) -> Any:
+    """Declare the guard against layers without any weight, with the method's own default."""
+    return setting(
+        default,
+        "Weights that every layer keeps whatever their scores; small layers take them from the "
+        "largest one. 0 is no guard.",
+        unit="weights",
+        ge=0,
+        le=INT_MAX,
     )
 
 
@@ -38,6 +61,7 @@ class FixedMaskSettings(Settings):
         unit="fraction",
     )
     allocation: Allocation = allocation_setting("uniform")
+    least_per_layer: int = least_setting(0)
 
 
 def chooser(settings: FixedMaskSettings, task: Task, score: scores.ScoreFn) -> ChooseFn:
@@ -45,38 +69,76 @@ def chooser(settings: FixedMaskSettings, task: Task, score: scores.ScoreFn) -> C
     return choose_at(settings.sparsity, share_out(settings, task), score)
 
 
+def pruner(
+    sparsity: Schedule | float, allocation: allocations.AllocationFn, score: scores.ScoreFn
+) -> Pruner:
+    """Make the pruner of kernels that reaches a sparsity; a schedule's rounds are steps."""
+    return pruners.exempt(
+        pruners.prune_to(sparsity, score=score, allocation=allocation), masks_lib.is_kernel
+    )
+
+
 def choose_at(
     sparsity: float, allocation: allocations.AllocationFn, score: scores.ScoreFn
 ) -> ChooseFn:
     """Make the same for one sparsity on the way to the one that is asked for."""
-    pruner = pruners.exempt(
-        pruners.prune_to(sparsity, score=score, allocation=allocation), masks_lib.is_kernel
-    )
+    tighter = pruner(sparsity, allocation, score)
 
     def choose(key, state, params, grads):
         inputs = PrunerInputs(params=params, grads=grads, round=state.round)
-        masks, _ = pruner.update(key, state.masks, pruner.init(params), inputs)
+        masks, _ = tighter.update(key, state.masks, tighter.init(params), inputs)
         return state._replace(masks=masks, params=masks_lib.apply(masks, state.params))
 
     return choose
 
 
 def share_out(settings: FixedMaskSettings, task: Task) -> allocations.AllocationFn:
-    """Choose how layers share the live weights; something is left of each."""
+    """Choose how layers share the live weights; something is left of each.
+
+    Raises:
+      ValueError: nothing would be left of the network, or of a layer under ``uniform``, or
+        `least_per_layer` asks for more than the sparsity leaves.
+    """
     sizes = facts_lib.sizes(task.facts, masks_lib.is_kernel)
     check_something_left(task, masks_lib.is_kernel, settings.sparsity)
+    least = settings.least_per_layer
+    if least:
+        _check_least(settings, sizes)
+    if settings.allocation == "global":
+        return allocations.global_pool(least=least)
+    shared = _by_layer(settings, task, sizes)
+    return allocations.at_least(shared, least=least) if least else shared
+
+
+def _check_least(settings: FixedMaskSettings, sizes: dict[str, int]) -> None:
+    """Refuse a guard that alone keeps more than the sparsity leaves."""
+    total, least = sum(sizes.values()), settings.least_per_layer
+    num_left = total - round(settings.sparsity * total)
+    num_least = sum(min(size, least) for size in sizes.values())
+    if num_least > num_left:
+        raise ValueError(
+            f"method.least_per_layer keeps {num_least} weights of {len(sizes)} layers, more than "
+            f"the {num_left} that method.sparsity {settings.sparsity} leaves, got {least}: lower "
+            "one of them."
+        )
+
+
+def _by_layer(
+    settings: FixedMaskSettings, task: Task, sizes: dict[str, int]
+) -> allocations.AllocationFn:
+    """Choose an allocation that goes by the layers' shapes alone."""
     if settings.allocation == "uniform_but_first":
         return _uniform_but_first(settings.sparsity, task, sizes)
+    if settings.allocation != "uniform":
+        return allocations.er() if settings.allocation == "er" else allocations.erk()
     path = min(sizes, key=lambda path: sizes[path], default="")
-    if settings.allocation == "uniform" and path:
-        if _is_emptied(sizes[path], settings.sparsity):
-            raise ValueError(
-                f"method.sparsity must leave at least one of the {sizes[path]} weights of "
-                f"{path!r}, or nothing passes; got {settings.sparsity} with method.allocation "
-                "'uniform' (erk and global keep more of small layers)."
-            )
-        return allocations.uniform()
-    return allocations.erk() if settings.allocation == "erk" else allocations.global_pool()
+    if path and not settings.least_per_layer and _is_emptied(sizes[path], settings.sparsity):
+        raise ValueError(
+            f"method.sparsity must leave at least one of the {sizes[path]} weights of {path!r}, or "
+            f"nothing passes; got {settings.sparsity} with method.allocation 'uniform' (er, erk "
+            "and global keep more of small layers, and method.least_per_layer 1 keeps one)."
+        )
+    return allocations.uniform()
 
 
 def _uniform_but_first(
@@ -127,7 +189,12 @@ def draw(
     return server_work.server_round("draw", work, masks_known_to="everybody")
 
 
-def train_under(task: Task, sparsity: float, *before: Stage) -> Algorithm:
+def train_under(
+    task: Task,
+    sparsity: float,
+    *before: Stage,
+    init: Callable[[RoundState], RoundState] | None = None,
+) -> Algorithm:
     """Let plain training under the masks in force follow the stages that choose them."""
     train = training(task.protocol, client=task.local_client())
-    return in_order(train, before, sparsity=sparsity)
+    return in_order(train, before, init=init, sparsity=sparsity)._replace(has_fixed_masks=True)

@@ -33,6 +33,11 @@ class MagnitudeMasks(_fixed_masks.FixedMaskSettings):
     server_epochs: Epochs = setting(
         3, "Passes over these examples before the mask is chosen.", unit="epochs"
     )
+    score: Literal["magnitude", "lamp"] = setting(
+        "magnitude",
+        "What a weight is worth: its magnitude, or LAMP's share of the squares of its layer, which "
+        "makes layers comparable in one pool (allocation global).",
+    )
     client_id: int = setting(
         0,
         "The client whose examples decide the mask, with examples 'one_client'.",
@@ -59,7 +64,8 @@ def build(settings: MagnitudeMasks, task: Task) -> Algorithm:
     # Only the mask is taken of what no server could have trained.
     usual = "trained" if settings.examples == "server" else "initial"
     is_trained = (settings.start_from or usual) == "trained"
-    choose = _fixed_masks.chooser(settings, task, scores.magnitude)
+    score = scores.lamp if settings.score == "lamp" else scores.magnitude
+    choose = _fixed_masks.chooser(settings, task, score)
     client = local_training.local_sgd(
         task.model.loss,
         batcher=task.batches(epochs=settings.server_epochs),

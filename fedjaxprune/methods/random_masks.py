@@ -2,6 +2,9 @@
 
 The mask follows from the run's seed, so it does not travel. A method whose masks depend on data
 has to do better than this one at the same sparsity and allocation.
+
+Every layer keeps at least one weight, in the place of one of the largest layer, so that the total
+is exact and nothing is cut off. ``least_per_layer: 0`` switches this guard off.
 """
 
 from fedjaxprune.method import Method
@@ -12,6 +15,8 @@ from fedjaxprune.types import Algorithm
 
 class RandomMasks(_fixed_masks.FixedMaskSettings):
     """Settings of random masks."""
+
+    least_per_layer: int = _fixed_masks.least_setting(1)
 
 
 def build(settings: RandomMasks, task: Task) -> Algorithm:

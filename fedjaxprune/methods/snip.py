@@ -1,141 +1,60 @@
 """SNIP: a control whose fixed masks keep the weights of highest connection sensitivity.
 
-A weight's score is ``|w * g|`` with `g` the mean gradient over the batches of one pass, in training
-mode: a network at its start has no statistics to be evaluated with (FedTiny's code scores in
-evaluation mode after a short training). Scores are compared within each layer by default, as in
+A weight's score is ``|w * g|`` with `g` the mean gradient over the examples of one pass, in
+training mode: a network at its start has no statistics to be evaluated with (FedTiny's code scores
+in evaluation mode after a short training). Scores are compared within each layer by default, as in
 that code; ``allocation: global`` is the paper's pool. The paper prunes in one step, FedTiny's code
 in five, of equal numbers of weights, with new gradients at each.
 
-On the clients' data (``snip/of_clients``) it is one exchange: the dense model goes down, dense
-gradients come up and are averaged by examples. If no client answers, the largest weights are kept.
+``snip/iterative`` is iterative SNIP: in every step gradients are taken at the weights that are
+left, and what is pruned stays pruned; the kept fraction shrinks by the same factor each time.
+``snip/gradient_norm`` does the same with the squared gradient as score (GraSP-It of the same code).
+
+On the clients' data (``snip/of_clients``) every step is one exchange: live weights go down, with
+masks for those who lack them, gradients of live weights come up and are averaged by examples. The
+first step is dense both ways. A step in which no client answers is repeated; what is missing after
+the last one is pruned by magnitude.
 
 References:
-  Lee et al., `SNIP <https://arxiv.org/abs/1810.02340>`_, 2019; Huang et al., `FedTiny
+  Lee et al., `SNIP <https://arxiv.org/abs/1810.02340>`_, 2019; de Jorge et al., `FORCE
+  <https://arxiv.org/abs/2006.09081>`_, 2021; Huang et al., `FedTiny
   <https://arxiv.org/abs/2212.01977>`_, 2023.
 """
 
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-import optax
-import pydantic
-
-from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
-from fedjaxprune.federated import aggregators, local_training
 from fedjaxprune.method import Method, Needs, Paper
-from fedjaxprune.methods import _fixed_masks
+from fedjaxprune.methods import _fixed_masks, _scored_masks
 from fedjaxprune.pruning import scores
-from fedjaxprune.rounds import server_work
-from fedjaxprune.rounds.protocol import FieldSpec, broadcast_of
-from fedjaxprune.rounds.reporting import Exchange, reporting_round
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import Count, setting
-from fedjaxprune.traffic import BACKPROPAGATED
-from fedjaxprune.types import Algorithm, Client, Stage
+from fedjaxprune.types import Algorithm
+
+_SCORES = {"sensitivity": scores.saliency, "gradient": scores.gradient}
 
 
-class Snip(_fixed_masks.FixedMaskSettings):
+class Snip(_scored_masks.ScoredSettings):
     """Settings of SNIP."""
 
-    examples: Literal["server", "pooled", "clients"] = setting(
-        "server",
-        "Examples that gradients are taken on: the server's own, those of all clients together, or "
-        "each client's at that client.",
-    )
+    allocation: _fixed_masks.Allocation = _fixed_masks.allocation_setting("uniform")
     num_prune_steps: Count = setting(
-        1,
-        "Steps of equal numbers of weights, with new gradients at each; the exchange with clients "
-        "has one.",
-        unit="steps",
+        1, "Steps, with new gradients at each; over clients each is an exchange.", unit="steps"
     )
-
-    @pydantic.model_validator(mode="after")
-    def _check_steps(self):
-        if self.examples == "clients" and self.num_prune_steps > 1:
-            raise ValueError(
-                "num_prune_steps must be 1 with examples 'clients', whose gradients are asked for "
-                f"once, got {self.num_prune_steps}."
-            )
-        return self
+    steps: _scored_masks.Steps = _scored_masks.steps_setting("linear")
+    score: Literal["sensitivity", "gradient"] = setting(
+        "sensitivity", "What a weight is worth: |weight * gradient|, or the squared gradient."
+    )
 
 
 def build(settings: Snip, task: Task) -> Algorithm:
     """Score the weights of the initial network, and train under the mask of the best."""
-    if settings.examples == "clients":
-        stages = _ask_clients(settings, task)
-    else:
-        stages = (_score_at_server(settings, task),)
-    return _fixed_masks.train_under(task, settings.sparsity, *stages)
-
-
-def _score_at_server(settings: Snip, task: Task) -> Stage:
-    """Score on examples at the server, step by step."""
-    share, num_steps = _fixed_masks.share_out(settings, task), settings.num_prune_steps
-    choosers = [
-        _fixed_masks.choose_at(settings.sparsity * step / num_steps, share, scores.saliency)
-        for step in range(1, num_steps + 1)
-    ]
-    client = _gradients(task)
-    is_pooled = settings.examples == "pooled"
-    source = server_work.all_examples() if is_pooled else task.server_source()
-
-    def work(key, state, population):
-        metrics = server_work.no_loss()
-        for step, choose in enumerate(choosers):
-            look_key, choose_key = jax.random.split(jax.random.fold_in(key, step))
-            message, _ = client.update(look_key, broadcast_of(state), (), source(population))
-            state = choose(choose_key, state, state.params, message.fields["grads"])
-            metrics = message.fields["metrics"]
-        return state, metrics
-
-    return server_work.server_round("prepare", work)
-
-
-def _ask_clients(settings: Snip, task: Task) -> tuple[Stage, Stage]:
-    """Keep the largest weights in case no client answers, then ask for gradients."""
-    choose = _fixed_masks.chooser(settings, task, scores.saliency)
-    fallback = _fixed_masks.chooser(settings, task, scores.magnitude)
-
-    def prepare(key, state, population):
-        del population  # no data decides
-        chosen = fallback(key, state, state.params, None)
-        return chosen._replace(params=state.params), server_work.no_loss()
-
-    def server_update(key, state, fields):
-        return choose(
-            key, state._replace(masks=masks_lib.full(state.params)), state.params, fields["grads"]
-        )
-
-    mean = aggregators.weighted_mean()
-    score = reporting_round(
-        task.protocol,
-        name="score",
-        client=_gradients(task),
-        fields={
-            "grads": FieldSpec(),
-            **dict.fromkeys(("delta", "model_state"), FieldSpec(mean, send="nothing")),
-        },
-        broadcast=lambda state: broadcast_of(state)._replace(masks=masks_lib.full(state.params)),
-        server_update=server_update,
-        exchange=Exchange(
-            compute=lambda state: {
-                BACKPROPAGATED: jnp.asarray(trees.sizes(state.params), jnp.int32)[None]
-            }
-        ),
+    after_steps = _scored_masks.sparsities(
+        settings.sparsity, settings.num_prune_steps, settings.steps
     )
-    return server_work.server_round("prepare", prepare, masks_known_to="everybody"), score
-
-
-def _gradients(task: Task) -> Client:
-    """Make a client that reports the mean gradient over one pass, and stays where it is."""
-    return local_training.local_sgd(
-        task.model.loss,
-        batcher=task.batches(),
-        optimizer=optax.set_to_zero(),
-        report_grads=lambda round_index: round_index >= 0,
+    tighten = _scored_masks.tighten(
+        settings, task, _SCORES[settings.score], after_steps=after_steps
     )
+    return _scored_masks.by_gradients(settings, task, tighten, after_steps=after_steps)
 
 
 METHOD = Method(
@@ -143,7 +62,16 @@ METHOD = Method(
     settings=Snip,
     paper=Paper("Lee et al.", 2019, "SNIP", arxiv="1810.02340"),
     needs=lambda settings: Needs(server_examples=settings.examples == "server"),
-    variants={"of_clients": {"examples": "clients", "num_prune_steps": 1}},
+    variants={
+        "of_clients": {"examples": "clients"},
+        "iterative": {"num_prune_steps": 10, "steps": "exponential", "allocation": "global"},
+        "gradient_norm": {
+            "num_prune_steps": 10,
+            "steps": "exponential",
+            "allocation": "global",
+            "score": "gradient",
+        },
+    },
     law_settings={"sparsity": 0.5, "num_prune_steps": 2},
     nothing_pruned={"sparsity": 0.0},
 )

@@ -61,6 +61,40 @@ def global_pool(*, least: int = 0) -> AllocationFn:
     return allocate
 
 
+def at_least(inner: AllocationFn, *, least: int = 1) -> AllocationFn:
+    """Keep `least` weights of every leaf, without changing how many `inner` keeps in all.
+
+    What small leaves gain is taken from the largest leaf, of equal ones the first, and then from
+    the next largest; no leaf goes below `least`. If `inner` keeps fewer than `least` of every leaf
+    together, the total grows to that.
+
+    Args:
+      inner: the allocation that is guarded.
+      least: weights of every leaf, or all of a smaller one.
+
+    Raises:
+      ValueError: if `least` is negative.
+    """
+    if least < 0:
+        raise ValueError(f"least must not be negative, got {least}.")
+
+    def allocate(scores: Any, sparsity: jax.Array) -> Any:
+        counts, structure = jax.tree.flatten(inner(scores, sparsity))
+        sizes = trees.sizes(scores)
+        floors = [min(least, size) for size in sizes]
+        guarded = [jnp.maximum(n, floor) for n, floor in zip(counts, floors, strict=True)]
+        excess = sum(
+            (after - before for after, before in zip(guarded, counts, strict=True)),
+            start=jnp.int32(0),
+        )
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            taken = jnp.minimum(excess, guarded[i] - floors[i])
+            guarded[i], excess = guarded[i] - taken, excess - taken
+        return jax.tree.unflatten(structure, guarded)
+
+    return allocate
+
+
 def erk(*, power: float = 1.0, dense: PrunableFn = nothing) -> AllocationFn:
     """Keep more of small layers: density in proportion to ``(sum of axes / product of axes)``.
 
@@ -77,17 +111,31 @@ def erk(*, power: float = 1.0, dense: PrunableFn = nothing) -> AllocationFn:
     """
     _check_power(power)
 
-    def allocate(scores: Any, sparsity: jax.Array) -> Any:
-        leaves, structure = jax.tree.flatten(scores)
-        if not leaves:
-            return scores
-        with jax.enable_x64(True):
-            densities = erk_densities(scores, sparsity, power=power, dense=dense)
-            sizes = np.array(trees.sizes(scores), np.float64)
-            kept = jnp.floor(densities * sizes * (1.0 + 1e-12)).astype(jnp.int32)
-            return jax.tree.unflatten(structure, [kept[i] for i in range(len(leaves))])
+    def densities(tree: Any, sparsity: jax.Array) -> jax.Array:
+        return erk_densities(tree, sparsity, power=power, dense=dense)
 
-    return allocate
+    return _by_density(densities)
+
+
+def er(*, dense: PrunableFn = nothing) -> AllocationFn:
+    """Keep more of small layers, as `erk` does, without regard to the size of convolutions.
+
+    The density is in proportion to ``(inputs + outputs) / (inputs * outputs)``, the last two axes.
+    So convolutions keep far more than under `erk`.
+
+    Args:
+      dense: as in `erk`.
+
+    References:
+      Mocanu et al., `SET <https://arxiv.org/abs/1707.04780>`_, 2018; Evci et al., `RigL
+      <https://arxiv.org/abs/1911.11134>`_, 2020, whose code has both.
+    """
+
+    def densities(tree: Any, sparsity: jax.Array) -> jax.Array:
+        raw = np.array([_raw_score(leaf.shape[-2:]) for leaf in jax.tree.leaves(tree)])
+        return _densities(tree, sparsity, raw, dense)
+
+    return _by_density(densities)
 
 
 def erk_densities(
@@ -109,8 +157,28 @@ def erk_densities(
       ``[L]`` float64 in [0, 1].
     """
     _check_power(power)
-    sizes = np.array(trees.sizes(tree), np.float64)
     raw = np.array([_raw_score(leaf.shape) ** power for leaf in jax.tree.leaves(tree)])
+    return _densities(tree, sparsity, raw, dense)
+
+
+def _by_density(densities: Callable[[Any, jax.Array], jax.Array]) -> AllocationFn:
+    """Make an allocation that keeps ``floor(density * size)`` of every leaf."""
+
+    def allocate(scores: Any, sparsity: jax.Array) -> Any:
+        leaves, structure = jax.tree.flatten(scores)
+        if not leaves:
+            return scores
+        with jax.enable_x64(True):
+            sizes = np.array(trees.sizes(scores), np.float64)
+            kept = jnp.floor(densities(scores, sparsity) * sizes * (1.0 + 1e-12)).astype(jnp.int32)
+            return jax.tree.unflatten(structure, [kept[i] for i in range(len(leaves))])
+
+    return allocate
+
+
+def _densities(tree: Any, sparsity: jax.Array, raw: np.ndarray, dense: PrunableFn) -> jax.Array:
+    """Share the live weights in proportion to raw scores ``[L]``, as `erk_densities` says."""
+    sizes = np.array(trees.sizes(tree), np.float64)
     flags = trees.map_with_path(lambda path, leaf: bool(dense(path, leaf)), tree)
     forced = np.array(jax.tree.leaves(flags), np.bool_)
 

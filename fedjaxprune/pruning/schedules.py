@@ -8,10 +8,11 @@ sparsity cannot count ten million weights exactly.
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune.types import Schedule
 
@@ -56,6 +57,43 @@ def cosine(
         (begin_round, end_round),
         lambda progress: 0.5 * (1.0 + jnp.cos(math.pi * progress)),
     )
+
+
+def listed(sparsities: Sequence[float]) -> Schedule:
+    """Take the sparsities of a list, one a round; hold the last one afterwards.
+
+    Raises:
+      ValueError: the list is empty, or a sparsity lies outside [0, 1).
+    """
+    if not sparsities:
+        raise ValueError("sparsities must list at least one number, got none.")
+    for sparsity in sparsities:
+        _check_sparsity("sparsities", sparsity)
+    table = np.asarray(sparsities, np.float64)
+
+    def schedule(round: jax.Array) -> jax.Array:
+        index = jnp.clip(round.astype(jnp.int32), 0, len(table) - 1)
+        return jnp.asarray(table, _as_float(round).dtype)[index]
+
+    return schedule
+
+
+def linear_steps(sparsity: float, num_steps: int) -> tuple[float, ...]:
+    """Prune equal numbers of weights in each of `num_steps` steps: ``sparsity * k / num_steps``."""
+    return tuple(sparsity * step / num_steps for step in range(1, num_steps + 1))
+
+
+def exponential_steps(sparsity: float, num_steps: int) -> tuple[float, ...]:
+    """Keep the same fraction of what is left in each step: ``1 - (1 - sparsity) ** (k / steps)``.
+
+    The last of the `num_steps` sparsities is `sparsity` itself, without rounding.
+
+    References:
+      de Jorge et al., `FORCE <https://arxiv.org/abs/2006.09081>`_, 2021; Tanaka et al., `SynFlow
+      <https://arxiv.org/abs/2006.05467>`_, 2020.
+    """
+    before = (1.0 - (1.0 - sparsity) ** (step / num_steps) for step in range(1, num_steps))
+    return (*before, sparsity)
 
 
 def every(period: int, *, start: int = 0, until: int | None = None) -> Predicate:

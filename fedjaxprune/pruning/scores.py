@@ -67,6 +67,57 @@ def saliency(key: Key, inputs: PrunerInputs) -> Params:
     )
 
 
+def gradient_flow(key: Key, inputs: PrunerInputs) -> Params:
+    """Score a weight by weight times (Hessian times gradient), with its sign.
+
+    To first order, removing a weight of score `s` changes half the squared norm of the gradient by
+    ``-s``: what is removed first harms the gradient least. The sign is part of the score.
+
+    Raises:
+      ValueError: while tracing, if ``inputs.statistics`` has no tree ``"curvature"``, the Hessian
+        times the gradient.
+
+    References:
+      Wang et al., `GraSP <https://arxiv.org/abs/2002.07376>`_, 2020.
+    """
+    del key  # deterministic
+    if "curvature" not in dict(inputs.statistics):
+        raise ValueError(
+            "scores.gradient_flow ranks weights by weight times (Hessian times gradient): "
+            "PrunerInputs.statistics must have a tree named 'curvature'."
+        )
+    return jax.tree.map(
+        lambda leaf, product: leaf.astype(jnp.float32) * product.astype(jnp.float32),
+        inputs.params,
+        inputs.statistics["curvature"],
+    )
+
+
+def lamp(key: Key, inputs: PrunerInputs) -> Params:
+    """Score a weight by its square over the sum of its own and all larger squares of its leaf.
+
+    The largest weight of every leaf scores exactly 1, so that one pool empties no leaf while it
+    keeps as many weights as there are leaves. The scale of a leaf does not matter. Of equal weights
+    the lower flat index counts as the larger.
+
+    References:
+      Lee et al., `Layer-adaptive sparsity for the magnitude-based pruning
+      <https://arxiv.org/abs/2010.07611>`_, 2021.
+    """
+    del key  # deterministic
+
+    def leaf(values: jax.Array) -> jax.Array:
+        sizes = jnp.abs(values.astype(jnp.float32)).ravel()
+        largest = jnp.max(sizes, initial=0.0)
+        scaled = sizes / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+        order = jnp.argsort(-scaled, stable=True)
+        squares = jnp.square(scaled[order])
+        shares = squares / jnp.maximum(jnp.cumsum(squares), jnp.finfo(jnp.float32).tiny)
+        return jnp.zeros_like(sizes).at[order].set(shares).reshape(values.shape)
+
+    return jax.tree.map(leaf, inputs.params)
+
+
 def _grads(name: str, by: str, inputs: PrunerInputs) -> Params:
     if inputs.grads is None:
         raise ValueError(

@@ -77,6 +77,23 @@ def dense_download(state: RoundState, masks_held: jax.Array) -> Download:
     )
 
 
+def live_download(state: RoundState, masks_held: jax.Array) -> Download:
+    """Send live weights and what is not trained to everybody, and masks to those who lack them.
+
+    Masks travel in codings whose length follows from their counts.
+    """
+    kept = masks_lib.num_kept(state.masks)
+    receivers = masks_held != state.masks_id
+    return Download(
+        messages={
+            "broadcast": {"params": FieldLength(live_counts=kept), "model_state": FieldLength()},
+            "masks": {"masks": FieldLength(clients=receivers, sent_counts=kept)},
+        },
+        num_downloaded=jnp.broadcast_to(kept[None, None], (*masks_held.shape, 1, *kept.shape)),
+        num_masks=receivers.astype(jnp.int32),
+    )
+
+
 def dense_and_trained(state: RoundState, masks_held: jax.Array) -> Download:
     """Do as `dense_download`, to clients that train it and send as many entries back."""
     return dense_download(state, masks_held)._replace(is_trained=True)
@@ -102,8 +119,9 @@ def reporting_round(
       protocol: says how the cohort is mapped.
       name: the stage's name in the record.
       client: reports; its message needs no delta, and has `metrics`.
-      fields: of its message. ``"whole"`` travels, ``"bits"`` are masks (call the field `masks`, as
-        which it is counted), ``"nothing"`` follows from the others or is for the record alone.
+      fields: of its message. ``"whole"`` travels, of ``"masked"`` only entries under the masks of
+        the broadcast, ``"bits"`` are masks (call the field `masks`, as which it is counted),
+        ``"nothing"`` follows from the others or is for the record alone.
       server_update: ``(key, state, fields) -> state``, from the aggregated fields.
       broadcast: ``state -> Broadcast``, or whatever the client understands.
       download: ``(state, masks_held [C]) -> Download``; a client whose `masks_held` is not the
@@ -179,6 +197,8 @@ def _noted(
     def update(key, given, own, data):
         message, _ = client.update(key, given, (), data)
         arrived = traffic.zero_unsent(fields, message.fields)
+        narrow = [field for field in travelling if fields[field].send == "masked"]
+        arrived |= {field: masks_lib.apply(given.masks, arrived[field]) for field in narrow}
         sent = {field: traffic.only_sent(fields, field, arrived[field]) for field in travelling}
         summary = {
             "template": trees.shape_only(sent),
@@ -187,6 +207,7 @@ def _noted(
                 for field, tree in sent.items()
                 if fields[field].send == "bits"
             },
+            "live_counts": {field: masks_lib.num_kept(given.masks) for field in narrow},
         }
         added = {traffic.NUM_MESSAGES: jnp.int32(1), traffic.SUMMARY: summary}
         return Message({**arrived, **added}, weigh(protocol, message.weight)), own
@@ -199,10 +220,10 @@ def _aggregators(protocol, name, fields) -> dict[str, Aggregator | CohortAggrega
     total = aggregators.unweighted_sum()
     joined = {"metrics": total, traffic.NUM_MESSAGES: total, traffic.SUMMARY: aggregators.stack()}
     for field, spec in fields.items():
-        if spec.send not in ("whole", "bits", "nothing"):
+        if spec.send not in ("whole", "masked", "bits", "nothing"):
             raise ValueError(
-                f"the field {field!r} of the exchange {name!r} must be sent as 'whole', 'bits' or "
-                f"'nothing', got {spec.send!r}."
+                f"the field {field!r} of the exchange {name!r} must be sent as 'whole', 'masked', "
+                f"'bits' or 'nothing', got {spec.send!r}."
             )
         joined[field] = joining(protocol) if spec.aggregate is None else spec.aggregate
     return joined
@@ -220,6 +241,7 @@ def _reply(summary: Mapping[str, Any]) -> dict[str, FieldLength]:
         name: FieldLength(
             template=jax.tree.map(lambda leaf: leaf[0], template),
             sent_counts=summary["sent_counts"].get(name, ()),
+            live_counts=summary["live_counts"].get(name, ()),
         )
         for name, template in summary["template"].items()
     }

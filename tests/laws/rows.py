@@ -4,9 +4,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from fedjaxprune import registry
 from fedjaxprune.method import Method
 from fedjaxprune.pruning import pruners, schedules, scores
+from fedjaxprune.rounds import controls
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Settings
 from fedjaxprune.testing import history, scenario
@@ -21,6 +24,20 @@ def _dynamic_sparse(settings, task):
     )
     client = task.local_client(report_grads=due)
     return training(task.protocol, client=client, pruner=pruners.when(due, revise))
+
+
+def _controlled(name, control):
+    """Put a control around a method."""
+    method = registry.find("method", name).part
+
+    def build(settings, task):
+        algorithm = method.build(settings, task)
+        if control == "reinitialize":
+            return controls.reinitialized(algorithm, task)
+        start = functools.partial(task.model.init, jax.random.key(0))
+        return controls.shuffled(algorithm, task, initial=start)
+
+    return method._replace(build=build, nothing_pruned=None)
 
 
 DYNAMIC_SPARSE = Method(build=_dynamic_sparse, settings=Settings)
@@ -56,19 +73,25 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
         "mpfl",
         {"dense_rounds": 1, "votes": "examples", "remove": "channels", "consensus": "top_k"},
     ),
+    "rigl+shuffle": (_controlled("rigl", "shuffle"), {}),
+    "snip+reinitialize": (_controlled("snip", "reinitialize"), {}),
     "pooled_filters+channels": ("pooled_filters", {"remove": "channels"}),
     "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
 }
-USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense")  # of these
+USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
 DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themselves
 HALF = (  # of the weights are pruned in all rounds of training
     "autoflip",
     "feddst",
     "fedrts",
     "fedsgc",
+    "force_masks",
+    "grasp",
     "magnitude_masks",
     "random_masks",
     "snip",
+    "ssfl",
+    "synflow",
 )
 BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
 DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters
@@ -97,7 +120,7 @@ def row(name: str) -> Row:
     """Find a method and its settings."""
     what, own = BESIDE.get(name, (name, {}))
     if isinstance(what, Method):
-        return Row(what, own)
+        return Row(what, {**what.law_settings, **own})
     found = registry.find("method", what)
     return Row(found.part, {**found.part.law_settings, **found.variant, **own})
 

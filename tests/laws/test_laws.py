@@ -35,7 +35,11 @@ SLOW_VARIANTS = (
     "magnitude_masks/pooled",
     "prunefl/initial_only",
     "prunefl/random_start",
+    "force_masks",
+    "grasp/one_exchange",
     "rigl/static",
+    "snip/gradient_norm",
+    "snip/iterative",
 )
 SLOW_NOTHING = (  # they share the parts that count with a method without an ending
     "averaged_filters",
@@ -45,7 +49,17 @@ SLOW_NOTHING = (  # they share the parts that count with a method without an end
     "feddip/without_pruning",
     "magnitude_masks/one_client",
     "magnitude_masks/pooled",
+    "force_masks",
+    "force_masks/of_clients",
+    "grasp",
+    "grasp/of_clients",
+    "grasp/one_exchange",
     "pooled_filters",
+    "snip",
+    "snip/gradient_norm",
+    "snip/iterative",
+    "ssfl",
+    "synflow",
 )
 
 

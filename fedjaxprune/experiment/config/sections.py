@@ -63,6 +63,12 @@ class Federation(Settings):
     dropout_rate: Probability = setting(
         0.0, "Probability that a drawn client drops out of the round.", unit="probability"
     )
+    control: Literal["none", "shuffle", "reinitialize"] = setting(
+        "none",
+        "Control to compare the method with: once its masks are final, train under as many weights "
+        "of each layer at random places, or new initial weights under its masks. A method that "
+        "revises masks in training is run to its end first.",
+    )
     attack: Any = part(
         "attack", "none", "What hostile clients do in training rounds, to try aggregators on."
     )

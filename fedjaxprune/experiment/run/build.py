@@ -30,8 +30,8 @@ from fedjaxprune.experiment.run.examples import Examples
 from fedjaxprune.federated import aggregators, attacks, cohort, local_training, uplinks
 from fedjaxprune.method import needs_of
 from fedjaxprune.models import precision
+from fedjaxprune.rounds import controls, simulation
 from fedjaxprune.rounds import facts as facts_lib
-from fedjaxprune.rounds import simulation
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import INT_MAX
@@ -222,7 +222,17 @@ def make_algorithm(config: RunConfig, task: Task) -> Algorithm:
             f"method {config.method.name!r} must build an Algorithm, got "
             f"{type(algorithm).__name__}."
         )
-    return algorithm
+    return _control(config, task, algorithm)
+
+
+def _control(config: RunConfig, task: Task, algorithm: Algorithm) -> Algorithm:
+    """Put the control that is asked for around a method."""
+    if config.federation.control == "none":
+        return algorithm
+    if config.federation.control == "reinitialize":
+        return controls.reinitialized(algorithm, task)
+    key = jax.random.fold_in(jax.random.key(config.seed), composing.INIT)
+    return controls.shuffled(algorithm, task, initial=lambda: task.model.init(key))
 
 
 def describe_network(

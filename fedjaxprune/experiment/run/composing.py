@@ -182,6 +182,8 @@ def positions(dataset: Dataset) -> tuple[int, ...]:
 def cohorts_of(stage: Stage, config: RunConfig, sizes: np.ndarray) -> SamplingFn:
     """Choose how the cohorts of a stage are drawn; whoever is drawn may drop out."""
     section, number = config.federation, len(sizes)
+    if stage.cohort == "population":
+        return sampling.all_clients(num_clients=number)
     if stage.cohort == "everyone":
         chosen = sampling.all_clients(num_clients=number)
     elif isinstance(stage.cohort, int):
