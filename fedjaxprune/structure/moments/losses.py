@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import trees
+from fedjaxprune.errors import first_line
 from fedjaxprune.structure.moments import following, products
 from fedjaxprune.structure.moments import rows as rows_lib
 from fedjaxprune.structure.moments.following import Context, Shadow, Value
@@ -125,22 +126,21 @@ def _traced(loss: LossFn, params: Any, state: Any, batch: Any, key: Any) -> Any:
     """Trace a loss for the batch and for another number of examples."""
     size = batch.weights.shape[0]
     graph, shapes = jax.make_jaxpr(loss, return_shape=True)(params, state, batch, key)
-    why = None
+    refusals = []
     # A fast form may begin between two sizes, so there are several to try.
-    for other in (size + 1, size - 1, 2 * size):
-        if other < 1:
-            continue
+    for other in (size + 1, max(size - 1, 1), 2 * size):
         resized = jax.tree.map(
             lambda leaf, n=other: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), batch
         )
         try:
             twin = jax.make_jaxpr(loss)(params, state, resized, key)
         except (TypeError, ValueError) as error:
-            why = error
+            refusals.append(error)
             continue
-        if rows_lib.are_alike(graph, twin):
+        if other != size and rows_lib.are_alike(graph, twin):
             return Sizes(size, other), graph, twin, shapes
+    why = f": {first_line(refusals[0])}" if refusals else "."
     raise ValueError(
-        "moments need a loss that does the same for any number of examples, and this one does not "
-        f"for {size} and {size + 1}."
-    ) from why
+        f"moments need a loss that does the same for any number of examples, and this one does not "
+        f"for {size} and {size + 1}{why}"
+    ) from (refusals[0] if refusals else None)
