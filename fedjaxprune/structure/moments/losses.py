@@ -10,8 +10,9 @@ from fedjaxprune import trees
 from fedjaxprune.errors import first_line
 from fedjaxprune.structure.moments import following, products
 from fedjaxprune.structure.moments import rows as rows_lib
-from fedjaxprune.structure.moments.following import Context, Shadow, Value
+from fedjaxprune.structure.moments.following import Context
 from fedjaxprune.structure.moments.rows import Sizes
+from fedjaxprune.structure.moments.shadows import Shadow, Value
 from fedjaxprune.types import Batch, Key, Metrics, Params, PrunableFn, State
 
 Kind = Literal["inputs", "outputs", "joint", "rows"]

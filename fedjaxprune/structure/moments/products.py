@@ -182,14 +182,17 @@ def _spread(array: jax.Array, axes: Sequence[int], shape: tuple[int, ...]) -> ja
 
 
 def _gradient(site: Site, value: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """Compute the weight's gradient for a value and a cotangent, in forms that are fast on CPU."""
-    params = {**site.params, "preferred_element_type": None}
+    """Compute the weight's gradient for a value and a cotangent."""
 
     def product(weight: jax.Array) -> jax.Array:
         operands = (weight, value) if site.side == 0 else (value, weight)
-        if site.name == "conv_general_dilated":
-            return convolution.conv_general_dilated(*operands, **params)
-        return dense.dot_general(*operands, **params)
+        return multiply(site.name, operands, {**site.params, "preferred_element_type": None})
 
     _, pull_back = jax.vjp(product, jnp.zeros(site.shape, jnp.float32))
     return pull_back(cotangent)[0]
+
+
+def multiply(name: str, operands: Sequence[jax.Array], params: Mapping[str, Any]) -> jax.Array:
+    """Compute a product as its primitive does, in the forms that are fast on CPU."""
+    form = convolution.conv_general_dilated if name != "dot_general" else dense.dot_general
+    return form(*operands, **params)
