@@ -194,5 +194,5 @@ def _gradient(site: Site, value: jax.Array, cotangent: jax.Array) -> jax.Array:
 
 def multiply(name: str, operands: Sequence[jax.Array], params: Mapping[str, Any]) -> jax.Array:
     """Compute a product as its primitive does, in the forms that are fast on CPU."""
-    form = convolution.conv_general_dilated if name != "dot_general" else dense.dot_general
+    form: Any = dense.dot_general if name == "dot_general" else convolution.conv_general_dilated
     return form(*operands, **params)
