@@ -1,5 +1,5 @@
-"""Networks read as programs: which indices are one channel, and the smaller network."""
+"""Networks read as programs: what is one channel, the smaller network, moments of layers."""
 
 from fedjaxprune import namespace
 
-__all__, __getattr__, __dir__ = namespace.offer(__name__, modules="channels compaction")
+__all__, __getattr__, __dir__ = namespace.offer(__name__, modules="channels compaction moments")
