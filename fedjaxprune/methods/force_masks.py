@@ -9,11 +9,11 @@
 Iterative SNIP (``snip/iterative``) differs in one point: what is pruned stays pruned. With one step
 both are SNIP.
 
-Over clients (``force_masks/of_clients``) every step is an exchange with the cohort of the round: live
-weights go down, with masks for those who lack them, and dense gradients come up. With all clients,
-and without BatchNorm, this is the same as on the pooled data. A step in which no client answers is
-repeated; what is missing after the last one is pruned by magnitude. The federated form, and what
-happens without an answer, are ours [inferred]: the paper has one machine.
+Over clients (``force_masks/of_clients``) every step is an exchange with the cohort of the round:
+live weights go down, with masks for those who lack them, and dense gradients come up. With all
+clients, and without BatchNorm, this is the same as on the pooled data. A step in which no client
+answers is repeated; what is missing after the last one is pruned by magnitude. The federated form,
+and what happens without an answer, are ours [inferred]: the paper has one machine.
 
 As in the public code, no layer is protected; `least_per_layer` keeps some weights of each. Its code
 takes one batch in each step (``num_batches: 1``); here a step sees all batches of a pass. Batch
