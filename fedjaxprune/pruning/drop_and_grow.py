@@ -269,7 +269,7 @@ def drop_and_grow(
             lowest = jnp.finfo(worth.dtype).min
             worth = jnp.where(jnp.isnan(worth), lowest, jnp.maximum(worth, lowest))
             if not first:
-                kept = _highest(mask, worth, num_live - num)
+                kept = mask & top_k(jnp.where(mask, worth, -jnp.inf), num_live - num)
                 return kept | _highest(offered, promise, num)
             quota = _share(guided_share, num)
             kept = mask & ~_lowest(mask & first[0], worth, quota)
