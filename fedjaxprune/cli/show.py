@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 
 import click
 
@@ -17,7 +18,7 @@ _WIDTH, _NAMES = 100, 26  # columns: of all, and of the names that have a text b
 @click.command(name="list")
 @click.argument("kind", required=False)
 def list_(kind: str | None) -> None:
-    """List the parts of a KIND, or all parts and presets; imports none of them.
+    """List the parts of a KIND, or all parts and presets in short; imports none of them.
 
     Parts of installed packages are in the list, too. `fedjaxprune describe NAME` says more.
     """
@@ -32,26 +33,39 @@ def list_(kind: str | None) -> None:
     for one in [wanted] if wanted else kinds:
         formatter.write(f"{one}:\n")
         with formatter.indentation():
-            rows = _presets(is_short=wanted is None) if one == PRESETS else _parts(one)
+            is_short = wanted is None
+            rows = (_presets if one == PRESETS else _parts)(one, is_short=is_short)
+            if is_short:
+                rows = {name: _on_one_line(text) for name, text in rows.items()}
             if rows:
                 formatter.write_dl([*rows.items()], col_max=_NAMES)
     click.echo(formatter.getvalue(), nl=False)
 
 
-def _parts(kind: str) -> dict[str, str]:
+def _on_one_line(text: str) -> str:
+    """Cut a text down to what fits beside a name."""
+    return textwrap.shorten(text, _WIDTH - _NAMES - 4, placeholder=" ...")
+
+
+def _parts(kind: str, *, is_short: bool) -> dict[str, str]:
+    """Give the parts' summaries, and what their variants set, or in short their names."""
     rows = {}
     for name, listed in registry.names(kind).items():
         of = listed.origin
         whose = "" if of.source == "built-in" else f"  (from {of.package} {of.version})"
         rows[name] = listed.summary.rstrip(".") + whose
+        if is_short and listed.variants:
+            rows[f"{name}/..."] = ", ".join(listed.variants)
+            continue
         rows |= {f"{name}/{one}": f"the same with {text}" for one, text in listed.variants.items()}
     if fallback := registry.KINDS[kind].fallback:
         rows["..."] = f"any other name: {fallback[0]} with this {fallback[1]}"
     return rows
 
 
-def _presets(*, is_short: bool) -> dict[str, str]:
+def _presets(kind: str, *, is_short: bool) -> dict[str, str]:
     """Give the presets' first lines, or what of them comes before a comma, colon or bracket."""
+    del kind  # there is one of presets
     texts = files.preset_texts().items()
     lines = {name: text.splitlines()[0].lstrip("# ").rstrip(".") for name, text in texts}
     return {n: re.split(r"[,:(]", x)[0].rstrip() for n, x in lines.items()} if is_short else lines

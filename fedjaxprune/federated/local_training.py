@@ -312,8 +312,8 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             extra=() if rules.revision is None else metrics.zero(),
         )
         if rules.revision is None:
-            step_fn = functools.partial(step_fn, masks)
-            progress = jax.lax.fori_loop(jnp.int32(0), num_steps, step_fn, progress)
+            under_masks = functools.partial(step_fn, masks)
+            progress = jax.lax.fori_loop(jnp.int32(0), num_steps, under_masks, progress)
         else:
             revision, loss = rules.revision
             batch_at = functools.partial(draw, batch_key, data)
@@ -329,7 +329,7 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             fields["metrics"] = {**progress.metrics, EXTRA_GRADIENT: progress.extra}
             fields["masks"] = masks
         if rules.report_grads is not None:
-            fields["metrics"] = {**progress.metrics, DENSE_GRADIENT: progress.dense}
+            fields["metrics"] = {**fields["metrics"], DENSE_GRADIENT: progress.dense}
             fields["grads"] = _divide(progress.grads, progress.num_reported)
         if is_corrected:
             fields["local_grads"] = _divide(progress.local_grads, num_steps)
