@@ -180,8 +180,9 @@ def test_bad_input_is_one_sentence(capsys, begun, name):
 def test_list_and_describe_and_validate(capsys, begun):
     status, out, err = call(capsys, "list")
     assert (status, err) == (0, "")
-    for words in ("method:", "feddip/corrected", "lenet5", "two convolutions", "preset:", "quick "):
+    for words in ("method:", "feddip/...", "lenet5", "two convolutions", "preset:", "quick "):
         assert words in out
+    assert "feddip/corrected " in call(capsys, "list", "method")[1]
     assert call(capsys, "list", "server-optimizers")[1].splitlines()[0] == "server_optimizer:"
     assert "did you mean 'model'?" in call(capsys, "list", "modle")[2]
     assert call(capsys, "describe", "top_k")[1].startswith("top_k: the largest\n")
