@@ -34,9 +34,17 @@ from fedjaxprune.types import Population
 NUM_ROUNDS, LAST = 60, 5  # rounds, and of how many the accuracy is a mean
 POINTS = 3.0  # from the mean without an attack: what counts as holding
 SEEDS = (0, 1, 2)
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    "dense": {"name": "fedavg"},
-    "0.9 sparse": {"name": "gradual_magnitude", "sparsity": 0.9, "end_round": NUM_ROUNDS // 2},
+METHODS: Mapping[str, Mapping[str, Any]] = {  # what they change in the protocol
+    "dense": {"method": {"name": "fedavg"}},
+    "0.9 sparse": {
+        "method": {
+            "name": "gradual_magnitude",
+            "sparsity": 0.9,
+            "end_round": NUM_ROUNDS // 2,
+            "allocation": "erk",
+        },
+        "client.optimizer": {"name": "sgd", "learning_rate": 0.3},
+    },
 }
 PARTITIONS: Mapping[str, Callable[..., Any]] = {
     "IID": partitions.iid,
@@ -100,7 +108,7 @@ def program(
 ) -> tuple[Callable[[jax.Array, Population], jax.Array], Callable[[Case], Population]]:
     """Compile a combination: ``(key, population) -> accuracy``, and give a case's population."""
     changes = {
-        "method": METHODS[method],
+        **METHODS[method],
         "server.aggregator": {"name": aggregator, **AGGREGATORS[aggregator]},
         "federation.attack": ATTACKS[attack],
     }
