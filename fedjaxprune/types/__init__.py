@@ -1,0 +1,87 @@
+"""The vocabulary: type aliases and the protocol tuples that the rest of the package uses.
+
+Letters in shapes: ``N`` population, ``C`` cohort, ``E`` examples of all, ``B`` batch, ``L`` leaves
+of the parameters, ``T`` models. Tuples of functions are components, tuples of arrays state or data.
+"""
+
+from fedjaxprune.types.aliases import (
+    Delta,
+    Examples,
+    Key,
+    Masks,
+    Metrics,
+    Params,
+    PrunableFn,
+    Schedule,
+    State,
+)
+from fedjaxprune.types.data import (
+    Batch,
+    Batcher,
+    ClientData,
+    Model,
+    Population,
+    client_data,
+)
+from fedjaxprune.types.messages import (
+    Aggregator,
+    Broadcast,
+    Client,
+    CohortAggregator,
+    Correction,
+    FieldSpec,
+    Message,
+    Uplink,
+)
+from fedjaxprune.types.pruning import (
+    Pruner,
+    PrunerInputs,
+)
+from fedjaxprune.types.rounds import (
+    Algorithm,
+    ClientState,
+    Cohort,
+    CohortRule,
+    FormulaFn,
+    RoundFn,
+    RoundMetrics,
+    RoundState,
+    Stage,
+)
+
+__all__ = [
+    "Aggregator",
+    "Algorithm",
+    "Batch",
+    "Batcher",
+    "Broadcast",
+    "Client",
+    "ClientData",
+    "ClientState",
+    "Cohort",
+    "CohortAggregator",
+    "CohortRule",
+    "Correction",
+    "Delta",
+    "Examples",
+    "FieldSpec",
+    "FormulaFn",
+    "Key",
+    "Masks",
+    "Message",
+    "Metrics",
+    "Model",
+    "Params",
+    "Population",
+    "PrunableFn",
+    "Pruner",
+    "PrunerInputs",
+    "RoundFn",
+    "RoundMetrics",
+    "RoundState",
+    "Schedule",
+    "Stage",
+    "State",
+    "Uplink",
+    "client_data",
+]
