@@ -1,5 +1,6 @@
 """The suite is strict: no implicit dtype or rank promotion; warnings are errors."""
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -58,6 +59,20 @@ def _count(event: str, duration: float, **rest: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow the cases of a test that are not among those it names as usual."""
+    ids = collections.defaultdict(set)
+    for item in items:
+        if isinstance(item, pytest.Function) and (usual := item.get_closest_marker("usual")):
+            ids[item.location[0], item.originalname, usual.args].add(item.callspec.id)
+            if item.callspec.id not in usual.args:
+                item.add_marker(pytest.mark.slow)
+    for (file, name, named), found in ids.items():
+        if not {*named} <= found and not any("[" in arg for arg in config.args):
+            raise pytest.UsageError(f"{file}: {name} has no cases {sorted({*named} - found)}")
 
 
 def pytest_collection_finish() -> None:

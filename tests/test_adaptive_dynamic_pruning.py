@@ -227,6 +227,7 @@ def close(path, leaf):
     return jnp.arange(1.0, leaf.size + 1) if path.endswith("gate_bias") else leaf
 
 
+@pytest.mark.usual("strict")
 @pytest.mark.parametrize("gradient", ["strict", "plain"])
 def test_a_strict_step_leaves_alone_what_the_whole_batch_dropped(gradient):
     params, state = jax.jit(GATED.init)(KEY)
@@ -283,6 +284,7 @@ def wide_chain():
     return adapters.from_linen(module, input_shape=SHAPE)
 
 
+@pytest.mark.slow
 def test_readers_are_kernels_with_one_gated_maker():
     (only,) = readers_of(GATED)
     assert only == ("conv_2/conv/kernel", 2, "conv_1")
@@ -341,6 +343,7 @@ def test_the_most_kept_are_counted_over_the_round():
     np.testing.assert_array_equal(gated_updates.touched(report)["a"], [True, False, True, True])
 
 
+@pytest.mark.usual("0.7-0.49")
 @pytest.mark.parametrize(("density", "share"), [(0.7, 0.49), (0.656, 0.43)])
 def test_a_plain_chain_sends_the_square_of_the_density(density, share):
     model = wide_chain()
@@ -423,6 +426,7 @@ def setup_of_points(**changes):
     return Protocol(4, quadratic.full_batches(2), optax.sgd(0.1))._replace(**changes)
 
 
+@pytest.mark.slow
 def test_personal_gates_stay_at_home():
     _, now, history = played(gate_sharing="personal")
     start, _ = jax.jit(GATED.init)(KEY)
@@ -469,6 +473,7 @@ def test_personal_parameters_go_on_where_their_client_left_them():
 # FLOPs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flops_of_a_gated_resnet_are_those_of_the_specification():
     model = gated.gated_resnet32(**LARGE)
     counted = flops.of_model(model, None, jnp.zeros((1, 32, 32, 3)))
@@ -693,6 +698,7 @@ def resumes(folder, stops, model, people, **options):
     )
 
 
+@pytest.mark.slow
 def test_killed_it_resumes_to_the_same_bits(tmp_path):
     people = quadratic.population(sizes=SIZES)
     resumes(tmp_path, (3,), quadratic.GATED, people)

@@ -189,6 +189,7 @@ STEPWISE = {
 }
 
 
+@pytest.mark.usual("snip")
 @pytest.mark.parametrize("method", [snip, force_masks], ids=["snip", "force_masks"])
 def test_stepwise_masks_over_clients_are_those_on_pooled_data(method):
     settings = {"sparsity": 0.75, "num_prune_steps": 3, "steps": "exponential"}

@@ -71,6 +71,7 @@ SENT = {
 }
 
 
+@pytest.mark.usual("sign_flip-1", "inner_product-3", "label_flip-1")
 @pytest.mark.parametrize(
     ("name", "chunk_size"),
     [
@@ -156,6 +157,7 @@ def test_colluders_keep_to_the_weights_of_a_weighted_mean():
     np.testing.assert_allclose(moved(result), sizes @ np.array(sent) / 18, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usual("little_is_enough")
 @pytest.mark.parametrize("name", ["scaling", "little_is_enough"])
 def test_masks_uplinks_and_corrections_hold_under_attack(name):
     """What is pruned stays exact zero, whatever is sent; a residual is the client's own."""

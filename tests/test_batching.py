@@ -61,6 +61,7 @@ def test_a_permutation_is_a_bijection_for_every_size(sizes):
         np.testing.assert_array_equal(np.sort(order), np.arange(size))
 
 
+@pytest.mark.usual("2", "5")
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_all_permutations_of_a_small_set_are_equally_likely(size):
     orders = permutations(12_000, size)
@@ -110,6 +111,7 @@ def test_a_permutation_is_the_same_under_vmap_and_jit():
         np.testing.assert_array_equal(together[i], alone)
 
 
+@pytest.mark.usual("1", "8", "21")
 @pytest.mark.parametrize("size", [1, 3, 8, 16, 21])
 def test_an_epoch_takes_every_example_once(size):
     num_epochs, batch_size = 3, 8
@@ -153,6 +155,7 @@ def test_labels_belong_to_their_inputs():
         assert batches.weights.dtype == np.float32
 
 
+@pytest.mark.usual("8", "13")
 @pytest.mark.parametrize("size", [8, 9, 13, 24])
 def test_steps_run_through_an_endless_sequence_of_epochs(size):
     batcher = batching.steps(num_steps=13, batch_size=8, preprocess=transforms.chain())
@@ -167,6 +170,7 @@ def test_steps_run_through_an_endless_sequence_of_epochs(size):
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
+@pytest.mark.usual("3", "7")
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_steps_show_a_small_client_evenly_in_every_batch(size):
     batcher = batching.steps(num_steps=6, batch_size=8, preprocess=transforms.chain())

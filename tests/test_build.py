@@ -40,6 +40,18 @@ OTHERS = {"server_trust": {"server.data_fraction": 0.1}}
 CHOICES = [(path, name) for kind, path in PARTS.items() for name in registry.names(kind)]
 
 
+@pytest.mark.usual(
+    "federation.sampling-weighted",
+    "client.correction-fednova",
+    "client.correction-scaffold",
+    "server.optimizer-fedyogi",
+    "server.aggregator-geometric_median",
+    "server.aggregator-krum",
+    "server.aggregator-trimmed_mean",
+    "server.aggregator-server_trust",
+    "uplink-top_k",
+    "uplink-quantize",
+)
 @pytest.mark.parametrize(("path", "name"), CHOICES)
 def test_every_choice_makes_a_round(path, name):
     needed = {"server_learning_rate": 0.1} if name in ("fedadam", "fedyogi") else {}

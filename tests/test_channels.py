@@ -186,6 +186,7 @@ def inputs_only(analysis, keep, params):
     return makers, jax.tree.map(lambda whole, own: whole | ~own, all_of_them, makers)
 
 
+@pytest.mark.usual("attentive", "mlp", "char_lstm", "functions", "vgg")
 @pytest.mark.parametrize("name", CASES)
 def test_what_reads_a_pruned_channel_may_be_anything(name):
     model, params, state, inputs, analysis = network(name)
@@ -201,6 +202,7 @@ def test_what_reads_a_pruned_channel_may_be_anything(name):
         assert not np.allclose(unlike, predict(params, state, inputs), rtol=1e-3)
 
 
+@pytest.mark.usual("attentive", "resnet_projection")
 @pytest.mark.parametrize("name", CASES)
 def test_a_channel_that_nothing_reads_may_be_anything(name):
     model, params, state, inputs, analysis = network(name)
@@ -362,6 +364,7 @@ def test_what_is_not_zero_at_zero_leaks(function, leaks):
     assert bool(group.leaks) == leaks
 
 
+@pytest.mark.usual("<lambda>-2752_0", "<lambda>-2752_1")
 @pytest.mark.parametrize(
     ("make", "bits"),
     [

@@ -196,6 +196,7 @@ def test_what_did_not_fit_is_tried_again(cache):
     assert (auto(table).size, table.asked) == (8, [4, 8])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path):
     table, trained, told = Table(RISING), [], []
     monkeypatch.setattr(chunk_trial, "measure", lambda *args, **options: table)

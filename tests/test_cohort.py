@@ -66,12 +66,14 @@ def run(
     )(members, PEOPLE)
 
 
+@pytest.mark.usual("2")
 @pytest.mark.parametrize("chunk_size", [2, 4, 100])
 def test_every_chunk_size_gives_the_same_result(chunk_size):
     ids = [4, 0, 5, 2, 1, 3]
     chex.assert_trees_all_close(run(ids, chunk_size=chunk_size), run(ids), rtol=1e-6)
 
 
+@pytest.mark.usual("8-3")
 @pytest.mark.parametrize(("num_devices", "chunk_size"), [(1, 4), (2, 1), (3, 2), (8, 3)])
 def test_every_number_of_devices_gives_the_same_result(num_devices, chunk_size):
     ids, present = [4, 0, 5, 2, 1], [True, True, False, True, True]
@@ -83,6 +85,7 @@ def test_every_number_of_devices_gives_the_same_result(num_devices, chunk_size):
     np.testing.assert_array_equal(shared.states["visits"], [41, 1, 50, 21, 11])
 
 
+@pytest.mark.usual("2")
 @pytest.mark.parametrize("num_devices", [2, 8])
 def test_a_client_that_is_not_finite_is_left_out_on_any_device(num_devices):
     def broken(key, broadcast, state, data):
@@ -129,6 +132,7 @@ def test_the_order_of_a_cohort_is_irrelevant(chunk_size):
     chex.assert_trees_all_close(one.fields, other.fields, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usual("3")
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_absent_clients_change_nothing(chunk_size):
     few = run([0, 2], chunk_size=chunk_size)
@@ -138,6 +142,7 @@ def test_absent_clients_change_nothing(chunk_size):
     assert not np.any(many.rejected)
 
 
+@pytest.mark.usual("nan-3", "inf-1")
 @pytest.mark.parametrize("chunk_size", [1, 3])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_client_that_is_not_finite_is_left_out_and_counted(chunk_size, bad):
@@ -162,6 +167,7 @@ def test_streaming_equals_the_formula_over_gathered_messages():
     chex.assert_trees_all_close(run([0, 1, 2]).fields["delta"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usual("2-2")
 @pytest.mark.parametrize(("chunk_size", "num_devices"), [(1, None), (2, None), (2, 2)])
 def test_the_median_sees_all_messages_at_once(chunk_size, num_devices):
     outcome = run(

@@ -69,6 +69,7 @@ def check_same(model, params, masks, state, small, inputs):
     assert np.abs(found - expected).max() <= TOLERANCE * largest
 
 
+@pytest.mark.usual("mlp-kernels", "own-kernels", "resnet_plain-all", "pooled_cnn-kernels")
 @pytest.mark.parametrize(
     ("seed", "prunable"),
     [(0, masks_lib.is_kernel), (1, lambda path, leaf: True)],

@@ -86,6 +86,15 @@ def test_the_rules_are_those_of_the_specification():
     assert set(RULES) == by_threshold | {"top_k"}
 
 
+@pytest.mark.usual(
+    "anybody-True",
+    "ascending-False",
+    "code_dynamic-True",
+    "histogram-False",
+    "majority-True",
+    "top_k-True",
+    "unanimous-False",
+)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_a_rule_is_its_definition(name, weighted):

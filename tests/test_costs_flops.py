@@ -183,6 +183,7 @@ def test_resnet18_has_fedtinys_counts_by_stage_and_gated_resnet32_its_own():
     assert round(counts["conv_1/kernel"] / 1e6, 2) == 0.44
 
 
+@pytest.mark.usual("lenet5")
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])
 def test_counts_do_not_depend_on_the_back_end(name, monkeypatch):
     model, image = network(name, 28)
@@ -217,6 +218,7 @@ def test_fedtinys_ratios_come_out():
     assert counted / sum(flops.dense(layers)) == pytest.approx(0.342, rel=5e-3)
 
 
+@pytest.mark.usual("lenet5")
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])
 def test_the_gradient_that_jax_makes_takes_what_is_counted(name):
     model, image = network(name, 16)
@@ -237,6 +239,7 @@ def test_the_gradient_that_jax_makes_takes_what_is_counted(name):
     assert total >= inside
 
 
+@pytest.mark.usual("lenet5", "cnn")
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "resnet20"])
 def test_xla_agrees_on_dense_graphs(name):
     model, image = network(name, 28 if name == "lenet5" else 16)
@@ -563,6 +566,7 @@ def test_gates_are_measured_and_weigh_all_three_passes():
         flops.of_function(model, weights, shape(2, 4), gates={"a": 2})
 
 
+@pytest.mark.slow
 def test_gated_resnet32_has_the_block_ratio():
     model, image = network("resnet32")
     layers = flops.of_model(model, None, shape(1, *image))

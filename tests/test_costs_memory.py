@@ -138,6 +138,7 @@ def round_of(name, image, chunk_size, num_clients=10, num_examples=500):
     return advance, (KEY, start, population)
 
 
+@pytest.mark.usual("mlp-image0-1")
 @pytest.mark.parametrize(
     ("name", "image", "chunk_size"),
     [
@@ -155,6 +156,7 @@ def test_a_rounds_memory_is_predicted_before_it_is_compiled(name, image, chunk_s
     assert predicted.temporaries == pytest.approx(used.temporaries, rel=0.2)
 
 
+@pytest.mark.slow
 def test_predicted_memory_grows_by_the_chunk_and_not_by_the_cohort():
     one, two, four = (
         program_memory.predict(*_flat(round_of("cnn", (28, 28, 1), size))).temporaries

@@ -57,6 +57,7 @@ def largest_difference(state, other):
     return np.max(np.abs(first - second)) / np.max(np.abs(second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "chunk_size"),
     [(3, 2), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (2, 8))],

@@ -166,6 +166,7 @@ def test_the_servers_control_variate_is_the_mean_of_the_clients_under_any_masks(
     assert np.any(np.asarray(quadratic.flatten(played[-1][0].correction)))
 
 
+@pytest.mark.slow
 def test_what_is_personal_is_not_corrected_and_its_gradients_stay_at_home():
     """It has no others to drift from: it goes the way that it goes without control variates."""
 

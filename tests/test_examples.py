@@ -24,6 +24,7 @@ def load(name):
     return module
 
 
+@pytest.mark.usual("compose_your_own")
 @pytest.mark.parametrize("name", sorted(TOY))
 def test_an_example_runs(name, capsys):
     results = load(name).main(**TOY[name])

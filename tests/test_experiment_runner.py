@@ -309,6 +309,7 @@ def test_the_seed_decides_everything(tmp_path, whole):
     assert lines != whole[2]
 
 
+@pytest.mark.usual("3", "8")
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 8, NUM_ROUNDS])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, whole, stop_after):
     folder = tmp_path / "run"
@@ -372,6 +373,7 @@ def damage_checksum(folder: pathlib.Path):
 DAMAGES = [damage_remove, damage_truncate, damage_empty, damage_checksum]
 
 
+@pytest.mark.usual("damage_truncate", "damage_checksum")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, whole, damage):
     folder = tmp_path / "run"
@@ -431,6 +433,7 @@ def test_a_checkpoint_keeps_empty_leaves_and_every_dtype(tmp_path):
     ]
 
 
+@pytest.mark.usual("7", "100")
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
 def test_the_batch_size_of_a_test_changes_nothing(batch_size):
     model = quadratic()

@@ -75,6 +75,7 @@ def expected_kept(index, period=2):
     return 32 - round(sparsity * 32)
 
 
+@pytest.mark.usual("regrow")
 @pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
 def test_the_number_of_live_weights_follows_the_curve_exactly(mode):
     _, _, history = simulate(dip(mode=mode)(setup()), some)
@@ -83,6 +84,7 @@ def test_the_number_of_live_weights_follows_the_curve_exactly(mode):
         assert np.asarray(metrics.num_live)[kernels].sum() == expected_kept(index)
 
 
+@pytest.mark.usual("dense")
 @pytest.mark.parametrize("mode", ["masked", "regrow", "dense"])
 def test_dense_weight_gradients_are_charged_where_the_pruned_entries_count(mode):
     """In the published mode nothing depends on them, so a device need not take them."""
@@ -179,6 +181,7 @@ def test_traffic_follows_the_closed_form():
         assert code.uplink == 3 * int(32 * (1 - zeros) * 38)
 
 
+@pytest.mark.usual("regrow")
 @pytest.mark.parametrize("mode", ["regrow", "dense"])
 def test_dense_entries_are_charged_where_they_travel(mode):
     algorithm = dip(mode=mode)(setup())
@@ -318,6 +321,7 @@ def published(network, classes):
     return jax.eval_shape(model.init, KEY)[0]
 
 
+@pytest.mark.usual("lenet5-10-2.299-totals0-with_masks0")
 @pytest.mark.parametrize(
     ("network", "classes", "dense", "totals", "with_masks"),
     [

@@ -93,6 +93,7 @@ def test_the_pool_costs_a_tenth_of_a_dense_model():
     assert candidates.pool_size(1.0) == 1
 
 
+@pytest.mark.slow
 def test_the_blocks_of_resnet18_and_their_turns():
     model = models.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch")
     paths = jaxprs.reading_order(model, input_shape=(32, 32, 3))
@@ -202,6 +203,7 @@ def test_a_candidate_that_is_to_keep_all_keeps_all():
     assert counts.tolist() == sizes.tolist()
 
 
+@pytest.mark.slow
 def test_erk_candidates_give_small_layers_more():
     def densities(params):
         return jnp.asarray(candidates.erk(params, 0.25, masks.is_kernel), jnp.float32)
@@ -217,6 +219,7 @@ def test_erk_candidates_give_small_layers_more():
     assert np.all(np.asarray(state.method.counts) >= 1)
 
 
+@pytest.mark.slow
 def test_a_candidate_keeps_the_largest_weights_of_each_layer():
     _, states, _ = play()
     state = states[1]
@@ -233,6 +236,7 @@ def test_a_candidate_keeps_the_largest_weights_of_each_layer():
 # Selection -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
     _, states, _ = play()
     prepared, compared = states[1], states[3]
@@ -257,6 +261,7 @@ def test_the_start_has_the_weighted_mean_statistics_of_the_lowest_loss():
     chex.assert_trees_all_equal(compared.params, masks.apply(chosen, prepared.params))
 
 
+@pytest.mark.slow
 def test_the_total_variance_is_that_of_all_the_data():
     algorithm = tiny(variance="total")
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
@@ -456,6 +461,7 @@ def test_an_exchange_takes_both_sets_from_the_old_mask():
     assert after["b"].tolist() == before["b"].tolist()  # nobody sent anything to grow
 
 
+@pytest.mark.usual("clients")
 @pytest.mark.parametrize("weights", ["examples", "clients"])
 def test_training_exchanges_one_block_at_a_time_as_computed_by_hand(weights):
     _, states, history = play(gradient_weights=weights)
@@ -582,6 +588,7 @@ def num_pairs(metrics):
     return np.asarray(metrics.sent.up["reply"]["grads"].sent_counts)
 
 
+@pytest.mark.slow
 def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
     algorithm = tiny()
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
@@ -594,6 +601,7 @@ def test_a_client_that_joins_for_the_comparison_receives_the_candidates():
     assert history[2].downlink.masks == history[1].downlink.masks > 0
 
 
+@pytest.mark.slow
 def test_dense_candidates_are_sent_though_their_masks_are_full():
     algorithm = tiny(sparsity=0.0, pool_size=2)
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)

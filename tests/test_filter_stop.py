@@ -73,6 +73,7 @@ def test_exactly_the_share_is_not_more_than_the_share(sparsity, stop, most):
     assert over == [pruned > most for pruned in range(NUM_FILTERS + 1)]
 
 
+@pytest.mark.usual("pooled_filters")
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_no_exchange_follows_once_nine_tenths_or_the_sparsity_are_gone(name):
     """Each exchange takes half of what is left, halves of one to the even number."""
@@ -81,6 +82,7 @@ def test_no_exchange_follows_once_nine_tenths_or_the_sparsity_are_gone(name):
     assert left_after_exchanges(name, sparsity=0.95, **halved) == [100, 50, 25, 13, 7, 3, 3]
 
 
+@pytest.mark.usual("mpfl")
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_exchanges_go_on_while_just_the_share_is_gone(name):
     steps = {"sparsity": 0.75, "num_prune_steps": 3}

@@ -107,6 +107,7 @@ def make(method, **options):
     return method.build(method.METHOD.settings(**{"sparsity": 0.5, **options}), task)
 
 
+@pytest.mark.usual("one_client-trained", "pooled-initial", "server-None")
 @pytest.mark.parametrize("weights", ["trained", "initial", None])
 @pytest.mark.parametrize("examples", sorted(MEANS))
 def test_magnitude_masks_keep_the_largest_weights_after_training_where_they_are_made(

@@ -117,6 +117,7 @@ def test_a_plain_form_closes_over_no_arrays():
         jaxprs.plain(jax.jit(closing))(X, W)
 
 
+@pytest.mark.usual("lenet5")
 @pytest.mark.parametrize(
     "name", ["lenet5", "cnn", pytest.param("resnet20", marks=pytest.mark.slow)]
 )

@@ -171,6 +171,7 @@ def same_but_counters(before, after):
     assert after.round == before.round + 1
 
 
+@pytest.mark.usual("scaffold")
 @pytest.mark.parametrize(
     "correction", ["none", "scaffold", pytest.param("fednova", marks=pytest.mark.slow)]
 )
@@ -274,6 +275,7 @@ def test_state_that_begins_infinite_does_not_veto_rounds():
 # The user's robust aggregator, and bounds ----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [pytest.param("model_state", marks=pytest.mark.slow), "grads"])
 def test_statistics_and_gradients_go_through_the_robust_aggregator(field):
     inner = local_training.local_sgd(

@@ -75,6 +75,7 @@ def long(cache, tmp_path_factory):
     return whole, time.monotonic() - before
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_after_its_round_with_a_checkpoint(cache, tmp_path):
     settings = small("--num-rounds", "1000000", "--checkpoints.every", "1000000")
     folder = tmp_path / "run"

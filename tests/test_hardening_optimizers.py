@@ -52,6 +52,7 @@ def delta_of(optimizer, given, **options):
     return jax.jit(lambda: client.update(KEY, given, (), DATA)[0].fields["delta"])()
 
 
+@pytest.mark.usual("adam", "backtracking", "multi_steps")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_client_follows_optax_own_recipe(name):
     """The loop of optax's manual, with a value of the loss where the optimizer wants one."""

@@ -119,6 +119,13 @@ BESIDE = ("control", "effective_steps", "gains", "grads", "model_state")
 BESIDE += ("other_gains", "places")
 
 
+@pytest.mark.usual(
+    "feddip-quantize",
+    "adaptive_dynamic_pruning-feedback_top_k",
+    "fedavg/scaffold-identity",
+    "personal_masks-identity",
+    "snip/of_clients-identity",
+)
 @pytest.mark.parametrize(("name", "wire_name"), CASES)
 def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
     """All stages, and ten rounds of training: catch every client's message, encode it, compare."""

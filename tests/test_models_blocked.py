@@ -40,6 +40,9 @@ def check_close(first, second):
         )
 
 
+@pytest.mark.usual(
+    "shape1-kernel_shape1-0-2", "shape2-kernel_shape2-1-4", "shape6-kernel_shape6-0-2"
+)
 @pytest.mark.parametrize(
     ("shape", "kernel_shape", "padding", "block"),
     [

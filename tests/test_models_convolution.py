@@ -79,6 +79,15 @@ def check_close(first, second):
         )
 
 
+@pytest.mark.usual(
+    "shape0-kernel_shape0-1-SAME",
+    "shape2-kernel_shape2-2-padding2",
+    "shape3-kernel_shape3-1-VALID",
+    "shape8-kernel_shape8-2-padding8",
+    "shape10-kernel_shape10-stride10-padding10",
+    "shape14-kernel_shape14-1-SAME",
+    "shape17-kernel_shape17-1-padding17",
+)
 @pytest.mark.parametrize(("shape", "kernel_shape", "stride", "padding"), CASES)
 def test_it_is_xlas_convolution(shape, kernel_shape, stride, padding):
     x = jax.random.normal(KEY, shape)
@@ -94,6 +103,7 @@ def test_it_is_xlas_convolution(shape, kernel_shape, stride, padding):
     check_close(*pair(x, kernel))
 
 
+@pytest.mark.usual("0-axes0", "1-axes1", "7-axes2")
 @pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
 @pytest.mark.parametrize("case", [0, 1, 7])
 def test_under_vmap_it_is_one_client_after_the_other(axes, case):
@@ -130,6 +140,12 @@ GROUPED = [
 ]
 
 
+@pytest.mark.usual(
+    "shape0-kernel_shape0-1-SAME-6",
+    "shape2-kernel_shape2-stride2-padding2-3",
+    "shape3-kernel_shape3-3-VALID-3",
+    "shape10-kernel_shape10-1-SAME-33",
+)
 @pytest.mark.parametrize(("shape", "kernel_shape", "stride", "padding", "groups"), GROUPED)
 def test_in_groups_it_is_xlas_convolution(shape, kernel_shape, stride, padding, groups):
     x = jax.random.normal(KEY, shape)

@@ -41,6 +41,7 @@ def written_out(x, kernel):
     return text.count(" = dot_general[") == 1
 
 
+@pytest.mark.usual("None-shape0", "None-shape3", "3-shape1", "3-shape4")
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (16, 64, 32), (16, 400, 120), (17, 5, 2)])
 @pytest.mark.parametrize("num_clients", [None, 3])
 def test_values_and_gradients_are_those_of_the_plain_product(shape, num_clients):

@@ -65,6 +65,7 @@ def steer(params, biases):
     return trees.map_with_path(leaf_of, params)
 
 
+@pytest.mark.usual("0.01-counts1-salient", "0.5-counts0-random")
 @pytest.mark.parametrize("choice", ["salient", "random"])
 @pytest.mark.parametrize(("density", "counts"), [(0.5, (3, 5)), (0.01, (1, 1)), (1.0, WIDTHS)])
 def test_exactly_the_asked_number_of_channels_is_kept_for_every_example(choice, density, counts):
@@ -81,6 +82,7 @@ def test_exactly_the_asked_number_of_channels_is_kept_for_every_example(choice, 
             assert value.weight == 1.0
 
 
+@pytest.mark.slow
 def test_the_most_salient_channels_are_kept_and_the_others_are_zero():
     module = gated_layers.GatedConv(features=4, norm="group")
     x = jax.random.normal(KEY, (2, 3, 3, 2))
@@ -235,6 +237,7 @@ def test_an_impossible_scale_is_refused():
         )
 
 
+@pytest.mark.slow
 def test_gated_networks_gate_what_the_paper_gates():
     sizes = {"input_shape": (32, 32, 3), "num_classes": 10}
     residual = gated.gated_resnet32(norm="batch", density=0.7, **sizes)
@@ -282,6 +285,7 @@ def gated_by_hand(x, params, num_kept, stride):
     return group_normalized(y, norm["scale"], norm["bias"], 2) * factor[:, None, None]
 
 
+@pytest.mark.usual("2-4")
 @pytest.mark.parametrize(("stride", "channels"), [(1, 8), (2, 4)])
 def test_a_block_is_two_gated_convolutions_and_the_shortcut_before_the_last_relu(stride, channels):
     block = gated.GatedBlock(8, stride, "group", "salient", 1.0)

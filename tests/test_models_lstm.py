@@ -52,6 +52,7 @@ def test_kernels_of_input_and_recurrence_are_prunable_and_the_embedding_is_not()
     ]
 
 
+@pytest.mark.usual("uint8")
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
 def test_one_label_an_example(dtype):
     model = tiny()

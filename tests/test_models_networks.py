@@ -100,6 +100,7 @@ def count(model, prunable=None):
     return sum(n for n, flag in zip(trees.sizes(params), flags, strict=True) if flag)
 
 
+@pytest.mark.usual("mlp", "lenet5", "gated_vgg")
 @pytest.mark.parametrize("name", CASES)
 def test_loss_is_the_weighted_mean_and_metrics_agree(name):
     params, state, step = compiled(name)
@@ -109,6 +110,7 @@ def test_loss_is_the_weighted_mean_and_metrics_agree(name):
     assert 0.0 <= report["accuracy"].total <= 3.0
 
 
+@pytest.mark.usual("mlp", "lenet5", "resnet_batch")
 @pytest.mark.parametrize("name", CASES)
 def test_filling_changes_neither_loss_nor_gradient_nor_state(name):
     params, state, step = compiled(name)
@@ -130,6 +132,7 @@ def test_a_batch_that_is_all_filling_has_zero_loss_and_gradient_and_leaves_the_s
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usual("mlp", "resnet_batch")
 @pytest.mark.parametrize("name", CASES)
 def test_clients_under_vmap_are_clients_one_by_one(name):
     params, state, step = compiled(name)

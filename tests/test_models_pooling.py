@@ -17,6 +17,7 @@ def theirs(x):
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.usual("shape1", "shape2")
 @pytest.mark.parametrize("shape", [(2, 6, 5, 3), (1, 1, 2, 1), (1, 7, 7, 2)])
 def test_a_sliding_maximum_is_flaxs(shape):
     x = jax.random.normal(KEY, shape)

@@ -44,6 +44,12 @@ def test_the_matrices_convolve_exactly(taps):
     np.testing.assert_allclose(result, np.correlate(signal, kernel, "valid"), rtol=0, atol=1e-10)
 
 
+@pytest.mark.usual(
+    "shape0-kernel_shape0-padding0-1",
+    "shape1-kernel_shape1-padding1-2",
+    "shape3-kernel_shape3-padding3-1",
+    "shape4-kernel_shape4-padding4-2",
+)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("shape", "kernel_shape", "padding"), CASES)
 def test_it_is_the_plain_convolution(shape, kernel_shape, padding, parts, monkeypatch):
@@ -82,6 +88,7 @@ def test_all_directions_of_a_large_layer_go_winograds_way():
         assert relative_error(value, other) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes", [(0, 0), *(pytest.param(a, marks=pytest.mark.slow) for a in ((None, 0), (0, None)))]
 )

@@ -189,6 +189,7 @@ CASES = (
 )
 
 
+@pytest.mark.usual("cnn fast", "recurrent plain", "transformer fast")
 @pytest.mark.parametrize("name", CASES)
 def test_moments_are_the_explicit_sums_and_gradients_the_plain_ones(name):
     name, forms = name.split()

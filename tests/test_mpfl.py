@@ -274,6 +274,7 @@ def test_training_is_fedavg_under_the_mask_to_the_bit():
 # Removal -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_pruned_can_be_removed_exactly():
     """Masks by filter and by channel compute the same, whatever stands where channels are gone."""
     module = resnet.ResNet(
@@ -471,6 +472,7 @@ def test_a_consensus_rule_is_found_by_name_wherever_it_is():
         make(consensus="topk")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "stages"),
     [

@@ -88,6 +88,7 @@ def mlp(**sizes):
     return models.mlp(hidden_sizes=(16,), **sizes)
 
 
+@pytest.mark.usual("csv-binary-1", "parquet-classification-2")
 @pytest.mark.parametrize(("task", "num_outputs"), [("classification", 2), ("binary", 1)])
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_with_client_ids_is_learnt(tmp_path, task, num_outputs, suffix):
@@ -245,6 +246,7 @@ def test_a_text_becomes_sequences_of_speakers_and_is_learnt(tmp_path):
     assert dataset.keys["line"].tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_sequence_may_have_a_label_at_each_position():
     tokens = RNG.integers(0, 5, (30, 6))
     labels = np.where(np.arange(6) < 4, np.roll(tokens, -1, axis=1), -1)

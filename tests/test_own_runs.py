@@ -98,6 +98,7 @@ def test_a_table_with_client_ids_and_a_linen_network_by_the_command(capsys):
         assert sentence in " ".join(said.split())
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_and_an_nnx_network_by_the_command(capsys):
     write_images()
     run, _ = trained(

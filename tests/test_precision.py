@@ -61,6 +61,7 @@ def make(name, shape, **settings):
 DEEP = ("vgg16_bn", "resnet18", "resnet32", "resnet34", "resnet50", "gated_resnet32", "gated_vgg16")
 
 
+@pytest.mark.usual("lenet5", "alexnet", "gated_resnet8", "char_lstm", "resnet8", "vgg11_bn")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in registry.names("model")],
@@ -158,6 +159,7 @@ def played(make, model):
 DEAR = ("fedavg", "fedprox", "scaffold", "feddip_regrow", "feddip_dense")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in DEAR else n for n in METHODS]
 )

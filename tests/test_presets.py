@@ -10,6 +10,17 @@ SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32,
 NUM_EXAMPLES = 6000
 
 
+@pytest.mark.usual(
+    "feddip-alexnet-cifar10",
+    "feddip-cifar10",
+    "feddip-fashion-mnist",
+    "fedtiny-cifar10",
+    "fedtiny-vgg11-cifar10",
+    "mpfl-cifar10",
+    "quick",
+    "threshold-cifar10",
+    "autoflip-cifar10",
+)
 @pytest.mark.parametrize("name", files.preset_texts())
 def test_the_method_of_a_preset_is_built_without_its_data(name):
     given = files.read_source(name)

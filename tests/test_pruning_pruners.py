@@ -101,6 +101,15 @@ def compiled(name):
     return pruner.init(PARAMS), jax.jit(chex.assert_max_traces(pruner.update, n=1))
 
 
+@pytest.mark.usual(
+    "chain_of_none",
+    "exempt_when_chain",
+    "grow_to_pool",
+    "prune_to_saliency",
+    "prune_to_ramp",
+    "drop_ramp",
+    "anew",
+)
 @pytest.mark.parametrize("name", sorted(PRUNERS))
 def test_a_pruner_is_traced_once_and_returns_what_it_was_given(name):
     state, update = compiled(name)

@@ -80,6 +80,7 @@ def close(first, second, tolerance=1e-5):
 SOME = hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
 
 
+@pytest.mark.usual("geometric_median", "krum", "trimmed_mean", "weighted_mean", "centered_clipping")
 @pytest.mark.parametrize("name", NAMES)
 @hypothesis.given(cohorts(), st.permutations(range(PRESENT)))
 @SOME
@@ -235,6 +236,13 @@ BESIDE = {
 }
 
 
+@pytest.mark.usual(
+    "-100-geometric_median",
+    "-100-krum",
+    "-100-norm_bounding",
+    "60-centered_clipping",
+    "60-server_trust",
+)
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("power", [-100, 60])
 def test_the_unit_of_messages_does_not_matter(name, power):

@@ -59,6 +59,7 @@ def test_a_scan_over_rounds_is_the_loop(parts):
     assert records.num_live.shape == (4, 4)
 
 
+@pytest.mark.slow
 def test_seeds_can_be_mapped(parts):
     algorithm, advance = parts
     keys = jax.random.split(jax.random.key(1), 2)

@@ -119,6 +119,7 @@ def test_a_process_of_a_sweep_says_why_it_failed(capsys):
     assert "does not fit the data set" in err
 
 
+@pytest.mark.slow
 def test_a_tracker_follows_every_member(capsys):
     pathlib.Path("follower_of_tests.py").write_text(
         "import pathlib\n"

@@ -76,6 +76,7 @@ def test_a_round_transfers_nothing_and_writes_over_its_state(tmp_path, monkeypat
     assert rounds == [1, 2, 3, 4]
 
 
+@pytest.mark.usual("loop")
 @pytest.mark.parametrize("place", ["round", "loop"])
 def test_a_transfer_would_be_seen(tmp_path, monkeypatch, place):
     def careless(step, number, key, now, population):

@@ -78,6 +78,7 @@ def test_the_key_decides_and_only_where_there_is_chance(name):
     assert same == (not any(random in name for random in RANDOM))
 
 
+@pytest.mark.usual("quantize", "sign", "error_feedback(top_k)", "unbiased_random_k")
 @pytest.mark.parametrize("name", sorted(UPLINKS))
 def test_mapping_over_clients_is_sending_one_by_one(name):
     component = UPLINKS[name]
@@ -126,6 +127,15 @@ def test_nothing_is_lost_but_delayed_by_feedback():
     chex.assert_trees_all_equal(state.residual["w"], jnp.zeros(20))
 
 
+@pytest.mark.usual(
+    "top_k-0.01",
+    "top_k-0.9",
+    "top_k-1.0",
+    "random_k-0.25",
+    "random_k-1.0",
+    "unbiased_random_k-0.01",
+    "unbiased_random_k-0.5",
+)
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("make", [uplinks.top_k, uplinks.random_k, uplinks.unbiased_random_k])
 def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):

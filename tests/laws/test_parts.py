@@ -23,6 +23,7 @@ def without(protocol, section):
     return {path: one for path, one in protocol.items() if not path.startswith(section)}
 
 
+@pytest.mark.usual("fedavgm", "fedyogi")
 @pytest.mark.parametrize("name", [case(name) for name in registry.names("server_optimizer")])
 def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name, subtests):
     server = {"server.optimizer": name, "server.optimizer.server_learning_rate": 0.1}
@@ -33,6 +34,7 @@ def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name,
             law(played)
 
 
+@pytest.mark.usual("top_k-False", "sign-True", "quantize-False", "unbiased_random_k-False")
 @pytest.mark.parametrize(("name", "feedback"), [case(*each) for each in UPLINKS])
 def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, feedback, subtests):
     protocol = without(scenario.PROTOCOL, "uplink")
@@ -48,6 +50,7 @@ def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, feedback, 
             law(played)
 
 
+@pytest.mark.usual("2")
 @pytest.mark.parametrize("chunk_size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_chunk_size_gives_the_same_result(chunk_size):
     method, settings = rows.row("fedavg")
