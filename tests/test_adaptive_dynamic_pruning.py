@@ -294,6 +294,7 @@ def test_readers_are_kernels_with_one_gated_maker():
     assert sorted(residual) == [(f"{b}/conv_2/conv/kernel", 2, f"{b}/conv_1") for b in blocks]
 
 
+@pytest.mark.slow
 def test_a_client_sends_its_most_kept_channels_with_their_salient_inputs():
     algorithm, now, history = played()
     (bits,) = [dict(told.sent.up[gated_updates.SALIENT]) for told in history[:1]]

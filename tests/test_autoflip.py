@@ -390,6 +390,7 @@ def test_agreement_of_the_explorers_by_hand():
     np.testing.assert_allclose(kernels(states[1].pruner), guide, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_refresh_takes_what_the_uploads_say_anyway():
     """Every second round, from the squares of the deltas of that round."""
     algorithm, states, history = play(agreement="scaled", prune_every=2)
@@ -686,6 +687,7 @@ def test_by_name_alone_everybody_explores_at_the_papers_threshold():
     assert [stage.cohort for stage in flip(num_explorers=3).stages] == [3, "sampled"]
 
 
+@pytest.mark.slow
 def test_explorers_stop_by_examples_that_they_do_not_train_on():
     asked = []
 

@@ -16,6 +16,7 @@ def test_every_attack_meets_every_robust_aggregator():
     assert set(byzantine.cases(quick=True)) < set(cases)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     asked = []
 

@@ -95,6 +95,7 @@ def test_a_sparsity_is_each_of_the_four_where_weights_are_pruned(sweep):
         assert values == {0.8, 0.9, 0.95, 0.99}, name
 
 
+@pytest.mark.slow
 def test_every_other_network_has_fedavg_beside_it(sweep):
     dense = ("fedavg", "adaptive_dynamic_pruning/squeeze_excitation")  # which is FedAvg with gates
     references = {m.config.model.name for m in sweep.members if method(m) in dense}
@@ -165,6 +166,7 @@ def test_the_table_is_of_the_last_ten_rounds_and_counts_stages_before_training(p
     assert drawn.count("<svg") == 1
 
 
+@pytest.mark.slow
 def test_what_has_not_finished_is_not_in_the_table(played, sweep, capsys):
     name = "autoflip-iid-lenet5-num-explorers-5-explore-epochs-3-sparsity-0.9-seed-0"
     (played / name / layout.SUMMARY).unlink()
@@ -173,6 +175,7 @@ def test_what_has_not_finished_is_not_in_the_table(played, sweep, capsys):
     assert found[5:7] == ["-", "60.00 (1 of 3)"]
 
 
+@pytest.mark.slow
 def test_a_row_plays_its_members_alone(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(

@@ -137,6 +137,7 @@ def contents(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usual("False")
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_a_run_whose_config_was_edited_is_not_resumed(capsys, tmp_path, is_finished):
     small_run(capsys, "run")

@@ -77,6 +77,7 @@ def test_a_law_that_is_broken_is_said_in_a_sentence(own):
     assert f"failed  {law}: round 1 (train): deployed_params are not zero where pruned." in wrong
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_played_says_why(own):
     done = conformance(own("after.parameters"))
     assert done.returncode == 1

@@ -162,6 +162,7 @@ def test_networks_of_the_papers_have_the_counts_of_their_layers(name):
     assert flops.BETWEEN not in [layer.path for layer in layers]
 
 
+@pytest.mark.slow
 def test_resnet18_has_fedtinys_counts_by_stage_and_gated_resnet32_its_own():
     model, image = network("resnet18")
     stages: dict[str, int] = dict.fromkeys(

@@ -254,6 +254,7 @@ class Adam(NamedTuple):
     name: str = "adam"
 
 
+@pytest.mark.slow
 def test_corrections_are_parts_of_the_client():
     batcher = by_size()
 

@@ -73,6 +73,7 @@ def test_what_is_exported_says_what_the_run_says(run, exported):
         assert not leaf[~mask].any()
 
 
+@pytest.mark.slow
 def test_the_program_runs_where_only_jax_is(exported, tmp_path):
     folder, _ = exported
     np.save(tmp_path / "images.npy", images(3))

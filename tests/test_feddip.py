@@ -106,6 +106,7 @@ def test_masks_are_nested_in_the_published_mode():
         assert not np.any(quadratic.flatten(after.masks) & ~quadratic.flatten(before.masks))
 
 
+@pytest.mark.slow
 def test_masks_regrow_in_the_other_modes():
     # A strong rate in the dense entries lets pruned weights overtake live ones.
     for mode in ("regrow", "dense"):
@@ -118,6 +119,7 @@ def test_masks_regrow_in_the_other_modes():
         assert any(regrown), mode
 
 
+@pytest.mark.slow
 def test_sending_only_live_entries_loses_nothing_in_the_published_mode():
     """The public code's order: send dense deltas, mask the aggregate by the old masks, rank."""
     sparsity = schedules.cubic(

@@ -277,6 +277,7 @@ def test_the_total_variance_is_that_of_all_the_data():
         batch_norm.add_spread({"norm": {"var": var}}, [var], [var])
 
 
+@pytest.mark.slow
 def test_the_server_trains_on_its_own_examples_alone():
     _, states, history = play()
     rows = np.asarray(PEOPLE.examples["inputs"])[SERVER]
@@ -349,6 +350,7 @@ def test_one_candidate_without_readjustment_is_fedavg_under_a_fixed_mask_to_the_
         chex.assert_trees_all_equal(state, expected)
 
 
+@pytest.mark.slow
 def test_an_unheard_comparison_leaves_the_first_candidate_in_force():
     algorithm = tiny()
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)

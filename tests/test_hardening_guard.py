@@ -304,6 +304,7 @@ def test_statistics_and_gradients_go_through_the_robust_aggregator(field):
     assert max(np.abs(x).max() for x in jax.tree.leaves(run(wrong, None))) > 1e6
 
 
+@pytest.mark.slow
 def test_control_variates_go_through_the_robust_aggregator():
     def run(aggregator, change):
         correction = scaffold.control_variates()
@@ -339,6 +340,7 @@ def test_a_long_delta_is_shortened_to_the_clip():
     np.testing.assert_allclose(np.linalg.norm(long), 1.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_client_counts_for_at_most_the_largest_weight():
     def run(**protocol):
         return quadratic.flatten(one_round(INNER, [2, 3], **protocol)[1].params)

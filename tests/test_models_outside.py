@@ -132,6 +132,7 @@ def test_a_seed_decides_a_network_and_dropout_draws_anew():
     assert len(losses) > 1
 
 
+@pytest.mark.slow
 def test_a_transformer_reads_tokens():
     model = outside.as_model(Transformer(), input_shape=(4,), input_dtype=jnp.int32)
     params, state = model.init(KEY)

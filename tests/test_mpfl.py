@@ -207,6 +207,7 @@ def test_examples_may_vote_and_a_share_of_what_is_left_may_go():
         np.testing.assert_array_equal(bits, 2 * tally > sizes.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", [mpfl, *(pytest.param(m, marks=SLOW) for m in (averaged_filters, pooled_filters))]
 )

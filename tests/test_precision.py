@@ -83,6 +83,7 @@ def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
     assert found == {(BFLOAT16, BFLOAT16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lenet5", pytest.param("resnet8", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_near_float32(name):
     wide = make(name, (32, 32, 3))

@@ -48,6 +48,7 @@ def test_rounds_are_traced_once_even_from_weak_types_and_may_be_donated(parts):
     assert np.all(quadratic.flatten(params) == np.float32(0.1))  # the caller's own are still there
 
 
+@pytest.mark.slow
 def test_a_scan_over_rounds_is_the_loop(parts):
     algorithm, advance = parts
     run = start(algorithm)
