@@ -63,7 +63,7 @@ def lines(folder: pathlib.Path) -> list[record.Line]:
 
 def wait_for_round(process: subprocess.Popen, folder: pathlib.Path, number: int) -> None:
     """Wait until a run has recorded a round, or has ended."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if len(record.look(folder).lines) >= number:
             return
@@ -90,7 +90,7 @@ def arguments(settings: Sequence[str], folder: pathlib.Path) -> list[str]:
 def stopped(process: subprocess.Popen, number: int = signal.SIGKILL) -> str:
     """Send a signal, wait for the end, and give what was said on stderr."""
     process.send_signal(number)
-    return process.communicate(timeout=60)[1]
+    return process.communicate(timeout=300)[1]
 
 
 def assert_resumes(

@@ -147,12 +147,12 @@ def test_a_sweep_ends_by_a_signal_and_continues(cache, tmp_path):
     file.write_text(yaml.safe_dump({**values, "seed": [0, 1], "folder": str(tmp_path / "many")}))
     for jobs in ("1", "2"):
         process = processes.command("sweep", str(file), "--jobs", jobs)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            found = list((tmp_path / "many").glob("*/metrics.jsonl"))
-            if len(found) >= int(jobs) and all(path.stat().st_size > 9999 for path in found):
-                break
+        deadline, found = time.monotonic() + 300, []
+        while len(found) < int(jobs) or any(path.stat().st_size < 9999 for path in found):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.01)
+            found = list((tmp_path / "many").glob("*/metrics.jsonl"))
         said = processes.stopped(process, signal.SIGTERM)
         assert process.returncode == 143
         assert said.endswith(
