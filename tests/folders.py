@@ -36,6 +36,7 @@ CONFIG = {
         "learning_rate_decay": 0.998,
         "proximal_mu": 0.0,
         "correction": {"name": "none"},
+        "hardware": {"name": "none"},
     },
     "server": {
         "optimizer": {"name": "fedavg", "server_learning_rate": 1.0},

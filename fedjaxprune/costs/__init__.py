@@ -3,5 +3,5 @@
 from fedjaxprune import namespace
 
 __all__, __getattr__, __dir__ = namespace.offer(
-    __name__, modules="coverage flops ledger storage_models"
+    __name__, modules="coverage flops hardware ledger storage_models"
 )

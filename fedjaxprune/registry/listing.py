@@ -51,6 +51,7 @@ KINDS: dict[str, Kind] = {
     "uplink": Kind("fedjaxprune.federated.uplinks"),
     "aggregator": Kind("fedjaxprune.federated.aggregators"),
     "attack": Kind("fedjaxprune.federated.attacks", ("num_classes",)),
+    "hardware": Kind("fedjaxprune.costs.hardware", ("num_clients", "rng")),
     "server_optimizer": Kind("fedjaxprune.federated.server_optimizers"),
     "tracker": Kind("fedjaxprune.experiment.tracking", is_component=True),
     "consensus": Kind("fedjaxprune.pruning.structured.voting", is_component=True),

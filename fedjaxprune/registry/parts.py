@@ -124,7 +124,7 @@ def name_of(value: Any) -> str:
 
 def a_kind(kind: str) -> str:
     """Say a kind in words: ``"a method"``, ``"an uplink"``, ``"a server optimizer"``."""
-    rule = " rule" if kind in ("sampling", "consensus") else ""
+    rule = {"sampling": " rule", "consensus": " rule", "hardware": " table"}.get(kind, "")
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind.replace('_', ' ')}{rule}"
 
 

@@ -52,6 +52,7 @@ class Curve(NamedTuple):
     rounds: np.ndarray  # completed
     mib: np.ndarray  # MiB sent until then, both ways, all clients
     flops: np.ndarray  # FLOPs of training until then, modeled
+    seconds: np.ndarray  # of the clients' devices until then, modeled
     score: np.ndarray  # as the record has it
     loss: np.ndarray  # test loss
 
@@ -77,6 +78,8 @@ class Measures(NamedTuple):
     masks: float  # MiB of masks, both ways
     flops: float  # FLOPs of training, modeled
     dense_flops: float  # the same as if nothing were pruned
+    seconds: float  # of the clients' devices, modeled
+    overlapped_seconds: float  # the same if messages and arithmetic overlap
 
 
 class Comparison(NamedTuple):
@@ -162,8 +165,8 @@ def curve(run: RunData, score: Score) -> Curve:
     values, loss = load.column(run, score.path), load.column(run, "test.loss")
     at = np.flatnonzero(~np.isnan(values) | ~np.isnan(loss))
     rounds = np.array([run.lines[n]["round"] for n in at], np.int64)
-    mib, done = np.cumsum(sent(run))[at], np.cumsum(flops(run))[at]
-    return Curve(run, rounds, mib, done, values[at], loss[at])
+    costs = (np.cumsum(each)[at] for each in (sent(run), flops(run), seconds(run)))
+    return Curve(run, rounds, *costs, values[at], loss[at])
 
 
 def flops(run: RunData, prefix: str = "") -> np.ndarray:
@@ -175,6 +178,14 @@ def flops(run: RunData, prefix: str = "") -> np.ndarray:
         (load.column(run, f"compute.training_flops.{prefix}{name}") for name in PASSES),
         start=np.zeros(len(run.lines)),
     )
+
+
+def seconds(run: RunData, prefix: str = "") -> np.ndarray:
+    """Read each round's modeled time, ``[rounds]``; NaN where it is not modeled.
+
+    The prefix is ``overlapped_`` for that of messages and arithmetic at once.
+    """
+    return load.column(run, f"compute.client_time.{prefix}seconds")
 
 
 def mib(run: RunData, path: str) -> float:
@@ -253,6 +264,8 @@ def _measure(one: Curve, score: Score, budget: float, target: float) -> Measures
         masks=sum(mib(run, f"traffic.{way}.masks") for way in WAYS),
         flops=float(np.sum(flops(run))),
         dense_flops=float(np.sum(flops(run, "dense_"))),
+        seconds=float(np.sum(seconds(run))),
+        overlapped_seconds=float(np.sum(seconds(run, "overlapped_"))),
     )
 
 

@@ -46,6 +46,10 @@ def columns(compared: Comparison) -> dict[str, list[Column]]:
         Column(f"MiB to {target}", f"MiB\nto {target}", lambda m: m.mib_to, 2),
         Column(f"rounds to {target}", f"rounds\nto {target}", lambda m: m.rounds_to, 0),
     ]
+    timed = [
+        Column("modeled time, s", "modeled\ntime, s", lambda m: m.seconds, 1),
+        Column("modeled time if all overlaps, s", "", lambda m: m.overlapped_seconds, 1),
+    ]
     return {
         f"{name} on the test set": [
             Column("sparsity, %", "sparsity\n%", lambda m: 100 * m.sparsity, 2),
@@ -71,6 +75,11 @@ def columns(compared: Comparison) -> dict[str, list[Column]]:
                 "GFLOP, %\nof dense",
                 lambda m: 100 * m.flops / m.dense_flops if m.dense_flops else math.nan,
                 1,
+            ),
+            *(
+                timed
+                if any(compare.known(m.seconds for m in one) for one in compared.measures)
+                else ()
             ),
         ],
     }

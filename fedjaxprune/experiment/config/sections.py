@@ -100,6 +100,9 @@ class Client(Settings):
         unit="loss per squared distance",
     )
     correction: Any = part("correction", "none", "Correction of client drift.")
+    hardware: Any = part(
+        "hardware", "none", "What the clients' devices can do, for modeled times of rounds."
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_work(self) -> "Client":
@@ -208,6 +211,7 @@ class Parts(NamedTuple):
     server_optimizer: Found
     aggregator: Found
     attack: Found
+    hardware: Found
     uplink: Found
 
 

@@ -106,4 +106,14 @@ def _compute(lines: Sequence[Line]) -> dict[str, Any]:
     each = [value(line, "compute.training_flops") for line in lines]
     found: dict[str, Any] = {"training_flops": None if None in each else _totals(each)}
     predictions = [one for line in lines if (one := value(line, "compute.inference_flops"))]
-    return found | ({"inference_flops": predictions[-1]} if predictions else {})
+    times = [one for line in lines if (one := value(line, "compute.client_time"))]
+    names = ("seconds", "overlapped_seconds")
+    return (
+        found
+        | ({"inference_flops": predictions[-1]} if predictions else {})
+        | (
+            {"client_time": {n: math.fsum(value(one, n) or 0.0 for one in times) for n in names}}
+            if times
+            else {}
+        )
+    )

@@ -15,6 +15,7 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
+from fedjaxprune.costs import hardware as hardware_lib
 from fedjaxprune.data import batching, transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
@@ -42,7 +43,7 @@ _NEEDS = {
     "convolutions": (facts_lib.has_convolutions, "convolutions"),
     "gates": (facts_lib.has_gates, "gates"),
 }
-_HOSTILE = 2  # beside a seed: draws of their own
+_HOSTILE, _HARDWARE = 2, 3  # beside a seed: draws of their own
 _SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
 
 
@@ -99,6 +100,7 @@ def _parts(
         network=describe_network(config, task, algorithm, dataset),
         task=dataset.task,
         mesh=task.protocol.mesh,
+        hardware=_hardware(config, len(examples.sizes)),
     )
 
 
@@ -200,6 +202,15 @@ def _attackers(config: RunConfig, given: Examples) -> attacks.Attackers | None:
     fraction = 0.2 if section.hostile_fraction is None else section.hostile_fraction
     chosen = attacks.choose(rng, num_clients=len(given.sizes), fraction=fraction)
     return attacks.Attackers(attack=attack, client_ids=chosen)
+
+
+def _hardware(config: RunConfig, num_clients: int) -> hardware_lib.Hardware | None:
+    """Draw the clients' devices."""
+    section = config.client.hardware
+    rng = np.random.default_rng([config.seed, _HARDWARE])
+    with _refusals(f"client.hardware {section.name!r}: "):
+        made = config.parts.hardware.part.build(section, num_clients=num_clients, rng=rng)
+        return None if made is None else hardware_lib.check(made, num_clients)
 
 
 def check_needs(config: RunConfig, task: Task) -> None:

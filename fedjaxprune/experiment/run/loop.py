@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedjaxprune.costs.hardware import Hardware
 from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.config import files
 from fedjaxprune.experiment.config.sections import RunConfig
@@ -48,6 +49,7 @@ class RunParts(NamedTuple):
     mesh: Mesh | None = None  # the devices that share a cohort; None for one device
     # how many clients a device trains at once, if that was left to a trial
     chunk: chunk_size.Choice | None = None
+    hardware: Hardware | None = None  # the clients' devices; None where times are not modeled
 
     @property
     def num_rounds(self) -> int:

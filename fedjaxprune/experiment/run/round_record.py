@@ -20,6 +20,9 @@ The fields of a line, by dotted path; what was not measured is absent or None:
 ``traffic.published``      by name, what a published formula charges
 ``compute.training_flops`` modeled, of the clients' training; see `RoundCosts`
 ``compute.inference_flops`` with gates and a test: of a prediction, an example
+``compute.client_time``    modeled, where ``client.hardware`` is set: ``seconds`` until the slowest
+                           client (``slowest_client``) has received, computed and sent, and
+                           ``overlapped_seconds`` if these went on at once; see `costs.hardware`
 ``clients``                that took part (``participating``), of them left out as their message
                            was not finite (``rejected``), and how the test accuracy is spread over
                            the clients (``accuracy``)
@@ -34,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjaxprune import __version__, trees
-from fedjaxprune.costs import ledger
+from fedjaxprune.costs import hardware, ledger
 from fedjaxprune.experiment.folder.layout import SCHEMA
 from fedjaxprune.experiment.folder.record import Line, finite
 from fedjaxprune.experiment.run import client_accuracy, evaluation, round_costs
@@ -63,6 +66,7 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
         warn=warn,
     )
     classes = client_accuracy.of_population(parts.population, parts.test.labels)
+    work = _work(parts)
     num_dense = sum(trees.sizes(shapes.params)) + sum(trees.sizes(shapes.model_state))
     flags = profile.flags
     header = {
@@ -77,6 +81,7 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
 
     def line_fn(stage, stage_round, number, metrics, tested):
         costs = round_costs.of_round(profile, metrics)
+        sent = ledger.account(metrics, shapes, parts.algorithm)
         loss = metrics.train["loss"]
         weight = float(loss.weight)
         line = {
@@ -90,9 +95,7 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
                 "clients_per_weight": costs.clients_per_weight,
                 "unchanged_fraction": costs.unchanged_fraction,
             },
-            "traffic": _traffic(
-                ledger.account(metrics, shapes, parts.algorithm), _dense(metrics, num_dense)
-            ),
+            "traffic": _traffic(sent, _dense(metrics, num_dense)),
             "compute": {"training_flops": costs.training_flops},
             "clients": {
                 "participating": int(metrics.num_participating),
@@ -100,6 +103,15 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
             },
             "method": parts.algorithm.diagnostics(metrics),
         }
+        if parts.hardware is not None:
+            flops = costs.training_flops or {}
+            time = hardware.time_of_round(
+                parts.hardware,
+                sent.clients,
+                flops=sum(flops.get(name, 0) for name in round_costs.PARTS),
+                work=work,
+            )
+            line["compute"]["client_time"] = time._asdict()
         if tested is not None:
             scores = evaluation.scores(tested, parts.test.labels, task=parts.task)
             error = None if scores.error is None else finite(scores.error)
@@ -116,6 +128,12 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
         return line
 
     return Writer(header, line_fn)
+
+
+def _work(parts: Any) -> np.ndarray:
+    """Tell how many examples each client passes over in a round, ``[N]``, up to a factor."""
+    sizes = np.diff(np.asarray(parts.population.offsets))
+    return sizes if parts.config.client.steps is None else np.minimum(sizes, 1)
 
 
 def _mask(profile: round_costs.Profile, metrics: RoundMetrics, num_prunable: int) -> dict[str, Any]:

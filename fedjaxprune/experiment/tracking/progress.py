@@ -179,6 +179,8 @@ def table(summary: Mapping[str, Any], config: RunConfig, *, details: bool) -> Ta
         sparse = sum(flops.get(name, 0) for name in _PASSES)
         dense = sum(flops.get(f"dense_{name}", 0) for name in _PASSES)
         rows["training FLOPs, modeled *"] = f"{sparse:.3g}{_of_dense(sparse, dense)}"
+    if modeled := summary["compute"].get("client_time"):
+        rows["time of the clients' devices, modeled"] = f"{modeled['seconds']:,.4g} s"
     if number := summary["clients"]["rejected"]:
         rows["messages left out (not finite) *"] = f"{number:,}"
     rows["time"] = f"{summary['time_s']:,.1f} s"
@@ -217,6 +219,9 @@ def _details(summary: Mapping[str, Any]) -> dict[str, str]:
     flops = {"training_flops": compute["training_flops"] or {}}
     for name, number in numbers_of(flops):
         rows[f"{name.removeprefix('training_flops.').replace('_', ' ')} FLOPs *"] = f"{number:.3g}"
+    if found := compute.get("client_time"):
+        text = f"{found['overlapped_seconds']:,.4g} s"
+        rows["time of the clients' devices, if all overlaps"] = text
     if found := compute.get("inference_flops"):
         share = found["gated"] / found["without_gates"] if found["without_gates"] else math.nan
         text = f"{found['gated']:.3g} ({100 * share:.1f} % of a network without gates)"

@@ -62,10 +62,12 @@ def against_score(compared: Comparison) -> frame.Picture:
     variants = []
     score, sign = compared.score, 1 if compared.score.is_better_if_higher else -1
     unit = f", {score.unit}" if score.unit else ""
-    for name, axis, read in (
-        ("bytes", frame.AXES["mib"], lambda m: m.up + m.down),
-        ("FLOPs", frame.AXES["flops"], lambda m: m.flops),
+    for x, read in (
+        ("mib", lambda m: m.up + m.down),
+        ("flops", lambda m: m.flops),
+        ("seconds", lambda m: m.seconds),
     ):
+        name, axis = frame.NAMES[x], frame.AXES[x]
         figure = frame.empty(x=axis, y=f"{score.name} at the end{unit}")
         points, num_drawn = [], 0
         for number, members in enumerate(compared.groups):

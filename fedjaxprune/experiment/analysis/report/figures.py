@@ -93,7 +93,7 @@ def pictures(compared: Comparison) -> tuple[list[frame.Picture], list[str]]:
 
 
 def _curves(compared: Comparison, field: str, title: str, axis: str, scale: float) -> frame.Picture:
-    """Draw what was tested against rounds, bytes and FLOPs."""
+    """Draw what was tested against rounds, bytes, FLOPs and, where it is modeled, time."""
     groups, variants = compared.groups, []
     for x, text in frame.AXES.items():
         figure = frame.empty(x=text, y=axis)
@@ -102,7 +102,7 @@ def _curves(compared: Comparison, field: str, title: str, axis: str, scale: floa
         if x == "rounds":
             frame.mark_stages(figure, groups)
         if figure.data:
-            variants.append(({"mib": "bytes", "flops": "FLOPs"}.get(x, x), figure))
+            variants.append((frame.NAMES[x], figure))
     note = "Mean over seeds; the band is one deviation." if _has_seeds(groups) else ""
     return frame.Picture(field, title, note, variants)
 

@@ -23,7 +23,13 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
 FEW = 40  # points of a curve that get markers
 MANY = 10  # ticks that an axis has room for
-AXES = {"rounds": "rounds", "mib": "MiB sent, both ways, all clients", "flops": "training FLOPs"}
+AXES = {
+    "rounds": "rounds",
+    "mib": "MiB sent, both ways, all clients",
+    "flops": "training FLOPs",
+    "seconds": "modeled time of the clients' devices, s",
+}
+NAMES = {"rounds": "rounds", "mib": "bytes", "flops": "FLOPs", "seconds": "modeled time"}
 
 
 class Picture(NamedTuple):
