@@ -10,7 +10,7 @@ from fedjaxprune.costs import hardware
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.analysis import compare, tables
 from fedjaxprune.experiment.config import resolve
-from fedjaxprune.experiment.folder import summary
+from fedjaxprune.experiment.folder import record, summary
 from fedjaxprune.traffic import ClientBits
 from tests import stub
 
@@ -104,6 +104,7 @@ def test_a_run_models_its_time_and_what_compares_runs_shows_it(tmp_path):
         cohort = line["clients"]["participating"]
         np.testing.assert_allclose(time["seconds"], longest / 1e3 + total / cohort / 1e6)
         assert 0 < time["overlapped_seconds"] < time["seconds"]
+    assert record.read(tmp_path / "run").lines == lines
     seconds = sum(time["seconds"] for time in times)
     np.testing.assert_allclose(result.summary["compute"]["client_time"]["seconds"], seconds)
     compared, _ = compare.of_folders([tmp_path / "run"])
@@ -115,3 +116,11 @@ def test_a_run_models_its_time_and_what_compares_runs_shows_it(tmp_path):
 def test_without_hardware_nothing_is_modeled():
     lines = [{"round": 1, "stage": "train", "test": {}, "compute": {"training_flops": None}}]
     assert "client_time" not in summary._compute(lines)
+
+
+def test_a_round_of_the_server_alone_takes_no_time_and_names_no_client(tmp_path):
+    settings = stub.settings() | {"federation.num_rounds": 1, "client.hardware": own}
+    fjp.run(settings | {"method": "random_masks"}, folder=tmp_path / "run")
+    first, second = record.read(tmp_path / "run").lines
+    assert first["compute"]["client_time"] == {"seconds": 0.0, "overlapped_seconds": 0.0}
+    assert second["compute"]["client_time"]["slowest_client"] in range(4)

@@ -198,7 +198,7 @@ def spread(
 
 def mixed(classes: Sequence[str], num_clients: int, *, rng: np.random.Generator) -> Hardware:
     """Draw each client's device from classes of `DEVICES`."""
-    drawn = rng.integers(len(classes), size=num_clients)
+    drawn: list[int] = rng.integers(len(classes), size=num_clients).tolist()
     return of_devices([DEVICES[classes[number]] for number in drawn])
 
 

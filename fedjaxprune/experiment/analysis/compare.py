@@ -165,8 +165,8 @@ def curve(run: RunData, score: Score) -> Curve:
     values, loss = load.column(run, score.path), load.column(run, "test.loss")
     at = np.flatnonzero(~np.isnan(values) | ~np.isnan(loss))
     rounds = np.array([run.lines[n]["round"] for n in at], np.int64)
-    costs = (np.cumsum(each)[at] for each in (sent(run), flops(run), seconds(run)))
-    return Curve(run, rounds, *costs, values[at], loss[at])
+    mib, done, taken = (np.cumsum(each)[at] for each in (sent(run), flops(run), seconds(run)))
+    return Curve(run, rounds, mib, done, taken, values[at], loss[at])
 
 
 def flops(run: RunData, prefix: str = "") -> np.ndarray:

@@ -47,8 +47,8 @@ def columns(compared: Comparison) -> dict[str, list[Column]]:
         Column(f"rounds to {target}", f"rounds\nto {target}", lambda m: m.rounds_to, 0),
     ]
     timed = [
-        Column("modeled time, s", "modeled\ntime, s", lambda m: m.seconds, 1),
-        Column("modeled time if all overlaps, s", "", lambda m: m.overlapped_seconds, 1),
+        Column("modeled time, s", "modeled\ntime, s", lambda m: m.seconds, 2),
+        Column("modeled time if all overlaps, s", "", lambda m: m.overlapped_seconds, 2),
     ]
     return {
         f"{name} on the test set": [

@@ -103,15 +103,15 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
             },
             "method": parts.algorithm.diagnostics(metrics),
         }
-        if parts.hardware is not None:
-            flops = costs.training_flops or {}
+        if parts.hardware is not None and (flops := costs.training_flops) is not None:
             time = hardware.time_of_round(
                 parts.hardware,
                 sent.clients,
-                flops=sum(flops.get(name, 0) for name in round_costs.PARTS),
+                flops=sum(flops[name] for name in round_costs.PARTS),
                 work=work,
             )
-            line["compute"]["client_time"] = time._asdict()
+            known = {name: one for name, one in time._asdict().items() if one is not None}
+            line["compute"]["client_time"] = known
         if tested is not None:
             scores = evaluation.scores(tested, parts.test.labels, task=parts.task)
             error = None if scores.error is None else finite(scores.error)
