@@ -604,6 +604,25 @@ def test_a_mean_change_of_any_kind_of_state(before, after, mean):
     assert shifted == np.asarray(mean, before.dtype)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "uint32"])
+def test_an_integer_state_does_not_wrap_around(dtype):
+    limits = np.iinfo(dtype)
+    for before, change in (
+        (limits.max - 3, 1e10),
+        (limits.min + 3, -1e10),
+        (limits.max, 1.0),
+        (limits.min, -1.0),
+        (3, 1e18),
+        (limits.max - 3, 2.0),
+        (limits.min + 3, -2.0),
+    ):
+        state = {"leaf": jnp.asarray(before, dtype)}
+        got = server_optimizers.shift(state, {"leaf": jnp.float32(change)})["leaf"]
+        most = 2**31 - 128  # a float32 below 2**31
+        wanted = before + min(max(int(change), -most), most)
+        assert int(got) == min(max(wanted, limits.min), limits.max)
+
+
 class Fixed(nn.Module):
     @nn.compact
     def __call__(self, x):
