@@ -151,15 +151,15 @@ def _limits(annotation: Any, *, machine_limits: bool) -> str:
                 INT_MAX,
                 FLOAT_MAX,
             ):
-                highs.append((-bound, False, "]", "at most"))
+                highs.append((bound, False, "]", "at most"))
             case annotated_types.Lt(lt=bound):
-                highs.append((-bound, True, ")", "less than"))
-    if lows and highs:
-        low, high = max(lows), max(highs)
-        return f"in {low[2]}{low[0]}, {-high[0]}{high[2]}"
-    if lows:
-        return f"{max(lows)[3]} {max(lows)[0]}"
-    return f"{max(highs)[3]} {-max(highs)[0]}" if highs else ""
+                highs.append((bound, True, ")", "less than"))
+    low = max(lows, default=None)
+    high = min(highs, key=lambda one: (one[0], not one[1]), default=None)
+    if low and high:
+        return f"in {low[2]}{low[0]}, {high[0]}{high[2]}"
+    one = low or high
+    return f"{one[3]} {one[0]}" if one else ""
 
 
 def _annotation(settings_type: type[pydantic.BaseModel], name: str) -> Any:

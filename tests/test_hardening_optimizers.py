@@ -131,10 +131,13 @@ REFUSED = [
 ]
 
 
-SAM = [optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.05))]
+AWAY = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
 OF_CLIENTS = [
-    (optax.contrib.sam(*SAM), "does not take 'value', though optax's type"),
-    (optax.contrib.sam(*SAM, opaque_mode=True), "does not take 'value', though optax's type"),
+    (optax.contrib.sam(optax.sgd(0.1), AWAY), "does not take 'value', though optax's type"),
+    (
+        optax.contrib.sam(optax.sgd(0.1), AWAY, opaque_mode=True),
+        "does not take 'value', though optax's type",
+    ),
     (optax.contrib.sophia(0.1), "asks for 'obj_fn', and is given gradients, parameters and value"),
 ]
 

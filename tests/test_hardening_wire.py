@@ -360,6 +360,7 @@ def test_numbers_of_bits_and_levels_are_whole():
 
 
 def test_lists_are_as_good_as_arrays():
+    of_lists: Any
     for of_lists, of_arrays in (
         (A.tolist(), A.astype(np.float64)),
         (kept(A, PLACES.tolist()), kept(A, PLACES)),
