@@ -325,6 +325,12 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     assert all((folder / "a").read_text() == "b" for folder in found)
 
 
+def test_the_name_of_a_folder_is_text(tmp_path):
+    with pytest.raises(RunFolderError, match=r"must be UTF-8, got .*udcff"):
+        fjp.run(settings(), folder=tmp_path / "\udcff")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(fjp.ConfigError):

@@ -214,6 +214,9 @@ def test_a_label_that_is_no_class_makes_a_test_nan_and_booleans_are_classes():
     assert score(Y > 0) == score((Y > 0).astype(np.int32))
     assert np.isnan(score(Y).loss)
     assert np.isnan(score(2 * (Y > 0) - 1).loss)
+    nothing = evaluation.Evaluation(*[jnp.float32(0)] * 4)
+    with pytest.raises(ValueError, match="at least one label, and all of these are negative"):
+        evaluation.scores(nothing, np.full((2, 3), -1), task="sequence")
 
 
 def prepare(model, population, *, num_clients=None, draw=None, **changes):
@@ -353,6 +356,9 @@ def test_numbers_of_clients_that_disagree_are_refused():
         server_work.examples_of(3)(PEOPLE)
     with pytest.raises(ValueError, match=r"must lie in \[0, 6\), got 2 to 6"):
         server_work.server_examples([2, 6])(PEOPLE)
+    for rows in ([0.5, 1.5], [True, False], ["a"]):
+        with pytest.raises(ValueError, match="rows of the server's examples must be integers, got"):
+            server_work.server_examples(rows)
 
 
 def own(ids, present=None):

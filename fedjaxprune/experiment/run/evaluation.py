@@ -54,6 +54,8 @@ def scores(evaluation: Evaluation, labels: Any, *, task: str = "classification")
     is_regression = heads.HEADS[task].hits is None
     several = labels.ndim > 1 and not is_regression
     num_labels = int((labels >= 0).sum()) if several else len(labels)
+    if not num_labels:
+        raise ValueError("a test must have at least one label, and all of these are negative.")
     return Scores(
         loss=float(evaluation.total_loss / num_labels),
         accuracy=None if is_regression else int(evaluation.num_correct) / num_labels,
