@@ -132,7 +132,7 @@ def _limits(annotation: Any, *, machine_limits: bool) -> str:
 
     The largest numbers of int32 and float32, and lengths, are named only with `machine_limits`.
     """
-    low = high = None
+    lows, highs = [], []  # of several the narrowest counts, and of equal ones the open one
     leaves = list(_leaves(annotation))
     for leaf, notes in ((leaf, notes) for leaf, notes in leaves if _list_text(leaf)):
         if limits := _limits(typing.get_args(leaf)[0], machine_limits=machine_limits):
@@ -144,20 +144,22 @@ def _limits(annotation: Any, *, machine_limits: bool) -> str:
             case annotated_types.MinLen(min_length=1):
                 return "that is not empty"
             case annotated_types.Ge(ge=bound):
-                low = ("[", bound, "at least")
+                lows.append((bound, False, "[", "at least"))
             case annotated_types.Gt(gt=bound):
-                low = ("(", bound, "greater than")
+                lows.append((bound, True, "(", "greater than"))
             case annotated_types.Le(le=bound) if machine_limits or bound not in (
                 INT_MAX,
                 FLOAT_MAX,
             ):
-                high = ("]", bound, "at most")
+                highs.append((bound, False, "]", "at most"))
             case annotated_types.Lt(lt=bound):
-                high = (")", bound, "less than")
+                highs.append((bound, True, ")", "less than"))
+    low = max(lows, default=None)
+    high = min(highs, key=lambda one: (one[0], not one[1]), default=None)
     if low and high:
-        return f"in {low[0]}{low[1]}, {high[1]}{high[0]}"
+        return f"in {low[2]}{low[0]}, {high[0]}{high[2]}"
     one = low or high
-    return f"{one[2]} {one[1]}" if one else ""
+    return f"{one[3]} {one[0]}" if one else ""
 
 
 def _annotation(settings_type: type[pydantic.BaseModel], name: str) -> Any:

@@ -99,12 +99,35 @@ def test_the_sparsity_on_record_is_that_of_all_kernels(given):
         config, build.make_model(config, found.dataset, found.test), found, chunk=1
     )
     algorithm = build.make_algorithm(config, task)
-    network = build.describe_network(config, task, algorithm, found.dataset)
+    network = build.describe_network(config, task, algorithm, found)
     params = task.facts.params
     flags = masks_lib.prunable_leaves(params, masks_lib.is_kernel)
     kernels = [path for path, flag in zip(trees.paths(params), flags, strict=True) if flag]
     assert list(network.prunable) == kernels
     assert flags != masks_lib.prunable_leaves(params, algorithm.prunable)
+
+
+def test_the_checksum_of_all_examples_sees_each_of_them_and_who_holds_it():
+    found = examples.read(resolve.resolve(SMALL))
+    long = np.tile(np.asarray(found.dataset.train["inputs"]), (3, 1, 1, 1))
+    sampled = found.dataset._replace(train={**found.dataset.train, "inputs": long})
+    changed = long.copy()
+    changed[1, 0, 0] += 1  # between two examples of the sample
+    other = found.dataset._replace(train={**found.dataset.train, "inputs": changed})
+    assert examples.checksum(sampled) == examples.checksum(other)
+    people = found.population
+    dealt = people._replace(order=people.order[::-1])
+    sums = [
+        examples.checksum_of_all(one)
+        for one in (
+            found,
+            found._replace(dataset=sampled),
+            found._replace(dataset=other),
+            found._replace(population=dealt),
+            found._replace(held=np.arange(3, dtype=np.int32)),
+        )
+    ]
+    assert len(set(sums)) == len(sums)
 
 
 CLIENTS = {"data.num_clients": 20}

@@ -15,7 +15,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, local_training, server_optimizers
 from fedjaxprune.federated.corrections import fednova, scaffold
 from fedjaxprune.pruning import pruners
-from fedjaxprune.rounds import training
+from fedjaxprune.rounds import stages, training
 from fedjaxprune.rounds.protocol import FieldSpec, Hooks
 from fedjaxprune.types import Client, Message, Pruner
 from tests import quadratic
@@ -270,6 +270,72 @@ def test_state_that_begins_infinite_does_not_veto_rounds():
     _, after, _, metrics = one_round(INNER, server=best)
     assert metrics.num_rejected == 0
     assert not np.array_equal(after.params["head"]["kernel"], quadratic.PARAMS["head"]["kernel"])
+
+
+def own_stage(change):
+    """Make a stage of one's own, which lets `change` have what a training round gives."""
+    algorithm = training.training(setup(), client=INNER)
+    inner = algorithm.stages[0].round
+
+    def round_fn(key, state, members, people):
+        return change(*inner(key, state, members, people))
+
+    state = algorithm.init(quadratic.PARAMS, STATE)
+    members = quadratic.cohort(algorithm, EVERYBODY)
+    return state, lambda: stages.guarded(round_fn)(KEY, state, members, PEOPLE)
+
+
+def test_a_stage_of_ones_own_whose_metrics_are_not_finite_is_dropped():
+    def change(state, rows, metrics):
+        wrong = metrics.train["loss"]._replace(total=jnp.float32(jnp.nan))
+        return state, rows, metrics._replace(train={**metrics.train, "loss": wrong})
+
+    state, run = own_stage(change)
+    after, _, metrics = jax.jit(run)()
+    same_but_counters(state, after)
+    assert metrics.num_rejected == len(EVERYBODY)
+
+
+def test_rounds_of_ones_own_are_counted_and_keep_their_shapes():
+    state, run = own_stage(lambda after, rows, m: (after._replace(round=after.round - 1), rows, m))
+    assert jax.jit(run)()[0].round == state.round + 1
+
+    def changed(name, leaf):
+        def change(after, rows, metrics):
+            tree = jax.tree.map(leaf, getattr(after, name))
+            return after._replace(**{name: tree}), rows, metrics
+
+        return change
+
+    for name, leaf, sentence in (
+        (
+            "params",
+            lambda x: x[None],
+            r"the state after a round must have shape \(\d+,\) at params",
+        ),
+        ("params", lambda x: x.astype(jnp.bfloat16), "'params/.*' is bfloat16 and was float32"),
+        ("masks", lambda x: x.astype(jnp.int32), "'masks/.*' is int32 and was bool"),
+    ):
+        _, run = own_stage(changed(name, leaf))
+        with pytest.raises(ValueError, match=sentence):
+            jax.eval_shape(run)
+    _, run = own_stage(lambda after, rows, metrics: (after, rows._replace(uplink=0.0), metrics))
+    with pytest.raises(ValueError, match="the clients' rows after a round must be a tree like"):
+        jax.eval_shape(run)
+
+
+WRONG_NUMBERS = {
+    "clip": (-1.0, 0.0, float("nan"), float("inf")),
+    "max_weight": (-1.0, 0, float("nan")),
+    "chunk_size": (0, 2.0, True, "2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_NUMBERS)
+def test_a_number_that_would_stop_or_turn_training_is_refused(name):
+    for value in WRONG_NUMBERS[name]:
+        with pytest.raises(ValueError, match=f"{name} must be a .*, got "):
+            training.training(setup(**{name: value}), client=INNER)
 
 
 # The user's robust aggregator, and bounds ----------------------------------------------------

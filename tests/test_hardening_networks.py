@@ -204,7 +204,16 @@ def test_the_default_of_a_known_flag_may_be_any_truth_value(default):
 
 @pytest.mark.parametrize(
     "argument",
-    ["fit=np.bool_(False)", "is_train_phase: int = 0", "mode='eval'", "det=None", "train='no'"],
+    [
+        "fit=np.bool_(False)",
+        "is_train_phase: int = 0",
+        "mode='eval'",
+        "det=None",
+        "train='no'",
+        "stochastic=None",
+        "use_dropout=0",
+        "learning=0",
+    ],
 )
 def test_what_looks_like_a_flag_must_be_said(argument):
     scope: dict[str, Any] = {"np": np}
@@ -227,6 +236,134 @@ def test_a_flag_that_is_an_attribute_is_refused():
         adapters.from_linen(Frozen(), input_shape=(6,))
     chosen = adapters.from_linen(Frozen(), input_shape=(6,), call=lambda module, x, mode: module(x))
     assert jax.tree.leaves(chosen.init(KEY))
+
+
+class Wrapping(nn.Module):
+    inner: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return (self.inner[0] if isinstance(self.inner, tuple) else self.inner)(x)
+
+
+class Modal(nn.Module):
+    mode: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x)
+
+
+class Numbered(nn.Module):
+    train: Any = 0
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x)
+
+
+FIXED = [
+    (Wrapping(Frozen()), "Frozen has the attribute 'deterministic'"),
+    (Wrapping((Frozen(),)), "Frozen has the attribute 'deterministic'"),
+    (nn.Sequential([nn.Dense(4), Frozen()]), "Frozen has the attribute 'deterministic'"),
+    (Modal("eval"), "Modal has the attribute 'mode', which is eval in training"),
+    (Numbered(), "Numbered has the attribute 'train', which is 0 in training"),
+    (Numbered(np.bool_(True)), "Numbered has the attribute 'train', which is True in training"),
+]
+
+
+@pytest.mark.parametrize(("module", "sentence"), FIXED)
+def test_an_attribute_of_any_layer_is_looked_at(module, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        adapters.from_linen(module, input_shape=(6,))
+
+
+def test_what_is_no_flag_may_be_an_attribute():
+    for module in (Modal("bilinear"), Numbered(3), Wrapping(nn.Dropout(0.5, deterministic=True))):
+        adapters.from_linen(module, input_shape=(6,))
+
+
+class Holding(nnx.Module):
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+class NnxAttribute(nnx.Module):
+    def __init__(self, name):
+        setattr(self, name, False)
+
+    def __call__(self, x):
+        return x
+
+
+class EquinoxAttribute(eqx.Module):
+    training: Any = False
+
+    def __call__(self, x):
+        return x
+
+
+class EquinoxFlag(eqx.Module):
+    def __call__(self, x, *, key=None, training=False):
+        return x
+
+
+def test_an_attribute_that_nnx_or_equinox_does_not_switch_is_refused():
+    for module in (NnxAttribute("is_training"), Holding(NnxAttribute("is_training"))):
+        with pytest.raises(ValueError, match="NnxAttribute has the attribute 'is_training'"):
+            adapters.from_nnx(lambda rngs, module=module: module)
+    adapters.from_nnx(lambda rngs: Holding(NnxAttribute("deterministic")))
+    sequence = eqx.nn.Sequential([eqx.nn.Lambda(jnp.tanh), EquinoxAttribute()])
+    for module in (EquinoxAttribute(), sequence):
+        with pytest.raises(ValueError, match="EquinoxAttribute has the attribute 'training'"):
+            outside.from_equinox(lambda key, module=module: module)
+    outside.from_equinox(lambda key: EquinoxAttribute(training=None))
+
+
+class OfTruth(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=0):
+        return x
+
+
+class OfNothing(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool | None = None):
+        return x
+
+
+def test_no_sequence_leaves_a_flag_at_its_default():
+    for layer in (OfTruth(), OfNothing(), Block(), lambda x, train=False: x):
+        for module in (
+            nn.Sequential([nn.Dense(4), layer]),
+            nn.Sequential([nn.Dense(4), nn.Sequential([layer])]),
+            nn.Sequential([nn.Sequential([nn.Dense(4), layer]), nn.Dense(3)]),
+            Wrapping(nn.Sequential([nn.Dense(4), layer])),
+        ):
+            with pytest.raises(ValueError, match=r"Sequential passes .* no argument 'train'"):
+                adapters.from_linen(module, input_shape=(6,))
+    nested = nnx.Sequential(lambda x: x, nnx.Sequential(lambda x, training=False: x))
+    for module in (nested, Holding(nested)):
+        with pytest.raises(ValueError, match=r"passes <lambda> no argument 'training'"):
+            adapters.from_nnx(lambda rngs, module=module: module)
+    for layers in ([EquinoxFlag()], [eqx.nn.Lambda(jnp.tanh), eqx.nn.Sequential([EquinoxFlag()])]):
+        sequence = eqx.nn.Sequential(layers)
+        with pytest.raises(ValueError, match="passes EquinoxFlag no argument 'training'"):
+            outside.from_equinox(lambda key, sequence=sequence: sequence)
+    plain = [nn.relu, jnp.tanh, functools.partial(nn.max_pool, window_shape=(2,)), jnp.squeeze]
+    adapters.from_linen(nn.Sequential([nn.Dense(4), *plain]), input_shape=(6,))
+
+
+def test_a_function_of_any_arguments_is_refused():
+    def apply(*given):
+        return given[1]
+
+    with pytest.raises(ValueError, match="takes any argument, so that nothing says which one"):
+        adapters.from_functions(lambda key: {}, apply)
+    adapters.from_functions(lambda key: {}, apply, train_kwargs={}, eval_kwargs={})
 
 
 def test_the_same_is_refused_of_nnx_equinox_and_functions():
@@ -465,6 +602,25 @@ def test_a_mean_change_of_any_kind_of_state(before, after, mean):
     shifted = server_optimizers.shift(state, change)["leaf"]
     assert shifted.dtype == before.dtype
     assert shifted == np.asarray(mean, before.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "uint32"])
+def test_an_integer_state_does_not_wrap_around(dtype):
+    limits = np.iinfo(dtype)
+    for before, change in (
+        (limits.max - 3, 1e10),
+        (limits.min + 3, -1e10),
+        (limits.max, 1.0),
+        (limits.min, -1.0),
+        (3, 1e18),
+        (limits.max - 3, 2.0),
+        (limits.min + 3, -2.0),
+    ):
+        state = {"leaf": jnp.asarray(before, dtype)}
+        got = server_optimizers.shift(state, {"leaf": jnp.float32(change)})["leaf"]
+        most = 2**31 - 128  # a float32 below 2**31
+        wanted = before + min(max(int(change), -most), most)
+        assert int(got) == min(max(wanted, limits.min), limits.max)
 
 
 class Fixed(nn.Module):

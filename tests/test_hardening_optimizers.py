@@ -132,6 +132,24 @@ REFUSED = [
 ]
 
 
+AWAY = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+OF_CLIENTS = [
+    (optax.contrib.sam(optax.sgd(0.1), AWAY), "does not take 'value', though optax's type"),
+    (
+        optax.contrib.sam(optax.sgd(0.1), AWAY, opaque_mode=True),
+        "does not take 'value', though optax's type",
+    ),
+    (optax.contrib.sophia(0.1), "asks for 'obj_fn', and is given gradients, parameters and value"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "sentence"), OF_CLIENTS)
+def test_an_optimizer_that_needs_more_of_the_loss_is_one_sentence(optimizer, sentence):
+    client = client_of(optimizer)
+    with pytest.raises(ValueError, match=f"^the local optimizer {sentence}"):
+        jax.eval_shape(lambda: client.update(KEY, broadcast(), (), DATA)[0])
+
+
 @pytest.mark.parametrize(("optimizer", "error", "sentence"), REFUSED)
 @pytest.mark.filterwarnings("ignore")
 def test_an_optimizer_that_does_not_fit_is_one_sentence(optimizer, error, sentence):

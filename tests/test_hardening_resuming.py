@@ -20,7 +20,15 @@ from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import environment, signals
 from fedjaxprune.experiment.exporting import restore
-from fedjaxprune.experiment.folder import checkpoints, declared, environments, failure, layout, load
+from fedjaxprune.experiment.folder import (
+    checkpoints,
+    declared,
+    environments,
+    failure,
+    layout,
+    load,
+    network,
+)
 from fedjaxprune.experiment.run import launch
 from tests import damage, stub
 from tests.processes import lines
@@ -189,6 +197,26 @@ def test_every_environment_is_on_record_and_noted_in_a_comparison(unfinished, mo
         load.read(unfinished)
 
 
+def test_a_run_is_not_resumed_on_other_data(unfinished, warnings):
+    path = unfinished / layout.NETWORK
+    then = json.loads(path.read_text())
+    assert warnings() == []
+
+    def same(**changes):
+        path.write_text(json.dumps({**then, **changes}))
+        network.check_same(known, unfinished)
+
+    known = network.read(unfinished)
+    same()
+    for name in ("data_checksum", "population_checksum"):
+        with pytest.raises(RunFolderError, match="the data are not those of the run"):
+            same(**{name: 1})
+    del then["population_checksum"]  # of an older version
+    same()
+    with pytest.raises(RunFolderError, match=r"network\.json' cannot be read"):
+        same(population_checksum="a")
+
+
 def test_a_folder_without_an_environment_is_resumed(unfinished, warnings):
     path = unfinished / layout.CONFIG
     head, _, _ = path.read_text().partition("environment:\n")
@@ -295,6 +323,12 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     assert len(set(found)) == 8
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {path.name for path in found}
     assert all((folder / "a").read_text() == "b" for folder in found)
+
+
+def test_the_name_of_a_folder_is_text(tmp_path):
+    with pytest.raises(RunFolderError, match=r"must be UTF-8, got .*udcff"):
+        fjp.run(settings(), folder=tmp_path / "\udcff")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path, monkeypatch):

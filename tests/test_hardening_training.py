@@ -14,6 +14,7 @@ import fedjaxprune as fjp
 from fedjaxprune import types
 from fedjaxprune.data import batching, partitions, transforms
 from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.run import evaluation
 from fedjaxprune.federated import sampling, uplinks
 from fedjaxprune.methods import fedavg
 from fedjaxprune.models import adapters, heads, lstm, parameters
@@ -178,6 +179,46 @@ def test_hits_are_counted_of_classes_alone():
     assert loss == pytest.approx(np.mean(np.log1p(np.exp(-signs * logits[:, 0]))), rel=1e-5)
 
 
+WRONG_TESTS = {
+    "floats": (Y / np.float32(2), X, "classification", "classes, which are integers, got float32"),
+    "one-hot": (np.eye(3, dtype=np.int32)[Y], X, "classification", r"got \(1, 3\): give .*argmax"),
+    "a column": (Y[:, None], X, "classification", r"got \(1, 1\): give labels\[\.\.\., 0\]"),
+    "fewer": (Y[:4], X, "classification", r"of shape \(6, 4\) and labels of shape \(4,\)"),
+    "more": (np.tile(Y, 2), X, "classification", r"and labels of shape \(12,\)"),
+    "none": (Y[:0], X[:0], "classification", "at least one"),
+    "targets": (X, X, "regression", r"outputs \(1, 3\) and labels \(1, 4\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TESTS)
+def test_labels_of_a_test_that_do_not_fit_are_refused(name):
+    labels, inputs, task, sentence = WRONG_TESTS[name]
+    look_ = evaluation.evaluate(linear(), PLAIN, task=task)
+    test = evaluation.TestSet(jnp.asarray(inputs), jnp.asarray(labels))
+    with (
+        jax.numpy_rank_promotion("allow"),
+        pytest.raises(ValueError, match=sentence) as caught,
+    ):
+        jax.eval_shape(look_, linear().init(KEY)[0], {}, test)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_label_that_is_no_class_makes_a_test_nan_and_booleans_are_classes():
+    model = task_model("binary", num_outputs=1)
+    test_fn = jax.jit(evaluation.evaluate(model, PLAIN, task="binary"))
+
+    def score(labels):
+        test = evaluation.TestSet(jnp.asarray(X), jnp.asarray(labels))
+        return evaluation.scores(test_fn(*model.init(KEY), test), labels, task="binary")
+
+    assert score(Y > 0) == score((Y > 0).astype(np.int32))
+    assert np.isnan(score(Y).loss)
+    assert np.isnan(score(2 * (Y > 0) - 1).loss)
+    nothing = evaluation.Evaluation(*[jnp.float32(0)] * 4)
+    with pytest.raises(ValueError, match="at least one label, and all of these are negative"):
+        evaluation.scores(nothing, np.full((2, 3), -1), task="sequence")
+
+
 def prepare(model, population, *, num_clients=None, draw=None, **changes):
     """Make a round of FedAvg, and the simulation that it starts from."""
     batcher = batching.epochs(num_epochs=1, batch_size=2, preprocess=PLAIN)
@@ -315,6 +356,9 @@ def test_numbers_of_clients_that_disagree_are_refused():
         server_work.examples_of(3)(PEOPLE)
     with pytest.raises(ValueError, match=r"must lie in \[0, 6\), got 2 to 6"):
         server_work.server_examples([2, 6])(PEOPLE)
+    for rows in ([0.5, 1.5], [True, False], ["a"]):
+        with pytest.raises(ValueError, match="rows of the server's examples must be integers, got"):
+            server_work.server_examples(rows)
 
 
 def own(ids, present=None):

@@ -9,6 +9,7 @@ import tracemalloc
 import zlib
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -315,3 +316,69 @@ def test_messages_and_known_masks_are_mappings():
     for call in (wire_format.encode, wire_format.num_bits):
         with pytest.raises(ValueError, match="must be a mapping of arrays, got list"):
             call(wrong)
+
+
+A = np.arange(6, dtype=np.float32).reshape(2, 3)
+PLACES = np.array([[True, False, True], [False, True, True]])
+kept: Any = wire_format.kept  # of arrays or lists
+pairs: Any = wire_format.pairs
+counted: Any = wire_format.counted
+NOT_ARRAYS: dict[str, tuple[Any, str]] = {
+    "ragged": ([[1.0], [1.0, 2.0]], "lists whose rows have one length, got list"),
+    "ragged beside a mask": (
+        kept([[1], [1, 2]], None),
+        "an array of numbers or booleans",
+    ),
+    "a key": (jax.random.key(0), "an array of numbers or booleans"),
+    "masked values": (np.ma.array(A, mask=A > 2), "masked values, which do not travel"),
+    "a ragged mask": (kept(A, [[True], [True] * 2]), "whose rows have one length, got list"),
+    "a mask of numbers": (kept(A, [[1, 0, 1]] * 2), "a mask must be bool and of"),
+    "chosen outside": (pairs(A, A > 1, known=PLACES), "outside the known mask"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ARRAYS)
+def test_what_would_not_arrive_as_it_is_is_refused(name):
+    given_, sentence = NOT_ARRAYS[name]
+    for call in (wire_format.encode, wire_format.num_bits):
+        with pytest.raises(ValueError, match=f"^x: .*{sentence}") as caught:
+            call({"x": given_})
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_bits_and_levels_are_whole():
+    wrong: Any
+    for wrong in (0, 17, 2.5, "2", None):
+        with pytest.raises(ValueError, match=r"bits must be a whole number in \[1, 16\], got"):
+            wire_format.levels(np.arange(2), bits=wrong, scales=np.zeros(1))
+    for wrong in (0, 10, 2.5, "9", -1):
+        with pytest.raises(ValueError, match=r"deflate_level must be a whole number in \[1, 9\]"):
+            wire_format.encode({"x": A}, deflate_level=wrong)
+    ragged: Any = [[1], [1, 2]]
+    with pytest.raises(ValueError, match=r"levels: .* whose rows have one length, got list"):
+        wire_format.levels(ragged, bits=2, scales=np.zeros(1))
+
+
+def test_lists_are_as_good_as_arrays():
+    of_lists: Any
+    for of_lists, of_arrays in (
+        (A.tolist(), A.astype(np.float64)),
+        (kept(A, PLACES.tolist()), kept(A, PLACES)),
+        (pairs(A, PLACES.tolist()), pairs(A, PLACES)),
+        (counted(PLACES.tolist()), counted(PLACES)),
+    ):
+        assert wire_format.encode({"x": of_lists}) == wire_format.encode({"x": of_arrays})
+
+
+def test_a_limit_that_limits_nothing_and_masks_that_are_none_are_refused():
+    wrong: Any
+    plain = wire_format.encode({"x": A})
+    for wrong in (None, float("nan"), float("inf"), 100.0, "100", True):
+        with pytest.raises(WireError, match=f"max_bytes must be a whole number, got {wrong!r}"):
+            wire_format.decode(plain, max_bytes=wrong)
+    limit: Any = np.int64(24)
+    assert "x" in wire_format.decode(plain, max_bytes=limit)
+    masked = wire_format.encode({"x": kept(A, PLACES)})
+    for wrong in ([[True], [True] * 2], None, PLACES.astype(int), jax.random.key(0)):
+        with pytest.raises(WireError, match="'x' needs a known bool mask of the shape"):
+            wire_format.decode(masked, known={"x": wrong})

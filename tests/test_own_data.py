@@ -1,6 +1,7 @@
 """Users' own data: what can be read trains, and what cannot is refused in one sentence."""
 
 import fractions
+import os
 import sys
 from typing import Any
 
@@ -534,6 +535,26 @@ MISTAKES = {
         {},
         "lie between 1000000000 and 1000000078 at position 0, which float32 cannot tell apart",
     ),
+    "classes of a regression": (
+        bad(),
+        {"task": "regression", "num_classes": 4},
+        "a regression has no classes: leave num_classes and class_names out",
+    ),
+    "names of a regression": (
+        bad(),
+        {"task": "regression", "class_names": ("a", "b")},
+        "a regression has no classes",
+    ),
+    "labels alike": (
+        bad(labels=np.array(["a", "b ", "b", "c"] * 10)),
+        {},
+        "labels have 'b' and 'b ', which differ only in spaces: strip them",
+    ),
+    "ids alike": (
+        bad(user=np.array(["u", " u", "v", "w"] * 10)),
+        {},
+        "client ids 'user' have ' u' and 'u', which differ only in spaces",
+    ),
     "large ids": (bad(user=Y + 1e16), {}, "ids 'user' must be text or integers, got float64 num"),
     "missing ids": (bad(user=[None] * 40), {}, "ids 'user' must have no missing"),
     "ids that are NaN": (bad(user=np.full(40, np.nan)), {}, "ids 'user' must have no missing"),
@@ -606,6 +627,14 @@ TABLES = {
         "'a' that reads as numbers, but '[?]' in row 4 is no number: .* one_hot_all",
     ),
     "decimal commas": ({"a": ['"1,5"', '"2"'] * 20}, {}, "with commas, such as '1,5' in row 1"),
+    "per cents": ({"a": [f"{n}%" for n in range(40)]}, {}, "with signs, such as '0%' in row 1"),
+    "prices": ({"a": ["$1.50", "€ 2", "3"] * 13}, {}, r"with signs, such as '\$1.50' in row 1"),
+    "limits": ({"a": ["<5", "7", "> 80"] * 13}, {}, "with signs, such as '<5' in row 1"),
+    "labels alike": (
+        {"label": ["yes", "yes ", "no"] * 13},
+        {},
+        "labels have 'yes' and 'yes ', which differ only in spaces",
+    ),
     "thousands": ({"a": ['"1,234.5"', "7"] * 20}, {}, "such as '1,234.5' in row 1"),
     "a label that is missing": (
         {"label": ["a", "NaN", "b", "?"] * 10},
@@ -753,6 +782,12 @@ def test_a_file_that_cannot_be_read_gets_one_sentence(tmp_path, name):
     with pytest.raises(DataError, match=message) as caught:
         read(source, path=str(tmp_path / file))
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match=r"must be a regular file, but .*pipe\.csv is a pipe or a"):
+        read("table", path=str(tmp_path / "pipe.csv"))
 
 
 def test_a_folder_that_is_no_set_of_images_gets_one_sentence(tmp_path):

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import pydantic
 import pytest
+from pydantic import Field
 
 from fedjaxprune.settings import (
     FLOAT_MAX,
@@ -21,6 +22,12 @@ from fedjaxprune.settings import (
     describe_settings,
     setting,
 )
+
+
+class Narrowed(Settings):
+    share: Sparsity = setting(0.2, "A share that is not 0.", gt=0)
+    few: Count = setting(2, "A number.", ge=2, le=9)
+    most: Annotated[float, Field(le=1)] = setting(0.5, "A number.", lt=1)
 
 
 class Momentum(Settings):
@@ -91,6 +98,15 @@ def test_rows_say_type_default_unit_bounds_and_meaning_of_each_setting():
 )
 def test_an_error_can_say_what_is_allowed(name, text):
     assert allowed(Example, name, machine_limits=False) == text
+
+
+def test_of_several_limits_the_narrowest_is_named():
+    assert [row.bounds for row in describe_settings(Narrowed)] == [
+        "in (0, 1)",
+        "in [2, 9]",
+        "less than 1",
+    ]
+    assert allowed(Narrowed, "share", machine_limits=False) == "a number in (0, 1)"
 
 
 def test_the_limits_of_the_machine_are_named_only_when_asked_for():

@@ -195,3 +195,16 @@ def test_the_rows_of_a_population_of_ones_own_are_looked_at_once(parts, changes,
     with pytest.raises(ValueError, match=sentence):
         simulation.start(algorithm, quadratic.PARAMS, STATE, **options)
     jax.eval_shape(populations.check_values, PEOPLE)  # values that are traced are not known
+
+
+def test_a_network_that_does_not_start_finite_is_refused(parts):
+    algorithm, _ = parts
+    dense = quadratic.PARAMS["dense"]
+    wrong = {**dense, "bias": dense["bias"].at[0].set(jnp.nan)}
+    params = {**quadratic.PARAMS, "dense": wrong}
+    with pytest.raises(ValueError, match=r"but 1 of \d+ in the parameter 'dense/bias' are not"):
+        simulation.start(algorithm, params, STATE, num_clients=6)
+    jax.eval_shape(lambda p: simulation.start(algorithm, p, STATE, num_clients=6), params)
+    state = {**STATE, "steps": jnp.float32(jnp.inf)}
+    with pytest.raises(ValueError, match="but 1 of 1 in the state 'steps' are not"):
+        simulation.start(algorithm, quadratic.PARAMS, state, num_clients=6)

@@ -129,6 +129,11 @@ def labels(
     """Check labels of both splits for a task; arguments are those of `as_dataset`."""
     both = array(train, "train labels"), array(test, "test labels")
     if task == "regression":
+        if num_classes or class_names:
+            raise DataError(
+                "a regression has no classes: leave num_classes and class_names out, or set "
+                "another task."
+            )
         return Labels(_targets(both[0], "train"), _targets(both[1], "test"), 0, ())
     class_names = _names(class_names, num_classes)
     if all(_is_text(values) for values in both):
@@ -227,7 +232,21 @@ def keys(values: Any, name: str, num_examples: int) -> np.ndarray:
             f"client ids {name!r} must be text or integers, got {made.dtype} numbers beyond "
             f"2**{digits}, of which neighbors are equal."
         )
-    return made.astype(str) if is_object else made
+    made = made.astype(str) if is_object else made
+    if made.dtype.kind == "U":
+        refuse_alike(np.unique(made), f"client ids {name!r}")
+    return made
+
+
+def refuse_alike(texts: np.ndarray, what: str) -> None:
+    """Refuse texts that differ in nothing but spaces around them: they are meant to be one."""
+    first: dict[str, str] = {}
+    for text in map(str, texts):
+        other = first.setdefault(text.strip(), text)
+        if other != text:
+            raise DataError(
+                f"{what} have {other!r} and {text!r}, which differ only in spaces: strip them."
+            )
 
 
 def _tokens(made: np.ndarray, what: str) -> np.ndarray:
@@ -271,6 +290,7 @@ def _from_text(both: Sequence[np.ndarray], *, task: Task) -> Labels:
         if not is_text:
             raise DataError(f"labels must all be text or all integers, got text and {value!r}.")
     names = np.unique(texts[0])
+    refuse_alike(names, "labels")
     if unknown := sorted(set(texts[1].tolist()) - set(names.tolist())):
         raise DataError(
             f"test labels have the class {unknown[0]!r}, which no training example has."

@@ -17,6 +17,10 @@ _OTHER_PARAMS = {
     optax.contrib.ScheduleFreeState: "a schedule-free optimizer trains other parameters than "
     "those that are to be tested",
 }
+# What Python, or optax, says of an argument that an optimizer needs and is not given.
+_ASKS = re.compile(
+    r"missing .* required keyword-only arguments?: (.*)|^(\w+) must be provided to .* update"
+)
 
 
 class Loss(NamedTuple):
@@ -65,13 +69,19 @@ def update(
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
         try:
             return optimizer.update(grads, state, params, **extra)
-        except TypeError as error:
-            found = re.search(r"missing .* required keyword-only arguments?: (.*)", str(error))
-            if found is None:
+        except (TypeError, ValueError) as error:
+            refused = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+            if refused is not None and refused[1] in extra:
+                raise ValueError(
+                    f"{what} does not take {refused[1]!r}, though optax's type "
+                    "GradientTransformationExtraArgs says that it takes any argument."
+                ) from error
+            if (found := _ASKS.search(str(error))) is None:
                 raise
             known = "nothing else" if loss is None else "value, grad and value_fn"
             raise ValueError(
-                f"{what} asks for {found[1]}, and is given gradients, parameters and {known}."
+                f"{what} asks for {found[1] or repr(found[2])}, and is given gradients, parameters "
+                f"and {known}."
             ) from error
 
 

@@ -151,7 +151,7 @@ def _step_fn(loss, epoch, optimizer, keys, broadcast, data):
 
 
 def deviations(delta: Params) -> Params:
-    """Square how far every weight moved, in float32."""
+    """Square how far every weight moved, in float32, where less than 1e-19 is no move."""
     return jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), delta)
 
 

@@ -56,7 +56,7 @@ def layer_norms(*, coefficient: Schedule, prunable: PrunableFn) -> PenaltyFn:
     """Add ``coefficient(round)`` times the sum of the layers' Euclidean norms (not squared).
 
     It is a group lasso with one group a layer. The gradient of an all-zero layer is defined as
-    zero.
+    zero. Weights below 1e-19 count as zeros, as float32 has no squares of them.
     """
 
     def norm(path, leaf):

@@ -119,15 +119,26 @@ def step(
 def shift(model_state: State, change: State) -> State:
     """Add a mean change to what is not trained.
 
-    An integer takes the nearest one. A boolean changes if the mean change is more than a half.
+    An integer takes the nearest one that its type holds. A boolean changes if the mean change is
+    more than a half.
     """
 
     def leaf(before: jax.Array, change: jax.Array) -> jax.Array:
         if jnp.issubdtype(before.dtype, jnp.inexact):
             return before + change.astype(before.dtype)
         signed = jnp.int64 if before.dtype.itemsize == 8 else jnp.int32
-        moved = before.astype(signed) + jnp.round(change).astype(signed)
-        return moved > 0 if before.dtype == jnp.bool_ else moved.astype(before.dtype)
+        most = float(jnp.iinfo(signed).max + 1) * (1 - 2.0**-24)  # float32 has no larger one below
+        most = most if before.dtype.itemsize >= 4 else 2.0**17  # more than such a type can change
+        step = jnp.round(jnp.clip(change, -most, most)).astype(signed)
+        moved = before.astype(signed) + step
+        if before.dtype == jnp.bool_:
+            return moved > 0
+        limits = jnp.iinfo(before.dtype)
+        if before.dtype.itemsize < 4:
+            return jnp.clip(moved, limits.min, limits.max).astype(before.dtype)
+        after = moved.astype(before.dtype)  # where it wrapped around, it went the other way
+        after = jnp.where((step > 0) & (after < before), jnp.full_like(after, limits.max), after)
+        return jnp.where((step < 0) & (after > before), jnp.full_like(after, limits.min), after)
 
     return jax.tree.map(leaf, model_state, change)
 

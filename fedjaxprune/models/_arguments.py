@@ -17,7 +17,7 @@ _LEFT = object()  # in place of a value: the argument keeps its default
 # What an argument is called that may say whether the network trains, whatever its default is.
 _FLAG = re.compile(
     "(^|_)(train(ing)?|eval(uation)?|infer(ence)?|predict(ing|ion)?|det(erministic)?|mode|phase|"
-    "test(ing)?|fit(ting)?)(_|$)"
+    "test(ing)?|fit(ting)?|learn(ing|s)?|stochastic|use_dropout)(_|$)"
 )
 _PROBE = 97  # examples; a prime that no network has as a width
 
@@ -80,11 +80,13 @@ def of(
     }
     roles |= {MASK: "mask"} if mask else {}
     roles |= {} if make_rngs is None else {RNGS: "rngs"}
-    parameters = _parameters(function, num_given)
+    parameters = arguments_of(function, num_given)
     is_silent = train_kwargs is None and eval_kwargs is None
-    if strict and is_silent and any(p.kind is p.VAR_KEYWORD for p in parameters):
+    open_ = [p for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if strict and is_silent and open_:
+        word = "keyword" if open_[-1].kind is inspect.Parameter.VAR_KEYWORD else "argument"
         raise ValueError(
-            f"{what} takes any keyword, so that nothing says which one is the training flag: give "
+            f"{what} takes any {word}, so that nothing says which one is the training flag: give "
             "train_kwargs and eval_kwargs, {} where it needs none."
         )
     named = _check(parameters, what=what, roles=roles, given=given, strict=strict)
@@ -142,21 +144,6 @@ def of_library(value: Any) -> bool:
     return type(value).__module__.startswith(("flax.", "equinox."))
 
 
-def refuse_flags(layer: Any, *, what: str) -> None:
-    """Refuse a layer that needs a training flag and gets none.
-
-    Raises:
-      ValueError: it has an argument that is a boolean by default.
-    """
-    if callable(layer) and not (of_library(layer) or inspect.isroutine(layer)):
-        for one in _parameters(method_of(layer), 2):
-            if isinstance(one.default, bool):
-                raise ValueError(
-                    f"{what} no argument {one.name!r}, so it would be {one.default} in training "
-                    "and in predictions: call the layers in a module of your own."
-                )
-
-
 def settle_mask(
     run: Callable[..., Any], way: Call, given: tuple[Any, Any, Any, Any, Any], *, what: str
 ) -> Any:
@@ -203,21 +190,25 @@ def settle_mask(
     )
 
 
-def _parameters(function: Callable[..., Any], num_given: int) -> list[inspect.Parameter]:
+def arguments_of(function: Callable[..., Any], num_given: int) -> list[inspect.Parameter]:
     """List the arguments after those that are given."""
     try:
         found = list(inspect.signature(function).parameters.values())
-    except ValueError:  # written in another language, and nothing is known
+    except (ValueError, TypeError):  # written in another language, and nothing is known
         return []
-    return [p for i, p in enumerate(found) if i >= num_given or p.kind is p.VAR_KEYWORD]
+    return [
+        p
+        for i, p in enumerate(found)
+        if i >= num_given or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
 
 
 def _fits(one: inspect.Parameter, roles: Mapping[str, str]) -> bool:
     """Tell whether an argument is one of convention; the default of a flag is a truth value."""
     if roles.get(one.name) != "flag":
         return one.name in roles
-    is_number = isinstance(one.default, int) and one.default in (0, 1)
-    return one.default is one.empty or one.default is None or _is_boolean(one) or is_number
+    is_open = one.default is one.empty or one.default is None
+    return is_open or is_boolean(one) or is_truth(one.default)
 
 
 def _check(
@@ -244,8 +235,8 @@ def _check(
         if one.name in said and missing and not has_default:
             option = "train_kwargs" if missing[0] else "eval_kwargs"
             raise ValueError(f"{what} needs {one.name!r}, which {option} must have, too.")
-        is_flag = roles.get(one.name) == "flag" or _FLAG.search(one.name) is not None
-        is_unclear = _is_boolean(one) or not has_default or is_flag
+        looks_so = roles.get(one.name) == "flag" or is_flag(one.name)
+        is_unclear = is_boolean(one) or not has_default or looks_so
         if strict and one.name not in said and not _fits(one, roles) and is_unclear:
             raise ValueError(
                 f"{what} has an argument {one.name!r} whose meaning is not known: say what it is "
@@ -255,7 +246,20 @@ def _check(
     return named
 
 
-def _is_boolean(one: inspect.Parameter) -> bool:
+def is_flag(name: str) -> bool:
+    """Tell whether a name is like that of a training flag."""
+    return _FLAG.search(name) is not None
+
+
+def is_truth(value: Any) -> bool:
+    """Tell a truth value: a boolean of any library, or the number 0 or 1."""
+    is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
+    is_number = isinstance(value, int) and value in (0, 1)
+    return is_number or (is_array and value.dtype == np.bool_)
+
+
+def is_boolean(one: inspect.Parameter) -> bool:
+    """Tell whether an argument is a boolean, by its default or its annotation."""
     default = one.default
     is_array = isinstance(default, np.generic | np.ndarray | jax.Array)
     return (

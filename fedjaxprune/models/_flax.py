@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjaxprune.models import _arguments, calls
+from fedjaxprune.models import _arguments, _fixed_flags, calls
 from fedjaxprune.types import Key
+
+_SEQUENCES = (nn.Sequential, nnx.Sequential)
+_FOLLOWED = ("deterministic", "use_running_average")  # what `train` and `eval` of nnx set
 
 
 @contextlib.contextmanager
@@ -32,12 +35,11 @@ def method(way: _arguments.Call) -> Callable[..., Any]:
 def way_to_call(module: Any, **options: Any) -> tuple[str, _arguments.Call]:
     """Find out how a linen or nnx module is called, by the layer that takes the arguments."""
     layer, is_first = module, False
-    while isinstance(layer, nn.Sequential | nnx.Sequential) and options["own"] is None:
-        inner = list(layer.layers)
-        for later in inner[1:]:
-            names = [type(one).__name__ for one in (layer, later)]
-            _arguments.refuse_flags(later, what=" passes ".join(names))
-        layer, is_first = inner[0] if inner else nn.relu, True
+    if options["own"] is None:
+        for one in (each for each in _layers(module) if isinstance(each, _SEQUENCES)):
+            _fixed_flags.refuse_arguments(one, _SEQUENCES, passes_first=True)
+    while isinstance(layer, _SEQUENCES) and options["own"] is None:
+        layer, is_first = next(iter(layer.layers), nn.relu), True
     what = f"{type(layer).__name__}.__call__"
     is_module = isinstance(layer, nn.Module | nnx.Module)
     if not is_module or (is_first and _arguments.of_library(layer)):
@@ -53,22 +55,18 @@ def way_to_call(module: Any, **options: Any) -> tuple[str, _arguments.Call]:
         **options,
     )
     if options["own"] is options["train_kwargs"] is options["eval_kwargs"] is None:
-        _refuse_fixed_flags(layer, what=what)
+        followed = _FOLLOWED if isinstance(module, nnx.Module) else ()
+        _fixed_flags.refuse_attributes(_layers(module), followed=followed)
     is_ours = type(module).__module__.startswith(f"{__name__.partition('.')[0]}.")
     return what, way._replace(mask=None) if is_ours else way
 
 
-def _refuse_fixed_flags(layer: Any, *, what: str) -> None:
-    """Refuse a linen module whose attribute says, for good, whether it trains."""
-    if not isinstance(layer, nn.Module) or _arguments.of_library(layer):
-        return
-    for name in (*calls.TRAINING, *calls.INFERENCE):
-        if isinstance(getattr(layer, name, None), bool):
-            raise ValueError(
-                f"{type(layer).__name__} has the attribute {name!r}, which is "
-                f"{getattr(layer, name)} in training and in predictions alike: make it an argument "
-                f"of {what}, or give a call function."
-            )
+def _layers(module: Any) -> Iterator[Any]:
+    """List what a module is made of, as far as it can be seen before it is called."""
+    if isinstance(module, nnx.Module):
+        yield from (one for _, one in nnx.iter_graph(module) if isinstance(one, nnx.Module))
+    else:
+        yield from _fixed_flags.nested(module, nn.Module)
 
 
 def restore(like: Any, values: Any) -> Any:

@@ -42,8 +42,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Compute the cross-entropy of labels 0 and 1 ``[B]``, in nats, from one logit ``[B, 1]``.
 
-    Any other label counts as 0 here; in training its client reports a NaN and is left out, and
-    `partitions.population` refuses it if `num_classes` is 2.
+    Any other label counts as 0 here; in training its client reports a NaN and is left out, in tests
+    its loss is NaN, and `partitions.population` refuses it if `num_classes` is 2.
     """
     _check_outputs(logits)
     if logits.shape[-1:] != (1,):
@@ -94,6 +94,11 @@ def _test_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     labels = _check_classes(logits, labels)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     return _where_class(losses, labels, logits.shape[-1])
+
+
+def _test_sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    losses = sigmoid_cross_entropy(logits, labels)
+    return jnp.where(are_binary(labels), losses, jnp.full_like(losses, jnp.nan))
 
 
 def _where_class(losses: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
@@ -173,7 +178,7 @@ CLASSES = Head(loss=cross_entropy, test_loss=_test_cross_entropy, hits=is_larges
 HEADS: Mapping[str, Head] = {
     "classification": CLASSES,
     "sequence": CLASSES,
-    "binary": Head(sigmoid_cross_entropy, sigmoid_cross_entropy, is_right_side, are_binary),
+    "binary": Head(sigmoid_cross_entropy, _test_sigmoid_cross_entropy, is_right_side, are_binary),
     "regression": Head(squared_error, squared_error, None),
 }
 

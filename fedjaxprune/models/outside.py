@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedjaxprune import trees
-from fedjaxprune.models import _arguments, _state, adapters, calls
+from fedjaxprune.models import _arguments, _fixed_flags, _state, adapters, calls
 from fedjaxprune.types import Key, Model, Params, State
 
 _ALLOWED = (
@@ -84,7 +84,7 @@ def from_equinox(
 
     Raises:
       TypeError: `make` gives no Equinox module.
-      ValueError: an argument of the module is not known.
+      ValueError: an argument of the module is not known, or a layer cannot learn whether it trains.
     """
     import equinox as eqx
 
@@ -99,6 +99,12 @@ def from_equinox(
     module, like_state = eqx.filter_eval_shape(build, jax.random.key(0))
     like_params, _ = eqx.partition(module, _is_param)
     has_state = like_state is not None
+    layers = list(_fixed_flags.nested(module, eqx.Module))
+    if call is None:
+        for one in (each for each in layers if isinstance(each, eqx.nn.Sequential)):
+            _fixed_flags.refuse_arguments(one, (eqx.nn.Sequential,), passes_first=False)
+    if call is train_kwargs is eval_kwargs is None:
+        _fixed_flags.refuse_attributes(layers, followed=("inference",))
     way = _arguments.of(
         _arguments.method_of(module),
         what=f"{type(module).__name__}.__call__",

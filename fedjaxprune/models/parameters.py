@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fedjaxprune import trees
 from fedjaxprune.types import Params, State
@@ -48,6 +49,24 @@ def check(params: Params, state: State) -> None:
             f"a network may have at most {_INT32_MAX} parameters, got {total}, of which "
             f"{math.prod(np.shape(leaf))} in {path!r}."
         )
+
+
+def check_values(params: Params, state: State) -> None:
+    """Refuse a start from which every round would be dropped; traced arrays are left alone.
+
+    Raises:
+      ValueError: a parameter, or a value of the state, is not finite.
+    """
+    for what, tree in (("parameter", params), ("state", state)):
+        for path, leaf in trees.items(tree):
+            if isinstance(leaf, Tracer) or not jnp.issubdtype(_dtype(leaf), jnp.floating):
+                continue
+            bad = ~np.isfinite(np.asarray(leaf))
+            if bad.any():
+                raise ValueError(
+                    f"a network must start from finite values, but {int(bad.sum())} of {bad.size} "
+                    f"in the {what} {path!r} are not."
+                )
 
 
 def _dtype(leaf: Any) -> Any:

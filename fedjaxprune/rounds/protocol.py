@@ -1,10 +1,12 @@
 """What a training round is made of: the protocol that methods share, and rules that they set."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedjaxprune import masks as masks_lib
@@ -41,6 +43,7 @@ __all__ = [
     "Protocol",
     "add_reports",
     "broadcast_of",
+    "check",
     "joining",
     "no_correction",
     "weigh",
@@ -217,6 +220,21 @@ def joining(
         return jax.tree.map(lambda leaf: leaf * total.astype(leaf.dtype), middle)
 
     return CohortAggregator(reduce=reduce_fn)
+
+
+def check(protocol: Protocol) -> None:
+    """Refuse a protocol with numbers that would stop training, or turn it round, in silence.
+
+    Raises:
+      ValueError: a bound is not a positive number, or the chunk size no positive whole number.
+    """
+    for name in ("clip", "max_weight"):
+        bound = getattr(protocol, name)
+        if bound is not None and not (math.isfinite(bound) and bound > 0):
+            raise ValueError(f"{name} must be a positive number, or None, got {bound}.")
+    size = protocol.chunk_size
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise ValueError(f"chunk_size must be a whole number of at least 1, got {size!r}.")
 
 
 def weigh(protocol: Protocol, weight: jax.Array) -> jax.Array:

@@ -142,6 +142,8 @@ def server_examples(rows: Any) -> SourceFn:
     rows = np.asarray(rows)
     if rows.ndim != 1 or rows.shape[0] == 0:
         raise ValueError(f"rows must list at least one example, got the shape {rows.shape}.")
+    if rows.dtype.kind not in "ui":
+        raise ValueError(f"rows of the server's examples must be integers, got {rows.dtype}.")
     order = jnp.asarray(rows, jnp.int32)
 
     def source(population):

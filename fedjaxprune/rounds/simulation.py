@@ -60,8 +60,8 @@ def start(
         The first round compares the shapes of any.
 
     Raises:
-      ValueError: there is no client, the parameters cannot be trained (`parameters.check`), or the
-        population has rows that do not exist (`populations.check_values`).
+      ValueError: there is no client, the parameters cannot be trained (`parameters.check`) or are
+        not finite, or the population has rows that do not exist (`populations.check_values`).
     """
     if isinstance(num_clients, bool) or not isinstance(num_clients, int | np.integer):
         raise ValueError(f"num_clients must be a whole number, got {num_clients!r}.")
@@ -75,6 +75,7 @@ def start(
                 f"got {num_clients}."
             )
     parameters.check(params, model_state)
+    parameters.check_values(params, model_state)
     own = functools.partial(
         jax.tree.map, lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
     )

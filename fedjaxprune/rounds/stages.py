@@ -1,7 +1,7 @@
 """Stages in a row: training behind the stages that decide what it starts from."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -143,23 +143,43 @@ def mark_guarded(round_fn: RoundFn) -> RoundFn:
 
 
 def guarded(round_fn: RoundFn) -> RoundFn:
-    """Drop a round of one's own that brings a NaN or an infinity into the state or a client's row.
+    """Drop a round of one's own that brings a NaN or an infinity into state, rows or metrics.
 
-    All of its clients are counted as rejected. Rounds of this package, which guard themselves, are
-    given back as they are.
+    All of its clients are counted as rejected. Rounds are counted here, whatever it does. Rounds of
+    this package, which guard themselves, are given back as they are.
+
+    Raises:
+      ValueError: while tracing, if the state or the rows do not keep their shapes and types.
     """
     if getattr(round_fn, "is_guarded", False):
         return round_fn
 
     def guarded_fn(key, state, cohort, population):
         after, rows, metrics = round_fn(key, state, cohort, population)
+        _check_kept("state", state, after)
+        _check_kept("clients' rows", cohort.states, rows)
+        after = after._replace(round=state.round + 1)
         sound = is_sound(state, after) & trees.stays_finite(cohort.states, rows)
+        sound = sound & trees.all_finite(metrics.train)
         kept, rows = keep_if(sound, state, cohort, after, rows)
         kept = kept._replace(masks_id=after.masks_id)  # counts by who was sent masks
         rejected = jnp.where(sound, metrics.num_rejected, metrics.num_participating)
         return kept, rows, metrics._replace(num_rejected=rejected)
 
     return mark_guarded(guarded_fn)
+
+
+def _check_kept(what: str, before: Any, after: Any) -> None:
+    """Refuse what a round makes of a tree if it is not of the same structure, shapes and types."""
+    trees.check_shapes(after, before, what=f"the {what} after a round")
+    for path, old, new in zip(
+        trees.paths(before), jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+    ):
+        if jnp.result_type(new) != jnp.result_type(old):
+            raise ValueError(
+                f"the {what} after a round must keep its types, but {path!r} is "
+                f"{jnp.result_type(new)} and was {jnp.result_type(old)}."
+            )
 
 
 def with_hooks(round_fn: _CountedRoundFn, hooks: Hooks | None) -> RoundFn:

@@ -22,6 +22,7 @@ from fedjaxprune.rounds.protocol import (
     Masking,
     Protocol,
     broadcast_of,
+    check,
     joining,
     no_correction,
     weigh,
@@ -148,7 +149,8 @@ def training(
       name: the stage's name in the record.
 
     Raises:
-      ValueError: in `init`, if there is a pruner and nothing prunable.
+      ValueError: if a number of the protocol is out of range; in `init`, if there is a pruner and
+        nothing prunable.
     """
     parts = _complete(protocol, client, pruner, prunable, fields, masking)
     parts = parts if hooks is None else parts._replace(hooks=hooks)
@@ -348,6 +350,7 @@ def revise(
 
 def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
+    check(protocol)
     correction = no_correction() if protocol.correction is None else protocol.correction
     fields = {"model_state": FieldSpec(travels=gates.is_of_client), **correction.fields, **fields}
     total, stack = aggregators.unweighted_sum(), aggregators.stack()

@@ -93,9 +93,11 @@ def levels(
     Raises:
       ValueError: if `bits` is outside [1, 16], a level has more, or levels are no integers.
     """
-    if not 1 <= bits <= headers.MAX_LEVEL_BITS:
-        raise ValueError(f"bits must lie in [1, {headers.MAX_LEVEL_BITS}], got {bits}.")
-    values = np.asarray(values)
+    if bits not in range(1, headers.MAX_LEVEL_BITS + 1):
+        raise ValueError(
+            f"bits must be a whole number in [1, {headers.MAX_LEVEL_BITS}], got {bits!r}."
+        )
+    values = _array("levels", values)
     if values.dtype.kind not in "iu":
         raise ValueError(f"levels must be integers, got {values.dtype}.")
     if values.size and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
@@ -123,8 +125,11 @@ def encode(message: Message, *, deflate_level: int | None = None) -> bytes:
         no longer that of `num_bits`.
 
     Raises:
-      ValueError: if it is no mapping, or a type, a shape or a name is not one that travels.
+      ValueError: if it is no mapping, a type, a shape, a mask or a name is not one that travels, or
+        the level is none.
     """
+    if deflate_level is not None and deflate_level not in range(1, 10):
+        raise ValueError(f"deflate_level must be a whole number in [1, 9], got {deflate_level!r}.")
     planned = [_plan(name, part) for name, part in _items(message)]
     plans = [item for item, _ in planned]
     body: list[bytes | memoryview] = [packing.varint(len(plans))]
@@ -182,13 +187,16 @@ def decode(
 
     Raises:
       WireError: if the data are no bytes, or no whole and undamaged message, or too large, or made
-        for other masks than the known ones, or if there is too little memory.
+        for other masks than the known ones, if there is too little memory, or if another argument
+        is not of its type.
     """
     known = {} if known is None else known
     if not isinstance(known, Mapping):
         raise WireError(f"known must be a mapping of masks by name, got {type(known).__name__}.")
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int | np.integer):
+        raise WireError(f"max_bytes must be a whole number, got {max_bytes!r}.")
     try:
-        return _decode(_bytes_of(data), known, max_bytes)
+        return _decode(_bytes_of(data), known, int(max_bytes))
     except MemoryError:
         raise WireError("the message needs more memory than there is.") from None
 
@@ -244,8 +252,8 @@ def _plan(name: str, given: np.ndarray | Part | Levels) -> tuple[Plan, "_Work"]:
     """Decide how a tensor is written."""
     if isinstance(given, Levels):
         given = levels(given.levels, bits=given.level_bits, scales=given.scales)
-    part = given if isinstance(given, Part) else Part(np.asarray(given))
-    values = np.asarray(part.values)
+    part = _arrays(name, given if isinstance(given, Part) else Part(given))
+    values = part.values
     if not isinstance(name, str) or any("\ud800" <= letter <= "\udfff" for letter in name):
         raise ValueError(f"a name must be text that UTF-8 can write, got {name!r}.")
     if len(name.encode()) > headers.MAX_NAME:
@@ -265,6 +273,8 @@ def _plan(name: str, given: np.ndarray | Part | Levels) -> tuple[Plan, "_Work"]:
         raise ValueError(f"{name}: a mask travels whole, not under another one.")
     if is_mask and part.chosen is not None and part.chosen is not part.values:
         raise ValueError(f"{name}: a mask has no values beside the positions that are chosen.")
+    if part.known is not None and part.chosen is not None and np.any(part.chosen & ~part.known):
+        raise ValueError(f"{name}: entries are chosen that lie outside the known mask.")
     num_known = None if part.known is None else int(np.count_nonzero(part.known))
     dense, listed = Coding(codings.ALL), None
     if not isinstance(given, Part):
@@ -293,6 +303,30 @@ class _Work(NamedTuple):
     chosen: np.ndarray | None
     listed: np.ndarray | None
     scales: np.ndarray | None
+
+
+def _arrays(name: str, part: Part) -> Part:
+    """Make arrays of what a tensor is given as, such as nested lists."""
+    values = _array(name, part.values)
+    known = None if part.known is None else _array(name, part.known)
+    if part.chosen is None or part.chosen is part.values:
+        return part._replace(
+            values=values, known=known, chosen=None if part.chosen is None else values
+        )
+    return part._replace(values=values, known=known, chosen=_array(name, part.chosen))
+
+
+def _array(name: str, given: np.ndarray) -> np.ndarray:
+    """Make an array of values or of a mask, or say why there is none."""
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name}: an array has masked values, which do not travel: fill them.")
+    try:
+        return np.asarray(given)
+    except (ValueError, TypeError):  # rows of several lengths, a key, a value that is being traced
+        raise ValueError(
+            f"{name}: an array of numbers or booleans is needed, or lists whose rows have one "
+            f"length, got {type(given).__name__}."
+        ) from None
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -329,7 +363,10 @@ def _known_mask(plan: Plan, known: Mapping[str, np.ndarray]) -> np.ndarray | Non
     """Look up the mask under which a tensor was sent."""
     if plan.num_known is None:
         return None
-    mask = np.asarray(known.get(plan.name))
+    try:
+        mask = np.asarray(known.get(plan.name))
+    except (ValueError, TypeError):
+        mask = np.asarray(None)
     if mask.dtype != np.bool_ or mask.shape != plan.shape:
         raise WireError(f"{plan.name!r} needs a known bool mask of the shape {plan.shape}.")
     if int(np.count_nonzero(mask)) != plan.num_known:

@@ -16,6 +16,8 @@ def find(path: str, *, kind: Literal["file", "folder"] = "file") -> pathlib.Path
     if found.is_dir() != (kind == "folder"):
         other = "folder" if kind == "file" else "file"
         raise DataError(f"path must be a {kind}, but {path} is a {other}.")
+    if kind == "file" and not found.is_file():  # a pipe would be waited for without end
+        raise DataError(f"path must be a regular file, but {path} is a pipe or a device.")
     return found
 
 

@@ -267,6 +267,8 @@ def _numbered(
     if train.dtype.kind == "O" or test.dtype.kind == "O":
         train, test = train.astype(str), test.astype(str)
     names = np.unique(train)
+    if names.dtype.kind == "U":
+        checks.refuse_alike(names, "labels")
     if unknown := np.setdiff1d(test, names).tolist():
         raise DataError(f"test rows have the class {unknown[0]!r}, which no training row has.")
     texts = tuple(str(int(x)) if names.dtype.kind == "f" else str(x) for x in names)

@@ -20,6 +20,8 @@ _PLAIN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _WITH_COMMA = re.compile(
     r"[+-]?(\d*,\d+([eE][+-]?\d+)?|\d{1,3}(,\d{3})+(\.\d*)?|\d{1,3}([. ']\d{3})+(,\d*)?)"
 )
+_SIGN = r"[<>≤≥~]?\s*[$€£¥]?\s*"  # before a number
+_WITH_SIGN = re.compile(rf"{_SIGN}({_PLAIN.pattern}|{_WITH_COMMA.pattern})\s*[%‰$€£¥°]?")
 
 
 def read(path: pathlib.Path, label: str) -> dict[str, np.ndarray]:
@@ -166,16 +168,22 @@ def _is_missing(value: Any, words: Collection[str]) -> bool:
 def check_numbers(values: np.ndarray, name: str, path: pathlib.Path) -> None:
     """Refuse text ``[rows]`` of which at least half reads as numbers.
 
-    One wrong value, or decimal commas, make a column of numbers text, and each number a category.
+    One wrong value, decimal commas, or signs such as ``%`` make a column of numbers text, and each
+    number a category.
     """
     texts, first, counts = np.unique(values.astype(str), return_index=True, return_counts=True)
     plain = np.array([bool(_PLAIN.fullmatch(text.strip())) for text in texts])
     comma = np.array([bool(_WITH_COMMA.fullmatch(text.strip())) for text in texts]) & ~plain
-    if 2 * counts[plain | comma].sum() < counts.sum():
+    signed = np.array([bool(_WITH_SIGN.fullmatch(text.strip())) for text in texts])
+    signed &= ~plain & ~comma
+    if 2 * counts[plain | comma | signed].sum() < counts.sum():
         return
-    if (~plain & ~comma).any():
-        row = int(first[~plain & ~comma].min())
+    if (~plain & ~comma & ~signed).any():
+        row = int(first[~plain & ~comma & ~signed].min())
         why = f"but {values[row]!r} in row {row + 1} is no number: correct it, leave its row out"
+    elif signed.any():
+        row = int(first[signed].min())
+        why = f"but with signs, such as {values[row]!r} in row {row + 1}: write numbers alone"
     elif comma.any():
         row = int(first[comma].min())
         why = f"but with commas, such as {values[row]!r} in row {row + 1}: write decimal points"

@@ -141,6 +141,8 @@ def sync_names(folder: pathlib.Path) -> None:
 
 def check_free(folder: pathlib.Path) -> None:
     """Check early that a run may start in `folder`, without touching anything."""
+    if any("\ud800" <= one <= "\udfff" for one in str(folder)):
+        raise RunFolderError(f"the name of a run folder must be UTF-8, got {str(folder)!r}.")
     try:
         if (folder / CONFIG).exists():
             raise RunFolderError(

@@ -37,6 +37,8 @@ class Network(NamedTuple):
     state: dict[str, Any]  # likewise of what is not trained
     prunable: tuple[str, ...]  # paths of the parameters whose sparsity is on record
     data_checksum: int  # of a sample of the examples
+    # of all of them, and of who holds which; None in the folder of a version without it
+    population_checksum: int | None = None
 
 
 def shapes(tree: Any) -> dict[str, list[Any]]:
@@ -79,6 +81,8 @@ def _check(known: Network) -> None:
         raise ValueError("a size is no size")
     if math.prod(known.input_shape) > _LARGEST or math.prod(known.positions) > _LARGEST:
         raise ValueError("an example is too large")
+    if not isinstance(known.population_checksum, int | None):
+        raise ValueError("a checksum is no number")
     if np.dtype(known.input_dtype).kind not in "fiub":
         raise ValueError("inputs are no numbers")
 
@@ -94,7 +98,10 @@ def check_same(now: Network, folder: pathlib.Path) -> None:
                     f"the network is not that of the run in {str(folder)!r}: {path} is "
                     f"{_shape(new.get(path))} now and {_shape(old.get(path))} in the run."
                 )
-    if now.data_checksum != then.data_checksum:
+    is_known = then.population_checksum is not None
+    if now.data_checksum != then.data_checksum or (
+        is_known and now.population_checksum != then.population_checksum
+    ):
         raise RunFolderError(f"the data are not those of the run in {str(folder)!r}.")
 
 

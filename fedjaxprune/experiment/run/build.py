@@ -97,7 +97,7 @@ def _parts(
         ),
         preprocess=examples.test,
         advance=advance,
-        network=describe_network(config, task, algorithm, dataset),
+        network=describe_network(config, task, algorithm, examples),
         task=dataset.task,
         mesh=task.protocol.mesh,
         hardware=_hardware(config, len(examples.sizes)),
@@ -247,9 +247,10 @@ def _control(config: RunConfig, task: Task, algorithm: Algorithm) -> Algorithm:
 
 
 def describe_network(
-    config: RunConfig, task: Task, algorithm: Algorithm, dataset: Dataset
+    config: RunConfig, task: Task, algorithm: Algorithm, examples: Examples
 ) -> Network:
     """Write down what a run folder keeps of its network and data."""
+    dataset = examples.dataset
     facts, inputs = task.facts, dataset.train["inputs"]
     paths = trees.paths(facts.params)
     flags = masks_lib.prunable_leaves(facts.params, algorithm.counted or algorithm.prunable)
@@ -268,6 +269,7 @@ def describe_network(
         state=network_lib.shapes(facts.state),
         prunable=tuple(path for path, flag in zip(paths, flags, strict=True) if flag),
         data_checksum=examples_lib.checksum(dataset),
+        population_checksum=examples_lib.checksum_of_all(examples),
     )
 
 

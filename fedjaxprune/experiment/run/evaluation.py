@@ -54,6 +54,8 @@ def scores(evaluation: Evaluation, labels: Any, *, task: str = "classification")
     is_regression = heads.HEADS[task].hits is None
     several = labels.ndim > 1 and not is_regression
     num_labels = int((labels >= 0).sum()) if several else len(labels)
+    if not num_labels:
+        raise ValueError("a test must have at least one label, and all of these are negative.")
     return Scores(
         loss=float(evaluation.total_loss / num_labels),
         accuracy=None if is_regression else int(evaluation.num_correct) / num_labels,
@@ -73,12 +75,20 @@ def evaluate(
 
     The last batch is filled with repeated examples, which have weight 0. The devices of a mesh
     share the batches; everything else is replicated.
+
+    Raises:
+      ValueError: while tracing, if inputs and labels differ in number, there are none, or the
+        labels do not fit the outputs.
     """
     head = heads.HEADS[task]
+
+    def as_classes(labels: jax.Array) -> jax.Array:
+        return labels if head.hits is None else labels.astype(jnp.int32)
+
     num_devices = 1 if mesh is None else mesh.size
 
     def evaluate_fn(params: Params, model_state: State, test: TestSet) -> Evaluation:
-        num_examples = test.labels.shape[0]
+        num_examples = _count(test, are_classes=head.hits is not None)
         size = min(batch_size, num_examples)
         key = jax.random.key(0)  # preprocessing for tests is deterministic and reads no key
 
@@ -94,7 +104,7 @@ def evaluate(
                 errors = jnp.where(counts, heads.absolute_error(logits, labels), 0.0)
                 total = total._replace(total_error=total.total_error + jnp.sum(errors))
             else:
-                labels = labels.astype(jnp.int32)
+                labels = as_classes(labels)
                 if labels.ndim > 1:  # one label per position; negative: none
                     counts = counts[:, None] & (labels >= 0)
                     labels = jnp.maximum(labels, 0)
@@ -118,7 +128,10 @@ def evaluate(
             some = trees.take_rows(test.inputs, slice(size))
             layers = jax.eval_shape(gates, params, model_state, some, jnp.ones(size, jnp.bool_))
             one = jax.eval_shape(lambda: preprocess(key, trees.take_rows(test.inputs, slice(1))))
-            num_classes = jax.eval_shape(model.predict, params, model_state, one).shape[-1]
+            outputs = jax.eval_shape(model.predict, params, model_state, one)
+            label = jax.eval_shape(lambda: as_classes(test.labels[:1]))
+            jax.eval_shape(head.test_loss, outputs, label)  # says what does not fit
+            num_classes = outputs.shape[-1]
             num_classes = {"binary": 2, "regression": 0}.get(task, num_classes)
             zero = Evaluation(
                 total_loss=jnp.float32(0.0),
@@ -146,3 +159,19 @@ def evaluate(
         return share(params, model_state, test, starts)
 
     return evaluate_fn
+
+
+def _count(test: TestSet, *, are_classes: bool) -> int:
+    """Count the examples of a test set, whose labels must be as many, and of the right type."""
+    labels = jnp.asarray(test.labels)
+    sizes = {jnp.shape(leaf)[:1] for leaf in (*jax.tree.leaves(test.inputs), labels)}
+    if len(sizes) > 1 or () in sizes or (0,) in sizes:
+        shapes = ", ".join(str(jnp.shape(leaf)) for leaf in jax.tree.leaves(test.inputs))
+        raise ValueError(
+            "a test set must have a label for each of its examples, at least one, got inputs of "
+            f"shape {shapes} and labels of shape {labels.shape}."
+        )
+    is_class = jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_
+    if are_classes and not is_class:
+        raise ValueError(f"labels of a test are classes, which are integers, got {labels.dtype}.")
+    return labels.shape[0]

@@ -93,7 +93,7 @@ def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def checksum(dataset: Dataset) -> int:
-    """Sum up shapes and some examples of a data set, evenly spaced."""
+    """Sum up shapes and some examples of a data set, evenly spaced; see also `checksum_of_all`."""
     total = 0
     for split in (dataset.train, dataset.test):
         for name in ("inputs", "labels"):
@@ -101,4 +101,16 @@ def checksum(dataset: Dataset) -> int:
             rows = array[:: max(1, len(array) // _SAMPLE)]
             total = zlib.crc32(f"{array.shape} {array.dtype}".encode(), total)
             total = zlib.crc32(np.ascontiguousarray(rows).tobytes(), total)
+    return total
+
+
+def checksum_of_all(examples: Examples) -> int:
+    """Sum up all examples, in training and in tests, and who holds which."""
+    dataset = examples.dataset
+    arrays = [np.asarray(split[n]) for split in (dataset.train, dataset.test) for n in split]
+    arrays += [examples.held, examples.population.order, examples.population.offsets]
+    total = 0
+    for array in map(np.asarray, arrays):
+        total = zlib.crc32(f"{array.shape} {array.dtype}".encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, total)
     return total

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjaxprune.costs.hardware import Hardware
-from fedjaxprune.errors import RunFolderError
+from fedjaxprune.errors import ConfigError, RunFolderError
 from fedjaxprune.experiment.config import files
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size
@@ -25,6 +25,7 @@ from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import composing, evaluation, round_record
 from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.models import parameters
 from fedjaxprune.rounds import simulation
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.settings import INT_MAX
@@ -87,6 +88,7 @@ def train(
     begin_fn = jax.jit(lambda key: start(key, parts))
     # Buffers of its own (for donation) and of strong type (else there is a second trace).
     begun = begin_fn(jax.random.fold_in(key, composing.INIT))
+    _check_values(begun, config)
     now = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), begun)
     now = _place(now, parts.mesh)
     rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
@@ -149,6 +151,14 @@ def train(
                     return now.state
             begin = end
     return now.state
+
+
+def _check_values(begun: Simulation, config: RunConfig) -> None:
+    """Refuse a network that begins with a NaN or an infinity, as no round would count."""
+    try:
+        parameters.check_values(begun.state.params, begun.state.model_state)
+    except ValueError as error:
+        raise ConfigError(f"model {config.model.name!r}: {error}") from None
 
 
 def _saved(
