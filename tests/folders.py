@@ -43,6 +43,7 @@ CONFIG = {
         "data_fraction": None,
     },
     "uplink": {"name": "identity", "error_feedback": False},
+    "downlink": {"name": "identity"},
     "evaluation": {"every": 1, "start": 1},
     "checkpoints": {"every": 10, "keep": 3},
     "execution": {"devices": "auto", "chunk_size": 1, "compute_dtype": "float32"},

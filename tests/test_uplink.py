@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.federated import uplinks
+from fedjaxprune.federated import _fractions, uplinks
 from fedjaxprune.traffic import Payload
 
 KEY = jax.random.key(0)
@@ -147,9 +147,9 @@ def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
 def test_counts_are_those_of_the_host_where_float32_would_miscount():
     size = 2**24 + 2
     for fraction in (0.5 + 2**-25, 0.1, 0.9999999):
-        host = uplinks._num_sent(fraction, size)
+        host = _fractions.num_sent(fraction, size)
         mask = jax.ShapeDtypeStruct((size,), jnp.bool_)
-        count = jax.jit(lambda mask, f=fraction: uplinks._num_sent_traced(f, mask))
+        count = jax.jit(lambda mask, f=fraction: _fractions.num_sent_traced(f, mask))
         assert int(count(jnp.ones(mask.shape, mask.dtype))) == host
 
 

@@ -93,6 +93,7 @@ def _controlled(
         params = masks_lib.apply(masks, params)
         state = state._replace(
             masks=masks,
+            downlink=() if protocol.downlink is None else protocol.downlink.init(params),
             params=params,
             model_state=model_state,
             server=server_optimizers.init(server, params),
@@ -101,7 +102,7 @@ def _controlled(
         return state, server_work.no_loss()
 
     control = server_work.server_round(name, work)
-    if not is_first:
+    if not is_first or protocol.downlink is not None:
         control = _forgetting(control, algorithm)
     plain = training(
         protocol,

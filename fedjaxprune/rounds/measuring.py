@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import cohort
-from fedjaxprune.rounds import traffic
-from fedjaxprune.types import Cohort, RoundMetrics, RoundState
+from fedjaxprune.rounds import downloads, traffic
+from fedjaxprune.types import Cohort, RoundMetrics, RoundState, State
 
 
 def of_round(
@@ -18,6 +18,7 @@ def of_round(
     members: Cohort,
     outcome: cohort.Outcome,
     counts: jax.Array,
+    memory: State,
 ) -> RoundMetrics:
     """Count a round.
 
@@ -28,6 +29,7 @@ def of_round(
       members: who was asked.
       outcome: what came of it.
       counts: ``[]`` bool, whether the round counts.
+      memory: state of the downlink after the broadcast.
     """
     before, after = states
     present, fields = members.participated, outcome.fields
@@ -44,14 +46,20 @@ def of_round(
         participated=present,
         num_participating=jnp.sum(present, dtype=jnp.int32),
         num_rejected=jnp.sum(rejected, dtype=jnp.int32),
-        sent=traffic.sent(
-            before,
-            given,
+        sent=downloads.charge(
+            parts.protocol.downlink,
+            memory,
+            traffic.sent(
+                before,
+                given,
+                members,
+                fields,
+                specs=parts.fields,
+                prunable=parts.prunable,
+                transport=parts.masking.transport,
+                announcement=parts.hooks.announcement,
+            ),
             members,
-            fields,
-            specs=parts.fields,
-            prunable=parts.prunable,
-            transport=parts.masking.transport,
-            announcement=parts.hooks.announcement,
+            given.download,
         ),
     )

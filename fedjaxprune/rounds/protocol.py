@@ -1,6 +1,6 @@
 """What a training round is made of: the protocol that methods share, and rules that they set."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,8 +17,10 @@ from fedjaxprune.types import (
     Aggregator,
     Batcher,
     Broadcast,
+    Cohort,
     CohortAggregator,
     Correction,
+    Downlink,
     FieldSpec,
     Key,
     Masks,
@@ -67,6 +69,7 @@ class Protocol(NamedTuple):
       attackers: hostile clients, in training rounds; None: all are honest.
       clip: largest Euclidean norm of a delta, as it arrives; a longer one is shortened to it.
       max_weight: what a client counts for at most, in examples.
+      downlink: what clients see of the parameters; None: all, as they are.
     """
 
     num_rounds: int
@@ -82,6 +85,7 @@ class Protocol(NamedTuple):
     attackers: Attackers | None = None
     clip: float | None = None
     max_weight: float | None = None
+    downlink: Downlink | None = None
 
 
 class MaskTransport(NamedTuple):
@@ -94,15 +98,21 @@ class MaskTransport(NamedTuple):
       choose: ``(state, masks_held [C]) -> FieldLength`` of the field `chosen`, which goes with the
         parameters and says which of several masks are in force; its `clients` are those that hold
         all of these and need nothing else. None: there is no such client.
+      charged: ``"never"`` if clients can make the masks themselves, as from the run's seed and
+        their ids; ``"always"`` if they keep none from round to round.
     """
 
     encode: Callable[[RoundState], FieldLength] | None = None
     is_needed: Callable[[RoundState], jax.Array] | None = None
     choose: Callable[[RoundState, jax.Array], FieldLength] | None = None
+    charged: Literal["never", "changed", "always"] = "changed"
 
     def receivers(self, state: RoundState, masks_held: jax.Array) -> jax.Array:
         """Mark the clients that have to be sent the masks, ``[C]``, by what each holds."""
-        missing = masks_held != state.masks_id
+        if self.charged == "changed":
+            missing = masks_held != state.masks_id
+        else:
+            missing = jnp.full(masks_held.shape, self.charged == "always")
         return missing if self.is_needed is None else missing & self.is_needed(state)
 
 
@@ -141,10 +151,16 @@ class Announcement(NamedTuple):
         field of the message that has the parameters: a tree of booleans travels in a coding of
         counts, any other whole.
       is_due: ``state -> [] bool``, the rounds in which it travels; else clients see zeros.
+      versions: of fields that clients keep, ``state -> [] int32``, which is at least 1 and another
+        number whenever the field is another one. In rounds that are due such a field travels to
+        clients that hold another version; all others travel to everybody.
+      derived: fields that clients can make themselves, as from the run's seed; they never travel.
     """
 
     fields: Callable[[RoundState], Mapping[str, Any]]
     is_due: Callable[[RoundState], jax.Array]
+    versions: Mapping[str, Callable[[RoundState], jax.Array]] = {}
+    derived: Collection[str] = ()
 
     def seen(self, state: RoundState) -> dict[str, Any]:
         """Give what the clients of a round see."""
@@ -152,17 +168,24 @@ class Announcement(NamedTuple):
         return trees.tree_where(due, fields, jax.tree.map(jnp.zeros_like, fields))
 
     def lengths(
-        self, state: RoundState, seen: Mapping[str, Any], num_slots: int
+        self, state: RoundState, seen: Mapping[str, Any], cohort: Cohort
     ) -> dict[str, FieldLength]:
-        """Describe the fields of a round for the ledger."""
-        due = jnp.broadcast_to(self.is_due(state), (num_slots,))
+        """Describe the fields of a round for the ledger, by what each client holds."""
+        due = jnp.broadcast_to(self.is_due(state), cohort.client_ids.shape)
 
-        def length(tree: Any) -> FieldLength:
+        def length(name: str, tree: Any) -> FieldLength:
             are_bits = all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(tree))
             counts = masks_lib.num_kept(tree) if are_bits else ()
-            return FieldLength(trees.shape_only(tree), clients=due, sent_counts=counts)
+            clients = due
+            if name in self.versions:
+                clients = due & (cohort.states.held[name] != self.versions[name](state))
+            return FieldLength(trees.shape_only(tree), clients=clients, sent_counts=counts)
 
-        return {name: length(tree) for name, tree in seen.items()}
+        return {name: length(name, tree) for name, tree in seen.items() if name not in self.derived}
+
+    def versions_sent(self, state: RoundState) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Give the versions of the fields that clients keep, and whether they see them now."""
+        return {name: (of(state), self.is_due(state)) for name, of in self.versions.items()}
 
 
 class Hooks(NamedTuple):

@@ -142,15 +142,16 @@ def sent(
     if jax.tree.leaves(state.correction):
         down["broadcast"]["drift"] = FieldLength(live_counts=trained)
     if announcement is not None:
-        num_slots = cohort.client_ids.shape[0]
-        down["broadcast"] |= announcement.lengths(state, broadcast.announced, num_slots)
+        down["broadcast"] |= announcement.lengths(state, broadcast.announced, cohort)
     receivers = transport.receivers(state, cohort.states.masks_held)
     if transport.choose is not None:
         chosen = transport.choose(state, cohort.states.masks_held)
         down["broadcast"]["chosen"] = chosen._replace(clients=receivers & chosen.clients)
         receivers = receivers & ~chosen.clients
     packed: Any = ()
-    if transport.encode is None:
+    if transport.charged == "never":
+        pass  # nothing of them travels
+    elif transport.encode is None:
         packed = _pack(state.masks, prunable, needed=jnp.any(receivers))
     else:
         down["masks"] = {"masks": transport.encode(state)._replace(clients=receivers)}

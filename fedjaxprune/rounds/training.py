@@ -16,7 +16,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, attacks, cohort, server_optimizers, uplinks
 from fedjaxprune.models import gates
 from fedjaxprune.pruning import pruners
-from fedjaxprune.rounds import hostility, measuring, stages, traffic
+from fedjaxprune.rounds import downloads, hostility, measuring, stages, traffic
 from fedjaxprune.rounds.protocol import (
     Hooks,
     Masking,
@@ -26,6 +26,7 @@ from fedjaxprune.rounds.protocol import (
     no_correction,
     weigh,
 )
+from fedjaxprune.traffic import Payload
 from fedjaxprune.types import (
     Algorithm,
     Broadcast,
@@ -152,6 +153,7 @@ def training(
     """
     parts = _complete(protocol, client, pruner, prunable, fields, masking)
     parts = parts if hooks is None else parts._replace(hooks=hooks)
+    downlink = protocol.downlink
 
     def init_fn(params, model_state):
         if pruner is not None:
@@ -165,6 +167,7 @@ def training(
             server=server_optimizers.init(parts.server, params),
             pruner=parts.pruner.init(params),
             correction=parts.correction.init(params),
+            downlink=() if downlink is None else downlink.init(params),
         )
 
     def init_client_fn(params):
@@ -172,25 +175,29 @@ def training(
             client=parts.client.init(params),
             uplink=parts.uplink.init(params),
             masks_held=jnp.int32(0),
+            held=downloads.nothing_held(downlink, parts.hooks.announcement),
         )
 
     def round_fn(key, state, members, population):
         client_key, train_key, pruner_key = jax.random.split(key, 3)
-        given = broadcast(train_key, parts, state)
+        given, memory = broadcast(train_key, parts, state)
         outcome = aggregate(client_key, parts, given, members, population)
         if parts.hooks.conclude is not None:
             changed = parts.hooks.conclude(outcome.fields, state, population)
             outcome = outcome._replace(fields={**outcome.fields, **changed})
         stepped = server_step(parts, state, outcome.fields, population)
         after = revise(pruner_key, parts, state, stepped, outcome.fields)
+        after = after._replace(downlink=memory)
         rows = ClientState(
             client=outcome.states[0],
             uplink=outcome.states[1],
             masks_held=jnp.where(members.participated, state.masks_id, members.states.masks_held),
+            held=downloads.held_after(downlink, memory, parts.hooks.announcement, state, members),
         )
         counts = stepped.is_heard & stages.is_sound_pruner(state.pruner, after.pruner)
         after, rows = stages.keep_if(counts, state, members, after, rows)
-        metrics = measuring.of_round(parts, (state, after), given, members, outcome, counts)
+        states = state, after
+        metrics = measuring.of_round(parts, states, given, members, outcome, counts, memory)
         return after, rows, metrics, counts
 
     stage = Stage(
@@ -203,20 +210,24 @@ def training(
         deployed_params=lambda state: deployed_params(parts, state),
         prunable=prunable,
         payload=parts.uplink.payload,
+        downlink_payload=Payload if downlink is None else downlink.payload,
     )
 
 
 def deployed_params(parts: Parts, state: RoundState) -> Params:
-    """Give the parameters that clients receive, and that are evaluated."""
+    """Give the parameters that clients receive, and that are evaluated.
+
+    A downlink does not change what is evaluated.
+    """
     if parts.masking.server_is_dense:
         return masks_lib.apply(state.masks, state.params)
     return state.params
 
 
-def broadcast(key: Key, parts: Parts, state: RoundState) -> Given:
-    """Give every client the model, and masks to train under."""
+def broadcast(key: Key, parts: Parts, state: RoundState) -> tuple[Given, State]:
+    """Give every client the model, and masks to train under; also give the downlink's state."""
     rules, announcement = parts.masking, parts.hooks.announcement
-    return Given(
+    given = Given(
         upload=state.masks if rules.upload is None else rules.upload(state),
         download=state.masks if rules.download is None else rules.download(state),
         broadcast=broadcast_of(state)._replace(
@@ -226,6 +237,10 @@ def broadcast(key: Key, parts: Parts, state: RoundState) -> Given:
             announced=() if announcement is None else announcement.seen(state),
         ),
     )
+    seen, memory = downloads.show(
+        key, parts.protocol.downlink, state, given.broadcast, given.download
+    )
+    return given._replace(broadcast=seen), memory
 
 
 def local_work(

@@ -120,6 +120,7 @@ def make_protocol(config: Any) -> Protocol:
         correction=parts.correction.part.build(
             config.client.correction, batcher=batcher, optimizer_settings=config.client.optimizer
         ),
+        downlink=parts.downlink.part.build(config.downlink),
     )
 
 

@@ -209,6 +209,7 @@ class Parts(NamedTuple):
     aggregator: Found
     attack: Found
     uplink: Found
+    downlink: Found
 
 
 class RunConfig(Settings):
@@ -221,6 +222,7 @@ class RunConfig(Settings):
     client: Client = Client()
     server: Server = Server()
     uplink: Any = part("uplink", "identity", "What a client sends of its delta.")
+    downlink: Any = part("downlink", "identity", "What clients see of the parameters.")
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     execution: Execution = Execution()

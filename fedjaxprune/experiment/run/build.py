@@ -174,6 +174,7 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
             attackers=_attackers(config, given),
             clip=config.server.clip,
             max_weight=config.server.max_weight,
+            downlink=parts.downlink.part.build(config.downlink),
         )
 
 
