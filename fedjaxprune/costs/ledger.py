@@ -275,8 +275,9 @@ def _by_slot(
 
     def part(column: _Column, counts: Any) -> _Part:
         live, sent = counts
-        is_coded = coder is not None and column.name == coder.field and sent is None
-        payloads = tuple(map(coder.payload, live)) if is_coded else None
+        payloads = None
+        if coder is not None and column.name == coder.field and sent is None:
+            payloads = tuple(map(coder.payload, live))
         return _Part(column.leaves, live, sent, payloads)
 
     seen: dict[Any, LinkBits] = {}
