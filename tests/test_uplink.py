@@ -31,6 +31,7 @@ PLAIN = {
     "unbiased_random_k": uplinks.unbiased_random_k(fraction=0.3),
     "sign": uplinks.sign(),
     "quantize": uplinks.quantize(bits=3),
+    "nearest": uplinks.quantize(bits=3, rounding="nearest"),
 }
 WITH_FEEDBACK = {
     f"error_feedback({name})": uplinks.error_feedback(inner) for name, inner in PLAIN.items()
@@ -194,6 +195,24 @@ def test_quantize_has_its_levels_and_sends_the_ends_as_they_are(bits):
     assert jnp.max(sent) == jnp.max(kept)
     step = (jnp.max(kept) - jnp.min(kept)) / (2**bits - 1)
     assert jnp.max(jnp.abs(sent - kept)) <= step * 1.01
+
+
+def test_quantize_to_the_nearest_level_is_off_by_half_a_level_at_most():
+    values = jnp.array([-1.0, -0.8, -0.5, 0.0, 0.1, 0.5, 2.0])  # levels -1, 0, 1 and 2
+    component = uplinks.quantize(bits=2, rounding="nearest")
+    sent, _ = send(component, {"w": values}, masks_lib.full({"w": values}))
+    # half to even: -0.5 is half a level above level 0, and 0.5 half a level above level 1
+    np.testing.assert_allclose(sent["w"], [-1.0, -1.0, -1.0, 0.0, 0.0, 1.0, 2.0], atol=1e-6)
+    assert component.payload(10) == uplinks.quantize(bits=2).payload(10)
+    delta, _ = send(UPLINKS["nearest"])
+    for found, true, mask in zip(*map(jax.tree.leaves, (delta, DELTA, MASKS)), strict=True):
+        off, kept = np.abs(found - true)[mask], true[mask]
+        assert not kept.size or off.max() <= (kept.max() - kept.min()) / 7 * 0.5001
+
+
+def test_a_rounding_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"must be 'random' or 'nearest', got 'up'"):
+        uplinks.quantize(bits=8, rounding="up")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e-20])
