@@ -45,7 +45,8 @@ def top_k(*, fraction: float) -> Downlink:
     what a client has to be sent after any number of missed rounds, and no history is kept. In the
     first round everything is sent, and so it is to a client that comes for the first time.
 
-    With the fraction 1 clients see the exact parameters, and are sent what changed.
+    With the fraction 1 clients see the exact parameters, and are sent what changed. Tests and
+    exports use the exact parameters, whatever clients see.
 
     Args:
       fraction: of a leaf's entries that clients receive, how many change in a round at most:
@@ -108,7 +109,8 @@ def quantize(*, bits: int) -> Downlink:
 
     It is how FL-PQSU rounds weights, with two changes: its code does not widen the range, so that
     values of one sign may be cut off, and truncates `zero`, so that the ends may be. Its server
-    also stores the mean of rounded weights; this one keeps the exact ones.
+    also stores the mean of rounded weights; this one keeps the exact ones, and they are tested and
+    exported.
 
     Args:
       bits: per entry, in [2, 16].
