@@ -42,7 +42,7 @@ CONFIG = {
         "aggregator": {"name": "weighted_mean"},
         "data_fraction": None,
     },
-    "uplink": {"name": "identity", "error_feedback": False},
+    "uplink": {"name": "identity", "error_feedback": False, "whole_below": 0},
     "downlink": {"name": "identity"},
     "evaluation": {"every": 1, "start": 1},
     "checkpoints": {"every": 10, "keep": 3},

@@ -131,18 +131,19 @@ def test_a_control_starts_its_downlink_afresh():
     method = training(given, client=CLIENT)
     algorithm = controls.reinitialized(method, task)
     state = algorithm.init(quadratic.PARAMS, STATE)
-    members, number = quadratic.cohort(algorithm, range(6)), 0
+    members, number, sent = quadratic.cohort(algorithm, range(6)), 0, None
     for stage in algorithm.stages:
         for _ in range(stage.num_rounds):
             run = jax.jit(stage.round)
             state, rows, metrics = run(jax.random.fold_in(KEY, number), state, members, PEOPLE)
-            members, number = members._replace(states=rows), number + 1
+            members, number, sent = members._replace(states=rows), number + 1, metrics.sent
             if stage.name == "reinitialize":
                 assert not np.any(rows.held["params"])
                 assert int(state.downlink.version) == 0
     assert int(state.downlink.version) == 2
-    assert rows.held["params"].tolist() == [2] * 6
-    counts = metrics.sent.down["downlink"]["params"].sent_counts
+    assert sent is not None
+    assert members.states.held["params"].tolist() == [2] * 6
+    counts = sent.down["downlink"]["params"].sent_counts
     assert np.array_equal(counts, [[1, 6, 1, 2]] * 6)  # a quarter of each leaf
     early = controls.reinitialized(method._replace(has_fixed_masks=True), task)
     assert [stage.cohort for stage in early.stages] == ["population", "sampled"]

@@ -210,6 +210,25 @@ def test_quantize_to_the_nearest_level_is_off_by_half_a_level_at_most():
         assert not kept.size or off.max() <= (kept.max() - kept.min()) / 7 * 0.5001
 
 
+def test_small_leaves_are_sent_whole_and_leave_no_residual():
+    component = uplinks.error_feedback(uplinks.except_small(uplinks.sign(), fewer_than=4))
+    sent, after = send(component)
+    plain, _ = send(UPLINKS["sign"])
+    chex.assert_trees_all_equal(sent["layer"]["bias"], DELTA["layer"]["bias"])
+    chex.assert_trees_all_equal(sent["layer"]["kernel"], plain["layer"]["kernel"])
+    assert not np.any(after.residual["layer"]["bias"])
+    assert np.any(after.residual["layer"]["kernel"])
+    shaped = component.shaped_payload
+    assert shaped is not None
+    assert shaped(3, (3,)) == Payload(3)
+    assert shaped(3, (4,)) == Payload(3, level_bits=1, num_scales=1)
+    outer = uplinks.except_small(uplinks.except_small(uplinks.sign(), fewer_than=9), fewer_than=4)
+    assert outer.shaped_payload is not None
+    assert outer.shaped_payload(3, (2, 4)) == Payload(3)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        uplinks.except_small(uplinks.sign(), fewer_than=-1)
+
+
 def test_a_rounding_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match=r"must be 'random' or 'nearest', got 'up'"):
         uplinks.quantize(bits=8, rounding="up")  # pyright: ignore[reportArgumentType]

@@ -67,6 +67,7 @@ class _Coder(NamedTuple):
     message: str  # the only one in which it does; empty: any
     field: str
     payload: PayloadFn
+    shaped: Callable[[int, tuple[int, ...]], Payload] | None = None
 
 
 class _Part(NamedTuple):
@@ -101,10 +102,10 @@ def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> T
     Args:
       metrics: of the round, on the host.
       state: of which only shapes and types are read.
-      algorithm: whose `payload`, `downlink_payload`, `prunable` and `published` are read.
+      algorithm: whose payloads, `prunable` and `published` are read.
     """
     prunable = algorithm.prunable
-    by_uplink = _Coder("", "delta", algorithm.payload)
+    by_uplink = _Coder("", "delta", algorithm.payload, algorithm.shaped_payload)
     by_downlink = _Coder(DOWNLINK, "params", algorithm.downlink_payload)
     sent, present = metrics.sent, np.asarray(metrics.participated)
     ids = np.asarray(sent.client_ids)
@@ -278,6 +279,8 @@ def _by_slot(
         payloads = None
         if coder is not None and column.name == coder.field and sent is None:
             payloads = tuple(map(coder.payload, live))
+            if coder.shaped is not None:
+                payloads = tuple(map(coder.shaped, live, (leaf.shape for leaf in column.leaves)))
         return _Part(column.leaves, live, sent, payloads)
 
     seen: dict[Any, LinkBits] = {}

@@ -5,6 +5,7 @@ costs nothing; positions are numbered among the entries that may travel. Each up
 `payload` what it sends, and `costs` knows how long that is.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -186,6 +187,40 @@ def quantize(*, bits: int, rounding: Rounding = "random") -> Uplink:
     return Uplink(init=lambda params: (), update=_map_leaves(leaf), payload=payload_fn)
 
 
+def except_small(inner: Uplink, *, fewer_than: int) -> Uplink:
+    """Send leaves of few entries whole, such as biases, and all others as `inner` sends them.
+
+    They cost little, and what `inner` does may harm them: a sign has one scale for all entries of a
+    leaf. It belongs inside `error_feedback`, which then keeps nothing of such a leaf.
+
+    Args:
+      inner: any uplink without a residual.
+      fewer_than: a leaf of fewer entries, pruned ones included, is sent whole.
+
+    Raises:
+      ValueError: if `fewer_than` is negative.
+    """
+    if fewer_than < 0:
+        raise ValueError(f"fewer_than must be at least 0, got {fewer_than}.")
+
+    def update_fn(key, delta, state, masks):
+        sent, state = inner.update(key, delta, state, masks)
+        exact = masks_lib.apply(masks, delta)
+
+        def leaf(whole, part):
+            return whole if whole.size < fewer_than else part
+
+        return jax.tree.map(leaf, exact, sent), state
+
+    def shaped_fn(num_kept, shape):
+        if math.prod(shape) < fewer_than:
+            return Payload(num_kept)
+        shaped = inner.shaped_payload
+        return inner.payload(num_kept) if shaped is None else shaped(num_kept, shape)
+
+    return inner._replace(update=update_fn, shaped_payload=shaped_fn)
+
+
 def error_feedback(inner: Uplink) -> Uplink:
     """Add to every delta what `inner` left behind in the client's earlier rounds.
 
@@ -216,7 +251,7 @@ def error_feedback(inner: Uplink) -> Uplink:
         residual = masks_lib.apply(masks, jax.tree.map(jnp.subtract, corrected, sent))
         return sent, ResidualState(residual=residual, inner=inner_state)
 
-    return Uplink(init=init_fn, update=update_fn, payload=inner.payload)
+    return inner._replace(init=init_fn, update=update_fn)
 
 
 def _pick(key, delta, mask, fraction) -> tuple[jax.Array, jax.Array, jax.Array]:

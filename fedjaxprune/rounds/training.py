@@ -210,6 +210,7 @@ def training(
         deployed_params=lambda state: deployed_params(parts, state),
         prunable=prunable,
         payload=parts.uplink.payload,
+        shaped_payload=parts.uplink.shaped_payload,
         downlink_payload=Payload if downlink is None else downlink.payload,
     )
 

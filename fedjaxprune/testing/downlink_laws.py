@@ -1,6 +1,5 @@
 """Laws of a downlink, which are read off the history of any method under a protocol with one."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -116,7 +115,7 @@ def _put(held: Any, data: bytes, received: Masks, due: Masks) -> Any:
         for path, mask in tree_lib.items(received)
         if not np.all(mask)
     }
-    arrived: Mapping[str, Any] = wire_format.decode(data, known=known)
+    arrived: dict[str, Any] = {**wire_format.decode(data, known=known)}
 
     def leaf(path: str, mask: Any, due: Any, old: Any) -> np.ndarray:
         new = arrived.get(f"params/{path}", old)

@@ -63,11 +63,14 @@ class Uplink(NamedTuple):
       init: ``params -> state`` of one client.
       update: ``(key, delta, state, masks) -> (delta, state)``; outside `masks` all is zero.
       payload: ``num_kept -> Payload``, in Python integers: what is sent of so many entries.
+      shaped_payload: ``(num_kept, shape) -> Payload``, where that depends on the leaf's shape, too;
+        it goes before `payload`. None: it does not.
     """
 
     init: Callable[[Params], State]
     update: Callable[[Key, Delta, State, Masks], tuple[Delta, State]]
     payload: Callable[[int], Payload]
+    shaped_payload: Callable[[int, tuple[int, ...]], Payload] | None = None
 
 
 class Downlink(NamedTuple):

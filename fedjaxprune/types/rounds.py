@@ -132,6 +132,7 @@ class Algorithm(NamedTuple):
       notes: sentences about this run that the user should read before it starts.
       counted: the leaves whose sparsity is on record; None: those that are prunable.
       has_fixed_masks: whether the last stage trains plainly under masks of the stages before.
+      shaped_payload: of the uplink, hashable, too; None: `payload` counts.
       downlink_payload: of the downlink, as `payload` of the uplink.
     """
 
@@ -146,4 +147,5 @@ class Algorithm(NamedTuple):
     notes: tuple[str, ...] = ()
     counted: PrunableFn | None = None
     has_fixed_masks: bool = False
+    shaped_payload: Callable[[int, tuple[int, ...]], Payload] | None = None
     downlink_payload: Callable[[int], Payload] = Payload

@@ -10,7 +10,9 @@ from tests.laws import rows
 
 pytestmark = [pytest.mark.laws, pytest.mark.xdist_group("fedavg")]
 
-UPLINKS = [(name, False) for name in registry.names("uplink")] + [("sign", True), ("top_k", True)]
+UPLINKS = [(name, {}) for name in registry.names("uplink")]
+UPLINKS += [("sign", {"error_feedback": True, "whole_below": 6})]  # the smallest of 2, 4, 8 and 24
+UPLINKS += [("top_k", {"error_feedback": True})]
 SLOW = ("fedadam", "random_k")  # like another one
 
 
@@ -33,10 +35,10 @@ def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name,
             law(played)
 
 
-@pytest.mark.parametrize(("name", "feedback"), [case(*each) for each in UPLINKS])
-def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, feedback, subtests):
+@pytest.mark.parametrize(("name", "options"), [case(*each) for each in UPLINKS])
+def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, options, subtests):
     protocol = without(scenario.PROTOCOL, "uplink")
-    uplink = {"uplink": name, "uplink.error_feedback": feedback}
+    uplink = {"uplink": name, **{f"uplink.{one}": value for one, value in options.items()}}
     played = history.record(*rows.row("fedavg"), {**protocol, **uplink})
     for law in (
         laws.order_is_irrelevant,

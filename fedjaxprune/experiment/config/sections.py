@@ -144,6 +144,13 @@ class Uplink(Settings):
     """What every uplink has besides its own settings."""
 
     error_feedback: bool = setting(False, "Keep what was not sent for the client's next round.")
+    whole_below: int = setting(
+        0,
+        "Tensors of fewer entries, such as biases, are sent whole.",
+        unit="entries",
+        ge=0,
+        le=INT_MAX,
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_bits(self) -> "Uplink":
