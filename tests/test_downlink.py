@@ -61,7 +61,7 @@ def test_the_largest_changes_are_sent_first():
     """EF21-P's vector: the gap squared is .26, .1, .01, 0; clients begin with zeros."""
     downlink = downlinks.top_k(fraction=0.25)
     wanted = jnp.array([0.6, 0.3, -0.4, 0.1])
-    state = downlink.init(wanted)._replace(version=jnp.int32(1))
+    state = downlink.init(wanted)._replace(is_fresh=jnp.bool_(False))
     everything = jnp.ones(4, jnp.bool_)
     for number, (place, gap) in enumerate([(0, 0.26), (2, 0.1), (1, 0.01), (3, 0.0)], start=1):
         before = state.params
@@ -85,6 +85,10 @@ def test_clocks_say_what_a_client_needs_after_missed_rounds():
     assert state.clock.tolist() == [4, 3, 1, 1, 2, 4]
     needed = [int(jnp.sum(due(downlink, state, held))) for held in range(5)]
     assert needed == [6, 4, 3, 2, 0]  # the first holds nothing
+    assert downlink.restart is not None
+    _, state = downlink.update(KEY, jnp.asarray(params), downlink.restart(state), everything)
+    assert np.all(due(downlink, state, 4))
+    assert not np.any(due(downlink, state, 5))
 
 
 @pytest.mark.parametrize("name", ["top_k", "changes"])

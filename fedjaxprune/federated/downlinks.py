@@ -25,11 +25,13 @@ class SharedState(NamedTuple):
       params: what they saw.
       clock: tree of the parameters, int32: the version in which an entry changed last.
       version: ``[]`` int32, rounds in which clients saw parameters.
+      is_fresh: ``[]`` bool, whether the next round sends everything to everybody.
     """
 
     params: Params
     clock: Params
     version: jax.Array
+    is_fresh: jax.Array
 
 
 def top_k(*, fraction: float) -> Downlink:
@@ -69,26 +71,26 @@ def top_k(*, fraction: float) -> Downlink:
             params=jax.tree.map(jnp.zeros_like, params),
             clock=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), params),
             version=jnp.int32(0),
+            is_fresh=jnp.bool_(True),
         )
 
     def update_fn(key, params, state, masks):
         del key  # deterministic
-        is_first = state.version == 0
-        version = state.version + 1
+        is_fresh, version = state.is_fresh, state.version + 1
 
         def choose(new, old, mask):
             copy = jnp.where(mask, old, jnp.zeros_like(old))
             differs = mask & _differ(new, copy)
             scores = jnp.where(differs, jnp.abs(new - copy), jnp.full_like(new, -jnp.inf))
             chosen = differs & topk.top_k(scores, num_sent_traced(fraction, mask))
-            return jnp.where(chosen | (mask & is_first), new, copy)
+            return jnp.where(chosen | (mask & is_fresh), new, copy)
 
         def turn(clock, new, old):
-            return jnp.where(_differ(new, old) | is_first, version, clock)
+            return jnp.where(_differ(new, old) | is_fresh, version, clock)
 
         seen = jax.tree.map(choose, params, state.params, masks)
         clock = jax.tree.map(turn, state.clock, seen, state.params)
-        return seen, SharedState(params=seen, clock=clock, version=version)
+        return seen, SharedState(seen, clock, version, is_fresh=jnp.bool_(False))
 
     return Downlink(
         init=init_fn,
@@ -96,6 +98,7 @@ def top_k(*, fraction: float) -> Downlink:
         payload=Payload,
         version=lambda state: state.version,
         due=lambda state, held: jax.tree.map(lambda clock: clock > held, state.clock),
+        restart=lambda state: state._replace(is_fresh=jnp.bool_(True)),
     )
 
 

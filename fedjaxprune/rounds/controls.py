@@ -86,6 +86,7 @@ def _controlled(
     num_before = sum(stage.num_rounds for stage in before)
     correction = no_correction() if protocol.correction is None else protocol.correction
     server = server_optimizers.fedavg() if protocol.server is None else protocol.server
+    restart = None if protocol.downlink is None else protocol.downlink.restart
 
     def work(key, state, population):
         del population  # no data decides
@@ -93,7 +94,7 @@ def _controlled(
         params = masks_lib.apply(masks, params)
         state = state._replace(
             masks=masks,
-            downlink=() if protocol.downlink is None else protocol.downlink.init(params),
+            downlink=state.downlink if restart is None else restart(state.downlink),
             params=params,
             model_state=model_state,
             server=server_optimizers.init(server, params),
@@ -102,7 +103,7 @@ def _controlled(
         return state, server_work.no_loss()
 
     control = server_work.server_round(name, work)
-    if not is_first or protocol.downlink is not None:
+    if not is_first:
         control = _forgetting(control, algorithm)
     plain = training(
         protocol,

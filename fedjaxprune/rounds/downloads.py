@@ -5,14 +5,14 @@ whole, or through a downlink, which may know what changed since a client last re
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.rounds.protocol import Announcement
+from fedjaxprune.rounds.protocol import Announcement, Given, Masking
 from fedjaxprune.traffic import DOWNLINK, Sent
 from fedjaxprune.types import Broadcast, Cohort, Downlink, Key, Masks, RoundState, State
 
@@ -43,6 +43,62 @@ def show(
     own_key = jax.random.fold_in(key, 0)  # the masks to train under are drawn from the other
     seen, memory = downlink.update(own_key, broadcast.params, state.downlink, received)
     return broadcast._replace(params=seen), memory
+
+
+def for_client(masking: Masking, given: Given, client_id: jax.Array, state: State) -> Given:
+    """Cut what a round's clients are given down to the sub-model of one client, if it has its own.
+
+    Args:
+      masking: says which it is.
+      given: what all are given.
+      client_id: ``[]`` int32.
+      state: of the client's own, from before the round.
+    """
+    if masking.of_client is None:
+        return given
+    broadcast = given.broadcast
+    own = masking.of_client(broadcast, client_id, state)
+
+    def narrow(masks: Masks) -> Masks:
+        return jax.tree.map(jnp.logical_and, masks, own)
+
+    return given._replace(
+        broadcast=broadcast._replace(
+            params=masks_lib.apply(own, broadcast.params), masks=narrow(broadcast.masks)
+        ),
+        upload=narrow(given.upload),
+        download=narrow(given.download),
+    )
+
+
+def count(
+    masking: Masking, given: Given, cohort: Cohort, of_one: Callable[[Given], jax.Array]
+) -> jax.Array:
+    """Count entries of what clients are given: ``[L]`` if all are given the same, else ``[C, L]``.
+
+    Args:
+      masking: says whether clients have sub-models of their own.
+      given: what all are given.
+      cohort: who was asked, with their rows from before the round.
+      of_one: ``given -> [L]`` int32.
+    """
+    if masking.of_client is None:
+        return of_one(given)
+    rows = cohort.client_ids, cohort.states.client
+    return jax.lax.map(lambda row: of_one(for_client(masking, given, *row)), rows)
+
+
+def check(downlink: Downlink | None, masking: Masking) -> None:
+    """Refuse a downlink that must know what each client holds where clients have sub-models.
+
+    Raises:
+      ValueError: the downlink sends changes, and clients receive different entries.
+    """
+    if downlink is not None and downlink.due is not None and masking.of_client is not None:
+        raise ValueError(
+            "the downlink must send all entries in every round where clients have sub-models of "
+            "their own, as 'identity' and 'quantize' do; got one that sends what changed."
+        )
 
 
 def charge(

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import cohort
 from fedjaxprune.rounds import downloads, traffic
+from fedjaxprune.rounds.protocol import Given
 from fedjaxprune.types import Cohort, RoundMetrics, RoundState, State
 
 
 def of_round(
     parts: Any,
     states: tuple[RoundState, RoundState],
-    given: Any,
+    given: Given,
     members: Cohort,
     outcome: cohort.Outcome,
     counts: jax.Array,
@@ -25,7 +26,7 @@ def of_round(
     Args:
       parts: what the round is made of (`training.Parts`).
       states: before and after it.
-      given: what its clients were given (`training.Given`).
+      given: what its clients were given.
       members: who was asked.
       outcome: what came of it.
       counts: ``[]`` bool, whether the round counts.
@@ -33,14 +34,17 @@ def of_round(
     """
     before, after = states
     present, fields = members.participated, outcome.fields
-    received = masks_lib.num_kept(given.download)
+    received = downloads.count(
+        parts.masking, given, members, lambda own: masks_lib.num_kept(own.download)
+    )
     rejected = outcome.rejected | (present & (fields[traffic.NUM_MESSAGES] > 0) & ~counts)
     return RoundMetrics(
         train=fields["metrics"],
         num_live=masks_lib.num_kept(after.masks),
         num_changed=masks_lib.num_changed(before.masks, after.masks),
         num_downloaded=jnp.broadcast_to(
-            received[None, None], (present.shape[0], 1, received.shape[0])
+            received[..., None, :] if received.ndim > 1 else received[None, None],
+            (present.shape[0], 1, received.shape[-1]),
         ),
         num_uploaded=fields[traffic.NUM_UPLOADED],
         participated=present,
@@ -56,7 +60,7 @@ def of_round(
                 fields,
                 specs=parts.fields,
                 prunable=parts.prunable,
-                transport=parts.masking.transport,
+                masking=parts.masking,
                 announcement=parts.hooks.announcement,
             ),
             members,

@@ -28,6 +28,7 @@ from fedjaxprune.types import (
     RoundMetrics,
     RoundState,
     Schedule,
+    State,
     Uplink,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "ConcludeFn",
     "Correction",
     "FieldSpec",
+    "Given",
     "Hooks",
     "MaskTransport",
     "Masking",
@@ -129,6 +131,10 @@ class Masking(NamedTuple):
         fields, where that follows from its own bits. What does not travel counts as zero; a
         ``protocol.aggregator`` that counts holders sees who sent an entry.
       transport: how the masks travel.
+      of_client: ``(broadcast, client_id [], state) -> masks``, the sub-model of one client: of what
+        all train, receive and send, the entries that this one does; None: all. Client and server
+        both know them, by its id, the round and its own state, so they never travel. A delta is
+        averaged over the clients that hold an entry.
     """
 
     train: Callable[[Key, RoundState], Masks] | None = None
@@ -137,6 +143,21 @@ class Masking(NamedTuple):
     server_is_dense: bool = False
     upload_masks: Callable[[Mapping[str, Any]], Mapping[str, Masks]] | None = None
     transport: MaskTransport = MaskTransport()
+    of_client: Callable[[Broadcast, jax.Array, State], Masks] | None = None
+
+
+class Given(NamedTuple):
+    """What the clients of a round are given.
+
+    Attributes:
+      broadcast: where they start from.
+      upload: masks of the entries that they send.
+      download: masks of the entries that they received.
+    """
+
+    broadcast: Broadcast
+    upload: Masks
+    download: Masks
 
 
 AfterRound = Callable[[RoundState, RoundState, RoundMetrics], tuple[RoundState, RoundMetrics]]

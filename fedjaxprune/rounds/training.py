@@ -18,6 +18,7 @@ from fedjaxprune.models import gates
 from fedjaxprune.pruning import pruners
 from fedjaxprune.rounds import downloads, hostility, measuring, stages, traffic
 from fedjaxprune.rounds.protocol import (
+    Given,
     Hooks,
     Masking,
     Protocol,
@@ -28,6 +29,7 @@ from fedjaxprune.rounds.protocol import (
 )
 from fedjaxprune.traffic import Payload
 from fedjaxprune.types import (
+    Aggregator,
     Algorithm,
     Broadcast,
     Client,
@@ -38,7 +40,6 @@ from fedjaxprune.types import (
     Delta,
     FieldSpec,
     Key,
-    Masks,
     Message,
     Params,
     Population,
@@ -85,20 +86,6 @@ class Parts(NamedTuple):
     def read(self) -> dict[str, Callable[[Delta, Broadcast], Params]]:
         """What the server reads off each delta, by field."""
         return {n: spec.read for n, spec in self.fields.items() if spec.read is not None}
-
-
-class Given(NamedTuple):
-    """What the clients of a round are given.
-
-    Attributes:
-      broadcast: where they start from.
-      upload: masks of the entries that they send.
-      download: masks of the entries that they received.
-    """
-
-    broadcast: Broadcast
-    upload: Masks
-    download: Masks
 
 
 class Stepped(NamedTuple):
@@ -249,6 +236,7 @@ def local_work(
 ) -> tuple[Message, tuple[State, State]]:
     """Let one client train on its own data, and send what came of it."""
     work_key, wire_key = jax.random.split(key)
+    given = downloads.for_client(parts.masking, given, data.client_id, own[0])
     message, client_state = parts.client.update(work_key, given.broadcast, own[0], data)
     message, uplink_state = upload(wire_key, parts, message, given, own[1])
     return message, (client_state, uplink_state)
@@ -263,10 +251,10 @@ def upload(
     if "masks" in fields:  # personal ones
         sendable = jax.tree.map(jnp.logical_and, sendable, fields["masks"])
     narrowed = {} if rules.upload_masks is None else dict(rules.upload_masks(fields))
-    holders = {}
+    counts_holders = rules.of_client is not None
     if "delta" in narrowed:
         sendable = jax.tree.map(jnp.logical_and, sendable, narrowed.pop("delta"))
-        holders = {} if parts.protocol.aggregator is None else {"masks": sendable}
+        counts_holders |= parts.protocol.aggregator is not None
     delta = masks_lib.apply(sendable, fields["delta"])
     dense = delta
     delta, state = parts.uplink.update(key, delta, state, sendable)
@@ -276,7 +264,7 @@ def upload(
     arrived = {
         **fields,
         **{name: masks_lib.apply(masks, fields[name]) for name, masks in narrowed.items()},
-        **holders,
+        **({"masks": sendable} if counts_holders else {}),
         **({} if parts.hooks.conclude is None else {traffic.NUM_EXAMPLES: jnp.float32(1.0)}),
         "delta": delta,
         **{name: read(delta, given.broadcast) for name, read in parts.read.items()},
@@ -364,11 +352,13 @@ def revise(
 
 def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
+    masking = Masking() if masking is None else masking
+    downloads.check(protocol.downlink, masking)
     correction = no_correction() if protocol.correction is None else protocol.correction
     fields = {"model_state": FieldSpec(travels=gates.is_of_client), **correction.fields, **fields}
     total, stack = aggregators.unweighted_sum(), aggregators.stack()
     by_field = {
-        "delta": joining(protocol) if protocol.aggregator is None else protocol.aggregator,
+        "delta": _joining_deltas(protocol, masking),
         "model_state": joining(protocol),
         "grads": joining(protocol),
         "metrics": total,
@@ -393,5 +383,12 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
         prunable=prunable,
         fields=fields,
         aggregators=by_field,
-        masking=Masking() if masking is None else masking,
+        masking=masking,
     )
+
+
+def _joining_deltas(protocol: Protocol, masking: Masking) -> Any:
+    """Choose what joins deltas: the user's aggregator, or, of sub-models, a mean over holders."""
+    if masking.of_client is not None and isinstance(protocol.aggregator, Aggregator | None):
+        return aggregators.holder_mean()
+    return joining(protocol) if protocol.aggregator is None else protocol.aggregator

@@ -98,12 +98,15 @@ def remember_shown(downlink: Downlink) -> Downlink:
         seen, inner = downlink.update(key, params, state.inner, masks)
         return seen, Shown(inner, seen, masks)
 
-    of_version, of_due = downlink.version, downlink.due
+    of_version, of_due, of_restart = downlink.version, downlink.due, downlink.restart
     return downlink._replace(
         init=init,
         update=update,
         version=None if of_version is None else lambda state: of_version(state.inner),
         due=None if of_due is None else lambda state, held: of_due(state.inner, held),
+        restart=None
+        if of_restart is None
+        else lambda state: state._replace(inner=of_restart(state.inner)),
     )
 
 

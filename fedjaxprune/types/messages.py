@@ -89,6 +89,8 @@ class Downlink(NamedTuple):
         where there was none; None: each client is sent all entries in every round.
       due: ``(state, held []) -> masks`` of the entries that a client has to be sent in a round that
         leaves this state if it last saw version `held`, or nothing (0); with `version`.
+      restart: ``state -> state`` from which the next round sends everything to everybody, as the
+        first one did, and goes on counting; None: each round does.
     """
 
     init: Callable[[Params], State]
@@ -96,6 +98,7 @@ class Downlink(NamedTuple):
     payload: Callable[[int], Payload]
     version: Callable[[State], jax.Array] | None = None
     due: Callable[[State, jax.Array], Masks] | None = None
+    restart: Callable[[State], State] | None = None
 
 
 class Aggregator(NamedTuple):
