@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from fedjaxprune import masks, registry, trees
 from fedjaxprune.costs import ledger
@@ -211,3 +212,18 @@ def test_masks_are_sent_never_or_where_they_changed_or_always():
         word: [bits[i] - charged["never"][i] for i in range(4)] for word, bits in charged.items()
     }
     assert extra == {"never": [0] * 4, "changed": [0, length, 0, 0], "always": [length] * 4}
+
+
+def test_an_own_downlink_is_held_to_its_shapes_and_to_both_of_its_halves():
+    own = downlinks.top_k(fraction=0.5)
+    with pytest.raises(ValueError, match=r"both `version` and `due`, .* got only `version`"):
+        trained(own._replace(due=None))
+
+    def narrow(key, params, state, received):
+        return jax.tree.map(lambda leaf: leaf[:1], params), state
+
+    algorithm = trained(own._replace(update=narrow))
+    with pytest.raises(
+        ValueError, match=r"what the downlink shows must have shape \(4,\) at dense"
+    ):
+        next(play(algorithm, COHORTS[:1]))

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
+from fedjaxprune import trees
 from fedjaxprune.rounds.protocol import Announcement, Given, Masking
 from fedjaxprune.traffic import DOWNLINK, Sent
 from fedjaxprune.types import Broadcast, Cohort, Downlink, Key, Masks, RoundState, State
 
 PARAMS = "params"  # in `ClientState.held`, beside the names of announced fields
+_OWN = 2**31 - 1  # the masks to train under are drawn from the broadcast's key itself
 
 
 def nothing_held(downlink: Downlink | None, announcement: Announcement | None) -> dict[str, Any]:
@@ -40,8 +42,9 @@ def show(
     """
     if downlink is None:
         return broadcast, state.downlink
-    own_key = jax.random.fold_in(key, 0)  # the masks to train under are drawn from the other
+    own_key = jax.random.fold_in(key, _OWN)
     seen, memory = downlink.update(own_key, broadcast.params, state.downlink, received)
+    trees.check_shapes(seen, broadcast.params, what="what the downlink shows")
     return broadcast._replace(params=seen), memory
 
 
@@ -89,12 +92,20 @@ def count(
 
 
 def check(downlink: Downlink | None, masking: Masking) -> None:
-    """Refuse a downlink that must know what each client holds where clients have sub-models.
+    """Refuse a downlink that cannot know what each client holds.
 
     Raises:
-      ValueError: the downlink sends changes, and clients receive different entries.
+      ValueError: it has versions without entries that are due, or the reverse; or it sends changes,
+        and clients have sub-models.
     """
-    if downlink is not None and downlink.due is not None and masking.of_client is not None:
+    if downlink is None:
+        return
+    if (downlink.due is None) != (downlink.version is None):
+        raise ValueError(
+            "the downlink must have both `version` and `due`, or neither, got only "
+            f"`{'version' if downlink.due is None else 'due'}`."
+        )
+    if downlink.due is not None and masking.of_client is not None:
         raise ValueError(
             "the downlink must send all entries in every round where clients have sub-models of "
             "their own, as 'identity' and 'quantize' do; got one that sends what changed."
