@@ -17,7 +17,7 @@ __all__, __getattr__, __dir__ = namespace.offer(
         "experiment.verbs": ("Run Sweep compare describe export find load report resume run sweep"),
         "experiment.run.composing": "task",
         "experiment.run.listener": "Listener",
-        "types": "Aggregator Algorithm Client Model Pruner Stage Uplink",
+        "types": "Aggregator Algorithm Client Downlink Model Pruner Stage Uplink",
         "rounds.task": "Task",
         "rounds.protocol": "Protocol",
         "method": "Method Needs Paper",

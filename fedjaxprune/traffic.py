@@ -24,10 +24,12 @@ DENSE_GRADIENT = "dense_gradient"
 # Among a client's metrics, of how many examples it took the gradient of all weights once more,
 # beside its local steps: ``[]``, of weight 1 a client.
 EXTRA_GRADIENT = "extra_gradient"
+# The server's message whose field `params` is the downlink's business.
+DOWNLINK = "downlink"
 
 
 class Payload(NamedTuple):
-    """What an uplink sends of one leaf, in counts; from it the ledger knows the message's length.
+    """What an uplink or a downlink sends of one leaf, in counts, from which the length follows.
 
     Attributes:
       num_values: entries that are sent.
@@ -80,7 +82,8 @@ class Sent(NamedTuple):
       packed_masks: tuple of ``[ceil(size / 8)]`` uint8, the masks in force of the prunable leaves
         as `masks.pack` gives them, anything where they are not sent; () where they never travel or
         are fields of a message.
-      down: the server's messages by name, but for the masks in force.
+      down: the server's messages by name, but for the masks in force. What the field `params` of
+        the message `DOWNLINK` takes is the downlink's business.
       up: the clients' messages by name. What the field `delta` takes is the uplink's business.
       reports: by name, ``[C, ...]`` that the simulator is given and that does not travel.
     """

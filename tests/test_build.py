@@ -34,6 +34,7 @@ PARTS = {
     "server_optimizer": "server.optimizer",
     "aggregator": "server.aggregator",
     "uplink": "uplink",
+    "downlink": "downlink",
     "optimizer": "client.optimizer",
 }
 OTHERS = {"server_trust": {"server.data_fraction": 0.1}}

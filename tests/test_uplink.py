@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune.federated import uplinks
+from fedjaxprune.federated import _fractions, uplinks
 from fedjaxprune.traffic import Payload
 
 KEY = jax.random.key(0)
@@ -31,6 +31,7 @@ PLAIN = {
     "unbiased_random_k": uplinks.unbiased_random_k(fraction=0.3),
     "sign": uplinks.sign(),
     "quantize": uplinks.quantize(bits=3),
+    "nearest": uplinks.quantize(bits=3, rounding="nearest"),
 }
 WITH_FEEDBACK = {
     f"error_feedback({name})": uplinks.error_feedback(inner) for name, inner in PLAIN.items()
@@ -157,9 +158,9 @@ def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
 def test_counts_are_those_of_the_host_where_float32_would_miscount():
     size = 2**24 + 2
     for fraction in (0.5 + 2**-25, 0.1, 0.9999999):
-        host = uplinks._num_sent(fraction, size)
+        host = _fractions.num_sent(fraction, size)
         mask = jax.ShapeDtypeStruct((size,), jnp.bool_)
-        count = jax.jit(lambda mask, f=fraction: uplinks._num_sent_traced(f, mask))
+        count = jax.jit(lambda mask, f=fraction: _fractions.num_sent_traced(f, mask))
         assert int(count(jnp.ones(mask.shape, mask.dtype))) == host
 
 
@@ -204,6 +205,43 @@ def test_quantize_has_its_levels_and_sends_the_ends_as_they_are(bits):
     assert jnp.max(sent) == jnp.max(kept)
     step = (jnp.max(kept) - jnp.min(kept)) / (2**bits - 1)
     assert jnp.max(jnp.abs(sent - kept)) <= step * 1.01
+
+
+def test_quantize_to_the_nearest_level_is_off_by_half_a_level_at_most():
+    values = jnp.array([-1.0, -0.8, -0.5, 0.0, 0.1, 0.5, 2.0])  # levels -1, 0, 1 and 2
+    component = uplinks.quantize(bits=2, rounding="nearest")
+    sent, _ = send(component, {"w": values}, masks_lib.full({"w": values}))
+    # half to even: -0.5 is half a level above level 0, and 0.5 half a level above level 1
+    np.testing.assert_allclose(sent["w"], [-1.0, -1.0, -1.0, 0.0, 0.0, 1.0, 2.0], atol=1e-6)
+    assert component.payload(10) == uplinks.quantize(bits=2).payload(10)
+    delta, _ = send(UPLINKS["nearest"])
+    for found, true, mask in zip(*map(jax.tree.leaves, (delta, DELTA, MASKS)), strict=True):
+        off, kept = np.abs(found - true)[mask], true[mask]
+        assert not kept.size or off.max() <= (kept.max() - kept.min()) / 7 * 0.5001
+
+
+def test_small_leaves_are_sent_whole_and_leave_no_residual():
+    component = uplinks.error_feedback(uplinks.except_small(uplinks.sign(), fewer_than=4))
+    sent, after = send(component)
+    plain, _ = send(UPLINKS["sign"])
+    chex.assert_trees_all_equal(sent["layer"]["bias"], DELTA["layer"]["bias"])
+    chex.assert_trees_all_equal(sent["layer"]["kernel"], plain["layer"]["kernel"])
+    assert not np.any(after.residual["layer"]["bias"])
+    assert np.any(after.residual["layer"]["kernel"])
+    shaped = component.shaped_payload
+    assert shaped is not None
+    assert shaped(3, (3,)) == Payload(3)
+    assert shaped(3, (4,)) == Payload(3, level_bits=1, num_scales=1)
+    outer = uplinks.except_small(uplinks.except_small(uplinks.sign(), fewer_than=9), fewer_than=4)
+    assert outer.shaped_payload is not None
+    assert outer.shaped_payload(3, (2, 4)) == Payload(3)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        uplinks.except_small(uplinks.sign(), fewer_than=-1)
+
+
+def test_a_rounding_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"must be 'random' or 'nearest', got 'up'"):
+        uplinks.quantize(bits=8, rounding="up")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e-20])

@@ -22,7 +22,15 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import storage_models
-from fedjaxprune.traffic import ClientBits, FieldLength, LinkBits, Payload, PublishedBits, Traffic
+from fedjaxprune.traffic import (
+    DOWNLINK,
+    ClientBits,
+    FieldLength,
+    LinkBits,
+    Payload,
+    PublishedBits,
+    Traffic,
+)
 from fedjaxprune.types import Algorithm, PrunableFn, RoundMetrics, RoundState
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import headers, messages
@@ -51,6 +59,15 @@ class _Network(NamedTuple):
     flags: tuple[bool, ...]
     masks: tuple[Spec, ...]  # those that travel
     num_prunable: int
+
+
+class _Coder(NamedTuple):
+    """A field whose entries travel as an uplink or a downlink says."""
+
+    message: str  # the only one in which it does; empty: any
+    field: str
+    payload: PayloadFn
+    shaped: Callable[[int, tuple[int, ...]], Payload] | None = None
 
 
 class _Part(NamedTuple):
@@ -85,9 +102,11 @@ def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> T
     Args:
       metrics: of the round, on the host.
       state: of which only shapes and types are read.
-      algorithm: whose `payload`, `prunable` and `published` are read.
+      algorithm: whose payloads, `prunable` and `published` are read.
     """
-    payload, prunable = algorithm.payload, algorithm.prunable
+    prunable = algorithm.prunable
+    by_uplink = _Coder("", "delta", algorithm.payload, algorithm.shaped_payload)
+    by_downlink = _Coder(DOWNLINK, "params", algorithm.downlink_payload)
     sent, present = metrics.sent, np.asarray(metrics.participated)
     ids = np.asarray(sent.client_ids)
     reached = received(present, ids)
@@ -98,8 +117,8 @@ def account(metrics: RoundMetrics, state: RoundState, algorithm: Algorithm) -> T
     if len(sent.packed_masks) and uninformed.any():
         packed = tuple(np.asarray(bits).tobytes() for bits in sent.packed_masks)
         in_force = _count_masks(network.masks, packed)
-    going_down = _lengths(sent.down, state, network, payload, reached)
-    going_up = _lengths(sent.up, state, network, payload, present)
+    going_down = _lengths(sent.down, state, network, by_downlink, reached)
+    going_up = _lengths(sent.up, state, network, by_uplink, present)
     informed = {bits: _sum([bits, in_force]) for bits in set(going_down)}
 
     exchanges: dict[tuple[LinkBits, LinkBits], list[int]] = {}
@@ -228,7 +247,7 @@ def _lengths(
     sent: Mapping[str, Mapping[str, FieldLength]],
     state: RoundState,
     network: _Network,
-    payload: PayloadFn,
+    coder: _Coder,
     who: np.ndarray,
 ) -> Sequence[LinkBits]:
     """Charge each slot's messages in one direction; nothing for slots that have none."""
@@ -236,10 +255,10 @@ def _lengths(
     lengths = [
         _by_slot(
             tuple(_column(name, fields[name], state, network, who) for name in sorted(fields)),
-            payload,
+            coder if coder.message in ("", message) else None,
             num_slots,
         )
-        for fields in sent.values()
+        for message, fields in sent.items()
     ]
     if len(lengths) == 1:
         return lengths[0]
@@ -248,7 +267,7 @@ def _lengths(
 
 @functools.lru_cache(maxsize=_ROUNDS)
 def _by_slot(
-    columns: tuple[_Column, ...], payload: PayloadFn, num_slots: int
+    columns: tuple[_Column, ...], coder: _Coder | None, num_slots: int
 ) -> tuple[LinkBits, ...]:
     """Charge a message to or from every slot; once, as long as none of its counts changes."""
     if not columns:
@@ -257,7 +276,11 @@ def _by_slot(
 
     def part(column: _Column, counts: Any) -> _Part:
         live, sent = counts
-        payloads = tuple(map(payload, live)) if column.name == "delta" else None
+        payloads = None
+        if coder is not None and column.name == coder.field and sent is None:
+            payloads = tuple(map(coder.payload, live))
+            if coder.shaped is not None:
+                payloads = tuple(map(coder.shaped, live, (leaf.shape for leaf in column.leaves)))
         return _Part(column.leaves, live, sent, payloads)
 
     seen: dict[Any, LinkBits] = {}

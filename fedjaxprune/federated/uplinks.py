@@ -5,18 +5,22 @@ costs nothing; positions are numbered among the entries that may travel. Each up
 `payload` what it sends, and `costs` knows how long that is.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import topk
+from fedjaxprune.federated._fractions import check_fraction, num_sent, num_sent_traced
 from fedjaxprune.registry import Part, call
 from fedjaxprune.settings import Settings, Share, setting
 from fedjaxprune.traffic import Payload
 from fedjaxprune.types import Delta, Key, Masks, State, Uplink
+
+Rounding = Literal["random", "nearest"]
 
 
 class ResidualState(NamedTuple):
@@ -59,14 +63,14 @@ def top_k(*, fraction: float) -> Uplink:
     References:
       Stich et al., `Sparsified SGD with memory <https://arxiv.org/abs/1809.07599>`_, 2018.
     """
-    _check_fraction(fraction)
+    check_fraction(fraction)
 
     def update_fn(key, delta, state, masks):
         del key  # deterministic
 
         def leaf(delta, mask):
             scores = jnp.where(mask, jnp.abs(delta), jnp.full_like(delta, -jnp.inf))
-            chosen = mask & topk.top_k(scores, _num_sent_traced(fraction, mask))
+            chosen = mask & topk.top_k(scores, num_sent_traced(fraction, mask))
             return jnp.where(chosen, delta, jnp.zeros_like(delta))
 
         return jax.tree.map(leaf, delta, masks), state
@@ -80,7 +84,7 @@ def random_k(*, fraction: float) -> Uplink:
     Unscaled, it is the contraction that `error_feedback` wants. Positions follow from a seed of 32
     bits, once per message. `fraction`, errors and reference are those of `top_k`.
     """
-    _check_fraction(fraction)
+    check_fraction(fraction)
     update_fn = _map_leaves(lambda key, delta, mask: _pick(key, delta, mask, fraction)[0])
     return Uplink(init=lambda params: (), update=update_fn, payload=_payload(fraction, "from_seed"))
 
@@ -92,11 +96,11 @@ def unbiased_random_k(*, fraction: float) -> Uplink:
     ``1 / fraction`` but for the rounding). Without feedback it is the better one, with feedback the
     worse: see `random_k`, whose arguments, costs and errors it shares.
     """
-    _check_fraction(fraction)
+    check_fraction(fraction)
 
     def leaf(key, delta, mask):
-        sent, num_kept, num_sent = _pick(key, delta, mask, fraction)
-        scale = num_kept.astype(delta.dtype) / jnp.maximum(num_sent, 1).astype(delta.dtype)
+        sent, num_kept, count = _pick(key, delta, mask, fraction)
+        scale = num_kept.astype(delta.dtype) / jnp.maximum(count, 1).astype(delta.dtype)
         return sent * scale
 
     payload = _payload(fraction, "from_seed")
@@ -129,8 +133,12 @@ def sign() -> Uplink:
     return Uplink(init=lambda params: (), update=_map_leaves(leaf), payload=payload_fn)
 
 
-def quantize(*, bits: int) -> Uplink:
-    """Round every entry at random to one of ``2 ** bits`` evenly spaced levels, right on average.
+def quantize(*, bits: int, rounding: Rounding = "random") -> Uplink:
+    """Round every entry to one of ``2 ** bits`` evenly spaced levels, at random or to the nearest.
+
+    At random it is right on average: an entry goes up with a probability that is the part of a
+    level by which it exceeds the one below. To the nearest (half to even) it is off by half a level
+    at most, and biased: wrap it in `error_feedback`.
 
     The levels of a leaf reach from its smallest to its largest entry that may travel. QSGD spaces
     them from zero to the norm and sends signs apart; this is the same rounding on the leaf's own
@@ -138,18 +146,21 @@ def quantize(*, bits: int) -> Uplink:
 
     Args:
       bits: per entry, in [1, 16].
+      rounding: ``"random"`` or ``"nearest"``.
 
     Returns:
       An `Uplink`, which sends `bits` for each entry and the range of each leaf that is not empty.
 
     Raises:
-      ValueError: if `bits` is outside [1, 16].
+      ValueError: if `bits` is outside [1, 16], or `rounding` is none of the two.
 
     References:
       Alistarh et al., `QSGD <https://arxiv.org/abs/1610.02132>`_, 2017.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must lie in [1, 16], got {bits}.")
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"rounding must be 'random' or 'nearest', got {rounding!r}.")
     top = float(2**bits - 1)
 
     def leaf(key, delta, mask):
@@ -160,9 +171,12 @@ def quantize(*, bits: int) -> Uplink:
         constant = ~(step > 0)  # or empty, where it is -inf
         step = jnp.where(constant, jnp.ones_like(step), step)
         position = jnp.clip((delta - low) / step, 0.0, top)
-        below = jnp.floor(position)
-        up = jax.random.uniform(key, delta.shape, delta.dtype) < position - below
-        level = jnp.where(up, below + 1.0, below)
+        if rounding == "nearest":
+            level = jnp.round(position)
+        else:
+            below = jnp.floor(position)
+            up = jax.random.uniform(key, delta.shape, delta.dtype) < position - below
+            level = jnp.where(up, below + 1.0, below)
         # the ends are sent exactly: low + top * step may miss high by a rounding
         value = jnp.where(level >= top, high, low + level * step)
         return jnp.where(mask, jnp.where(constant, delta, value), zeros)
@@ -171,6 +185,40 @@ def quantize(*, bits: int) -> Uplink:
         return Payload(num_kept, level_bits=bits, num_scales=2 if num_kept else 0)
 
     return Uplink(init=lambda params: (), update=_map_leaves(leaf), payload=payload_fn)
+
+
+def except_small(inner: Uplink, *, fewer_than: int) -> Uplink:
+    """Send leaves of few entries whole, such as biases, and all others as `inner` sends them.
+
+    They cost little, and what `inner` does may harm them: a sign has one scale for all entries of a
+    leaf. It belongs inside `error_feedback`, which then keeps nothing of such a leaf.
+
+    Args:
+      inner: any uplink without a residual.
+      fewer_than: a leaf of fewer entries, pruned ones included, is sent whole.
+
+    Raises:
+      ValueError: if `fewer_than` is negative.
+    """
+    if fewer_than < 0:
+        raise ValueError(f"fewer_than must be at least 0, got {fewer_than}.")
+
+    def update_fn(key, delta, state, masks):
+        sent, state = inner.update(key, delta, state, masks)
+        exact = masks_lib.apply(masks, delta)
+
+        def leaf(whole, part):
+            return whole if whole.size < fewer_than else part
+
+        return jax.tree.map(leaf, exact, sent), state
+
+    def shaped_fn(num_kept, shape):
+        if math.prod(shape) < fewer_than:
+            return Payload(num_kept)
+        shaped = inner.shaped_payload
+        return inner.payload(num_kept) if shaped is None else shaped(num_kept, shape)
+
+    return inner._replace(update=update_fn, shaped_payload=shaped_fn)
 
 
 def error_feedback(inner: Uplink) -> Uplink:
@@ -203,48 +251,25 @@ def error_feedback(inner: Uplink) -> Uplink:
         residual = masks_lib.apply(masks, jax.tree.map(jnp.subtract, corrected, sent))
         return sent, ResidualState(residual=residual, inner=inner_state)
 
-    return Uplink(init=init_fn, update=update_fn, payload=inner.payload)
-
-
-def _check_fraction(fraction: float) -> None:
-    """Refuse a fraction that sends nothing or more than there is."""
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
-
-
-def _num_sent(fraction: float, num_kept: int) -> int:
-    """Count the entries sent of a leaf, on the host."""
-    return min(max(round(fraction * num_kept), 1), num_kept)
-
-
-def _num_sent_traced(fraction: float, mask: jax.Array) -> jax.Array:
-    """Count the entries sent of a leaf: ``[]`` int32, equal to `_num_sent`.
-
-    The product is in float64, as on the host: float32 miscounts from 2²⁴ entries.
-    """
-    num_kept = jnp.sum(mask, dtype=jnp.int32)
-    with jax.enable_x64(True):
-        exact = jnp.float64(fraction) * num_kept.astype(jnp.float64)
-        num_sent = jnp.round(exact).astype(jnp.int32)  # half to even, as in Python
-    return jnp.minimum(jnp.maximum(num_sent, 1), num_kept)
+    return inner._replace(init=init_fn, update=update_fn)
 
 
 def _pick(key, delta, mask, fraction) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose entries at random; also count those that may travel and those that are sent."""
-    num_sent = _num_sent_traced(fraction, mask)
+    count = num_sent_traced(fraction, mask)
     bits = jax.random.bits(key, delta.shape, jnp.uint32) | jnp.uint32(1)
     scores = jnp.where(mask, bits, jnp.zeros_like(bits))  # zero ranks below all that may travel
-    chosen = mask & topk.top_k(scores, num_sent)
+    chosen = mask & topk.top_k(scores, count)
     num_kept = jnp.sum(mask, dtype=jnp.int32)
-    return jnp.where(chosen, delta, jnp.zeros_like(delta)), num_kept, num_sent
+    return jnp.where(chosen, delta, jnp.zeros_like(delta)), num_kept, count
 
 
 def _payload(fraction: float, indices: Any) -> Callable[[int], Payload]:
     """Send the chosen values, and say where they stand unless all are sent."""
 
     def payload_fn(num_kept):
-        num_sent = _num_sent(fraction, num_kept)
-        return Payload(num_sent, indices=indices if num_sent < num_kept else "implied")
+        count = num_sent(fraction, num_kept)
+        return Payload(count, indices=indices if count < num_kept else "implied")
 
     return payload_fn
 
@@ -274,6 +299,9 @@ class QuantizeSettings(Settings):
     """Settings of `quantize`."""
 
     bits: int = setting(8, "Bits of a sent value.", unit="bits", ge=1, le=16)
+    rounding: Rounding = setting(
+        "random", "To one of the two levels beside a value, right on average, or to the nearest."
+    )
 
 
 PARTS = {
@@ -290,7 +318,5 @@ PARTS = {
         summary="random_k, scaled so that its mean is right",
     ),
     "sign": Part(call(sign), summary="sends signs and one scale a leaf"),
-    "quantize": Part(
-        call(quantize), QuantizeSettings, summary="rounds values at random to a few levels"
-    ),
+    "quantize": Part(call(quantize), QuantizeSettings, summary="rounds values to a few levels"),
 }

@@ -49,6 +49,7 @@ KINDS: dict[str, Kind] = {
     "optimizer": Kind("fedjaxprune.federated.optimizers"),
     "correction": Kind("fedjaxprune.federated.corrections", ("batcher", "optimizer_settings")),
     "uplink": Kind("fedjaxprune.federated.uplinks"),
+    "downlink": Kind("fedjaxprune.federated.downlinks"),
     "aggregator": Kind("fedjaxprune.federated.aggregators"),
     "attack": Kind("fedjaxprune.federated.attacks", ("num_classes",)),
     "hardware": Kind("fedjaxprune.costs.hardware", ("num_clients", "rng")),

@@ -86,6 +86,7 @@ def _controlled(
     num_before = sum(stage.num_rounds for stage in before)
     correction = no_correction() if protocol.correction is None else protocol.correction
     server = server_optimizers.fedavg() if protocol.server is None else protocol.server
+    restart = None if protocol.downlink is None else protocol.downlink.restart
 
     def work(key, state, population):
         del population  # no data decides
@@ -93,6 +94,7 @@ def _controlled(
         params = masks_lib.apply(masks, params)
         state = state._replace(
             masks=masks,
+            downlink=state.downlink if restart is None else restart(state.downlink),
             params=params,
             model_state=model_state,
             server=server_optimizers.init(server, params),

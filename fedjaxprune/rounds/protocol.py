@@ -1,7 +1,7 @@
 """What a training round is made of: the protocol that methods share, and rules that they set."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,8 +19,10 @@ from fedjaxprune.types import (
     Aggregator,
     Batcher,
     Broadcast,
+    Cohort,
     CohortAggregator,
     Correction,
+    Downlink,
     FieldSpec,
     Key,
     Masks,
@@ -28,6 +30,7 @@ from fedjaxprune.types import (
     RoundMetrics,
     RoundState,
     Schedule,
+    State,
     Uplink,
 )
 
@@ -37,6 +40,7 @@ __all__ = [
     "ConcludeFn",
     "Correction",
     "FieldSpec",
+    "Given",
     "Hooks",
     "MaskTransport",
     "Masking",
@@ -70,6 +74,7 @@ class Protocol(NamedTuple):
       attackers: hostile clients, in training rounds; None: all are honest.
       clip: largest Euclidean norm of a delta, as it arrives; a longer one is shortened to it.
       max_weight: what a client counts for at most, in examples.
+      downlink: what clients see of the parameters; None: all, as they are.
     """
 
     num_rounds: int
@@ -85,6 +90,7 @@ class Protocol(NamedTuple):
     attackers: Attackers | None = None
     clip: float | None = None
     max_weight: float | None = None
+    downlink: Downlink | None = None
 
 
 class MaskTransport(NamedTuple):
@@ -97,15 +103,21 @@ class MaskTransport(NamedTuple):
       choose: ``(state, masks_held [C]) -> FieldLength`` of the field `chosen`, which goes with the
         parameters and says which of several masks are in force; its `clients` are those that hold
         all of these and need nothing else. None: there is no such client.
+      charged: ``"never"`` if clients can make the masks themselves, as from the run's seed and
+        their ids; ``"always"`` if they keep none from round to round.
     """
 
     encode: Callable[[RoundState], FieldLength] | None = None
     is_needed: Callable[[RoundState], jax.Array] | None = None
     choose: Callable[[RoundState, jax.Array], FieldLength] | None = None
+    charged: Literal["never", "changed", "always"] = "changed"
 
     def receivers(self, state: RoundState, masks_held: jax.Array) -> jax.Array:
         """Mark the clients that have to be sent the masks, ``[C]``, by what each holds."""
-        missing = masks_held != state.masks_id
+        if self.charged == "changed":
+            missing = masks_held != state.masks_id
+        else:
+            missing = jnp.full(masks_held.shape, self.charged == "always")
         return missing if self.is_needed is None else missing & self.is_needed(state)
 
 
@@ -122,6 +134,10 @@ class Masking(NamedTuple):
         fields, where that follows from its own bits. What does not travel counts as zero; a
         ``protocol.aggregator`` that counts holders sees who sent an entry.
       transport: how the masks travel.
+      of_client: ``(broadcast, client_id [], state) -> masks``, the sub-model of one client: of what
+        all train, receive and send, the entries that this one does; None: all. Client and server
+        both know them, by its id, the round and its own state, so they never travel. A delta is
+        averaged over the clients that hold an entry.
     """
 
     train: Callable[[Key, RoundState], Masks] | None = None
@@ -130,6 +146,21 @@ class Masking(NamedTuple):
     server_is_dense: bool = False
     upload_masks: Callable[[Mapping[str, Any]], Mapping[str, Masks]] | None = None
     transport: MaskTransport = MaskTransport()
+    of_client: Callable[[Broadcast, jax.Array, State], Masks] | None = None
+
+
+class Given(NamedTuple):
+    """What the clients of a round are given.
+
+    Attributes:
+      broadcast: where they start from.
+      upload: masks of the entries that they send.
+      download: masks of the entries that they received.
+    """
+
+    broadcast: Broadcast
+    upload: Masks
+    download: Masks
 
 
 AfterRound = Callable[[RoundState, RoundState, RoundMetrics], tuple[RoundState, RoundMetrics]]
@@ -144,10 +175,16 @@ class Announcement(NamedTuple):
         field of the message that has the parameters: a tree of booleans travels in a coding of
         counts, any other whole.
       is_due: ``state -> [] bool``, the rounds in which it travels; else clients see zeros.
+      versions: of fields that clients keep, ``state -> [] int32``, which is at least 1 and another
+        number whenever the field is another one. In rounds that are due such a field travels to
+        clients that hold another version; all others travel to everybody.
+      derived: fields that clients can make themselves, as from the run's seed; they never travel.
     """
 
     fields: Callable[[RoundState], Mapping[str, Any]]
     is_due: Callable[[RoundState], jax.Array]
+    versions: Mapping[str, Callable[[RoundState], jax.Array]] = {}
+    derived: Collection[str] = ()
 
     def seen(self, state: RoundState) -> dict[str, Any]:
         """Give what the clients of a round see."""
@@ -155,17 +192,24 @@ class Announcement(NamedTuple):
         return trees.tree_where(due, fields, jax.tree.map(jnp.zeros_like, fields))
 
     def lengths(
-        self, state: RoundState, seen: Mapping[str, Any], num_slots: int
+        self, state: RoundState, seen: Mapping[str, Any], cohort: Cohort
     ) -> dict[str, FieldLength]:
-        """Describe the fields of a round for the ledger."""
-        due = jnp.broadcast_to(self.is_due(state), (num_slots,))
+        """Describe the fields of a round for the ledger, by what each client holds."""
+        due = jnp.broadcast_to(self.is_due(state), cohort.client_ids.shape)
 
-        def length(tree: Any) -> FieldLength:
+        def length(name: str, tree: Any) -> FieldLength:
             are_bits = all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(tree))
             counts = masks_lib.num_kept(tree) if are_bits else ()
-            return FieldLength(trees.shape_only(tree), clients=due, sent_counts=counts)
+            clients = due
+            if name in self.versions:
+                clients = due & (cohort.states.held[name] != self.versions[name](state))
+            return FieldLength(trees.shape_only(tree), clients=clients, sent_counts=counts)
 
-        return {name: length(tree) for name, tree in seen.items()}
+        return {name: length(name, tree) for name, tree in seen.items() if name not in self.derived}
+
+    def versions_sent(self, state: RoundState) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Give the versions of the fields that clients keep, and whether they see them now."""
+        return {name: (of(state), self.is_due(state)) for name, of in self.versions.items()}
 
 
 class Hooks(NamedTuple):

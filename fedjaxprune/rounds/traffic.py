@@ -1,5 +1,6 @@
 """What a round's messages were, in counts: noted at the client, gathered for the ledger."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.rounds.protocol import Announcement, MaskTransport
+from fedjaxprune.rounds import downloads
+from fedjaxprune.rounds.protocol import Announcement, Given, Masking
 from fedjaxprune.traffic import FieldLength, Send, Sent
-from fedjaxprune.types import Broadcast, Cohort, FieldSpec, Masks, PrunableFn, RoundState
+from fedjaxprune.types import Cohort, FieldSpec, Masks, PrunableFn, RoundState
 
 # Fields of a message that are charged in their own way, or, as metrics, not at all: what a run
 # reports to its reader is no part of the method.
@@ -107,24 +109,30 @@ def zero_unsent(specs: Mapping[str, FieldSpec], fields: Mapping[str, Any]) -> di
 
 def sent(
     state: RoundState,
-    given: tuple[Broadcast, Masks, Masks],
+    given: Given,
     cohort: Cohort,
     fields: Mapping[str, Any],
     *,
     specs: Mapping[str, FieldSpec],
     prunable: PrunableFn,
-    transport: MaskTransport,
+    masking: Masking,
     announcement: Announcement | None = None,
 ) -> Sent:
     """Say what the messages of a training round were, from the state before it.
 
-    `given` is the broadcast, with masks of what a client sends and of what it receives.
+    `given` is the broadcast, with masks of what clients send and receive.
     """
-    broadcast, upload, download = given
-    summary = fields[SUMMARY]
+    transport, summary = masking.transport, fields[SUMMARY]
+    count = functools.partial(downloads.count, masking, given, cohort)
     # What stays at home has no drift from others.
-    trained = masks_lib.num_kept(jax.tree.map(jnp.logical_and, broadcast.masks, upload))
-    pruned = masks_lib.num_kept(jax.tree.map(jnp.logical_not, broadcast.masks))
+    trained = count(
+        lambda own: masks_lib.num_kept(
+            jax.tree.map(jnp.logical_and, own.broadcast.masks, own.upload)
+        )
+    )
+    pruned = count(
+        lambda own: masks_lib.num_kept(jax.tree.map(jnp.logical_not, own.broadcast.masks))
+    )
 
     reply = {"delta": FieldLength(live_counts=fields[NUM_UPLOADED]), "weight": weight_field()}
     up: dict[str, dict[str, FieldLength]] = {"reply": reply}
@@ -137,20 +145,21 @@ def sent(
         own = FieldLength(clients=summary["has_own"], sent_counts=summary["masks"])
         up["masks"] = {"masks": own}
 
-    params = FieldLength(live_counts=masks_lib.num_kept(download))
+    params = FieldLength(live_counts=count(lambda own: masks_lib.num_kept(own.download)))
     down = {"broadcast": {"params": params, "model_state": FieldLength()}}
     if jax.tree.leaves(state.correction):
         down["broadcast"]["drift"] = FieldLength(live_counts=trained)
     if announcement is not None:
-        num_slots = cohort.client_ids.shape[0]
-        down["broadcast"] |= announcement.lengths(state, broadcast.announced, num_slots)
+        down["broadcast"] |= announcement.lengths(state, given.broadcast.announced, cohort)
     receivers = transport.receivers(state, cohort.states.masks_held)
     if transport.choose is not None:
         chosen = transport.choose(state, cohort.states.masks_held)
         down["broadcast"]["chosen"] = chosen._replace(clients=receivers & chosen.clients)
         receivers = receivers & ~chosen.clients
     packed: Any = ()
-    if transport.encode is None:
+    if transport.charged == "never":
+        pass  # nothing of them travels
+    elif transport.encode is None:
         packed = _pack(state.masks, prunable, needed=jnp.any(receivers))
     else:
         down["masks"] = {"masks": transport.encode(state)._replace(clients=receivers)}

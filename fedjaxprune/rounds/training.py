@@ -16,8 +16,9 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, attacks, cohort, server_optimizers, uplinks
 from fedjaxprune.models import gates
 from fedjaxprune.pruning import pruners
-from fedjaxprune.rounds import hostility, measuring, stages, traffic
+from fedjaxprune.rounds import downloads, hostility, measuring, stages, traffic
 from fedjaxprune.rounds.protocol import (
+    Given,
     Hooks,
     Masking,
     Protocol,
@@ -27,7 +28,9 @@ from fedjaxprune.rounds.protocol import (
     no_correction,
     weigh,
 )
+from fedjaxprune.traffic import Payload
 from fedjaxprune.types import (
+    Aggregator,
     Algorithm,
     Broadcast,
     Client,
@@ -38,7 +41,6 @@ from fedjaxprune.types import (
     Delta,
     FieldSpec,
     Key,
-    Masks,
     Message,
     Params,
     Population,
@@ -85,20 +87,6 @@ class Parts(NamedTuple):
     def read(self) -> dict[str, Callable[[Delta, Broadcast], Params]]:
         """What the server reads off each delta, by field."""
         return {n: spec.read for n, spec in self.fields.items() if spec.read is not None}
-
-
-class Given(NamedTuple):
-    """What the clients of a round are given.
-
-    Attributes:
-      broadcast: where they start from.
-      upload: masks of the entries that they send.
-      download: masks of the entries that they received.
-    """
-
-    broadcast: Broadcast
-    upload: Masks
-    download: Masks
 
 
 class Stepped(NamedTuple):
@@ -154,6 +142,7 @@ def training(
     """
     parts = _complete(protocol, client, pruner, prunable, fields, masking)
     parts = parts if hooks is None else parts._replace(hooks=hooks)
+    downlink = protocol.downlink
 
     def init_fn(params, model_state):
         if pruner is not None:
@@ -167,6 +156,7 @@ def training(
             server=server_optimizers.init(parts.server, params),
             pruner=parts.pruner.init(params),
             correction=parts.correction.init(params),
+            downlink=() if downlink is None else downlink.init(params),
         )
 
     def init_client_fn(params):
@@ -174,25 +164,29 @@ def training(
             client=parts.client.init(params),
             uplink=parts.uplink.init(params),
             masks_held=jnp.int32(0),
+            held=downloads.nothing_held(downlink, parts.hooks.announcement),
         )
 
     def round_fn(key, state, members, population):
         client_key, train_key, pruner_key = jax.random.split(key, 3)
-        given = broadcast(train_key, parts, state)
+        given, memory = broadcast(train_key, parts, state)
         outcome = aggregate(client_key, parts, given, members, population)
         if parts.hooks.conclude is not None:
             changed = parts.hooks.conclude(outcome.fields, state, population)
             outcome = outcome._replace(fields={**outcome.fields, **changed})
         stepped = server_step(parts, state, outcome.fields, population)
         after = revise(pruner_key, parts, state, stepped, outcome.fields)
+        after = after._replace(downlink=memory)
         rows = ClientState(
             client=outcome.states[0],
             uplink=outcome.states[1],
             masks_held=jnp.where(members.participated, state.masks_id, members.states.masks_held),
+            held=downloads.held_after(downlink, memory, parts.hooks.announcement, state, members),
         )
         counts = stepped.is_heard & stages.is_sound_pruner(state.pruner, after.pruner)
         after, rows = stages.keep_if(counts, state, members, after, rows)
-        metrics = measuring.of_round(parts, (state, after), given, members, outcome, counts)
+        states = state, after
+        metrics = measuring.of_round(parts, states, given, members, outcome, counts, memory)
         return after, rows, metrics, counts
 
     stage = Stage(
@@ -205,20 +199,25 @@ def training(
         deployed_params=lambda state: deployed_params(parts, state),
         prunable=prunable,
         payload=parts.uplink.payload,
+        shaped_payload=parts.uplink.shaped_payload,
+        downlink_payload=Payload if downlink is None else downlink.payload,
     )
 
 
 def deployed_params(parts: Parts, state: RoundState) -> Params:
-    """Give the parameters that clients receive, and that are evaluated."""
+    """Give the parameters that clients receive, and that are evaluated.
+
+    A downlink does not change what is evaluated.
+    """
     if parts.masking.server_is_dense:
         return masks_lib.apply(state.masks, state.params)
     return state.params
 
 
-def broadcast(key: Key, parts: Parts, state: RoundState) -> Given:
-    """Give every client the model, and masks to train under."""
+def broadcast(key: Key, parts: Parts, state: RoundState) -> tuple[Given, State]:
+    """Give every client the model, and masks to train under; also give the downlink's state."""
     rules, announcement = parts.masking, parts.hooks.announcement
-    return Given(
+    given = Given(
         upload=state.masks if rules.upload is None else rules.upload(state),
         download=state.masks if rules.download is None else rules.download(state),
         broadcast=broadcast_of(state)._replace(
@@ -228,6 +227,10 @@ def broadcast(key: Key, parts: Parts, state: RoundState) -> Given:
             announced=() if announcement is None else announcement.seen(state),
         ),
     )
+    seen, memory = downloads.show(
+        key, parts.protocol.downlink, state, given.broadcast, given.download
+    )
+    return given._replace(broadcast=seen), memory
 
 
 def local_work(
@@ -235,6 +238,7 @@ def local_work(
 ) -> tuple[Message, tuple[State, State]]:
     """Let one client train on its own data, and send what came of it."""
     work_key, wire_key = jax.random.split(key)
+    given = downloads.for_client(parts.masking, given, data.client_id, own[0])
     message, client_state = parts.client.update(work_key, given.broadcast, own[0], data)
     message, uplink_state = upload(wire_key, parts, message, given, own[1])
     return message, (client_state, uplink_state)
@@ -249,10 +253,10 @@ def upload(
     if "masks" in fields:  # personal ones
         sendable = jax.tree.map(jnp.logical_and, sendable, fields["masks"])
     narrowed = {} if rules.upload_masks is None else dict(rules.upload_masks(fields))
-    holders = {}
+    counts_holders = rules.of_client is not None
     if "delta" in narrowed:
         sendable = jax.tree.map(jnp.logical_and, sendable, narrowed.pop("delta"))
-        holders = {} if parts.protocol.aggregator is None else {"masks": sendable}
+        counts_holders |= parts.protocol.aggregator is not None
     delta = masks_lib.apply(sendable, fields["delta"])
     dense = delta
     delta, state = parts.uplink.update(key, delta, state, sendable)
@@ -262,7 +266,7 @@ def upload(
     arrived = {
         **fields,
         **{name: masks_lib.apply(masks, fields[name]) for name, masks in narrowed.items()},
-        **holders,
+        **({"masks": sendable} if counts_holders else {}),
         **({} if parts.hooks.conclude is None else {traffic.NUM_EXAMPLES: jnp.float32(1.0)}),
         "delta": delta,
         **{name: read(delta, given.broadcast) for name, read in parts.read.items()},
@@ -351,11 +355,13 @@ def revise(
 def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
     check(protocol)
+    masking = Masking() if masking is None else masking
+    downloads.check(protocol.downlink, masking)
     correction = no_correction() if protocol.correction is None else protocol.correction
     fields = {"model_state": FieldSpec(travels=gates.is_of_client), **correction.fields, **fields}
     total, stack = aggregators.unweighted_sum(), aggregators.stack()
     by_field = {
-        "delta": joining(protocol) if protocol.aggregator is None else protocol.aggregator,
+        "delta": _joining_deltas(protocol, masking),
         "model_state": joining(protocol),
         "grads": joining(protocol),
         "metrics": total,
@@ -380,5 +386,12 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
         prunable=prunable,
         fields=fields,
         aggregators=by_field,
-        masking=Masking() if masking is None else masking,
+        masking=masking,
     )
+
+
+def _joining_deltas(protocol: Protocol, masking: Masking) -> Any:
+    """Choose what joins deltas: the user's aggregator, or, of sub-models, a mean over holders."""
+    if masking.of_client is not None and isinstance(protocol.aggregator, Aggregator | None):
+        return aggregators.holder_mean()
+    return joining(protocol) if protocol.aggregator is None else protocol.aggregator

@@ -13,6 +13,7 @@ from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.testing import scenario
 from fedjaxprune.types import (
     Cohort,
+    Downlink,
     Masks,
     Params,
     RoundMetrics,
@@ -78,6 +79,37 @@ def remember(uplink: Uplink) -> Uplink:
     return uplink._replace(init=init, update=update)
 
 
+class Shown(NamedTuple):
+    """The server's memory of its downlink, and what clients saw last."""
+
+    inner: State
+    seen: Params
+    received: Masks
+
+
+def remember_shown(downlink: Downlink) -> Downlink:
+    """Let the server keep what clients saw, so that it can be encoded and compared."""
+
+    def init(params):
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bool_), params)
+        return Shown(downlink.init(params), jax.tree.map(jnp.zeros_like, params), nothing)
+
+    def update(key, params, state, masks):
+        seen, inner = downlink.update(key, params, state.inner, masks)
+        return seen, Shown(inner, seen, masks)
+
+    of_version, of_due, of_restart = downlink.version, downlink.due, downlink.restart
+    return downlink._replace(
+        init=init,
+        update=update,
+        version=None if of_version is None else lambda state: of_version(state.inner),
+        due=None if of_due is None else lambda state, held: of_due(state.inner, held),
+        restart=None
+        if of_restart is None
+        else lambda state: state._replace(inner=of_restart(state.inner)),
+    )
+
+
 def record(
     method: Method,
     settings: Mapping[str, Any],
@@ -88,7 +120,8 @@ def record(
 
     def adapt(given: Protocol) -> Protocol:
         assert given.uplink is not None
-        return given._replace(uplink=remember(given.uplink), **changes)
+        shown = None if given.downlink is None else remember_shown(given.downlink)
+        return given._replace(uplink=remember(given.uplink), downlink=shown, **changes)
 
     made = scenario.make(method, settings, protocol, adapt=adapt)
     run, traces = player(made)

@@ -281,6 +281,8 @@ def _check_deltas(history: History, step: Step, name: str) -> None:
         stray = trees.held(delta, masks)
         law(not stray, step, f"client {client} sends entries that it may not send")
         payloads = [algorithm.payload(int(np.sum(mask))) for mask in jax.tree.leaves(masks)]
+        if shaped := algorithm.shaped_payload:
+            payloads = [shaped(int(np.sum(mask)), mask.shape) for mask in jax.tree.leaves(masks)]
         message = messages.delta(delta, masks, payloads, seed=0)
         written = 8 * (len(wire_format.encode(message)) - wire_format.frame_bytes(len(message)))
         charge = whole[client][0] - partial[client][0]

@@ -110,6 +110,8 @@ def make_protocol(config: Any) -> Protocol:
     """Build the parts of a protocol that a config names; every local step sees all points."""
     parts, batcher = config.parts, full_batches(config.client.epochs)
     uplink = parts.uplink.part.build(config.uplink)
+    if size := config.uplink.whole_below:
+        uplink = uplinks.except_small(uplink, fewer_than=size)
     return Protocol(
         num_rounds=config.federation.num_rounds,
         batcher=batcher,
@@ -120,6 +122,7 @@ def make_protocol(config: Any) -> Protocol:
         correction=parts.correction.part.build(
             config.client.correction, batcher=batcher, optimizer_settings=config.client.optimizer
         ),
+        downlink=parts.downlink.part.build(config.downlink),
     )
 
 

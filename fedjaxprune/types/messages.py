@@ -63,11 +63,42 @@ class Uplink(NamedTuple):
       init: ``params -> state`` of one client.
       update: ``(key, delta, state, masks) -> (delta, state)``; outside `masks` all is zero.
       payload: ``num_kept -> Payload``, in Python integers: what is sent of so many entries.
+      shaped_payload: ``(num_kept, shape) -> Payload``, where that depends on the leaf's shape, too;
+        it goes before `payload`. None: it does not.
     """
 
     init: Callable[[Params], State]
     update: Callable[[Key, Delta, State, Masks], tuple[Delta, State]]
     payload: Callable[[int], Payload]
+    shaped_payload: Callable[[int, tuple[int, ...]], Payload] | None = None
+
+
+class Downlink(NamedTuple):
+    """What the clients of a round see of the parameters, and what of it is sent.
+
+    All clients of a round see the same. It is the server's business alone: the server's parameters
+    stay as they are, and deltas are relative to what the clients saw.
+
+    Attributes:
+      init: ``params -> state`` of the server.
+      update: ``(key, params, state, masks) -> (seen, state)``; outside `masks`, the entries that
+        clients receive, all is zero.
+      payload: ``num_kept -> Payload``, in Python integers: what is sent of so many entries, where
+        all are sent; entries that are `due` are sent as they are, with their positions.
+      version: ``state -> [] int32``, the number of what the clients of the round before saw, 0
+        where there was none; None: each client is sent all entries in every round.
+      due: ``(state, held []) -> masks`` of the entries that a client has to be sent in a round that
+        leaves this state if it last saw version `held`, or nothing (0); with `version`.
+      restart: ``state -> state`` from which the next round sends everything to everybody, as the
+        first one did, and goes on counting; None: each round does.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[Key, Params, State, Masks], tuple[Params, State]]
+    payload: Callable[[int], Payload]
+    version: Callable[[State], jax.Array] | None = None
+    due: Callable[[State, jax.Array], Masks] | None = None
+    restart: Callable[[State], State] | None = None
 
 
 class Aggregator(NamedTuple):

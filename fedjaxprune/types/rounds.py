@@ -38,6 +38,7 @@ class RoundState(NamedTuple):
       pruner: state of the pruner.
       correction: the server's part of a correction of client drift (control variates), or ``()``.
       method: what the method's stages hand on to one another (candidates), or ``()``.
+      downlink: state of the downlink: what clients saw last, or ``()``.
     """
 
     round: jax.Array
@@ -49,6 +50,7 @@ class RoundState(NamedTuple):
     pruner: State
     correction: State = ()
     method: State = ()
+    downlink: State = ()
 
 
 class ClientState(NamedTuple):
@@ -58,11 +60,13 @@ class ClientState(NamedTuple):
       client: the client's own state.
       uplink: the uplink's state (a residual, for instance).
       masks_held: ``[]`` int32, `masks_id` of the masks that it received last.
+      held: by name, ``[]`` int32, the version of what else it received last and keeps; 0: nothing.
     """
 
     client: State
     uplink: State
     masks_held: jax.Array
+    held: Mapping[str, jax.Array] = {}
 
 
 class RoundMetrics(NamedTuple):
@@ -128,6 +132,8 @@ class Algorithm(NamedTuple):
       notes: sentences about this run that the user should read before it starts.
       counted: the leaves whose sparsity is on record; None: those that are prunable.
       has_fixed_masks: whether the last stage trains plainly under masks of the stages before.
+      shaped_payload: of the uplink, hashable, too; None: `payload` counts.
+      downlink_payload: of the downlink, as `payload` of the uplink.
     """
 
     init: Callable[[Params, State], RoundState]
@@ -141,3 +147,5 @@ class Algorithm(NamedTuple):
     notes: tuple[str, ...] = ()
     counted: PrunableFn | None = None
     has_fixed_masks: bool = False
+    shaped_payload: Callable[[int, tuple[int, ...]], Payload] | None = None
+    downlink_payload: Callable[[int], Payload] = Payload

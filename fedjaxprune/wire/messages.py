@@ -165,19 +165,21 @@ def whole(field: str, tree: Any) -> dict[str, wire_format.Part]:
     return {name: wire_format.kept(leaf, None) for name, leaf in _named(field, tree)}
 
 
-def pairs(field: str, tree: Any, places: Any) -> dict[str, wire_format.Part]:
-    """Make the part of a message that `plan_pairs` plans: entries that are not zero.
+def pairs(field: str, tree: Any, places: Any, *, chosen: Any = None) -> dict[str, wire_format.Part]:
+    """Make the part of a message that `plan_pairs` plans.
 
     Args:
       field: the field's name.
-      tree: zero where nothing is sent.
+      tree: the values.
       places: masks of the entries that pairs may be of.
+      chosen: masks of the entries that pairs are of; None: those that are not zero.
     """
-    rows = zip(_named(field, tree), _leaves(places), strict=True)
+    sent = [leaf != 0 for leaf in _leaves(tree)] if chosen is None else _leaves(chosen)
+    rows = zip(_named(field, tree), _leaves(places), sent, strict=True)
     return {
-        name: wire_format.pairs(leaf, leaf != 0, known=_known_mask(place))
-        for (name, leaf), place in rows
-        if np.any(leaf)
+        name: wire_format.pairs(leaf, marks, known=_known_mask(place))
+        for (name, leaf), place, marks in rows
+        if np.any(marks)
     }
 
 

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 from fedjaxprune import registry
-from fedjaxprune.testing import history, laws, scenario
+from fedjaxprune.testing import downlink_laws, history, laws, scenario
 from tests.laws import rows
 
 pytestmark = [pytest.mark.laws, pytest.mark.xdist_group("fedavg")]
 
-UPLINKS = [(name, False) for name in registry.names("uplink")] + [("sign", True), ("top_k", True)]
+UPLINKS = [(name, {}) for name in registry.names("uplink")]
+UPLINKS += [("sign", {"error_feedback": True, "whole_below": 6})]  # the smallest of 2, 4, 8 and 24
+UPLINKS += [("top_k", {"error_feedback": True})]
 SLOW = ("fedadam", "random_k")  # like another one
 
 
@@ -34,15 +36,44 @@ def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name,
             law(played)
 
 
-@pytest.mark.usual("top_k-False", "sign-True", "quantize-False", "unbiased_random_k-False")
-@pytest.mark.parametrize(("name", "feedback"), [case(*each) for each in UPLINKS])
-def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, feedback, subtests):
+@pytest.mark.usual("top_k-options1", "unbiased_random_k-options3", "quantize-options5", "sign-options6")
+@pytest.mark.parametrize(("name", "options"), [case(*each) for each in UPLINKS])
+def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, options, subtests):
     protocol = without(scenario.PROTOCOL, "uplink")
-    uplink = {"uplink": name, "uplink.error_feedback": feedback}
+    uplink = {"uplink": name, **{f"uplink.{one}": value for one, value in options.items()}}
     played = history.record(*rows.row("fedavg"), {**protocol, **uplink})
     for law in (
         laws.order_is_irrelevant,
         laws.absent_change_nothing,
+        laws.charges_are_written,
+        laws.resumes,
+    ):
+        with subtests.test(law.__name__):
+            law(played)
+
+
+# Two methods by default: one without masks, and one whose weights are pruned and grow back.
+DOWNLINKS = [("fedavg", "quantize"), ("dynamic_sparse", "top_k")]
+DOWNLINKS += [
+    pytest.param(name, "top_k", marks=pytest.mark.slow)
+    for name in rows.names()
+    if name != "dynamic_sparse" and (name not in rows.BESIDE or name in rows.USUAL)
+]
+
+
+@pytest.mark.parametrize(("name", "downlink"), DOWNLINKS)
+def test_clients_of_any_method_see_what_any_downlink_sends_and_charges(name, downlink, subtests):
+    played = history.record(*rows.row(name), {**scenario.PROTOCOL, "downlink": downlink})
+    own = [downlink_laws.clients_see_what_is_sent]
+    own += [downlink_laws.nothing_is_sent_twice] if downlink == "top_k" else []
+    for law in (
+        *own,
+        laws.pruned_is_zero,
+        laws.is_traced_once,
+        laws.order_is_irrelevant,
+        laws.absent_change_nothing,
+        laws.nobody_moves_nothing,
+        laws.dropped_changes_nothing,
         laws.charges_are_written,
         laws.resumes,
     ):

@@ -15,6 +15,7 @@ SETTINGS = {
     "execution.devices": 1,
     "server.optimizer": "fedavgm",
     "uplink": {"name": "top_k", "error_feedback": True},
+    "downlink": "top_k",
 }
 # Of single methods; where there are several rounds of a stage, one lies in its middle.
 OWN = {

@@ -147,6 +147,13 @@ class Uplink(Settings):
     """What every uplink has besides its own settings."""
 
     error_feedback: bool = setting(False, "Keep what was not sent for the client's next round.")
+    whole_below: int = setting(
+        0,
+        "Tensors of fewer entries, such as biases, are sent whole.",
+        unit="entries",
+        ge=0,
+        le=INT_MAX,
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_bits(self) -> "Uplink":
@@ -213,6 +220,7 @@ class Parts(NamedTuple):
     attack: Found
     hardware: Found
     uplink: Found
+    downlink: Found
 
 
 class RunConfig(Settings):
@@ -225,6 +233,7 @@ class RunConfig(Settings):
     client: Client = Client()
     server: Server = Server()
     uplink: Any = part("uplink", "identity", "What a client sends of its delta.")
+    downlink: Any = part("downlink", "identity", "What clients see of the parameters.")
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     execution: Execution = Execution()

@@ -158,6 +158,8 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
         batcher = batching.steps(num_steps=section.steps, **common)
     with _refusals(""):
         uplink = parts.uplink.part.build(config.uplink)
+        if size := config.uplink.whole_below:
+            uplink = uplinks.except_small(uplink, fewer_than=size)
         decay = optax.exponential_decay(1.0, 1, section.learning_rate_decay)
         number = int(config.execution.devices)  # resolved: "auto" became a number
         return Protocol(
@@ -176,6 +178,7 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
             attackers=_attackers(config, given),
             clip=config.server.clip,
             max_weight=config.server.max_weight,
+            downlink=parts.downlink.part.build(config.downlink),
         )
 
 

@@ -88,7 +88,7 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     trained = np.asarray(counts, np.int64)[np.asarray(metrics.participated)]
     sends_delta = "delta" in metrics.sent.up.get("reply", {})
     trains = sends_delta or told is not None
-    kept = np.asarray(metrics.num_downloaded, np.int64)[0, 0] if sends_delta else sizes * trains
+    kept = _num_received(metrics) if sends_delta else sizes * trains
     through = gates.through(metrics.train)
     moved = kept
     if through:
@@ -112,6 +112,13 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
         clients_per_weight=int(trained[:, flags].sum()) / num_prunable,
         unchanged_fraction=1.0 - int(metrics.num_changed) / num_prunable,
     )
+
+
+def _num_received(metrics: RoundMetrics) -> np.ndarray:
+    """Count by leaf what a client that took part received, on average: ``[L]``."""
+    received = np.asarray(metrics.num_downloaded, np.int64)[:, 0]
+    present = received[np.asarray(metrics.participated)]
+    return np.round((present if len(present) else received).mean(axis=0)).astype(np.int64)
 
 
 class _Work(NamedTuple):
