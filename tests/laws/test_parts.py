@@ -36,7 +36,9 @@ def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name,
             law(played)
 
 
-@pytest.mark.usual("top_k-options1", "unbiased_random_k-options3", "quantize-options5", "sign-options6")
+@pytest.mark.usual(
+    "top_k-options1", "unbiased_random_k-options3", "quantize-options5", "sign-options6"
+)
 @pytest.mark.parametrize(("name", "options"), [case(*each) for each in UPLINKS])
 def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, options, subtests):
     protocol = without(scenario.PROTOCOL, "uplink")
