@@ -20,6 +20,14 @@ from fedjaxprune.experiment.config import files, resolve
 from fedjaxprune.experiment.config.sections import PLACES, RunConfig
 from fedjaxprune.experiment.folder import layout
 
+# Sections with hardly more than a part stand under one heading.
+_HEADINGS = {
+    "method": "Method and network",
+    "model": "Method and network",
+    "uplink": "Messages",
+    "downlink": "Messages",
+}
+
 
 class Command(click.Command):
     """``run``: reads which parts are named before it knows its options."""
@@ -63,7 +71,8 @@ class Command(click.Command):
                 continue
             heading, names = "Command", row[0]
             if (one := getattr(param, "setting", None)) is not None:
-                heading, short = one.path.partition(".")[0].capitalize(), min(param.opts, key=len)
+                section, short = one.path.partition(".")[0], min(param.opts, key=len)
+                heading = _HEADINGS.get(section, section.capitalize())
                 last = f"/ --no-{short[2:]}" if param.secondary_opts else names.rpartition(" ")[2]
                 names = f"{short} {last}"
             groups.setdefault(heading, []).append((names, row[1]))

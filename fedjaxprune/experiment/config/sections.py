@@ -65,9 +65,8 @@ class Federation(Settings):
     )
     control: Literal["none", "shuffle", "reinitialize"] = setting(
         "none",
-        "Control to compare the method with: once its masks are final, train under as many weights "
-        "of each layer at random places, or new initial weights under its masks. A method that "
-        "revises masks in training is run to its end first.",
+        "Control to compare the method with, once its masks are final: as many weights of each "
+        "layer at random places, or new initial weights under its masks.",
     )
     attack: Any = part(
         "attack", "none", "What hostile clients do in training rounds, to try aggregators on."
