@@ -137,7 +137,8 @@ def test_the_order_of_a_cohort_is_irrelevant(chunk_size):
 def test_absent_clients_change_nothing(chunk_size):
     few = run([0, 2], chunk_size=chunk_size)
     many = run([5, 0, 3, 2], [False, True, False, True], chunk_size=chunk_size, visits=[7, 0, 9, 0])
-    chex.assert_trees_all_close(few.fields, many.fields, rtol=1e-6)
+    # Sums in another order; what nearly cancels is as exact as what it is the difference of.
+    chex.assert_trees_all_close(few.fields, many.fields, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(many.states["visits"], [7, 1, 9, 1])
     assert not np.any(many.rejected)
 
