@@ -1,5 +1,7 @@
 """Laws of servers, uplinks and chunk sizes, on the cheapest method that can break them."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -54,8 +56,8 @@ def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, options, s
             law(played)
 
 
-# Two methods by default: one without masks, and one whose weights are pruned and grow back.
-DOWNLINKS = [("fedavg", "quantize"), ("dynamic_sparse", "top_k")]
+# Two methods by default: one whose weights are pruned and grow back, and one without masks.
+DOWNLINKS = [("dynamic_sparse", "top_k"), ("fedavg", "quantize")]
 DOWNLINKS += [
     pytest.param(name, "top_k", marks=pytest.mark.slow)
     for name in rows.names()
@@ -63,9 +65,53 @@ DOWNLINKS += [
 ]
 
 
+@functools.lru_cache(maxsize=1)
+def shown(name, downlink):
+    """Play a method under a downlink once."""
+    return history.record(*rows.row(name), {**scenario.PROTOCOL, "downlink": downlink})
+
+
+def charged_less(step):
+    """Charge an entry less of each leaf."""
+    sent = step.metrics.sent
+    field = sent.down["downlink"]["params"]
+    field = field._replace(sent_counts=np.maximum(field.sent_counts - 1, 0))
+    down = {**sent.down, "downlink": {**sent.down["downlink"], "params": field}}
+    return step._replace(metrics=step.metrics._replace(sent=sent._replace(down=down)))
+
+
+def held_more(step):
+    """Let clients hold a later version than they do."""
+    held = {"params": step.rows_before.held["params"] + 1}
+    return step._replace(rows_before=step.rows_before._replace(held=held))
+
+
+def held_less(step):
+    held = {"params": np.maximum(step.rows_before.held["params"] - 1, 0)}
+    return step._replace(rows_before=step.rows_before._replace(held=held))
+
+
+@pytest.mark.parametrize(
+    ("change", "law", "sentence"),
+    [
+        (
+            charged_less,
+            downlink_laws.clients_see_what_is_sent,
+            "is sent .* bits of parameters",
+        ),
+        (held_more, downlink_laws.clients_see_what_is_sent, "bits of parameters, and charged"),
+        (held_less, downlink_laws.nothing_is_sent_twice, "is sent entries that it holds, or not"),
+    ],
+)
+def test_a_record_that_breaks_a_law_of_downlinks_is_noticed(change, law, sentence):
+    played = shown("dynamic_sparse", "top_k")
+    with pytest.raises(AssertionError, match=sentence):
+        law(played._replace(steps=tuple(map(change, played.steps))))
+
+
 @pytest.mark.parametrize(("name", "downlink"), DOWNLINKS)
 def test_clients_of_any_method_see_what_any_downlink_sends_and_charges(name, downlink, subtests):
-    played = history.record(*rows.row(name), {**scenario.PROTOCOL, "downlink": downlink})
+    played = shown(name, downlink)
     own = [downlink_laws.clients_see_what_is_sent]
     own += [downlink_laws.nothing_is_sent_twice] if downlink == "top_k" else []
     for law in (

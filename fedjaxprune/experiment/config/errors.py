@@ -166,8 +166,12 @@ def explain(path: str, known: Iterable[str], parts: Mapping[str, registry.Found]
     for wanted in (name, _SHORT.get(name, name)):
         if same := tuple(one for one in known if one.rpartition(".")[2] == wanted):
             return Hint(paths=same)
-    asked = (found for place, found in parts.items() if not section or section == place)
-    if owners := {found.name: own for found in asked if (own := _owners(found, name))}:
+    owners: dict[str, tuple[str, ...]] = {}
+    for place, found in parts.items():
+        if (not section or section == place) and (own := _owners(found, name)):
+            others = owners.get(found.name, ())  # two kinds may have a part of this name
+            owners[found.name] = tuple(dict.fromkeys((*others, *own)))
+    if owners:
         return Hint(owners=owners)
     near = [one for one in known if one.rpartition(".")[0] == section] if section else []
     for among in (near, known):
