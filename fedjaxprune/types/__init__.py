@@ -36,6 +36,8 @@ from fedjaxprune.types.messages import (
 from fedjaxprune.types.pruning import (
     Pruner,
     PrunerInputs,
+    Sight,
+    WeightView,
 )
 from fedjaxprune.types.rounds import (
     Algorithm,
@@ -80,8 +82,10 @@ __all__ = [
     "RoundMetrics",
     "RoundState",
     "Schedule",
+    "Sight",
     "Stage",
     "State",
     "Uplink",
+    "WeightView",
     "client_data",
 ]
