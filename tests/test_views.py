@@ -1,6 +1,7 @@
 """Views of the weights inside a round: the specification's vectors, periods, what may move."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -263,7 +264,8 @@ def test_an_optimizer_that_asks_for_the_loss_sees_the_views_penalty():
         gap = value_fn(params) - value  # of the same loss at the same place: zero
         return jax.tree.map(lambda slope: slope + gap, jax.grad(value_fn)(params)), state
 
-    asking = optax.GradientTransformationExtraArgs(lambda params: (), update_fn)
+    asked: Any = update_fn
+    asking = optax.GradientTransformationExtraArgs(lambda params: (), asked)
     moved = walk(view, START, FIRST, 1, optimizer=asking) - np.array(START)
     # 0.4 and -0.3 are seen, the others decay.
     np.testing.assert_allclose(moved, [0.05, -0.6, 0.7, 0.025], rtol=1e-5)

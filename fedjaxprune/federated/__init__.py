@@ -7,6 +7,6 @@ __all__, __getattr__, __dir__ = namespace.offer(
     modules=(
         "aggregators attacks batch_norm cohort corrections early_stopping gated_updates "
         "local_training optimizers personalization sampling server_optimizers "
-        "sparse_gradients squared_gradients uplinks"
+        "sparse_gradients squared_gradients step_scales uplinks weight_views"
     ),
 )

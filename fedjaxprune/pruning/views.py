@@ -16,15 +16,21 @@ from fedjaxprune.pruning import selection
 from fedjaxprune.types import Broadcast, Masks, Params, PrunableFn, Sight, WeightView
 
 
-def largest(*, prunable: PrunableFn = masks_lib.is_kernel, period: int | None = 1) -> WeightView:
+def largest(
+    *,
+    period: int | None = 1,
+    revises: Callable[[jax.Array], jax.Array] | None = None,
+    prunable: PrunableFn = masks_lib.is_kernel,
+) -> WeightView:
     """See the weights of largest magnitude, as many as the broadcast masks keep, in one pool.
 
     All weights move. Until the first computation the broadcast masks are in force.
 
     Args:
-      prunable: leaves that are ranked.
       period: local steps from one computation to the next (`WeightView`); None keeps the broadcast
         masks all round.
+      revises: ``round [] -> [] bool``, the rounds that do not keep the broadcast masks; None: all.
+      prunable: leaves that are ranked.
 
     References:
       Lin et al., `Dynamic Model Pruning with Feedback <https://arxiv.org/abs/2006.07253>`_, 2020;
@@ -35,7 +41,10 @@ def largest(*, prunable: PrunableFn = masks_lib.is_kernel, period: int | None = 
     def update(params: Params, broadcast: Broadcast) -> Sight:
         live = _only(broadcast.masks, prunable)
         num_live = sum((trees.count(leaf) for leaf in jax.tree.leaves(live)), start=jnp.int32(0))
-        return Sight(_fill(topk.tree_top_k(_sizes(params, prunable), num_live), params))
+        seen = _fill(topk.tree_top_k(_sizes(params, prunable), num_live), params)
+        if revises is not None:
+            seen = trees.tree_where(revises(broadcast.round), seen, broadcast.masks)
+        return Sight(seen)
 
     return WeightView(init=_broadcast_masks, update=update, period=period)
 

@@ -79,7 +79,11 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
 }
 USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
-DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themselves
+DENSE_SERVER = (
+    "dpf",
+    "dpf/straight_through",
+    "feddip+dense",
+)  # keep the values of pruned entries to themselves
 HALF = (  # of the weights are pruned in all rounds of training
     "autoflip",
     "feddst",
@@ -153,7 +157,7 @@ def num_live(name: str, index: int) -> int | range | None:
         return 32
     if method in HALF:
         return 32 - round(0.5 * 32)
-    if method in ("feddip", "gradual_magnitude"):
+    if method in ("dpf", "feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25
         due = index - index % 2
         return 32 - round((0.75 + (initial - 0.75) * (1 - due / 6) ** 3) * 32)
