@@ -87,6 +87,7 @@ DENSE_SERVER = (
 HALF = (  # of the weights are pruned in all rounds of training
     "autoflip",
     "feddst",
+    "fedmef",
     "fedrts",
     "fedsgc",
     "force_masks",
