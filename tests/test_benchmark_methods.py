@@ -40,8 +40,11 @@ UNMEASURED = {
     "rigl/static",
     "snip/gradient_norm",
     "snip/iterative",
+    "sr_ste",
+    "sr_ste/without_decay",
     "ssfl",
     "synflow",
+    "top_kast",
 }
 
 

@@ -95,8 +95,10 @@ HALF = (  # of the weights are pruned in all rounds of training
     "magnitude_masks",
     "random_masks",
     "snip",
+    "sr_ste",
     "ssfl",
     "synflow",
+    "top_kast",
 )
 BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
 DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters

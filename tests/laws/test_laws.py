@@ -43,6 +43,7 @@ SLOW_VARIANTS = (
     "rigl/static",
     "snip/gradient_norm",
     "snip/iterative",
+    "sr_ste/without_decay",
 )
 SLOW_NOTHING = (  # they share the parts that count with a method without an ending
     "averaged_filters",
