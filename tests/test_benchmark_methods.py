@@ -23,6 +23,7 @@ UNMEASURED = {
     "dpf/straight_through",
     "feddst",
     "fedmef",
+    "fedmef/pruned_activations",
     "fedmef/without_extrusion",
     "fedrts",
     "fedrts/posterior_mean",

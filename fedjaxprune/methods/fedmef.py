@@ -22,9 +22,12 @@ the marked ones). All kernels are prunable (the paper never prunes the output la
 authors' public library the penalty does not depend on its weight, marks pruned weights too, and
 acts in every round; and gradients reach other weights than those that they are of.
 
-Not implemented: scaled activation pruning, and the normalized sparse convolution that it needs in
-networks without batch normalization, for which masks would have to reach the network. So the memory
-of activations is that of the other methods.
+With `dropped_activations` clients prune activations: each layer stores only the largest entries of
+its input for the backward pass (`models.activations`), so its weights' gradients are approximate.
+
+Not implemented: the normalized sparse convolution that the paper puts in the place of batch
+normalization, so that small batches and pruned activations do less harm. Masks would have to reach
+the network for it.
 
 References:
   Huang et al., `FedMef: Towards Memory-efficient Federated Dynamic Pruning
@@ -42,6 +45,7 @@ from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.federated import local_training, sparse_gradients, step_scales
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _due_rounds, _fixed_masks
+from fedjaxprune.models import activations
 from fedjaxprune.pruning import drop_and_grow, scores
 from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.stages import in_order
@@ -101,6 +105,11 @@ class FedMef(_fixed_masks.FixedMaskSettings):
         "Learning rate in rounds that exchange weights: held up while marked weights are large, or "
         "the scheduled one.",
     )
+    dropped_activations: Fraction = setting(
+        0.0,
+        "Share of the entries of a layer's input that clients do not store for the backward pass.",
+        unit="fraction",
+    )
     drop: Literal["smallest", "marked"] = setting(
         "smallest",
         "What the server drops: the smallest live weights of the average, or the marked ones.",
@@ -113,7 +122,8 @@ def build(settings: FedMef, task: Task) -> Algorithm:
     Raises:
       ValueError: nothing would be left of a layer, or no exchange would take place.
     """
-    train = _train(settings, task)._replace(published={"fedmef": formula})
+    model = activations.pruned(task.model, settings.dropped_activations)
+    train = _train(settings, task._replace(model=model))._replace(published={"fedmef": formula})
     draw = _fixed_masks.draw(settings, task)
     return in_order(train, (draw,), sparsity=settings.sparsity)
 
@@ -267,7 +277,10 @@ METHOD = Method(
         arxiv="2403.14737",
         code="https://github.com/FedPruning/FedPruning",
     ),
-    variants={"without_extrusion": {"penalty": 0.0, "rate": "scheduled"}},
+    variants={
+        "pruned_activations": {"dropped_activations": 0.5},
+        "without_extrusion": {"penalty": 0.0, "rate": "scheduled"},
+    },
     law_settings={
         "sparsity": 0.5,
         "drop_fraction": 0.8,

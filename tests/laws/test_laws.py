@@ -30,6 +30,7 @@ SLOW_VARIANTS = (
     "fedavg/fedprox",
     "feddip/without_penalty",
     "feddip/without_pruning",
+    "fedmef/pruned_activations",
     "fedmef/without_extrusion",
     "fedrts/posterior_mean",
     "fedtiny/vanilla_selection",
