@@ -51,9 +51,9 @@ def largest(x, share):
 def test_the_largest_entries_are_kept_with_a_bit_for_each_entry():
     x = jnp.array([[0.5, -2, 0.1, 0], [1.5, -0.3, 0.7, -0.05]])
     entries, bits = residuals.largest_entries(x, 4)
-    np.testing.assert_array_equal(entries, np.float32([0.5, -2, 1.5, 0.7]))
+    np.testing.assert_array_equal(entries, np.array([0.5, -2, 1.5, 0.7], np.float32))
     assert np.flatnonzero(np.unpackbits(np.asarray(bits))).tolist() == [0, 1, 4, 6]
-    wanted = np.float32([[0.5, -2, 0, 0], [1.5, 0, 0.7, 0]])
+    wanted = np.array([[0.5, -2, 0, 0], [1.5, 0, 0.7, 0]], np.float32)
     np.testing.assert_array_equal(residuals.unpack_entries(entries, bits, x.shape), wanted)
     nothing = residuals.largest_entries(x, 0)
     assert not np.any(residuals.unpack_entries(*nothing, x.shape))

@@ -27,8 +27,9 @@ def everybody(index):
 
 
 @functools.cache
-def play(method, **options):
+def play(name, **options):
     """Run all rounds with all clients: the algorithm, states from the start on, and metrics."""
+    method = {"sr_ste": sr_ste, "top_kast": top_kast}[name]
     settings = method.METHOD.settings(**{**method.METHOD.law_settings, **options})
     algorithm = method.build(settings, quadratic.task(setup(**STRONG)))
     states, _, history = simulate(algorithm, everybody)
@@ -62,7 +63,7 @@ def groups(weights):
 
 
 def test_groups_are_trained_as_by_hand():
-    _, states, _ = play(sr_ste)
+    _, states, _ = play("sr_ste")
 
     def look(weights):
         seen = groups(weights)
@@ -79,7 +80,7 @@ def test_groups_are_trained_as_by_hand():
 
 
 def test_groups_are_deployed_and_dense_weights_travel_without_masks():
-    algorithm, states, history = play(sr_ste)
+    algorithm, states, history = play("sr_ste")
     for before, after, metrics in zip(states, states[1:], history, strict=False):
         deployed = flat(algorithm.deployed_params(after))
         np.testing.assert_array_equal(deployed, np.where(groups(deployed), deployed, 0.0))
@@ -122,7 +123,7 @@ IS_KERNEL = np.isin(np.arange(38), [*range(4, 28), *range(30, 38)])
 
 
 def test_sets_are_trained_as_by_hand_and_nothing_else_moves():
-    _, states, _ = play(top_kast)
+    _, states, _ = play("top_kast")
     changed = 0
     for before, after in itertools.pairwise(states):
         dense = flat(before.params)
@@ -143,7 +144,7 @@ def test_sets_are_trained_as_by_hand_and_nothing_else_moves():
 
 
 def test_the_larger_set_travels_with_its_places_in_every_round():
-    algorithm, states, history = play(top_kast)
+    algorithm, states, history = play("top_kast")
     for before, metrics in zip(states, history, strict=False):
         traffic = ledger.account(metrics, before, algorithm)
         number = int(largest(flat(before.params), 0.25, ALL).sum())
@@ -155,7 +156,7 @@ def test_the_larger_set_travels_with_its_places_in_every_round():
 
 @pytest.mark.slow
 def test_nothing_else_moves_once_exploration_has_ended():
-    _, states, _ = play(top_kast, explore_until=2)
+    _, states, _ = play("top_kast", explore_until=2)
     for before, after in itertools.pairwise(states[2:]):
         unseen = ~flat(before.masks)
         np.testing.assert_array_equal(flat(after.params)[unseen], flat(before.params)[unseen])

@@ -79,11 +79,14 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
 }
 USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
-DENSE_SERVER = (
+DENSE_SERVER = (  # keep the values of pruned entries
     "dpf",
     "dpf/straight_through",
     "feddip+dense",
-)  # keep the values of pruned entries to themselves
+    "sr_ste",
+    "sr_ste/without_decay",
+    "top_kast",
+)
 HALF = (  # of the weights are pruned in all rounds of training
     "autoflip",
     "feddst",

@@ -52,6 +52,7 @@ SLOW_NOTHING = (  # they share the parts that count with a method without an end
     "fedtiny/vanilla_selection",
     "feddip",
     "feddip/without_pruning",
+    "fedmef",
     "magnitude_masks/one_client",
     "magnitude_masks/pooled",
     "force_masks",
@@ -63,8 +64,10 @@ SLOW_NOTHING = (  # they share the parts that count with a method without an end
     "snip",
     "snip/gradient_norm",
     "snip/iterative",
+    "sr_ste",
     "ssfl",
     "synflow",
+    "top_kast",
 )
 
 
