@@ -127,6 +127,41 @@ def test_steps_with_the_penalty_alone_shrink_marked_weights():
     np.testing.assert_allclose(end, shrunk, rtol=1e-5)
 
 
+def test_what_is_extruded_is_missed_less():
+    """Others take over what correlated weights know: fewer is lost by dropping them."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(64, 2))
+    features = jnp.asarray(common @ rng.normal(size=(2, 6)) + 0.1 * rng.normal(size=(64, 6)))
+    wanted = features @ jnp.array([1.0, -1.0, 0.8, 0.3, -0.3, 0.2])
+
+    def regression(params, state, batch, key):
+        del batch, key
+        loss = jnp.mean(jnp.square(features @ params["kernel"][:, 0] - wanted))
+        return loss, (state, {"loss": metrics.Mean(total=loss, weight=jnp.float32(1.0))})
+
+    marks = {"kernel": jnp.array([[False], [False], [False], [True], [True], [True]])}
+    params = {"kernel": jnp.array([[1.0], [-1.0], [0.8], [0.3], [-0.3], [0.2]])}
+    broadcast = Broadcast(params, masks.full(params), {}, jnp.int32(0))
+
+    def after(coefficient):
+        client = local_training.local_sgd(
+            regression,
+            batcher=quadratic.full_batches(200),
+            optimizer=optax.sgd(0.02),
+            penalties=(fedmef.extrusion(coefficient),),
+        )
+        client = step_scales.deriving(client, fedmef.MARKED, lambda broadcast: marks)
+        message, _ = jax.jit(client.update)(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
+        end = params["kernel"] + message.fields["delta"]["kernel"]
+        dropped = {"kernel": jnp.where(marks["kernel"], 0.0, end)}
+        norm = np.linalg.norm(end[np.asarray(marks["kernel"])])
+        return norm, float(regression(dropped, {}, None, KEY)[0])
+
+    (plain_norm, plain_loss), (norm, loss) = after(0.0), after(3.0)
+    assert norm < 0.5 * plain_norm
+    assert loss < 0.5 * plain_loss
+
+
 # ---- rounds
 
 

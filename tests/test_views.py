@@ -13,7 +13,7 @@ import pytest
 from fedjaxprune import masks, metrics
 from fedjaxprune.federated import local_training
 from fedjaxprune.pruning import views
-from fedjaxprune.types import Broadcast, client_data
+from fedjaxprune.types import Broadcast, Sight, client_data
 from tests import quadratic
 
 KEY = jax.random.key(0)
@@ -230,6 +230,23 @@ def test_where_all_is_seen_it_is_plain_training_to_the_bit(view):
     data = client_data(PEOPLE, jnp.int32(1))
     one, two = (jax.jit(c.update)(KEY, broadcast, (), data)[0] for c in (plain, viewed))
     chex.assert_trees_all_equal(one, two)
+
+
+def test_a_single_step_from_masked_weights_is_training_under_the_broadcast_masks():
+    start = [0.0, 0.4, -0.3, 0.0]
+    one, two = (walk(LARGEST[period], start, FIRST, 1) for period in (1, None))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_where_all_is_seen_the_penalties_are_decay_of_all_weights_or_none():
+    live = tree([True] * 10, bool)
+    of_all = views.two_sets(sparsity=0.0, backward_sparsity=0.0, coefficient=1.0).penalty
+    of_none = views.best_of_groups(n=2, m=2, decay=0.5).penalty
+    assert of_all is not None
+    assert of_none is not None
+    sight = Sight(live, live)
+    np.testing.assert_allclose(of_all(tree(TEN), sight), 0.5 * np.square(TEN).sum(), rtol=1e-6)
+    assert of_none(tree(TEN), sight) == 0.0
 
 
 def test_unseen_weights_have_a_gradient():
