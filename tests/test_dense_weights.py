@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from fedjaxprune.costs import ledger
+from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.methods import sr_ste, top_kast
 from fedjaxprune.testing.scenario import SIZES
 from tests import quadratic
@@ -152,6 +153,17 @@ def test_the_larger_set_travels_with_its_places_in_every_round():
         assert 0 < traffic.downlink.indices <= 6 * 32  # a bit a weight, or less
         assert traffic.downlink.masks == traffic.uplink.masks == traffic.uplink.indices == 0
         assert int(metrics.sent.num_masks.sum()) == 0  # the smaller set follows from the values
+
+
+@pytest.mark.parametrize(("name", "num_moved"), [("sr_ste", 32), ("top_kast", 18 + 6)])
+def test_arithmetic_is_of_what_is_seen_and_of_what_moves(name, num_moved):
+    _, _, history = play(name)
+    num_examples = STEPS * sum(SIZES)
+    for metrics in history:
+        cost = round_costs.of_round(quadratic.profile(), metrics).training_flops
+        assert cost is not None
+        assert cost["forward"] == 2 * num_examples * 16
+        assert cost["weight_gradient"] == 2 * num_examples * num_moved
 
 
 @pytest.mark.slow

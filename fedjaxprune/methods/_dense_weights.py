@@ -2,13 +2,24 @@
 
 import jax.numpy as jnp
 
+from fedjaxprune import masks as masks_lib
 from fedjaxprune.pruning import allocation, pruners, scores, selection
 from fedjaxprune.rounds import server_work
-from fedjaxprune.rounds.protocol import Hooks, Masking, MaskTransport
+from fedjaxprune.rounds.protocol import Hooks, Masking, MaskTransport, add_reports
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
-from fedjaxprune.types import Algorithm, PrunableFn, Pruner, PrunerInputs, Stage, WeightView
+from fedjaxprune.traffic import SEEN
+from fedjaxprune.types import (
+    Algorithm,
+    PrunableFn,
+    Pruner,
+    PrunerInputs,
+    RoundMetrics,
+    RoundState,
+    Stage,
+    WeightView,
+)
 
 
 def train(
@@ -33,7 +44,7 @@ def train(
       prunable: which leaves have masks.
       masking: what clients receive and send.
       select: which weights of a leaf are kept.
-      hooks: as in `training`.
+      hooks: as in `training`, without `after_round`.
     """
     revise = pruners.chain(
         pruners.grow_to(0.0, score=scores.magnitude),  # forget the old masks
@@ -46,9 +57,16 @@ def train(
         pruner=revise,
         prunable=prunable,
         masking=masking._replace(server_is_dense=True, transport=nothing_to_say),
-        hooks=hooks,
+        hooks=(hooks or Hooks())._replace(after_round=note_seen),
     )
     return in_order(rounds, (_choose(pruners.exempt(revise, prunable)),), sparsity=sparsity)
+
+
+def note_seen(
+    before: RoundState, after: RoundState, metrics: RoundMetrics
+) -> tuple[RoundState, RoundMetrics]:
+    """Report that the loss saw as many weights as are live, though clients received more."""
+    return after, add_reports(metrics, {SEEN: masks_lib.num_kept(before.masks)})
 
 
 def _choose(pruner: Pruner) -> Stage:

@@ -29,8 +29,9 @@ from typing import Literal
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.method import Method, Paper
-from fedjaxprune.methods import _gradual
+from fedjaxprune.methods import _dense_weights, _gradual
 from fedjaxprune.pruning import views
+from fedjaxprune.rounds.protocol import Hooks
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import INT_MAX, Rounds, Sparsity, setting
@@ -95,7 +96,11 @@ def build(settings: DPF, task: Task) -> Algorithm:
         period=settings.steps_between, revises=lambda round_index: round_index <= last
     )
     algorithm = training(
-        task.protocol, client=task.viewed_client(view), pruner=revise, masking=masking
+        task.protocol,
+        client=task.viewed_client(view),
+        pruner=revise,
+        masking=masking,
+        hooks=Hooks(after_round=_dense_weights.note_seen) if sends_all else None,
     )
     return algorithm._replace(notes=curve.notes)
 
