@@ -221,6 +221,7 @@ def one_block(protocol, *, fraction, period, until):
     )
 
 
+@pytest.mark.slow
 def test_without_a_penalty_and_decay_it_is_a_plain_exchange_of_all_layers_to_the_bit():
     states, _, _ = simulate(make(setup(), penalty=0.0), everybody)
     plain = one_block(setup(), fraction=0.8, period=2, until=5)
@@ -247,6 +248,7 @@ def test_the_server_drops_what_was_marked_where_that_is_asked_for():
         assert (int(sum(map(int, jax.tree.leaves(counts)))) > 0) == (index in DUE)
 
 
+@pytest.mark.slow
 def test_a_share_of_nothing_keeps_the_first_masks():
     algorithm = make(setup(), drop_fraction=0.0)
     states, _, _ = simulate(algorithm, everybody, num_rounds=2)
