@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks, metrics, trees
-from fedjaxprune.federated import local_training, sparse_gradients, step_scales
+from fedjaxprune.federated import extrusion, local_training, sparse_gradients, step_scales
 from fedjaxprune.methods import fedmef
 from fedjaxprune.pruning import drop_and_grow
 from fedjaxprune.rounds import training
@@ -50,19 +50,19 @@ def play(rate=0.1, **options):
     [(0, 1.0), (5, 0.857142857), (10, 0.666666667), (15, 0.4), (19, 0.095238095)],
 )
 def test_the_budget_falls_with_the_steps(step, budget):
-    rate = fedmef.extruding_rate(jnp.float32(50.0), jnp.int32(step), jnp.int32(20))
+    rate = extrusion.extruding_rate(jnp.float32(50.0), jnp.int32(step), jnp.int32(20))
     np.testing.assert_allclose(rate, budget, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("norm", "part"), [(0.1, 0.049958375), (1, 0.462117157), (3, 0.905148254)])
 def test_the_rate_grows_with_what_is_left_to_press_out(norm, part):
-    rate = fedmef.extruding_rate(jnp.float32(norm), jnp.int32(0), jnp.int32(20))
+    rate = extrusion.extruding_rate(jnp.float32(norm), jnp.int32(0), jnp.int32(20))
     np.testing.assert_allclose(rate, part, rtol=1e-6)
 
 
 def told(marks):
     """Make a broadcast in which a client has derived what is marked."""
-    return Broadcast((), (), {}, jnp.int32(0), announced={fedmef.MARKED: [jnp.array(marks)]})
+    return Broadcast((), (), {}, jnp.int32(0), announced={extrusion.MARKED: [jnp.array(marks)]})
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def told(marks):
 )
 def test_the_rate_is_held_up_as_in_the_table(step, scheduled, norm, used):
     first = 0.1
-    scale = fedmef.held_up(lambda round_index: jnp.float32(scheduled / first))
+    scale = extrusion.held_up(lambda round_index: jnp.float32(scheduled / first))
     params = [jnp.array([norm, 7.0])]
     factor = scale.compute(params, told([True, False]), jnp.int32(step), jnp.int32(20))
     np.testing.assert_allclose(first * factor, used, atol=5e-7)
@@ -88,12 +88,12 @@ SIX = [0.5, -0.02, 0.03, -0.9, 0.01, 0.4]
 
 def test_the_smallest_are_marked_and_penalized():
     params, live = [jnp.array(SIX)], [jnp.ones(6, bool)]
-    (marks,) = fedmef.marked(params, live, [jnp.int32(3)])
+    (marks,) = extrusion.marked(params, live, [jnp.int32(3)])
     assert np.flatnonzero(marks).tolist() == [1, 2, 4]
-    value, (grads,) = jax.value_and_grad(fedmef.extrusion(0.01))(params, told(marks))
+    value, (grads,) = jax.value_and_grad(extrusion.penalty(0.01))(params, told(marks))
     np.testing.assert_allclose(value, 1.4e-5, rtol=1e-5)
     np.testing.assert_allclose(grads, [0, -0.0004, 0.0006, 0, 0.0002, 0], rtol=1e-5)
-    rate = fedmef.held_up(lambda round_index: jnp.float32(0.0)).compute(
+    rate = extrusion.held_up(lambda round_index: jnp.float32(0.0)).compute(
         params, told(marks), jnp.int32(0), jnp.int32(1)
     )
     np.testing.assert_allclose(rate, np.tanh(0.5 * 0.037416574), rtol=1e-6)
@@ -101,7 +101,7 @@ def test_the_smallest_are_marked_and_penalized():
 
 def test_only_live_weights_are_marked():
     live = [jnp.array([True, False, True, True, False, True])]
-    (marks,) = fedmef.marked([jnp.array(SIX)], live, [jnp.int32(2)])
+    (marks,) = extrusion.marked([jnp.array(SIX)], live, [jnp.int32(2)])
     assert np.flatnonzero(marks).tolist() == [2, 5]
 
 
@@ -115,10 +115,10 @@ def test_steps_with_the_penalty_alone_shrink_marked_weights():
         flat_loss,
         batcher=quadratic.full_batches(4),
         optimizer=optax.sgd(0.1),
-        penalties=(fedmef.extrusion(0.5),),
+        penalties=(extrusion.penalty(0.5),),
     )
     marks = {"kernel": jnp.array([[False, True, True, False, True, False]])}
-    client = step_scales.deriving(client, fedmef.MARKED, lambda broadcast: marks)
+    client = step_scales.deriving(client, extrusion.MARKED, lambda broadcast: marks)
     params = {"kernel": jnp.array([SIX])}
     broadcast = Broadcast(params, masks.full(params), {}, jnp.int32(0))
     message, _ = jax.jit(client.update)(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
@@ -148,9 +148,9 @@ def test_what_is_extruded_is_missed_less():
             regression,
             batcher=quadratic.full_batches(200),
             optimizer=optax.sgd(0.02),
-            penalties=(fedmef.extrusion(coefficient),),
+            penalties=(extrusion.penalty(coefficient),),
         )
-        client = step_scales.deriving(client, fedmef.MARKED, lambda broadcast: marks)
+        client = step_scales.deriving(client, extrusion.MARKED, lambda broadcast: marks)
         message, _ = jax.jit(client.update)(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
         end = params["kernel"] + message.fields["delta"]["kernel"]
         dropped = {"kernel": jnp.where(marks["kernel"], 0.0, end)}
@@ -244,7 +244,7 @@ def test_the_server_drops_what_was_marked_where_that_is_asked_for():
     for index, (before, after) in enumerate(itertools.pairwise(states)):
         gone = jax.tree.map(lambda old, new: old & ~new, before.masks, after.masks)
         counts = jax.tree.map(lambda leaf: jnp.sum(leaf, dtype=jnp.int32), gone)
-        chex.assert_trees_all_equal(gone, fedmef.marked(before.params, before.masks, counts))
+        chex.assert_trees_all_equal(gone, extrusion.marked(before.params, before.masks, counts))
         assert (int(sum(map(int, jax.tree.leaves(counts)))) > 0) == (index in DUE)
 
 

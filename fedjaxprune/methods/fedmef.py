@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.costs import ledger, storage_models
-from fedjaxprune.federated import local_training, sparse_gradients, step_scales
+from fedjaxprune.federated import extrusion, local_training, sparse_gradients, step_scales
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _due_rounds, _fixed_masks
 from fedjaxprune.models import activations
@@ -52,7 +52,6 @@ from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Fraction, NonNegative, Rounds, Sparsity, setting
-from fedjaxprune.topk import top_k
 from fedjaxprune.traffic import PublishedBits
 from fedjaxprune.types import (
     Algorithm,
@@ -63,11 +62,9 @@ from fedjaxprune.types import (
     PrunerInputs,
     RoundMetrics,
     RoundState,
-    Schedule,
 )
 
 LAST = 0.6  # where in a run the share has decayed to nothing: round 300 of 500, as published
-MARKED = "marked"  # weights that are to go, as a client derives them and the server knows them
 
 
 class FedMef(_fixed_masks.FixedMaskSettings):
@@ -150,9 +147,11 @@ def _train(settings: FedMef, task: Task) -> Algorithm:
         )
     )
     schedule = task.protocol.learning_rate_scale
-    lifted = None if schedule is None or settings.rate == "scheduled" else held_up(schedule)
+    lifted = (
+        None if schedule is None or settings.rate == "scheduled" else extrusion.held_up(schedule)
+    )
     client = task.local_client(
-        penalties=(extrusion(settings.penalty),) if settings.penalty else (),
+        penalties=(extrusion.penalty(settings.penalty),) if settings.penalty else (),
         report_grads=drop_and_grow.every(period=period, until=until),
         report_steps=local_training.last_step,
         step_scale=lifted,
@@ -160,10 +159,10 @@ def _train(settings: FedMef, task: Task) -> Algorithm:
 
     def mark(broadcast: Broadcast) -> Masks:
         counts = num_exchanged(broadcast.masks, broadcast.round)
-        return marked(broadcast.params, broadcast.masks, counts)
+        return extrusion.marked(broadcast.params, broadcast.masks, counts)
 
     if settings.penalty or lifted is not None:
-        client = step_scales.deriving(client, MARKED, mark)
+        client = step_scales.deriving(client, extrusion.MARKED, mark)
     fields = {"grads": FieldSpec(send="pairs")}
     score = scores.magnitude
     if settings.drop == "marked":  # the server has what clients derive it from
@@ -172,7 +171,7 @@ def _train(settings: FedMef, task: Task) -> Algorithm:
             del delta
             return jax.tree.map(lambda bit: bit.astype(jnp.float32), mark(broadcast))
 
-        score, fields[MARKED] = _marked_first, FieldSpec(send="nothing", read=known)
+        score, fields[extrusion.MARKED] = _marked_first, FieldSpec(send="nothing", read=known)
     return training(
         task.protocol,
         client=sparse_gradients.top_gradients(client, num_pairs=num_exchanged),
@@ -194,62 +193,13 @@ def _at_most_pruned(counts: drop_and_grow.CountFn) -> drop_and_grow.CountFn:
     return bounded
 
 
-def marked(params: Params, masks: Masks, counts: Params) -> Masks:
-    """Mark the smallest live weights of each leaf; `counts` says how many, ``[]`` int32 a leaf."""
-
-    def leaf(values, mask, count):
-        sizes = jnp.where(mask, jnp.abs(values.astype(jnp.float32)), -jnp.inf)
-        return mask & ~top_k(sizes, jnp.sum(mask, dtype=jnp.int32) - count)
-
-    return jax.tree.map(leaf, params, masks, counts)
-
-
-def extrusion(coefficient: float) -> local_training.PenaltyFn:
-    """Add ``coefficient`` times the sum of squares of the marked weights to the loss."""
-
-    def penalty(params, broadcast):
-        return jnp.float32(coefficient) * _square(params, broadcast)
-
-    return penalty
-
-
-def held_up(schedule: Schedule) -> step_scales.StepScale:
-    """Make the factor on a step's updates: the scheduled one, or what extrusion asks for."""
-
-    def compute(params, broadcast, step, num_steps):
-        rate = extruding_rate(jnp.sqrt(_square(params, broadcast)), step, num_steps)
-        return jnp.maximum(jnp.asarray(schedule(broadcast.round), jnp.float32), rate)
-
-    return step_scales.StepScale(compute)
-
-
-def extruding_rate(norm: jax.Array, step: jax.Array, num_steps: jax.Array) -> jax.Array:
-    """Compute the least factor on the first rate, ``[]`` in [0, 1): it falls as the round passes.
-
-    Args:
-      norm: ``[]``, Euclidean norm of the marked weights.
-      step: ``[]`` int32, from 0.
-      num_steps: ``[]`` int32, of the round.
-    """
-    left = 2.0 * (num_steps - step).astype(jnp.float32)
-    budget = left / (2 * num_steps - step).astype(jnp.float32)
-    return budget * jnp.tanh(0.5 * norm)  # 2 sigmoid(norm) - 1
-
-
-def _square(params: Params, broadcast: Broadcast) -> jax.Array:
-    """Add up the squares of the marked weights."""
-    own = masks_lib.apply(broadcast.announced[MARKED], params)
-    squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf), dtype=jnp.float32), own)
-    return trees.tree_sum(squares, dtype=jnp.float32)
-
-
 def _marked_first(key: Key, inputs: PrunerInputs) -> Params:
     """Score live weights by magnitude, marked ones below all others."""
     sizes = scores.magnitude(key, inputs)
     return jax.tree.map(
         lambda size, mark: jnp.where(mark > 0.5, -1.0 / (1.0 + size), size),
         sizes,
-        inputs.statistics[MARKED],
+        inputs.statistics[extrusion.MARKED],
     )
 
 
