@@ -18,6 +18,9 @@ Send = Literal["whole", "masked", "pairs", "places", "bits", "nothing"]
 # Reports ``[C, T, L]`` int32 of stages from which no delta travels: entries per leaf of the T
 # models that each client trained, passed its examples through, or differentiated.
 TRAINED, EVALUATED, BACKPROPAGATED = "trained", "evaluated", "backpropagated"
+# A report ``[C, L]`` int32 of a stage whose clients receive more than they train with: entries per
+# leaf that the loss sees.
+SEEN = "seen"
 # Among a client's metrics, the mean over examples of whether the gradient of all weights was wanted
 # of them, pruned ones included: ``[]``, or ``[L]`` where it differs by leaf.
 DENSE_GRADIENT = "dense_gradient"

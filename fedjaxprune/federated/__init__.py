@@ -5,8 +5,9 @@ from fedjaxprune import namespace
 __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
     modules=(
-        "aggregators attacks batch_norm cohort corrections downlinks early_stopping gated_updates "
+        "aggregators attacks batch_norm cohort corrections downlinks early_stopping extrusion "
+        "gated_updates "
         "local_training optimizers personalization sampling server_optimizers "
-        "sparse_gradients squared_gradients uplinks"
+        "sparse_gradients squared_gradients step_scales uplinks weight_views"
     ),
 )

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjaxprune import masks as masks_lib
+from fedjaxprune import metrics, trees
 from fedjaxprune.federated import _optax
 from fedjaxprune.types import Broadcast, Key, Metrics, Params, State
 
@@ -38,6 +40,54 @@ def changes(params: Params, start: Params, model_state: State, before: State) ->
         "delta": jax.tree.map(jnp.subtract, params, start),
         "model_state": jax.tree.map(_difference, model_state, before),
     }
+
+
+def followed(objective, rules, start, params, value, given) -> _optax.Loss:
+    """Make the loss whose gradient a step follows, for an optimizer that asks for it.
+
+    `rules` are the correction, which is the gradient of its product with how far the parameters
+    have moved, the masks of what the loss sees, and a term of all parameters, or None.
+    """
+    correction, masks, own = rules
+
+    def linear(params):
+        if not jax.tree.leaves(correction):
+            return jnp.float32(0.0)
+        moved = jax.tree.map(
+            lambda c, to, from_: jnp.sum(c * (to - from_)), correction, params, start
+        )
+        return trees.tree_sum(moved, dtype=jnp.float32)
+
+    def added(value, params):
+        value = value + linear(params)
+        return value if own is None else value + own(params)
+
+    def value_fn(params):
+        return added(objective(masks_lib.apply(masks, params), *given)[0], params)
+
+    return _optax.Loss(added(value, params), value_fn)
+
+
+def report(progress: Any, grads: Params, due: jax.Array, size: jax.Array) -> Any:
+    """Add a gradient to the sums that are reported, where it is due."""
+    seen = metrics.Mean(total=jnp.where(due, size, jnp.zeros_like(size)), weight=size)
+    return progress._replace(
+        grads=jax.lax.cond(
+            due,
+            lambda sums, new: jax.tree.map(jnp.add, sums, new),
+            lambda sums, new: sums,
+            progress.grads,
+            grads,
+        ),
+        num_reported=progress.num_reported + due.astype(jnp.int32),
+        dense=metrics.merge(progress.dense, seen),
+    )
+
+
+def divide(sums: Params, count: jax.Array) -> Params:
+    """Make a mean of sums, zero where nothing was counted."""
+    count = jnp.maximum(count, 1).astype(jnp.float32)
+    return jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), sums)
 
 
 def _difference(after: jax.Array, before: jax.Array) -> jax.Array:

@@ -10,8 +10,9 @@ import optax
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
-from fedjaxprune.federated import _optax, _steps, mask_revision
+from fedjaxprune.federated import _steps, mask_revision, step_scales, weight_views
 from fedjaxprune.federated.mask_revision import MaskRevision
+from fedjaxprune.federated.step_scales import StepScale
 from fedjaxprune.traffic import DENSE_GRADIENT, EXTRA_GRADIENT
 from fedjaxprune.types import (
     Batch,
@@ -24,7 +25,9 @@ from fedjaxprune.types import (
     Params,
     PrunableFn,
     Schedule,
+    Sight,
     State,
+    WeightView,
 )
 
 LossFn = Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
@@ -132,7 +135,7 @@ def local_sgd(
     *,
     batcher: Batcher,
     optimizer: optax.GradientTransformation,
-    learning_rate_scale: Schedule | None = None,
+    learning_rate_scale: Schedule | StepScale | None = None,
     penalties: Sequence[PenaltyFn] = (),
     report_grads: Callable[[jax.Array], jax.Array] | None = None,
     report_steps: StepPredicate | None = None,
@@ -151,7 +154,8 @@ def local_sgd(
         ``optax.contrib.reduce_on_plateau``). Refused are those that ask for more, and those that
         train other parameters than they are given (``optax.lookahead``, schedule-free ones).
       learning_rate_scale: factor on the optimizer's updates, by round (an optax schedule fits);
-        constant inside a round. Without it updates are taken as they are.
+        constant inside a round, unless it is a `StepScale`. Without it updates are taken as they
+        are.
       penalties: terms added to the loss of every step.
       report_grads: if given, the message carries `grads`, the mean over the local steps of the
         gradient with respect to *all* weights, pruned ones included, in the rounds for which this
@@ -171,7 +175,7 @@ def local_sgd(
     """
     objective = functools.partial(_objective, loss, penalties)
     rules = _Rules(optimizer, learning_rate_scale, report_grads, report_steps, post_step)
-    return _client(objective, batcher, rules, dense_updates=False)
+    return _client(objective, batcher, rules)
 
 
 def dense_feedback_sgd(
@@ -192,9 +196,43 @@ def dense_feedback_sgd(
     References:
       Lin et al., `Dynamic Model Pruning with Feedback <https://arxiv.org/abs/2006.07253>`_, 2020.
     """
+    return viewed_sgd(
+        loss,
+        batcher=batcher,
+        optimizer=optimizer,
+        view=weight_views.of_broadcast(),
+        learning_rate_scale=learning_rate_scale,
+        penalties=penalties,
+        report_grads=report_grads,
+        report_steps=report_steps,
+    )
+
+
+def viewed_sgd(
+    loss: LossFn,
+    *,
+    batcher: Batcher,
+    optimizer: optax.GradientTransformation,
+    view: WeightView,
+    learning_rate_scale: Schedule | StepScale | None = None,
+    penalties: Sequence[PenaltyFn] = (),
+    report_grads: Callable[[jax.Array], jax.Array] | None = None,
+    report_steps: StepPredicate | None = None,
+) -> Client:
+    """Train dense weights of which the loss sees a part, chosen anew inside the round.
+
+    The gradient at the weights that are seen acts on the dense ones (straight-through), where the
+    view lets them move; all others keep their value, whatever the optimizer would do with them.
+    `penalties` see what the loss sees, the view's own penalty all weights. The delta is dense.
+    Other arguments and the message are as in `local_sgd`.
+
+    Args:
+      loss: as in `local_sgd`, and so are the others.
+      view: what is seen (`pruning.views`, or of your own).
+    """
     objective = functools.partial(_objective, loss, penalties)
-    rules = _Rules(optimizer, learning_rate_scale, report_grads, report_steps, None)
-    return _client(objective, batcher, rules, dense_updates=True)
+    rules = _Rules(optimizer, learning_rate_scale, report_grads, report_steps, None, view=view)
+    return _client(objective, batcher, rules)
 
 
 def mask_revising_sgd(
@@ -221,18 +259,19 @@ def mask_revising_sgd(
     """
     objective = functools.partial(_objective, loss, penalties)
     rules = _Rules(optimizer, learning_rate_scale, None, None, None, (revision, loss))
-    return _client(objective, batcher, rules, dense_updates=False)
+    return _client(objective, batcher, rules)
 
 
 class _Rules(NamedTuple):
     """What a local step does with a gradient; see `local_sgd`."""
 
     optimizer: optax.GradientTransformation
-    scale: Schedule | None
+    scale: Schedule | StepScale | None
     report_grads: Callable[[jax.Array], jax.Array] | None
     report_steps: StepPredicate | None
     post_step: PostStepFn | None
     revision: tuple[MaskRevision, LossFn] | None = None  # with the loss without penalties
+    view: WeightView | None = None
 
 
 def _objective(loss, penalties, broadcast):
@@ -247,52 +286,60 @@ def _objective(loss, penalties, broadcast):
     return objective
 
 
-def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
+def _client(objective_of, batcher, rules: _Rules) -> Client:
+    view = rules.view
     draw = jax.jit(batcher.batch, inline=True)  # traced once, for the shapes and for the steps
 
     def update_fn(key, broadcast, state, data):
         batch_key, step_key = jax.random.split(key)
         masks = broadcast.masks
-        start = broadcast.params if dense_updates else masks_lib.apply(masks, broadcast.params)
+        start = broadcast.params if view is not None else masks_lib.apply(masks, broadcast.params)
         num_steps = batcher.num_steps(data)
         is_corrected = bool(jax.tree.leaves(broadcast.correction))
         objective = objective_of(broadcast)
-        factor = None if rules.scale is None else functools.partial(rules.scale, broadcast.round)
 
         correction = broadcast.correction
         if is_corrected and rules.revision is not None:
             correction = masks_lib.apply(masks, correction)
 
-        def step_fn(masks, step, progress):
+        def step_fn(sight, step, progress):
             before = progress.local
             batch = draw(batch_key, data, step)
-            seen = masks_lib.apply(masks, before.params) if dense_updates else before.params
+            seen = masks_lib.apply(sight.seen, before.params) if view is not None else before.params
             given = before.model_state, batch, jax.random.fold_in(step_key, step)
             (value, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
                 objective, has_aux=True
             )(seen, *given)
-            grads = dense_grads
+            grads, own = dense_grads, weight_views.own_term(view, sight)
+            if own is not None:
+                grads = jax.tree.map(jnp.add, grads, jax.grad(own)(before.params))
             if is_corrected:
                 grads = jax.tree.map(jnp.add, grads, correction)
-            grads = grads if dense_updates else masks_lib.apply(masks, grads)
+            if sight.may_move is not None:
+                grads = masks_lib.apply(sight.may_move, grads)
             updates, optimizer_state = _steps.optimizer_step(
                 rules.optimizer,
                 grads,
                 before.optimizer,
                 before.params,
-                loss=_followed(objective, (correction, masks), start, before.params, value, given),
-                factor=factor,
+                loss=_steps.followed(
+                    objective, (correction, sight.seen, own), start, before.params, value, given
+                ),
+                factor=step_scales.factor(rules.scale, broadcast, before.params, (step, num_steps)),
             )
             now = Local(optax.apply_updates(before.params, updates), optimizer_state, model_state)
             if rules.post_step is not None:
                 now = rules.post_step(LocalStep(before, now, step_metrics, step, num_steps))
-            if not dense_updates:
-                now = now._replace(params=masks_lib.apply(masks, now.params))
+            if view is None:
+                now = now._replace(params=masks_lib.apply(sight.seen, now.params))
+            elif sight.may_move is not None:
+                moved = jax.tree.map(jnp.where, sight.may_move, now.params, before.params)
+                now = now._replace(params=moved)
             if rules.report_grads is not None:
                 due = rules.report_grads(broadcast.round)
                 if rules.report_steps is not None:
                     due = due & rules.report_steps(step, num_steps)
-                progress = _report(progress, dense_grads, due, jnp.sum(batch.weights))
+                progress = _steps.report(progress, dense_grads, due, jnp.sum(batch.weights))
             if is_corrected:
                 local_grads = jax.tree.map(jnp.add, progress.local_grads, dense_grads)
                 progress = progress._replace(local_grads=local_grads)
@@ -311,15 +358,21 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             dense=() if rules.report_grads is None else metrics.zero(),
             extra=() if rules.revision is None else metrics.zero(),
         )
-        if rules.revision is None:
-            under_masks = functools.partial(step_fn, masks)
+        if view is not None:
+            progress = weight_views.in_steps(view, broadcast, num_steps, step_fn, progress)
+        elif rules.revision is None:
+            under_masks = functools.partial(step_fn, Sight(masks, masks))
             progress = jax.lax.fori_loop(jnp.int32(0), num_steps, under_masks, progress)
         else:
             revision, loss = rules.revision
             batch_at = functools.partial(draw, batch_key, data)
             work = mask_revision.Work(loss, rules.optimizer, broadcast, batch_at, num_steps)
             masks, progress = mask_revision.in_two_phases(
-                step_key, revision, work, step_fn, progress
+                step_key,
+                revision,
+                work,
+                lambda masks, *at: step_fn(Sight(masks, masks), *at),
+                progress,
             )
         end = progress.local
         fields = _steps.changes(end.params, start, end.model_state, broadcast.model_state)
@@ -330,54 +383,9 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             fields["masks"] = masks
         if rules.report_grads is not None:
             fields["metrics"] = {**fields["metrics"], DENSE_GRADIENT: progress.dense}
-            fields["grads"] = _divide(progress.grads, progress.num_reported)
+            fields["grads"] = _steps.divide(progress.grads, progress.num_reported)
         if is_corrected:
-            fields["local_grads"] = _divide(progress.local_grads, num_steps)
+            fields["local_grads"] = _steps.divide(progress.local_grads, num_steps)
         return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
 
     return Client(init=lambda params: (), update=update_fn)
-
-
-def _followed(objective, rules, start, params, value, given) -> _optax.Loss:
-    """Make the loss whose gradient a step follows, for an optimizer that asks for it.
-
-    `rules` are the correction, which is the gradient of its product with how far the parameters
-    have moved, and the masks.
-    """
-    correction, masks = rules
-
-    def linear(params):
-        if not jax.tree.leaves(correction):
-            return jnp.float32(0.0)
-        moved = jax.tree.map(
-            lambda c, to, from_: jnp.sum(c * (to - from_)), correction, params, start
-        )
-        return trees.tree_sum(moved, dtype=jnp.float32)
-
-    def value_fn(params):
-        seen = masks_lib.apply(masks, params)
-        return objective(seen, *given)[0] + linear(params)
-
-    return _optax.Loss(value + linear(params), value_fn)
-
-
-def _report(progress: _Progress, grads: Params, due: jax.Array, size: jax.Array) -> _Progress:
-    """Add a gradient to the sums that are reported, where it is due."""
-    seen = metrics.Mean(total=jnp.where(due, size, jnp.zeros_like(size)), weight=size)
-    return progress._replace(
-        grads=jax.lax.cond(
-            due,
-            lambda sums, new: jax.tree.map(jnp.add, sums, new),
-            lambda sums, new: sums,
-            progress.grads,
-            grads,
-        ),
-        num_reported=progress.num_reported + due.astype(jnp.int32),
-        dense=metrics.merge(progress.dense, seen),
-    )
-
-
-def _divide(sums: Params, count: jax.Array) -> Params:
-    """Make a mean of sums, zero where nothing was counted."""
-    count = jnp.maximum(count, 1).astype(jnp.float32)
-    return jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), sums)

@@ -2,13 +2,16 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import pydantic
 
 from fedjaxprune.methods import _fixed_masks
-from fedjaxprune.pruning import schedules
+from fedjaxprune.pruning import pruners, schedules, scores
+from fedjaxprune.rounds.protocol import Masking
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import Rounds, Settings, Sparsity, setting
-from fedjaxprune.types import PrunableFn, Schedule
+from fedjaxprune.types import PrunableFn, Pruner, Schedule
 
 NOTED = 0.01  # a sparsity that is missed by more is said
 
@@ -53,7 +56,7 @@ class GradualSettings(Settings):
 
 
 class Curve(NamedTuple):
-    """A curve of the sparsity, and the rounds at whose end masks follow it (`due`).
+    """A curve of the sparsity, and the rounds at whose end masks follow it: `due`, by `period`.
 
     There are `notes` if the last revision is well short of the sparsity that was asked for.
     """
@@ -61,6 +64,7 @@ class Curve(NamedTuple):
     sparsity: Schedule
     initial_sparsity: float
     due: schedules.Predicate
+    period: int
     notes: tuple[str, ...]
 
 
@@ -94,5 +98,30 @@ def plan(settings: GradualSettings, task: Task, *, end_round: int, prunable: Pru
         sparsity=curve,
         initial_sparsity=start,
         due=schedules.every(period),
+        period=period,
         notes=(note,) if settings.sparsity - reached > NOTED else (),
     )
+
+
+def feedback(curve: Curve, mode: str) -> tuple[Pruner, Masking]:
+    """Make what revises the masks, and which masks rule where, if clients train dense weights.
+
+    Args:
+      curve: what the revisions follow.
+      mode: ``"masked"`` ranks the masked aggregate, so that nothing returns, and clients send live
+        entries alone; ``"regrow"`` ranks the aggregate before it is masked, and clients send dense
+        deltas in the rounds of a revision; ``"dense"`` keeps a dense model at the server, and
+        clients always send dense deltas.
+    """
+    tighten = pruners.prune_to(curve.sparsity)
+    if mode != "masked":  # forget the old masks first, so that all weights compete
+        tighten = pruners.chain(pruners.grow_to(0.0, score=scores.magnitude), tighten)
+
+    def sent_masks(state):
+        if mode == "masked":
+            return state.masks
+        dense = jnp.bool_(True) if mode == "dense" else curve.due(state.round)
+        return jax.tree.map(lambda mask: mask | dense, state.masks)
+
+    masking = Masking(upload=sent_masks, server_is_dense=mode == "dense")
+    return pruners.when(curve.due, tighten), masking

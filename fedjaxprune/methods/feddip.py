@@ -37,7 +37,7 @@ from fedjaxprune.federated import local_training
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _gradual
 from fedjaxprune.pruning import allocation, pruners, scores
-from fedjaxprune.rounds.protocol import FieldSpec, Masking
+from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import INT_MAX, NonNegative, Sparsity, setting
@@ -186,9 +186,7 @@ def build(settings: FedDIP, task: Task) -> Algorithm:
         return training(task.protocol, client=client, prunable=prunable)
     num_rounds = task.protocol.num_rounds
     curve = _gradual.plan(settings, task, end_round=num_rounds, prunable=prunable)
-    tighten = pruners.prune_to(curve.sparsity)
-    if settings.mode != "masked":  # forget the old masks first, so that all weights compete
-        tighten = pruners.chain(pruners.grow_to(0.0, score=scores.magnitude), tighten)
+    revise, masking = _gradual.feedback(curve, settings.mode)
     draw = erk_start(sparsity=curve.initial_sparsity, prunable=prunable)
 
     def train_masks(key, state):
@@ -198,21 +196,13 @@ def build(settings: FedDIP, task: Task) -> Algorithm:
             lambda: state.masks,
         )
 
-    def sent_masks(state):
-        if settings.mode == "masked":
-            return state.masks
-        dense = jnp.bool_(True) if settings.mode == "dense" else curve.due(state.round)
-        return jax.tree.map(lambda mask: mask | dense, state.masks)
-
     penalties = _staircase(settings, num_rounds, prunable)
     algorithm = training(
         task.protocol,
         client=_count_zeros(task.dense_feedback_client(penalties=penalties)),
-        pruner=pruners.when(curve.due, tighten),
+        pruner=revise,
         prunable=prunable,
-        masking=Masking(
-            train=train_masks, upload=sent_masks, server_is_dense=settings.mode == "dense"
-        ),
+        masking=masking._replace(train=train_masks),
         fields={ZEROS: FieldSpec(send="nothing")},
     )
     charge = code_formula(

@@ -10,15 +10,22 @@ RigL trains on one machine; here the server exchanges weights by the mean of the
 clients' last local batches. A client sends only as many as its layer grows, the largest, as pairs
 of index and value, so no dense gradient travels.
 
+With ``grow: random`` it is SET: weights are grown at random, those just dropped included, and
+nothing but live weights and new masks travels. Its share (``decay: constant``) does not decay.
+
 References:
-  Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020.
+  Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020; Mocanu et al.,
+  `Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity
+  <https://arxiv.org/abs/1707.04780>`_, 2018 (SET).
 """
+
+from typing import Literal
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import local_training, sparse_gradients
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _due_rounds, _fixed_masks
-from fedjaxprune.pruning import drop_and_grow
+from fedjaxprune.pruning import drop_and_grow, schedules, scores
 from fedjaxprune.rounds.protocol import FieldSpec
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
@@ -37,6 +44,12 @@ class RigL(_fixed_masks.FixedMaskSettings):
         0.3,
         "Share of a layer's live weights that the first exchange replaces; 0 keeps the masks.",
         unit="fraction",
+    )
+    decay: Literal["cosine", "constant"] = setting(
+        "cosine", "Whether that share decays to 0 along a cosine, or stays until the exchanges end."
+    )
+    grow: Literal["gradient", "random"] = setting(
+        "gradient", "What is grown: pruned weights of largest gradient, or any, as in SET."
     )
     prune_every: Rounds | None = setting(
         None,
@@ -66,14 +79,26 @@ def _train(settings: RigL, task: Task) -> Algorithm:
     if settings.drop_fraction == 0.0:
         return training(task.protocol, client=task.local_client())
     period, until = _exchange_rounds(settings, task.protocol.num_rounds)
+    is_random = settings.grow == "random"
+    fraction = (
+        schedules.constant(settings.drop_fraction)
+        if settings.decay == "constant"
+        else drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until + 1)
+    )
     num_exchanged = drop_and_grow.counts(
-        fraction=drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until + 1),
+        fraction=fraction,
         period=period,
         until=until,
         blocks=lambda paths: [0] * len(paths),  # all layers at once
         order="forward",
         prunable=masks_lib.is_kernel,
+        rounding="down" if is_random else "up",
     )
+    if is_random:
+        grow = drop_and_grow.drop_and_grow(
+            num_exchanged, grow=scores.random, offered="pruned_or_dropped"
+        )
+        return training(task.protocol, client=task.local_client(), pruner=grow)
     client = task.local_client(
         report_grads=drop_and_grow.every(period=period, until=until),
         report_steps=local_training.last_step,
@@ -106,6 +131,9 @@ METHOD = Method(
         arxiv="1911.11134",
         code="https://github.com/google-research/rigl",
     ),
-    variants={"static": {"drop_fraction": 0.0}},
+    variants={
+        "set": {"grow": "random", "decay": "constant"},
+        "static": {"drop_fraction": 0.0},
+    },
     law_settings={"sparsity": 0.5, "drop_fraction": 0.5, "prune_every": 2},
 )

@@ -4,7 +4,7 @@ from fedjaxprune import namespace
 
 __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
-    modules="adapters calls gates heads layers precision",
+    modules="activations adapters calls gates heads layers precision",
     names={
         "convolutional": "alexnet cnn femnist_cnn lenet5 pooled_cnn two_cnn",
         "gated": "gated_resnet8 gated_resnet32 gated_vgg16",

@@ -6,6 +6,6 @@ __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
     modules=(
         "allocation candidates cost_benefit drop_and_grow movement posteriors pruners schedules "
-        "scores selection structured"
+        "scores selection structured views"
     ),
 )

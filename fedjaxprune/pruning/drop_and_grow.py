@@ -124,10 +124,11 @@ def counts(
     blocks: BlockFn,
     order: Literal["backward", "forward"],
     prunable: PrunableFn,
+    rounding: Literal["up", "down"] = "up",
 ) -> CountFn:
     """Count the weights to exchange: ``ceil(fraction * live)`` of each layer of one block.
 
-    Counts are computed in float64; a product within a part in 10¹² above an integer counts as it.
+    Counts are computed in float64; a product within a part in 10¹² of an integer counts as it.
 
     Args:
       fraction: of a layer's live weights, by round.
@@ -137,6 +138,7 @@ def counts(
       order: whether blocks take turns from output to input or from input to output; after the last
         block the first one follows.
       prunable: which leaves may change.
+      rounding: ``"down"`` counts ``floor(fraction * live)``.
 
     Returns:
       ``(masks, round) -> counts``: zero for leaves outside the block whose turn it is, and for all
@@ -161,9 +163,12 @@ def counts(
             if not prunable(path, mask):
                 return jnp.int32(0)
             active = is_due(round_index) & (turn == next(block_of))
+            num_live = jnp.sum(mask, dtype=jnp.int32)
+            if rounding == "down":
+                return jnp.where(active, _share(part, num_live), jnp.int32(0))
             with jax.enable_x64(True):
-                num_live = jnp.sum(mask, dtype=jnp.int32).astype(jnp.float64)
-                number = jnp.ceil(part * num_live * (1.0 - 1e-12)).astype(jnp.int32)
+                product = part * num_live.astype(jnp.float64)
+                number = jnp.ceil(product * (1.0 - 1e-12)).astype(jnp.int32)
             return jnp.where(active, number, jnp.int32(0))
 
         return trees.map_with_path(count, masks)
@@ -238,13 +243,14 @@ def drop_and_grow(
     grow: scores.ScoreFn = scores.gradient,
     guide: Callable[[Masks, PrunerInputs], Guide] | None = None,
     guided_share: float = 0.0,
+    offered: Literal["pruned", "pruned_or_dropped"] = "pruned",
 ) -> Pruner:
     """Drop the lowest-scoring live weights of every leaf, and grow as many pruned ones.
 
-    Both are chosen by the masks before the exchange: a dropped weight is not grown again at once,
-    nor a grown one dropped. A pruned weight of score 0 (whose gradient no client sent) is never
-    grown; if too few remain, fewer weights are exchanged. The number of live weights of a leaf is
-    constant.
+    Both are chosen by the masks before the exchange: a dropped weight is not grown again at once
+    (unless `offered` says so), nor a grown one dropped. A pruned weight of score 0 (whose gradient
+    no client sent) is never grown; if too few remain, fewer weights are exchanged. The number of
+    live weights of a leaf is constant.
 
     Args:
       num_exchanged: ``(masks, round) -> counts``, as `counts` makes it.
@@ -254,36 +260,58 @@ def drop_and_grow(
       guided_share: share of a leaf's exchange, in [0, 1], that `guide` decides: of ``k`` weights
         ``floor(guided_share * k)`` are the lowest of `drop_first`, or all of these if they are
         fewer, and the lowest of the others follow. The same holds for `grow_first`.
+      offered: which weights may be grown: those pruned before, or also those just dropped, as in
+        SET and RigL as they are published. What comes back keeps its value. If too few are
+        offered, the best of the dropped stay. Without a guide.
+
+    Raises:
+      ValueError: if the share is out of range, or there is a guide where dropped ones may return.
     """
     if not 0.0 <= guided_share <= 1.0:
         raise ValueError(f"guided_share must lie in [0, 1], got {guided_share}.")
+    if offered != "pruned" and guide is not None:
+        raise ValueError("offered must be 'pruned' with a guide, got 'pruned_or_dropped'.")
+
+    def returning(mask, worth, promise, count):
+        num_live = jnp.sum(mask, dtype=jnp.int32)
+        kept = _highest(mask, _bounded(worth), num_live - jnp.minimum(count, num_live))
+        grown = _highest(~kept & (promise > 0), promise, jnp.minimum(count, num_live))
+        missing = num_live - jnp.sum(kept | grown, dtype=jnp.int32)
+        return kept | grown | _highest(mask & ~kept & ~grown, _bounded(worth), missing)
 
     def update_fn(key, masks, state, inputs):
         drop_key, grow_key = jax.random.split(key)
 
         def leaf(mask, worth, promise, count, *first):
             num_live = jnp.sum(mask, dtype=jnp.int32)
-            offered = ~mask & (promise > 0)
-            num = jnp.minimum(count, jnp.sum(offered, dtype=jnp.int32))
+            promising = ~mask & (promise > 0)
+            num = jnp.minimum(count, jnp.sum(promising, dtype=jnp.int32))
             num = jnp.minimum(num, num_live)
-            lowest = jnp.finfo(worth.dtype).min
-            worth = jnp.where(jnp.isnan(worth), lowest, jnp.maximum(worth, lowest))
+            worth = _bounded(worth)
             if not first:
                 kept = mask & top_k(jnp.where(mask, worth, -jnp.inf), num_live - num)
-                return kept | _highest(offered, promise, num)
+                return kept | _highest(promising, promise, num)
             quota = _share(guided_share, num)
             kept = mask & ~_lowest(mask & first[0], worth, quota)
             kept = _highest(kept, worth, num_live - num)
-            grown = _highest(offered & first[1], promise, quota)
+            grown = _highest(promising & first[1], promise, quota)
             num_left = num - jnp.sum(grown, dtype=jnp.int32)
-            return kept | grown | _highest(offered & ~grown, promise, num_left)
+            return kept | grown | _highest(promising & ~grown, promise, num_left)
 
         counts = num_exchanged(masks, inputs.round)
         worth, promise = drop(drop_key, inputs), grow(grow_key, inputs)
+        if offered != "pruned":
+            return jax.tree.map(returning, masks, worth, promise, counts), state
         first = () if guide is None else guide(masks, inputs)
         return jax.tree.map(leaf, masks, worth, promise, counts, *first), state
 
     return Pruner(init=lambda params: (), update=update_fn)
+
+
+def _bounded(worth: jax.Array) -> jax.Array:
+    """Rank NaN and -inf above what is not live."""
+    lowest = jnp.finfo(worth.dtype).min
+    return jnp.where(jnp.isnan(worth), lowest, jnp.maximum(worth, lowest))
 
 
 def _highest(among: jax.Array, values: jax.Array, count: jax.Array) -> jax.Array:

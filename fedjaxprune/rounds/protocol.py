@@ -128,8 +128,8 @@ class Masking(NamedTuple):
       train: ``(key, state) -> masks`` that the clients train under.
       upload: ``state -> masks`` of the entries that a client sends.
       download: ``state -> masks`` of the entries that a client receives.
-      server_is_dense: whether the server keeps the values of pruned entries to itself (what it
-        broadcasts and deploys is masked all the same).
+      server_is_dense: whether the server keeps the values of pruned entries. It broadcasts those
+        that `download` says, and what it deploys is under the masks in force.
       upload_masks: ``fields -> masks by field``, what one client sends of its `delta` and other
         fields, where that follows from its own bits. What does not travel counts as zero; a
         ``protocol.aggregator`` that counts holders sees who sent an entry.

@@ -5,11 +5,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from fedjaxprune.federated import local_training, mask_revision
+from fedjaxprune.federated import local_training, mask_revision, step_scales
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import protocol as protocol_lib
 from fedjaxprune.rounds import server_work
-from fedjaxprune.types import Batcher, Client, Model
+from fedjaxprune.types import Batcher, Client, Model, WeightView
 
 
 class BatchesFn(Protocol):
@@ -68,16 +68,18 @@ class Task(NamedTuple):
         report_grads: Callable[[Any], Any] | None = None,
         report_steps: local_training.StepPredicate | None = None,
         post_step: local_training.PostStepFn | None = None,
+        step_scale: step_scales.StepScale | None = None,
     ) -> Client:
         """Make a client that trains its live weights as the protocol says.
 
-        Options are those of `local_training.local_sgd`; `batcher` replaces the protocol's.
+        Options are those of `local_training.local_sgd`; `batcher` replaces the protocol's, and
+        `step_scale` its factor by round.
         """
         return local_training.local_sgd(
             self.model.loss,
             batcher=self.protocol.batcher if batcher is None else batcher,
             optimizer=self.protocol.optimizer,
-            learning_rate_scale=self.protocol.learning_rate_scale,
+            learning_rate_scale=step_scale or self.protocol.learning_rate_scale,
             penalties=(*self.penalties, *penalties),
             report_grads=report_grads,
             report_steps=report_steps,
@@ -103,6 +105,19 @@ class Task(NamedTuple):
             self.model.loss,
             batcher=self.protocol.batcher,
             optimizer=self.protocol.optimizer,
+            learning_rate_scale=self.protocol.learning_rate_scale,
+            penalties=(*self.penalties, *penalties),
+        )
+
+    def viewed_client(
+        self, view: WeightView, *, penalties: Sequence[local_training.PenaltyFn] = ()
+    ) -> Client:
+        """Make a client that sees its dense weights through a view, chosen anew inside a round."""
+        return local_training.viewed_sgd(
+            self.model.loss,
+            batcher=self.protocol.batcher,
+            optimizer=self.protocol.optimizer,
+            view=view,
             learning_rate_scale=self.protocol.learning_rate_scale,
             penalties=(*self.penalties, *penalties),
         )

@@ -217,11 +217,13 @@ def deployed_params(parts: Parts, state: RoundState) -> Params:
 def broadcast(key: Key, parts: Parts, state: RoundState) -> tuple[Given, State]:
     """Give every client the model, and masks to train under; also give the downlink's state."""
     rules, announcement = parts.masking, parts.hooks.announcement
+    download = state.masks if rules.download is None else rules.download(state)
+    params = state.params
     given = Given(
         upload=state.masks if rules.upload is None else rules.upload(state),
-        download=state.masks if rules.download is None else rules.download(state),
+        download=download,
         broadcast=broadcast_of(state)._replace(
-            params=deployed_params(parts, state),
+            params=masks_lib.apply(download, params) if rules.server_is_dense else params,
             masks=state.masks if rules.train is None else rules.train(key, state),
             correction_state=state.correction,
             announced=() if announcement is None else announcement.seen(state),

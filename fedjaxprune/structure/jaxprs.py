@@ -146,26 +146,30 @@ def _rewrite(graph: Any) -> Any:
 
 def _rewrite_equation(equation: Any) -> Any:
     if equation.primitive is _stands_for:
-        return _call(equation.params["plain"], equation.invars[1:], equation.outvars)
+        return call(equation.params["plain"], equation.invars[1:], equation.outvars)
     if not any(is_marked(graph) for graph in graphs_of(equation)):
         return equation
     if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
         # The derivatives are those of the plain form, not the ones that were given.
         body = core.jaxpr_as_fun(_rewrite(equation.params["call_jaxpr"]))
-        return _call(body, equation.invars, equation.outvars)
+        return call(body, equation.invars, equation.outvars)
     return equation.replace(params=map_graphs(_rewrite, equation.params))
 
 
-def _call(function: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
-    """Make the equation that calls a function of one graph's variables."""
+def call(function: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
+    """Make the equation that calls a function of one graph's variables.
+
+    Raises:
+      ValueError: the function closes over arrays.
+    """
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
-    call = jax.make_jaxpr(jax.jit(function))(*shapes).eqns[-1]
-    if len(call.invars) != len(inputs):
+    made = jax.make_jaxpr(jax.jit(function))(*shapes).eqns[-1]
+    if len(made.invars) != len(inputs):
         raise ValueError(
             "the plain form of a layer closes over arrays; hand them to jaxprs.equivalent_to as "
             "operands."
         )
-    return call.replace(invars=list(inputs), outvars=list(outputs))
+    return made.replace(invars=list(inputs), outvars=list(outputs))
 
 
 def graphs_of(equation: Any) -> list[Any]:

@@ -37,6 +37,8 @@ from fedjaxprune.types.messages import (
 from fedjaxprune.types.pruning import (
     Pruner,
     PrunerInputs,
+    Sight,
+    WeightView,
 )
 from fedjaxprune.types.rounds import (
     Algorithm,
@@ -82,8 +84,10 @@ __all__ = [
     "RoundMetrics",
     "RoundState",
     "Schedule",
+    "Sight",
     "Stage",
     "State",
     "Uplink",
+    "WeightView",
     "client_data",
 ]

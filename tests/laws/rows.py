@@ -79,10 +79,18 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
 }
 USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
-DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themselves
+DENSE_SERVER = (  # keep the values of pruned entries
+    "dpf",
+    "dpf/straight_through",
+    "feddip+dense",
+    "sr_ste",
+    "sr_ste/without_decay",
+    "top_kast",
+)
 HALF = (  # of the weights are pruned in all rounds of training
     "autoflip",
     "feddst",
+    "fedmef",
     "fedrts",
     "fedsgc",
     "force_masks",
@@ -90,8 +98,10 @@ HALF = (  # of the weights are pruned in all rounds of training
     "magnitude_masks",
     "random_masks",
     "snip",
+    "sr_ste",
     "ssfl",
     "synflow",
+    "top_kast",
 )
 BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
 DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters
@@ -153,7 +163,7 @@ def num_live(name: str, index: int) -> int | range | None:
         return 32
     if method in HALF:
         return 32 - round(0.5 * 32)
-    if method in ("feddip", "gradual_magnitude"):
+    if method in ("dpf", "feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25
         due = index - index % 2
         return 32 - round((0.75 + (initial - 0.75) * (1 - due / 6) ** 3) * 32)

@@ -26,9 +26,12 @@ SLOW_VARIANTS = (
     "adaptive_dynamic_pruning/random_channels",
     "adaptive_dynamic_pruning/squeeze_excitation",
     "autoflip/explored_start",
+    "dpf/straight_through",
     "fedavg/fedprox",
     "feddip/without_penalty",
     "feddip/without_pruning",
+    "fedmef/pruned_activations",
+    "fedmef/without_extrusion",
     "fedrts/posterior_mean",
     "fedtiny/vanilla_selection",
     "magnitude_masks/one_client",
@@ -37,9 +40,11 @@ SLOW_VARIANTS = (
     "prunefl/random_start",
     "force_masks",
     "grasp/one_exchange",
+    "rigl/set",
     "rigl/static",
     "snip/gradient_norm",
     "snip/iterative",
+    "sr_ste/without_decay",
 )
 SLOW_NOTHING = (  # they share the parts that count with a method without an ending
     "averaged_filters",
@@ -47,6 +52,7 @@ SLOW_NOTHING = (  # they share the parts that count with a method without an end
     "fedtiny/vanilla_selection",
     "feddip",
     "feddip/without_pruning",
+    "fedmef",
     "magnitude_masks/one_client",
     "magnitude_masks/pooled",
     "force_masks",
@@ -58,8 +64,10 @@ SLOW_NOTHING = (  # they share the parts that count with a method without an end
     "snip",
     "snip/gradient_norm",
     "snip/iterative",
+    "sr_ste",
     "ssfl",
     "synflow",
+    "top_kast",
 )
 
 

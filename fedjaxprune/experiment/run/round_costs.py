@@ -72,7 +72,8 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     """Make a round's figures from its metrics, read to the host.
 
     FLOPs are of the examples that count (no filling) of the clients that were heard, under the
-    masks that the round began with; under personal masks, if those leave fewer weights. Stages that
+    masks that the round began with; under personal masks, if those leave fewer weights; of what the
+    loss sees, where that is less than clients receive (`traffic.SEEN`). Stages that
     send no delta have none, unless they say what was trained (`traffic.TRAINED`) or only looked at
     (`traffic.EVALUATED`, `traffic.BACKPROPAGATED`). Where there are gates, FLOPs are of what these
     let through, forward and backward. The weight gradient is that of all entries that a client may
@@ -89,6 +90,8 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     sends_delta = "delta" in metrics.sent.up.get("reply", {})
     trains = sends_delta or told is not None
     kept = _num_received(metrics) if sends_delta else sizes * trains
+    if traffic.SEEN in metrics.sent.reports:  # the same number for all clients
+        kept = np.asarray(metrics.sent.reports[traffic.SEEN], np.int64)[0]
     through = gates.through(metrics.train)
     moved = kept
     if through:
