@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
 from fedjaxprune.federated import _optax, _steps, mask_revision
 from fedjaxprune.federated.mask_revision import MaskRevision
-from fedjaxprune.traffic import DENSE_GRADIENT, EXTRA_GRADIENT
+from fedjaxprune.traffic import DENSE_GRADIENT
 from fedjaxprune.types import (
     Batch,
     Batcher,
@@ -124,7 +124,7 @@ class _Progress(NamedTuple):
     local_grads: Params
     metrics: Metrics
     dense: Metrics
-    extra: Metrics = ()
+    extra: Any = ()
 
 
 def local_sgd(
@@ -212,15 +212,17 @@ def mask_revising_sgd(
     memory, and grown ones start from zero; the remaining steps train under the new masks. Other
     arguments are those of `local_sgd`. A `correction` acts on the weights alone that were live in
     the broadcast, as a client receives no other entry of it. Penalties are no part of the gradient
-    that the revision sees. A client without examples keeps the masks that it was given.
+    or the scores that the revision sees. A client without examples keeps the masks that it has.
 
     Returns:
       A `Client` whose message also has the field `masks`, its own at the end of the round. Its
       `delta` is zero outside these: a weight that it dropped is left out, not sent as a change. The
       metrics say of how many examples the revision took a gradient (`traffic.EXTRA_GRADIENT`).
+      With a judgement, the message has its field `scores`, zeros in rounds that are not due, and
+      the metrics say at how many examples scores were taken (`traffic.DENSE_GRADIENT`).
     """
     objective = functools.partial(_objective, loss, penalties)
-    rules = _Rules(optimizer, learning_rate_scale, None, None, None, (revision, loss))
+    rules = _Rules(optimizer, learning_rate_scale, None, None, None, (revision, loss), penalties)
     return _client(objective, batcher, rules, dense_updates=False)
 
 
@@ -233,6 +235,14 @@ class _Rules(NamedTuple):
     report_steps: StepPredicate | None
     post_step: PostStepFn | None
     revision: tuple[MaskRevision, LossFn] | None = None  # with the loss without penalties
+    penalties: Sequence[PenaltyFn] = ()  # where masks are revised
+
+    def judge(self, broadcast: Broadcast) -> mask_revision.JudgeFn | None:
+        """Find the judge of a revision, whose gradient is that of all terms of the loss."""
+        if self.revision is None or self.revision[0].judgement is None:
+            return None
+        judge = self.revision[0].judgement.judge
+        return mask_revision.with_penalties(judge, self.penalties, broadcast)
 
 
 def _objective(loss, penalties, broadcast):
@@ -259,18 +269,24 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
         objective = objective_of(broadcast)
         factor = None if rules.scale is None else functools.partial(rules.scale, broadcast.round)
 
+        judge = rules.judge(broadcast)
         correction = broadcast.correction
         if is_corrected and rules.revision is not None:
             correction = masks_lib.apply(masks, correction)
 
-        def step_fn(masks, step, progress):
+        def step_fn(masks, step, progress, is_judged=None):
             before = progress.local
             batch = draw(batch_key, data, step)
             seen = masks_lib.apply(masks, before.params) if dense_updates else before.params
             given = before.model_state, batch, jax.random.fold_in(step_key, step)
-            (value, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
-                objective, has_aux=True
-            )(seen, *given)
+            if is_judged is None:
+                found = jax.value_and_grad(objective, has_aux=True)(seen, *given)
+            else:
+                found, scored = mask_revision.differentiate(
+                    objective, judge, is_judged, progress.extra, (seen, *given)
+                )
+                progress = progress._replace(extra=scored)
+            (value, (model_state, step_metrics)), dense_grads = found
             grads = dense_grads
             if is_corrected:
                 grads = jax.tree.map(jnp.add, grads, correction)
@@ -309,7 +325,9 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
             metrics=_steps.zero_metrics(step_key, objective, broadcast, first),
             dense=() if rules.report_grads is None else metrics.zero(),
-            extra=() if rules.revision is None else metrics.zero(),
+            extra=mask_revision.nothing_seen(
+                rules.revision, judge, start, broadcast.model_state, first, step_key
+            ),
         )
         if rules.revision is None:
             under_masks = functools.partial(step_fn, masks)
@@ -318,16 +336,13 @@ def _client(objective_of, batcher, rules, *, dense_updates) -> Client:
             revision, loss = rules.revision
             batch_at = functools.partial(draw, batch_key, data)
             work = mask_revision.Work(loss, rules.optimizer, broadcast, batch_at, num_steps)
-            masks, progress = mask_revision.in_two_phases(
-                step_key, revision, work, step_fn, progress
-            )
+            masks, progress = mask_revision.in_phases(step_key, revision, work, step_fn, progress)
         end = progress.local
         fields = _steps.changes(end.params, start, end.model_state, broadcast.model_state)
         fields["metrics"] = progress.metrics
         if rules.revision is not None:
             fields["delta"] = masks_lib.apply(masks, fields["delta"])
-            fields["metrics"] = {**progress.metrics, EXTRA_GRADIENT: progress.extra}
-            fields["masks"] = masks
+            fields |= mask_revision.reported(rules.revision[0], progress, broadcast.masks, masks)
         if rules.report_grads is not None:
             fields["metrics"] = {**fields["metrics"], DENSE_GRADIENT: progress.dense}
             fields["grads"] = _divide(progress.grads, progress.num_reported)

@@ -246,7 +246,9 @@ def upload(
     sendable = given.upload
     if "masks" in fields:  # personal ones
         sendable = jax.tree.map(jnp.logical_and, sendable, fields["masks"])
-    narrowed = {} if rules.upload_masks is None else dict(rules.upload_masks(fields))
+    narrowed = {}
+    if rules.upload_masks is not None:
+        narrowed = dict(rules.upload_masks(fields, given.broadcast.masks))
     holders = {}
     if "delta" in narrowed:
         sendable = jax.tree.map(jnp.logical_and, sendable, narrowed.pop("delta"))

@@ -41,6 +41,7 @@ _NEEDS = {
     "batch_norm": (facts_lib.has_batch_norm, "BatchNorm statistics"),
     "convolutions": (facts_lib.has_convolutions, "convolutions"),
     "gates": (facts_lib.has_gates, "gates"),
+    "products": (facts_lib.has_kernels, "kernels"),
 }
 _HOSTILE = 2  # beside a seed: draws of their own
 _SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
