@@ -20,6 +20,11 @@ METHODS = {
 # Methods that came after the table of docs/results.md was measured.
 UNMEASURED = {
     "feddst",
+    "fedfit",
+    "fedfit/dense_start",
+    "fedfit/fresh",
+    "fedfit/joint",
+    "fedfit/union",
     "fedrts",
     "fedrts/posterior_mean",
     "fedsgc",

@@ -83,6 +83,7 @@ DENSE_SERVER = ("feddip+dense",)  # keep the values of pruned entries to themsel
 HALF = (  # of the weights are pruned in all rounds of training
     "autoflip",
     "feddst",
+    "fedfit",
     "fedrts",
     "fedsgc",
     "force_masks",
