@@ -244,8 +244,8 @@ def test_the_curvature_of_a_batch_is_not_the_mean_of_those_of_its_halves():
     x, w, g = random_layer(4)
     whole = of_layer(x, w, g)
     halves = [of_layer(x[i : i + 2], w, 2 * g[i : i + 2]) for i in (0, 2)]
-    grads = [(one[0]["w"] + two[0]["w"]) / 2 for one, two in [halves]][0]
-    np.testing.assert_allclose(grads, whole[0]["w"], rtol=1e-5)
+    grads = [one[0]["w"] for one in (whole, *halves)]
+    np.testing.assert_allclose(grads[0], (grads[1] + grads[2]) / 2, rtol=1e-5)
     curved = [curvature.fisher(found, size)["w"] for _, found, size in (whole, *halves)]
     assert not np.allclose(curved[0], (curved[1] + curved[2]) / 2, rtol=0.1)
 
@@ -442,5 +442,5 @@ def test_settings_that_do_not_fit_the_run_are_refused():
         build(fedfit, prune_every=6)
     with pytest.raises(ValueError, match="epochs_before must be at most 2, as clients train 2"):
         build(fedfit, epochs_before=3)
-    with pytest.raises(ValueError, match="at most 0, .* and score again in the last, got 1"):
+    with pytest.raises(ValueError, match=r"at most 0, .* and score again in the last, got 1"):
         build(fedfit, num_epochs=1, decision="fresh")
