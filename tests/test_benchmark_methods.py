@@ -42,6 +42,7 @@ UNMEASURED = {
     "snip/iterative",
     "ssfl",
     "synflow",
+    "wanda",
 }
 
 

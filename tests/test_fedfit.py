@@ -1,6 +1,7 @@
 """FedFit: scores from moments, a client's exchange, the server's decisions, what is averaged."""
 
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -77,7 +78,8 @@ DENSE = {
 def test_a_dense_layer_has_the_scores_of_the_specification(form, scale):
     grads, found, size = of_layer(X, W, G)
     near(grads["w"], ((0.4, 0.5), (0.8, 0)))
-    curved = curvature.fisher(found, size, form=form, scale=scale)
+    options: Any = {"form": form, "scale": scale}
+    curved = curvature.fisher(found, size, **options)
     for got, wanted in zip(
         (curved["w"], *scored(W, grads, curved)), DENSE[form, scale], strict=True
     ):
@@ -316,7 +318,7 @@ def test_penalties_move_the_weights_and_not_their_scores():
         slopes = jax.grad(MODEL.loss, has_aux=True)(
             jax.tree.map(lambda at: at, found["at"]),
             {"steps": jnp.float32(0.0)},
-            quadratic.full_batches(3).batch(KEY, client_data(PEOPLE, jnp.int32(1)), 0),
+            quadratic.full_batches(3).batch(KEY, client_data(PEOPLE, jnp.int32(1)), jnp.int32(0)),
             KEY,
         )[0]
         return jax.tree.map(lambda a, b: jnp.abs(a - b) < 1e-5, found["slope"], slopes)
@@ -346,7 +348,7 @@ def test_rounds_that_are_not_due_are_plain_training_and_have_no_scores():
 
 def test_a_judge_scores_a_batch_at_the_present_weights_and_without_filling():
     data = client_data(PEOPLE, jnp.int32(1))
-    batch = quadratic.full_batches(1).batch(KEY, data, 0)
+    batch = quadratic.full_batches(1).batch(KEY, data, jnp.int32(0))
     few = jax.tree.map(lambda leaf: leaf[:5], batch)
     assert float(batch.weights.sum()) == 5 < len(batch.weights)
     start = masks.apply(EVEN, quadratic.PARAMS)
@@ -387,7 +389,7 @@ def build(method, num_epochs=2, **options):
     return method.build(settings, quadratic.task(base, model=MODEL, num_epochs=num_epochs))
 
 
-def play(algorithm, num_rounds, participants=range(6)):
+def play(algorithm, num_rounds, participants=(0, 1, 2, 3, 4, 5)):
     """Run all stages: the states after each round of training."""
     states = [algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})]
     members = quadratic.cohort(algorithm, participants)
@@ -419,7 +421,7 @@ def test_layers_keep_their_weights_while_masks_change():
 @pytest.mark.parametrize("decision", ["union", "fresh"])
 def test_of_one_client_the_server_takes_the_mask(decision):
     found, wanted = (
-        play(build(fedfit, decision=one), 4, participants=[1]) for one in (decision, "exchange")
+        play(build(fedfit, decision=one), 4, participants=(1,)) for one in (decision, "exchange")
     )
     changed = [int(masks.num_changed(a.masks, b.masks)) for a, b in itertools.pairwise(found)]
     assert changed == [0, 10, 0]  # 3 of 10 and 2 of 6, out and in

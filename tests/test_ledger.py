@@ -113,6 +113,7 @@ def make(name, uplink):
 REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grads",)}
 # Who explores uploads the squares of how far it moved, or for these how it moved.
 EXPLORED = ("autoflip+channels", "autoflip/explored_start")
+SCORED = {"ssfl": ("scores",), "wanda": ("squares",)}
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
 REPLIES |= {"gradient": ("grads",), "curvature": ("curvature",)}
 BESIDE = ("control", "effective_steps", "gains", "grads", "model_state")
@@ -142,7 +143,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
             wanted = {"delta", "masks", "statistics", "losses", "trained", "scores", "curvature"}
-            wanted |= {"deviations", "move", gated_updates.SALIENT, *BESIDE}
+            wanted |= {"deviations", "move", "squares", gated_updates.SALIENT, *BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
             jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
@@ -203,7 +204,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                 if stage in (*REPLIES, "explore"):
                     message = {}
                     moved = ("model_state", "move") if name in EXPLORED else ("deviations",)
-                    replies = ("scores",) if name == "ssfl" else REPLIES.get(stage, moved)
+                    replies = SCORED.get(name) or REPLIES.get(stage, moved)
                     for field in replies:
                         if rows.family(name) == "snip":  # of live weights
                             message |= messages.values(field, fields[field], before.masks)

@@ -109,11 +109,13 @@ def _tapped(
     @jax.custom_vjp
     def run(operands: Any, rest: Any, dummies: Any) -> jax.Array:
         del rest, dummies
-        return _forward(*operands, padding, block)[0]
+        x, kernel, bias = operands
+        return _forward(x, kernel, bias, padding, block)[0]
 
     def forward(operands: Any, rest: Any, dummies: Any) -> Any:
         del dummies
-        output, residuals = _forward(*operands, padding, block)
+        x, kernel, bias = operands
+        output, residuals = _forward(x, kernel, bias, padding, block)
         return output, (operands, residuals, rest)
 
     def pull_back(saved: Any, cotangent: jax.Array) -> Any:

@@ -46,6 +46,27 @@ def statistic(name: str) -> ScoreFn:
     return score
 
 
+def input_norm(name: str) -> ScoreFn:
+    """Score a weight by its absolute value times the norm of the input that it reads.
+
+    Args:
+      name: of the tree in ``inputs.statistics`` with the sums of squares of these inputs.
+
+    Returns:
+      A score that raises a ValueError while tracing if there is no such tree.
+
+    References:
+      Sun et al., `Wanda <https://arxiv.org/abs/2306.11695>`_, 2024.
+    """
+    squares = statistic(name)
+
+    def score(key: Key, inputs: PrunerInputs) -> Params:
+        norms = jax.tree.map(jnp.sqrt, squares(key, inputs))
+        return jax.tree.map(jnp.multiply, magnitude(key, inputs), norms)
+
+    return score
+
+
 def random(key: Key, inputs: PrunerInputs) -> Params:
     """Score weights uniformly at random in [0, 1)."""
     leaves, structure = jax.tree.flatten(inputs.params)

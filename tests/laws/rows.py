@@ -93,6 +93,7 @@ HALF = (  # of the weights are pruned in all rounds of training
     "snip",
     "ssfl",
     "synflow",
+    "wanda",
 )
 BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
 DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters

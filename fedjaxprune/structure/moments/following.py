@@ -33,9 +33,9 @@ class Context(NamedTuple):
     sizes: Sizes
     marks: Marks
     kinds: tuple[str, ...]
-    is_plain: bool = (
-        False  # inside of the plain form of a fast one, whose outputs are not the loss's
-    )
+    # inside of the plain form of a fast one, whose outputs are not the loss's
+    is_plain: bool = False
+    notes: list[tuple[str, Any, products.Use]] | None = None  # (leaf, path, use), if asked for
 
 
 def play(
@@ -157,7 +157,7 @@ def _site(context: Context, equation: Any, weight: Value, value: Value, side: in
         params["dimension_numbers"].lhs_spec[0],
     ):
         shadows.refuse([weight], "a convolution uses it along the examples")
-    return Site(
+    site = Site(
         name=name,
         params=params,
         side=side,
@@ -166,6 +166,10 @@ def _site(context: Context, equation: Any, weight: Value, value: Value, side: in
         inner=0 if axis is None else value.rows.inners[axis] or 1,
         kinds=context.kinds,
     )
+    if context.notes is not None:
+        use = products.use_of(site, value.array.ndim)
+        context.notes.extend((leaf, one.path, use) for leaf, one in weight.shadows.items())
+    return site
 
 
 def _axis_of_examples(weight: Value, value: Value, sizes: Sizes) -> int | None:

@@ -57,6 +57,20 @@ class Site(NamedTuple):
     kinds: tuple[str, ...]
 
 
+class Use(NamedTuple):
+    """How a product uses a leaf, as it lies in the parameters.
+
+    Attributes:
+      outputs: axes that are the output's; the others are summed over.
+      taps: of the others, those of a convolution's places.
+      groups: of a convolution.
+    """
+
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    groups: int
+
+
 def tap(backward: Callable[[Any, Marks, jax.Array], Dummies]) -> Callable[..., jax.Array]:
     """Make ``(output, operands, marks, dummies) -> output``.
 
@@ -93,6 +107,7 @@ def sums(site: Site, value: jax.Array, marks: Marks, cotangent: jax.Array) -> Su
     backs = jnp.square(cotangent.astype(jnp.float32))
     makers: dict[str, Callable[[], jax.Array]] = {
         "inputs": lambda: _inputs(site, squares, cotangent.shape),
+        "channels": lambda: _channels(site, squares),
         "outputs": lambda: _to_weight(site, backs, value.ndim),
         "joint": lambda: _gradient(site, squares, backs),
         "rows": lambda: _rows(site, value, marks, cotangent.shape),
@@ -132,6 +147,7 @@ def sums_of_rows(
 
     makers: dict[str, Callable[[], jax.Array]] = {
         "inputs": lambda: _inputs(site, _squares(value, marks, 0, 1), output),
+        "channels": lambda: _channels(site, _squares(value, marks, 0, 1)),
         "outputs": outputs,
         "joint": joint,
         "rows": lambda: _rows(site, value, marks, output),
@@ -170,6 +186,27 @@ def _inputs(site: Site, squares: jax.Array, output: tuple[int, ...]) -> jax.Arra
     free, partners = _axes_of_value(site, squares.ndim)
     rest = [axis for axis in range(squares.ndim) if axis not in free]
     return _spread(jnp.sum(squares, axis=free), [partners[axis] for axis in rest], site.shape)
+
+
+def _channels(site: Site, squares: jax.Array) -> jax.Array:
+    """Sum over all of a value that has the channel which each entry of the weight reads."""
+    if site.name != "conv_general_dilated":
+        return _inputs(site, squares, ())
+    numbers, groups = site.params["dimension_numbers"], site.params["feature_group_count"]
+    channel, (out_axis, in_axis, *_) = numbers.lhs_spec[1], numbers.rhs_spec
+    rest = tuple(axis for axis in range(squares.ndim) if axis != channel)
+    by_group = jnp.sum(squares, axis=rest).reshape(groups, -1)
+    by_output = jnp.repeat(by_group, site.shape[out_axis] // groups, axis=0)
+    return _spread(by_output, [out_axis, in_axis], site.shape)
+
+
+def use_of(site: Site, ndim: int) -> Use:
+    """Say how a product uses its weight; its value has so many axes."""
+    own = tuple(sorted(_axes_of_output(site, ndim).values()))
+    if site.name != "conv_general_dilated":
+        return Use(own, (), 1)
+    taps = tuple(sorted(site.params["dimension_numbers"].rhs_spec[2:]))
+    return Use(own, taps, site.params["feature_group_count"])
 
 
 def _axes_of_value(site: Site, ndim: int) -> tuple[tuple[int, ...], dict[int, int]]:
