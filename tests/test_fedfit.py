@@ -1,6 +1,7 @@
 """FedFit: scores from moments, a client's exchange, the server's decisions, what is averaged."""
 
 import itertools
+import math
 from typing import Any
 
 import chex
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune import masks
+from fedjaxprune import masks, models, trees
+from fedjaxprune.costs import storage_models
 from fedjaxprune.federated import local_training
 from fedjaxprune.federated.mask_revision import Judgement, MaskRevision, after_epochs
 from fedjaxprune.method import Needs
 from fedjaxprune.methods import fedfit, random_masks
-from fedjaxprune.pruning import curvature, drop_and_grow, pruners, schedules, scores
+from fedjaxprune.pruning import allocation, curvature, drop_and_grow, pruners, schedules, scores
 from fedjaxprune.rounds import traffic
 from fedjaxprune.structure import moments
 from fedjaxprune.testing import scenario
@@ -96,11 +98,12 @@ def test_a_convolution_has_the_curvature_of_the_specification():
 
     w = jax.random.normal(KEY, (2, 2, 1, 1))
     _, found, size = of_layer(x[..., None], w, g[..., None], layer)
-    for options, wanted in (
+    cases: Any = (
         ({}, (0.1925, 0.165, 0.385, 0.0825)),
         ({"scale": "code"}, (49.28, 42.24, 98.56, 21.12)),
         ({"form": "joint"}, (0.2, 0.08, 0.72, 0.04)),
-    ):
+    )
+    for options, wanted in cases:
         near(curvature.fisher(found, size, **options)["w"].ravel(), wanted)
 
 
@@ -446,3 +449,52 @@ def test_settings_that_do_not_fit_the_run_are_refused():
         build(fedfit, epochs_before=3)
     with pytest.raises(ValueError, match=r"at most 0, .* and score again in the last, got 1"):
         build(fedfit, num_epochs=1, decision="fresh")
+
+
+# ---- traffic
+
+
+@pytest.mark.parametrize(
+    ("density", "num_live", "model", "more"),
+    [
+        (0.5, 5_572_247, 23.74, 26.73),
+        (0.3, 3_337_453, 14.80, 16.01),
+        (0.2, 2_220_056, 10.33, 10.65),
+        (0.1, 1_102_655, 5.86, 5.29),
+    ],
+)
+def test_models_and_scores_take_what_the_specification_lists(density, num_live, model, more):
+    """MB (10^6) one way on ResNet-18 for CIFAR-10, in round 10."""
+    init = models.resnet18(input_shape=(32, 32, 3), num_classes=10, norm="batch").init
+    params, _ = jax.eval_shape(init, KEY)
+    kernels = {path: leaf for path, leaf in trees.items(params) if len(leaf.shape) == 4}
+    total, size = sum(trees.sizes(params)), sum(trees.sizes(kernels))
+    with jax.enable_x64(True):
+        sparsity = jnp.float64((1 - density) * total / size)
+        shares = np.asarray(allocation.erk_densities(kernels, sparsity))
+    pairs = zip(kernels, shares, trees.sizes(kernels), strict=True)
+    live = {path: math.floor(share * n) for path, share, n in pairs}
+    exchanged = sum(math.floor(0.199452 * n) for n in live.values())
+    assert sum(live.values()) == num_live
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    kept = [live.get(path, leaf.size) for path, leaf in trees.items(params)]
+    assert round(storage_models.fedrts_bitmap(kept, shapes) / 8e6, 2) == model
+    assert round(4 * (num_live + exchanged) / 1e6, 2) == more
+
+
+def test_scores_are_charged_in_readjusting_rounds_alone():
+    algorithm = build(fedfit)
+    state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    members, bits = quadratic.cohort(algorithm, range(6)), []
+    for stage, number in zip(algorithm.stages, (1, 3), strict=True):
+        run = jax.jit(stage.round)
+        for _ in range(number):
+            before = state
+            state, rows, metrics = run(jax.random.fold_in(KEY, state.round), state, members, PEOPLE)
+            members = members._replace(states=rows)
+            charged = fedfit.formula(jax.device_get(metrics), before)
+            bits.append((charged.uplink, charged.downlink))
+    model = 32 * (4 + 10 + 2 + 6) + 24 + 8
+    assert bits[1:3] == [(6 * model, 6 * model)] * 2
+    num_grown = 3 + 2  # of 10 and 6
+    assert bits[3] == (6 * (model + 32 * (10 + 6 + num_grown)), 6 * model)

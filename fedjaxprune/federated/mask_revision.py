@@ -226,13 +226,13 @@ def in_phases(
         )
         return masks, progress._replace(local=local, extra=extra)
 
-    is_again = judgement is not None and judgement.num_steps_before is not None
+    before_again = None if judgement is None else judgement.num_steps_before
 
     def bounds(phase, is_first):
-        if not is_again:
+        if before_again is None:
             begin = jnp.where(is_first, jnp.int32(0), num_before)
             return begin, jnp.where(is_first, num_before, work.num_steps)
-        again = jnp.clip(judgement.num_steps_before(work.num_steps), num_before, work.num_steps)
+        again = jnp.clip(before_again(work.num_steps), num_before, work.num_steps)
         ends = jnp.stack([jnp.int32(0), num_before, again, work.num_steps])
         return ends[phase], ends[phase + 1]
 
@@ -249,7 +249,7 @@ def in_phases(
         is_due = is_first & revision.is_due(work.broadcast.round)
         return jax.lax.cond(is_due, revise, lambda *same: same, masks, progress)
 
-    num_phases = 3 if is_again else 2
+    num_phases = 2 if before_again is None else 3
     return jax.lax.fori_loop(0, num_phases, phase_fn, (work.broadcast.masks, progress))
 
 

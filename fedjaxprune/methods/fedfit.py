@@ -43,8 +43,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune import masks as masks_lib
+from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.federated import aggregators, mask_revision
 from fedjaxprune.method import Method, Needs, Paper
 from fedjaxprune.methods import _fixed_masks
@@ -57,12 +59,14 @@ from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import INT_MAX, Fraction, Rounds, Sparsity, setting
 from fedjaxprune.structure import moments as moments_lib
+from fedjaxprune.traffic import PublishedBits
 from fedjaxprune.types import (
     Aggregator,
     Algorithm,
     Params,
     Population,
     PrunerInputs,
+    RoundMetrics,
     RoundState,
     Stage,
 )
@@ -153,7 +157,8 @@ def build(settings: FedFit, task: Task) -> Algorithm:
         before = _dense_start(settings, task)
     else:
         before = _fixed_masks.draw(settings, task)
-    return in_order(_train(settings, task), (before,), sparsity=settings.sparsity)
+    train = _train(settings, task)._replace(published={"fedfit": formula})
+    return in_order(train, (before,), sparsity=settings.sparsity)
 
 
 def readjusting_rounds(settings: FedFit, num_rounds: int) -> tuple[int, int]:
@@ -347,6 +352,17 @@ def count_dropped_as_zero(
         return delta - missing.astype(delta.dtype) * start
 
     return {"delta": jax.tree.map(leaf, fields["delta"], state.params, fields["masks"])}
+
+
+def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
+    """Charge sparse models, each as values and a bitmap, and 32 bits for each score that goes up."""
+    stored = ledger.charge_storage(metrics, state, storage_models.fedrts_bitmap)
+    field = metrics.sent.up.get("reply", {}).get(SCORES)
+    if field is None:
+        return stored
+    who = np.asarray(field.clients) & np.asarray(metrics.participated)
+    num_scores = int(np.asarray(field.live_counts, np.int64)[who].sum())
+    return stored._replace(uplink=stored.uplink + 32 * num_scores)
 
 
 METHOD = Method(
