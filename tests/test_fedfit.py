@@ -475,7 +475,7 @@ def test_models_and_scores_take_what_the_specification_lists(density, num_live, 
     pairs = zip(kernels, shares, trees.sizes(kernels), strict=True)
     live = {path: math.floor(share * n) for path, share, n in pairs}
     exchanged = sum(math.floor(0.199452 * n) for n in live.values())
-    assert sum(live.values()) == num_live
+    assert abs(sum(live.values()) - num_live) < len(live)  # rounded down in each layer
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
     kept = [live.get(path, leaf.size) for path, leaf in trees.items(params)]
     assert round(storage_models.fedrts_bitmap(kept, shapes) / 8e6, 2) == model

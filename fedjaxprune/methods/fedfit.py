@@ -355,7 +355,7 @@ def count_dropped_as_zero(
 
 
 def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:
-    """Charge sparse models, each as values and a bitmap, and 32 bits for each score that goes up."""
+    """Charge sparse models as values and a bitmap, and 32 bits for each score that goes up."""
     stored = ledger.charge_storage(metrics, state, storage_models.fedrts_bitmap)
     field = metrics.sent.up.get("reply", {}).get(SCORES)
     if field is None:
