@@ -164,6 +164,30 @@ def test_clients_and_server_decide_as_in_the_specification(count, own, union, ex
     assert revised(pruner, scores=by_removal, masks=votes) == union
 
 
+def test_by_magnitudes_and_gradients_client_and_server_are_feddst():
+    share = drop_and_grow.share_counts(fraction=schedules.constant(0.5))
+    for number in range(3):
+        params, grads = jax.random.normal(jax.random.fold_in(KEY, number), (2, 8))
+        params, grads = {"kernel": params[None]}, {"kernel": grads[None]}
+        found = {"removal": jax.tree.map(jnp.abs, params), "gain": jax.tree.map(jnp.abs, grads)}
+        inputs = PrunerInputs(params, grads, jnp.int32(2), statistics=found)
+        own, wanted = (
+            pruner.update(KEY, LIVE, (), inputs)[0]
+            for pruner in (exchange(0.5, "removal", "gain"), drop_and_grow.drop_and_grow(share))
+        )
+        chex.assert_trees_all_equal(own, wanted)
+        votes = {"masks": jax.tree.map(jnp.add, own, LIVE)}
+        inputs = inputs._replace(statistics=votes)
+        union, wanted = (
+            pruner.update(KEY, LIVE, (), inputs)[0]
+            for pruner in (
+                pruners.prune_union(),
+                pruners.prune_union_to(0.5, allocation=allocation.uniform()),
+            )
+        )
+        chex.assert_trees_all_equal(union, wanted)
+
+
 def test_statistics_and_votes_are_asked_for_where_there_are_none():
     with pytest.raises(ValueError, match="ranks weights by the statistic 'scores'"):
         revised(exchange(0.5, "scores", "scores"))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics, trees
+from fedjaxprune.federated import _steps
 from fedjaxprune.structure.moments import losses, products
-from fedjaxprune.traffic import EXTRA_GRADIENT
 from fedjaxprune.types import Batch, Batcher, Client, Message, Model, Params
 
 Uses = Mapping[str, products.Use]  # by the paths of the layers' kernels
@@ -40,7 +40,7 @@ def report(model: Model, *, batcher: Batcher, uses: Uses, name: str) -> Client:
 
     Returns:
       A `Client` without state. Its message has the fields `name`, as `compact` gives it, and
-      `metrics` without a loss, which say of how many examples it is.
+      `metrics`, those of the loss at these weights, for the record.
     """
 
     def is_used(path: str, leaf: Any) -> bool:
@@ -49,23 +49,26 @@ def report(model: Model, *, batcher: Batcher, uses: Uses, name: str) -> Client:
 
     look = losses.of_loss(of_network(model), prunable=is_used, kinds=("channels",))
 
+    draw = jax.jit(batcher.batch, inline=True)  # traced once, for the shapes and for the steps
+
     def update_fn(key, broadcast, state, data):
+        batch_key, step_key = jax.random.split(key)
         params = masks_lib.apply(broadcast.masks, broadcast.params)
 
         def step_fn(step, carry):
-            sums, total = carry
-            batch = batcher.batch(key, data, step)
-            found = look(params, broadcast.model_state, batch, key)[2].channels
-            sums = jax.tree.map(jnp.add, sums, compact(found, uses))
-            return sums, total + jnp.sum(batch.weights)
+            sums, reports = carry
+            batch = draw(batch_key, data, step)
+            given = params, broadcast.model_state, batch, jax.random.fold_in(step_key, step)
+            sums = jax.tree.map(jnp.add, sums, compact(look(*given)[2].channels, uses))
+            return sums, metrics.merge(reports, model.loss(*given)[1][1])
 
         shapes = jax.eval_shape(lambda: compact(params, uses))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-        start = (zeros, jnp.float32(0.0))
-        sums, total = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, start)
-        looked_at = metrics.Mean(total=total, weight=jnp.float32(1.0))
-        fields = {name: sums, "metrics": {"loss": metrics.zero(), EXTRA_GRADIENT: looked_at}}
-        return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
+        first = jax.eval_shape(draw, batch_key, data, jnp.int32(0))
+        start = (zeros, _steps.zero_metrics(step_key, model.loss, broadcast, first))
+        sums, reports = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, start)
+        weight = data.size.astype(jnp.float32)
+        return Message(fields={name: sums, "metrics": reports}, weight=weight), state
 
     return Client(init=lambda params: (), update=update_fn)
 
