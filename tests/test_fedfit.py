@@ -176,7 +176,7 @@ def test_by_magnitudes_and_gradients_client_and_server_are_feddst():
             for pruner in (exchange(0.5, "removal", "gain"), drop_and_grow.drop_and_grow(share))
         )
         chex.assert_trees_all_equal(own, wanted)
-        votes = {"masks": jax.tree.map(jnp.add, own, LIVE)}
+        votes = {"masks": jax.tree.map(lambda *held: jnp.float32(held[0] | held[1]), own, LIVE)}
         inputs = inputs._replace(statistics=votes)
         union, wanted = (
             pruner.update(KEY, LIVE, (), inputs)[0]
