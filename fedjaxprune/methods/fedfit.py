@@ -377,7 +377,7 @@ METHOD = Method(
     needs=Needs(products=True),
     variants={
         "union": {"decision": "union"},
-        "fresh": {"decision": "fresh"},
+        "fresh": {"decision": "fresh", "client.epochs": 2},
         "joint": {"curvature": "joint"},
         "dense_start": {"dense_rounds": 10, "decision": "union", "curvature_scale": "code"},
     },
