@@ -22,7 +22,6 @@ UNMEASURED = {
     "feddst",
     "fedfit",
     "fedfit/dense_start",
-    "fedfit/fresh",
     "fedfit/joint",
     "fedfit/union",
     "fedrts",

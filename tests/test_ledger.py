@@ -351,7 +351,7 @@ def scored(name, before, after):
     """Say of which weights a client sends scores, by its masks before and after."""
     if name in ("fedfit/union", "fedfit/dense_start"):
         return before
-    return after if name == "fedfit/fresh" else jax.tree.map(np.logical_or, before, after)
+    return after if name == "fedfit+fresh" else jax.tree.map(np.logical_or, before, after)
 
 
 def written(uplink, fields, sent, masks, weight, *, as_pairs):

@@ -62,6 +62,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "feddip+dense": ("feddip", {"mode": "dense"}),
     "feddip+regrow": ("feddip", {"mode": "regrow"}),
     "feddip+scaffold": ("feddip", SCAFFOLD),
+    "fedfit+fresh": ("fedfit", {"decision": "fresh"}),
     "fedsgc+old": ("fedsgc", {"absent": "old", "direction": "last_step"}),
     "fedtiny+clients": (
         "fedtiny/vanilla_selection",

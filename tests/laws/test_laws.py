@@ -30,7 +30,6 @@ SLOW_VARIANTS = (
     "feddip/without_penalty",
     "feddip/without_pruning",
     "fedfit/dense_start",
-    "fedfit/fresh",
     "fedfit/joint",
     "fedfit/union",
     "fedrts/posterior_mean",
