@@ -24,8 +24,9 @@ and gradients; the curvature is too large by the rows of an example times the sq
 so that the gradient hardly counts (``curvature_scale: code``). There the server prunes the union of
 the clients' masks by removal scores, where all grown weights have 0: with several clients masks
 then hardly change (``decision: union``). ``decision: fresh`` measures these scores again in the
-last epoch (of two or more), under the client's own masks, and prunes the union by them. What is dropped is not grown
-at once, and a weight whose gain is 0 is not grown. The rounds are those of the read-me's example.
+last epoch (of two or more), under the client's own masks, and prunes the union by them. What is
+dropped is not grown at once, and a weight whose gain is 0 is not grown. The rounds are those of the
+read-me's example.
 
 A weight that a client dropped counts as zero in the mean (``absent: holders`` averages over the
 clients that hold it, as a robust ``server.aggregator`` of yours takes it for unchanged). A device
