@@ -31,12 +31,15 @@ class Needs(NamedTuple):
       batch_norm: running statistics of batch normalization in the model state.
       convolutions: at least one convolution kernel.
       gates: layers that choose their channels for every example (`models.gates`).
+      products: kernels that meet what comes of the examples in products which can be followed
+        (`structure.moments`).
       server_examples: examples that the server holds.
     """
 
     batch_norm: bool = False
     convolutions: bool = False
     gates: bool = False
+    products: bool = False
     server_examples: bool = False
 
 

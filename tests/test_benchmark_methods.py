@@ -22,6 +22,10 @@ UNMEASURED = {
     "dpf",
     "dpf/straight_through",
     "feddst",
+    "fedfit",
+    "fedfit/dense_start",
+    "fedfit/joint",
+    "fedfit/union",
     "fedmef",
     "fedmef/pruned_activations",
     "fedmef/without_extrusion",
@@ -46,6 +50,7 @@ UNMEASURED = {
     "ssfl",
     "synflow",
     "top_kast",
+    "wanda",
 }
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks
-from fedjaxprune.federated import local_training
+from fedjaxprune.federated import local_training, penalties
 from fedjaxprune.types import Broadcast, client_data
 from tests import quadratic
 
@@ -92,7 +92,7 @@ def test_the_learning_rate_scale_is_a_function_of_the_round():
 
 
 def test_the_proximal_term_balances_the_loss_at_the_known_point():
-    client = make(steps=200, penalties=(local_training.proximal(mu=3.0),))
+    client = make(steps=200, penalties=(penalties.proximal(mu=3.0),))
     delta = work(client).fields["delta"]
     start = np.asarray(quadratic.flatten(quadratic.PARAMS))
     # Minimum of ½(w − c)² + 3/2 (w − w₀)²: a quarter of the way to c.
@@ -101,7 +101,7 @@ def test_the_proximal_term_balances_the_loss_at_the_known_point():
 
 
 def test_the_norm_penalty_pulls_each_prunable_layer_along_its_direction():
-    penalty = local_training.layer_norms(
+    penalty = penalties.layer_norms(
         coefficient=lambda r: jnp.float32(0.7), prunable=masks.is_kernel
     )
     broadcast = Broadcast(quadratic.PARAMS, None, {}, jnp.int32(0))
@@ -133,4 +133,4 @@ def test_reported_grads_are_dense_means_and_only_in_their_rounds():
 
 def test_a_negative_mu_is_refused():
     with pytest.raises(ValueError, match="mu must not be negative, got -1"):
-        local_training.proximal(mu=-1.0)
+        penalties.proximal(mu=-1.0)

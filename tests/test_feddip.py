@@ -13,7 +13,7 @@ from fedjaxprune import masks, models, trees, types
 from fedjaxprune import traffic as accounts
 from fedjaxprune.costs import ledger
 from fedjaxprune.experiment.run import round_costs
-from fedjaxprune.federated import local_training
+from fedjaxprune.federated import local_training, penalties
 from fedjaxprune.methods import feddip
 from fedjaxprune.pruning import pruners, schedules
 from fedjaxprune.rounds import protocol, training
@@ -131,7 +131,7 @@ def test_sending_only_live_entries_loses_nothing_in_the_published_mode():
         quadratic.MODEL.loss,
         batcher=setup().batcher,
         optimizer=setup().optimizer,
-        penalties=(local_training.layer_norms(coefficient=coefficient, prunable=masks.is_kernel),),
+        penalties=(penalties.layer_norms(coefficient=coefficient, prunable=masks.is_kernel),),
     )
     revise = pruners.when(schedules.every(2), pruners.prune_to(sparsity))
 

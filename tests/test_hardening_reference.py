@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fedjaxprune import metrics
-from fedjaxprune.federated import aggregators, local_training, server_optimizers
+from fedjaxprune.federated import aggregators, local_training, penalties, server_optimizers
 from fedjaxprune.federated.corrections import fednova, scaffold
 from fedjaxprune.rounds import training
 from fedjaxprune.types import Batch, Batcher, Cohort, Population
@@ -197,7 +197,7 @@ def compiled(*, mu=0.0, momentum=0.0, correction=None, **protocol):
             loss,
             batcher=BATCHER,
             optimizer=optax.sgd(RATE, momentum=momentum or None),
-            penalties=(local_training.proximal(mu=mu),) if mu else (),
+            penalties=(penalties.proximal(mu=mu),) if mu else (),
         ),
     )
     params = jax.tree.map(jnp.asarray, PARAMS)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from fedjaxprune.costs import ledger
-from fedjaxprune.federated import aggregators, local_training
+from fedjaxprune.federated import aggregators, local_training, penalties
 from fedjaxprune.methods import feddip
 from fedjaxprune.rounds import training
 from fedjaxprune.types import ClientData
@@ -17,7 +17,7 @@ from tests.playing import KEY, PEOPLE, STATE, UPLINKS, dip, plain, setup, simula
 
 
 def test_fedprox_without_pull_is_fedavg_to_the_bit():
-    without_pull = plain(penalties=(local_training.proximal(mu=0.0),))(setup())
+    without_pull = plain(penalties=(penalties.proximal(mu=0.0),))(setup())
     expected = simulate(plain()(setup()), some)[0][-1]
     chex.assert_trees_all_equal(simulate(without_pull, some)[0][-1].params, expected.params)
 

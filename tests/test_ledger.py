@@ -113,10 +113,11 @@ def make(name, uplink):
 REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grads",)}
 # Who explores uploads the squares of how far it moved, or for these how it moved.
 EXPLORED = ("autoflip+channels", "autoflip/explored_start")
+SCORED = {"ssfl": ("scores",), "wanda": ("squares",)}
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
 REPLIES |= {"gradient": ("grads",), "curvature": ("curvature",)}
 BESIDE = ("control", "effective_steps", "gains", "grads", "model_state")
-BESIDE += ("other_gains", "places")
+BESIDE += ("other_gains", "places", "scores")
 
 
 @pytest.mark.usual(
@@ -149,7 +150,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
             wanted = {"delta", "masks", "statistics", "losses", "trained", "scores", "curvature"}
-            wanted |= {"deviations", "move", gated_updates.SALIENT, *BESIDE}
+            wanted |= {"deviations", "move", "squares", gated_updates.SALIENT, *BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
             jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
@@ -210,7 +211,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                 if stage in (*REPLIES, "explore"):
                     message = {}
                     moved = ("model_state", "move") if name in EXPLORED else ("deviations",)
-                    replies = ("scores",) if name == "ssfl" else REPLIES.get(stage, moved)
+                    replies = SCORED.get(name) or REPLIES.get(stage, moved)
                     for field in replies:
                         if rows.family(name) == "snip":  # of live weights
                             message |= messages.values(field, fields[field], before.masks)
@@ -220,6 +221,8 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                     up = bits_of(message | messages.weight(weight))
                 else:
                     corrected = at_large(name, masks)
+                    if rows.family(name) == "fedfit":
+                        corrected = scored(name, corrected, fields["masks"]), corrected
                     up = written(inner, fields, sent, corrected, weight, as_pairs=as_pairs)
                     num_pairs += as_pairs and np.count_nonzero(trees_flat(fields["grads"]))
             assert charged[client] == (up, down)
@@ -346,8 +349,21 @@ def candidates(state):
     return message | messages.whole("unpruned", rest)
 
 
+def kernels(tree):
+    """Put None in the place of what is no kernel."""
+    return trees.map_with_path(lambda path, leaf: leaf if is_kernel(path, leaf) else None, tree)
+
+
+def scored(name, before, after):
+    """Say of which weights a client sends scores, by its masks before and after."""
+    if name in ("fedfit/union", "fedfit/dense_start"):
+        return before
+    return after if name == "fedfit+fresh" else jax.tree.map(np.logical_or, before, after)
+
+
 def written(uplink, fields, sent, masks, weight, *, as_pairs):
     """Encode a client's messages for real, and see that they arrive."""
+    held, masks = masks if isinstance(masks, tuple) else ((), masks)
     delta = fields["delta"]
     kept = [int(leaf.sum()) for leaf in jax.tree.leaves(sent)]
     payloads = [uplink.payload(n) for n in kept]
@@ -372,10 +388,9 @@ def written(uplink, fields, sent, masks, weight, *, as_pairs):
             pruned = jax.tree.map(np.logical_not, masks)
             parts[name] = messages.places(name, fields[name], pruned)
         elif name == "gains":
-            kernels = trees.map_with_path(
-                lambda path, leaf: leaf if is_kernel(path, leaf) else None, fields[name]
-            )
-            parts[name] = messages.whole(name, kernels)
+            parts[name] = messages.whole(name, kernels(fields[name]))
+        elif name == "scores":
+            parts[name] = messages.values(name, kernels(fields[name]), kernels(held))
         elif name == "model_state":
             parts[name] = messages.whole(name, without_density(fields[name]))
         else:

@@ -13,7 +13,7 @@ import pytest
 
 from fedjaxprune import masks, models, registry
 from fedjaxprune.costs import flops, ledger
-from fedjaxprune.federated import local_training, sampling, uplinks
+from fedjaxprune.federated import penalties, sampling, uplinks
 from fedjaxprune.federated.corrections import scaffold
 from fedjaxprune.kernels import convolution
 from fedjaxprune.models import adapters, layers, precision
@@ -123,7 +123,7 @@ def test_normalization_takes_its_statistics_in_float32(make):
 
 METHODS = {
     "fedavg": plain,
-    "fedprox": functools.partial(plain, penalties=(local_training.proximal(mu=0.1),)),
+    "fedprox": functools.partial(plain, penalties=(penalties.proximal(mu=0.1),)),
     "scaffold": lambda model: lambda s: plain(model)(s._replace(drift=scaffold.control_variates())),
     **{
         f"feddip_{mode}": functools.partial(

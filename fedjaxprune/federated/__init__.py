@@ -7,7 +7,7 @@ __all__, __getattr__, __dir__ = namespace.offer(
     modules=(
         "aggregators attacks batch_norm cohort corrections downlinks early_stopping extrusion "
         "gated_updates "
-        "local_training optimizers personalization sampling server_optimizers "
+        "local_training optimizers penalties personalization sampling server_optimizers "
         "sparse_gradients squared_gradients step_scales uplinks weight_views"
     ),
 )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.federated.local_training import PenaltyFn
+from fedjaxprune.federated.penalties import PenaltyFn
 from fedjaxprune.federated.step_scales import StepScale
 from fedjaxprune.topk import top_k
 from fedjaxprune.types import Broadcast, Masks, Params, Schedule

@@ -2,18 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import metrics, trees
+from fedjaxprune import metrics
 from fedjaxprune.federated import _steps, mask_revision, step_scales, weight_views
 from fedjaxprune.federated.mask_revision import MaskRevision
+from fedjaxprune.federated.penalties import PenaltyFn
 from fedjaxprune.federated.step_scales import StepScale
-from fedjaxprune.traffic import DENSE_GRADIENT, EXTRA_GRADIENT
+from fedjaxprune.traffic import DENSE_GRADIENT
 from fedjaxprune.types import (
     Batch,
     Batcher,
@@ -23,7 +24,6 @@ from fedjaxprune.types import (
     Message,
     Metrics,
     Params,
-    PrunableFn,
     Schedule,
     Sight,
     State,
@@ -32,50 +32,6 @@ from fedjaxprune.types import (
 
 LossFn = Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
 StepPredicate = Callable[[jax.Array, jax.Array], jax.Array]  # (step [], steps []) -> [] bool
-PenaltyFn = Callable[[Params, Broadcast], jax.Array]
-"""``(local parameters, broadcast) -> [] `` added to the loss of every local step."""
-
-
-def proximal(*, mu: float) -> PenaltyFn:
-    """Pull local parameters towards the broadcast ones: ``mu / 2 * ||w - w_t||^2``.
-
-    References:
-      Li et al., `FedProx <https://arxiv.org/abs/1812.06127>`_, 2020.
-    """
-    if mu < 0.0:
-        raise ValueError(f"mu must not be negative, got {mu}.")
-
-    def penalty(params, broadcast):
-        start = masks_lib.apply(broadcast.masks, broadcast.params)
-        squares = jax.tree.map(
-            lambda here, there: jnp.sum(jnp.square(here - there), dtype=jnp.float32), params, start
-        )
-        return 0.5 * mu * trees.tree_sum(squares, dtype=jnp.float32)
-
-    return penalty
-
-
-def layer_norms(*, coefficient: Schedule, prunable: PrunableFn) -> PenaltyFn:
-    """Add ``coefficient(round)`` times the sum of the layers' Euclidean norms (not squared).
-
-    It is a group lasso with one group a layer. The gradient of an all-zero layer is defined as
-    zero. Weights below 1e-19 count as zeros, as float32 has no squares of them.
-    """
-
-    def norm(path, leaf):
-        if not prunable(path, leaf):
-            return jnp.float32(0.0)
-        square = jnp.sum(jnp.square(leaf), dtype=jnp.float32)
-        positive = square > 0
-        root = jnp.sqrt(jnp.where(positive, square, jnp.ones_like(square)))
-        return jnp.where(positive, root, jnp.zeros_like(root))
-
-    def penalty(params, broadcast):
-        norms = trees.map_with_path(norm, params)
-        factor = jnp.asarray(coefficient(broadcast.round), jnp.float32)
-        return factor * trees.tree_sum(norms, dtype=jnp.float32)
-
-    return penalty
 
 
 def last_step(step: jax.Array, num_steps: jax.Array) -> jax.Array:
@@ -127,7 +83,7 @@ class _Progress(NamedTuple):
     local_grads: Params
     metrics: Metrics
     dense: Metrics
-    extra: Metrics = ()
+    extra: Any = ()
 
 
 def local_sgd(
@@ -250,15 +206,19 @@ def mask_revising_sgd(
     memory, and grown ones start from zero; the remaining steps train under the new masks. Other
     arguments are those of `local_sgd`. A `correction` acts on the weights alone that were live in
     the broadcast, as a client receives no other entry of it. Penalties are no part of the gradient
-    that the revision sees. A client without examples keeps the masks that it was given.
+    or the scores that the revision sees. A client without examples keeps the masks that it has.
 
     Returns:
       A `Client` whose message also has the field `masks`, its own at the end of the round. Its
       `delta` is zero outside these: a weight that it dropped is left out, not sent as a change. The
       metrics say of how many examples the revision took a gradient (`traffic.EXTRA_GRADIENT`).
+      With a judgement, the message has its field `scores`, zeros in rounds that are not due, and
+      the metrics say at how many examples scores were taken (`traffic.DENSE_GRADIENT`).
     """
     objective = functools.partial(_objective, loss, penalties)
-    rules = _Rules(optimizer, learning_rate_scale, None, None, None, (revision, loss))
+    rules = _Rules(
+        optimizer, learning_rate_scale, None, None, None, (revision, loss), penalties=penalties
+    )
     return _client(objective, batcher, rules)
 
 
@@ -272,6 +232,14 @@ class _Rules(NamedTuple):
     post_step: PostStepFn | None
     revision: tuple[MaskRevision, LossFn] | None = None  # with the loss without penalties
     view: WeightView | None = None
+    penalties: Sequence[PenaltyFn] = ()  # where masks are revised
+
+    def judge(self, broadcast: Broadcast) -> mask_revision.JudgeFn | None:
+        """Find the judge of a revision, whose gradient is that of all terms of the loss."""
+        if self.revision is None or self.revision[0].judgement is None:
+            return None
+        judge = self.revision[0].judgement.judge
+        return mask_revision.with_penalties(judge, self.penalties, broadcast)
 
 
 def _objective(loss, penalties, broadcast):
@@ -298,18 +266,24 @@ def _client(objective_of, batcher, rules: _Rules) -> Client:
         is_corrected = bool(jax.tree.leaves(broadcast.correction))
         objective = objective_of(broadcast)
 
+        judge = rules.judge(broadcast)
         correction = broadcast.correction
         if is_corrected and rules.revision is not None:
             correction = masks_lib.apply(masks, correction)
 
-        def step_fn(sight, step, progress):
+        def step_fn(sight, step, progress, is_judged=None):
             before = progress.local
             batch = draw(batch_key, data, step)
             seen = masks_lib.apply(sight.seen, before.params) if view is not None else before.params
             given = before.model_state, batch, jax.random.fold_in(step_key, step)
-            (value, (model_state, step_metrics)), dense_grads = jax.value_and_grad(
-                objective, has_aux=True
-            )(seen, *given)
+            if is_judged is None:
+                found = jax.value_and_grad(objective, has_aux=True)(seen, *given)
+            else:
+                found, scored = mask_revision.differentiate(
+                    objective, judge, is_judged, progress.extra, (seen, *given)
+                )
+                progress = progress._replace(extra=scored)
+            (value, (model_state, step_metrics)), dense_grads = found
             grads, own = dense_grads, weight_views.own_term(view, sight)
             if own is not None:
                 grads = jax.tree.map(jnp.add, grads, jax.grad(own)(before.params))
@@ -356,7 +330,9 @@ def _client(objective_of, batcher, rules: _Rules) -> Client:
             local_grads=jax.tree.map(jnp.zeros_like, start) if is_corrected else (),
             metrics=_steps.zero_metrics(step_key, objective, broadcast, first),
             dense=() if rules.report_grads is None else metrics.zero(),
-            extra=() if rules.revision is None else metrics.zero(),
+            extra=mask_revision.nothing_seen(
+                rules.revision, judge, start, broadcast.model_state, first, step_key
+            ),
         )
         if view is not None:
             progress = weight_views.in_steps(view, broadcast, num_steps, step_fn, progress)
@@ -367,11 +343,11 @@ def _client(objective_of, batcher, rules: _Rules) -> Client:
             revision, loss = rules.revision
             batch_at = functools.partial(draw, batch_key, data)
             work = mask_revision.Work(loss, rules.optimizer, broadcast, batch_at, num_steps)
-            masks, progress = mask_revision.in_two_phases(
+            masks, progress = mask_revision.in_phases(
                 step_key,
                 revision,
                 work,
-                lambda masks, *at: step_fn(Sight(masks, masks), *at),
+                lambda masks, *at, **judged: step_fn(Sight(masks, masks), *at, **judged),
                 progress,
             )
         end = progress.local
@@ -379,8 +355,7 @@ def _client(objective_of, batcher, rules: _Rules) -> Client:
         fields["metrics"] = progress.metrics
         if rules.revision is not None:
             fields["delta"] = masks_lib.apply(masks, fields["delta"])
-            fields["metrics"] = {**progress.metrics, EXTRA_GRADIENT: progress.extra}
-            fields["masks"] = masks
+            fields |= mask_revision.reported(rules.revision[0], progress, broadcast.masks, masks)
         if rules.report_grads is not None:
             fields["metrics"] = {**fields["metrics"], DENSE_GRADIENT: progress.dense}
             fields["grads"] = _steps.divide(progress.grads, progress.num_reported)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedjaxprune.kernels import pooling
+from fedjaxprune.kernels import pooling, storing
 from fedjaxprune.kernels import strides as geometry
 from fedjaxprune.structure import jaxprs
 
@@ -56,7 +56,8 @@ def conv_relu_max_pool(
 
     output = _conv_relu_max_pool(x, kernel, bias, padding, block)
     again = functools.partial(conv_relu_max_pool, padding=padding, block=block)
-    return jaxprs.equivalent_to(output, plain, x, kernel, bias, again=again)
+    tapped = functools.partial(_tapped, padding=padding, block=block)
+    return jaxprs.equivalent_to(output, plain, x, kernel, bias, again=again, tapped=tapped)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -97,6 +98,40 @@ def _swap(x: jax.Array, shape: tuple[int, ...], result: tuple[int, ...]) -> jax.
 
 
 def _backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) -> Any:
+    return _gradients(padding, block, residuals, cotangent, lambda errors: errors)[0]
+
+
+def _tapped(
+    backward: Any, operands: Any, rest: Any, dummies: Any, *, padding: int, block: int
+) -> jax.Array:
+    """Do the same as the fast form, with a gradient for dummies (`jaxprs.equivalent_to`)."""
+
+    @jax.custom_vjp
+    def run(operands: Any, rest: Any, dummies: Any) -> jax.Array:
+        del rest, dummies
+        x, kernel, bias = operands
+        return _forward(x, kernel, bias, padding, block)[0]
+
+    def forward(operands: Any, rest: Any, dummies: Any) -> Any:
+        del dummies
+        x, kernel, bias = operands
+        output, residuals = _forward(x, kernel, bias, padding, block)
+        return output, (operands, residuals, rest)
+
+    def pull_back(saved: Any, cotangent: jax.Array) -> Any:
+        operands, residuals, rest = saved
+        # The errors have two uses, for each of which XLA would compute them.
+        gradients, product = _gradients(padding, block, residuals, cotangent, storing.stored)
+        return gradients, None, backward(operands, rest, product)
+
+    run.defvjp(forward, pull_back)
+    return run(operands, rest, dummies)
+
+
+def _gradients(
+    padding: int, block: int, residuals: Any, cotangent: jax.Array, keep: Any
+) -> tuple[Any, Any]:
+    """Compute the operands' gradients, and rows, errors and place of the product."""
     x, kernel, patches, outputs, pooled = residuals
     *_, in_channels, out_channels = kernel.shape
     batch, in_height, in_width, _ = x.shape
@@ -115,7 +150,7 @@ def _backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) ->
     is_third = (third == peak) & ~(is_first | is_second)
     is_fourth = ~(is_first | is_second | is_third)
     winners = (is_first, is_second, is_third, is_fourth)
-    d_outputs = jnp.concatenate([jnp.where(w, cotangent, zero) for w in winners], axis=-1)
+    d_outputs = keep(jnp.concatenate([jnp.where(w, cotangent, zero) for w in winners], axis=-1))
 
     spread, pull_back = jax.vjp(lambda k: _spread(k, block), kernel)
     (d_kernel,) = pull_back(lax.dot_general(patches, d_outputs, (((0,), (0,)), ((), ()))))
@@ -138,7 +173,7 @@ def _backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) ->
     d_x = jnp.pad(
         d_x, ((0, 0), (0, in_height - d_x.shape[1]), (0, in_width - d_x.shape[2]), (0, 0))
     )
-    return d_x, d_kernel, d_bias
+    return (d_x, d_kernel, d_bias), (patches, d_outputs, lambda matrix: pull_back(matrix)[0])
 
 
 _conv_relu_max_pool.defvjp(_forward, _backward)

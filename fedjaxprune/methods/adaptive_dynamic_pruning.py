@@ -118,7 +118,8 @@ def build(settings: AdaptiveDynamicPruning, task: Task) -> Algorithm:
         client = gated_updates.report(client, rule=settings.upload)
     readers = task.facts.gate_readers() if settings.upload == "salient" else ()
 
-    def upload_masks(fields: Mapping[str, Any]) -> dict[str, Masks]:
+    def upload_masks(fields: Mapping[str, Any], masks: Masks) -> dict[str, Masks]:
+        del masks  # none of its weights is pruned
         bits = fields[gated_updates.SALIENT]
         delta = fields["delta"]
         return {

@@ -33,7 +33,7 @@ import pydantic
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.costs import storage_models
-from fedjaxprune.federated import local_training
+from fedjaxprune.federated import penalties
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _gradual
 from fedjaxprune.pruning import allocation, pruners, scores
@@ -178,7 +178,7 @@ def build(settings: FedDIP, task: Task) -> Algorithm:
     """Prune ever more of one global model while it is trained."""
     prunable = masks_lib.is_kernel if settings.prune_shortcuts else without_shortcuts
     if settings.mode == "unpruned":
-        penalty = local_training.layer_norms(
+        penalty = penalties.layer_norms(
             coefficient=lambda round_index: jnp.float32(settings.max_penalty),
             prunable=lambda path, leaf: True,
         )
@@ -196,10 +196,10 @@ def build(settings: FedDIP, task: Task) -> Algorithm:
             lambda: state.masks,
         )
 
-    penalties = _staircase(settings, num_rounds, prunable)
+    terms = _staircase(settings, num_rounds, prunable)
     algorithm = training(
         task.protocol,
-        client=_count_zeros(task.dense_feedback_client(penalties=penalties)),
+        client=_count_zeros(task.dense_feedback_client(penalties=terms)),
         pruner=revise,
         prunable=prunable,
         masking=masking._replace(train=train_masks),
@@ -215,7 +215,7 @@ def build(settings: FedDIP, task: Task) -> Algorithm:
 
 def _staircase(
     settings: FedDIP, num_rounds: int, prunable: PrunableFn
-) -> tuple[local_training.PenaltyFn, ...]:
+) -> tuple[penalties.PenaltyFn, ...]:
     """Choose the penalty of a run; one of a single round has none."""
     if not settings.max_penalty or num_rounds == 1:
         return ()
@@ -224,7 +224,7 @@ def _staircase(
         num_rounds=num_rounds,
         num_segments=settings.num_segments or min(NUM_SEGMENTS, num_rounds),
     )
-    return (local_training.layer_norms(coefficient=coefficient, prunable=prunable),)
+    return (penalties.layer_norms(coefficient=coefficient, prunable=prunable),)
 
 
 def code_formula(*, final_sparsity: float, initial_sparsity: float, num_rounds: int) -> FormulaFn:

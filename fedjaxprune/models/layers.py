@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjaxprune.kernels import blocked, convolution, dense, pooling
+from fedjaxprune.kernels import blocked, convolution, dense, pooling, storing
 from fedjaxprune.models import precision
 
 uniform_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -26,25 +26,16 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
 
 @jax.custom_vjp
 def computed_once(x: jax.Array) -> jax.Array:
-    """Return ``[B, ...]`` as an array that XLA stores and does not compute again.
+    """Return ``[B, ...]`` as an array that XLA stores (`storing.stored`), with its own gradient.
 
-    XLA considers additions and maxima so cheap that it repeats them for every use of the result.
-    In a residual network each block then repeats all blocks before it, and every kernel's gradient
-    repeats them, too. A division counts as expensive, so one by a 1 that the compiler cannot know
-    makes XLA compute the block once. On other devices than a CPU nothing is done.
+    Else each block of a residual network repeats all blocks before it, and every kernel's gradient
+    repeats them, too.
     """
-    return _stored(x)
-
-
-def _stored(x: jax.Array) -> jax.Array:
-    if jax.default_backend() != "cpu":
-        return x
-    one = jnp.ones((), x.dtype)
-    return x / lax.clamp(one, x, one)
+    return storing.stored(x)
 
 
 # Not by itself, so that gradients have derivatives by forward mode.
-computed_once.defvjp(lambda x: (_stored(x), None), lambda _, cotangent: (cotangent,))
+computed_once.defvjp(lambda x: (storing.stored(x), None), lambda _, cotangent: (cotangent,))
 
 
 Start = Literal["he", "torch", "xavier"]

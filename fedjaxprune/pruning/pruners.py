@@ -80,15 +80,44 @@ def prune_union_to(
 
     def update_fn(key, masks, state, inputs):
         del masks  # clients revised them
-        votes = dict(inputs.statistics).get(held)
-        if votes is None:
-            raise ValueError(
-                f"pruners.prune_union_to needs the clients' votes {held!r}, but the pruner sees "
-                "none: give the field an aggregate and to_pruner=True."
-            )
-        return prune.update(key, jax.tree.map(lambda vote: vote > 0, votes), state, inputs)
+        union = _held_by_any("prune_union_to", held, inputs)
+        return prune.update(key, union, state, inputs)
 
     return Pruner(init=prune.init, update=update_fn)
+
+
+def prune_union(*, held: str = "masks", score: scores.ScoreFn = scores.magnitude) -> Pruner:
+    """Make of the weights that some client holds the best ones live, of each leaf as many as were.
+
+    Args:
+      held: as in `prune_union_to`.
+      score: as in `prune_to`. Of equal weights the lower index stays.
+
+    Raises:
+      ValueError: while tracing, if there are no votes.
+    """
+
+    def update_fn(key, masks, state, inputs):
+        union = _held_by_any("prune_union", held, inputs)
+
+        def leaf(mask, offered, values):
+            num_live = jnp.sum(mask, dtype=jnp.int32)
+            return offered & selections.top_k(_dead_last(offered, values), num_live)
+
+        return jax.tree.map(leaf, masks, union, score(key, inputs)), state
+
+    return Pruner(init=lambda params: (), update=update_fn)
+
+
+def _held_by_any(name, held, inputs):
+    """Read off the clients' votes which weights any of them holds."""
+    votes = dict(inputs.statistics).get(held)
+    if votes is None:
+        raise ValueError(
+            f"pruners.{name} needs the clients' votes {held!r}, but the pruner sees none: give the "
+            "field an aggregate and to_pruner=True."
+        )
+    return jax.tree.map(lambda vote: vote > 0, votes)
 
 
 def drop(

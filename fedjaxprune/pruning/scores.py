@@ -23,6 +23,50 @@ def value(key: Key, inputs: PrunerInputs) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), inputs.params)
 
 
+def statistic(name: str) -> ScoreFn:
+    """Score a weight by what clients or the method say of it.
+
+    Args:
+      name: of the tree in ``inputs.statistics``.
+
+    Returns:
+      A score that raises a ValueError while tracing if there is no such tree.
+    """
+
+    def score(key: Key, inputs: PrunerInputs) -> Params:
+        del key  # deterministic
+        found = dict(inputs.statistics).get(name)
+        if found is None:
+            raise ValueError(
+                f"scores.statistic ranks weights by the statistic {name!r}, but "
+                "PrunerInputs.statistics has none of this name."
+            )
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+
+    return score
+
+
+def input_norm(name: str) -> ScoreFn:
+    """Score a weight by its absolute value times the norm of the input that it reads.
+
+    Args:
+      name: of the tree in ``inputs.statistics`` with the sums of squares of these inputs.
+
+    Returns:
+      A score that raises a ValueError while tracing if there is no such tree.
+
+    References:
+      Sun et al., `Wanda <https://arxiv.org/abs/2306.11695>`_, 2024.
+    """
+    squares = statistic(name)
+
+    def score(key: Key, inputs: PrunerInputs) -> Params:
+        norms = jax.tree.map(jnp.sqrt, squares(key, inputs))
+        return jax.tree.map(jnp.multiply, magnitude(key, inputs), norms)
+
+    return score
+
+
 def random(key: Key, inputs: PrunerInputs) -> Params:
     """Score weights uniformly at random in [0, 1)."""
     leaves, structure = jax.tree.flatten(inputs.params)

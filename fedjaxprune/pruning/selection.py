@@ -1,5 +1,6 @@
 """Which entries of a leaf survive, once their number is known?"""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -81,6 +82,47 @@ def channels(*, axis: int = -1) -> SelectionFn:
         lengths = [1] * scores.ndim
         lengths[axis] = num_channels
         return jnp.broadcast_to(kept.reshape(lengths), scores.shape)
+
+    return select
+
+
+def per_output(*, axis: int = -1, sparsity: float | None = None) -> SelectionFn:
+    """Keep the best entries of each output, of all outputs as many.
+
+    Ties keep the lower index.
+
+    Args:
+      axis: the outputs'; -1, the default, holds those of a dense or convolution kernel.
+      sparsity: of `n` entries of an output ``floor(sparsity * n)`` are left out, and the number
+        that was allocated is ignored. None shares that number out; of a rest the first outputs keep
+        one more each.
+
+    Raises:
+      ValueError: if `sparsity` lies outside [0, 1); while tracing, if a leaf lacks the axis.
+
+    References:
+      Sun et al., `Wanda <https://arxiv.org/abs/2306.11695>`_, 2024.
+    """
+    if sparsity is not None and not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}.")
+
+    def select(scores: jax.Array, num_kept: jax.Array) -> jax.Array:
+        _check_axis("per_output", axis, scores)
+        if scores.size == 0:
+            return jnp.zeros(scores.shape, jnp.bool_)
+        moved = jnp.moveaxis(scores, axis, 0)
+        rows = topk.order_keys(moved).reshape(moved.shape[0], -1)
+        if sparsity is None:
+            index = jnp.arange(rows.shape[0], dtype=jnp.int32)
+            has_one_more = index < num_kept % rows.shape[0]
+            counts = num_kept // rows.shape[0] + has_one_more.astype(jnp.int32)
+        else:
+            size = rows.shape[1]
+            counts = jnp.full(rows.shape[0], size - math.floor(sparsity * size), jnp.int32)
+        best_first = jnp.argsort(~rows, axis=1, stable=True)
+        rank = jnp.argsort(best_first, axis=1)
+        kept = rank < counts[:, None]
+        return jnp.moveaxis(kept.reshape(moved.shape), 0, axis)
 
     return select
 

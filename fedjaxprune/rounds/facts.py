@@ -80,6 +80,11 @@ def first_convolution(facts: Facts) -> str | None:
     return None if first is None or len(shapes[first].shape) < 4 else first
 
 
+def has_kernels(facts: Facts) -> bool:
+    """Tell whether there is a kernel of a dense or convolution layer."""
+    return any(masks_lib.is_kernel(path, leaf) for path, leaf in leaves_by_path(facts).items())
+
+
 def has_convolutions(facts: Facts) -> bool:
     """Tell whether a kernel is a convolution's (at least four axes)."""
     leaves = leaves_by_path(facts).items()

@@ -130,9 +130,10 @@ class Masking(NamedTuple):
       download: ``state -> masks`` of the entries that a client receives.
       server_is_dense: whether the server keeps the values of pruned entries. It broadcasts those
         that `download` says, and what it deploys is under the masks in force.
-      upload_masks: ``fields -> masks by field``, what one client sends of its `delta` and other
-        fields, where that follows from its own bits. What does not travel counts as zero; a
-        ``protocol.aggregator`` that counts holders sees who sent an entry.
+      upload_masks: ``(fields, masks) -> masks by field``, what one client sends of its `delta` and
+        other fields, where that follows from its own bits and the masks that it was given. What
+        does not travel counts as zero; a ``protocol.aggregator`` that counts holders sees who sent
+        an entry.
       transport: how the masks travel.
       of_client: ``(broadcast, client_id [], state) -> masks``, the sub-model of one client: of what
         all train, receive and send, the entries that this one does; None: all. Client and server
@@ -144,7 +145,7 @@ class Masking(NamedTuple):
     upload: Callable[[RoundState], Masks] | None = None
     download: Callable[[RoundState], Masks] | None = None
     server_is_dense: bool = False
-    upload_masks: Callable[[Mapping[str, Any]], Mapping[str, Masks]] | None = None
+    upload_masks: Callable[[Mapping[str, Any], Masks], Mapping[str, Masks]] | None = None
     transport: MaskTransport = MaskTransport()
     of_client: Callable[[Broadcast, jax.Array, State], Masks] | None = None
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from fedjaxprune.federated import local_training, mask_revision, step_scales
+from fedjaxprune.federated.penalties import PenaltyFn
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import protocol as protocol_lib
 from fedjaxprune.rounds import server_work
@@ -57,14 +58,14 @@ class Task(NamedTuple):
     num_clients: int
     largest_client: int
     num_epochs: int = 1
-    penalties: tuple[local_training.PenaltyFn, ...] = ()
+    penalties: tuple[PenaltyFn, ...] = ()
     cohort_size: int = 0
 
     def local_client(
         self,
         *,
         batcher: Batcher | None = None,
-        penalties: Sequence[local_training.PenaltyFn] = (),
+        penalties: Sequence[PenaltyFn] = (),
         report_grads: Callable[[Any], Any] | None = None,
         report_steps: local_training.StepPredicate | None = None,
         post_step: local_training.PostStepFn | None = None,
@@ -97,9 +98,7 @@ class Task(NamedTuple):
             penalties=self.penalties,
         )
 
-    def dense_feedback_client(
-        self, *, penalties: Sequence[local_training.PenaltyFn] = ()
-    ) -> Client:
+    def dense_feedback_client(self, *, penalties: Sequence[PenaltyFn] = ()) -> Client:
         """Make a client that applies gradients at masked weights to the dense ones."""
         return local_training.dense_feedback_sgd(
             self.model.loss,
@@ -109,9 +108,7 @@ class Task(NamedTuple):
             penalties=(*self.penalties, *penalties),
         )
 
-    def viewed_client(
-        self, view: WeightView, *, penalties: Sequence[local_training.PenaltyFn] = ()
-    ) -> Client:
+    def viewed_client(self, view: WeightView, *, penalties: Sequence[PenaltyFn] = ()) -> Client:
         """Make a client that sees its dense weights through a view, chosen anew inside a round."""
         return local_training.viewed_sgd(
             self.model.loss,

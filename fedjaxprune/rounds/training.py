@@ -254,7 +254,8 @@ def upload(
     sendable = given.upload
     if "masks" in fields:  # personal ones
         sendable = jax.tree.map(jnp.logical_and, sendable, fields["masks"])
-    narrowed = {} if rules.upload_masks is None else dict(rules.upload_masks(fields))
+    narrow = rules.upload_masks
+    narrowed = {} if narrow is None else dict(narrow(fields, given.broadcast.masks))
     counts_holders = rules.of_client is not None
     if "delta" in narrowed:
         sendable = jax.tree.map(jnp.logical_and, sendable, narrowed.pop("delta"))

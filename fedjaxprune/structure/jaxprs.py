@@ -27,6 +27,7 @@ def equivalent_to(
     plain: Callable[..., jax.Array],
     *operands: jax.Array,
     again: Callable[..., jax.Array] | None = None,
+    tapped: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """Return `output` unchanged, and note that it is what ``plain(*operands)`` would be.
 
@@ -40,25 +41,34 @@ def equivalent_to(
       again: the fast form as a function of ``(x, kernel, bias)``, if those are the operands, for
         other sizes; adding to every output of the convolution in it must be the same as adding to
         the bias. So a smaller network may take it.
+      tapped: ``(backward, operands, rest, dummies) -> output``, if the fast form multiplies rows
+        ``[B * r, K]``, `r` of each example, with a matrix ``[K, N]`` made of the second operand,
+        ``[..., O]``, where the plain form convolves the first one with it. It is the fast form,
+        whose derivative gives ``backward(operands, rest, (rows, errors, place))`` as the gradient
+        of `dummies`: errors ``[B * r, N]`` are the gradient of the outputs (one channel's are every
+        `O` columns; 0 for what is no output of the convolution), and `place` adds up a gradient of
+        the matrix to one of the operand.
     """
-    return _stands_for.bind(output, *operands, plain=plain, again=again)
+    return _stands_for.bind(output, *operands, plain=plain, again=again, tapped=tapped)
 
 
-def _batch(values: Any, axes: Any, *, plain: Callable[..., jax.Array], again: Any) -> Any:
-    del again  # it knows no further axis
+def _batch(
+    values: Any, axes: Any, *, plain: Callable[..., jax.Array], again: Any, tapped: Any
+) -> Any:
+    del again, tapped  # they know no further axis
     if axes[0] is None or all(axis is None for axis in axes[1:]):
         return values[0], axes[0]  # the output depends on other things: the mark is lost
     mapped = jax.vmap(plain, in_axes=tuple(axes[1:]), out_axes=axes[0])
-    return _stands_for.bind(*values, plain=mapped, again=None), axes[0]
+    return _stands_for.bind(*values, plain=mapped, again=None, tapped=None), axes[0]
 
 
 def _differentiate(primals: Any, tangents: Any, **params: Any) -> Any:
     return _stands_for.bind(*primals, **params), tangents[0]
 
 
-_stands_for.def_impl(lambda output, *operands, plain, again: output)
-_stands_for.def_abstract_eval(lambda output, *operands, plain, again: output)
-mlir.register_lowering(_stands_for, lambda context, output, *operands, plain, again: [output])
+_stands_for.def_impl(lambda output, *operands, **forms: output)
+_stands_for.def_abstract_eval(lambda output, *operands, **forms: output)
+mlir.register_lowering(_stands_for, lambda context, output, *operands, **forms: [output])
 batching.primitive_batchers[_stands_for] = _batch
 ad.primitive_jvps[_stands_for] = _differentiate
 

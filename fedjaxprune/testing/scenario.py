@@ -4,8 +4,9 @@ The loss is ½‖w − c‖² averaged over the client's points c. The parameter
 layers with kernel and bias; a point is one vector of all their entries. With full batches and
 plain SGD of rate η, K steps lead from w to c̄ + (1−η)ᴷ (w − c̄).
 
-By a method's needs the state has running statistics, the first kernel four axes, or the first layer
-a gate. There are six clients; the server's examples are the first three.
+By a method's needs the state has running statistics, the first kernel four axes, the first layer
+a gate, or kernels meet each example in products that give their entries. There are six clients;
+the server's examples are the first three.
 """
 
 import functools
@@ -19,7 +20,7 @@ import pydantic
 
 from fedjaxprune import metrics, trees
 from fedjaxprune.experiment.config import resolve
-from fedjaxprune.federated import gated_updates, local_training, uplinks
+from fedjaxprune.federated import gated_updates, penalties, uplinks
 from fedjaxprune.method import Method, Needs, needs_of
 from fedjaxprune.models import gates
 from fedjaxprune.registry import Part
@@ -101,7 +102,7 @@ def make(
     task = make_task(model, shared, needs, num_epochs=config.client.epochs)
     task = task._replace(cohort_size=config.federation.cohort_size)
     if mu := config.client.proximal_mu:
-        task = task._replace(penalties=(local_training.proximal(mu=mu),))
+        task = task._replace(penalties=(penalties.proximal(mu=mu),))
     params, state = model.init(jax.random.key(0))
     return Scenario(method.build(config.method, task), task, params, state)
 
@@ -238,10 +239,11 @@ def network(
         }
     if not state:
         state = {"steps": jnp.float32(0.0)}
+    loss = functools.partial(_gated_loss, salience=salience) if needs.gates else _loss
     return Model(
         init=lambda key: (parameters(convolutions=needs.convolutions), state),
-        loss=functools.partial(_gated_loss, salience=salience) if needs.gates else _loss,
-        predict=predict,
+        loss=_loss_of_products if needs.products else loss,
+        predict=_predict_by_products if needs.products else predict,
     )
 
 
@@ -259,10 +261,38 @@ def flatten(params: Params) -> jax.Array:
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
 
 
+def products(params: Params, inputs: jax.Array) -> jax.Array:
+    """Put all entries in one vector for each example, ``[B, 38]``, those of kernels by products.
+
+    Row `i` of a kernel is multiplied with a power of two and divided by it again, so that numbers
+    are exact, and that inputs differ in size.
+    """
+
+    def leaf(values: jax.Array) -> jax.Array:
+        size = inputs.shape[0]
+        if values.ndim < 2:
+            return jnp.broadcast_to(values[None], (size, values.size))
+        scales = 0.5 ** jnp.arange(values.shape[0], dtype=jnp.float32)
+        seen = jnp.broadcast_to(jnp.diag(scales)[None], (size, *[values.shape[0]] * 2))
+        return (jnp.matmul(seen, values) / scales[None, :, None]).reshape(size, -1)
+
+    return jnp.concatenate([leaf(values) for values in jax.tree.leaves(params)], axis=1)
+
+
 def _loss(params, state, batch, key):
     """Compute half the squared distance; steps are counted, and running statistics move."""
     del key
-    errors = 0.5 * jnp.sum(jnp.square(flatten(params)[None] - batch.inputs), axis=1)
+    return _distance(flatten(params)[None], state, batch)
+
+
+def _loss_of_products(params, state, batch, key):
+    """Compute the same of what products with the kernels give."""
+    del key
+    return _distance(products(params, batch.inputs), state, batch)
+
+
+def _distance(entries, state, batch):
+    errors = 0.5 * jnp.sum(jnp.square(entries - batch.inputs), axis=1)
     mean = metrics.mean(errors, batch.weights)
     value = mean.total / jnp.maximum(mean.weight, 1.0)
     if "steps" in state:
@@ -288,11 +318,19 @@ def _moved(state, batch):
 
 def predict(params, state, inputs):
     """Give two logits: weighted sums of the inputs, normalized if there are statistics."""
+    return _logits(flatten(params)[None], state, inputs)
+
+
+def _predict_by_products(params, state, inputs):
+    return _logits(products(params, inputs), state, inputs)
+
+
+def _logits(entries, state, inputs):
     if "norm" in state:
         norm = state["norm"]
         inputs = (inputs - norm["mean"][None]) / jnp.sqrt(norm["var"] + 0.01)[None]
-    products = inputs * flatten(params)[None]
-    return jnp.stack([jnp.sum(products[:, ::2], axis=1), jnp.sum(products[:, 1::2], axis=1)], 1)
+    terms = inputs * entries
+    return jnp.stack([jnp.sum(terms[:, ::2], axis=1), jnp.sum(terms[:, 1::2], axis=1)], 1)
 
 
 def _salient_channels(batch, key):

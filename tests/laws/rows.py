@@ -62,6 +62,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "feddip+dense": ("feddip", {"mode": "dense"}),
     "feddip+regrow": ("feddip", {"mode": "regrow"}),
     "feddip+scaffold": ("feddip", SCAFFOLD),
+    "fedfit+fresh": ("fedfit", {"decision": "fresh"}),
     "fedsgc+old": ("fedsgc", {"absent": "old", "direction": "last_step"}),
     "fedtiny+clients": (
         "fedtiny/vanilla_selection",
@@ -90,6 +91,7 @@ DENSE_SERVER = (  # keep the values of pruned entries
 HALF = (  # of the weights are pruned in all rounds of training
     "autoflip",
     "feddst",
+    "fedfit",
     "fedmef",
     "fedrts",
     "fedsgc",
@@ -102,6 +104,7 @@ HALF = (  # of the weights are pruned in all rounds of training
     "ssfl",
     "synflow",
     "top_kast",
+    "wanda",
 )
 BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
 DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters

@@ -19,6 +19,7 @@ _NEEDS: Mapping[str, str] = {
     "batch_norm": "a network with BatchNorm",
     "convolutions": "a network with convolutions",
     "gates": "a network with gates",
+    "products": "kernels whose products with what comes of the examples can be followed",
     "server_examples": "examples at the server (server.data_fraction)",
 }
 _WIDTH = 100

@@ -28,7 +28,7 @@ from fedjaxprune.experiment.run import composing, loop
 from fedjaxprune.experiment.run import examples as examples_lib
 from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.experiment.run.examples import Examples
-from fedjaxprune.federated import aggregators, attacks, cohort, local_training, uplinks
+from fedjaxprune.federated import aggregators, attacks, cohort, penalties, uplinks
 from fedjaxprune.method import needs_of
 from fedjaxprune.models import precision
 from fedjaxprune.rounds import controls, simulation
@@ -42,6 +42,7 @@ _NEEDS = {
     "batch_norm": (facts_lib.has_batch_norm, "BatchNorm statistics"),
     "convolutions": (facts_lib.has_convolutions, "convolutions"),
     "gates": (facts_lib.has_gates, "gates"),
+    "products": (facts_lib.has_kernels, "kernels"),
 }
 _HOSTILE, _HARDWARE = 2, 3  # beside a seed: draws of their own
 _SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
@@ -143,7 +144,7 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
         num_clients=len(given.sizes),
         largest_client=int(given.sizes.max()),
         num_epochs=1 if section.steps is not None else section.epochs,
-        penalties=(local_training.proximal(mu=section.proximal_mu),) if section.proximal_mu else (),
+        penalties=(penalties.proximal(mu=section.proximal_mu),) if section.proximal_mu else (),
         cohort_size=config.federation.cohort_size or 0,
     )
 

@@ -2,4 +2,4 @@
 
 from fedjaxprune import namespace
 
-__all__, __getattr__, __dir__ = namespace.offer(__name__, names={"losses": "Moments of_loss"})
+__all__, __getattr__, __dir__ = namespace.offer(__name__, names={"losses": "Moments of_loss uses"})

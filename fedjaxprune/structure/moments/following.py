@@ -33,9 +33,9 @@ class Context(NamedTuple):
     sizes: Sizes
     marks: Marks
     kinds: tuple[str, ...]
-    is_plain: bool = (
-        False  # inside of the plain form of a fast one, whose outputs are not the loss's
-    )
+    # inside of the plain form of a fast one, whose outputs are not the loss's
+    is_plain: bool = False
+    notes: list[tuple[str, Any, products.Use]] | None = None  # (leaf, path, use), if asked for
 
 
 def play(
@@ -133,21 +133,7 @@ def _product(context: Context, equation: Any, operands: Sequence[Value], rows: R
     weight, value = operands[side], operands[1 - side]
     if name == "conv_general_dilated" and (side == 0 or params["batch_group_count"] != 1):
         shadows.refuse(operands, "a convolution does not use it as its kernel")
-    axis = _axis_of_examples(weight, value, context.sizes)
-    if name == "conv_general_dilated" and axis not in (
-        None,
-        params["dimension_numbers"].lhs_spec[0],
-    ):
-        shadows.refuse(operands, "a convolution uses it along the examples")
-    site = Site(
-        name=name,
-        params=params,
-        side=side,
-        shape=tuple(weight.array.shape),
-        axis=axis,
-        inner=0 if axis is None else value.rows.inners[axis] or 1,
-        kinds=context.kinds,
-    )
+    site = _site(context, equation, weight, value, side)
 
     def backward(array: Any, marks: Marks, cotangent: jax.Array) -> Any:
         found = products.sums(site, array, marks, cotangent)
@@ -160,6 +146,30 @@ def _product(context: Context, equation: Any, operands: Sequence[Value], rows: R
         (output,) = shadows.bind(equation, arrays)
     dummies = {leaf: dict(shadow.dummies) for leaf, shadow in weight.shadows.items()}
     return Value(products.tap(backward)(output, value.array, context.marks, dummies), rows)
+
+
+def _site(context: Context, equation: Any, weight: Value, value: Value, side: int) -> Site:
+    """Describe a product, whose weight is the operand `side`."""
+    name, params = equation.primitive.name, equation.params
+    axis = _axis_of_examples(weight, value, context.sizes)
+    if name == "conv_general_dilated" and axis not in (
+        None,
+        params["dimension_numbers"].lhs_spec[0],
+    ):
+        shadows.refuse([weight], "a convolution uses it along the examples")
+    site = Site(
+        name=name,
+        params=params,
+        side=side,
+        shape=tuple(weight.array.shape),
+        axis=axis,
+        inner=0 if axis is None else value.rows.inners[axis] or 1,
+        kinds=context.kinds,
+    )
+    if context.notes is not None:
+        use = products.use_of(site, value.array.ndim)
+        context.notes.extend((leaf, one.path, use) for leaf, one in weight.shadows.items())
+    return site
 
 
 def _axis_of_examples(weight: Value, value: Value, sizes: Sizes) -> int | None:
@@ -180,6 +190,15 @@ def _fast_form(
     """Keep a fast form and its gradients, and compute the sums from its plain form."""
     (graph,), (other,) = rows_lib.bodies(equation), rows_lib.bodies(twin)
     given = operands[1:]
+    backward_of_product = _of_own_product(context, equation, graph, given)
+    if backward_of_product is not None:
+        tapped = equation.params["tapped"](
+            backward_of_product,
+            tuple(v.array for v in given),
+            context.marks,
+            shadows.dummies_of(given),
+        )
+        return [Value(tapped, rows[0])]
 
     def backward(arrays: Any, marks: Marks, cotangent: jax.Array) -> Any:
         def plain(dummies: Any) -> jax.Array:
@@ -195,6 +214,30 @@ def _fast_form(
     arrays = [v.array for v in given]
     tapped = products.tap(backward)(output, arrays, context.marks, shadows.dummies_of(given))
     return [Value(tapped, rows[0])]
+
+
+def _of_own_product(
+    context: Context, equation: Any, graph: Any, given: Sequence[Value]
+) -> Callable[..., Any] | None:
+    """Take the sums of a fast form from its own product, if it has one: no plain form is run."""
+    followed = [bool(value.shadows) for value in given]
+    if equation.params["tapped"] is None or followed != [False, True, *[False] * len(followed[2:])]:
+        return None
+    inner = getattr(graph, "jaxpr", graph)
+    (convolution,) = (one for one in inner.eqns if one.primitive.name in products.PRODUCTS)
+    value, weight, *_ = given
+    site = _site(context, convolution, weight, value, 1)
+    if site.axis != 0 or site.inner != 1:
+        return None
+
+    def backward(arrays: Any, marks: Marks, form: products.Form) -> Any:
+        output = convolution.outvars[0].aval.shape
+        found = products.sums_of_rows(site, arrays[0], marks, output, form)
+        nothing: list[Any] = [{} for _ in given]
+        nothing[1] = dict.fromkeys(weight.shadows, found)
+        return nothing
+
+    return backward
 
 
 # ---- operations that hold a graph

@@ -15,7 +15,7 @@ from fedjaxprune.structure.moments.rows import Sizes
 from fedjaxprune.structure.moments.shadows import Shadow, Value
 from fedjaxprune.types import Batch, Key, Metrics, Params, PrunableFn, State
 
-Kind = Literal["inputs", "outputs", "joint", "rows"]
+Kind = Literal["inputs", "channels", "outputs", "joint", "rows"]
 LossFn = Callable[[Params, State, Batch, Key], tuple[jax.Array, tuple[State, Metrics]]]
 
 
@@ -29,12 +29,15 @@ class Moments(NamedTuple):
 
     Attributes:
       inputs: sum of ``a_i ** 2``.
+      channels: the same, but in a convolution over all of its input that is in the channel which
+        the weight reads, so that it is the same for all taps.
       outputs: sum of ``g_o ** 2``.
       joint: sum of ``(a_i * g_o) ** 2``.
       rows: number of rows; 0 where nothing that the loss needs uses the weight.
     """
 
     inputs: Params = ()
+    channels: Params = ()
     outputs: Params = ()
     joint: Params = ()
     rows: Params = ()
@@ -58,8 +61,8 @@ def of_loss(
     Args:
       loss: ``(params, state, batch, key) -> (loss, (state, metrics))``, as in a `Model`.
       prunable: ``(path, leaf) -> bool``, the leaves that are followed.
-      kinds: which sums are computed: ``"inputs"``, ``"outputs"``, ``"joint"``, ``"rows"``. Joint
-        costs one weight gradient more for each product; the others cost little.
+      kinds: which sums are computed, by the names in `Moments`. Joint costs one weight gradient
+        more for each product; the others cost little.
 
     Returns:
       ``(params, state, batch, key) -> ((loss, (state, metrics)), grads, moments)``.
@@ -77,6 +80,55 @@ def of_loss(
     if not kinds or not set(kinds) <= set(get_args(Kind)):
         raise ValueError(f"kinds must be some of {', '.join(get_args(Kind))}, got {tuple(kinds)}.")
     wanted = tuple(kind for kind in get_args(Kind) if kind in kinds)
+    return _of_loss(loss, prunable, wanted, None)
+
+
+def uses(
+    loss: LossFn, *, prunable: PrunableFn
+) -> Callable[[Params, State, Batch, Key], dict[str, products.Use]]:
+    """Make a function that tells how products use each followed leaf, by its path.
+
+    Nothing is computed: of what it is given, shapes will do.
+
+    Args:
+      loss: as in `of_loss`.
+      prunable: ``(path, leaf) -> bool``, the leaves that are followed.
+
+    Returns:
+      ``(params, state, batch, key) -> {path: Use}``.
+
+    Raises:
+      ValueError: when called, as `of_loss`; if a leaf is not used, or transposed, reshaped or cut
+        before a product, or used in several ways.
+    """
+
+    def run(params: Params, state: State, batch: Batch, key: Key) -> dict[str, products.Use]:
+        notes: list[tuple[str, Any, products.Use]] = []
+        jax.eval_shape(_of_loss(loss, prunable, ("rows",), notes), params, state, batch, key)
+        found = {path: set() for path, leaf in trees.items(params) if prunable(path, leaf)}
+        for path, layout, use in notes:
+            found[path].add(use if layout == path else None)
+        for path, ways in found.items():
+            if not ways or None in ways:
+                what = "is moved or cut before it is used" if ways else "is not used"
+                raise ValueError(
+                    f"it is not clear which entries of {path!r} make one output, as it {what} in a "
+                    "product; leave it out of `prunable`."
+                )
+            if len(ways) > 1:
+                raise ValueError(
+                    f"products use {path!r} in several ways, so that its entries do not belong to "
+                    "one output each; leave it out of `prunable`."
+                )
+        return {path: next(iter(ways)) for path, ways in found.items()}
+
+    return run
+
+
+def _of_loss(
+    loss: LossFn, prunable: PrunableFn, wanted: tuple[str, ...], notes: list[Any] | None
+) -> Callable[[Params, State, Batch, Key], Result]:
+    """Make the function of `of_loss`; it notes the uses of leaves if there is a list for them."""
 
     def run(params: Params, state: State, batch: Batch, key: Key) -> Result:
         leaves, structure = jax.tree.flatten(params)
@@ -88,7 +140,7 @@ def of_loss(
         }
         sizes, graph, twin, shapes = _traced(loss, params, state, batch, key)
         marks = products.Marks(batch.weights.astype(jnp.float32), None)
-        context = Context(sizes, marks, wanted)
+        context = Context(sizes, marks, wanted, notes=notes)
 
         def tapped(params: Params, dummies: Any) -> Any:
             weights = [

@@ -20,6 +20,7 @@ from fedjaxprune.structure.moments import rows
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 Dummies = Any  # tree of float32 arrays
 Sums = Mapping[str, jax.Array]
+Form = tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]  # rows, errors, place
 
 
 class Marks(NamedTuple):
@@ -56,6 +57,20 @@ class Site(NamedTuple):
     kinds: tuple[str, ...]
 
 
+class Use(NamedTuple):
+    """How a product uses a leaf, as it lies in the parameters.
+
+    Attributes:
+      outputs: axes that are the output's; the others are summed over.
+      taps: of the others, those of a convolution's places.
+      groups: of a convolution.
+    """
+
+    outputs: tuple[int, ...]
+    taps: tuple[int, ...]
+    groups: int
+
+
 def tap(backward: Callable[[Any, Marks, jax.Array], Dummies]) -> Callable[..., jax.Array]:
     """Make ``(output, operands, marks, dummies) -> output``.
 
@@ -88,19 +103,71 @@ def sums(site: Site, value: jax.Array, marks: Marks, cotangent: jax.Array) -> Su
       marks: which rows count.
       cotangent: gradient of the product's output.
     """
-    squares = jnp.square(value.astype(jnp.float32))
-    if site.axis is not None:
-        counted = rows.spread(marks.examples, value.shape[site.axis], site.inner) > 0
-        counted = counted.reshape(-1, *[1] * (value.ndim - site.axis - 1))
-        counted = jnp.broadcast_to(counted, value.shape)
-        squares = jnp.where(counted, squares, jnp.zeros_like(squares))
+    squares = _squares(value, marks, site.axis, site.inner)
     backs = jnp.square(cotangent.astype(jnp.float32))
     makers: dict[str, Callable[[], jax.Array]] = {
         "inputs": lambda: _inputs(site, squares, cotangent.shape),
+        "channels": lambda: _channels(site, squares),
         "outputs": lambda: _to_weight(site, backs, value.ndim),
         "joint": lambda: _gradient(site, squares, backs),
         "rows": lambda: _rows(site, value, marks, cotangent.shape),
     }
+    return _made(site, makers, marks)
+
+
+def sums_of_rows(
+    site: Site,
+    value: jax.Array,
+    marks: Marks,
+    output: tuple[int, ...],
+    form: Form,
+) -> Sums:
+    """Compute the same for a convolution that is done as another product.
+
+    Args:
+      site: of the convolution; examples lie along the first axis of its value.
+      value: what is convolved.
+      marks: which rows count.
+      output: shape of the convolution's output.
+      form: rows, errors and place of `jaxprs.equivalent_to`.
+    """
+    lines, errors, place = form
+    num_lines = lines.shape[0] // value.shape[0]  # of an example, side by side
+    backs = jnp.square(errors.astype(jnp.float32))
+
+    def joint() -> jax.Array:
+        squares = _squares(lines, marks, 0, num_lines)
+        return place(lax.dot_general(squares, backs, (((0,), (0,)), ((), ()))))
+
+    def outputs() -> jax.Array:
+        # A product with ones, as XLA's CPU sums columns of a computed array many times as slowly.
+        by_column = jnp.ones(lines.shape[0], jnp.float32) @ backs
+        by_channel = jnp.sum(by_column.reshape(-1, site.shape[-1]), axis=0)
+        return _spread(by_channel, [len(site.shape) - 1], site.shape)
+
+    makers: dict[str, Callable[[], jax.Array]] = {
+        "inputs": lambda: _inputs(site, _squares(value, marks, 0, 1), output),
+        "channels": lambda: _channels(site, _squares(value, marks, 0, 1)),
+        "outputs": outputs,
+        "joint": joint,
+        "rows": lambda: _rows(site, value, marks, output),
+    }
+    return _made(site, makers, marks)
+
+
+def _squares(value: jax.Array, marks: Marks, axis: int | None, inner: int) -> jax.Array:
+    """Square a value, and put zeros in the rows of examples that do not count."""
+    squares = jnp.square(value.astype(jnp.float32))
+    if axis is None:
+        return squares
+    counted = rows.spread(marks.examples, value.shape[axis], inner) > 0
+    counted = counted.reshape(-1, *[1] * (value.ndim - axis - 1))
+    counted = jnp.broadcast_to(counted, value.shape)
+    return jnp.where(counted, squares, jnp.zeros_like(squares))
+
+
+def _made(site: Site, makers: Mapping[str, Callable[[], jax.Array]], marks: Marks) -> Sums:
+    """Make the sums that are wanted, zeros in a branch that does not run."""
     found = {kind: makers[kind]() for kind in site.kinds}
     if marks.branch is None:
         return found
@@ -119,6 +186,27 @@ def _inputs(site: Site, squares: jax.Array, output: tuple[int, ...]) -> jax.Arra
     free, partners = _axes_of_value(site, squares.ndim)
     rest = [axis for axis in range(squares.ndim) if axis not in free]
     return _spread(jnp.sum(squares, axis=free), [partners[axis] for axis in rest], site.shape)
+
+
+def _channels(site: Site, squares: jax.Array) -> jax.Array:
+    """Sum over all of a value that has the channel which each entry of the weight reads."""
+    if site.name != "conv_general_dilated":
+        return _inputs(site, squares, ())
+    numbers, groups = site.params["dimension_numbers"], site.params["feature_group_count"]
+    channel, (out_axis, in_axis, *_) = numbers.lhs_spec[1], numbers.rhs_spec
+    rest = tuple(axis for axis in range(squares.ndim) if axis != channel)
+    by_group = jnp.sum(squares, axis=rest).reshape(groups, -1)
+    by_output = jnp.repeat(by_group, site.shape[out_axis] // groups, axis=0)
+    return _spread(by_output, [out_axis, in_axis], site.shape)
+
+
+def use_of(site: Site, ndim: int) -> Use:
+    """Say how a product uses its weight; its value has so many axes."""
+    own = tuple(sorted(_axes_of_output(site, ndim).values()))
+    if site.name != "conv_general_dilated":
+        return Use(own, (), 1)
+    taps = tuple(sorted(site.params["dimension_numbers"].rhs_spec[2:]))
+    return Use(own, taps, site.params["feature_group_count"])
 
 
 def _axes_of_value(site: Site, ndim: int) -> tuple[tuple[int, ...], dict[int, int]]:
