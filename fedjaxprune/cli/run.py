@@ -71,7 +71,7 @@ class Command(click.Command):
                 continue
             heading, names = "Command", row[0]
             if (one := getattr(param, "setting", None)) is not None:
-                section, short = one.path.partition(".")[0], min(param.opts, key=len)
+                section, short = str(one.path.partition(".")[0]), min(param.opts, key=len)
                 heading = _HEADINGS.get(section, section.capitalize())
                 last = f"/ --no-{short[2:]}" if param.secondary_opts else names.rpartition(" ")[2]
                 names = f"{short} {last}"

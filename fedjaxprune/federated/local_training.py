@@ -276,7 +276,7 @@ def _client(objective_of, batcher, rules: _Rules) -> Client:
             batch = draw(batch_key, data, step)
             seen = masks_lib.apply(sight.seen, before.params) if view is not None else before.params
             given = before.model_state, batch, jax.random.fold_in(step_key, step)
-            if is_judged is None:
+            if judge is None or is_judged is None:
                 found = jax.value_and_grad(objective, has_aux=True)(seen, *given)
             else:
                 found, scored = mask_revision.differentiate(
