@@ -98,7 +98,7 @@ def test_the_sparsity_on_record_is_that_of_all_kernels(given):
 CLIENTS = {"data.num_clients": 20}
 
 
-@pytest.mark.parametrize("name", ["iid", "stratified", "shards", "dirichlet"])
+@pytest.mark.parametrize("name", [n for n in registry.names("partition") if n != "by_key"])
 def test_the_seed_decides_the_partition(name):
     first, again, other = (
         examples.read(resolve.resolve({**SMALL, **CLIENTS, "data.partition": name, "seed": seed}))

@@ -227,7 +227,7 @@ class Unbuilt(own_networks.nn.Module):
         ({"method": lambda task: 3}, r"method '<lambda>' must build an Algorithm, got int\."),
         ({"optimizer": 0.1}, r"client\.optimizer: 0\.1 is of type float, not an optimizer"),
         ({"lr": 0.1}, r"no setting 'lr' of this run; did you mean 'client\.optimizer\.learning_"),
-        ({"alpha": 0.1}, "no setting 'alpha' here: it is a setting of dirichlet, not of"),
+        ({"alpha": 0.1}, "no setting 'alpha' here: it is a setting of dirichlet, .* not of iid"),
         ({"num_client": 2}, "no setting 'num_client' of this run; did you mean 'data.num_clients'"),
     ],
     ids=map(str, range(11)),
