@@ -17,6 +17,6 @@ __all__, __getattr__, __dir__ = namespace.offer(
         "shufflenet": "shufflenet_v2",
         "transformers": "gpt vit",
         "vgg": "vgg9 vgg11 vgg16",
-        "wide_resnet": "wide_resnet",
+        "wide": "wide_resnet",
     },
 )
