@@ -37,6 +37,7 @@ class Network(NamedTuple):
     state: dict[str, Any]  # likewise of what is not trained
     prunable: tuple[str, ...]  # paths of the parameters whose sparsity is on record
     data_checksum: int  # of a sample of the examples
+    class_names: tuple[str, ...] = ()  # what outputs, and tokens, stand for; empty: not known
 
 
 def shapes(tree: Any) -> dict[str, list[Any]]:
@@ -79,6 +80,8 @@ def _check(known: Network) -> None:
         raise ValueError("a size is no size")
     if math.prod(known.input_shape) > _LARGEST or math.prod(known.positions) > _LARGEST:
         raise ValueError("an example is too large")
+    if not all(isinstance(name, str) for name in known.class_names):
+        raise ValueError("a name of a class is no text")
     if np.dtype(known.input_dtype).kind not in "fiub":
         raise ValueError("inputs are no numbers")
 

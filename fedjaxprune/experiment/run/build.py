@@ -257,6 +257,7 @@ def describe_network(
         state=network_lib.shapes(facts.state),
         prunable=tuple(path for path, flag in zip(paths, flags, strict=True) if flag),
         data_checksum=examples_lib.checksum(dataset),
+        class_names=tuple(map(str, dataset.class_names)),
     )
 
 
