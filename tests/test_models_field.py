@@ -236,13 +236,14 @@ ROWS = (mobilenet.Row(1, 6, 1, 1), mobilenet.Row(2, 6, 2, 2))
 
 def tiny(name):
     module, shape = TINY[name]()
-    return adapters.from_linen(module, input_shape=shape), shape
+    return adapters.from_linen(module, input_shape=shape)
 
 
 def test_a_shuffle_ties_no_channels():
-    model, shape = tiny("shufflenet_v2")
+    name = "shufflenet_v2"
+    model = tiny(name)
     params, state = jax.eval_shape(model.init, KEY)
-    inputs = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    inputs = jax.ShapeDtypeStruct((2, *TINY[name]()[1]), jnp.float32)
     analysis = groups.analyze(model.predict, params, state, inputs)
     assert not any(group.leaks or group.mixes for group in analysis.groups)
     made_by = [
@@ -257,9 +258,9 @@ def test_a_shuffle_ties_no_channels():
 @SLOW
 @pytest.mark.parametrize("name", ["mobilenet_v2", "wide_resnet"])
 def test_channels_are_found_and_only_residual_sums_tie_them(name):
-    model, shape = tiny(name)
+    model = tiny(name)
     params, state = jax.eval_shape(model.init, KEY)
-    inputs = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    inputs = jax.ShapeDtypeStruct((2, *TINY[name]()[1]), jnp.float32)
     analysis = groups.analyze(model.predict, params, state, inputs)
     assert not any(group.leaks or group.mixes for group in analysis.groups)
     assert [fixed[0] for fixed in analysis.fixed] == ["dense_1/kernel"]
@@ -349,9 +350,9 @@ def test_a_language_model_begins_at_the_entropy_of_its_tokens():
 
 @SLOW
 def test_patches_and_their_positions_may_be_permuted_together():
-    model, shape = tiny("vit")
+    model = tiny("vit")
     params, _ = model.init(KEY)
-    image = jax.random.normal(KEY, (1, *shape))
+    image = jax.random.normal(KEY, (1, *TINY["vit"]()[1]))
     patches = image.reshape(1, 2, 2, 3, 2, 2).swapaxes(2, 3).reshape(6, 2, 2, 2)
     order = jnp.array([4, 2, 0, 5, 1, 3])
     moved = patches[order].reshape(1, 2, 3, 2, 2, 2).swapaxes(2, 3).reshape(image.shape)
@@ -372,9 +373,9 @@ def test_ten_steps_lower_the_loss_and_every_leaf_has_a_gradient(name, dtype):
         inputs = jnp.arange(48).reshape(8, 6) % 11
         batch = Batch(inputs, (inputs + 1) % 11, jnp.ones(8))
     else:
-        model, shape = tiny(name)
+        model = tiny(name)
         labels = jnp.arange(8, dtype=jnp.int32) % 3
-        noise = jax.random.normal(KEY, (8, *shape))
+        noise = jax.random.normal(KEY, (8, *TINY[name]()[1]))
         shifts = labels.astype(jnp.float32)[:, None, None, None]
         batch = Batch(noise + shifts, labels, jnp.ones(8))
     model = precision.compute_in(model, dtype)

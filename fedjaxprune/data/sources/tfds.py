@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ _STATISTICS = {
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
     "svhn_cropped": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
-# Colour images of characters, which mirrored are others or none; grayscale ones are never flipped.
+# Colour images of characters, which mirrored are others or none.
 _CHARACTERS = ("svhn_cropped",)
 _TRANSPOSED = ("emnist",)  # stored with rows for columns
 # Labels that occur, where others are declared too: the first one, and the names of all.
@@ -60,10 +60,10 @@ class TfdsSettings(windows.WindowSettings):
         "Feature that is the class, such as coarse_label of cifar100.",
         unset="the one that TFDS trains on, or the only one",
     )
-    flip: bool | None = setting(
-        None,
-        "Whether augmentation may mirror the images from left to right.",
-        unset="colour images, but those of characters",
+    flip: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "When augmentation mirrors images from left to right; auto: colour images, but not those "
+        "of characters.",
     )
 
 
@@ -231,7 +231,8 @@ def _read(name: str, folder: pathlib.Path, settings: TfdsSettings) -> Dataset:
     if train["inputs"].shape[1:] != test["inputs"].shape[1:]:
         raise _sizes_differ(name, train["inputs"].shape[1:], test["inputs"].shape[1:])
     mean, std = _STATISTICS.get(own, (None, None))
-    may_flip = train["inputs"].shape[-1] > 1 and own not in _CHARACTERS
+    is_colour = train["inputs"].shape[-1] > 1  # grayscale sets are mostly characters
+    flip = {"auto": is_colour and own not in _CHARACTERS, "always": True, "never": False}
     return Dataset(
         name=name,
         train=train,
@@ -243,7 +244,7 @@ def _read(name: str, folder: pathlib.Path, settings: TfdsSettings) -> Dataset:
         max_value=255.0,
         mean=mean,
         std=std,
-        may_flip=may_flip if settings.flip is None else settings.flip,
+        may_flip=flip[settings.flip],
     )
 
 
