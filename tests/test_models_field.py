@@ -256,6 +256,13 @@ def test_a_shuffle_ties_no_channels():
 
 
 @SLOW
+def test_group_normalization_takes_any_number_of_channels():
+    model = made("shufflenet_v2", norm="group", width=1)  # 58 channels a half
+    image = jax.ShapeDtypeStruct((1, *CIFAR), jnp.float32)
+    assert jax.eval_shape(model.predict, *jax.eval_shape(model.init, KEY), image).shape == (1, 10)
+
+
+@SLOW
 @pytest.mark.parametrize("name", ["mobilenet_v2", "wide_resnet"])
 def test_channels_are_found_and_only_residual_sums_tie_them(name):
     model = tiny(name)

@@ -395,6 +395,15 @@ def test_every_key_is_a_client():
     parts = partitions.by_key(keys)
     assert [part.tolist() for part in parts] == [[1, 4], [3], [0, 2, 5]]
     assert all(part.dtype == np.int32 for part in parts)
+    largest = partitions.by_key(keys, max_clients=2)
+    assert [part.tolist() for part in largest] == [[1, 4], [0, 2, 5]]
+    drawn = {
+        tuple(part.size for part in partitions.by_key(keys, min_size=2, max_clients=1, rng=rng(i)))
+        for i in range(20)
+    }
+    assert drawn == {(2,), (3,)}
+    with pytest.raises(ValueError, match=r"max_clients must lie in \[1, 2\], .* 2 .* got 3"):
+        partitions.by_key(keys, min_size=2, max_clients=3)
     with pytest.raises(ValueError, match="at least one key"):
         partitions.by_key([])
 

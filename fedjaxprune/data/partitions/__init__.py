@@ -1,8 +1,8 @@
 """Who holds which examples: host-side partitions of a data set into clients.
 
-A partition is a list of int32 index arrays, one per client. The arrays are disjoint, and but for
-`sorted_shards` they are the whole data set together. Randomness comes from the given NumPy
-generator alone.
+A partition is a list of int32 index arrays, one per client. The arrays are disjoint, and together
+they are the whole data set, but for what `sorted_shards` and `by_key` say they leave out.
+Randomness comes from the given NumPy generator alone.
 """
 
 from fedjaxprune.data.partitions._owners import Partition

@@ -1,7 +1,7 @@
 """One client for each value of a column: clients that the data set has by nature."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,15 +12,24 @@ from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, Settings, setting
 
 
-def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
+def by_key(
+    keys: np.ndarray | Sequence,
+    *,
+    min_size: int = 1,
+    max_clients: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> Partition:
     """Make one client of each distinct key (a writer, a device), in the order of the keys.
 
     Args:
       keys: ``[E]`` of anything that sorts.
       min_size: examples of a key with fewer are not used.
+      max_clients: how many of these clients are used; None: all.
+      rng: draws these clients; None takes the largest, of equal ones the first.
 
     Raises:
-      ValueError: if there are no keys, or none has so many examples.
+      ValueError: if there are no keys, none has so many examples, or there are fewer than
+        `max_clients` such clients.
     """
     keys = np.asarray(keys)
     if keys.ndim != 1 or keys.size == 0:
@@ -37,7 +46,18 @@ def by_key(keys: np.ndarray | Sequence, *, min_size: int = 1) -> Partition:
             f"none of the {len(parts)} clients has {min_size} examples; the largest has "
             f"{max(rows.size for rows in parts)}."
         )
-    return kept
+    if max_clients is None:
+        return kept
+    if not 1 <= max_clients <= len(kept):
+        raise ValueError(
+            f"max_clients must lie in [1, {len(kept)}], the number of clients with at least "
+            f"{min_size} example(s), got {max_clients}."
+        )
+    if rng is not None:
+        chosen = rng.choice(len(kept), max_clients, replace=False)
+    else:
+        chosen = np.argsort([-rows.size for rows in kept], kind="stable")[:max_clients]
+    return [kept[client] for client in np.sort(chosen)]
 
 
 class ByKeySettings(Settings):
@@ -47,11 +67,17 @@ class ByKeySettings(Settings):
     min_client_size: Count = setting(
         1, "A client with fewer examples is left out with them.", unit="examples"
     )
+    max_clients: Count | None = setting(
+        None, "How many of the clients are used.", unit="clients", unset="all"
+    )
+    choice: Literal["largest", "random"] = setting(
+        "largest", "Which clients are used where max_clients is set."
+    )
 
 
 def _by_key(settings: ByKeySettings, rng: Any, labels: Any, *, num_clients=None, keys=None):
     """Make one client of each distinct id; `num_clients` is not read."""
-    del rng, labels, num_clients
+    del labels, num_clients
     keys = keys or {}
     have = ", ".join(keys) or "none"
     name = next(iter(keys)) if settings.key is None and len(keys) == 1 else settings.key
@@ -61,7 +87,12 @@ def _by_key(settings: ByKeySettings, rng: Any, labels: Any, *, num_clients=None,
         raise ConfigError(
             f"key must be a column with client ids ({have}), got {name!r}{near_miss(name, keys)}"
         )
-    return by_key(keys[name], min_size=settings.min_client_size)
+    return by_key(
+        keys[name],
+        min_size=settings.min_client_size,
+        max_clients=settings.max_clients,
+        rng=rng if settings.choice == "random" else None,
+    )
 
 
 PARTS = {
