@@ -68,6 +68,15 @@ def test_the_list_names_everything_on_two_screens(capsys):
         assert not set(registry.names(kind)) - words
 
 
+def test_a_part_without_settings_is_described_too(capsys):
+    _, out, _ = call(capsys, "describe", "lenet5")
+    assert "61,706\nparameters for 28×28×1" in out
+    assert "A subclass gives its fields" not in out  # of all settings
+    assert "Args:" not in out
+    _, out, _ = call(capsys, "describe", "sorted_shards")
+    assert "belong to\nnobody" in out
+
+
 def test_a_run_writes_its_folder_and_shows_a_table(capsys, tmp_path):
     status, out, err = call(capsys, "run", *small("--folder", "deep/er/run", "--sparsity", "0.25"))
     assert (status, err) == (0, "")

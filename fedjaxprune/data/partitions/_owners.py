@@ -112,4 +112,5 @@ def by_class(partition: Callable[..., Partition], **options: str) -> Callable[..
         given = {argument: getattr(settings, name) for argument, name in options.items()}
         return partition(rng, classes, num_clients=num_clients, **given)
 
+    build.__doc__ = partition.__doc__  # for those who ask what the part is
     return build

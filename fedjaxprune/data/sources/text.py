@@ -3,16 +3,20 @@
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.data.sources import files, windows
 from fedjaxprune.registry import Part
-from fedjaxprune.settings import Probability, setting
+from fedjaxprune.settings import Probability, Settings, setting
 
 
-class TextSettings(windows.WindowSettings):
-    """Which text is cut into examples, and how."""
+class FileSettings(Settings):
+    """Which text is read, and what of it is for tests."""
 
     path: str = setting(..., "File of text in UTF-8.")
     test_fraction: Probability = setting(
         0.2, "Share at the end of each speaker's text that is for tests.", unit="fraction", gt=0
     )
+
+
+class TextSettings(windows.WindowSettings, FileSettings):
+    """Which text is cut into examples, and how."""
 
 
 def build(settings: TextSettings) -> Dataset:

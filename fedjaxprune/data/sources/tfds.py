@@ -19,7 +19,7 @@ from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.data.sources import windows
 from fedjaxprune.errors import DataError, beside, first_line, near_miss, shown
 from fedjaxprune.registry import Part, locate
-from fedjaxprune.settings import setting
+from fedjaxprune.settings import Settings, setting
 
 # Per channel, over the training images: mean and standard deviation.
 _STATISTICS = {
@@ -43,8 +43,8 @@ _LARGEST = 2**24  # bytes of the file of features
 _CHUNK = 1000  # examples decoded at a time
 
 
-class TfdsSettings(windows.WindowSettings):
-    """Which TFDS set is read, where from, and of a set of text how it is cut into examples."""
+class PreparedSettings(Settings):
+    """Which TFDS set is read, where from, and how its images are used."""
 
     tfds_name: str = setting(
         ..., "Name of a prepared set: `name` or `name/config`, either may end in `:version`."
@@ -65,6 +65,10 @@ class TfdsSettings(windows.WindowSettings):
         "When augmentation mirrors images from left to right; auto: colour images, but not those "
         "of characters.",
     )
+
+
+class TfdsSettings(windows.WindowSettings, PreparedSettings):
+    """Which TFDS set is read, where from, and of a set of text how it is cut into examples."""
 
 
 def build(settings: TfdsSettings) -> Dataset:
