@@ -52,7 +52,7 @@ IMAGES = [
     ("shufflenet_v2", {"stem": "imagenet"}, 352_042, 444_292, 333_840, 815_392),
     ("shufflenet_v2", {"stem": "imagenet", "width": 1}, 1_263_854, None, 1_237_424, 2_946_648),
     ("mobilenet_v2", {}, 2_296_922, 2_412_212, 2_249_024, 91_154_944),
-    ("mobilenet_v2", {"projection": False}, 2_236_682, None, None, None),
+    ("mobilenet_v2", {"blocks": "paper"}, 2_236_682, None, None, None),
     ("vgg9", {}, 3_491_530, 3_537_700, None, 135_369_728),
     ("wide_resnet", {"depth": 16, "width": 4}, 2_748_890, 2_772_020, 2_742_704, 392_612_352),
     ("wide_resnet", {"depth": 16, "width": 8}, 10_961_370, 11_007_540, 10_949_040, 1_548_145_664),
@@ -76,7 +76,7 @@ OTHERS = [
     ("gpt", {"width": 128, "num_layers": 4}, 256, (128,), 842_496, 786_432),
     ("shufflenet_v2", {}, 1000, CIFAR, 1_366_792, None),  # torchvision's
     ("shufflenet_v2", {"width": 1}, 1000, CIFAR, 2_278_604, None),
-    ("mobilenet_v2", {"projection": False}, 1000, CIFAR, 3_504_872, None),
+    ("mobilenet_v2", {"blocks": "paper"}, 1000, CIFAR, 3_504_872, None),
 ]
 SLOW = pytest.mark.slow
 FAST = ("vgg9", "cnn", "emnist_cnn", "gpt")
@@ -146,7 +146,7 @@ def test_the_model_of_32_million_has_19():
     settings = {"width": 256, "num_layers": 8, "num_positions": 2048, "labels": "every"}
     total, kernels = sizes_of("gpt", 50_257, (256,), settings)
     assert (total, kernels) == (19_708_672, 6_291_456)
-    whole, prunable = sizes_of("gpt", 50_257, (256,), {**settings, "prune_embedding": True})
+    whole, prunable = sizes_of("gpt", 50_257, (256,), {**settings, "embedding": "prunable"})
     assert (whole, prunable - kernels) == (total, 50_257 * 256)
     biases_and_shifts = 8 * (9 * 256 + 2 * 256) + 256
     assert total + 12_865_792 - biases_and_shifts == 32_551_680  # what is published, in entries
@@ -191,7 +191,7 @@ def test_mobilenets_forms_differ_by_four_shortcuts_and_an_expansion():
         _, (params, _) = shapes_of("mobilenet_v2", 10, CIFAR, tuple(settings.items()))
         return {path: leaf.size for path, leaf in trees.items(params)}
 
-    wide_form, published = items(), items(projection=False)
+    wide_form, published = items(), items(blocks="paper")
     shortcuts = {path: size for path, size in wide_form.items() if path.endswith("shortcut/kernel")}
     blocks = [
         sum(size for path, size in wide_form.items() if path.startswith(kernel[: -len("/kernel")]))
@@ -226,7 +226,7 @@ TINY = {
         shufflenet.ShuffleNetV2((8, 12, 16, 20), (1, 0, 0), 3, "batch", "cifar"), (8, 9, 2)
     ),
     "mobilenet_v2": lambda: (
-        mobilenet.MobileNetV2(4, ROWS, 10, 3, "batch", "cifar", True), (6, 7, 2)
+        mobilenet.MobileNetV2(4, ROWS, 10, 3, "batch", "cifar", "cifar"), (6, 7, 2)
     ),
     "wide_resnet": lambda: (wide.WideResNet((4, 8), 1, 3, "batch", 0.1), (6, 7, 2)),
     "vit": lambda: (transformers.Vit(2, 8, 1, 2, 3, 0.1), (4, 6, 2)),
@@ -318,7 +318,7 @@ def explicit(params, tokens, *, scaled, num_heads=2):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_the_language_model_is_its_formulas(scaled):
-    params, predict, _ = language(labels="every", scaled=scaled)
+    params, predict, _ = language(labels="every", scores="scaled" if scaled else "plain")
     tokens = jnp.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
     logits = predict(tokens)
     for row, expected in zip(logits, tokens, strict=True):
@@ -420,7 +420,8 @@ REFUSED = [
     (models.vit, {"input_shape": (32,)}, "vit takes images"),
     (models.gpt, {}, "gpt takes sequences of tokens"),
     (models.gpt, {"input_shape": (9,), "num_positions": 8}, "at least 9, an example's .* got 8"),
-    (models.gpt, {"input_shape": (9,), "labels": "all"}, "labels must be"),
+    (models.gpt, {"input_shape": (9,), "labels": "all"}, "labels must be one of last, every, got"),
+    (models.gpt, {"input_shape": (9,), "scores": 3}, "scores must be one of scaled, plain, got 3"),
     (models.gpt, {"input_shape": (9,), "dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
     (models.wide_resnet, {"norm": "batch", "depth": 20}, "depth must be one of 10, 16, .* got 20"),
     (models.wide_resnet, {"norm": "none"}, "norm must be"),
@@ -431,6 +432,7 @@ REFUSED = [
         {"norm": "batch", "stem": "imagenet", "input_shape": (31, 32, 3)},
         "at least 32x32 pixels, got 31x32",
     ),
+    (models.mobilenet_v2, {"norm": "batch", "blocks": 1}, "blocks must be .* got 1"),
     (models.vgg9, {"input_shape": (7, 8, 3)}, "vgg9 takes images of at least 8x8"),
     (models.emnist_cnn, {"input_shape": (5, 8, 1)}, "at least 6x6 pixels, got 5x8"),
     (models.cnn, {"hidden_size": 0}, "hidden_size must be positive"),

@@ -1,7 +1,7 @@
 """MobileNetV2: narrow images between blocks, wide depthwise convolutions inside them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,8 @@ from fedjaxprune.models import adapters, layers, resnet, shufflenet
 from fedjaxprune.registry import Part, call
 from fedjaxprune.settings import setting
 from fedjaxprune.types import Model
+
+Form = Literal["cifar", "paper"]
 
 
 class Row(NamedTuple):
@@ -37,15 +39,16 @@ _ROWS = (
 class Block(nn.Module):
     """A 1×1, a depthwise 3×3 and a linear 1×1 convolution, around a shortcut where sizes allow.
 
-    With ``projection``, a shortcut that changes the width is a 1×1 convolution with normalization,
-    named ``shortcut``, and a block that does not widen has its first convolution all the same.
+    In the form ``"cifar"``, a shortcut that changes the width is a 1×1 convolution with
+    normalization, named ``shortcut``, and a block that does not widen has its first convolution
+    all the same. In the form ``"paper"`` there is neither.
     """
 
     expansion: int
     features: int
     stride: int
     norm: resnet.Norm
-    projection: bool
+    form: Form
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
@@ -54,10 +57,10 @@ class Block(nn.Module):
         shortcut = None
         if self.stride == 1 and channels == self.features:
             shortcut = x
-        elif self.stride == 1 and self.projection:
+        elif self.stride == 1 and self.form == "cifar":
             shortcut = layers.Conv(self.features, 1, name="shortcut")(x)
             shortcut = resnet.NormLayer(norm, name="shortcut_norm")(shortcut, train, mask)
-        if self.expansion > 1 or self.projection:
+        if self.expansion > 1 or self.form == "cifar":
             x = unit(self.expansion * channels, norm, name="pointwise_1")(x, train, mask)
         wide = shufflenet.depthwise(x, norm, stride=self.stride, linear=False, name="depthwise")
         x = wide(x, train, mask)
@@ -74,7 +77,7 @@ class MobileNetV2(nn.Module):
     num_classes: int
     norm: resnet.Norm
     stem: resnet.Stem
-    projection: bool
+    form: Form
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -89,7 +92,7 @@ class MobileNetV2(nn.Module):
                     row.width,
                     1 if j else first,
                     self.norm,
-                    self.projection,
+                    self.form,
                     name=f"stage_{i}_block_{j + 1}",
                 )
                 x = block(x, train, mask)
@@ -103,14 +106,14 @@ def mobilenet_v2(
     num_classes: int,
     norm: resnet.Norm,
     stem: resnet.Stem = "cifar",
-    projection: bool = True,
+    blocks: Form = "cifar",
 ) -> Model:
     """Make MobileNetV2 with ReLU, by default in its CIFAR form: strides of 1 in the first rows.
 
     2,296,922 parameters for 10 classes, of which 2,249,024 are kernels of convolutions. The CIFAR
     form has two things that the paper's network lacks: a projection on the four blocks of stride 1
-    that change the width, and a first convolution in the block that does not widen; without
-    `projection` both are left out, 2,236,682 parameters. Convolutions start as He's normal by
+    that change the width, and a first convolution in the block that does not widen. Without both,
+    with the paper's `blocks`, there are 2,236,682 parameters. Convolutions start as He's normal by
     fan-out, the dense layer as in PyTorch.
 
     Args:
@@ -119,7 +122,7 @@ def mobilenet_v2(
       num_classes: width of the output.
       norm: ``"batch"`` or ``"group"``.
       stem: ``"cifar"``, or ``"imagenet"`` for strides of 2 in the stem and the second row.
-      projection: as above.
+      blocks: ``"cifar"`` or ``"paper"``, as above.
 
     Raises:
       ValueError: if the examples are no images, or too small, or an option is unknown.
@@ -130,8 +133,10 @@ def mobilenet_v2(
     """
     shapes.check_sizes(num_classes, input_shape=input_shape)
     resnet.check_options(norm, stem)
+    if blocks not in ("cifar", "paper"):
+        raise ValueError(f'blocks must be "cifar" or "paper", got {blocks!r}.')
     shapes.check_image("mobilenet_v2", input_shape, smallest=32 if stem == "imagenet" else 8)
-    module = MobileNetV2(_STEM, _ROWS, _LAST, num_classes, norm, stem, projection)
+    module = MobileNetV2(_STEM, _ROWS, _LAST, num_classes, norm, stem, blocks)
     return adapters.from_linen(module, input_shape=input_shape)
 
 
@@ -141,10 +146,10 @@ class MobileNetSettings(resnet.LargeSettings):
     stem: resnet.Stem = setting(
         "cifar", "Strides of the stem and the second row: 1, or ImageNet's 2."
     )
-    projection: bool = setting(
-        True,
-        "Whether shortcuts that change the width are convolutions, as in the CIFAR form of public "
-        "code; the paper's network has none.",
+    blocks: Form = setting(
+        "cifar",
+        "Shortcuts that change the width: convolutions, as public code for CIFAR has them, or none, "
+        "as in the paper.",
     )
 
 

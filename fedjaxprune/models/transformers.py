@@ -1,7 +1,7 @@
 """Transformers: a vision transformer and a causal language model on the same blocks."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,8 @@ from fedjaxprune.settings import Count, Fraction, Settings, setting
 from fedjaxprune.types import Model
 
 Labels = Literal["last", "every"]
+Scores = Literal["scaled", "plain"]
+Embedding = Literal["dense", "prunable"]
 
 _SMALL = nn.initializers.normal(0.02)
 
@@ -227,8 +229,8 @@ def gpt(
     num_heads: int | None = None,
     num_positions: int | None = None,
     labels: Labels = "last",
-    prune_embedding: bool = False,
-    scaled: bool = True,
+    embedding: Embedding = "dense",
+    scores: Scores = "scaled",
     dropout: float = 0.1,
 ) -> Model:
     """Make a causal language model in the plan of GPT-2, whose output is its embedding transposed.
@@ -236,9 +238,9 @@ def gpt(
     By default 120,576 parameters for 256 tokens (bytes) and sequences of 64, of which 98,304 are
     kernels of the blocks. The model that federated pruning papers call GPT-2 with 32 million
     parameters has ``width=256, num_layers=8, num_heads=16, num_positions=2048`` and 50,257 tokens:
-    19,708,672 parameters, where the shared matrix is counted once, and scores that are not
-    ``scaled``. Two thirds of them are the embedding: densities of all parameters below that are
-    only possible with ``prune_embedding=True``.
+    19,708,672 parameters, where the shared matrix is counted once, and ``scores="plain"``. Two
+    thirds of them are the embedding: densities of all parameters below that are only possible with
+    ``embedding="prunable"``.
 
     Inputs and labels are those of `char_lstm`: integers ``[B, T]`` and one label, or one for each
     position with ``labels="every"``. All kernels and embeddings start as normals of deviation 0.02,
@@ -252,13 +254,14 @@ def gpt(
       num_heads: heads of each attention; None: a sixteenth of the width, at least 2.
       num_positions: rows of the embedding of positions, at least ``T``; None: ``T``.
       labels: which positions have a label.
-      prune_embedding: whether the embedding of tokens is among the prunable weights.
-      scaled: whether attention scores are divided by the root of a head's width.
+      embedding: ``"dense"``, or ``"prunable"`` where the embedding of tokens is among the prunable
+        weights.
+      scores: of attention: ``"scaled"``, divided by the root of a head's width, or ``"plain"``.
       dropout: rate after the embeddings, in attention weights and after each half of a block.
 
     Raises:
       ValueError: if the examples are no sequences, or too long, or a size is not positive or does
-        not divide, or `labels` is neither.
+        not divide, or a word is not known.
 
     References:
       Radford et al., Language models are unsupervised multitask learners, 2019.
@@ -278,8 +281,10 @@ def gpt(
         raise ValueError(
             f"num_positions must be at least {input_shape[0]}, an example's length, got {rows}."
         )
-    if labels not in ("last", "every"):
-        raise ValueError(f'labels must be "last" or "every", got {labels!r}.')
+    words = {"labels": (labels, Labels), "embedding": (embedding, Embedding)}
+    for name, (word, known) in {**words, "scores": (scores, Scores)}.items():
+        if word not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}.")
     _check_heads(num_heads, width)
     module = Gpt(
         width,
@@ -287,8 +292,8 @@ def gpt(
         num_heads,
         rows,
         num_classes,
-        scaled,
-        prune_embedding,
+        scores == "scaled",
+        embedding == "prunable",
         dropout,
         labels,
     )
@@ -322,11 +327,11 @@ class GptSettings(Settings):
         None, "Rows of the embedding of positions.", unit="positions", unset="an example's length"
     )
     labels: Labels = setting("last", "Positions that have a label.")
-    prune_embedding: bool = setting(
-        False, "Whether the embedding, which is the output, too, is among the prunable weights."
+    embedding: Embedding = setting(
+        "dense", "Whether the embedding, which is the output, too, is among the prunable weights."
     )
-    scaled: bool = setting(
-        True, "Whether attention scores are divided by the root of a head's width."
+    scores: Scores = setting(
+        "scaled", "Attention scores: divided by the root of a head's width, or not."
     )
     dropout: Fraction = setting(0.1, "Dropout rate.", unit="fraction")
 

@@ -80,7 +80,7 @@ def read(
     name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    trust_data: bool = False,
+    trust_data: bool | None = None,
 ) -> Dataset:
     """Read the newest or the named version of a set that was prepared in the array_record format.
 
@@ -92,7 +92,7 @@ def read(
     (`sources.text`). Images of EMNIST, which are stored with rows for columns, are turned upright,
     and the labels of ``emnist/letters`` counted from 0 to 25; 37 classes are declared there.
     """
-    return _find(name, data_dir, TfdsSettings(tfds_name=name, trust_data=trust_data))
+    return _find(name, data_dir, TfdsSettings(tfds_name=name, trust_data=bool(trust_data)))
 
 
 def _find(name: str, data_dir: str | os.PathLike[str] | None, settings: TfdsSettings) -> Dataset:
