@@ -148,7 +148,7 @@ class MobileNetSettings(resnet.LargeSettings):
     )
     blocks: Form = setting(
         "cifar",
-        "Shortcuts that change the width: convolutions, as public code for CIFAR has them, or none, "
+        "Shortcuts that change the width: convolutions, as in public code for CIFAR, or none, "
         "as in the paper.",
     )
 
