@@ -62,7 +62,8 @@ def test_every_choice_makes_a_round(path, name):
 @pytest.mark.parametrize("name", registry.names("model"))
 def test_a_network_is_built_from_a_config_of_its_name(name):
     config = resolve.resolve({"model": name})
-    sizes = {"char_lstm": ((12,), 90)}.get(name, ((32, 32, 3), 10))
+    tokens = ((12,), 90)
+    sizes = {"char_lstm": tokens, "gpt": tokens}.get(name, ((32, 32, 3), 10))
     input_shape, num_classes = sizes
     model = config.parts.model.part.build(
         config.model, input_shape=input_shape, num_classes=num_classes
@@ -134,7 +135,7 @@ def test_the_checksum_of_all_examples_sees_each_of_them_and_who_holds_it():
 CLIENTS = {"data.num_clients": 20}
 
 
-@pytest.mark.parametrize("name", ["iid", "stratified", "shards", "dirichlet"])
+@pytest.mark.parametrize("name", [n for n in registry.names("partition") if n != "by_key"])
 def test_the_seed_decides_the_partition(name):
     first, again, other = (
         examples.read(resolve.resolve({**SMALL, **CLIENTS, "data.partition": name, "seed": seed}))

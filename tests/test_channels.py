@@ -12,6 +12,7 @@ from flax import nnx
 from fedjaxprune import masks, models, trees
 from fedjaxprune.models import adapters, convolutional, gated, lstm, resnet, vgg
 from fedjaxprune.structure.channels import groups
+from tests import test_models_field as field
 
 KEY = jax.random.key(0)
 HEAD = vgg.Head(pool=2, hidden_sizes=(5,), num_classes=3, dropout=0.5)
@@ -131,6 +132,7 @@ NETWORKS = {
         ),
         (4,),
     ),
+    **{name: (lambda make=make: linen(*make())) for name, make in field.TINY.items()},
     "own": lambda: linen(Own()),
     "squashed": lambda: linen(Squashed()),
     "attentive": lambda: linen(Attentive()),

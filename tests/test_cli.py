@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import time
 
@@ -14,6 +15,7 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 import fedjaxprune as fjp
+from fedjaxprune import registry
 from fedjaxprune.cli.main import cli, main
 from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.experiment.run import build, loop
@@ -54,6 +56,25 @@ def call(capsys, *args: str) -> tuple[int, str, str]:
 def small_run(capsys, folder, *args: str) -> None:
     status, _, err = call(capsys, "run", *small("--folder", folder, *args))
     assert status == 0, err
+
+
+def test_the_list_names_everything_on_two_screens(capsys):
+    status, out, err = call(capsys, "list")
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) < 150
+    assert "\n  resnet...  " in out
+    words = set(re.findall(r"[\w.]+", out))
+    for kind in registry.KINDS:
+        assert not set(registry.names(kind)) - words
+
+
+def test_a_part_without_settings_is_described_too(capsys):
+    _, out, _ = call(capsys, "describe", "lenet5")
+    assert "61,706\nparameters" in out
+    assert "A subclass gives its fields" not in out  # of all settings
+    assert "Args:" not in out
+    _, out, _ = call(capsys, "describe", "sorted_shards")
+    assert "belong to\nnobody" in out
 
 
 def test_a_run_writes_its_folder_and_shows_a_table(capsys, tmp_path):

@@ -24,11 +24,19 @@ LABEL = {
 }
 
 
-def image_feature(dtype="uint8"):
+TEXT = {"pythonClassName": f"{FEATURES}.text_feature.Text", "text": {}}
+
+
+def image_feature(dtype="uint8", channels=1):
     return {
         "pythonClassName": f"{FEATURES}.image_feature.Image",
-        "image": {"dtype": dtype, "shape": {"dimensions": ["-1", "-1", "1"]}},
+        "image": {"dtype": dtype, "shape": {"dimensions": ["-1", "-1", str(channels)]}},
     }
+
+
+def label_feature(num_classes):
+    """A class label without names."""
+    return {**LABEL, "classLabel": {"numClasses": str(num_classes)}}
 
 
 def pictures(num, *, size=(5, 4), seed=0):
@@ -36,8 +44,21 @@ def pictures(num, *, size=(5, 4), seed=0):
     return [(rng.integers(0, 256, size, dtype=np.uint8), int(rng.integers(3))) for _ in range(num)]
 
 
-def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="array_record"):
-    """Lay the files of a prepared TFDS set; `splits` maps names to lists of (image, label)."""
+def prepare(
+    root,
+    name,
+    splits,
+    *,
+    features=None,
+    version="1.0.0",
+    file_format="array_record",
+    supervised=(),
+):
+    """Lay the files of a prepared TFDS set.
+
+    `splits` maps names to lists of (image, label), of (image, labels by feature), or of
+    (text, None).
+    """
     tfds._tfds()  # imports it without its warnings
     # Generated code, opaque to the type checker.
     array_record: Any = importlib.import_module("array_record.python.array_record_module")
@@ -56,9 +77,19 @@ def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="
             }
         )
     )
+    texts = [key for key, value in features.items() if "text" in value]
     for key in labels:
-        (folder / f"{key}.labels.txt").write_text("cat\ndog\nowl\n")
-    info = {"name": name.split("/")[0], "version": version, "fileFormat": file_format, "splits": []}
+        if features[key] == LABEL:
+            (folder / f"{key}.labels.txt").write_text("cat\ndog\nowl\n")
+    info: dict[str, Any] = {
+        "name": name.split("/")[0],
+        "version": version,
+        "fileFormat": file_format,
+        "splits": [],
+    }
+    if supervised:
+        keys = [{"featureKey": key} for key in supervised]
+        info["supervisedKeys"] = {"tuple": {"items": keys}}
     for split, examples in splits.items():
         info["splits"].append(
             {
@@ -71,17 +102,17 @@ def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="
         file = folder / f"{info['name']}-{split}.{file_format}-00000-of-00001"
         writer = array_record.ArrayRecordWriter(str(file), "group_size:1")
         for pixels, label in examples:
-            png = io.BytesIO()
-            Image.fromarray(pixels).save(png, "PNG")
+            content = pixels.encode() if texts else as_png(pixels)
             values = {
                 key: proto.tf_feature_pb2.Feature(
-                    bytes_list=proto.tf_feature_pb2.BytesList(value=[png.getvalue()])
+                    bytes_list=proto.tf_feature_pb2.BytesList(value=[content])
                 )
-                for key in images
+                for key in (*images, *texts)
             }
             for key in labels:
+                own = label[key] if isinstance(label, dict) else label
                 values[key] = proto.tf_feature_pb2.Feature(
-                    int64_list=proto.tf_feature_pb2.Int64List(value=[label])
+                    int64_list=proto.tf_feature_pb2.Int64List(value=[own])
                 )
             example = proto.tf_example_pb2.Example(
                 features=proto.tf_feature_pb2.Features(feature=values)
@@ -89,6 +120,16 @@ def prepare(root, name, splits, *, features=None, version="1.0.0", file_format="
             writer.write(example.SerializeToString())
         writer.close()
     (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def as_png(pixels):
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    return png.getvalue()
+
+
+def read(name, folder, **settings):
+    return tfds.build(tfds.TfdsSettings(tfds_name=name, data_dir=str(folder), **settings))
 
 
 def assert_holds(split, examples):
@@ -160,6 +201,99 @@ def test_configurations_are_read_by_name(tmp_path):
     for name in ("my_pets", "my_pets/tiny"):
         with pytest.raises(DataError, match=r"prepared there are my_pets/big, my_pets/sm"):
             datasets.load(name, data_dir=tmp_path)
+
+
+def test_digits_in_colour_are_normalized_and_never_mirrored(tmp_path):
+    features = {"image": image_feature(channels=3), "label": LABEL}
+    splits = {"train": pictures(3, size=(4, 4, 3)), "test": pictures(2, size=(4, 4, 3))}
+    for name, may_flip in (("svhn_cropped", False), ("my_pets", True)):
+        prepare(tmp_path, name, splits, features=features)
+        dataset = datasets.load(name, data_dir=tmp_path)
+        assert dataset.may_flip == may_flip
+        assert read(name, tmp_path, flip="always").may_flip
+        assert not read(name, tmp_path, flip="never").may_flip
+    dataset = datasets.load("svhn_cropped:1.0.0", data_dir=tmp_path)
+    assert not dataset.may_flip
+    assert dataset.mean == (0.4377, 0.4438, 0.4728)
+    assert dataset.std == (0.1980, 0.2010, 0.1970)
+
+
+def test_of_two_class_labels_the_one_that_is_trained_on_or_asked_for(tmp_path):
+    features = {"coarse_label": LABEL, "image": image_feature(), "label": label_feature(5)}
+    splits = {
+        split: [(pixels, {"coarse_label": kind, "label": kind + 2}) for pixels, kind in pictures(9)]
+        for split in ("train", "test")
+    }
+    prepare(tmp_path, "cifar100", splits, features=features, supervised=("image", "label"))
+    fine = datasets.load("cifar100", data_dir=tmp_path)
+    coarse = read("cifar100", tmp_path, label="coarse_label")
+    assert (fine.num_classes, coarse.num_classes) == (5, 3)
+    np.testing.assert_array_equal(fine.train["labels"], coarse.train["labels"] + 2)
+    assert coarse.class_names == ("cat", "dog", "owl")
+    with pytest.raises(
+        DataError, match=r"\(coarse_label, label\), got 'lable'; did you mean 'label'"
+    ):
+        read("cifar100", tmp_path, label="lable")
+    prepare(tmp_path, "my_pets", splits, features=features)
+    with pytest.raises(DataError, match="2 features that are a class label"):
+        datasets.load("my_pets", data_dir=tmp_path)
+    assert read("my_pets", tmp_path, label="label").num_classes == 5
+
+
+def test_letters_are_upright_and_counted_from_zero(tmp_path):
+    features = {"image": image_feature(), "label": label_feature(37)}
+    train = [(pixels, 1 + i) for i, (pixels, _) in enumerate(pictures(26))]
+    prepare(tmp_path, "emnist/letters", {"train": train, "test": train[:3]}, features=features)
+    dataset = datasets.load("emnist/letters", data_dir=tmp_path)
+    assert_holds(dataset.train, [(pixels.T, label - 1) for pixels, label in train])
+    assert (dataset.num_classes, dataset.num_outputs) == (26, 26)
+    assert dataset.class_names[2] == "C"
+    assert dataset.input_shape == (4, 5, 1)
+    assert not dataset.may_flip
+    wrong = [(train[0][0], 27)]
+    prepare(
+        tmp_path,
+        "emnist/letters",
+        {"train": train, "test": wrong},
+        features=features,
+        version="1.0.1",
+    )
+    with pytest.raises(DataError, match="without a label in its split test"):
+        datasets.load("emnist/letters", data_dir=tmp_path)
+    balanced = [(pixels, 46) for pixels, _ in pictures(2)]
+    features = {"image": image_feature(), "label": label_feature(47)}
+    prepare(tmp_path, "emnist/balanced", {"train": balanced, "test": balanced}, features=features)
+    dataset = datasets.load("emnist/balanced", data_dir=tmp_path)
+    assert (dataset.num_classes, dataset.train["labels"].tolist()) == (47, [46, 46])
+    np.testing.assert_array_equal(dataset.test["inputs"][0, ..., 0], balanced[0][0].T)
+
+
+SPOKEN = ("O, she doth teach the torches!", "His name is Romeo, é.")
+PLAY = "ROMEO:\n{}\n\nNURSE:\n{}\n\n".format(*SPOKEN)
+
+
+@pytest.mark.parametrize("name", ["tiny_shakespeare", "tiny_shakespeare:1.0.0"])
+def test_a_text_is_cut_into_sequences(tmp_path, name):
+    splits = {"train": [(PLAY, None)], "validation": [("no", None)], "test": [(SPOKEN[0], None)]}
+    prepare(tmp_path, "tiny_shakespeare", splits, features={"text": TEXT})
+    dataset = read(name, tmp_path, length=6, stride=2)
+    assert (dataset.task, dataset.input_shape) == ("sequence", (6,))
+    assert dataset.class_names == tuple(sorted(set("".join(SPOKEN))))
+    assert set(dataset.keys["speaker"]) == {"ROMEO", "NURSE"}
+    said = "".join(dataset.class_names[token] for token in dataset.train["inputs"][0])
+    assert said == "O, she"
+    assert dataset.class_names[dataset.train["labels"][0]] == " "
+    every = read(name, tmp_path, length=6, predict="every")
+    np.testing.assert_array_equal(every.train["inputs"][:, 1:], every.train["labels"][:, :-1])
+    assert every.train["labels"].shape == every.train["inputs"].shape
+    leaf = read(name, tmp_path, length=6, stride=1, symbols="leaf")
+    assert leaf.num_classes == len(set(leaf.class_names)) == 80
+    assert len(leaf.train["inputs"]) == sum(len(text) - 6 for text in SPOKEN) - 1  # lacks the e
+    octets = read(name, tmp_path, length=6, stride=1, symbols="bytes")
+    assert octets.num_classes == 256
+    assert len(octets.train["inputs"]) == sum(len(text) - 6 for text in SPOKEN) + 1
+    with pytest.raises(DataError, match="too few for training and test examples of 80"):
+        datasets.load(name, data_dir=tmp_path)
 
 
 def test_a_path_that_is_not_there_is_refused():

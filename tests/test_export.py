@@ -134,6 +134,7 @@ def test_the_card_tells_data_method_costs_accuracy_and_licence(exported):
         "dense_1/kernel",
         "fedjaxprune run --method random_masks",
         "from jax import export",
+        '["0", "1", "2", ',
     ):
         assert words in text
     assert (folder / CONFIG).read_bytes() == (folder.parent / CONFIG).read_bytes()

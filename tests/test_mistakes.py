@@ -99,7 +99,7 @@ BAD = {
     "missing value": ("run --dataset holes.csv --label b", ["has 1 missing value in column 'a'"]),
     "tokens": (
         "run --dataset play.txt --length 2",
-        ["'mlp' does not fit", "tokens", "; built-in models that fit: char_lstm."],
+        ["'mlp' does not fit", "tokens", "; built-in models that fit: char_lstm, gpt."],
     ),
     "outputs": (
         "run --dataset play.txt --length 2 --model tokens.py:net",

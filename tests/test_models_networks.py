@@ -10,6 +10,7 @@ import pytest
 from fedjaxprune import masks, models, trees
 from fedjaxprune.models import adapters, gated, layers, resnet, vgg
 from fedjaxprune.types import Batch
+from tests import test_models_field as field
 
 KEY = jax.random.key(0)
 SMALL = {
@@ -25,6 +26,7 @@ SMALL = {
         input_shape=(4, 5, 3), num_classes=3, channels=(4, 8), hidden_size=6
     ),
     "gated_vgg": lambda: tiny_gated_vgg(),
+    **{name: functools.partial(field.tiny, name) for name in field.TINY},
 }
 SHAPES = {
     "mlp": (4, 4, 1),
@@ -37,6 +39,7 @@ SHAPES = {
     "two_cnn": (6, 9, 1),
     "pooled_cnn": (4, 5, 3),
     "gated_vgg": (4, 5, 2),
+    **{name: make()[1] for name, make in field.TINY.items()},
 }
 # One of each family; the others are slow.
 USUAL = ("gated_vgg", "lenet5", "mlp", "resnet_batch", "vgg")

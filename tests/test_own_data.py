@@ -817,6 +817,8 @@ def test_keys_name_clients_and_small_ones_are_left_out():
         return part.build(part.settings(**settings), rng, labels, num_clients=9, keys=keys)
 
     assert [p.tolist() for p in build(keys, key="user", min_client_size=2)] == [[0, 1, 2], [3, 4]]
+    assert [p.tolist() for p in build(keys, key="user", max_clients=1)] == [[0, 1, 2]]
+    assert len(build(keys, key="city", max_clients=2, choice="random")) == 2
     assert len(build({"city": keys["city"]})) == 3
     with pytest.raises(ConfigError, match=r"\(user, city\), got 'usr'; did you mean 'user'"):
         build(keys, key="usr")

@@ -4,6 +4,7 @@ Whatever a user writes beyond the defaults is at most three lines; `TINY` only k
 """
 
 import csv
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -17,6 +18,7 @@ from sklearn.datasets import load_breast_cancer
 import fedjaxprune as fjp
 from fedjaxprune.cli import main
 from tests import own_networks
+from tests.test_datasets import TEXT, prepare
 from tests.test_own_data import in_memory
 
 NETWORKS = pathlib.Path(own_networks.__file__)
@@ -174,6 +176,32 @@ def test_a_text_and_the_character_lstm_by_the_command(capsys):
 
 
 @pytest.mark.slow
+def test_a_text_of_tfds_and_a_language_model_up_to_the_card_and_the_report(capsys, folder):
+    write_text()
+    text = pathlib.Path("play.txt").read_text()
+    splits = {"train": [(text, None)], "test": [(text[:200], None)]}
+    prepare(folder / "tfds", "tiny_shakespeare", splits, features={"text": TEXT})
+    run, _ = trained(
+        capsys,
+        "data.dataset: {name: tiny_shakespeare, data_dir: tfds, length: 12, predict: every}\n"
+        "data.partition: by_key\n"
+        "model: {name: gpt, width: 8, num_layers: 1, labels: every}\n",
+    )
+    assert run.config["data"]["num_clients"] == 2
+    tokens = np.zeros((2, 12), np.int32)
+    assert run.predict(tokens).shape == (2, 12, run.params["embedding"].shape[0])
+    status, said = command(capsys, "export", "run")
+    assert status == 0, said
+    card = (folder / "run" / "export" / "README.md").read_text()
+    assert "float32 [batch, 12, outputs]" in card
+    symbols = json.loads(card.partition("```json\n")[2].partition("\n")[0])
+    spoken = text.replace("ROMEO:", "").replace("JULIET:", "")
+    assert symbols == sorted(set(spoken))
+    assert 'pipeline_tag: "text-generation"' in card
+    assert command(capsys, "report", "run")[0] == 0
+
+
+@pytest.mark.slow
 def test_a_transformer_as_a_value():
     data = fjp.Dataset(
         name="symbols",
@@ -228,7 +256,7 @@ class Unbuilt(own_networks.nn.Module):
         ({"method": lambda task: 3}, r"method '<lambda>' must build an Algorithm, got int\."),
         ({"optimizer": 0.1}, r"client\.optimizer: 0\.1 is of type float, not an optimizer"),
         ({"lr": 0.1}, r"no setting 'lr' of this run; did you mean 'client\.optimizer\.learning_"),
-        ({"alpha": 0.1}, "no setting 'alpha' here: it is a setting of dirichlet, not of"),
+        ({"alpha": 0.1}, "no setting 'alpha' here: it is a setting of dirichlet, .* not of iid"),
         ({"num_client": 2}, "no setting 'num_client' of this run; did you mean 'data.num_clients'"),
     ],
     ids=map(str, range(11)),

@@ -24,6 +24,7 @@ from tests.playing import dip, plain
 
 KEY = jax.random.key(5)
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
+TOKENS = ("char_lstm", "gpt")
 
 
 def dtypes(tree):
@@ -31,7 +32,7 @@ def dtypes(tree):
 
 
 def batch_of(model_name, size=4):
-    if model_name == "char_lstm":
+    if model_name in TOKENS:
         inputs = jnp.arange(size * 5, dtype=jnp.int32).reshape(size, 5) % 10
     else:
         inputs = jax.random.normal(jax.random.fold_in(KEY, 1), (size, 32, 32, 3))
@@ -59,6 +60,7 @@ def make(name, shape, **settings):
 
 
 DEEP = ("vgg16_bn", "resnet18", "resnet32", "resnet34", "resnet50", "gated_resnet32", "gated_vgg16")
+DEEP += ("shufflenet_v2", "mobilenet_v2", "wide_resnet", "vgg9")
 
 
 @pytest.mark.usual("lenet5", "alexnet", "gated_resnet8", "char_lstm", "resnet8", "vgg11_bn")
@@ -67,7 +69,7 @@ DEEP = ("vgg16_bn", "resnet18", "resnet32", "resnet34", "resnet50", "gated_resne
     [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in registry.names("model")],
 )
 def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
-    shape = (5,) if name == "char_lstm" else (32, 32, 3)
+    shape = (5,) if name in TOKENS else (32, 32, 3)
     norm = "group" if name == "resnet20" else "batch"
     wide = make(name, shape, norm=norm)
     model = precision.compute_in(wide, "bfloat16")

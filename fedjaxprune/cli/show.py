@@ -12,6 +12,7 @@ from fedjaxprune.experiment.config import describe as describing
 from fedjaxprune.experiment.config import files, resolve
 
 PRESETS = "preset"
+_NUMBERED = re.compile(r"([a-z_]*[a-z])\d\w*")
 _WIDTH, _NAMES = 100, 26  # columns: of all, and of the names that have a text beside them
 
 
@@ -36,10 +37,24 @@ def list_(kind: str | None) -> None:
             is_short = wanted is None
             rows = (_presets if one == PRESETS else _parts)(one, is_short=is_short)
             if is_short:
-                rows = {name: _on_one_line(text) for name, text in rows.items()}
+                rows = {name: _on_one_line(text) for name, text in _families(rows).items()}
             if rows:
                 formatter.write_dl([*rows.items()], col_max=_NAMES)
     click.echo(formatter.getvalue(), nl=False)
+
+
+def _families(rows: dict[str, str]) -> dict[str, str]:
+    """Put names that differ from a number on, such as resnet8 and resnet20, in one row."""
+    stems: dict[str, list[str]] = {}
+    for name in rows:
+        found = _NUMBERED.fullmatch(name)
+        stems.setdefault(f"{found[1]}..." if found else name, []).append(name)
+    return {
+        stem if len(names) > 1 else names[0]: rows[names[0]]
+        if len(names) == 1
+        else ", ".join(names)
+        for stem, names in stems.items()
+    }
 
 
 def _on_one_line(text: str) -> str:

@@ -33,6 +33,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     That of a label that is no class of the network is NaN.
     """
     labels = _check_classes(logits, labels)
+    # Compared, not gathered: XLA fuses this with the exponentials, so that the gradient takes the
+    # logits' place; that of a gather is scattered into a second array of their size.
     classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
     chosen = labels[..., None] == classes.reshape(*[1] * labels.ndim, -1)
     picked = jnp.sum(jnp.where(chosen, logits, jnp.zeros_like(logits)), axis=-1)

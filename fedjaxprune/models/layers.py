@@ -38,13 +38,15 @@ def computed_once(x: jax.Array) -> jax.Array:
 computed_once.defvjp(lambda x: (storing.stored(x), None), lambda _, cotangent: (cotangent,))
 
 
-Start = Literal["he", "torch", "xavier"]
+Start = Literal["he", "torch", "xavier", "normal"]
 
 
 def _start(kind: Start, fan_in: int) -> tuple[nn.initializers.Initializer, ...]:
-    """Choose how kernel and bias start: He's normal by fan-out, PyTorch's or Xavier's normal."""
+    """Choose how kernel and bias start: `Conv` says what the kinds are."""
     if kind == "torch":
         return uniform_kernel, uniform_bias(fan_in)
+    if kind == "normal":
+        return nn.initializers.normal(0.02), nn.initializers.zeros
     he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return he if kind == "he" else nn.initializers.xavier_normal(), nn.initializers.zeros
 
@@ -66,13 +68,16 @@ class Dense(nn.Module):
         return product + bias.reshape(*[1] * (x.ndim - 1), -1)
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+def _convolve(
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, groups: int = 1
+) -> jax.Array:
     return convolution.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
         padding=[(padding, padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
@@ -108,8 +113,10 @@ class Conv(nn.Module):
       stride: both down and across.
       padding: zeros on each side; None takes half the kernel, which keeps the image's size.
       bias: ``"none"`` where normalization follows, ``"channel"`` for one a channel.
-      start: initialization: ``"he"`` draws He's normal by fan-out and ``"xavier"`` Xavier's normal,
-        both with biases of zero, ``"torch"`` what PyTorch does by default.
+      start: initialization: ``"he"`` draws He's normal by fan-out, ``"xavier"`` Xavier's normal and
+        ``"normal"`` one of deviation 0.02, all with biases of zero, ``"torch"`` what PyTorch does
+        by default.
+      groups: of channels that are convolved by themselves; as many as channels: depthwise.
     """
 
     features: int
@@ -118,15 +125,17 @@ class Conv(nn.Module):
     padding: int | None = None
     bias: Literal["none", "channel"] = "none"
     start: Start = "he"
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map ``[B, H, W, C]`` to ``[B, H', W', features]``."""
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel_start, bias_start = _start(self.start, self.kernel_size**2 * x.shape[-1])
+        inputs = x.shape[-1] // self.groups
+        shape = (self.kernel_size, self.kernel_size, inputs, self.features)
+        kernel_start, bias_start = _start(self.start, self.kernel_size**2 * inputs)
         kernel = self.param("kernel", kernel_start, shape)
         padding = self.kernel_size // 2 if self.padding is None else self.padding
-        x = _convolve(x, kernel, stride=self.stride, padding=padding)
+        x = _convolve(x, kernel, stride=self.stride, padding=padding, groups=self.groups)
         if self.bias == "none":
             return x
         return x + self.param("bias", bias_start, (self.features,))[None, None, None]
@@ -221,3 +230,29 @@ class GroupNorm(nn.Module):
         factor = jnp.broadcast_to(lax.rsqrt(var + self.epsilon), groups)
         factor = factor.reshape(batch, 1, 1, channels) * scale[None, None, None]
         return (centred * factor + bias[None, None, None]).astype(dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalization of each position by itself, over its channels, with float32 statistics.
+
+    Attributes:
+      epsilon: added to the variance.
+
+    References:
+      Ba, Kiros and Hinton, `Layer normalization <https://arxiv.org/abs/1607.06450>`_, 2016.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalize ``[..., C]`` over its last axis."""
+        shape, lead = x.shape[-1:], [1] * (x.ndim - 1)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        dtype = x.dtype
+        x, scale, bias = (precision.widen(array) for array in (x, scale, bias))
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        var = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        x = centred * lax.rsqrt(var + self.epsilon)
+        return (x * scale.reshape(*lead, -1) + bias.reshape(*lead, -1)).astype(dtype)

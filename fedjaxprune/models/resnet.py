@@ -36,6 +36,13 @@ def check_norm(norm: str) -> None:
         raise ValueError(f'norm must be "batch" or "group", got {norm!r}.')
 
 
+def check_options(norm: str, stem: str) -> None:
+    """Refuse a kind of normalization or of stem that there is not."""
+    check_norm(norm)
+    if stem not in ("cifar", "imagenet"):
+        raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}.')
+
+
 class NormLayer(nn.Module):
     """Batch normalization, or group normalization of up to 32 groups of at least 4 channels."""
 
@@ -46,7 +53,9 @@ class NormLayer(nn.Module):
         """Normalize ``[B, H, W, C]``."""
         if self.kind == "batch":
             return layers.BatchNorm(name="batch")(x, train, mask)
-        return layers.GroupNorm(num_groups=min(32, x.shape[-1] // 4), name="group")(x)
+        channels = x.shape[-1]
+        groups = next(g for g in range(max(min(32, channels // 4), 1), 0, -1) if channels % g == 0)
+        return layers.GroupNorm(num_groups=groups, name="group")(x)
 
 
 def subsample(x: jax.Array, *, features: int, stride: int) -> jax.Array:
@@ -211,9 +220,7 @@ def _resnet(
     name: str, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
 ) -> Model:
     shapes.check_sizes(num_classes, input_shape=input_shape)
-    check_norm(norm)
-    if stem not in ("cifar", "imagenet"):
-        raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}.')
+    check_options(norm, stem)
     widths, depths, block = _PLANS[name]
     smallest = 32 if stem == "imagenet" else 2 ** (len(widths) - 1)
     shapes.check_image(name, input_shape, smallest=smallest)

@@ -56,6 +56,7 @@ def call(factory: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: value for name, value in settings if name in names and name not in context}
         return factory(**given, **{name: one for name, one in context.items() if name in names})
 
+    build.__doc__ = factory.__doc__  # for those who ask what the part is
     return build
 
 

@@ -1,4 +1,4 @@
-"""Read a TFDS image-classification set that was prepared on this machine.
+"""Read a TFDS set of images with classes, or of text, that was prepared on this machine.
 
 Nothing is downloaded, no folder is made and the network is not used: a set is read from where it
 was prepared, without its builder's code and without TensorFlow.
@@ -11,12 +11,13 @@ import os
 import pathlib
 import re
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fedjaxprune.data.datasets import Dataset
-from fedjaxprune.errors import DataError, beside, first_line, shown
+from fedjaxprune.data.sources import windows
+from fedjaxprune.errors import DataError, beside, first_line, near_miss, shown
 from fedjaxprune.registry import Part, locate
 from fedjaxprune.settings import Settings, setting
 
@@ -26,7 +27,13 @@ _STATISTICS = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+    "svhn_cropped": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
+# Colour images of characters, which mirrored are others or none.
+_CHARACTERS = ("svhn_cropped",)
+_TRANSPOSED = ("emnist",)  # stored with rows for columns
+# Labels that occur, where others are declared too: the first one, and the names of all.
+_CLASSES_IN_USE = {"emnist/letters": (1, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")}
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"[^/:\s]+(/[^/:\s]+)?(:[^/:\s]+)?")
@@ -36,8 +43,8 @@ _LARGEST = 2**24  # bytes of the file of features
 _CHUNK = 1000  # examples decoded at a time
 
 
-class TfdsSettings(Settings):
-    """Which TFDS set is read, and where from."""
+class PreparedSettings(Settings):
+    """Which TFDS set is read, where from, and how its images are used."""
 
     tfds_name: str = setting(
         ..., "Name of a prepared set: `name` or `name/config`, either may end in `:version`."
@@ -48,13 +55,25 @@ class TfdsSettings(Settings):
     trust_data: bool = setting(
         False, "Whether the set may name code of any package to be imported for its features."
     )
+    label: str | None = setting(
+        None,
+        "Feature that is the class, such as coarse_label of cifar100.",
+        unset="the one that TFDS trains on, or the only one",
+    )
+    flip: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "When augmentation mirrors images from left to right; auto: colour images, but not those "
+        "of characters.",
+    )
+
+
+class TfdsSettings(windows.WindowSettings, PreparedSettings):
+    """Which TFDS set is read, where from, and of a set of text how it is cut into examples."""
 
 
 def build(settings: TfdsSettings) -> Dataset:
     """Read the set that the settings name."""
-    return read(
-        settings.tfds_name, data_dir=settings.data_dir, trust_data=settings.trust_data or None
-    )
+    return _find(settings.tfds_name, settings.data_dir, settings)
 
 
 def read(
@@ -68,7 +87,15 @@ def read(
     Its splits are ``train`` and ``test``, or ``validation`` where there is no ``test``. The files
     of a set name the classes of its features, which TFDS imports: those of TFDS itself, and others
     only with `trust_data`.
+
+    A set without images whose only feature is a text is cut into sequences as a text file is
+    (`sources.text`). Images of EMNIST, which are stored with rows for columns, are turned upright,
+    and the labels of ``emnist/letters`` counted from 0 to 25; 37 classes are declared there.
     """
+    return _find(name, data_dir, TfdsSettings(tfds_name=name, trust_data=bool(trust_data)))
+
+
+def _find(name: str, data_dir: str | os.PathLike[str] | None, settings: TfdsSettings) -> Dataset:
     if not _NAME.fullmatch(name):
         raise DataError(
             f"data set {name!r} is no name of one: expected is `name` or `name/config`, and "
@@ -87,9 +114,9 @@ def read(
     newest = max(versions, key=lambda text: [int(number) for number in text.split(".")])
     chosen = versions[version or newest]
     try:
-        if not trust_data:
+        if not settings.trust_data:
             _check_features(name, chosen)
-        return _read(name, chosen)
+        return _read(name, chosen, settings)
     except DataError:
         raise
     except Exception as error:  # whatever its readers raise on missing or damaged files
@@ -179,13 +206,12 @@ def _recipe(name: str) -> str:
     )
 
 
-def _read(name: str, folder: pathlib.Path) -> Dataset:
+def _read(name: str, folder: pathlib.Path, settings: TfdsSettings) -> Dataset:
     """Decode both splits of the set prepared in `folder`."""
     tfds = _tfds()
     with warnings.catch_warnings():  # TFDS calls what protobuf 6 calls deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         builder = tfds.builder_from_directory(folder)
-    image, label = _features(tfds, name, builder)
     splits = builder.info.splits
     test_split = "test" if "test" in splits else "validation"
     if "train" not in splits or test_split not in splits:
@@ -193,25 +219,43 @@ def _read(name: str, folder: pathlib.Path) -> Dataset:
             f"data set {name!r} has the splits {', '.join(splits) or '(none)'}; needed are train, "
             "and test or validation."
         )
-    classes = builder.info.features[label]
-    train = _decode(name, builder, "train", image, label, classes.num_classes)
-    test = _decode(name, builder, test_split, image, label, classes.num_classes)
+    features = builder.info.features
+    if len(features) == 1 and isinstance(
+        features[text := next(iter(features))], tfds.features.Text
+    ):
+        both = (_join(name, builder, split, text) for split in ("train", test_split))
+        train, test = map(windows.by_speaker, both)
+        return windows.cut(train, test, settings, name=name)
+    image, label = _features(tfds, name, builder, settings.label)
+    classes = features[label]
+    own = name.partition(":")[0]
+    first, class_names = _CLASSES_IN_USE.get(own, (0, classes.names))
+    given = (image, label, range(first, first + len(class_names)))
+    train, test = (_decode(name, builder, split, *given) for split in ("train", test_split))
     if train["inputs"].shape[1:] != test["inputs"].shape[1:]:
         raise _sizes_differ(name, train["inputs"].shape[1:], test["inputs"].shape[1:])
-    mean, std = _STATISTICS.get(name.partition(":")[0], (None, None))
+    mean, std = _STATISTICS.get(own, (None, None))
+    is_colour = train["inputs"].shape[-1] > 1  # grayscale sets are mostly characters
+    flip = {"auto": is_colour and own not in _CHARACTERS, "always": True, "never": False}
     return Dataset(
         name=name,
         train=train,
         test=test,
-        num_classes=classes.num_classes,
+        num_classes=len(class_names),
         task="classification",
-        class_names=tuple(classes.names),
+        class_names=tuple(class_names),
         input_shape=train["inputs"].shape[1:],
         max_value=255.0,
         mean=mean,
         std=std,
-        may_flip=train["inputs"].shape[-1] > 1,  # grayscale sets are mostly characters
+        may_flip=flip[settings.flip],
     )
+
+
+def _join(name: str, builder: Any, split: str, text: str) -> str:
+    """Join the texts of a split, which most sets have one of."""
+    values = [example[text] for example in _source(name, builder, split)]
+    return "\n".join(one.decode("utf-8") if isinstance(one, bytes) else one for one in values)
 
 
 def _check_features(name: str, folder: pathlib.Path) -> None:
@@ -236,13 +280,25 @@ def _check_features(name: str, folder: pathlib.Path) -> None:
                     )
 
 
-def _features(tfds: Any, name: str, builder: Any) -> tuple[str, str]:
-    """Find the image and the label: the pair that TFDS trains on, else the only ones there are."""
+def _features(tfds: Any, name: str, builder: Any, wanted: str | None) -> tuple[str, str]:
+    """Find the image and the label: the pair that TFDS trains on, else the only ones there are.
+
+    `wanted` is the label that is asked for, if one is.
+    """
     features = builder.info.features
+    kind = tfds.features.ClassLabel
+    labels = sorted(key for key in features if isinstance(features[key], kind))
+    if wanted is not None and wanted not in labels:
+        raise DataError(
+            f"label must be a class label of data set {name!r} ({', '.join(labels) or 'none'}), "
+            f"got {wanted!r}{near_miss(wanted, labels)}"
+        )
     keys = builder.info.supervised_keys or ()
     found = []
     for kind, what in ((tfds.features.Image, "image"), (tfds.features.ClassLabel, "class label")):
         fitting = [key for key in features if isinstance(features[key], kind)]
+        if wanted in fitting:
+            fitting = [wanted]
         supervised = [key for key in fitting if key in keys]
         chosen = supervised if len(supervised) == 1 else fitting
         if len(chosen) != 1:
@@ -258,10 +314,8 @@ def _features(tfds: Any, name: str, builder: Any) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def _decode(
-    name: str, builder: Any, split: str, image: str, label: str, num_classes: int
-) -> dict[str, np.ndarray]:
-    """Decode one split into arrays."""
+def _source(name: str, builder: Any, split: str) -> Any:
+    """Open one split."""
     try:
         source = builder.as_data_source(split=split)
     except NotImplementedError as error:
@@ -270,6 +324,14 @@ def _decode(
         ) from error
     if len(source) == 0:
         raise DataError(f"data set {name!r} has no examples in its split {split}.")
+    return source
+
+
+def _decode(
+    name: str, builder: Any, split: str, image: str, label: str, classes: range
+) -> dict[str, np.ndarray]:
+    """Decode one split into arrays; the labels are counted from the first of `classes`."""
+    source = _source(name, builder, split)
     labels = np.empty(len(source), np.int32)
     inputs = np.empty((len(source), *source[0][image].shape), np.uint8)
     for start in range(0, len(source), _CHUNK):
@@ -280,8 +342,11 @@ def _decode(
                 raise _sizes_differ(name, inputs.shape[1:], pixels.shape)
             inputs[row] = pixels
             labels[row] = example[label]
-    if labels.min() < 0 or labels.max() >= num_classes:
+    labels -= classes.start
+    if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(f"data set {name!r} has examples without a label in its split {split}.")
+    if name.partition(":")[0].partition("/")[0] in _TRANSPOSED:
+        inputs = np.ascontiguousarray(inputs.swapaxes(1, 2))
     return {"inputs": inputs, "labels": labels}
 
 
@@ -295,6 +360,8 @@ def _sizes_differ(name: str, first: tuple[int, ...], second: tuple[int, ...]) ->
 
 PARTS = {
     "tfds": Part(
-        build=build, settings=TfdsSettings, summary="an image-classification set of TFDS, prepared"
+        build=build,
+        settings=TfdsSettings,
+        summary="a set of TFDS that was prepared: images with classes, or text",
     )
 }

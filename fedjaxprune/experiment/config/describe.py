@@ -13,7 +13,7 @@ from fedjaxprune.experiment.config.sections import PLACES
 from fedjaxprune.registry import Found, listing
 from fedjaxprune.registry.imports import refer
 from fedjaxprune.registry.listing import split_variant
-from fedjaxprune.settings import Row
+from fedjaxprune.settings import Row, Settings
 
 _NEEDS: Mapping[str, str] = {
     "batch_norm": "a network with BatchNorm",
@@ -23,6 +23,7 @@ _NEEDS: Mapping[str, str] = {
     "server_examples": "examples at the server (server.data_fraction)",
 }
 _WIDTH = 100
+_FOR_CALLERS = ("Args:", "Returns:", "Raises:")  # paragraphs that a doc-string has for callers
 
 
 class Description(NamedTuple):
@@ -118,9 +119,10 @@ def _texts(part: Any) -> tuple[str, str]:
     module = sys.modules.get(getattr(build, "__module__", ""), None)
     is_method = hasattr(part, "variants") and getattr(build, "__name__", "") == "build"
     of = module if is_method and getattr(module, "__doc__", None) else build
-    text = inspect.getdoc(of) or part.settings.__dict__.get("__doc__") or ""
-    first, _, rest = text.partition("\n")
-    return first, rest.strip()
+    own = part.settings.__dict__.get("__doc__") if part.settings is not Settings else ""
+    first, _, rest = (inspect.getdoc(of) or own or "").partition("\n")
+    paragraphs = rest.strip().split("\n\n")
+    return first, "\n\n".join(one for one in paragraphs if not one.startswith(_FOR_CALLERS))
 
 
 def _origin(found: Found) -> str:

@@ -138,10 +138,11 @@ def _table(rows: Mapping[str, str]) -> str:
 
 def _use(network: Network) -> str:
     dtype, shape = network.input_dtype, ", ".join(map(str, network.input_shape))
+    outputs = ", ".join(["batch", *map(str, network.positions), "outputs"])
     return f"""## Use
 
 The program takes examples as the data set stores them, `{dtype} [batch, {shape}]`, for any
-batch, normalizes them itself and gives outputs `float32 [batch, outputs]`. It needs `jax`, and
+batch, normalizes them itself and gives outputs `float32 [{outputs}]`. It needs `jax`, and
 `flatbuffers`, which `jax.export` reads its files with, and no other package:
 
 ```python
@@ -159,7 +160,15 @@ from fedjaxprune.experiment.exporting import export
 
 net = export.read(".")  # net.predict(inputs), net.params, net.masks, net.state
 ```
-"""
+{_names(network)}"""
+
+
+def _names(network: Network) -> str:
+    """Say what outputs, and tokens, stand for."""
+    if not network.class_names:
+        return ""
+    what = "Tokens, in and out," if network.task == "sequence" else "Outputs"
+    return f"\n{what} stand for, in order:\n\n```json\n{json.dumps(network.class_names)}\n```\n"
 
 
 def _training(facts: Facts) -> str:

@@ -39,6 +39,7 @@ class Network(NamedTuple):
     data_checksum: int  # of a sample of the examples
     # of all of them, and of who holds which; None in the folder of a version without it
     population_checksum: int | None = None
+    class_names: tuple[str, ...] = ()  # what outputs, and tokens, stand for; empty: not known
 
 
 def shapes(tree: Any) -> dict[str, list[Any]]:
@@ -83,6 +84,8 @@ def _check(known: Network) -> None:
         raise ValueError("an example is too large")
     if not isinstance(known.population_checksum, int | None):
         raise ValueError("a checksum is no number")
+    if not all(isinstance(name, str) for name in known.class_names):
+        raise ValueError("a name of a class is no text")
     if np.dtype(known.input_dtype).kind not in "fiub":
         raise ValueError("inputs are no numbers")
 

@@ -274,6 +274,7 @@ def describe_network(
         prunable=tuple(path for path, flag in zip(paths, flags, strict=True) if flag),
         data_checksum=examples_lib.checksum(dataset),
         population_checksum=examples_lib.checksum_of_all(examples),
+        class_names=tuple(map(str, dataset.class_names)),
     )
 
 

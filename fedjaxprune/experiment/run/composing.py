@@ -145,7 +145,8 @@ def _make(
 def _check_vocabulary(params: Any, dataset: Dataset) -> None:
     """Refuse tokens that no embedding has a row for, as JAX would read its last row for them."""
     leaves = zip(trees.paths(params), jax.tree.leaves(params), strict=True)
-    sizes = [leaf.shape[0] for path, leaf in leaves if path.endswith("embedding")]
+    tables = ("embedding", "embedding/kernel")
+    sizes = [leaf.shape[0] for path, leaf in leaves if path.endswith(tables)]
     largest = max(int(split["inputs"].max()) for split in (dataset.train, dataset.test))
     if sizes and max(sizes) <= largest:
         raise ValueError(

@@ -1,0 +1,52 @@
+"""Examples on the device with who holds which, and how many of each class."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fedjaxprune.data import population_checks
+from fedjaxprune.types import Examples, Population
+
+
+def population(
+    examples: Examples, parts: Iterable[ArrayLike], *, num_classes: int | None = None
+) -> Population:
+    """Put examples on the device, once and as stored, with who holds which.
+
+    Values are kept as JAX keeps them: 64 bits as 32, unless ``jax_enable_x64`` is set.
+
+    Args:
+      examples: tree of ``[E, ...]``, of finite real numbers. Those of `batching` are ``{"inputs":
+        ..., "labels": ...}``: inputs may be a tree of arrays; so may the targets of a loss of one's
+        own.
+      parts: the clients' indices; they may overlap, leave examples out, repeat one, which then
+        counts as often, or be empty.
+      num_classes: labels must be less; None does not look, and the loss of an example with another
+        label is NaN.
+
+    Raises:
+      DataError: a value cannot be used or does not fit its type, the leaves differ in `E`, or an
+        index is no whole number in ``[0, E)``.
+    """
+    stored, num_examples = population_checks.examples(examples, num_classes=num_classes)
+    order, offsets = population_checks.rows(parts, num_examples)
+    return Population(
+        examples=jax.tree.map(jnp.asarray, stored),
+        order=jnp.asarray(order),
+        offsets=jnp.asarray(offsets),
+    )
+
+
+def histogram(parts: Iterable[ArrayLike], labels: np.ndarray, *, num_classes: int) -> np.ndarray:
+    """Count the labels of every client: ``[N, num_classes]`` int64.
+
+    Raises:
+      DataError: a label is no class, or a client's index no example.
+    """
+    stored, num_examples = population_checks.examples({"labels": labels}, num_classes=num_classes)
+    order, offsets = population_checks.rows(parts, num_examples)
+    own = np.split(np.asarray(stored["labels"])[order], offsets[1:-1])
+    return np.stack([np.bincount(classes, minlength=num_classes) for classes in own])
