@@ -13,6 +13,7 @@ from fedjaxprune.experiment.config import files, resolve
 
 PRESETS = "preset"
 _NUMBERED = re.compile(r"([a-z_]*[a-z])\d\w*")
+_LONG = ("method", "model", "dataset")  # kinds that are listed part by part
 _WIDTH, _NAMES = 100, 26  # columns: of all, and of the names that have a text beside them
 
 
@@ -31,15 +32,20 @@ def list_(kind: str | None) -> None:
         )
     formatter = click.HelpFormatter(max_width=_WIDTH)
     formatter.width = _WIDTH
-    for one in [wanted] if wanted else kinds:
+    is_short = wanted is None
+    for one in (*_LONG, PRESETS) if is_short else [wanted]:
         formatter.write(f"{one}:\n")
         with formatter.indentation():
-            is_short = wanted is None
             rows = (_presets if one == PRESETS else _parts)(one, is_short=is_short)
             if is_short:
                 rows = {name: _on_one_line(text) for name, text in _families(rows).items()}
             if rows:
                 formatter.write_dl([*rows.items()], col_max=_NAMES)
+    if is_short:
+        formatter.write("others; `fedjaxprune list KIND` says what they are:\n")
+        with formatter.indentation():
+            others = (one for one in registry.KINDS if one not in _LONG)
+            formatter.write_dl([(one, ", ".join(registry.names(one))) for one in others])
     click.echo(formatter.getvalue(), nl=False)
 
 
