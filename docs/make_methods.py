@@ -3,21 +3,22 @@
     python docs/make_methods.py            # write the page
     python docs/make_methods.py --check    # fail if the page is not up to date
 
-A section has the doc-string of a method's file, its settings, needs, variants and a command. A
-file ``docs/notes/NAME.md``, if there is one, follows: details and longer examples.
+A section has the doc-string of a method's file, its settings, needs, variants and a command. The
+table of all methods is ``docs/notes/_overview.md``. A file ``docs/notes/NAME.md``, if there is one, follows: details and longer examples.
 """
 
 import difflib
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedjaxprune import registry
 from fedjaxprune.experiment.config import describe
 
 PAGE = pathlib.Path(__file__).with_name("methods.md")
 NOTES = pathlib.Path(__file__).with_name("notes")
+OVERVIEW = NOTES / "_overview.md"
 HEAD = """\
 # Methods
 
@@ -54,7 +55,17 @@ def page() -> str:
     ]
     names.sort(key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     contents = "".join(f"- [`{name}`](#{name})\n" for name in names)
-    return HEAD + contents + "\n" + "\n".join(section(name) for name in names)
+    return f"{HEAD}{contents}\n{overview(names)}\n" + "\n".join(section(name) for name in names)
+
+
+def overview(names: Sequence[str]) -> str:
+    """Read the table of all methods, whose rows are kept by hand, in the order of the page."""
+    rows = OVERVIEW.read_text(encoding="utf-8").splitlines()
+    found = {match[1]: row for row in rows if (match := re.match(r"\| `(\w+)` \|", row))}
+    if found.keys() != set(names):
+        sys.exit(f"{OVERVIEW} must have a row for each method: {found.keys() ^ set(names)}.")
+    head = [row for row in rows if row and row not in found.values()]
+    return "\n".join(["\n\n".join(head[:2]) + "\n", *head[2:], *(found[one] for one in names)]) + "\n"
 
 
 def section(name: str) -> str:
