@@ -266,7 +266,7 @@ def exchange(
         metrics = add_reports(metrics, reports(before, after))
         return after._replace(masks_id=heard_of), metrics
 
-    transport = _transport()
+    transport = mask_transport()
     return reporting.reporting_round(
         task.protocol,
         name=name,
@@ -310,7 +310,7 @@ def train_after(
         task.protocol,
         client=task.local_client(),
         prunable=_prunable(settings),
-        masking=Masking(transport=_transport()),
+        masking=Masking(transport=mask_transport()),
         hooks=Hooks(after_round=report),
     )
     if settings.dense_rounds:
@@ -328,8 +328,8 @@ def _num_weights(plan: Plan) -> int:
     return sum(g.size * size for g, size in zip(plan.layers, plan.filter_sizes, strict=True))
 
 
-def _transport() -> MaskTransport:
-    """Send a bit a filter, in a counted coding; that all are live is known at the start."""
+def mask_transport() -> MaskTransport:
+    """Send a bit a filter of ``state.method.keep``, in a counted coding; that all are live is known at the start."""
 
     def is_needed(state):
         return ~jnp.all(jnp.stack([jnp.all(bits) for bits in state.method.keep]))

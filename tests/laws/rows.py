@@ -145,6 +145,8 @@ def num_live(name: str, index: int) -> int | range | None:
     if method in BY_FILTER:  # half of the filters, of 6 and 4 weights
         wanted = 2 * 6 + 1 * 4 - (name in DROP_CHANNELS) * 2
         return range(1, wanted + 1) if name == "mpfl" else wanted  # whose clients may disagree
+    if method == "prunetrain":
+        return range(1, 32 + 1)
     if method == "prunefl":  # gains decide, beside a bound
         return range(1, 32 - round(0.8 * 32) + 1 if name == "prunefl/random_start" else 33)
     if method in ("fedtiny", "dynamic_sparse"):
