@@ -7,6 +7,7 @@ how many are live. Until training, all weights that are not pruned stay as they 
 import fractions
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -285,12 +286,19 @@ def exchange(
 
 
 def train_after(
-    task: Task, settings: FilterSettings, plan: Plan, before: Sequence[Stage]
+    task: Task,
+    settings: FilterSettings,
+    plan: Plan,
+    before: Sequence[Stage],
+    *,
+    client: Client | None = None,
+    fields: Mapping[str, FieldSpec] = MappingProxyType({}),
 ) -> Algorithm:
-    """Put FedAvg under the filters in force behind the stages that choose them.
+    """Put training under the filters in force behind the stages that choose them.
 
     Before these come the rounds of dense FedAvg, if there are any; the task's `num_rounds` counts
-    the rounds of training alone.
+    the rounds of training alone. It is FedAvg unless there is a `client`, whose message may have
+    other `fields`.
     """
 
     def report(before, after, metrics):
@@ -308,8 +316,9 @@ def train_after(
 
     trained = training(
         task.protocol,
-        client=task.local_client(),
+        client=task.local_client() if client is None else client,
         prunable=_prunable(settings),
+        fields=fields,
         masking=Masking(transport=mask_transport()),
         hooks=Hooks(after_round=report),
     )

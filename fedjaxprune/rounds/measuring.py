@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import cohort
-from fedjaxprune.rounds import downloads, traffic
+from fedjaxprune.rounds import downloads, silence, traffic
 from fedjaxprune.rounds.protocol import Given
 from fedjaxprune.types import Cohort, RoundMetrics, RoundState, State
 
@@ -37,6 +37,16 @@ def of_round(
     received = downloads.count(
         parts.masking, given, members, lambda own: masks_lib.num_kept(own.download)
     )
+    sent = traffic.sent(
+        before,
+        given,
+        members,
+        fields,
+        specs=parts.fields,
+        prunable=parts.prunable,
+        masking=parts.masking,
+        announcement=parts.hooks.announcement,
+    )
     rejected = outcome.rejected | (present & (fields[traffic.NUM_MESSAGES] > 0) & ~counts)
     return RoundMetrics(
         train=fields["metrics"],
@@ -53,16 +63,7 @@ def of_round(
         sent=downloads.charge(
             parts.protocol.downlink,
             memory,
-            traffic.sent(
-                before,
-                given,
-                members,
-                fields,
-                specs=parts.fields,
-                prunable=parts.prunable,
-                masking=parts.masking,
-                announcement=parts.hooks.announcement,
-            ),
+            silence.leave_out(sent, fields[traffic.SUMMARY]),
             members,
             given.download,
         ),

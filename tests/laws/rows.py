@@ -93,8 +93,8 @@ HALF = (  # of the weights are pruned in all rounds of training
     "ssfl",
     "synflow",
 )
-BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
-DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters
+BY_FILTER = ("averaged_filters", "flpqsu", "mpfl", "pooled_filters", "random_filters")
+DROP_CHANNELS = ("flpqsu", "flpqsu/quantized", "mpfl+started", "pooled_filters+channels")
 
 
 class Row(NamedTuple):
