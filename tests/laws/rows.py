@@ -155,6 +155,8 @@ def num_live(name: str, index: int) -> int | range | None:
         return 32
     if method in HALF:
         return 32 - round(0.5 * 32)
+    if method == "feddip_prunetrain":
+        return 32 - round((0.75 - 0.5 * (1 - index / 6) ** 3) * 32)
     if method in ("feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25
         due = index - index % 2
