@@ -103,9 +103,7 @@ def total(params: Params, cuts: Sequence[Blocks]) -> jax.Array:
     return trees.tree_sum(sums, dtype=jnp.float32)
 
 
-def penalty(
-    cuts: Sequence[Blocks], *, coefficient: Callable[[Broadcast], jax.Array]
-) -> PenaltyFn:
+def penalty(cuts: Sequence[Blocks], *, coefficient: Callable[[Broadcast], jax.Array]) -> PenaltyFn:
     """Add ``coefficient(broadcast)`` ``[]`` times `total` to the loss of every local step."""
     return lambda params, broadcast: coefficient(broadcast) * total(params, cuts)
 

@@ -338,7 +338,10 @@ def _num_weights(plan: Plan) -> int:
 
 
 def mask_transport() -> MaskTransport:
-    """Send a bit a filter of ``state.method.keep``, in a counted coding; that all are live is known at the start."""
+    """Send a bit a filter of ``state.method.keep``, in a counted coding.
+
+    That all are live is known at the start.
+    """
 
     def is_needed(state):
         return ~jnp.all(jnp.stack([jnp.all(bits) for bits in state.method.keep]))

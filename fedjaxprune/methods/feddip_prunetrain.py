@@ -86,9 +86,7 @@ def build(settings: FedDIPPruneTrain, task: Task) -> Algorithm:
         begin_round=0,
         end_round=task.protocol.num_rounds,
     )
-    anew = pruners.chain(
-        pruners.grow_to(0.0, score=scores.magnitude), pruners.prune_to(curve)
-    )
+    anew = pruners.chain(pruners.grow_to(0.0, score=scores.magnitude), pruners.prune_to(curve))
     penalties = ()
     if settings.penalty:
         norms = local_training.layer_norms(

@@ -89,9 +89,7 @@ def build(settings: FLPQSU, task: Task) -> Algorithm:
     else:
         client, fields = _selective(task), {SILENT: FieldSpec(aggregators.vote_counts(), "bits")}
     before = (_prepare(settings, task, plan, counts),)
-    trained = _filter_rounds.train_after(
-        task, settings, plan, before, client=client, fields=fields
-    )
+    trained = _filter_rounds.train_after(task, settings, plan, before, client=client, fields=fields)
     return trained if settings.send == "always" else trained._replace(diagnostics=diagnostics)
 
 
@@ -119,9 +117,7 @@ def _counts(settings: FLPQSU, plan: _filter_rounds.Plan) -> list[int]:
     return widths
 
 
-def _prepare(
-    settings: FLPQSU, task: Task, plan: _filter_rounds.Plan, counts: list[int]
-) -> Stage:
+def _prepare(settings: FLPQSU, task: Task, plan: _filter_rounds.Plan, counts: list[int]) -> Stage:
     """Train at the server, and keep the largest filters."""
     train = None
     if settings.pretrain_epochs:

@@ -280,7 +280,11 @@ def _check_deltas(history: History, step: Step, name: str) -> None:
         speakers = sent.up[name]["delta"].clients
         slot = step.members.client_ids.index(client)
         if not isinstance(speakers, tuple) and not speakers[slot]:
-            law(charge == 0, step, f"client {client} is silent, and charged {charge} bits of a delta")
+            law(
+                charge == 0,
+                step,
+                f"client {client} is silent, and charged {charge} bits of a delta",
+            )
             continue
         memory = step.rows.uplink
         delta, masks = (trees.take(tree, client) for tree in (memory.delta, memory.sent))

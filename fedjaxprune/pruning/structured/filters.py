@@ -205,8 +205,7 @@ def ranked(
     """Keep, of every layer, so many of the live filters of largest norm (`norms`)."""
     found = norms(params, filters, order=order)
     return tuple(
-        largest((norm,), bits, count)
-        for norm, bits, count in zip(found, keep, counts, strict=True)
+        largest((norm,), bits, count) for norm, bits, count in zip(found, keep, counts, strict=True)
     )
 
 
