@@ -20,9 +20,12 @@ METHODS = {
 # Methods that came after the table of docs/results.md was measured.
 UNMEASURED = {
     "feddst",
+    "feddip_prunetrain",
     "fedrts",
     "fedrts/posterior_mean",
     "fedsgc",
+    "flpqsu",
+    "flpqsu/quantized",
     "force_masks",
     "force_masks/of_clients",
     "grasp",
@@ -31,6 +34,8 @@ UNMEASURED = {
     "prunefl",
     "prunefl/initial_only",
     "prunefl/random_start",
+    "prunetrain",
+    "prunetrain/proximal",
     "rigl",
     "rigl/static",
     "snip/gradient_norm",
