@@ -326,6 +326,8 @@ def received_by_filter(stage, algorithm, before, is_stale, is_new):
     if is_new or stage in ("start", "train"):
         message = messages.whole("model_state", before.model_state)
         message |= messages.values("params", algorithm.deployed_params(before), before.masks)
+        if jax.tree.leaves(before.correction):
+            message |= messages.values("drift", before.correction, before.masks)
         bits += bits_of(message)
     return bits
 

@@ -35,10 +35,11 @@ References:
   <https://arxiv.org/abs/1901.09290>`_, 2019.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
@@ -54,7 +55,7 @@ from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import Fraction, NonNegative, Rounds, Settings, setting
 from fedjaxprune.traffic import EVALUATED
-from fedjaxprune.types import Algorithm, Client, Stage
+from fedjaxprune.types import Algorithm, Client, RoundMetrics, Stage
 
 COEFFICIENT = "coefficient"  # that clients are told, once each
 
@@ -109,7 +110,10 @@ def build(settings: PruneTrain, task: Task) -> Algorithm:
 
     def after_round(before, after, metrics):
         keep = filters.of_masks(layers, after.masks)
-        reports = {_filter_rounds.NUM_FILTERS: filters.num_kept(keep)}
+        reports = {
+            _filter_rounds.NUM_FILTERS: filters.num_kept(keep),
+            COEFFICIENT: after.method.coefficient,
+        }
         after = after._replace(method=after.method._replace(keep=keep))
         return after, add_reports(metrics, reports)
 
@@ -131,7 +135,19 @@ def build(settings: PruneTrain, task: Task) -> Algorithm:
         hooks=Hooks(after_round=after_round, announcement=announcement),
     )
     measured = measure(task, cuts, ratio=settings.penalty_ratio)
-    return in_order(trained._replace(counted=masks_lib.is_kernel), (measured,), init=init)
+    trained = trained._replace(counted=masks_lib.is_kernel, diagnostics=diagnostics)
+    return in_order(trained, (measured,), init=init)
+
+
+def diagnostics(metrics: RoundMetrics) -> dict[str, Any]:
+    """Report the penalty's coefficient, and the filters that each layer has after the round."""
+    reports = metrics.sent.reports
+    if COEFFICIENT not in reports:
+        return {}
+    return {
+        COEFFICIENT: float(np.asarray(reports[COEFFICIENT])[0]),
+        _filter_rounds.NUM_FILTERS: np.asarray(reports[_filter_rounds.NUM_FILTERS])[0].tolist(),
+    }
 
 
 def measure(task: Task, cuts: tuple[group_lasso.Blocks, ...], *, ratio: float) -> Stage:

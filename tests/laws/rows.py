@@ -63,6 +63,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "feddip+regrow": ("feddip", {"mode": "regrow"}),
     "feddip+scaffold": ("feddip", SCAFFOLD),
     "fedsgc+old": ("fedsgc", {"absent": "old", "direction": "last_step"}),
+    "flpqsu+scaffold": ("flpqsu", SCAFFOLD),
     "fedtiny+clients": (
         "fedtiny/vanilla_selection",
         {"gradient_weights": "clients", "block_order": "forward"},
@@ -94,7 +95,13 @@ HALF = (  # of the weights are pruned in all rounds of training
     "synflow",
 )
 BY_FILTER = ("averaged_filters", "flpqsu", "mpfl", "pooled_filters", "random_filters")
-DROP_CHANNELS = ("flpqsu", "flpqsu/quantized", "mpfl+started", "pooled_filters+channels")
+DROP_CHANNELS = (
+    "flpqsu",
+    "flpqsu+scaffold",
+    "flpqsu/quantized",
+    "mpfl+started",
+    "pooled_filters+channels",
+)
 
 
 class Row(NamedTuple):
