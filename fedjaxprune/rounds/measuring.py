@@ -37,16 +37,6 @@ def of_round(
     received = downloads.count(
         parts.masking, given, members, lambda own: masks_lib.num_kept(own.download)
     )
-    sent = traffic.sent(
-        before,
-        given,
-        members,
-        fields,
-        specs=parts.fields,
-        prunable=parts.prunable,
-        masking=parts.masking,
-        announcement=parts.hooks.announcement,
-    )
     rejected = outcome.rejected | (present & (fields[traffic.NUM_MESSAGES] > 0) & ~counts)
     return RoundMetrics(
         train=fields["metrics"],
@@ -63,7 +53,19 @@ def of_round(
         sent=downloads.charge(
             parts.protocol.downlink,
             memory,
-            silence.leave_out(sent, fields[traffic.SUMMARY]),
+            silence.leave_out(
+                traffic.sent(
+                    before,
+                    given,
+                    members,
+                    fields,
+                    specs=parts.fields,
+                    prunable=parts.prunable,
+                    masking=parts.masking,
+                    announcement=parts.hooks.announcement,
+                ),
+                fields[traffic.SUMMARY],
+            ),
             members,
             given.download,
         ),
