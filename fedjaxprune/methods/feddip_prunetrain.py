@@ -13,6 +13,7 @@ in one round may be live in the next.
 The sparsity climbs along a cubic curve, from `initial_sparsity` in round 0 to the sparsity at the
 end of the run, and the last round is a little short of it. As in the public code, the first and the
 last kernel are dense (``ends: prunable`` prunes them, too), and there is one pool of all others.
+Such a pool can empty a layer whose weights are small at the start; ``allocation: uniform`` cannot.
 The code's learning rate decays by 0.998 a round: see ``client.learning_rate_decay``.
 
 References:
@@ -30,13 +31,19 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import local_training
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _fixed_masks
-from fedjaxprune.pruning import pruners, schedules, scores
+from fedjaxprune.pruning import allocation, pruners, schedules, scores
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds.protocol import Masking
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
 from fedjaxprune.settings import NonNegative, Settings, Sparsity, setting
 from fedjaxprune.types import Algorithm, Client, PrunableFn, Pruner, PrunerInputs
+
+ALLOCATIONS = {
+    "global": allocation.global_pool,
+    "uniform": allocation.uniform,
+    "erk": allocation.erk,
+}
 
 
 class FedDIPPruneTrain(Settings):
@@ -55,6 +62,11 @@ class FedDIPPruneTrain(Settings):
     )
     penalty: NonNegative = setting(
         0.01, "Coefficient of the sum of the layers' norms.", unit="factor"
+    )
+    allocation: Literal["global", "uniform", "erk"] = setting(
+        "global",
+        "How layers share the live weights: one pool (public code), the same share of each, or a "
+        "larger share of small ones.",
     )
     ends: Literal["dense", "prunable"] = setting(
         "dense", "Whether the first and the last kernel stay dense, as in the public code."
@@ -86,7 +98,8 @@ def build(settings: FedDIPPruneTrain, task: Task) -> Algorithm:
         begin_round=0,
         end_round=task.protocol.num_rounds,
     )
-    anew = pruners.chain(pruners.grow_to(0.0, score=scores.magnitude), pruners.prune_to(curve))
+    prune = pruners.prune_to(curve, allocation=ALLOCATIONS[settings.allocation]())
+    anew = pruners.chain(pruners.grow_to(0.0, score=scores.magnitude), prune)
     penalties = ()
     if settings.penalty:
         norms = local_training.layer_norms(
@@ -102,7 +115,7 @@ def build(settings: FedDIPPruneTrain, task: Task) -> Algorithm:
 
     return training(
         task.protocol,
-        client=pruned_at_end(client, pruners.prune_to(curve), prunable),
+        client=pruned_at_end(client, prune, prunable),
         pruner=anew,
         prunable=prunable,
         masking=Masking(
