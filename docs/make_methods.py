@@ -65,7 +65,9 @@ def overview(names: Sequence[str]) -> str:
     if found.keys() != set(names):
         sys.exit(f"{OVERVIEW} must have a row for each method: {found.keys() ^ set(names)}.")
     head = [row for row in rows if row and row not in found.values()]
-    return "\n".join(["\n\n".join(head[:2]) + "\n", *head[2:], *(found[one] for one in names)]) + "\n"
+    return (
+        "\n".join(["\n\n".join(head[:2]) + "\n", *head[2:], *(found[one] for one in names)]) + "\n"
+    )
 
 
 def section(name: str) -> str:

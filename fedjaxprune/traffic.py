@@ -27,6 +27,9 @@ DENSE_GRADIENT = "dense_gradient"
 # Among a client's metrics, of how many examples it took the gradient of all weights once more,
 # beside its local steps: ``[]``, of weight 1 a client.
 EXTRA_GRADIENT = "extra_gradient"
+# A field of a client's message in training, ``[]`` bool: True of a client that sends this bit and
+# nothing else. It is sent as "bits", and a client that sends the rest does not send it.
+SILENT = "silent"
 # The server's message whose field `params` is the downlink's business.
 DOWNLINK = "downlink"
 

@@ -21,6 +21,7 @@ from fedjaxprune.pruning import allocation
 from fedjaxprune.rounds import protocol, training
 from fedjaxprune.testing import history, scenario
 from fedjaxprune.testing.history import Members
+from fedjaxprune.traffic import SILENT
 from fedjaxprune.types import Broadcast
 from fedjaxprune.wire import format as wire_format
 from fedjaxprune.wire import messages
@@ -101,6 +102,7 @@ def make(name, uplink):
     if name not in OWN:
         changed = {"federation.num_rounds": 10}
         own = {"uplink": uplink, "aggregator": None}  # one would be told which entries were sent
+        own["downlink"] = None  # whose lengths are held to laws of their own
         return rows.make(name, adapt=lambda s: s._replace(**own), **changed)
     s = setup(num_rounds=10, uplink=uplink)
     if name == "personal_parameters":
@@ -115,7 +117,7 @@ REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grad
 EXPLORED = ("autoflip+channels", "autoflip/explored_start")
 SCORED = {"ssfl": ("scores",), "wanda": ("squares",)}
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
-REPLIES |= {"gradient": ("grads",), "curvature": ("curvature",)}
+REPLIES |= {"gradient": ("grads",), "curvature": ("curvature",), "measure": ("loss",)}
 BESIDE = ("control", "effective_steps", "gains", "grads", "model_state")
 BESIDE += ("other_gains", "places", "scores")
 
@@ -150,7 +152,8 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             message, state = update(*arguments)
             seen = broadcast if isinstance(broadcast, Broadcast) else arguments[1][0]
             wanted = {"delta", "masks", "statistics", "losses", "trained", "scores", "curvature"}
-            wanted |= {"deviations", "move", "squares", gated_updates.SALIENT, *BESIDE}
+            wanted |= {"deviations", "loss", "move", "squares", gated_updates.SALIENT, SILENT}
+            wanted |= {*BESIDE}
             fields = {key: tree for key, tree in message.fields.items() if key in wanted}
             masks = () if isinstance(broadcast, Broadcast) else seen.masks
             jax.debug.callback(keep, fields, last["sent"], masks, message.weight, ordered=True)
@@ -175,7 +178,8 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
     caught.reverse()
 
     versions = dict.fromkeys(range(6), 0)
-    num_pairs = 0
+    told = dict.fromkeys(range(6), False)  # what a method tells clients once
+    num_pairs = num_silent = 0
     for index, (stage, metrics) in enumerate(zip(names, measured, strict=True)):
         before, after = states[index : index + 2]
         traffic = ledger.account(metrics, before, algorithm)
@@ -199,14 +203,17 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             if stage == "agree" and name == "mpfl+started":
                 version = max(version, 1)  # of a client that was sent the start
             is_stale = versions[client] != version
-            if rows.family(name) in rows.BY_FILTER:
+            if rows.family(name) in (*rows.BY_FILTER, "prunetrain"):
                 is_new = versions[client] == 0 and stage == "agree" and name == "mpfl+started"
                 down = received_by_filter(stage, algorithm, before, is_stale, is_new)
+                if stage == "train" and name.startswith("prunetrain"):
+                    down += coefficient_bits(before, told[client])
             else:
                 down = received(name, stage, algorithm, before, masks, versions[client])
             up = 0
             if present[slot]:
                 versions[client] = version
+                told[client] |= stage == "train"
                 as_pairs = "fedtiny" in name
                 if stage in (*REPLIES, "explore"):
                     message = {}
@@ -219,7 +226,12 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                         write = bits_by_filter if field == "masks" else messages.whole
                         message |= write(field, reported(name, fields[field]))
                     up = bits_of(message | messages.weight(weight))
+                elif fields.get(SILENT):
+                    up = bits_of({SILENT: wire_format.counted(np.ones([], np.bool_))})
+                    num_silent += 1
                 else:
+                    if name == "feddip_prunetrain":  # what is not sent counts as a change
+                        fields = {**fields, "delta": apply(sent, fields["delta"])}
                     corrected = at_large(name, masks)
                     if rows.family(name) == "fedfit":
                         corrected = scored(name, corrected, fields["masks"]), corrected
@@ -227,6 +239,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                     num_pairs += as_pairs and np.count_nonzero(trees_flat(fields["grads"]))
             assert charged[client] == (up, down)
     assert (num_pairs > 0) == ("fedtiny" in name)
+    assert (num_silent > 0) == name.startswith("flpqsu")
 
 
 def bits_of(message):
@@ -317,8 +330,22 @@ def received_by_filter(stage, algorithm, before, is_stale, is_new):
     if is_new or stage in ("start", "train"):
         message = messages.whole("model_state", before.model_state)
         message |= messages.values("params", algorithm.deployed_params(before), before.masks)
+        if jax.tree.leaves(before.correction):
+            message |= messages.values("drift", before.correction, before.masks)
         bits += bits_of(message)
     return bits
+
+
+def apply(masks, tree):
+    return jax.tree.map(lambda mask, leaf: np.where(mask, leaf, np.float32(0)), masks, tree)
+
+
+def coefficient_bits(state, is_told):
+    """Say by how much a penalty's coefficient lengthens the model's message."""
+    model = messages.values("params", state.params, state.masks)
+    model |= messages.whole("model_state", state.model_state)
+    number = messages.whole("coefficient", state.method.coefficient)
+    return 0 if is_told else bits_of(model | number) - bits_of(model)
 
 
 def candidates(state):

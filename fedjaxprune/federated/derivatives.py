@@ -1,4 +1,4 @@
-"""Clients that report derivatives of the loss over their examples, and train nothing."""
+"""Clients that report the loss or derivatives of it over their examples, and train nothing."""
 
 import functools
 from collections.abc import Callable
@@ -122,6 +122,38 @@ def report(loss: LossFn, *, batcher: Batcher, name: str, derivative: Derivative)
         costs = jax.tree.map(lambda leaf: leaf * derivative.num_gradients, seen)
         weight = data.size.astype(jnp.float32)
         return Message(fields={name: mean, "metrics": costs}, weight=weight), state
+
+    return Client(init=lambda params: (), update=update_fn)
+
+
+def mean_loss(loss: LossFn, *, batcher: Batcher) -> Client:
+    """Report the mean loss over a client's examples, at the broadcast weights, in training mode.
+
+    Args:
+      loss: as in a `Model`; its metrics have the accumulator ``loss``.
+      batcher: the batches; the mean is over their examples.
+
+    Returns:
+      A `Client` without state. Its message has the fields `loss`, ``[]``, and `metrics`; its weight
+      is the number of its examples.
+    """
+    draw = jax.jit(batcher.batch, inline=True)  # traced once, for the shapes and for the steps
+
+    def update_fn(key, broadcast, state, data):
+        params = masks_lib.apply(broadcast.masks, broadcast.params)
+        batch_key, step_key = jax.random.split(key)
+
+        def step_fn(step, seen):
+            batch, own_key = draw(batch_key, data, step), jax.random.fold_in(step_key, step)
+            _, (_, found) = loss(params, broadcast.model_state, batch, own_key)
+            return metrics.merge(seen, found)
+
+        first = jax.eval_shape(draw, batch_key, data, jnp.int32(0))
+        nothing = _steps.zero_metrics(step_key, loss, broadcast, first)
+        seen = jax.lax.fori_loop(jnp.int32(0), batcher.num_steps(data), step_fn, nothing)
+        weight = jnp.where(seen["loss"].weight > 0, seen["loss"].weight, jnp.float32(1.0))
+        fields = {"loss": seen["loss"].total / weight, "metrics": seen}
+        return Message(fields=fields, weight=data.size.astype(jnp.float32)), state
 
     return Client(init=lambda params: (), update=update_fn)
 

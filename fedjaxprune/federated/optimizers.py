@@ -1,5 +1,7 @@
 """The clients' optimizers as parts: optax transformations; any other one can be named, too."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from fedjaxprune.registry import Part
@@ -30,6 +32,24 @@ def sgd(settings: SgdSettings) -> optax.GradientTransformation:
 def adam(settings: AdamSettings) -> optax.GradientTransformation:
     """Follow the gradient divided by its running size, whose memory starts at zero every round."""
     return _with_decay(settings, optax.adam(settings.learning_rate))
+
+
+def first_step(optimizer: optax.GradientTransformation) -> float:
+    """Measure how far a gradient of 1 moves a zero: the learning rate of SGD and of Adam.
+
+    Raises:
+      ValueError: the optimizer does not move it against the gradient.
+    """
+    weight = jnp.zeros([1], jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        update, _ = optimizer.update(jnp.ones_like(weight), optimizer.init(weight), weight)
+    size = -float(jnp.asarray(update)[0])
+    if not size > 0.0:
+        raise ValueError(
+            "the learning rate of the local optimizer cannot be told from its first step, which "
+            f"moves a weight by {-size}: take 'sgd' or 'adam'."
+        )
+    return size
 
 
 def _with_decay(settings: AdamSettings, rule: optax.GradientTransformation):

@@ -7,6 +7,7 @@ how many are live. Until training, all weights that are not pruned stay as they 
 import fractions
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -266,7 +267,7 @@ def exchange(
         metrics = add_reports(metrics, reports(before, after))
         return after._replace(masks_id=heard_of), metrics
 
-    transport = _transport()
+    transport = mask_transport()
     return reporting.reporting_round(
         task.protocol,
         name=name,
@@ -285,12 +286,19 @@ def exchange(
 
 
 def train_after(
-    task: Task, settings: FilterSettings, plan: Plan, before: Sequence[Stage]
+    task: Task,
+    settings: FilterSettings,
+    plan: Plan,
+    before: Sequence[Stage],
+    *,
+    client: Client | None = None,
+    fields: Mapping[str, FieldSpec] = MappingProxyType({}),
 ) -> Algorithm:
-    """Put FedAvg under the filters in force behind the stages that choose them.
+    """Put training under the filters in force behind the stages that choose them.
 
     Before these come the rounds of dense FedAvg, if there are any; the task's `num_rounds` counts
-    the rounds of training alone.
+    the rounds of training alone. It is FedAvg unless there is a `client`, whose message may have
+    other `fields`.
     """
 
     def report(before, after, metrics):
@@ -308,9 +316,10 @@ def train_after(
 
     trained = training(
         task.protocol,
-        client=task.local_client(),
+        client=task.local_client() if client is None else client,
         prunable=_prunable(settings),
-        masking=Masking(transport=_transport()),
+        fields=fields,
+        masking=Masking(transport=mask_transport()),
         hooks=Hooks(after_round=report),
     )
     if settings.dense_rounds:
@@ -328,8 +337,11 @@ def _num_weights(plan: Plan) -> int:
     return sum(g.size * size for g, size in zip(plan.layers, plan.filter_sizes, strict=True))
 
 
-def _transport() -> MaskTransport:
-    """Send a bit a filter, in a counted coding; that all are live is known at the start."""
+def mask_transport() -> MaskTransport:
+    """Send a bit a filter of ``state.method.keep``, in a counted coding.
+
+    That all are live is known at the start.
+    """
 
     def is_needed(state):
         return ~jnp.all(jnp.stack([jnp.all(bits) for bits in state.method.keep]))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import cohort
-from fedjaxprune.rounds import downloads, traffic
+from fedjaxprune.rounds import downloads, silence, traffic
 from fedjaxprune.rounds.protocol import Given
 from fedjaxprune.types import Cohort, RoundMetrics, RoundState, State
 
@@ -53,15 +53,18 @@ def of_round(
         sent=downloads.charge(
             parts.protocol.downlink,
             memory,
-            traffic.sent(
-                before,
-                given,
-                members,
-                fields,
-                specs=parts.fields,
-                prunable=parts.prunable,
-                masking=parts.masking,
-                announcement=parts.hooks.announcement,
+            silence.leave_out(
+                traffic.sent(
+                    before,
+                    given,
+                    members,
+                    fields,
+                    specs=parts.fields,
+                    prunable=parts.prunable,
+                    masking=parts.masking,
+                    announcement=parts.hooks.announcement,
+                ),
+                fields[traffic.SUMMARY],
             ),
             members,
             given.download,

@@ -22,6 +22,7 @@ from fedjaxprune.types import (
     Cohort,
     CohortAggregator,
     Correction,
+    Delta,
     Downlink,
     FieldSpec,
     Key,
@@ -139,6 +140,8 @@ class Masking(NamedTuple):
         all train, receive and send, the entries that this one does; None: all. Client and server
         both know them, by its id, the round and its own state, so they never travel. A delta is
         averaged over the clients that hold an entry.
+      absent: what an entry counts as that a client does not send: a weight that is ``"unchanged"``,
+        or one that the client has made ``"zero"``. An aggregator that counts holders sees neither.
     """
 
     train: Callable[[Key, RoundState], Masks] | None = None
@@ -148,6 +151,18 @@ class Masking(NamedTuple):
     upload_masks: Callable[[Mapping[str, Any], Masks], Mapping[str, Masks]] | None = None
     transport: MaskTransport = MaskTransport()
     of_client: Callable[[Broadcast, jax.Array, State], Masks] | None = None
+    absent: Literal["unchanged", "zero"] = "unchanged"
+
+    def with_absent(self, delta: Delta, sent: Masks, broadcast: Broadcast) -> Delta:
+        """Fill in one client's delta what it did not send."""
+        if self.absent == "unchanged":
+            return delta
+        return jax.tree.map(
+            lambda change, mask, start: jnp.where(mask, change, jnp.zeros_like(change) - start),
+            delta,
+            sent,
+            broadcast.params,
+        )
 
 
 class Given(NamedTuple):

@@ -16,7 +16,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators, attacks, cohort, server_optimizers, uplinks
 from fedjaxprune.models import gates
 from fedjaxprune.pruning import pruners
-from fedjaxprune.rounds import downloads, hostility, measuring, stages, traffic
+from fedjaxprune.rounds import downloads, hostility, measuring, silence, stages, traffic
 from fedjaxprune.rounds.protocol import (
     Given,
     Hooks,
@@ -243,7 +243,7 @@ def local_work(
     given = downloads.for_client(parts.masking, given, data.client_id, own[0])
     message, client_state = parts.client.update(work_key, given.broadcast, own[0], data)
     message, uplink_state = upload(wire_key, parts, message, given, own[1])
-    return message, (client_state, uplink_state)
+    return silence.keep_still(message, (client_state, uplink_state), own)
 
 
 def upload(
@@ -271,7 +271,7 @@ def upload(
         **{name: masks_lib.apply(masks, fields[name]) for name, masks in narrowed.items()},
         **({"masks": sendable} if counts_holders else {}),
         **({} if parts.hooks.conclude is None else {traffic.NUM_EXAMPLES: jnp.float32(1.0)}),
-        "delta": delta,
+        "delta": rules.with_absent(delta, sendable, given.broadcast),
         **{name: read(delta, given.broadcast) for name, read in parts.read.items()},
         traffic.NUM_UPLOADED: masks_lib.num_kept(sendable),
         traffic.SUMMARY: traffic.summarize_message(

@@ -276,6 +276,16 @@ def _check_deltas(history: History, step: Step, name: str) -> None:
     for client, here in zip(*step.members, strict=True):
         if not here:
             continue
+        charge = whole[client][0] - partial[client][0]
+        speakers = sent.up[name]["delta"].clients
+        slot = step.members.client_ids.index(client)
+        if not isinstance(speakers, tuple) and not speakers[slot]:
+            law(
+                charge == 0,
+                step,
+                f"client {client} is silent, and charged {charge} bits of a delta",
+            )
+            continue
         memory = step.rows.uplink
         delta, masks = (trees.take(tree, client) for tree in (memory.delta, memory.sent))
         stray = trees.held(delta, masks)
@@ -285,7 +295,6 @@ def _check_deltas(history: History, step: Step, name: str) -> None:
             payloads = [shaped(int(np.sum(mask)), mask.shape) for mask in jax.tree.leaves(masks)]
         message = messages.delta(delta, masks, payloads, seed=0)
         written = 8 * (len(wire_format.encode(message)) - wire_format.frame_bytes(len(message)))
-        charge = whole[client][0] - partial[client][0]
         what = f"the delta of client {client} takes {written} bits, and {charge} are charged"
         law(written == charge, step, what)
 

@@ -64,6 +64,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "feddip+scaffold": ("feddip", SCAFFOLD),
     "fedfit+fresh": ("fedfit", {"decision": "fresh"}),
     "fedsgc+old": ("fedsgc", {"absent": "old", "direction": "last_step"}),
+    "flpqsu+scaffold": ("flpqsu", SCAFFOLD),
     "fedtiny+clients": (
         "fedtiny/vanilla_selection",
         {"gradient_weights": "clients", "block_order": "forward"},
@@ -106,8 +107,14 @@ HALF = (  # of the weights are pruned in all rounds of training
     "top_kast",
     "wanda",
 )
-BY_FILTER = ("averaged_filters", "mpfl", "pooled_filters", "random_filters")
-DROP_CHANNELS = ("mpfl+started", "pooled_filters+channels")  # what reads them goes with filters
+BY_FILTER = ("averaged_filters", "flpqsu", "mpfl", "pooled_filters", "random_filters")
+DROP_CHANNELS = (
+    "flpqsu",
+    "flpqsu+scaffold",
+    "flpqsu/quantized",
+    "mpfl+started",
+    "pooled_filters+channels",
+)
 
 
 class Row(NamedTuple):
@@ -158,6 +165,8 @@ def num_live(name: str, index: int) -> int | range | None:
     if method in BY_FILTER:  # half of the filters, of 6 and 4 weights
         wanted = 2 * 6 + 1 * 4 - (name in DROP_CHANNELS) * 2
         return range(1, wanted + 1) if name == "mpfl" else wanted  # whose clients may disagree
+    if method == "prunetrain":
+        return range(1, 32 + 1)
     if method == "prunefl":  # gains decide, beside a bound
         return range(1, 32 - round(0.8 * 32) + 1 if name == "prunefl/random_start" else 33)
     if method in ("fedtiny", "dynamic_sparse"):
@@ -166,6 +175,8 @@ def num_live(name: str, index: int) -> int | range | None:
         return 32
     if method in HALF:
         return 32 - round(0.5 * 32)
+    if method == "feddip_prunetrain":
+        return 32 - round((0.75 - 0.5 * (1 - index / 6) ** 3) * 32)
     if method in ("dpf", "feddip", "gradual_magnitude"):
         initial = 0.0 if method == "gradual_magnitude" else 0.25
         due = index - index % 2

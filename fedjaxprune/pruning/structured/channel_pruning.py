@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.pruning import pruners
+from fedjaxprune.pruning.structured import filters
 from fedjaxprune.structure.channels import groups as groups_lib
 from fedjaxprune.topk import top_k
 from fedjaxprune.types import Masks, PrunableFn, Pruner
@@ -51,6 +52,44 @@ def prune_channels(
         return thinned(masks, groups, threshold=threshold, most=most), state
 
     return Pruner(init=inner.init, update=update_fn)
+
+
+def prune_small(
+    layers: Sequence[groups_lib.Group], channels: groups_lib.Analysis, *, threshold: float
+) -> Pruner:
+    """Prune the filters whose weights have all come to `threshold` or less in magnitude, for good.
+
+    With a filter go its bias and normalization, and what reads a channel all of whose filters are
+    gone. Of a layer that would lose all of its filters, the one of largest magnitude stays.
+
+    Args:
+      layers: the filters that may go, layer by layer (`filters.layers`).
+      channels: of the network.
+      threshold: 0 prunes filters of exact zeros alone.
+
+    Returns:
+      A `Pruner` for masks of all leaves that are prunable or stand in the channels (`reaches`).
+
+    Raises:
+      ValueError: if the threshold is negative.
+    """
+    if not threshold >= 0.0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}.")
+
+    def update_fn(key, masks, state, inputs):
+        del key  # deterministic
+
+        def layer(bits, peak):
+            stays = bits & (peak > threshold)
+            best = filters.largest((peak,), bits, jnp.int32(1))
+            return jnp.where(jnp.any(stays), stays, best)
+
+        live = filters.of_masks(layers, masks)
+        keep = tuple(map(layer, live, filters.peaks(inputs.params, layers)))
+        cleared = filters.to_masks(channels, layers, keep, masks, drops="channels")
+        return jax.tree.map(jnp.logical_and, masks, cleared), state
+
+    return Pruner(init=lambda params: (), update=update_fn)
 
 
 def thinned(

@@ -82,9 +82,30 @@ def num_kept(keep: Keep) -> jax.Array:
     return jnp.stack([jnp.sum(bits, dtype=jnp.int32) for bits in keep])
 
 
-def norms(params: Params, filters: Sequence[groups.Group]) -> tuple[jax.Array, ...]:
-    """Measure every filter by the Euclidean norm of its kernel: one ``[F]`` float32 a layer."""
-    return tuple(groups.norms(params, group, order=2) for group in filters)
+def norms(
+    params: Params, filters: Sequence[groups.Group], *, order: int = 2
+) -> tuple[jax.Array, ...]:
+    """Measure every filter by a norm of its kernel: one ``[F]`` float32 a layer.
+
+    Args:
+      params: the parameters.
+      filters: layer by layer.
+      order: 2 for the Euclidean norm, 1 for the sum of magnitudes.
+    """
+    return tuple(groups.norms(params, group, order=order) for group in filters)
+
+
+def peaks(params: Params, filters: Sequence[groups.Group]) -> tuple[jax.Array, ...]:
+    """Measure every filter by its largest magnitude: one ``[F]`` float32 a layer."""
+    leaves = dict(trees.items(params))
+
+    def layer(group):
+        maker = _maker(group)
+        lines = jnp.moveaxis(jnp.abs(leaves[maker.path]), maker.axis, 0)
+        peak = jnp.max(lines.reshape(lines.shape[0], -1), axis=1).astype(jnp.float32)
+        return jnp.max(peak[maker.indices], axis=1)
+
+    return tuple(map(layer, filters))
 
 
 def largest(scores: Sequence[jax.Array], live: jax.Array, num_kept: jax.Array) -> jax.Array:
@@ -174,12 +195,17 @@ def targets(
 
 
 def ranked(
-    filters: Sequence[groups.Group], params: Params, keep: Keep, counts: Sequence[jax.Array]
+    filters: Sequence[groups.Group],
+    params: Params,
+    keep: Keep,
+    counts: Sequence[jax.Array],
+    *,
+    order: int = 2,
 ) -> Keep:
-    """Keep, of every layer, so many of the live filters of largest norm."""
+    """Keep, of every layer, so many of the live filters of largest norm (`norms`)."""
+    found = norms(params, filters, order=order)
     return tuple(
-        largest((norm,), bits, count)
-        for norm, bits, count in zip(norms(params, filters), keep, counts, strict=True)
+        largest((norm,), bits, count) for norm, bits, count in zip(found, keep, counts, strict=True)
     )
 
 
