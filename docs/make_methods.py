@@ -4,7 +4,8 @@
     python docs/make_methods.py --check    # fail if the page is not up to date
 
 A section has the doc-string of a method's file, its settings, needs, variants and a command. The
-table of all methods is ``docs/notes/_overview.md``. A file ``docs/notes/NAME.md``, if there is one, follows: details and longer examples.
+table of all methods is ``docs/notes/_overview.md``. A file ``docs/notes/NAME.md``, if there is
+one, follows: details and longer examples.
 """
 
 import difflib

@@ -114,7 +114,7 @@ def parts(draw):
         )
     sent = may & chosen
     if kind == "pairs":
-        part = wire_format.pairs(values, chosen, known=known)
+        part = wire_format.pairs(values, sent, known=known)
         counts["num_chosen"] = int(sent.sum())
         return part, known, np.where(sent, values, np.zeros_like(values)), counts
     bits = draw(st.integers(1, 16))

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.federated.local_training import PenaltyFn
+from fedjaxprune.federated.penalties import PenaltyFn
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.types import Broadcast, Params, PrunableFn
 

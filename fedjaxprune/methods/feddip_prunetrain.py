@@ -100,13 +100,13 @@ def build(settings: FedDIPPruneTrain, task: Task) -> Algorithm:
     )
     prune = pruners.prune_to(curve, allocation=ALLOCATIONS[settings.allocation]())
     anew = pruners.chain(pruners.grow_to(0.0, score=scores.magnitude), prune)
-    penalties = ()
+    terms = ()
     if settings.penalty:
         norms = penalties.layer_norms(
             coefficient=lambda round_index: jnp.float32(settings.penalty), prunable=prunable
         )
-        penalties = (norms,)
-    client = task.local_client(penalties=penalties)
+        terms = (norms,)
+    client = task.local_client(penalties=terms)
     if settings.sparsity == 0.0:
         return training(task.protocol, client=client, prunable=prunable)
 
