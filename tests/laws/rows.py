@@ -80,7 +80,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "pooled_filters+channels": ("pooled_filters", {"remove": "channels"}),
     "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
 }
-USUAL = ("autoflip+channels", "dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
+USUAL = ("dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
 DENSE_SERVER = (  # keep the values of pruned entries
     "dpf",
     "dpf/straight_through",

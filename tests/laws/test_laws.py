@@ -21,12 +21,13 @@ DEFAULT = {
     DEVICES: ("adaptive_dynamic_pruning", "mpfl"),
     LEFT_OUT: ("autoflip", "dynamic_sparse", "fedavg", "fedtiny"),
 }
-# Variants that are usual methods with one part replaced or left out.
+# Usual methods and controls with one part replaced or left out.
 SLOW_VARIANTS = (
     "adaptive_dynamic_pruning/random_channels",
     "adaptive_dynamic_pruning/squeeze_excitation",
     "autoflip/explored_start",
     "dpf/straight_through",
+    "fedavg/fednova",
     "fedavg/fedprox",
     "feddip/without_penalty",
     "feddip/without_pruning",
@@ -44,9 +45,14 @@ SLOW_VARIANTS = (
     "prunefl/random_start",
     "prunetrain/proximal",
     "force_masks",
+    "grasp",
     "grasp/one_exchange",
+    "magnitude_masks",
+    "pooled_filters",
+    "random_filters",
     "rigl/set",
     "rigl/static",
+    "snip",
     "snip/gradient_norm",
     "snip/iterative",
     "sr_ste/without_decay",
