@@ -1,6 +1,6 @@
 """FL-PQSU: prune filters once before training, round what travels, send what has improved.
 
-1. ``prepare``: the server trains on its own examples for `pretrain_epochs`, and keeps of every
+1. ``prepare``: the server trains on its own examples for `server_epochs`, and keeps of every
    layer the filters of largest L1 norm, with the weights that they have. `widths` says how many a
    layer keeps, else `sparsity` does. What reads a channel that is gone goes, too;
 2. ``train``: FedAvg under the filters in force. After its round a client compares the mean loss of
@@ -55,7 +55,7 @@ class FLPQSU(_filter_rounds.FilterSettings):
         unit="filters",
         unset="the fraction that sparsity leaves of each layer",
     )
-    pretrain_epochs: int = setting(
+    server_epochs: int = setting(
         0,
         "Passes of the server over its own examples before it prunes; with 0, weights are those of "
         "the start, or of dense_rounds.",
@@ -120,8 +120,8 @@ def _counts(settings: FLPQSU, plan: _filter_rounds.Plan) -> list[int]:
 def _prepare(settings: FLPQSU, task: Task, plan: _filter_rounds.Plan, counts: list[int]) -> Stage:
     """Train at the server, and keep the largest filters."""
     train = None
-    if settings.pretrain_epochs:
-        batcher = task.batches(epochs=settings.pretrain_epochs)
+    if settings.server_epochs:
+        batcher = task.batches(epochs=settings.server_epochs)
         train = server_work.train_at(task.local_client(batcher=batcher), task.server_source())
 
     def work(key, state, population):
@@ -158,7 +158,7 @@ METHOD = Method(
     ),
     needs=lambda settings: Needs(
         convolutions=settings.layers == "convolutions",
-        server_examples=settings.pretrain_epochs > 0,
+        server_examples=settings.server_epochs > 0,
     ),
     default_model="resnet8",
     variants={
@@ -169,6 +169,6 @@ METHOD = Method(
             "downlink.name": "quantize",
         },
     },
-    law_settings={"layers": "all", "pretrain_epochs": 2},
-    nothing_pruned={"sparsity": 0.0, "pretrain_epochs": 0, "send": "always"},
+    law_settings={"layers": "all", "server_epochs": 2},
+    nothing_pruned={"sparsity": 0.0, "server_epochs": 0, "send": "always"},
 )
