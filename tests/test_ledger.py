@@ -539,6 +539,34 @@ def test_the_appendix_of_fedrts_and_what_its_figures_really_follow():
     assert abs(megabytes("fedrts_bitmap", uniform) / 20.85 - 1) < 0.01  # as published
 
 
+@pytest.mark.parametrize(
+    ("density", "feddst", "fedsgc", "fedmef"),
+    [(0.5, 138.30, 207.45, 165.96), (0.3, 86.26, 129.39, 103.51), (0.2, 60.22, 90.33, 72.26)],
+)
+def test_fedrts_published_traffic_of_a_language_model(density, feddst, fedsgc, fedmef):
+    # 32 million parameters count the matrix twice that is embedding and output; biases and half of
+    # the normalization are left out: 2 * 50257 * 256 + 2048 * 256 + 8 * 12 * 256**2 + 17 * 256.
+    size = 2 * 50257 * 256 + 2048 * 256 + 8 * 12 * 256**2 + 17 * 256
+    dense = 2 * storage_models.dense([size], [(size,)]) / 8e6
+    np.testing.assert_allclose(dense, 260.41, atol=0.005)
+    sparse = storage_models.fedrts_bitmap([round(density * size)], [(size,)]) / 8e6
+    # FedDST two sparse models; FedSGC three; FedMef two and 0.4 of one.
+    for published, number in ((feddst, 2), (fedsgc, 3), (fedmef, 2.4)):
+        np.testing.assert_allclose(number * sparse, published, rtol=5e-4)
+    once = size - 50257 * 256 + 4352 + 8 * 9 * 256  # as it is: the matrix once, and all leaves
+    assert once == 19_708_672
+    assert round(2 * 32 * once / 8e6, 1) == 157.7
+
+
+def test_fedrts_published_arithmetic_takes_a_sparse_pass_for_its_density():
+    # 8 batches, 5 epochs; 3.8e12 of 1.78e13 FLOPs are published.
+    share = storage_models.fedrts_flops(1.0, 0.2, 40) / (3 * 40)
+    assert 3.75 / 17.85 < share < 3.85 / 17.75
+    assert storage_models.fedrts_flops(1.0, 1.0, 40) == 3 * 40
+    assert storage_models.prunefl_flops(1.0, 1.0, 40) == 3 * 40
+    assert storage_models.prunefl_flops(1.0, 0.2, 40) == pytest.approx(2.2 * 40)
+
+
 def test_the_rule_of_fedrts_by_hand():
     shapes = [(10, 100)]
     by_density = {900: 32_000, 300: 1000 + 32 * 300, 100: 100 * 10 + 3200}

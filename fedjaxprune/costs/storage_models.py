@@ -103,6 +103,31 @@ def prunefl_corrected(kept: Sequence[int], shapes: Shapes) -> int:
     return prunefl_published(kept, shapes) + fedrts_f4(kept, shapes)
 
 
+def fedrts_flops(dense_flops: float, sparse_flops: float, num_steps: int) -> float:
+    """Charge the arithmetic of a client's round that revises masks, as FedRTS does.
+
+    Three sparse passes a step; in the last step both gradients are dense. FedDST, FedSGC and
+    FedTiny are charged the same. FedRTS takes a sparse pass for its density times a dense one.
+
+    Args:
+      dense_flops: of the forward pass of the dense network, over one batch.
+      sparse_flops: of the pruned one.
+      num_steps: local steps of the round.
+
+    References:
+      Huang et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025, appendix F.4.
+    """
+    return 3 * sparse_flops * (num_steps - 1) + sparse_flops + 2 * dense_flops
+
+
+def prunefl_flops(dense_flops: float, sparse_flops: float, num_steps: int) -> float:
+    """Charge the arithmetic of a PruneFL client's round as FedRTS does: dense gradients throughout.
+
+    Arguments and source are those of `fedrts_flops`.
+    """
+    return (2 * dense_flops + sparse_flops) * num_steps
+
+
 STORAGE: Mapping[str, StorageFn] = {
     "dense": dense,
     "values": values,
