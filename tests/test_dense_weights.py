@@ -166,6 +166,16 @@ def test_arithmetic_is_of_what_is_seen_and_of_what_moves(name, num_moved):
         assert cost["weight_gradient"] == 2 * num_examples * num_moved
 
 
+def test_a_network_without_whole_groups_is_refused():
+    with pytest.raises(ValueError, match=r"method.m must divide .* got 7, and none of the layers "):
+        sr_ste.build(sr_ste.SRSTE(m=7), quadratic.task(setup()))
+
+
+def test_a_sparsity_that_empties_a_layer_is_refused():
+    with pytest.raises(ValueError, match=r"one of the 8 weights of 'head/kernel', .* got 0.95"):
+        top_kast.build(top_kast.TopKAST(sparsity=0.95), quadratic.task(setup()))
+
+
 @pytest.mark.slow
 def test_nothing_else_moves_once_exploration_has_ended():
     _, states, _ = play("top_kast", explore_until=2)

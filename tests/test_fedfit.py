@@ -12,12 +12,12 @@ import pytest
 
 from fedjaxprune import masks, models, trees
 from fedjaxprune.costs import storage_models
-from fedjaxprune.federated import local_training, penalties
+from fedjaxprune.federated import aggregators, local_training, penalties
+from fedjaxprune.federated.corrections import fednova
 from fedjaxprune.federated.mask_revision import Judgement, MaskRevision, after_epochs
 from fedjaxprune.method import Needs
-from fedjaxprune.methods import fedfit, random_masks
+from fedjaxprune.methods import fedfit, fedmef, random_masks, rigl
 from fedjaxprune.pruning import allocation, curvature, drop_and_grow, pruners, schedules, scores
-from fedjaxprune.rounds import traffic
 from fedjaxprune.structure import moments
 from fedjaxprune.testing import scenario
 from fedjaxprune.traffic import DENSE_GRADIENT
@@ -410,9 +410,9 @@ def test_scores_can_be_taken_apart(worth):
 # ---- rounds
 
 
-def build(method, num_epochs=2, **options):
+def build(method, num_epochs=2, aggregator=None, correction=None, **options):
     settings = method.METHOD.settings(**{**method.METHOD.law_settings, **options})
-    base = protocol_of(num_rounds=6)
+    base = protocol_of(num_rounds=6, aggregator=aggregator, correction=correction)
     return method.build(settings, quadratic.task(base, model=MODEL, num_epochs=num_epochs))
 
 
@@ -455,15 +455,42 @@ def test_of_one_client_the_server_takes_the_mask(decision):
     chex.assert_trees_all_equal(found, wanted)
 
 
-def test_a_dropped_weight_counts_as_zero_in_the_mean():
-    start, fields = {"kernel": jnp.asarray([[2.0, 4.0, 0.0]])}, {}
-    fields["delta"] = {"kernel": jnp.asarray([[0.5, 1.0, 0.25]])}
-    fields["masks"] = {"kernel": jnp.asarray([[40.0, 30.0, 10.0]])}
-    state = build(random_masks).init(quadratic.PARAMS, {})._replace(params=start)
-    for heard, wanted in ((40.0, [[0.5, 0.0, 0.25]]), (0.0, [[0.5, 1.0, 0.25]])):
-        given = {**fields, traffic.NUM_EXAMPLES: jnp.float32(heard)}
-        found = fedfit.count_dropped_as_zero(given, state, PEOPLE)
-        near(found["delta"]["kernel"], wanted)
+def test_a_dropped_weight_counts_as_zero_in_any_mean():
+    """The mean of what each client alone would leave, whatever its number of examples."""
+    algorithm = build(fedfit, aggregator=aggregators.unweighted_mean())
+    draw, train = algorithm.stages
+    start = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    start = jax.jit(draw.round)(KEY, start, quadratic.cohort(algorithm, range(6)), PEOPLE)[0]
+    start = start._replace(round=jnp.int32(1 + 2))  # exchanges weights
+    run = jax.jit(train.round)
+
+    def after(present):
+        members = quadratic.cohort(algorithm, range(6), np.isin(np.arange(6), present))
+        return run(KEY, start, members, PEOPLE)[0]
+
+    alone, together = [after([i]) for i in (1, 3)], after([1, 3])
+    assert int(masks.num_changed(alone[0].masks, alone[1].masks)) > 0
+    mean = jax.tree.map(lambda one, other: (one + other) / 2, *(one.params for one in alone))
+    wanted = masks.apply(together.masks, mean)
+    chex.assert_trees_all_close(together.params, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_where_nobody_answers_dense_training_ends_with_the_largest_weights():
+    algorithm = build(fedfit, dense_rounds=1, allocation="uniform")
+    assert [stage.name for stage in algorithm.stages] == ["start", "settle", "train"]
+    state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    state = state._replace(round=jnp.int32(1))
+    members = quadratic.cohort(algorithm, range(6))
+    after = jax.jit(algorithm.stages[1].round)(KEY, state, members, PEOPLE)[0]
+    assert masks.num_kept(after.masks).tolist() == [4, 12, 2, 4]
+    sizes, kept = (np.asarray(tree["dense"]["kernel"]) for tree in (quadratic.PARAMS, after.masks))
+    assert np.abs(sizes[kept]).min() >= np.abs(sizes[~kept]).max()
+
+
+def test_controls_find_masks_that_are_not_exchanged_to_be_fixed():
+    for method in (fedfit, fedmef, rigl):
+        assert build(method, drop_fraction=0.0).has_fixed_masks
+        assert not build(method).has_fixed_masks
 
 
 def test_settings_that_do_not_fit_the_run_are_refused():
@@ -471,8 +498,15 @@ def test_settings_that_do_not_fit_the_run_are_refused():
         build(fedfit, prune_every=6)
     with pytest.raises(ValueError, match="epochs_before must be at most 2, as clients train 2"):
         build(fedfit, epochs_before=3)
-    with pytest.raises(ValueError, match=r"at most 0, .* and score again in the last, got 1"):
+    with pytest.raises(ValueError, match=r"at most 1, .* and score again in the last, got 2"):
+        build(fedfit, epochs_before=2, decision="fresh")
+    with pytest.raises(ValueError, match=r"'fresh' scores .* must be at least 2, got 1"):
         build(fedfit, num_epochs=1, decision="fresh")
+    divided = fednova.normalized_averaging(batcher=quadratic.full_batches(2))
+    with pytest.raises(ValueError, match=r"set method\.absent to 'holders'"):
+        build(fedfit, correction=divided)
+    build(fedfit, correction=divided, absent="holders")
+    build(fedfit, prune_every=6, drop_fraction=0.0)  # as the first sentence says
 
 
 # ---- traffic

@@ -73,6 +73,8 @@ def test_outputs_keep_alike_many_and_ties_the_lower_index():
     by_floor = selection.per_output(sparsity=0.3)(values, jnp.int32(0))
     assert by_floor.sum(axis=0).tolist() == [3, 3, 3]  # 4 less floor(1.2)
     assert by_floor.T.tolist()[0] == [True, True, True, False]
+    many = selection.per_output(sparsity=0.29)(jnp.arange(100.0)[:, None], jnp.int32(0))
+    assert many.sum() == 71  # though 0.29 * 100 is a hair below 29
     shared = selection.per_output()(values, jnp.int32(7))
     assert shared.sum(axis=0).tolist() == [3, 2, 2]
     across = selection.per_output(axis=0)(values.T, jnp.int32(7))

@@ -131,12 +131,13 @@ def _by_layer(
         return _uniform_but_first(settings.sparsity, task, sizes)
     if settings.allocation != "uniform":
         return allocations.er() if settings.allocation == "er" else allocations.erk()
-    path = min(sizes, key=lambda path: sizes[path], default="")
-    if path and not settings.least_per_layer and _is_emptied(sizes[path], settings.sparsity):
-        raise ValueError(
-            f"method.sparsity must leave at least one of the {sizes[path]} weights of {path!r}, or "
-            f"nothing passes; got {settings.sparsity} with method.allocation 'uniform' (er, erk "
-            "and global keep more of small layers, and method.least_per_layer 1 keeps one)."
+    if not settings.least_per_layer:
+        check_layers_left(
+            task,
+            masks_lib.is_kernel,
+            settings.sparsity,
+            advice=" with method.allocation 'uniform' (er, erk and global keep more of small "
+            "layers, and method.least_per_layer 1 keeps one)",
         )
     return allocations.uniform()
 
@@ -166,6 +167,19 @@ def check_something_left(task: Task, prunable: PrunableFn, sparsity: float) -> N
         raise ValueError(
             f"method.sparsity must leave at least one of the {total} prunable weights of the "
             f"network, got {sparsity}."
+        )
+
+
+def check_layers_left(
+    task: Task, prunable: PrunableFn, sparsity: float, *, advice: str = ""
+) -> None:
+    """Refuse a sparsity under which nothing is left of a layer, if it is the same for all."""
+    sizes = facts_lib.sizes(task.facts, prunable)
+    path = min(sizes, key=lambda path: sizes[path], default="")
+    if path and _is_emptied(sizes[path], sparsity):
+        raise ValueError(
+            f"method.sparsity must leave at least one of the {sizes[path]} weights of {path!r}, or "
+            f"nothing passes; got {sparsity}{advice}."
         )
 
 

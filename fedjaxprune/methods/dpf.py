@@ -4,7 +4,7 @@ Clients take gradients at the masked weights and apply them to the dense ones. E
 `steps_between` local steps they choose their masks anew, the weights of largest magnitude in one
 pool, as many as the server's masks keep. The server adds the clients' dense deltas, and every
 `prune_every` rounds it chooses its masks in the same way, ever fewer weights along a cubic curve
-from the dense model. The curve arrives in `end_round`, after which all masks are fixed.
+from the dense model. The curve arrives in `end_round`; after the next revision all masks are fixed.
 
 Where the dense weights live is `mode`:
 
@@ -18,6 +18,8 @@ Where the dense weights live is `mode`:
 With ``steps_between`` 1 and ``dense_both_ways`` it is straight-through magnitude pruning. The
 method was published for one machine; what clients and server share is our choice. So are counts of
 weights that are exact, kernels of all layers, and a count of steps that starts anew in every round.
+The record counts dense weight gradients where clients send dense deltas: those that act inside a
+round alone (``masked``, and most rounds of ``regrow``) are not counted.
 
 References:
   Lin et al., `Dynamic Model Pruning with Feedback <https://arxiv.org/abs/2006.07253>`_, 2020;

@@ -28,8 +28,9 @@ last epoch (of two or more), under the client's own masks, and prunes the union 
 dropped is not grown at once, and a weight whose gain is 0 is not grown. The rounds are those of the
 read-me's example.
 
-A weight that a client dropped counts as zero in the mean (``absent: holders`` averages over the
-clients that hold it, as a robust ``server.aggregator`` of yours takes it for unchanged). A device
+A weight that a client dropped counts as zero in the mean. With ``absent: holders`` the mean is over
+the clients that hold it. A robust ``server.aggregator`` takes it for unchanged. If nobody answers
+when dense training ends, masks keep the largest weights (a stage ``settle``) [inferred]. A device
 that holds a sparse model needs memory for two dense trees of scores and the dense gradient in a
 readjusting round, unless it works through them layer by layer. Every kernel must meet the examples
 in products that can be followed (`structure.moments`); a use that cannot is refused.
@@ -39,7 +40,6 @@ References:
   Huang et al., `FedRTS <https://arxiv.org/abs/2501.19122>`_, 2025.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -49,12 +49,12 @@ import numpy as np
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.federated import aggregators, mask_revision
+from fedjaxprune.federated.corrections import fednova
 from fedjaxprune.method import Method, Needs, Paper
-from fedjaxprune.methods import _fixed_masks
+from fedjaxprune.methods import _fixed_masks, _scored_masks
 from fedjaxprune.pruning import curvature as curvature_lib
 from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
-from fedjaxprune.rounds import traffic
-from fedjaxprune.rounds.protocol import FieldSpec, Hooks, Masking, joining
+from fedjaxprune.rounds.protocol import FieldSpec, Masking, joining
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
@@ -65,7 +65,6 @@ from fedjaxprune.types import (
     Aggregator,
     Algorithm,
     Params,
-    Population,
     PrunerInputs,
     RoundMetrics,
     RoundState,
@@ -155,11 +154,14 @@ def build(settings: FedFit, task: Task) -> Algorithm:
       ValueError: nothing would be left of a layer, or the rounds or epochs do not fit the run.
     """
     if settings.dense_rounds and settings.sparsity:
-        before = _dense_start(settings, task)
+        before = (_dense_start(settings, task), _scored_masks.settle(settings, task))
     else:
-        before = _fixed_masks.draw(settings, task)
-    train = _train(settings, task)._replace(published={"fedfit": formula})
-    return in_order(train, (before,), sparsity=settings.sparsity)
+        before = (_fixed_masks.draw(settings, task),)
+    if settings.drop_fraction == 0.0:
+        algorithm = _fixed_masks.train_under(task, settings.sparsity, *before)
+    else:
+        algorithm = in_order(_train(settings, task), before, sparsity=settings.sparsity)
+    return algorithm._replace(published={"fedfit": formula})
 
 
 def readjusting_rounds(settings: FedFit, num_rounds: int) -> tuple[int, int]:
@@ -180,7 +182,7 @@ def readjusting_rounds(settings: FedFit, num_rounds: int) -> tuple[int, int]:
 
 def _train(settings: FedFit, task: Task) -> Algorithm:
     period, until = readjusting_rounds(settings, task.protocol.num_rounds)
-    if settings.drop_fraction == 0.0 or settings.sparsity == 0.0 or period >= until:
+    if settings.sparsity == 0.0 or period >= until:
         return training(task.protocol, client=task.local_client())
     is_due = schedules.every(period, start=period, until=until)
     decay = drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until)
@@ -210,6 +212,8 @@ def _train(settings: FedFit, task: Task) -> Algorithm:
     rule = task.protocol.aggregator  # a robust one judges whole messages
     is_mean = isinstance(rule, Aggregator | None)
     counts_zeros = is_mean and settings.absent == "zero"
+    if counts_zeros:
+        _check_correction(task)
     by_holders = aggregators.holder_mean() if is_mean and settings.absent == "holders" else None
     revision = _revision(settings, task, is_fresh=is_fresh)
     return training(
@@ -224,9 +228,19 @@ def _train(settings: FedFit, task: Task) -> Algorithm:
         masking=Masking(
             upload=lambda state: masks_lib.full(state.params),
             upload_masks=lambda fields, masks: {SCORES: scored(masks, fields["masks"])},
+            absent="zero" if counts_zeros else "unchanged",
         ),
-        hooks=Hooks(conclude=count_dropped_as_zero) if counts_zeros else None,
     )
+
+
+def _check_correction(task: Task) -> None:
+    """Refuse deltas in a unit in which a weight that became zero cannot be written."""
+    correction = task.protocol.correction
+    if correction is not None and fednova.STEPS in correction.fields:
+        raise ValueError(
+            "client.correction 'fednova' divides deltas by steps, so a weight that a client "
+            "dropped cannot count as zero in their mean: set method.absent to 'holders'."
+        )
 
 
 def _dense_start(settings: FedFit, task: Task) -> Stage:
@@ -256,6 +270,11 @@ def _revision(settings: FedFit, task: Task, *, is_fresh: bool) -> mask_revision.
     """Score weights in a client's first epochs, and keep the masks: the caller says more."""
     epochs = settings.epochs_before
     most = task.num_epochs - is_fresh
+    if most < 1:
+        raise ValueError(
+            "method.decision 'fresh' scores weights again in the last epoch, so client.epochs must "
+            f"be at least 2, got {task.num_epochs} (1 where the protocol counts steps)."
+        )
     if epochs > most:
         raise ValueError(
             f"method.epochs_before must be at most {most}, as clients train {task.num_epochs} "
@@ -328,31 +347,6 @@ def _scores_field(task: Task) -> FieldSpec:
     return FieldSpec(
         joining(task.protocol, by="clients"), travels=masks_lib.is_kernel, to_pruner=True
     )
-
-
-def count_dropped_as_zero(
-    fields: Mapping[str, Any], state: RoundState, population: Population
-) -> dict[str, Any]:
-    """Let a weight that a client does not hold any more count as zero, not as unchanged.
-
-    Args:
-      fields: the mean `delta`, `masks` with the sums of the examples of holders, and
-        `traffic.NUM_EXAMPLES` of all that were heard.
-      state: before the round.
-      population: of the clients.
-
-    Returns:
-      The field `delta`.
-    """
-    del population
-    total = fields[traffic.NUM_EXAMPLES]
-    safe = jnp.where(total > 0, total, jnp.ones_like(total))
-
-    def leaf(delta: jax.Array, start: jax.Array, held: jax.Array) -> jax.Array:
-        missing = jnp.where(total > 0, (total - held) / safe, jnp.zeros_like(held))
-        return delta - missing.astype(delta.dtype) * start
-
-    return {"delta": jax.tree.map(leaf, fields["delta"], state.params, fields["masks"])}
 
 
 def formula(metrics: RoundMetrics, state: RoundState) -> PublishedBits:

@@ -120,14 +120,16 @@ def build(settings: FedMef, task: Task) -> Algorithm:
       ValueError: nothing would be left of a layer, or no exchange would take place.
     """
     model = activations.pruned(task.model, settings.dropped_activations)
-    train = _train(settings, task._replace(model=model))._replace(published={"fedmef": formula})
     draw = _fixed_masks.draw(settings, task)
-    return in_order(train, (draw,), sparsity=settings.sparsity)
+    own = task._replace(model=model)
+    if settings.drop_fraction == 0.0:
+        algorithm = _fixed_masks.train_under(own, settings.sparsity, draw)
+    else:
+        algorithm = in_order(_train(settings, own), (draw,), sparsity=settings.sparsity)
+    return algorithm._replace(published={"fedmef": formula})
 
 
 def _train(settings: FedMef, task: Task) -> Algorithm:
-    if settings.drop_fraction == 0.0:
-        return training(task.protocol, client=task.local_client())
     num_rounds = task.protocol.num_rounds
     period, until = _due_rounds.resolve(
         settings.prune_every,

@@ -8,10 +8,13 @@
 
 RigL trains on one machine; here the server exchanges weights by the mean of the gradients of the
 clients' last local batches. A client sends only as many as its layer grows, the largest, as pairs
-of index and value, so no dense gradient travels.
+of index and value, so no dense gradient travels. Different as well: numbers of weights are rounded
+up, and a weight that was just dropped, or whose gradient is 0, is not grown (the public code rounds
+down and lets dropped weights return at once).
 
-With ``grow: random`` it is SET: weights are grown at random, those just dropped included, and
-nothing but live weights and new masks travels. Its share (``decay: constant``) does not decay.
+With ``grow: random`` it is SET: weights are grown at random, those just dropped included, numbers
+are rounded down, and nothing but live weights and new masks travels. Its share
+(``decay: constant``) does not decay.
 
 References:
   Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020; Mocanu et al.,
@@ -72,12 +75,12 @@ def build(settings: RigL, task: Task) -> Algorithm:
       ValueError: nothing would be left of a layer, or no exchange would take place.
     """
     draw = _fixed_masks.draw(settings, task)
+    if settings.drop_fraction == 0.0:
+        return _fixed_masks.train_under(task, settings.sparsity, draw)
     return in_order(_train(settings, task), (draw,), sparsity=settings.sparsity)
 
 
 def _train(settings: RigL, task: Task) -> Algorithm:
-    if settings.drop_fraction == 0.0:
-        return training(task.protocol, client=task.local_client())
     period, until = _exchange_rounds(settings, task.protocol.num_rounds)
     is_random = settings.grow == "random"
     fraction = (

@@ -6,7 +6,8 @@ are not seen are pulled towards zero by `decay` times themselves. The server kee
 weights, and clients send dense deltas; what is deployed has the pattern, which sparse matrix units
 compute fast (2 of 4). With a decay of 0 it is the plain straight-through estimator.
 
-The method was published for one machine. Layers whose inputs are no multiple of `m` stay dense,
+Inputs are the last axis but one of a kernel, as in flax. The method was published for one machine.
+Layers whose inputs are no multiple of `m` stay dense,
 such as a first convolution of three channels. Of equal weights the first one is kept (the last in
 the public code, whose dense layers also ignore the decay and drop the bias).
 
@@ -22,6 +23,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _dense_weights
 from fedjaxprune.pruning import selection, views
+from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds.protocol import Masking
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import NonNegative, Settings, setting
@@ -51,11 +53,21 @@ class SRSTE(Settings):
 
 
 def build(settings: SRSTE, task: Task) -> Algorithm:
-    """Train dense weights of which the loss sees `n` of every `m`."""
+    """Train dense weights of which the loss sees `n` of every `m`.
+
+    Raises:
+      ValueError: no layer has whole groups.
+    """
 
     def prunable(path: str, leaf: jax.Array) -> bool:
         return masks_lib.is_kernel(path, leaf) and leaf.shape[-2] % settings.m == 0
 
+    kernels = facts_lib.sizes(task.facts, masks_lib.is_kernel)
+    if settings.n < settings.m and kernels and not facts_lib.sizes(task.facts, prunable):
+        raise ValueError(
+            "method.m must divide the number of inputs of a layer, or all stay dense; got "
+            f"{settings.m}, and none of the layers {', '.join(kernels)} has whole groups."
+        )
     view = views.best_of_groups(n=settings.n, m=settings.m, decay=settings.decay, prunable=prunable)
     return _dense_weights.train(
         task,

@@ -8,7 +8,8 @@ seen. The client sends what it changed. The server keeps dense weights and choos
 after every round; the smaller one is deployed.
 
 Weights outside the larger set keep their value at the server, and enter it as others shrink.
-After `explore_until` rounds the two sets are one, and masks stay as they are.
+After `explore_until` rounds the two sets are one. A mask then changes only where a weight that is
+seen shrinks below one outside, which keeps its value.
 
 The method was published for one machine, and we had access to its abstract. Inferred: the penalty
 is half the sum of squares, divided by the density for weights that move unseen; its weight; and
@@ -77,9 +78,9 @@ def build(settings: TopKAST, task: Task) -> Algorithm:
     """Train the largest weights, of which the loss sees the largest.
 
     Raises:
-      ValueError: nothing would be left of the network.
+      ValueError: nothing would be left of a layer.
     """
-    _fixed_masks.check_something_left(task, masks_lib.is_kernel, settings.sparsity)
+    _fixed_masks.check_layers_left(task, masks_lib.is_kernel, settings.sparsity)
     backward = settings.backward_sparsity
     until = settings.explore_until
     view = views.two_sets(

@@ -118,7 +118,8 @@ def per_output(*, axis: int = -1, sparsity: float | None = None) -> SelectionFn:
             counts = num_kept // rows.shape[0] + has_one_more.astype(jnp.int32)
         else:
             size = rows.shape[1]
-            counts = jnp.full(rows.shape[0], size - math.floor(sparsity * size), jnp.int32)
+            num_pruned = math.floor(sparsity * size * (1.0 + 1e-12))  # 0.29 of 100 is 29
+            counts = jnp.full(rows.shape[0], size - num_pruned, jnp.int32)
         best_first = jnp.argsort(~rows, axis=1, stable=True)
         rank = jnp.argsort(best_first, axis=1)
         kept = rank < counts[:, None]

@@ -18,6 +18,8 @@ from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings
 from fedjaxprune.types import Batcher, Client, Correction, FieldSpec, Message
 
+STEPS = "effective_steps"  # the field of messages whose deltas are divided by it
+
 
 def effective_steps(num_steps: jax.Array, *, momentum: float) -> jax.Array:
     """Count how far local steps reach, in plain steps: ``[]`` float32.
@@ -60,21 +62,21 @@ def normalized_averaging(*, batcher: Batcher, momentum: float = 0.0) -> Correcti
             delta = jax.tree.map(
                 lambda leaf: leaf / divisor.astype(leaf.dtype), message.fields["delta"]
             )
-            fields = {**message.fields, "delta": delta, "effective_steps": steps}
+            fields = {**message.fields, "delta": delta, STEPS: steps}
             return Message(fields=fields, weight=message.weight), state
 
         return Client(init=client.init, update=update_fn)
 
     def update_fn(fields, state, population):
         del population  # the mean is over those that took part
-        steps = fields["effective_steps"]
+        steps = fields[STEPS]
         return jax.tree.map(lambda leaf: steps.astype(leaf.dtype) * leaf, fields["delta"]), state
 
     return Correction(
         init=lambda params: (),
         wrap=wrap_fn,
         update=update_fn,
-        fields={"effective_steps": FieldSpec()},
+        fields={STEPS: FieldSpec()},
     )
 
 
