@@ -146,6 +146,13 @@ class PruneFL(Settings):
         if self.sparsity is None and (self.start_from == "random" or self.initial_sparsity):
             what = "start_from 'random'" if self.start_from == "random" else "initial_sparsity"
             raise ValueError(f"sparsity must be given with {what}, got none.")
+        stays = "further_pruning false" if not self.further_pruning else "drop_fraction 0"
+        is_revised = self.further_pruning and self.drop_fraction > 0.0
+        if self.start_from == "dense" and self.sparsity and not is_revised:
+            raise ValueError(
+                f"sparsity must not be given with start_from 'dense' and {stays}, with which no "
+                f"weight is ever dropped, got {self.sparsity}."
+            )
         return self
 
 
