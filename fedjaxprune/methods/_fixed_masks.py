@@ -131,14 +131,28 @@ def _by_layer(
         return _uniform_but_first(settings.sparsity, task, sizes)
     if settings.allocation != "uniform":
         return allocations.er() if settings.allocation == "er" else allocations.erk()
+    if not settings.least_per_layer:
+        others = (
+            "er, erk and global keep more of small layers, and method.least_per_layer 1 keeps one"
+        )
+        check_uniform(sizes, settings.sparsity, others)
+    return allocations.uniform()
+
+
+def check_uniform(sizes: dict[str, int], sparsity: float, others: str) -> None:
+    """Refuse a sparsity under which the same share of each layer leaves nothing of the smallest.
+
+    Args:
+      sizes: of the prunable leaves, by path.
+      sparsity: of each.
+      others: which settings would leave something, for the message.
+    """
     path = min(sizes, key=lambda path: sizes[path], default="")
-    if path and not settings.least_per_layer and _is_emptied(sizes[path], settings.sparsity):
+    if path and _is_emptied(sizes[path], sparsity):
         raise ValueError(
             f"method.sparsity must leave at least one of the {sizes[path]} weights of {path!r}, or "
-            f"nothing passes; got {settings.sparsity} with method.allocation 'uniform' (er, erk "
-            "and global keep more of small layers, and method.least_per_layer 1 keeps one)."
+            f"nothing passes; got {sparsity} with method.allocation 'uniform' ({others})."
         )
-    return allocations.uniform()
 
 
 def _uniform_but_first(
