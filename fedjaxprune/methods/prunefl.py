@@ -9,9 +9,10 @@
 
 The time of a round is linear in the live weights of each layer. By default all weights take the
 same time, and what does not depend on the masks takes as long as all prunable weights together
-(`times: equal`). With `times: modeled` a weight takes the multiply-adds that it has in the largest
-client's round, and 64 bits of traffic; the seconds of each are inferred from the published times of
-VGG-11. `sparsity` bounds the size; without it the size is an outcome.
+(`times: equal`). With `times: modeled` a weight takes the multiply-adds that it has in a round's
+passes over the largest client's examples (one pass where the protocol counts steps), and 64 bits of
+traffic; the seconds of each are inferred from the published times of VGG-11. `sparsity` bounds the
+size; without it the size is an outcome.
 
 As in the authors' code: all kernels are prunable, the first and the last included; gains of biases
 and normalization count, their time belongs to the constant; the share of candidates halves every
