@@ -122,7 +122,7 @@ def _num_trained(metrics: RoundMetrics) -> np.ndarray:
     """Count by leaf what each client trained: what it sends, or received if silent: ``[C, L]``."""
     field = metrics.sent.up.get(traffic.SILENT, {}).get(traffic.SILENT)
     if field is None:
-        return metrics.num_uploaded
+        return np.asarray(metrics.num_uploaded)
     is_silent = np.asarray(field.clients)[:, None]
     return np.where(is_silent, np.asarray(metrics.num_downloaded)[:, 0], metrics.num_uploaded)
 
