@@ -30,6 +30,8 @@ EXTRA_GRADIENT = "extra_gradient"
 # A field of a client's message in training, ``[]`` bool: True of a client that sends this bit and
 # nothing else. It is sent as "bits", and a client that sends the rest does not send it.
 SILENT = "silent"
+# A report ``[C]`` float32: examples that each silent client passed over, of which no metrics tell.
+SILENT_EXAMPLES = "silent_examples"
 # The server's message whose field `params` is the downlink's business.
 DOWNLINK = "downlink"
 

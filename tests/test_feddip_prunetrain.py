@@ -29,6 +29,11 @@ def build(**options):
     return method.build(method.FedDIPPruneTrain(**settings), quadratic.task(base, num_epochs=2))
 
 
+def test_a_layer_that_an_equal_share_empties_is_refused():
+    with pytest.raises(ValueError, match="at least one of the 8 weights of 'head/kernel', or noth"):
+        build(sparsity=0.95, allocation="uniform")
+
+
 @pytest.mark.parametrize(
     ("index", "wanted"), [(0, 0.5), (1, 0.511880), (25, 0.73125), (50, 0.85), (99, 0.9)]
 )

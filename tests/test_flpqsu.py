@@ -12,6 +12,7 @@ import pytest
 from fedjaxprune import metrics as metrics_lib
 from fedjaxprune import trees
 from fedjaxprune.costs import ledger
+from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.federated import downlinks, local_training, selective_sending, uplinks
 from fedjaxprune.methods import flpqsu
 from fedjaxprune.pruning.structured import filters
@@ -145,6 +146,7 @@ def with_feedback():
 def test_a_silent_client_sends_a_bit_and_keeps_what_it_owes():
     algorithm, state, members, run = with_feedback()
     state, rows, _ = run(KEY, state, members, PEOPLE)
+    _, _, everybody = run(KEY, state, members, PEOPLE)
     members = members._replace(states=silent_from(rows, [1, 4]))
     after, later, metrics = jax.device_get(run(KEY, state, members, PEOPLE))
     pick = functools.partial(trees.take_rows, rows=jnp.asarray([1, 4]))
@@ -155,12 +157,27 @@ def test_a_silent_client_sends_a_bit_and_keeps_what_it_owes():
     chex.assert_trees_all_equal(after.params, jax.device_get(without.params))
     assert algorithm.diagnostics(metrics) == {"num_silent": 2}
     assert metrics.num_uploaded[[1, 4]].sum() == 0
+    one, all_of_them = (round_costs.of_round(quadratic.profile(), m) for m in (metrics, everybody))
+    assert one._replace(unchanged_fraction=1.0) == all_of_them._replace(unchanged_fraction=1.0)
+    assert (one.training_flops or {})["forward"] > 0  # they trained all the same
     written = 8 * len(wire_format.encode({SILENT: wire_format.counted(np.ones([], np.bool_))}))
     traffic = ledger.account(metrics, state, algorithm)
     by_client = {i: entry for entry in traffic.clients for i in entry.client_ids}
     assert by_client[1].uplink_bits == by_client[4].uplink_bits == written
     assert by_client[0].uplink_bits > written
     assert by_client[0].downlink_bits == by_client[1].downlink_bits
+
+
+def test_dense_rounds_are_fedavg_and_what_clients_remember_begins_behind_them():
+    """A loss before filters were pruned would keep clients silent after it."""
+    algorithm = build(dense_rounds=1)
+    assert [stage.name for stage in algorithm.stages] == ["start", "prepare", "train"]
+    state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    members = quadratic.cohort(algorithm, range(6))
+    after, rows, metrics = jax.jit(algorithm.stages[0].round)(KEY, state, members, PEOPLE)
+    chex.assert_trees_all_equal(rows.client, members.states.client)
+    assert SILENT not in metrics.sent.up
+    assert not np.array_equal(after.params["head"]["kernel"], state.params["head"]["kernel"])
 
 
 def test_a_round_in_which_nobody_sends_moves_nothing():

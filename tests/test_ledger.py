@@ -32,6 +32,7 @@ from tests.playing import UPLINKS, dip, plain, setup, simulate, some
 is_kernel = masks.is_kernel
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, is_kernel)
 # Stages in which no client takes part.
+ABSENT_IS_ZERO = ("feddip_prunetrain", "fedfit")  # what is not sent counts as a change
 AT_SERVER = ("prepare", "draw", "prune_alone", "settle", "shuffle", "reinitialize")
 
 
@@ -214,7 +215,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
             if present[slot]:
                 versions[client] = version
                 told[client] |= stage == "train"
-                as_pairs = "fedtiny" in name
+                as_pairs = rows.family(name) in ("fedmef", "fedtiny", "rigl")
                 if stage in (*REPLIES, "explore"):
                     message = {}
                     moved = ("model_state", "move") if name in EXPLORED else ("deviations",)
@@ -230,7 +231,10 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                     up = bits_of({SILENT: wire_format.counted(np.ones([], np.bool_))})
                     num_silent += 1
                 else:
-                    if name == "feddip_prunetrain":  # what is not sent counts as a change
+                    if rows.family(name) in (
+                        "feddip_prunetrain",
+                        "fedfit",
+                    ):  # what is not sent counts as a change
                         fields = {**fields, "delta": apply(sent, fields["delta"])}
                     corrected = at_large(name, masks)
                     if rows.family(name) == "fedfit":
@@ -238,7 +242,7 @@ def test_what_is_charged_is_what_is_written(name, wire_name, monkeypatch):
                     up = written(inner, fields, sent, corrected, weight, as_pairs=as_pairs)
                     num_pairs += as_pairs and np.count_nonzero(trees_flat(fields["grads"]))
             assert charged[client] == (up, down)
-    assert (num_pairs > 0) == ("fedtiny" in name)
+    assert (num_pairs > 0) == (rows.family(name) in ("fedmef", "fedtiny", "rigl"))
     assert (num_silent > 0) == name.startswith("flpqsu")
 
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ from tests import quadratic
 
 KEY = jax.random.key(5)
 PEOPLE = quadratic.population()
+SETUP = protocol.Protocol(num_rounds=6, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1))
 
 # The worked example: two layers, weights and squared gradients.
 WEIGHTS = {
@@ -199,9 +201,7 @@ def test_gradients_are_squared_at_the_client():
 @functools.cache
 def play(num_rounds=5, num_clients=6, **options):
     """Run all stages with some of the clients: the algorithm, states and metrics."""
-    setup = protocol.Protocol(
-        num_rounds=num_rounds, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
-    )
+    setup = SETUP._replace(num_rounds=num_rounds)
     settings = prunefl.PruneFL(**{**prunefl.METHOD.law_settings, **options})
     algorithm = prunefl.build(settings, quadratic.task(setup))
     states = [algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})]
@@ -231,6 +231,21 @@ def test_one_client_prunes_until_the_size_settles():
     pruned = jax.tree.map(jnp.logical_not, states[1].masks)
     assert not any(map(np.any, jax.tree.leaves(masks.apply(pruned, states[1].params))))
     assert not np.array_equal(*(s.params["head"]["kernel"] for s in states[:2]))  # no way back
+
+
+def test_a_client_without_examples_finds_nothing():
+    algorithm = prunefl.build(prunefl.PruneFL(), quadratic.task(SETUP))
+    state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    people = PEOPLE._replace(offsets=PEOPLE.offsets.at[1].set(0))
+    members = quadratic.cohort(algorithm, range(6))
+    after, _, _ = jax.jit(algorithm.stages[0].round)(KEY, state, members, people)
+    chex.assert_trees_all_equal((after.params, after.masks), (state.params, state.masks))
+
+
+@pytest.mark.parametrize("stays", [{"drop_fraction": 0.0}, {"further_pruning": False}])
+def test_a_sparsity_that_a_dense_start_never_reaches_is_refused(stays):
+    with pytest.raises(ValueError, match="sparsity must not be given with start_from 'dense'"):
+        prunefl.PruneFL(start_from="dense", sparsity=0.8, **stays)
 
 
 def test_one_client_receives_the_dense_model_and_sends_masks_and_live_weights():

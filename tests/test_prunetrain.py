@@ -199,7 +199,12 @@ def trees_held(params, own):
 def test_channels_die_in_the_rounds_that_are_due():
     steps = play(build(prune_every=2))
     counts = [int(masks.num_kept(after.masks).sum()) for _, after, _ in steps]
-    assert counts[0] == quadratic.NUM_WEIGHTS > counts[1] == counts[2] > counts[3]
+    assert counts[0] == counts[1] == quadratic.NUM_WEIGHTS > counts[2] == counts[3]
+
+
+def test_a_period_beyond_the_run_is_refused():
+    with pytest.raises(ValueError, match=r"prune_every must be at most .* \(6\), .* got 7"):
+        build(prune_every=7)
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,13 @@ def if_improved(make: MakeFn, loss: LossFn, *, num_epochs: int) -> Client:
         return LastSent(loss=jnp.float32(NEVER), inner=inner.init(params))
 
     return Client(init=init_fn, update=update_fn)
+
+
+def with_state_of(later: Client, client: Client) -> Client:
+    """Train as a `client` without state does, beside the state of a `later` one, which stays."""
+
+    def update_fn(key, broadcast, state, data):
+        message, _ = client.update(key, broadcast, client.init(broadcast.params), data)
+        return message, state
+
+    return Client(init=later.init, update=update_fn)

@@ -17,7 +17,7 @@ import numpy as np
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
 from fedjaxprune.costs import ledger, storage_models
-from fedjaxprune.federated import local_training, server_optimizers
+from fedjaxprune.federated import local_training, selective_sending, server_optimizers
 from fedjaxprune.pruning.structured import filters
 from fedjaxprune.rounds import reporting, stages
 from fedjaxprune.rounds.protocol import (
@@ -298,7 +298,7 @@ def train_after(
 
     Before these come the rounds of dense FedAvg, if there are any; the task's `num_rounds` counts
     the rounds of training alone. It is FedAvg unless there is a `client`, whose message may have
-    other `fields`.
+    other `fields`; what such a client remembers begins with training.
     """
 
     def report(before, after, metrics):
@@ -314,16 +314,18 @@ def train_after(
         )
         return state._replace(method=method)
 
-    trained = training(
+    make = functools.partial(
+        training,
         task.protocol,
-        client=task.local_client() if client is None else client,
         prunable=_prunable(settings),
-        fields=fields,
         masking=Masking(transport=mask_transport()),
         hooks=Hooks(after_round=report),
     )
+    plain = task.local_client()
+    trained = make(client=plain if client is None else client, fields=fields)
     if settings.dense_rounds:
-        (stage,) = trained.stages
+        start = plain if client is None else selective_sending.with_state_of(client, plain)
+        (stage,) = make(client=start).stages
         before = (stage._replace(name="start", num_rounds=settings.dense_rounds), *before)
     published = {
         "filter_masked": functools.partial(_charge, plan, _filter_masked),

@@ -59,7 +59,8 @@ def prune_alone(task: Task, plan: Plan, revise: ReviseFn) -> Stage:
     batches are added up. Every `CHECK_EVERY` passes the accuracy in the pass is looked at; a
     network that reports none counts as good enough. Once it suffices, masks are revised in that
     pass and every `prune_every` from there. The stage ends when `SETTLED` revisions in a row
-    changed the number of live weights by at most a tenth. The weights stay where they are.
+    changed the number of live weights by at most a tenth. The weights stay where they are. A client
+    without examples changes nothing.
 
     The client receives the dense model, and sends masks and live weights.
     """
@@ -83,7 +84,8 @@ def prune_alone(task: Task, plan: Plan, revise: ReviseFn) -> Stage:
             return revised._replace(metrics=total, num_passes=progress.num_passes + 1)
 
         def is_open(progress):
-            return (progress.num_passes < plan.num_passes) & (progress.num_settled < SETTLED)
+            is_early = (progress.num_passes < plan.num_passes) & (progress.num_settled < SETTLED)
+            return is_early & (data.size > 0)
 
         squares = jax.tree.map(jnp.zeros_like, state.params)
         shapes = jax.eval_shape(

@@ -86,11 +86,19 @@ def build(settings: FedDIPPruneTrain, task: Task) -> Algorithm:
     """Build FedAvg whose clients prune what they send.
 
     Raises:
-      ValueError: nothing would be left of the prunable leaves, or there are none.
+      ValueError: nothing would be left of the prunable leaves, or of one of them under
+        ``uniform``, or there are none.
     """
     prunable = _prunable(settings, task)
     if settings.sparsity > 0.0:
         _fixed_masks.check_something_left(task, prunable, settings.sparsity)
+        if settings.allocation == "uniform":
+            _fixed_masks.check_layers_left(
+                task,
+                prunable,
+                settings.sparsity,
+                advice=" with method.allocation 'uniform' (erk keeps more of small layers)",
+            )
     start = settings.initial_sparsity
     curve = schedules.cubic(
         initial_sparsity=min(0.5, settings.sparsity) if start is None else start,

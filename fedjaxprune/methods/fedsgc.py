@@ -20,6 +20,8 @@ the last step after which it was still live (``direction: last_step`` says 0). I
 pruned weight has a direction by accident, as its last local step is not masked. Implementations
 have 0.5 and later 0.01 as the share; 0.01 decides nothing in a layer that exchanges fewer than 100
 weights, so 0.5 is the default. A share that finds too few weights is made up for by the others.
+With one local epoch (or ``epochs_before: 0``) clients revise masks before their first step, when no
+live weight has moved, so that directions decide on growing alone.
 
 ``absent: old`` lets clients that did not take part count with the global model and masks that they
 were not sent, by their examples, as the paper's equation 7 is quoted: with one client in ten the

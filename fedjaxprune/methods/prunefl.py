@@ -9,9 +9,10 @@
 
 The time of a round is linear in the live weights of each layer. By default all weights take the
 same time, and what does not depend on the masks takes as long as all prunable weights together
-(`times: equal`). With `times: modeled` a weight takes the multiply-adds that it has in the largest
-client's round, and 64 bits of traffic; the seconds of each are inferred from the published times of
-VGG-11. `sparsity` bounds the size; without it the size is an outcome.
+(`times: equal`). With `times: modeled` a weight takes the multiply-adds that it has in a round's
+passes over the largest client's examples (one pass where the protocol counts steps), and 64 bits of
+traffic; the seconds of each are inferred from the published times of VGG-11. `sparsity` bounds the
+size; without it the size is an outcome.
 
 As in the authors' code: all kernels are prunable, the first and the last included; gains of biases
 and normalization count, their time belongs to the constant; the share of candidates halves every
@@ -146,6 +147,13 @@ class PruneFL(Settings):
         if self.sparsity is None and (self.start_from == "random" or self.initial_sparsity):
             what = "start_from 'random'" if self.start_from == "random" else "initial_sparsity"
             raise ValueError(f"sparsity must be given with {what}, got none.")
+        stays = "further_pruning false" if not self.further_pruning else "drop_fraction 0"
+        is_revised = self.further_pruning and self.drop_fraction > 0.0
+        if self.start_from == "dense" and self.sparsity and not is_revised:
+            raise ValueError(
+                f"sparsity must not be given with start_from 'dense' and {stays}, with which no "
+                f"weight is ever dropped, got {self.sparsity}."
+            )
         return self
 
 

@@ -46,7 +46,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import derivatives, group_lasso, optimizers
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _filter_rounds
-from fedjaxprune.pruning import pruners, schedules
+from fedjaxprune.pruning import drop_and_grow, pruners
 from fedjaxprune.pruning.structured import channel_pruning, filters
 from fedjaxprune.rounds import reporting
 from fedjaxprune.rounds.protocol import Announcement, FieldSpec, Hooks, Masking, add_reports
@@ -83,7 +83,7 @@ class PruneTrain(Settings):
         1e-4, "Largest magnitude of a weight that counts as zero.", unit="magnitude"
     )
     prune_every: Rounds = setting(
-        1, "Rounds from one removal of channels to the next.", unit="rounds"
+        1, "Rounds from one removal of channels to the next, and up to the first.", unit="rounds"
     )
 
 
@@ -98,11 +98,18 @@ def build(settings: PruneTrain, task: Task) -> Algorithm:
     """Build PruneTrain.
 
     Raises:
-      ValueError: the network has no channels that it is free to lose, or the proximal step cannot
-        tell the learning rate.
+      ValueError: the network has no channels that it is free to lose, no round would remove any, or
+        the proximal step cannot tell the learning rate.
     """
     if settings.penalty_ratio == 0.0:
         return training(task.protocol, client=task.local_client())
+    period, num_rounds = settings.prune_every, task.protocol.num_rounds
+    if period > num_rounds:
+        raise ValueError(
+            f"method.prune_every must be at most the rounds of training ({num_rounds}), or no "
+            f"channel is ever removed, got {period}."
+        )
+    is_due = drop_and_grow.every(period=period, until=num_rounds)
     channels, params = task.facts.channels(), task.facts.params
     cuts = group_lasso.blocks(channels, params, weights=settings.group_weights)
     layers = filters.layers(channels, params, prunable=masks_lib.is_kernel)
@@ -129,7 +136,7 @@ def build(settings: PruneTrain, task: Task) -> Algorithm:
     trained = training(
         task.protocol,
         client=_client(settings, task, cuts),
-        pruner=pruners.when(schedules.every(settings.prune_every), prune),
+        pruner=pruners.when(is_due, prune),
         prunable=channel_pruning.reaches((*channels.groups, *layers), masks_lib.is_kernel),
         masking=Masking(transport=_filter_rounds.mask_transport()),
         hooks=Hooks(after_round=after_round, announcement=announcement),
@@ -153,6 +160,7 @@ def diagnostics(metrics: RoundMetrics) -> dict[str, Any]:
 def measure(task: Task, cuts: tuple[group_lasso.Blocks, ...], *, ratio: float) -> Stage:
     """Make the exchange that chooses the penalty's coefficient of the clients' losses.
 
+    All clients answer, also where clients drop out in training, as the coefficient is chosen once.
     Nothing comes down for it: the initial weights follow from the run's seed.
     """
 

@@ -2,7 +2,7 @@
 
 A client that sets the field `traffic.SILENT` of its message sends one bit and nothing else: to the
 server it counts as absent. It keeps its state and its uplink's memory as they were, so nothing is
-lost of what error feedback owes.
+lost of what error feedback owes. Its work counts in the record of arithmetic.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedjaxprune import trees
-from fedjaxprune.rounds.traffic import NUM_UPLOADED
-from fedjaxprune.traffic import SILENT, FieldLength, Sent
+from fedjaxprune.rounds.traffic import NUM_UPLOADED, SUMMARY
+from fedjaxprune.traffic import SILENT, SILENT_EXAMPLES, FieldLength, Sent
 from fedjaxprune.types import Message, State
 
 
@@ -30,7 +30,12 @@ def keep_still(message: Message, after: State, before: State) -> tuple[Message, 
     counts = message.fields[NUM_UPLOADED]
     sent = jnp.where(is_silent, jnp.zeros_like(counts), counts)
     weight = jnp.where(is_silent, jnp.zeros_like(message.weight), message.weight)
-    fields = {**message.fields, NUM_UPLOADED: sent}
+    seen = message.fields["metrics"]["loss"].weight
+    summary = {
+        **message.fields[SUMMARY],
+        SILENT_EXAMPLES: jnp.where(is_silent, seen, jnp.zeros_like(seen)),
+    }
+    fields = {**message.fields, NUM_UPLOADED: sent, SUMMARY: summary}
     return Message(fields, weight), trees.tree_where(is_silent, before, after)
 
 
@@ -55,4 +60,5 @@ def leave_out(sent: Sent, summary: Mapping[str, Any]) -> Sent:
         }
         for message, fields in sent.up.items()
     }
-    return sent._replace(up=up)
+    reports = {**sent.reports, SILENT_EXAMPLES: summary[SILENT_EXAMPLES]}
+    return sent._replace(up=up, reports=reports)

@@ -71,9 +71,10 @@ def profile(
 def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     """Make a round's figures from its metrics, read to the host.
 
-    FLOPs are of the examples that count (no filling) of the clients that were heard, under the
-    masks that the round began with; under personal masks, if those leave fewer weights; of what the
-    loss sees, where that is less than clients receive (`traffic.SEEN`). Stages that
+    FLOPs are of the examples that count (no filling) of the clients that were heard or had nothing
+    to say (`traffic.SILENT`; these train what they receive). They are under the masks that the
+    round began with; under personal masks, if those leave fewer weights; of what the loss sees,
+    where that is less than clients receive (`traffic.SEEN`). Stages that
     send no delta have none, unless they say what was trained (`traffic.TRAINED`) or only looked at
     (`traffic.EVALUATED`, `traffic.BACKPROPAGATED`). Where there are gates, FLOPs are of what these
     let through, forward and backward. The weight gradient is that of all entries that a client may
@@ -85,7 +86,7 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
     sizes = np.asarray(profile.sizes, np.int64)
     num_prunable = max(1, int(sizes[flags].sum()))
     told = metrics.sent.reports.get(traffic.TRAINED)
-    counts = metrics.num_uploaded if told is None else told[:, 0]
+    counts = _num_trained(metrics) if told is None else told[:, 0]
     trained = np.asarray(counts, np.int64)[np.asarray(metrics.participated)]
     sends_delta = "delta" in metrics.sent.up.get("reply", {})
     trains = sends_delta or told is not None
@@ -103,7 +104,7 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
         models=kept[None],
         moved=moved,
         parts=PARTS if trains else (),
-        num_examples=float(metrics.train["loss"].weight) + _num_extra(metrics),
+        num_examples=_num_examples(metrics) + _num_extra(metrics),
         num_dense=_num_dense(profile, metrics),
     )
     for name, parts in {traffic.EVALUATED: PARTS[:1], traffic.BACKPROPAGATED: PARTS}.items():
@@ -115,6 +116,23 @@ def of_round(profile: Profile, metrics: RoundMetrics) -> RoundCosts:
         clients_per_weight=int(trained[:, flags].sum()) / num_prunable,
         unchanged_fraction=1.0 - int(metrics.num_changed) / num_prunable,
     )
+
+
+def _num_trained(metrics: RoundMetrics) -> np.ndarray:
+    """Count by leaf what each client trained: what it sends, or received if silent: ``[C, L]``."""
+    field = metrics.sent.up.get(traffic.SILENT, {}).get(traffic.SILENT)
+    if field is None:
+        return np.asarray(metrics.num_uploaded)
+    is_silent = np.asarray(field.clients)[:, None]
+    return np.where(is_silent, np.asarray(metrics.num_downloaded)[:, 0], metrics.num_uploaded)
+
+
+def _num_examples(metrics: RoundMetrics) -> float:
+    """Count the examples that clients passed over, silent ones included."""
+    unheard = metrics.sent.reports.get(traffic.SILENT_EXAMPLES, ())
+    present = np.asarray(metrics.participated)
+    silent = np.asarray(unheard, np.float64)[present].sum() if len(unheard) else 0.0
+    return float(metrics.train["loss"].weight) + float(silent)
 
 
 def _num_received(metrics: RoundMetrics) -> np.ndarray:
