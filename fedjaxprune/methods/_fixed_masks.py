@@ -139,6 +139,7 @@ def _by_layer(
             advice=" with method.allocation 'uniform' (er, erk and global keep more of small "
             "layers, and method.least_per_layer 1 keeps one)",
         )
+    return allocations.uniform()
 
 
 def _uniform_but_first(
