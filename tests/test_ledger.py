@@ -33,7 +33,7 @@ is_kernel = masks.is_kernel
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, is_kernel)
 # Stages in which no client takes part.
 ABSENT_IS_ZERO = ("feddip_prunetrain", "fedfit")  # what is not sent counts as a change
-AT_SERVER = ("prepare", "draw", "prune_alone", "settle", "shuffle", "reinitialize")
+AT_SERVER = ("choose", "draw", "prepare", "prune_alone", "settle", "shuffle", "reinitialize")
 
 
 def cohorts(index):
