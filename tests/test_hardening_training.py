@@ -214,7 +214,8 @@ def test_a_label_that_is_no_class_makes_a_test_nan_and_booleans_are_classes():
     assert score(Y > 0) == score((Y > 0).astype(np.int32))
     assert np.isnan(score(Y).loss)
     assert np.isnan(score(2 * (Y > 0) - 1).loss)
-    nothing = evaluation.Evaluation(*[jnp.float32(0)] * 4)
+    none = jnp.float32(0)
+    nothing = evaluation.Evaluation(none, none, none, none)
     with pytest.raises(ValueError, match="at least one label, and all of these are negative"):
         evaluation.scores(nothing, np.full((2, 3), -1), task="sequence")
 

@@ -31,8 +31,8 @@ from tests.playing import UPLINKS, dip, plain, setup, simulate, some
 
 is_kernel = masks.is_kernel
 FLAGS = masks.prunable_leaves(quadratic.PARAMS, is_kernel)
-# Stages in which no client takes part.
 ABSENT_IS_ZERO = ("feddip_prunetrain", "fedfit")  # what is not sent counts as a change
+# Stages in which no client takes part.
 AT_SERVER = ("choose", "draw", "prepare", "prune_alone", "settle", "shuffle", "reinitialize")
 
 
