@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from fedjaxprune import masks
+from fedjaxprune.federated.corrections import fednova
 from fedjaxprune.methods import feddip_prunetrain
 from fedjaxprune.pruning import pruners, schedules
 from fedjaxprune.rounds import protocol
@@ -20,9 +21,12 @@ CURVE = {"initial_sparsity": 0.5, "final_sparsity": 0.9, "begin_round": 0, "end_
 LENET5 = {"conv1": 150, "conv2": 2400, "fc1": 48_000, "fc2": 10_080, "fc3": 840}
 
 
-def build(**options):
+def build(correction=None, **options):
     base = protocol.Protocol(
-        num_rounds=6, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
+        num_rounds=6,
+        batcher=quadratic.full_batches(2),
+        optimizer=optax.sgd(0.1),
+        correction=correction,
     )
     settings = {"sparsity": 0.75, "initial_sparsity": 0.25, "ends": "prunable", **options}
     method = feddip_prunetrain
@@ -117,3 +121,9 @@ def test_the_ends_stay_dense_and_a_network_of_ends_alone_is_refused():
 def test_a_curve_that_falls_is_refused():
     with pytest.raises(ValueError, match=r"initial_sparsity must be at most sparsity \(0.75\)"):
         build(initial_sparsity=0.8)
+
+
+def test_deltas_divided_by_steps_cannot_count_what_is_absent_as_zero():
+    divided = fednova.normalized_averaging(batcher=quadratic.full_batches(2))
+    with pytest.raises(ValueError, match="'fednova' divides deltas by steps"):
+        build(correction=divided)

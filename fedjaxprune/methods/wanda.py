@@ -1,6 +1,6 @@
 """Wanda: after dense training, masks keep for each output the weights that meet large inputs.
 
-1. ``start``: `dense_rounds` rounds of dense FedAvg, as nothing can be told of random weights;
+1. ``start``: `dense_rounds` rounds of dense FedAvg, since the size of random weights means nothing;
 2. ``score``: all clients receive the model and pass their examples through it. They send, for each
    input of each layer, the sum of its squares; sums over clients are those over all examples, so
    how the data are spread makes no difference. A weight is worth its magnitude times the norm of

@@ -14,6 +14,7 @@ from fedjaxprune import trees
 from fedjaxprune.federated import aggregators
 from fedjaxprune.federated.aggregators import ServerAggregator
 from fedjaxprune.federated.attacks import Attackers
+from fedjaxprune.federated.corrections import fednova
 from fedjaxprune.traffic import FieldLength
 from fedjaxprune.types import (
     Aggregator,
@@ -282,12 +283,19 @@ def joining(
     return CohortAggregator(reduce=reduce_fn)
 
 
-def check(protocol: Protocol) -> None:
+def check(protocol: Protocol, masking: Masking) -> None:
     """Refuse a protocol with numbers that would stop training, or turn it round, in silence.
 
     Raises:
-      ValueError: a bound is not a positive number, or the chunk size no positive whole number.
+      ValueError: a bound is not a positive number, the chunk size no positive whole number, or
+        what is not sent would count as zero among deltas that are divided by steps.
     """
+    correction = protocol.correction
+    if masking.absent == "zero" and correction is not None and fednova.STEPS in correction.fields:
+        raise ValueError(
+            "client.correction 'fednova' divides deltas by steps, so what a client does not send "
+            "cannot count as zero in their mean, as it does here: take another correction."
+        )
     for name in ("clip", "max_weight"):
         bound = getattr(protocol, name)
         if bound is not None and not (math.isfinite(bound) and bound > 0):

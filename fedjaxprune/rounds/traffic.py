@@ -157,12 +157,11 @@ def sent(
         down["broadcast"]["chosen"] = chosen._replace(clients=receivers & chosen.clients)
         receivers = receivers & ~chosen.clients
     packed: Any = ()
-    if transport.charged == "never":
-        pass  # nothing of them travels
-    elif transport.encode is None:
-        packed = _pack(state.masks, prunable, needed=jnp.any(receivers))
-    else:
+    travel = transport.charged != "never"
+    if travel and transport.encode is not None:
         down["masks"] = {"masks": transport.encode(state)._replace(clients=receivers)}
+    elif travel:
+        packed = _pack(state.masks, prunable, needed=jnp.any(receivers))
     return Sent(
         round=state.round,
         client_ids=cohort.client_ids,

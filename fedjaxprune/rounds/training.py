@@ -357,8 +357,8 @@ def revise(
 
 def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
     """Put a part in the place of everything that was left out."""
-    check(protocol)
     masking = Masking() if masking is None else masking
+    check(protocol, masking)
     downloads.check(protocol.downlink, masking)
     correction = no_correction() if protocol.correction is None else protocol.correction
     fields = {"model_state": FieldSpec(travels=gates.is_of_client), **correction.fields, **fields}
