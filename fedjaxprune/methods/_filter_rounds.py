@@ -331,7 +331,9 @@ def train_after(
         "filter_masked": functools.partial(_charge, plan, _filter_masked),
         "channel_removed": functools.partial(_charge, plan, _removed),
     }
-    return stages.in_order(trained, before, init=init)._replace(published=published)
+    return stages.in_order(trained, before, init=init)._replace(
+        published=published, has_fixed_masks=True
+    )
 
 
 def _num_weights(plan: Plan) -> int:

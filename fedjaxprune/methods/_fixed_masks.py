@@ -8,6 +8,7 @@ from fedjaxprune.pruning import allocation as allocations
 from fedjaxprune.pruning import pruners, scores
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds import server_work
+from fedjaxprune.rounds.protocol import Hooks
 from fedjaxprune.rounds.stages import in_order
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.rounds.training import training
@@ -208,7 +209,8 @@ def train_under(
     sparsity: float,
     *before: Stage,
     init: Callable[[RoundState], RoundState] | None = None,
+    hooks: Hooks | None = None,
 ) -> Algorithm:
     """Let plain training under the masks in force follow the stages that choose them."""
-    train = training(task.protocol, client=task.local_client())
+    train = training(task.protocol, client=task.local_client(), hooks=hooks)
     return in_order(train, before, init=init, sparsity=sparsity)._replace(has_fixed_masks=True)

@@ -105,6 +105,11 @@ def is_due(settings: OwnMaskSettings, num_rounds: int) -> schedules.Predicate:
     return schedules.every(period, start=1, until=max(until, 2))
 
 
+def keeps_masks(settings: OwnMaskSettings) -> bool:
+    """Tell whether the first mask stays, as nothing is exchanged or nothing is pruned."""
+    return settings.drop_fraction == 0.0 or settings.sparsity == 0.0
+
+
 def build(
     settings: OwnMaskSettings,
     task: Task,
@@ -120,7 +125,7 @@ def build(
       settings: of the method.
       task: what it is built for.
       guidance: of the clients' exchange.
-      hooks: what happens before and after each round.
+      hooks: what happens before and after each round, also where masks are kept.
       votes: joins the clients' masks, positive where some client holds a weight; None counts the
         clients.
       init: ``state -> state``, what the rounds find.
@@ -130,10 +135,8 @@ def build(
     """
     score = scores.random if settings.first_mask == "random" else scores.magnitude
     draw = _fixed_masks.draw(settings, task, score=score)
-    is_fixed = settings.drop_fraction == 0.0 or settings.sparsity == 0.0
-    if is_fixed and (hooks is None or hooks.conclude is None):
-        train = training(task.protocol, client=task.local_client())
-        return in_order(train, (draw,), sparsity=settings.sparsity)
+    if keeps_masks(settings):
+        return _fixed_masks.train_under(task, settings.sparsity, draw, hooks=hooks)
     due = is_due(settings, task.protocol.num_rounds)
     rule = task.protocol.aggregator  # a robust one judges whole messages
     by_holders = aggregators.holder_mean() if isinstance(rule, Aggregator | None) else None
@@ -159,7 +162,18 @@ def build(
         masking=Masking(upload=lambda state: masks_lib.full(state.params)),
         hooks=hooks,
     )
-    return in_order(train, (draw,), init=init, sparsity=settings.sparsity)
+    algorithm = in_order(train, (draw,), init=init, sparsity=settings.sparsity)
+    return algorithm._replace(notes=_notes(task.protocol.num_rounds))
+
+
+def _notes(num_rounds: int) -> tuple[str, ...]:
+    """Say of a run of one round that it never revises its masks."""
+    if num_rounds > 1:
+        return ()
+    return (
+        "masks are revised in the second round for the first time, and federation.num_rounds is "
+        f"{num_rounds}: they stay as they were chosen at the start.",
+    )
 
 
 def _before(settings: OwnMaskSettings, task: Task) -> Any:

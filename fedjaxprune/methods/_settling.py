@@ -52,6 +52,12 @@ class _Progress(NamedTuple):
     metrics: Metrics
 
 
+def most_revisions(plan: Plan) -> int:
+    """Count the revisions that a client makes at most, if its first pass is accurate enough."""
+    first = min(CHECK_EVERY, plan.prune_every) - 1
+    return max(0, -(-(plan.num_passes - first) // plan.prune_every))
+
+
 def prune_alone(task: Task, plan: Plan, revise: ReviseFn) -> Stage:
     """Let one client train and prune on its own, and everybody start from what it found.
 

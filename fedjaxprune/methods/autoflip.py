@@ -191,7 +191,8 @@ def build(settings: AutoFLIP, task: Task) -> Algorithm:
         )
 
     explore = _explore(settings, task, readings, mean, server_update)
-    return stages.in_order(train._replace(counted=masks_lib.is_kernel), before=(explore,))
+    train = train._replace(counted=masks_lib.is_kernel, has_fixed_masks=revise is None)
+    return stages.in_order(train, before=(explore,))
 
 
 def _check_run(settings: AutoFLIP, task: Task) -> None:

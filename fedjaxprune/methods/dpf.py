@@ -47,12 +47,15 @@ class DPF(_gradual.GradualSettings):
 
     sparsity: Sparsity = _gradual.sparsity_setting(0.9)
     initial_sparsity: Sparsity | None = setting(
-        0.0, "Sparsity after the first revision; at most the sparsity.", unit="fraction"
+        0.0,
+        "Sparsity after the first revision; at most the sparsity. None takes 0.5, or the sparsity "
+        "if that is less.",
+        unit="fraction",
     )
     prune_every: Rounds | None = setting(
         1,
         "Rounds from one revision of the server's masks to the next; the first is at the end of "
-        "the first round.",
+        "the first round. None takes 5, or less in a run of five rounds or fewer.",
         unit="rounds",
     )
     end_round: Rounds | None = setting(

@@ -24,7 +24,8 @@ class FedAvg(Settings):
 def build(settings: FedAvg, task: Task) -> Algorithm:
     """Average the clients' parameters, weighted by their numbers of examples."""
     del settings  # there are none
-    return training(task.protocol, client=task.local_client())
+    dense = training(task.protocol, client=task.local_client())
+    return dense._replace(has_fixed_masks=True)
 
 
 METHOD = Method(

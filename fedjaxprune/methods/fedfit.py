@@ -75,6 +75,10 @@ LAST = 0.6  # where in a run the share has decayed to nothing: round 300 of 500,
 SCORES = "scores"  # the field, and the statistic that the server's pruner sees
 REMOVAL, GAIN = "removal", "gain"
 SCORE = scores.statistic(SCORES)
+_NO_EXCHANGE = (
+    "weights are exchanged after the first round at the earliest, and federation.num_rounds is 1: "
+    "the masks stay as they were chosen at the start."
+)
 
 
 class FedFit(_fixed_masks.FixedMaskSettings):
@@ -136,7 +140,7 @@ class FedFit(_fixed_masks.FixedMaskSettings):
     dense_rounds: int = setting(
         0,
         "Rounds of dense FedAvg before the masks, which then follow from removal scores of the "
-        "last of these; with 0 they are drawn at random.",
+        "last of these; with 0 they are drawn at random. A sparsity of 0 has none of these rounds.",
         unit="rounds",
         ge=0,
         le=INT_MAX,
@@ -183,7 +187,9 @@ def readjusting_rounds(settings: FedFit, num_rounds: int) -> tuple[int, int]:
 def _train(settings: FedFit, task: Task) -> Algorithm:
     period, until = readjusting_rounds(settings, task.protocol.num_rounds)
     if settings.sparsity == 0.0 or period >= until:
-        return training(task.protocol, client=task.local_client())
+        plain = training(task.protocol, client=task.local_client())
+        notes = (_NO_EXCHANGE,) if settings.sparsity else ()
+        return plain._replace(has_fixed_masks=True, notes=notes)
     is_due = schedules.every(period, start=period, until=until)
     decay = drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until)
     num_exchanged = drop_and_grow.share_counts(fraction=lambda index: decay(index - 1))  # from 0

@@ -122,7 +122,7 @@ def build(settings: FedMef, task: Task) -> Algorithm:
     model = activations.pruned(task.model, settings.dropped_activations)
     draw = _fixed_masks.draw(settings, task)
     own = task._replace(model=model)
-    if settings.drop_fraction == 0.0:
+    if settings.drop_fraction == 0.0 or settings.sparsity == 0.0:
         algorithm = _fixed_masks.train_under(own, settings.sparsity, draw)
     else:
         algorithm = in_order(_train(settings, own), (draw,), sparsity=settings.sparsity)

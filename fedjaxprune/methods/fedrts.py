@@ -99,13 +99,14 @@ def build(settings: FedRTS, task: Task) -> Algorithm:
       ValueError: nothing would be left of a layer, or no masks would be drawn again.
     """
     draw = _fixed_masks.draw(settings, task)
-    train = _train(settings, task)._replace(published={"fedrts": formula})
-    return in_order(train, (draw,), sparsity=settings.sparsity)
+    if settings.drop_fraction == 0.0 or settings.sparsity == 0.0:
+        algorithm = _fixed_masks.train_under(task, settings.sparsity, draw)
+    else:
+        algorithm = in_order(_train(settings, task), (draw,), sparsity=settings.sparsity)
+    return algorithm._replace(published={"fedrts": formula})
 
 
 def _train(settings: FedRTS, task: Task) -> Algorithm:
-    if settings.drop_fraction == 0.0:
-        return training(task.protocol, client=task.local_client())
     num_rounds = task.protocol.num_rounds
     period, until = _due_rounds.resolve(
         settings.prune_every,

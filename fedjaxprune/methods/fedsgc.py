@@ -33,6 +33,7 @@ References:
   <https://arxiv.org/abs/2112.09824>`_, 2022.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -90,11 +91,13 @@ def build(settings: FedSGC, task: Task) -> Algorithm:
             "server.aggregator must be a mean, such as 'weighted_mean', with method.absent 'old', "
             "as absent clients count by their examples."
         )
-    is_guided = settings.guided_share > 0.0
+    is_guided = settings.guided_share > 0.0 and not _own_masks.keeps_masks(settings)
     due = _own_masks.is_due(settings, task.protocol.num_rounds)
     hooks = Hooks(
         after_round=(lambda *states: _remember(settings, *states)) if is_guided else None,
-        conclude=count_absent if counts_absent else None,
+        conclude=functools.partial(count_absent, max_weight=task.protocol.max_weight)
+        if counts_absent
+        else None,
         announcement=Announcement(_directions, lambda state: due(state.round))
         if is_guided
         else None,
@@ -117,25 +120,36 @@ def build(settings: FedSGC, task: Task) -> Algorithm:
 
 
 def count_absent(
-    fields: Mapping[str, Any], state: RoundState, population: Population
+    fields: Mapping[str, Any],
+    state: RoundState,
+    population: Population,
+    *,
+    max_weight: float | None = None,
 ) -> dict[str, Any]:
     """Let the examples of absent clients count with the old global model and masks.
 
     Args:
       fields: the mean ``delta`` over holders, ``masks`` with the sums of their examples, the mean
-        ``model_state``, and `traffic.NUM_EXAMPLES` of those that were heard.
+        ``model_state``, and `traffic.NUM_EXAMPLES` of those that were heard. Without ``masks`` all
+        clients hold the masks in force.
       state: before the round.
       population: all clients.
+      max_weight: what a client counts for at most, in examples, heard or absent.
 
     Returns:
-      The three fields, where absent clients hold the weights that are live, and change nothing.
+      These fields but the last, where absent clients hold the weights that are live, and change
+      nothing.
     """
     heard = fields[traffic.NUM_EXAMPLES]
-    rest = jnp.maximum(population.offsets[-1].astype(jnp.float32) - heard, 0.0)
+    rest = jnp.maximum(_num_counting(population, max_weight) - heard, 0.0)
+    part = heard / jnp.maximum(heard + rest, 1.0)
+    shrunk = jax.tree.map(lambda leaf: leaf * part, fields["model_state"])
+    if "masks" not in fields:
+        delta = jax.tree.map(lambda leaf: leaf * part.astype(leaf.dtype), fields["delta"])
+        return {"delta": delta, "model_state": shrunk}
     held = jax.tree.map(
         lambda votes, mask: votes + jnp.where(mask, rest, 0.0), fields["masks"], state.masks
     )
-    part = heard / jnp.maximum(heard + rest, 1.0)
 
     def shrink(delta, votes, total):
         share = votes / jnp.where(total > 0, total, jnp.ones_like(total))
@@ -144,8 +158,16 @@ def count_absent(
     return {
         "delta": jax.tree.map(shrink, fields["delta"], fields["masks"], held),
         "masks": held,
-        "model_state": jax.tree.map(lambda leaf: leaf * part, fields["model_state"]),
+        "model_state": shrunk,
     }
+
+
+def _num_counting(population: Population, max_weight: float | None) -> jax.Array:
+    """Count what all clients count for, in examples: ``[]`` float32."""
+    if max_weight is None:
+        return population.offsets[-1].astype(jnp.float32)
+    sizes = (population.offsets[1:] - population.offsets[:-1]).astype(jnp.float32)
+    return jnp.sum(jnp.minimum(sizes, jnp.float32(max_weight)))
 
 
 def _no_direction(state: RoundState) -> RoundState:

@@ -10,9 +10,10 @@
 The time of a round is linear in the live weights of each layer. By default all weights take the
 same time, and what does not depend on the masks takes as long as all prunable weights together
 (`times: equal`). With `times: modeled` a weight takes the multiply-adds that it has in a round's
-passes over the largest client's examples (one pass where the protocol counts steps), and 64 bits of
-traffic; the seconds of each are inferred from the published times of VGG-11. `sparsity` bounds the
-size; without it the size is an outcome.
+passes over the largest client's examples (in its local steps where the protocol counts these), and
+64 bits of traffic; the seconds of each are inferred from the published times of VGG-11. `sparsity`
+bounds the size; without it the size is an outcome. A revision drops at most its share of the live
+weights, so a short run may end with more than the bound.
 
 As in the authors' code: all kernels are prunable, the first and the last included; gains of biases
 and normalization count, their time belongs to the constant; the share of candidates halves every
@@ -30,6 +31,7 @@ References:
   <https://arxiv.org/abs/2501.19122>`_, 2025 (the start from random masks).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -41,7 +43,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import flops, ledger, storage_models
 from fedjaxprune.federated import squared_gradients
 from fedjaxprune.method import Method, Paper
-from fedjaxprune.methods import _due_rounds, _fixed_masks, _settling
+from fedjaxprune.methods import _due_rounds, _fixed_masks, _gradual, _settling
 from fedjaxprune.pruning import cost_benefit, drop_and_grow, pruners, schedules
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds.protocol import FieldSpec, Masking
@@ -176,7 +178,8 @@ def build(settings: PruneFL, task: Task) -> Algorithm:
 def _train(settings: PruneFL, task: Task) -> Algorithm:
     is_never_pruned = settings.start_from == "dense" and settings.drop_fraction == 0.0
     if is_never_pruned or not settings.further_pruning:
-        return training(task.protocol, client=task.local_client())
+        plain = training(task.protocol, client=task.local_client())
+        return plain._replace(has_fixed_masks=True, notes=_notes(settings, task, ()))
     num_rounds = task.protocol.num_rounds
     period, until = _due_rounds.resolve(
         settings.prune_every,
@@ -207,7 +210,30 @@ def _train(settings: PruneFL, task: Task) -> Algorithm:
         "prunefl": formula(storage_models.prunefl_published),
         "prunefl_corrected": formula(storage_models.prunefl_corrected),
     }
-    return algorithm._replace(published=formulas)
+    revised = range(period - 1, until, period)
+    return algorithm._replace(published=formulas, notes=_notes(settings, task, revised))
+
+
+def _notes(settings: PruneFL, task: Task, revised: Sequence[int]) -> tuple[str, ...]:
+    """Say if the revisions, in rounds of these indices, are too few to be sure of the sparsity."""
+    last, num_rounds = settings.sparsity or 0.0, task.protocol.num_rounds
+    first = last if settings.initial_sparsity is None else settings.initial_sparsity
+    live = 1.0 - last if settings.start_from == "random" else 1.0  # at most so many
+    if settings.start_from == "client":
+        share = settings.drop_fraction or USUAL_SHARE
+        live = max(1.0 - first, (1.0 - share) ** _settling.most_revisions(_plan(settings)))
+    for index in revised:
+        bound = first + (last - first) * index / num_rounds
+        live = max(1.0 - bound, live * (1.0 - float(_share(settings)(index))))
+    if last - (1.0 - live) <= _gradual.NOTED:
+        return ()
+    how = "more rounds or a smaller method.prune_every bring"
+    if not revised:
+        how = "more method.initial_passes or a smaller method.initial_prune_every bring"
+    return (
+        f"method.sparsity is {last}, but the masks may stop at {1.0 - live:.3g}, as a revision drops "
+        f"at most a share of the live weights: {how} it closer.",
+    )
 
 
 def _share(settings: PruneFL) -> Schedule:
@@ -251,7 +277,7 @@ def _times(settings: PruneFL, task: Task) -> cost_benefit.TimeFn:
     for layer in flops.of_model(task.model, None, two_examples):
         for path in {path for paths in layer.weights for path in paths}:
             counts[path] = counts.get(path, 0.0) + layer.dense.forward / 2
-    num_examples = task.largest_client * task.num_epochs
+    num_examples = task.examples_per_round or task.largest_client * task.num_epochs
 
     def seconds(path, leaf):
         per_weight = num_examples * counts.get(path, 0.0) / leaf.size
@@ -272,6 +298,7 @@ def _alone(settings: PruneFL, task: Task) -> Stage:
     pruner = pruners.exempt(_pruner(settings, task, share), masks_lib.is_kernel)
     shapes = jax.eval_shape(task.model.predict, *task.facts[:3])
     num_classes = max(2, shapes.shape[-1]) if hasattr(shapes, "shape") else 2
+    plan = _plan(settings)._replace(accuracy=1.5 / num_classes)
 
     def revise(masks, state, squares):
         gains = squared_gradients.split(squares, masks_lib.is_kernel)
@@ -283,14 +310,18 @@ def _alone(settings: PruneFL, task: Task) -> Stage:
         )
         return pruner.update(jax.random.key(0), masks, (), inputs)[0]
 
-    plan = _settling.Plan(
+    return _settling.prune_alone(task, plan, revise)
+
+
+def _plan(settings: PruneFL) -> _settling.Plan:
+    """Plan what the client does alone, whatever its accuracy."""
+    return _settling.Plan(
         client_id=settings.client_id,
         num_examples=settings.initial_examples,
         num_passes=settings.initial_passes,
         prune_every=settings.initial_prune_every,
-        accuracy=1.5 / num_classes,
+        accuracy=0.0,
     )
-    return _settling.prune_alone(task, plan, revise)
 
 
 def formula(charge: storage_models.StorageFn) -> FormulaFn:

@@ -102,7 +102,8 @@ def build(settings: PruneTrain, task: Task) -> Algorithm:
         the proximal step cannot tell the learning rate.
     """
     if settings.penalty_ratio == 0.0:
-        return training(task.protocol, client=task.local_client())
+        dense = training(task.protocol, client=task.local_client())
+        return dense._replace(has_fixed_masks=True)
     period, num_rounds = settings.prune_every, task.protocol.num_rounds
     if period > num_rounds:
         raise ValueError(

@@ -75,7 +75,7 @@ def build(settings: RigL, task: Task) -> Algorithm:
       ValueError: nothing would be left of a layer, or no exchange would take place.
     """
     draw = _fixed_masks.draw(settings, task)
-    if settings.drop_fraction == 0.0:
+    if settings.drop_fraction == 0.0 or settings.sparsity == 0.0:
         return _fixed_masks.train_under(task, settings.sparsity, draw)
     return in_order(_train(settings, task), (draw,), sparsity=settings.sparsity)
 

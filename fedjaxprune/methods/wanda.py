@@ -57,7 +57,8 @@ class Wanda(Settings):
     )
     dense_rounds: int = setting(
         10,
-        "Rounds of dense FedAvg before the weights are scored, on top of the rounds of training.",
+        "Rounds of dense FedAvg before the weights are scored, on top of the rounds of training. A "
+        "sparsity of 0 has none of them.",
         unit="rounds",
         ge=0,
         le=INT_MAX,

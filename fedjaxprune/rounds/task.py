@@ -48,6 +48,8 @@ class Task(NamedTuple):
         counts steps.
       penalties: terms that every method adds to the loss of a local step (FedProx's).
       cohort_size: clients that are asked in a round; 0 where that is not known.
+      examples_per_round: examples that the largest client trains on in a round, each as often as it
+        is seen; 0 where these are `num_epochs` passes over its own.
     """
 
     model: Model
@@ -60,6 +62,7 @@ class Task(NamedTuple):
     num_epochs: int = 1
     penalties: tuple[PenaltyFn, ...] = ()
     cohort_size: int = 0
+    examples_per_round: int = 0
 
     def local_client(
         self,

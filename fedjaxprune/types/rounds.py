@@ -131,7 +131,8 @@ class Algorithm(NamedTuple):
       diagnostics: ``metrics -> dict`` on the host, what the method itself puts on record.
       notes: sentences about this run that the user should read before it starts.
       counted: the leaves whose sparsity is on record; None: those that are prunable.
-      has_fixed_masks: whether the last stage trains plainly under masks of the stages before.
+      has_fixed_masks: whether the last stage trains under masks of the stages before, and keeps
+        them.
       shaped_payload: of the uplink, hashable, too; None: `payload` counts.
       downlink_payload: of the downlink, as `payload` of the uplink.
     """

@@ -146,6 +146,7 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
         num_epochs=1 if section.steps is not None else section.epochs,
         penalties=(penalties.proximal(mu=section.proximal_mu),) if section.proximal_mu else (),
         cohort_size=config.federation.cohort_size or 0,
+        examples_per_round=(section.steps or 0) * section.batch_size,
     )
 
 

@@ -145,9 +145,10 @@ def build(settings: FedTiny, task: Task) -> Algorithm:
 def _train(settings: FedTiny, task: Task, prunable: PrunableFn) -> Algorithm:
     """Build sparse training, in which one block at a time exchanges weights."""
     masking = Masking(transport=MaskTransport(choose=traffic.choose))
-    if settings.drop_fraction == 0.0:
+    if settings.drop_fraction == 0.0 or settings.sparsity == 0.0:
         client = task.local_client()
-        return training(task.protocol, client=client, prunable=prunable, masking=masking)
+        train = training(task.protocol, client=client, prunable=prunable, masking=masking)
+        return train._replace(has_fixed_masks=True)
     period, until = exchange_rounds(settings, task.protocol.num_rounds)
     num_exchanged = drop_and_grow.counts(
         fraction=drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until),
