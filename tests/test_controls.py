@@ -2,12 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from fedjaxprune import masks
+from fedjaxprune import masks, registry
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.run import build
 from fedjaxprune.methods import random_masks, rigl
@@ -77,6 +79,59 @@ def test_a_method_that_revises_masks_runs_to_its_end_first():
     assert names(make(random_masks, "shuffle")[1]) == [("draw", 1), ("shuffle", 1), ("train", 2)]
     assert "first runs the method for its 3 rounds, then trains again" in controlled.notes[-1]
     assert controlled.stages[-2].cohort == "population"  # all of whom forget what they remember
+
+
+FIXED = {
+    "flpqsu": {"layers": "all"},
+    "mpfl": {"layers": "all"},
+    "random_filters": {"layers": "all"},
+    "feddst": {"drop_fraction": 0.0},
+    "fedsgc": {"sparsity": 0.0},
+    "fedrts": {"drop_fraction": 0.0},
+    "rigl": {"sparsity": 0.0},
+    "prunefl": {"further_pruning": False},
+    "fedavg": {},
+}
+
+
+def built(name, num_rounds=6, **settings):
+    method = registry.find("method", name).part
+    setup = protocol.Protocol(
+        num_rounds=num_rounds, batcher=quadratic.full_batches(2), optimizer=optax.sgd(0.1)
+    )
+    task = quadratic.task(setup, num_epochs=2)
+    return method.build(method.settings(**settings), task), task
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_methods_whose_masks_stay_are_trained_once(name):
+    algorithm, task = built(name, **FIXED[name])
+    controlled = controls.reinitialized(algorithm, task)
+    before = [stage.name for stage in algorithm.stages[:-1]]
+    assert [stage.name for stage in controlled.stages] == [*before, "reinitialize", "train"]
+    assert controlled.notes == ()
+
+
+@pytest.mark.parametrize("name", ["feddst", "fedsgc", "fedrts", "prunefl"])
+def test_methods_whose_masks_move_are_trained_twice(name):
+    assert not built(name)[0].has_fixed_masks
+
+
+def test_clients_of_a_control_keep_what_they_do_not_need():
+    """Those of FL-PQSU remember a loss; plain training behind the control leaves it alone."""
+    algorithm, task = built("flpqsu", **FIXED["flpqsu"])
+    stage = controls.reinitialized(algorithm, task).stages[-1]
+    state = algorithm.init(quadratic.PARAMS, STATE)
+    members = quadratic.cohort(algorithm, range(6))
+    _, rows, _ = jax.eval_shape(stage.round, KEY, state, members, quadratic.population())
+    chex.assert_trees_all_equal_shapes_and_dtypes(rows, members.states)
+
+
+@pytest.mark.parametrize(("num_rounds", "is_said"), [(1, True), (2, False)])
+@pytest.mark.parametrize("name", ["feddst", "fedsgc", "fedfit"])
+def test_a_run_that_is_too_short_to_revise_masks_says_so(name, num_rounds, is_said):
+    notes = built(name, num_rounds)[0].notes
+    assert ["num_rounds is 1: the masks stay" in note for note in notes] == [True] * is_said
 
 
 def test_a_run_takes_a_control_by_name_for_any_method():

@@ -107,6 +107,14 @@ def test_absent_clients_count_with_the_old_model():
     everybody = people._replace(offsets=jnp.asarray([0, 10, 40], jnp.int32))
     same = fedsgc.count_absent(fields, start_of(start, held), everybody)
     chex.assert_trees_all_equal(same["delta"], fields["delta"])
+    # At most 30 examples of each count: with the two that were heard nobody is absent.
+    bounded = fedsgc.count_absent(fields, start_of(start, held), people, max_weight=20.0)
+    chex.assert_trees_all_equal(bounded["delta"], fields["delta"])
+    del fields["masks"]  # everybody holds what is in force
+    plain = fedsgc.count_absent(fields, start_of(start, held), people, max_weight=30.0)
+    chex.assert_trees_all_close(
+        plain["delta"], jax.tree.map(lambda leaf: leaf * 40 / 60, fields["delta"]), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("direction", "expected"), [("remembered", -1), ("last_step", 0)])
@@ -165,6 +173,16 @@ def test_a_share_of_nothing_is_feddst_to_the_bit():
     wanted, _ = play(build(feddst, last_prune_round=5))
     chex.assert_trees_all_equal(found, wanted)
     assert all(fedsgc.RISING not in one.sent.down["broadcast"] for one in measured)
+
+
+def test_absent_clients_count_without_a_map_where_masks_stay():
+    algorithm = build(fedsgc, absent="old", drop_fraction=0.0)
+    state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    members = quadratic.cohort(algorithm, range(6))
+    run = algorithm.stages[-1].round
+    _, _, metrics = jax.eval_shape(run, KEY, state, members, quadratic.population())
+    assert sorted(metrics.sent.down["broadcast"]) == ["model_state", "params"]
+    assert "masks" not in metrics.sent.up
 
 
 def test_absent_clients_cannot_count_under_a_robust_aggregator():

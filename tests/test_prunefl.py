@@ -331,6 +331,29 @@ def test_modeled_times_follow_the_multiply_adds_of_a_layer():
     for layer, uses in expected.items():
         assert found.pop(f"{layer}/kernel") == pytest.approx(1e-4 * uses + 64e-5)
     assert not found
+    # Of local steps that a protocol counts, it is their examples that take time.
+    by_steps = prunefl._times(settings, task._replace(examples_per_round=300, num_epochs=1))
+    kernel = task.facts.params["dense_1"]["kernel"]
+    assert by_steps("dense_1/kernel", kernel) == pytest.approx(3e-4 + 64e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reached"),
+    [
+        ({"start_from": "dense", "prune_every": 2}, "0.657"),  # 1 - 0.7 ** 3
+        ({"start_from": "dense", "prune_every": 1}, None),
+        ({"start_from": "random"}, None),
+        ({"start_from": "client"}, None),
+        ({"start_from": "client", "further_pruning": False, "initial_passes": 60}, "0.51"),
+        ({"initial_sparsity": 0.2, "prune_every": 2}, "0.7"),  # the bound of index 5 of 6
+    ],
+)
+def test_a_run_that_may_end_short_of_its_sparsity_says_so(options, reached):
+    settings = prunefl.PruneFL(sparsity=0.8, last_prune_round=6, halve_every=10**9, **options)
+    notes = prunefl.build(settings, quadratic.task(SETUP)).notes
+    assert [f"the masks may stop at {reached}, " in note for note in notes] == [True] * bool(
+        reached
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"start_from": "random"}, {"initial_sparsity": 0.5}])

@@ -1,5 +1,10 @@
 """In which rounds methods that exchange weights do so."""
 
+ONE_ROUND = (
+    "weights are exchanged in the second round at the earliest, and federation.num_rounds is 1: "
+    "the masks stay as they were chosen at the start."
+)  # a note where no exchange was asked for by number
+
 
 def resolve(
     prune_every: int | None,

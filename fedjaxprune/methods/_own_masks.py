@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import aggregators, mask_revision
-from fedjaxprune.methods import _fixed_masks
+from fedjaxprune.methods import _due_rounds, _fixed_masks
 from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
 from fedjaxprune.rounds.protocol import FieldSpec, Hooks, Masking
 from fedjaxprune.rounds.stages import in_order
@@ -163,17 +163,8 @@ def build(
         hooks=hooks,
     )
     algorithm = in_order(train, (draw,), init=init, sparsity=settings.sparsity)
-    return algorithm._replace(notes=_notes(task.protocol.num_rounds))
-
-
-def _notes(num_rounds: int) -> tuple[str, ...]:
-    """Say of a run of one round that it never revises its masks."""
-    if num_rounds > 1:
-        return ()
-    return (
-        "masks are revised in the second round for the first time, and federation.num_rounds is "
-        f"{num_rounds}: they stay as they were chosen at the start.",
-    )
+    is_short = task.protocol.num_rounds == 1
+    return algorithm._replace(notes=(_due_rounds.ONE_ROUND,) if is_short else ())
 
 
 def _before(settings: OwnMaskSettings, task: Task) -> Any:

@@ -51,7 +51,7 @@ from fedjaxprune.costs import ledger, storage_models
 from fedjaxprune.federated import aggregators, mask_revision
 from fedjaxprune.federated.corrections import fednova
 from fedjaxprune.method import Method, Needs, Paper
-from fedjaxprune.methods import _fixed_masks, _scored_masks
+from fedjaxprune.methods import _due_rounds, _fixed_masks, _scored_masks
 from fedjaxprune.pruning import curvature as curvature_lib
 from fedjaxprune.pruning import drop_and_grow, pruners, schedules, scores
 from fedjaxprune.rounds.protocol import FieldSpec, Masking, joining
@@ -75,10 +75,6 @@ LAST = 0.6  # where in a run the share has decayed to nothing: round 300 of 500,
 SCORES = "scores"  # the field, and the statistic that the server's pruner sees
 REMOVAL, GAIN = "removal", "gain"
 SCORE = scores.statistic(SCORES)
-_NO_EXCHANGE = (
-    "weights are exchanged after the first round at the earliest, and federation.num_rounds is 1: "
-    "the masks stay as they were chosen at the start."
-)
 
 
 class FedFit(_fixed_masks.FixedMaskSettings):
@@ -188,7 +184,7 @@ def _train(settings: FedFit, task: Task) -> Algorithm:
     period, until = readjusting_rounds(settings, task.protocol.num_rounds)
     if settings.sparsity == 0.0 or period >= until:
         plain = training(task.protocol, client=task.local_client())
-        notes = (_NO_EXCHANGE,) if settings.sparsity else ()
+        notes = (_due_rounds.ONE_ROUND,) if settings.sparsity else ()
         return plain._replace(has_fixed_masks=True, notes=notes)
     is_due = schedules.every(period, start=period, until=until)
     decay = drop_and_grow.cosine_decay(initial=settings.drop_fraction, until=until)

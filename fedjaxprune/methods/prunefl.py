@@ -231,8 +231,8 @@ def _notes(settings: PruneFL, task: Task, revised: Sequence[int]) -> tuple[str, 
     if not revised:
         how = "more method.initial_passes or a smaller method.initial_prune_every bring"
     return (
-        f"method.sparsity is {last}, but the masks may stop at {1.0 - live:.3g}, as a revision drops "
-        f"at most a share of the live weights: {how} it closer.",
+        f"method.sparsity is {last}, but the masks may stop at {1.0 - live:.3g}, as a revision "
+        f"drops at most a share of the live weights: {how} it closer.",
     )
 
 
