@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from fedjaxprune import masks as masks_lib
@@ -11,7 +12,9 @@ from fedjaxprune.experiment.config import files, resolve
 from fedjaxprune.experiment.execution import chunk_trial
 from fedjaxprune.experiment.run import build, examples, launch
 from fedjaxprune.experiment.run.listener import Listener
-from tests import stub
+from fedjaxprune.federated import aggregators
+from fedjaxprune.rounds.protocol import Protocol
+from tests import quadratic, stub
 from tests.folders import changed, line
 
 SMALL = {
@@ -130,6 +133,22 @@ def test_the_checksum_of_all_examples_sees_each_of_them_and_who_holds_it():
         )
     ]
     assert len(set(sums)) == len(sums)
+
+
+@pytest.mark.parametrize(
+    ("size", "advice"), [(2, "it needs three"), (3, "a fraction of 0.334 drops one"), (10, "")]
+)
+def test_a_trimmed_mean_that_drops_nobody_says_so(size, advice):
+    protocol = Protocol(
+        num_rounds=2,
+        batcher=quadratic.full_batches(2),
+        optimizer=optax.sgd(0.1),
+        aggregator=aggregators.trimmed_mean(fraction=0.1),
+    )
+    task = quadratic.task(protocol, cohort_size=size)
+    notes = build.make_algorithm(resolve.resolve(SMALL), task).notes
+    start = f"the trimmed mean of fraction 0.1 drops nobody of a cohort of {size}, "
+    assert [note.startswith(start) and advice in note for note in notes] == [True] * bool(advice)
 
 
 CLIENTS = {"data.num_clients": 20}

@@ -200,6 +200,20 @@ def test_client_ids_may_have_any_name(tmp_path):
         assert set(dataset.keys[name]) == {f"{name}0", f"{name}1"}
 
 
+def test_client_ids_that_are_equal_as_numbers_alone_are_refused(tmp_path):
+    part = registry.find("dataset", "table").part
+
+    def read(*ids):
+        rows = [f"{i},{i % 4},{ids[i % len(ids)]}" for i in range(40)]
+        (tmp_path / "mine.csv").write_text("\n".join(["a,label,user", *rows]))
+        return part.build(part.settings(path=str(tmp_path / "mine.csv"), keys=("user",)))
+
+    with pytest.raises(DataError, match="has the client ids '007' and '7', which are read as the"):
+        read("007", "7", "8")
+    assert set(read("007", "8").keys["user"]) == {7, 8}  # nobody is taken for somebody else
+    assert set(read("007", "7", "u").keys["user"]) == {"007", "7", "u"}
+
+
 def test_a_mapping_that_can_be_read_in_two_ways_is_refused():
     x, y = np.ones((40, 2), np.float32), np.arange(40) % 4
     for value, sentence in (

@@ -122,11 +122,24 @@ def asking(updates, state, params=None, *, hessian, **extra):
 
 ASK: Any = asking
 ASKING = optax.GradientTransformationExtraArgs(lambda params: (), ASK)
+SUMMING = optax.GradientTransformation(
+    lambda params: (), lambda grads, state, params=None: (jax.tree.map(jnp.sum, grads), state)
+)
+GROWING = optax.GradientTransformation(
+    lambda params: {"seen": jnp.zeros(1)},
+    lambda grads, state, params=None: (grads, {"seen": jnp.zeros(2)}),
+)
+LISTING = optax.GradientTransformation(
+    lambda params: (), lambda grads, state, params=None: (grads, [state])
+)
 SCHEDULE_FREE = optax.contrib.schedule_free_sgd(0.1)
 REFUSED = [
     (optax.chain(optax.lookahead(optax.sgd(0.1), 5, 0.5)), ValueError, "trains two copies"),
     (optax.chain(SCHEDULE_FREE), ValueError, "trains other parameters"),
     (ASKING, ValueError, "asks for 'hessian'"),
+    (SUMMING, ValueError, "gives an update, which must have shape (4,) at dense/bias, got ()."),
+    (GROWING, ValueError, "init` makes it, but 'seen' was float32[1] and is float32[2] after a"),
+    (LISTING, ValueError, "must keep its state as its `init` makes it, got another structure"),
     (optax.sgd, TypeError, "must be an optax optimizer, such as optax.sgd(0.1), got sgd"),
     (0.1, TypeError, "must be an optax optimizer, such as optax.sgd(0.1), got float"),
 ]

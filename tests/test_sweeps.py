@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune.cli.main import main
 from fedjaxprune.errors import ConfigError
-from fedjaxprune.experiment.folder import layout, load
+from fedjaxprune.experiment.folder import layout, load, lock
 from fedjaxprune.experiment.run import launch, loop
 from tests import stub
 
@@ -85,6 +85,16 @@ def test_a_failing_member_does_not_stop_the_others_and_is_named_at_the_end(capsy
     begun.clear()
     assert call(capsys, "sweep", "mine.yaml")[0] == 0
     assert begun == []
+
+    # A run that another process is at work on has not failed.
+    (done / layout.SUMMARY).unlink()
+    with lock.hold(done):
+        status, _, err = call(capsys, "sweep", "mine.yaml")
+    assert status == 1
+    said = err.splitlines()
+    assert said[0] == f"left out: {done.name}: another process is running it"
+    assert said[-1].startswith("error: 1 of 3 runs left to another process, such as another sweep")
+    assert "failed" not in err
 
 
 def test_an_interrupted_sweep_says_how_it_goes_on(capsys, monkeypatch):

@@ -8,11 +8,13 @@ import threading
 
 import jax
 import numpy as np
+import optax
 import pytest
 import yaml
 
 import fedjaxprune as fjp
 from fedjaxprune import Listener
+from fedjaxprune.data import batching, partitions, transforms
 from tests import stub
 
 
@@ -102,10 +104,6 @@ def test_values_take_the_place_of_names(tmp_path):
 
 
 def test_an_algorithm_that_is_built_already_is_run(tmp_path):
-    import optax
-
-    from fedjaxprune.data import batching, partitions, transforms
-
     arrays = stub.data()
     batcher = batching.epochs(num_epochs=1, batch_size=4, preprocess=transforms.chain())
     protocol = fjp.Protocol(num_rounds=2, batcher=batcher, optimizer=optax.sgd(0.1))
@@ -120,6 +118,31 @@ def test_an_algorithm_that_is_built_already_is_run(tmp_path):
     )
     assert made.num_rounds == 2
     assert made.summary["mask"]["sparsity"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("batch", r"weight of at least 0, .* got -1\.0 in the first batch of client 0"),
+        ("num_steps", "no fewer than 0 local steps, got -12 for client 0"),
+    ],
+)
+def test_a_batcher_of_ones_own_gives_no_less_than_nothing(name, sentence):
+    usual = batching.epochs(num_epochs=1, batch_size=4, preprocess=transforms.chain())
+
+    def batch(key, data, step):
+        made = usual.batch(key, data, step)
+        return made._replace(weights=-made.weights)
+
+    wrong = {"batch": batch, "num_steps": lambda data: -data.size}
+    protocol = fjp.Protocol(
+        num_rounds=2, batcher=usual._replace(**{name: wrong[name]}), optimizer=optax.sgd(0.1)
+    )
+    arrays = stub.data()
+    examples = {"inputs": arrays["inputs"], "labels": arrays["labels"].astype(np.int32)}
+    people = partitions.population(examples, np.split(np.arange(48), 4))
+    with pytest.raises(ValueError, match=sentence):
+        fjp.task(stub.net(input_shape=(4,), num_classes=4), people, protocol)
 
 
 def test_a_sweep_is_compared_and_reported(tmp_path):

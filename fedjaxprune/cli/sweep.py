@@ -1,5 +1,6 @@
 """The command ``fedjaxprune sweep``: many runs from one file."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -79,7 +80,24 @@ def sweep(
     except FedJaxPruneError as error:  # different data sets, say: the runs are there all the same
         click.echo(f"note: {error}", err=True)
     click.echo(f"results: {read.folder}")
+    _tell(failed, file, num_runs=len(read.members))
     if failed:
-        names = "; ".join(f"{name} ({why})" for name, why in failed.items())
-        click.echo(f"error: {len(failed)} of {len(read.members)} runs failed: {names}", err=True)
         raise SystemExit(1)
+
+
+def _tell(failed: Mapping[str, str], file: str, *, num_runs: int) -> None:
+    """Say which runs failed, and which are left to another process."""
+    from fedjaxprune.experiment.sweeps import execute
+
+    busy = [name for name, why in failed.items() if why == execute.BUSY]
+    names = [f"{name} ({why})" for name, why in failed.items() if name not in busy]
+    if names:
+        said = f"{len(names)} of {num_runs} runs failed: {'; '.join(names)}"
+        click.echo(f"error: {said}", err=True)
+    if busy:
+        click.echo(
+            f"error: {len(busy)} of {num_runs} runs left to another process, such as another sweep "
+            f"in this folder: {'; '.join(busy)}. Once it has ended, repeat `fedjaxprune sweep "
+            f"{file}`.",
+            err=True,
+        )

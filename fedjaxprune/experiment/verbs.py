@@ -31,7 +31,7 @@ class Sweep(NamedTuple):
     Attributes:
       folder: of the members' folders.
       runs: those that have a record, in the order of the file.
-      failed: by name, why a member failed.
+      failed: by name, why a member failed, or that another process is running it.
     """
 
     folder: pathlib.Path

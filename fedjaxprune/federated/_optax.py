@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune import trees
 from fedjaxprune.types import Masks, Params, State
 
 # Optimizers that train other parameters than those that they are given, by their state.
@@ -60,7 +61,8 @@ def update(
     """Make an optimizer's updates; one that asks for the loss gets value, grad and value_fn.
 
     Raises:
-      ValueError: it asks for something else.
+      ValueError: it asks for something else, its updates are not of the parameters' shapes, or its
+        state does not keep its shapes and types.
     """
     takes = inspect.signature(optimizer.update).parameters.values()
     takes_more = any(one.kind is one.VAR_KEYWORD for one in takes)
@@ -68,7 +70,7 @@ def update(
     extra = {**loss._asdict(), "grad": grads} if takes_more and loss is not None else {}
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes dtypes
         try:
-            return optimizer.update(grads, state, params, **extra)
+            updates, after = optimizer.update(grads, state, params, **extra)
         except (TypeError, ValueError) as error:
             refused = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
             if refused is not None and refused[1] in extra:
@@ -83,6 +85,27 @@ def update(
                 f"{what} asks for {found[1] or repr(found[2])}, and is given gradients, parameters "
                 f"and {known}."
             ) from error
+    trees.check_shapes(updates, params, what=f"{what} gives an update, which")
+    _check_state(state, after, what)
+    return updates, after
+
+
+def _check_state(before: State, after: State, what: str) -> None:
+    """Refuse a state that a step makes another one of: steps are a loop, and carry it."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise ValueError(
+            f"{what} must keep its state as its `init` makes it, got another structure after a "
+            "step."
+        )
+    for path, old, new in zip(
+        trees.paths(before), jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+    ):
+        kinds = [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in (old, new)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{what} must keep its state as its `init` makes it, but {path!r} was {kinds[0]} "
+                f"and is {kinds[1]} after a step."
+            )
 
 
 def zero_pruned(optimizer: Any, state: State, masks: Masks) -> State:

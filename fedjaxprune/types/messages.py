@@ -125,10 +125,12 @@ class CohortAggregator(NamedTuple):
     Attributes:
       reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; 0: absent.
       beside: joins statistics and gradients, if its numbers are for deltas alone; None: itself.
+      note: ``C -> sentence`` that the user should read of cohorts of this size; empty: none.
     """
 
     reduce: Callable[[Any, Masks | None, jax.Array], Any]
     beside: "CohortAggregator | None" = None
+    note: Callable[[int], str] = lambda num_clients: ""
 
 
 class FieldSpec(NamedTuple):

@@ -93,6 +93,7 @@ def build(settings: TableSettings) -> Dataset:
         name: table_reading.complete(train[name], name, path, words=checks.MISSING)[rows]
         for name in settings.keys
     }
+    table_reading.check_ids(train, settings.keys, path)
     return as_dataset(
         ((inputs, labels), (test_inputs, test_labels)),
         name=path.stem,

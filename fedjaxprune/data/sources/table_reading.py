@@ -3,7 +3,7 @@
 import csv
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,17 +34,14 @@ def read(path: pathlib.Path, label: str) -> dict[str, np.ndarray]:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise DataError(f"path must end in .csv, .tsv or .parquet, got {path.name}.")
-    separator = "\t" if suffix == ".tsv" else ","
+    separator = _separator(path)
 
     def reader(path: pathlib.Path) -> Any:
         if suffix == ".parquet":
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path)
-        import pyarrow.csv
-
-        options = pyarrow.csv.ParseOptions(delimiter=separator)
-        return pyarrow.csv.read_csv(path, parse_options=options)
+        return _read_text(path)
 
     if suffix != ".parquet":
         _check_header(path, label, separator)
@@ -59,6 +56,47 @@ def read(path: pathlib.Path, label: str) -> dict[str, np.ndarray]:
         for name, values in columns.items():
             _check_encoding(values, name, path)
     return columns
+
+
+def _read_text(path: pathlib.Path, **conversion: Any) -> Any:
+    """Read a file of text, with options of `pyarrow.csv.ConvertOptions`."""
+    import pyarrow.csv
+
+    return pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(delimiter=_separator(path)),
+        convert_options=pyarrow.csv.ConvertOptions(**conversion),
+    )
+
+
+def _separator(path: pathlib.Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def check_ids(table: Mapping[str, np.ndarray], names: Sequence[str], path: pathlib.Path) -> None:
+    """Refuse client ids that differ in a file of text, and are read as the same value."""
+    import pyarrow
+
+    names = [name for name in names if table[name].dtype.kind != "O"]
+    if path.suffix.lower() == ".parquet" or not names:
+        return
+    as_text = dict.fromkeys(names, pyarrow.string())
+    written = files.read(
+        path,
+        lambda path: _read_text(path, include_columns=names, column_types=as_text),
+        "a table",
+    )
+    for name in names:
+        texts, first = np.unique(written[name].to_numpy().astype(str), return_index=True)
+        values, which = np.unique(table[name][first], return_inverse=True)
+        alike = [texts[which == place] for place in np.flatnonzero(np.bincount(which) > 1)]
+        if alike:
+            one, other = (str(text) for text in alike[0][:2])
+            raise DataError(
+                f"column {name!r} of {path} has the client ids {one!r} and {other!r}, which are "
+                f"read as the same, {values[which[texts == one][0]]}: write each client one way, "
+                "or put a letter before each id."
+            )
 
 
 def _check_header(path: pathlib.Path, label: str, separator: str) -> None:

@@ -36,7 +36,7 @@ from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import INT_MAX
-from fedjaxprune.types import Algorithm, Model
+from fedjaxprune.types import Algorithm, CohortAggregator, Model
 
 _NEEDS = {
     "batch_norm": (facts_lib.has_batch_norm, "BatchNorm statistics"),
@@ -238,6 +238,10 @@ def make_algorithm(config: RunConfig, task: Task) -> Algorithm:
             f"method {config.method.name!r} must build an Algorithm, got "
             f"{type(algorithm).__name__}."
         )
+    rule = task.protocol.aggregator
+    said = rule.note(task.cohort_size) if isinstance(rule, CohortAggregator) else ""
+    if said:
+        algorithm = algorithm._replace(notes=(*algorithm.notes, said))
     return _control(config, task, algorithm)
 
 

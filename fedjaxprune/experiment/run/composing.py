@@ -81,12 +81,16 @@ def task(
       preprocess: ``(key, inputs) -> inputs`` of these; None takes them as stored.
       server_examples: rows of the population's examples that the server holds.
       num_epochs: passes over its examples that a client makes in a round.
+
+    Raises:
+      ValueError: the protocol's batcher gives weights, or a number of steps, below 0.
     """
     prepare = preprocess or transforms.chain()
     sizes = np.diff(np.asarray(population.offsets))
     two = rows(batch_of(protocol.batcher, population).inputs, 2)
     num_examples = len(jax.tree.leaves(population.examples)[0])
     held, _ = population_checks.rows([server_examples], num_examples, what="server_examples")
+    _check_batcher(protocol.batcher, population, client=int(sizes.argmax()))
     return Task(
         model=model,
         protocol=protocol,
@@ -97,6 +101,30 @@ def task(
         largest_client=int(sizes.max()),
         num_epochs=num_epochs,
     )
+
+
+def _check_batcher(batcher: Batcher, population: Population, *, client: int) -> None:
+    """Look at the number of steps of one client, and at the weights of its first and last batch."""
+
+    @jax.jit
+    def look(key, population):
+        data = client_data(population, jnp.int32(client))
+        num_steps = batcher.num_steps(data)
+        last = jnp.maximum(num_steps - 1, 0)
+        return num_steps, [batcher.batch(key, data, step).weights for step in (jnp.int32(0), last)]
+
+    num_steps, weights = look(jax.random.key(0), population)
+    if num_steps < 0:
+        raise ValueError(
+            f"the batcher must take no fewer than 0 local steps, got {num_steps} for client "
+            f"{client}."
+        )
+    for which, found in zip(("first", "last"), weights, strict=True):
+        if not np.all(np.asarray(found) >= 0):
+            raise ValueError(
+                "the batcher must give each example of a batch a weight of at least 0, which marks "
+                f"filling, got {np.min(np.asarray(found))} in the {which} batch of client {client}."
+            )
 
 
 def make_model(

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from fedjaxprune.errors import ConfigError, FedJaxPruneError
+from fedjaxprune.errors import ConfigError, FedJaxPruneError, RunFolderError
 from fedjaxprune.experiment.execution import devices, signals
-from fedjaxprune.experiment.folder import failure, layout
+from fedjaxprune.experiment.folder import failure, layout, lock
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.experiment.sweeps import plan
@@ -34,6 +34,7 @@ from fedjaxprune.experiment.sweeps import execute
 execute.child({given!r})
 """
 _FAILED = "failed: "
+BUSY = "another process is running it"  # why a member was left out
 
 
 class Audience(NamedTuple):
@@ -78,9 +79,13 @@ def one_by_one(
                 why = attempt(member, listener, trackers=trackers, stop=stop)
             if why is not None:
                 failed[member.name] = why
-                audience.warn(f"failed: {member.name}: {why}")
+                audience.warn(_said(member, why))
             jax.clear_caches()  # else compiled rounds pile up in memory
     return failed
+
+
+def _said(member: Member, why: str) -> str:
+    return f"{'left out' if why == BUSY else 'failed'}: {member.name}: {why}"
 
 
 def attempt(
@@ -90,7 +95,10 @@ def attempt(
     trackers: launch.Openers | None = None,
     stop: launch.StopFn = launch.never,
 ) -> str | None:
-    """Begin a member or continue it; return why it failed, or None."""
+    """Begin a member or continue it; return why it failed, or None.
+
+    It is `BUSY` where another process works in the folder, such as that of another sweep.
+    """
     common: Any = {"listener": listener, "trackers": trackers, "stop": stop}
     try:
         if (member.folder / layout.CONFIG).exists():
@@ -98,7 +106,8 @@ def attempt(
         else:
             launch.start(member.config, folder=member.folder, **common)
     except FedJaxPruneError as error:
-        return str(error)
+        is_busy = isinstance(error, RunFolderError) and lock.is_held(member.folder)
+        return BUSY if is_busy else str(error)
     except Exception as error:
         return failure.describe(error)
     return None
@@ -151,7 +160,7 @@ def side_by_side(
                 member, why = coming[done], done.result()
                 if why is not None:
                     failed[member.name] = why
-                    audience.warn(f"failed: {member.name}: {why}")
+                    audience.warn(_said(member, why))
                 else:
                     audience.note(f"finished {number} of {len(missing)}: {member.name}")
         except BaseException:

@@ -4,6 +4,7 @@ A client of weight 0 is absent: whatever its message holds (NaN too), it adds no
 """
 
 import fractions
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,8 @@ def trimmed_mean(*, fraction: float) -> CohortAggregator:
 
     Args:
       fraction: of the present clients, ``floor(fraction * present)`` are dropped at either end; in
-        [0, 0.5). The product is taken in decimals: 0.29 of 100 clients are 29.
+        [0, 0.5). The product is taken in decimals: 0.29 of 100 clients are 29. A run says so
+        before it starts if its cohort is so small that nobody is dropped.
 
     Returns:
       A `CohortAggregator` from values ``[C, ...]`` and weights ``[C]`` to one value ``[...]``, the
@@ -89,7 +91,19 @@ def trimmed_mean(*, fraction: float) -> CohortAggregator:
 
         return jax.tree.map(leaf, values)
 
-    return CohortAggregator(reduce=reduce_fn)
+    def note_fn(num_clients):
+        if fraction == 0.0 or int(exact * num_clients) > 0:
+            return ""
+        advice = "it needs three clients at least"
+        if num_clients > 2:
+            least = math.ceil(1000 / num_clients) / 1000
+            advice = f"a fraction of {least} drops one at either end"
+        return (
+            f"the trimmed mean of fraction {fraction} drops nobody of a cohort of {num_clients}, "
+            f"and is the plain mean of each client once: {advice}."
+        )
+
+    return CohortAggregator(reduce=reduce_fn, note=note_fn)
 
 
 def _sort_present(values: jax.Array, weights: jax.Array) -> jax.Array:
