@@ -45,7 +45,9 @@ def top_k(*, fraction: float) -> Downlink:
     An entry's clock is the version in which it changed last, by being sent or by being pruned. A
     client that saw version `h` last needs the entries whose clock is later. So it is known exactly
     what a client has to be sent after any number of missed rounds, and no history is kept. In the
-    first round everything is sent, and so it is to a client that comes for the first time.
+    first round everything is sent, and so it is to a client that comes for the first time. A client
+    that drops out after it was sent something counts as if it had not received it, since the server
+    hears of no receipt: the next time it is sent that again, and charged again.
 
     With the fraction 1 clients see the exact parameters, and are sent what changed. Tests and
     exports use the exact parameters, whatever clients see.

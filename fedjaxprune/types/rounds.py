@@ -61,6 +61,7 @@ class ClientState(NamedTuple):
       uplink: the uplink's state (a residual, for instance).
       masks_held: ``[]`` int32, `masks_id` of the masks that it received last.
       held: by name, ``[]`` int32, the version of what else it received last and keeps; 0: nothing.
+        What a client was sent in a round that it dropped out of does not count, as in `masks_held`.
     """
 
     client: State
