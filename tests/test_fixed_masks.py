@@ -275,6 +275,11 @@ def test_gradual_magnitude_says_what_its_last_revision_reaches():
         ),
         (random_masks, {"sparsity": 0.97}, "keeps 2 weights of 2 layers, more than the 1 that"),
         (random_masks, {"allocation": "uniform_but_first"}, "the first convolution dense, and the"),
+        (
+            random_masks,
+            {"allocation": "uniform_but_depthwise"},
+            "depthwise convolutions dense, and",
+        ),
         (magnitude_masks, {"sparsity": 0.99}, "leave at least one of the 32 prunable weights"),
         (snip, {"sparsity": 0.95}, "at least one of the 8 weights of 'head/kernel'"),
         (
@@ -334,6 +339,23 @@ def test_the_first_convolution_stays_dense_where_that_is_asked_for():
     tight = random_masks.RandomMasks(sparsity=0.999, allocation="uniform_but_first")
     with pytest.raises(ValueError, match=r"method.sparsity must be less than 0.99.* got 0.999"):
         _fixed_masks.share_out(tight, task)
+
+
+def test_depthwise_convolutions_stay_dense_where_that_is_asked_for():
+    shapes = {"a": (3, 3, 1, 40), "b": (3, 3, 1, 40), "c": (1, 1, 40, 60), "d": (60, 10)}
+    params = {
+        name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in shapes.items()
+    }
+    task = quadratic.task(setup())  # "a" reads images of one channel
+    own = task.facts._replace(params=params, reading_order=lambda: trees.paths(params))
+    settings = random_masks.RandomMasks(sparsity=0.8, allocation="uniform_but_depthwise")
+    counts = _fixed_masks.share_out(settings, task._replace(facts=own))(params, jnp.float32(0.8))
+    assert [int(leaf) for leaf in jax.tree.leaves(counts)] == [
+        41,
+        360,
+        274,
+        68,
+    ]  # of 744, 384 are shared
 
 
 def test_only_masks_from_the_servers_data_need_examples_there():

@@ -208,6 +208,29 @@ def test_clients_send_one_number_for_each_input_whose_sum_does_not_know_the_spli
     np.testing.assert_allclose(total["dense"]["kernel"][:, 0], 28 * 0.25 ** np.arange(6), rtol=1e-6)
 
 
+def test_there_are_as_many_exchanges_as_blocks_and_no_more_than_layers():
+    names = [stage.name for stage in built(blocks=2).stages]
+    assert names == ["start", "score_1", "score_2", "settle", "train"]
+    with pytest.raises(ValueError, match=r"method\.blocks must be at most .* \(2\), got 3"):
+        built(blocks=3)
+
+
+@pytest.mark.slow
+def test_blocks_are_scored_one_after_the_other_with_inputs_from_pruned_ones():
+    algorithm = built(dense_rounds=0, blocks=2)
+    state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
+    members = quadratic.cohort(algorithm, range(6))
+    seen = []
+    for stage in algorithm.stages[:2]:
+        after, rows, metrics = jax.jit(stage.round)(KEY, state, members, PEOPLE)
+        charged = ledger.account(jax.device_get(metrics), state, algorithm)
+        seen.append((masks.num_kept(after.masks).tolist(), charged.uplink.values // (32 * 6)))
+        values = charged.downlink.values // (32 * 6)
+        assert values == masks.num_kept(state.masks).sum()
+        state, members = after, members._replace(states=rows)
+    assert seen == [([4, 12, 2, 8], 6), ([4, 12, 2, 4], 4)]
+
+
 def test_where_nobody_answers_the_largest_weights_of_each_output_are_kept():
     algorithm = built()
     state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})

@@ -28,7 +28,7 @@ from fedjaxprune.types import (
 ChooseFn = Callable[[Key, RoundState, Params, Any], RoundState]
 
 
-Allocation = Literal["uniform", "uniform_but_first", "er", "erk", "global"]
+Allocation = Literal["uniform", "uniform_but_first", "uniform_but_depthwise", "er", "erk", "global"]
 
 
 def allocation_setting(default: Allocation) -> Any:
@@ -36,8 +36,8 @@ def allocation_setting(default: Allocation) -> Any:
     return setting(
         default,
         "How layers share the live weights: the same share of each, the same of each but the first "
-        "convolution, which stays dense, a larger share of small ones (er goes by inputs and "
-        "outputs, erk also by the size of convolutions), or one pool.",
+        "convolution or the depthwise ones, which stay dense, a larger share of small ones (er "
+        "goes by inputs and outputs, erk also by the size of convolutions), or one pool.",
     )
 
 
@@ -128,8 +128,8 @@ def _by_layer(
     settings: FixedMaskSettings, task: Task, sizes: dict[str, int]
 ) -> allocations.AllocationFn:
     """Choose an allocation that goes by the layers' shapes alone."""
-    if settings.allocation == "uniform_but_first":
-        return _uniform_but_first(settings.sparsity, task, sizes)
+    if settings.allocation.startswith("uniform_but"):
+        return _uniform_but(settings, task, sizes)
     if settings.allocation != "uniform":
         return allocations.er() if settings.allocation == "er" else allocations.erk()
     if not settings.least_per_layer:
@@ -143,22 +143,29 @@ def _by_layer(
     return allocations.uniform()
 
 
-def _uniform_but_first(
-    sparsity: float, task: Task, sizes: dict[str, int]
+def _uniform_but(
+    settings: FixedMaskSettings, task: Task, sizes: dict[str, int]
 ) -> allocations.AllocationFn:
-    first = facts_lib.first_convolution(task.facts)
-    if first is None:
+    """Share alike but for some convolutions, which are kept whole."""
+    if settings.allocation == "uniform_but_first":
+        first = facts_lib.first_convolution(task.facts)
+        paths, what, verb = [] if first is None else [first], "first convolution", "is"
+    else:
+        paths = facts_lib.depthwise_convolutions(task.facts)
+        what, verb = "depthwise convolutions", "are"
+    if not paths:
         raise ValueError(
-            "method.allocation 'uniform_but_first' keeps the first convolution dense, and the "
-            "network has none."
+            f"method.allocation {settings.allocation!r} keeps the {what} dense, and the network "
+            "has none."
         )
-    limit = 1.0 - sizes[first] / sum(sizes.values())
-    if sizes[first] >= (1.0 - sparsity) * sum(sizes.values()):
+    total, num_dense = sum(sizes.values()), sum(sizes[path] for path in paths)
+    if num_dense >= (1.0 - settings.sparsity) * total:
         raise ValueError(
-            f"method.sparsity must be less than {limit:.4g} with method.allocation "
-            f"'uniform_but_first', as the first convolution is kept dense, got {sparsity}."
+            f"method.sparsity must be less than {1.0 - num_dense / total:.4g} with "
+            f"method.allocation {settings.allocation!r}, as the {what} {verb} kept dense, got "
+            f"{settings.sparsity}."
         )
-    return allocations.erk(power=0.0, dense=lambda path, leaf: path == first)
+    return allocations.erk(power=0.0, dense=lambda path, leaf: path in paths)
 
 
 def check_something_left(task: Task, prunable: PrunableFn, sparsity: float) -> None:

@@ -80,6 +80,19 @@ def first_convolution(facts: Facts) -> str | None:
     return None if first is None or len(shapes[first].shape) < 4 else first
 
 
+def depthwise_convolutions(facts: Facts) -> list[str]:
+    """Find the kernels of convolutions that read one channel each, but for the first kernel."""
+    first = first_convolution(facts)
+    return [
+        path
+        for path, leaf in leaves_by_path(facts).items()
+        if masks_lib.is_kernel(path, leaf)
+        and len(leaf.shape) >= 4
+        and leaf.shape[-2] == 1
+        and path != first
+    ]
+
+
 def has_kernels(facts: Facts) -> bool:
     """Tell whether there is a kernel of a dense or convolution layer."""
     return any(masks_lib.is_kernel(path, leaf) for path, leaf in leaves_by_path(facts).items())
