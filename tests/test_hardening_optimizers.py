@@ -123,14 +123,14 @@ def asking(updates, state, params=None, *, hessian, **extra):
 ASK: Any = asking
 ASKING = optax.GradientTransformationExtraArgs(lambda params: (), ASK)
 SUMMING = optax.GradientTransformation(
-    lambda params: (), lambda grads, state, params=None: (jax.tree.map(jnp.sum, grads), state)
+    lambda params: (), lambda updates, state, params=None: (jax.tree.map(jnp.sum, updates), state)
 )
 GROWING = optax.GradientTransformation(
     lambda params: {"seen": jnp.zeros(1)},
-    lambda grads, state, params=None: (grads, {"seen": jnp.zeros(2)}),
+    lambda updates, state, params=None: (updates, {"seen": jnp.zeros(2)}),
 )
 LISTING = optax.GradientTransformation(
-    lambda params: (), lambda grads, state, params=None: (grads, [state])
+    lambda params: (), lambda updates, state, params=None: (updates, [state])
 )
 SCHEDULE_FREE = optax.contrib.schedule_free_sgd(0.1)
 REFUSED = [

@@ -224,7 +224,7 @@ def _notes(settings: PruneFL, task: Task, revised: Sequence[int]) -> tuple[str, 
         live = max(1.0 - first, (1.0 - share) ** _settling.most_revisions(_plan(settings)))
     for index in revised:
         bound = first + (last - first) * index / num_rounds
-        live = max(1.0 - bound, live * (1.0 - float(_share(settings)(index))))
+        live = max(1.0 - bound, live * (1.0 - float(_share(settings)(jnp.float32(index)))))
     if last - (1.0 - live) <= _gradual.NOTED:
         return ()
     how = "more rounds or a smaller method.prune_every bring"
