@@ -117,6 +117,12 @@ def test_methods_whose_masks_move_are_trained_twice(name):
     assert not built(name)[0].has_fixed_masks
 
 
+@pytest.mark.parametrize(("dense_rounds", "cohort"), [(1, "population"), (0, "sampled")])
+def test_clients_forget_the_rounds_that_they_trained_before_a_control(dense_rounds, cohort):
+    algorithm, task = built("mpfl", layers="all", dense_rounds=dense_rounds)
+    assert controls.reinitialized(algorithm, task).stages[-2].cohort == cohort
+
+
 def test_clients_of_a_control_keep_what_they_do_not_need():
     """Those of FL-PQSU remember a loss; plain training behind the control leaves it alone."""
     algorithm, task = built("flpqsu", **FIXED["flpqsu"])

@@ -103,7 +103,7 @@ def _controlled(
         return state, server_work.no_loss()
 
     control = server_work.server_round(name, work)
-    if not is_first:
+    if not is_first or any(stage.cohort == "sampled" for stage in before):  # clients have trained
         control = _forgetting(control, algorithm)
     plain = training(
         protocol,
