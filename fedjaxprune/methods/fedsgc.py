@@ -239,5 +239,5 @@ METHOD = Method(
         "prune_every": 2,
         "last_prune_round": 6,
     },
-    nothing_pruned={"sparsity": 0.0},
+    nothing_pruned={"sparsity": 0.0, "absent": "ignore"},
 )

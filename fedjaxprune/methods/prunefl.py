@@ -361,5 +361,5 @@ METHOD = Method(
         "prune_every": 2,
         "drop_fraction": 0.5,
     },
-    nothing_pruned={"start_from": "dense", "drop_fraction": 0.0},
+    nothing_pruned={"start_from": "dense", "drop_fraction": 0.0, "sparsity": None},
 )
