@@ -79,6 +79,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "snip+reinitialize": (_controlled("snip", "reinitialize"), {}),
     "pooled_filters+channels": ("pooled_filters", {"remove": "channels"}),
     "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
+    "wanda+blocks": ("wanda", {"blocks": 2}),
 }
 USUAL = ("dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
 DENSE_SERVER = (  # keep the values of pruned entries
