@@ -15,6 +15,8 @@ import fedjaxprune as fjp
 from fedjaxprune import Listener
 from tests import stub
 
+pytestmark = pytest.mark.usefixtures("built_once")
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
