@@ -31,6 +31,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fedjaxprune.experiment.analysis import plots
+from fedjaxprune.experiment.run import build
+from tests import built
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the sharded cohorts; all else uses the first
 jax.devices()  # from here on their number is fixed, whatever a run asks for
@@ -46,6 +52,35 @@ def tfds_data_dir() -> pathlib.Path:
     if not (folder / "fashion_mnist").is_dir():
         pytest.skip(f"no prepared fashion_mnist in {folder}; set TFDS_DATA_DIR to run this case")
     return folder
+
+
+class _Blank(Figure):
+    """A picture that is written as one pixel: to draw it takes a third of a small run."""
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        Image.new("L", (1, 1)).save(fname, format=options["format"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _pictures_are_blank():
+    """Draw no picture of a run in this process, but in tests with `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "Figure", _Blank)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the pictures of the runs of a test."""
+    monkeypatch.setattr(plots, "Figure", Figure)
+
+
+@pytest.fixture(scope="module")
+def built_once():
+    """Build each config once; whatever a run does with what was built, it does anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "build", built.remembering(build.build))
+        yield
 
 
 MAX_PROGRAMS = 1500

@@ -13,6 +13,7 @@ import jax
 import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 
 import fedjaxprune as fjp
 from fedjaxprune import registry
@@ -21,6 +22,8 @@ from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.experiment.run import build, loop
 from tests import processes, stub
 from tests.processes import lines, small
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +80,7 @@ def test_a_part_without_settings_is_described_too(capsys):
     assert "belong to\nnobody" in out
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_writes_its_folder_and_shows_a_table(capsys, tmp_path):
     status, out, err = call(capsys, "run", *small("--folder", "deep/er/run", "--sparsity", "0.25"))
     assert (status, err) == (0, "")
@@ -96,6 +100,8 @@ def test_a_run_writes_its_folder_and_shows_a_table(capsys, tmp_path):
     assert stored["method"]["sparsity"] == 0.25
     assert stored["versions"]["jax"] == jax.__version__
     assert json.loads((folder / layout.SUMMARY).read_text())["num_rounds"] == 6
+    with Image.open(folder / layout.PICTURE) as picture:
+        assert picture.size == (1200, 480)
 
 
 def test_without_a_folder_it_is_named_by_method_data_and_time(capsys, tmp_path):

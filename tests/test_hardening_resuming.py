@@ -33,6 +33,8 @@ from fedjaxprune.experiment.run import launch
 from tests import damage, stub
 from tests.processes import lines
 
+pytestmark = pytest.mark.usefixtures("built_once")
+
 
 def contents(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -14,6 +14,7 @@ from fedjaxprune.experiment.folder import layout, load, lock
 from fedjaxprune.experiment.run import launch, loop
 from tests import stub
 
+pytestmark = pytest.mark.usefixtures("built_once")
 TINY = stub.settings(**{"federation.num_rounds": 2, "data.num_clients": 4})
 
 

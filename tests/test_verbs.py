@@ -17,6 +17,8 @@ from fedjaxprune import Listener
 from fedjaxprune.data import batching, partitions, transforms
 from tests import stub
 
+pytestmark = pytest.mark.usefixtures("built_once")
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
