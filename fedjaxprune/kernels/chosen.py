@@ -37,7 +37,7 @@ def call(cpu: Form, other: Form, like: Sequence[jax.ShapeDtypeStruct], *operands
 
 
 def _function(cpu: Form, other: Form, like: Any, axes: Any, *, on_cpu: bool) -> Form:
-    """Give the form for a platform, mapped; `axes` tells of each ``vmap`` which operands it maps."""
+    """Give the form for a platform, mapped; `axes` says of each ``vmap`` which operands it maps."""
     del like
     form = cpu if on_cpu else other
     for level in reversed(axes):
@@ -77,8 +77,9 @@ def _abstract(*operands: Any, like: Any, axes: Any, **forms: Any) -> Any:
     ]
 
 
-def _run(*operands: Any, **params: Any) -> Any:
-    return jax.jit(functools.partial(_chosen.bind, **params))(*operands)
+@functools.lru_cache(maxsize=128)
+def _compiled(**params: Any) -> Any:
+    return jax.jit(functools.partial(_chosen.bind, **params))
 
 
 def _batch(values: Any, dims: Any, *, axes: Any, **params: Any) -> Any:
@@ -110,7 +111,7 @@ def _lowering(*, on_cpu: bool) -> Any:
     return mlir.lower_fun(lambda *operands, **params: _function(**params, on_cpu=on_cpu)(*operands))
 
 
-_chosen.def_impl(_run)
+_chosen.def_impl(lambda *operands, **params: _compiled(**params)(*operands))
 _chosen.def_abstract_eval(_abstract)
 batching.primitive_batchers[_chosen] = _batch
 ad.primitive_jvps[_chosen] = _differentiate
