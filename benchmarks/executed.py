@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune.costs import jaxpr_flops
+from fedjaxprune.kernels import chosen
 
 
 def executed(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
     """Count the multiply-adds that the graph of ``function(*args)`` really executes.
 
-    Fast forms count with all the arithmetic that they do, and whatever the graph computes twice
-    counts twice. Hand over the gradient to see a training step.
+    Forms that are fast on CPU count with all the arithmetic that they do, and whatever the graph
+    computes twice counts twice. Hand over the gradient to see a training step.
 
     Returns:
       ``(multiply_adds, inside)``: with taps on padding, and without.
@@ -23,6 +24,7 @@ def executed(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
         jaxpr_flops.CONSTANT if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jaxpr_flops.FED
         for leaf in jax.tree.leaves(args)
     ]
+    graph = chosen.opened(graph, on_cpu=True)
     rules = jaxpr_flops.Rules(while_trips=None, plain=False)
     found = jaxpr_flops.products(graph, inputs, rules)
     return jaxpr_flops.total(found), sum(product.inside * product.times for product in found)

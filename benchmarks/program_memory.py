@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedjaxprune.kernels import chosen
 from fedjaxprune.structure import jaxprs
 
 # fmt: off
 _SAME_MEMORY = frozenset((
-    "reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "name", "stands_for",
+    "reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "name", "stands_for", "stored",
     "optimization_barrier", "sharding_constraint",
 ))
 # Computed where they are read, unless a product, a loop or the outside reads them.
@@ -67,7 +68,7 @@ def predict(function: Callable[..., Any], *args: Any) -> ProgramMemory:
       function: what will be compiled.
       *args: trees of arrays or of their shapes.
     """
-    graph = jax.make_jaxpr(function)(*args).jaxpr
+    graph = chosen.opened(jax.make_jaxpr(function)(*args), on_cpu=True).jaxpr
     return ProgramMemory(
         arguments=sum(_size(v) for v in graph.invars),
         outputs=sum(_size(v) for v in graph.outvars),

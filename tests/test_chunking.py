@@ -196,6 +196,35 @@ def test_what_did_not_fit_is_tried_again(cache):
     assert (auto(table).size, table.asked) == (8, [4, 8])
 
 
+def test_off_the_cpu_ways_of_convolving_are_tried_with_sizes(monkeypatch):
+    tables = {
+        "patches": Table({**RISING, 4: 150.0}),
+        "grouped": Table({1: 100.0, 2: 50.0}),
+        "sequential": Table({1: 100.0, 2: 101.0, 4: 102.0, 8: 103.0}),
+    }
+    choices = {way: table.choose() for way, table in tables.items()}
+    found = chunk_size.fastest(choices)
+    assert (found.size, found.way) == (2, "patches")
+    assert found.sentence.startswith("chunk size 2, convolutions patches (auto). patches: chunk")
+    assert "grouped: chunk size 1 (auto): examples/s 100 with 1, 50 with 2" in found.sentence
+    assert json.loads(chunk_size.to_text(found))["convolutions"] == "patches"
+    short = chunk_size.choose(LONG, never, {}, estimate=chunk_size.Estimate(19.0, 2.0))
+    assert chunk_size.fastest({"patches": short, "grouped": short}).way is None
+
+    config = resolve.resolve({**SETTINGS, "model": "cnn"})
+    found = examples.read(config)
+    task = build.make_task(
+        config, build.make_model(config, found.dataset, found.test), found, chunk=1
+    )
+    assert chunk_trial.ways_to_try(config, task, LONG) == ()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert chunk_trial.ways_to_try(config, task, LONG) == ("patches", "grouped", "sequential")
+    alone = LONG._replace(cohort_size=1)
+    assert chunk_trial.ways_to_try(config, task, alone) == ()
+    given = resolve.replace(config, {"execution.convolutions": "grouped"})
+    assert chunk_trial.ways_to_try(given, task, LONG) == ()
+
+
 @pytest.mark.slow
 def test_a_run_keeps_the_size_that_it_began_with(monkeypatch, tmp_path):
     table, trained, told = Table(RISING), [], []

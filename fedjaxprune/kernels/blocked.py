@@ -10,14 +10,14 @@ quarters of a row, so pooling is a maximum of four slices.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedjaxprune.kernels import pooling, storing
+from fedjaxprune.kernels import bilinear, chosen, pooling, storing
 from fedjaxprune.kernels import strides as geometry
 from fedjaxprune.structure import jaxprs
 
@@ -49,10 +49,7 @@ def conv_relu_max_pool(
         raise ValueError(f"block must be a positive multiple of {_POOL}, got {block}.")
 
     def plain(x, kernel, bias):
-        pads = [(padding, padding)] * 2
-        layout = ("NHWC", "HWIO", "NHWC")
-        x = lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=layout)
-        return jax.nn.relu(pooling.max_pool(x) + bias[None, None, None])
+        return _finish(_convolve(x, kernel, padding), bias)
 
     output = _conv_relu_max_pool(x, kernel, bias, padding, block)
     again = functools.partial(conv_relu_max_pool, padding=padding, block=block)
@@ -60,11 +57,93 @@ def conv_relu_max_pool(
     return jaxprs.equivalent_to(output, plain, x, kernel, bias, again=again, tapped=tapped)
 
 
+def _convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
+    pads, layout = [(padding, padding)] * 2, ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=layout)
+
+
+def _finish(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return jax.nn.relu(pooling.max_pool(x) + bias[None, None, None])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _conv_relu_max_pool(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int
 ) -> jax.Array:
-    return _forward(x, kernel, bias, padding, block)[0]
+    return _chosen_forward(x, kernel, bias, padding, block)[0]
+
+
+class _Forms(NamedTuple):
+    """Both directions, of the blocks and of the plain layer; each stores what its backward reads.
+
+    What one platform stores is zeros on the other, which nothing reads, so XLA leaves it out.
+    """
+
+    forward: Any
+    plain_forward: Any
+    backward: Any
+    plain_backward: Any
+    stored: tuple[jax.ShapeDtypeStruct, ...]  # the output, and what the backward forms read
+
+
+@functools.cache
+def _forms(
+    x: tuple[int, ...], kernel: tuple[int, ...], padding: int, block: int, dtype: Any
+) -> _Forms:
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (x, kernel, kernel[-1:])]
+
+    def forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
+        output, (_, _, *stored) = _forward(x, kernel, bias, padding, block)
+        return output, *stored
+
+    def plain_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
+        convolved = _convolve(x, kernel, padding)
+        return _finish(convolved, bias), convolved
+
+    def backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, *rest: jax.Array) -> Any:
+        del bias
+        *stored, _, cotangent = rest
+        return _backward(padding, block, (x, kernel, *stored), cotangent)
+
+    def plain_backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, *rest: jax.Array) -> Any:
+        *_, convolved, cotangent = rest
+        d_convolved, d_bias = jax.vjp(_finish, convolved, bias)[1](cotangent)
+        product = functools.partial(_convolve, padding=padding)
+        convolution = bilinear.transposed(product, *operands[:2])
+        return convolution.first(d_convolved, kernel), convolution.second(x, d_convolved), d_bias
+
+    output, *own = jax.eval_shape(forward, *operands)
+    _, plain = jax.eval_shape(plain_forward, *operands)
+
+    def zeros(shapes: Any) -> list[jax.Array]:
+        return [jnp.zeros(one.shape, one.dtype) for one in shapes]
+
+    return _Forms(
+        lambda *given: [*forward(*given), *zeros([plain])],
+        lambda *given: [(found := plain_forward(*given))[0], *zeros(own), found[1]],
+        backward,
+        plain_backward,
+        (output, *own, plain),
+    )
+
+
+def _chosen_forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int
+) -> Any:
+    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype)
+    output, *stored = chosen.call(forms.forward, forms.plain_forward, forms.stored, x, kernel, bias)
+    return output, (x, kernel, bias, *stored)
+
+
+def _chosen_backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) -> Any:
+    x, kernel, bias, *_ = residuals
+    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype)
+    like = (x, kernel, bias)
+    operands = (*residuals, cotangent)
+    return tuple(chosen.call(forms.backward, forms.plain_backward, like, *operands))
+
+
+_conv_relu_max_pool.defvjp(_chosen_forward, _chosen_backward)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int) -> Any:
@@ -174,9 +253,6 @@ def _gradients(
         d_x, ((0, 0), (0, in_height - d_x.shape[1]), (0, in_width - d_x.shape[2]), (0, 0))
     )
     return (d_x, d_kernel, d_bias), (patches, d_outputs, lambda matrix: pull_back(matrix)[0])
-
-
-_conv_relu_max_pool.defvjp(_forward, _backward)
 
 
 def _pooled(shape: tuple[int, ...], kernel: tuple[int, ...], padding: int) -> tuple[int, int]:

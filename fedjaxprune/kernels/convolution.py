@@ -10,7 +10,7 @@ that keeps them in the cache; for wide layers with a stride one matrix product p
 layers of stride 1 go Winograd's way in all three. Groups are convolved one after the other, a
 depthwise convolution is a sum over its taps. Which form serves which shape was measured
 (docs/performance.md). Under ``vmap`` clients follow each other.
-Elsewhere than on CPU this is XLA's own convolution.
+On other platforms this is XLA's own convolution (`side_by_side` says what it is under ``vmap``).
 """
 
 import functools
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjaxprune.kernels import depthwise, winograd
+from fedjaxprune.kernels import bilinear, depthwise, side_by_side, winograd
 from fedjaxprune.kernels import strides as geometry
 from fedjaxprune.kernels.strides import Pads
 from fedjaxprune.structure import jaxprs
@@ -53,27 +53,28 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Convolve as ``jax.lax.conv_general_dilated`` does, with gradients that are fast in loops.
 
-    It fits ``Conv(conv_general_dilated=...)`` of ``flax.linen`` and ``flax.nnx``. The fast form
-    serves two-dimensional NHWC images on CPU, without dilation, in at most 32 groups or depthwise;
-    anything else goes to XLA unchanged. The fast form has gradients by reverse mode only
-    (``jax.jvp`` of it fails, ``jax.grad`` and ``jax.vjp`` do not), and of a gradient the derivative
-    by forward mode only (``jax.jvp`` of ``jax.grad``, not ``jax.grad`` of ``jax.grad``).
+    It fits ``Conv(conv_general_dilated=...)`` of ``flax.linen`` and ``flax.nnx``. It serves
+    two-dimensional NHWC images without dilation; anything else goes to XLA unchanged. The form is
+    chosen when a program is lowered: for a CPU the fast one, in float32 and in at most 32 groups or
+    depthwise, else XLA's own; for other platforms XLA's own, and for several clients with kernels
+    of their own one of `side_by_side.WAYS`. All derivatives are there, of any order, forward and
+    reverse.
     """
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    fast = (
-        jax.default_backend() == "cpu"
-        and lhs.ndim == 4
+    is_served = (
+        lhs.ndim == 4
         and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
         and all(d == 1 for dilation in (lhs_dilation, rhs_dilation) for d in _given(dilation))
         and len(window_strides) == 2
         and batch_group_count == 1
-        and (feature_group_count <= _MOST_GROUPS or feature_group_count == lhs.shape[3])
-        and lhs.dtype == rhs.dtype == jnp.float32
+        and lhs.dtype == rhs.dtype
+        and jnp.issubdtype(lhs.dtype, jnp.floating)
         and precision is None
         and preferred_element_type in (None, lhs.dtype)
         and out_sharding is None
+        and all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))  # and no symbols
     )
-    if not fast:
+    if not is_served:
         return lax.conv_general_dilated(
             lhs,
             rhs,
@@ -103,64 +104,125 @@ def _given(values: Sequence[int] | None) -> Sequence[int]:
 def conv(
     x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: Pads, groups: int = 1
 ) -> jax.Array:
-    """Convolve ``[B, H, W, C]`` with ``[kh, kw, C / G, O]`` in the forms that are fast on CPU.
+    """Convolve ``[B, H, W, C]`` with ``[kh, kw, C / G, O]`` in the form that the platform wants.
 
     A kernel has taps down and across, channels in of a group and channels out of all ``G`` groups;
     each makes ``O / G`` outputs from ``C / G`` inputs. Negative padding crops.
     """
-    plain = functools.partial(
+    plain = _xlas(strides, padding, groups)
+    if not min(*x.shape, *kernel.shape, *geometry.outputs(x.shape, kernel.shape, strides, padding)):
+        return plain(x, kernel)
+    if groups > 1:
+        jax.eval_shape(plain, x, kernel)  # refuses groups that do not divide the channels
+    way = side_by_side.current()
+    family = _family(x.shape, kernel.shape, x.dtype, strides, padding, groups, way)
+    return jaxprs.equivalent_to(bilinear.apply(family, x, kernel), plain, x, kernel)
+
+
+def _xlas(strides: tuple[int, int], padding: Pads, groups: int) -> Any:
+    return functools.partial(
         lax.conv_general_dilated,
         window_strides=strides,
         padding=padding,
         dimension_numbers=_LAYOUT,
         feature_group_count=groups,
     )
-    if not min(*x.shape, *kernel.shape, *geometry.outputs(x.shape, kernel.shape, strides, padding)):
-        return plain(x, kernel)
-    if groups > 1:
-        jax.eval_shape(plain, x, kernel)  # refuses groups that do not divide the channels
-    if groups == 1:
-        output = _of_one_group(x, kernel, strides, padding)
-    elif groups == x.shape[3]:
-        output = depthwise.conv(x, kernel, strides, padding)
-    else:
-        parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
-        output = jnp.concatenate([_of_one_group(*one, strides, padding) for one in parts], axis=3)
-    return jaxprs.equivalent_to(output, plain, x, kernel)
 
 
-def _of_one_group(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads
-) -> jax.Array:
-    if kernel.shape[:2] == (1, 1):
-        pixels = geometry.pad(x, padding)
-        pixels = pixels[:, :: strides[0], :: strides[1]]
-        return lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
-    return _conv(x, kernel, strides, padding)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> jax.Array:
-    return _plain(x, kernel, strides, padding)
-
-
-def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> Any:
-    return _plain(x, kernel, strides, padding), (x, kernel)
-
-
-def _backward(strides: tuple[int, int], padding: Pads, residuals: Any, cotangent: Any) -> Any:
-    x, kernel = residuals
-
-    def convolve(cotangent, taps, pads):
-        return _plain(cotangent, jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2), (1, 1), pads)
-
-    return (
-        geometry.input_gradient(convolve, kernel, cotangent, x.shape[1:3], strides, padding),
-        _kernel_gradient(x, cotangent, kernel.shape[:2], strides, padding),
+@functools.cache
+def _family(
+    x: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dtype: Any,
+    strides: tuple[int, int],
+    padding: Pads,
+    groups: int,
+    way: side_by_side.Way,
+) -> bilinear.Family:
+    """Make the forms of a convolution of these shapes."""
+    shapes = jax.ShapeDtypeStruct(x, dtype), jax.ShapeDtypeStruct(kernel, dtype)
+    other = together = bilinear.transposed(_xlas(strides, padding, groups), *shapes)
+    is_fast = dtype == jnp.float32 and (groups <= _MOST_GROUPS or groups == x[3])
+    if way == "patches":
+        product = functools.partial(
+            side_by_side.by_patches, strides=strides, padding=padding, groups=groups
+        )
+        together = bilinear.transposed(product, *shapes)
+    return bilinear.Family(
+        shapes=(x, kernel, (x[0], *geometry.outputs(x, kernel, strides, padding), kernel[3])),
+        cpu=_fast_forms(*shapes, strides, padding, groups) if is_fast else other,
+        other=other,
+        together=together,
+        in_turn=way == "sequential",
     )
 
 
-_conv.defvjp(_forward, _backward)
+def _fast_forms(
+    x: jax.ShapeDtypeStruct,
+    kernel: jax.ShapeDtypeStruct,
+    strides: tuple[int, int],
+    padding: Pads,
+    groups: int,
+) -> bilinear.Forms:
+    """Make the forms that are fast on CPU."""
+    if groups == 1:
+        return _of_one_group(x, kernel, strides, padding)
+    if groups == x.shape[3]:
+        return bilinear.Forms(
+            output=lambda x, kernel: depthwise.conv(x, kernel, strides, padding),
+            first=lambda cotangent, kernel: depthwise.input_gradient(
+                kernel, cotangent, x.shape, strides, padding
+            ),
+            second=lambda x, cotangent: depthwise.kernel_gradient(
+                x, cotangent, kernel.shape, strides, padding
+            ),
+        )
+    *lead, channels = x.shape
+    *taps, out_channels = kernel.shape
+    alone = _of_one_group(
+        jax.ShapeDtypeStruct((*lead, channels // groups), x.dtype),
+        jax.ShapeDtypeStruct((*taps, out_channels // groups), x.dtype),
+        strides,
+        padding,
+    )
+
+    def each(form: bilinear.Form) -> bilinear.Form:
+        def run(first: jax.Array, second: jax.Array) -> jax.Array:
+            parts = (jnp.split(operand, groups, axis=3) for operand in (first, second))
+            return jnp.concatenate([form(*pair) for pair in zip(*parts, strict=True)], axis=3)
+
+        return run
+
+    return bilinear.Forms(*map(each, alone))
+
+
+def _of_one_group(
+    x: jax.ShapeDtypeStruct,
+    kernel: jax.ShapeDtypeStruct,
+    strides: tuple[int, int],
+    padding: Pads,
+) -> bilinear.Forms:
+    if kernel.shape[:2] == (1, 1):
+
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            pixels = geometry.pad(x, padding)
+            pixels = pixels[:, :: strides[0], :: strides[1]]
+            return lax.dot_general(pixels, kernel[0, 0], (((3,), (0,)), ((), ())))
+
+        return bilinear.transposed(product, x, kernel)
+
+    def convolve(cotangent: jax.Array, taps: jax.Array, pads: Pads) -> jax.Array:
+        return _plain(cotangent, jnp.flip(taps, (0, 1)).transpose(0, 1, 3, 2), (1, 1), pads)
+
+    return bilinear.Forms(
+        output=lambda x, kernel: _plain(x, kernel, strides, padding),
+        first=lambda cotangent, kernel: geometry.input_gradient(
+            convolve, kernel, cotangent, x.shape[1:3], strides, padding
+        ),
+        second=lambda x, cotangent: _kernel_gradient(
+            x, cotangent, kernel.shape[:2], strides, padding
+        ),
+    )
 
 
 def _kernel_gradient(

@@ -7,7 +7,6 @@ hundreds of times as long (docs/performance.md).
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from fedjaxprune.kernels import strides as geometry
 from fedjaxprune.kernels.strides import Pads
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> jax.Array:
     """Convolve each channel of ``[B, H, W, C]`` by itself.
 
@@ -25,7 +23,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pad
     ``(c + 1) * m``. Negative padding crops.
     """
     size = geometry.outputs(x.shape, kernel.shape, strides, padding)
-    padded = _copies(geometry.pad(x, padding), kernel)
+    padded = _copies(geometry.pad(x, padding), kernel.shape)
     return functools.reduce(
         jnp.add,
         (
@@ -36,34 +34,40 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pad
     )
 
 
-def _copies(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _copies(x: jax.Array, kernel: tuple[int, ...]) -> jax.Array:
     """Repeat each channel for all outputs that it makes."""
-    copies = kernel.shape[3] // x.shape[3]
+    copies = kernel[3] // x.shape[3]
     return x if copies == 1 else jnp.repeat(x, copies, axis=3)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> Any:
-    return conv(x, kernel, strides, padding), (x, kernel)
-
-
-def _backward(strides: tuple[int, int], padding: Pads, residuals: Any, cotangent: Any) -> Any:
-    x, kernel = residuals
+def input_gradient(
+    kernel: jax.Array,
+    cotangent: jax.Array,
+    x: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> jax.Array:
+    """Compute the gradient of images, of shape `x`."""
     d_copies = geometry.input_gradient(
         lambda cotangent, taps, pads: conv(cotangent, jnp.flip(taps, (0, 1)), (1, 1), pads),
         kernel,
         cotangent,
-        x.shape[1:3],
+        x[1:3],
         strides,
         padding,
     )
-    d_x = d_copies.reshape(*x.shape, -1).sum(axis=4)
-    return d_x, _kernel_gradient(x, kernel, cotangent, strides, padding)
+    return d_copies.reshape(*x, -1).sum(axis=4)
 
 
-def _kernel_gradient(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, strides: tuple[int, int], padding: Pads
+def kernel_gradient(
+    x: jax.Array,
+    cotangent: jax.Array,
+    kernel: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: Pads,
 ) -> jax.Array:
-    height, width, _, channels = kernel.shape
+    """Compute the gradient of a kernel, of shape `kernel`."""
+    height, width, _, channels = kernel
     size = cotangent.shape[1:3]
     padded = geometry.pad(x, padding)
     ones = jnp.ones((1, size[0] * size[1]), x.dtype)
@@ -80,7 +84,4 @@ def _kernel_gradient(
 
     sums = jnp.zeros((height * width, 1, channels), x.dtype)
     sums, _ = lax.scan(add, sums, (padded, cotangent))
-    return sums.reshape(kernel.shape)
-
-
-conv.defvjp(_forward, _backward)
+    return sums.reshape(kernel)

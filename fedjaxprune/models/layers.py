@@ -24,18 +24,13 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     return init_fn
 
 
-@jax.custom_vjp
 def computed_once(x: jax.Array) -> jax.Array:
-    """Return ``[B, ...]`` as an array that XLA stores (`storing.stored`), with its own gradient.
+    """Return ``[B, ...]`` as an array that XLA stores (`storing.stored`).
 
     Else each block of a residual network repeats all blocks before it, and every kernel's gradient
     repeats them, too.
     """
     return storing.stored(x)
-
-
-# Not by itself, so that gradients have derivatives by forward mode.
-computed_once.defvjp(lambda x: (storing.stored(x), None), lambda _, cotangent: (cotangent,))
 
 
 Start = Literal["he", "torch", "xavier", "normal"]
@@ -96,7 +91,7 @@ class ConvReluMaxPool(nn.Module):
         kernel = self.param("kernel", uniform_kernel, shape)
         bias = self.param("bias", uniform_bias(fan_in), (self.features,))
         # Blocks pay where channels are few; measured on 28×28×1 and 14×14×6 against 14×14×32.
-        if jax.default_backend() == "cpu" and x.shape[-1] < 16:
+        if x.shape[-1] < 16:
             block = 4 if x.shape[-1] * self.features <= 16 else 2
             return blocked.conv_relu_max_pool(x, kernel, bias, padding=self.padding, block=block)
         x = _convolve(x, kernel, stride=1, padding=self.padding)

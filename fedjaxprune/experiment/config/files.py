@@ -23,7 +23,8 @@ VERSIONS, ENVIRONMENT, PARTS, COMMAND = "versions", "environment", "parts", "com
 STARTED_IN = "started_in"
 _NOTES = (VERSIONS, ENVIRONMENT, PARTS, COMMAND, STARTED_IN)
 _ALWAYS = ("method", "model", "data.dataset")  # parts without which there is no run
-_CHOSEN_HERE = ("execution.devices", "execution.chunk_size")  # "auto" leaves them to the run
+# "auto" leaves them to the run.
+_CHOSEN_HERE = ("execution.devices", "execution.chunk_size", "execution.convolutions")
 
 
 class Stored(NamedTuple):

@@ -198,6 +198,13 @@ class Execution(Settings):
         "run is too short for that.",
         unit="clients",
     )
+    convolutions: Literal["auto", "grouped", "patches", "sequential"] = setting(
+        "auto",
+        "How several clients at once are convolved on a GPU or TPU: one grouped convolution, "
+        "products over patches of the images, or one client after another; auto measures which is "
+        "fastest together with chunk_size auto, and takes patches otherwise. No difference on a "
+        "CPU.",
+    )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "Type that clients train in; weights, messages, aggregation and tests stay float32.",

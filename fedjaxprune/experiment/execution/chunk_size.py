@@ -22,6 +22,7 @@ import numpy as np
 
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder import layout
+from fedjaxprune.kernels import side_by_side
 
 FILE = "chunk_size.json"  # in the run folder
 CACHED = "chunk_sizes.json"  # in the cache folder
@@ -81,6 +82,7 @@ class Choice(NamedTuple):
     # different numbers of steps or the chunk does not divide the cohort
     used: Mapping[int, float]
     sentence: str
+    way: side_by_side.Way | None = None  # to convolve clients at once; None if ways were not tried
 
 
 def candidates(largest: int) -> list[int]:
@@ -112,6 +114,7 @@ def choose(
     known: Mapping[int, Figure],
     *,
     estimate: Estimate = UNKNOWN,
+    share: float = SHARE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Choice:
     """Choose the fastest chunk size, measuring what is not known.
@@ -128,7 +131,7 @@ def choose(
     spent, ending = 0.0, ""
     for size in candidates(work.largest):
         if size not in known:
-            if spent + cost > SHARE * expected:
+            if spent + cost > share * expected:
                 ending = f"; more were not tried in a run that trains for {_seconds(expected)}"
                 break
             before = clock()
@@ -156,6 +159,27 @@ def choose(
     when = f"measured in {_seconds(spent)}" if spent else "measured earlier"
     sentence = f"chunk size {size} (auto): examples/s {told}, {when}{ending}."
     return Choice(size, figures, shares, sentence)
+
+
+def fastest(choices: Mapping[side_by_side.Way, Choice]) -> Choice:
+    """Take the way of convolving clients that trains fastest; of those that are alike the first.
+
+    Where no size was tried with the first one, it is the choice, and no way.
+    """
+
+    def speed(choice: Choice) -> float:
+        shares = choice.used.items()
+        return max((share * (choice.figures[n].rate or 0.0) for n, share in shares), default=0.0)
+
+    first, *_ = choices.values()
+    if not first.used:
+        return first
+    best = max(map(speed, choices.values()))
+    way = next(way for way, choice in choices.items() if speed(choice) >= (1 - TIE) * best)
+    found = choices[way]
+    told = "; ".join(f"{one}: {choice.sentence}" for one, choice in choices.items())
+    sentence = f"chunk size {found.size}, convolutions {way} (auto). {told}"
+    return found._replace(way=way, sentence=sentence)
 
 
 def _one(reason: str) -> Choice:
@@ -228,7 +252,13 @@ def _figures(found: Any) -> dict[int, Figure]:
 
 
 def auto(
-    work: Work, measure: MeasureFn, *, key: str, estimate: Callable[[], Estimate], warn: WarnFn
+    work: Work,
+    measure: MeasureFn,
+    *,
+    key: str,
+    estimate: Callable[[], Estimate],
+    warn: WarnFn,
+    share: float = SHARE,
 ) -> Choice:
     """Choose by what the cache holds and a trial of the rest, which the cache then holds too.
 
@@ -236,7 +266,7 @@ def auto(
     """
     known = _figures(_read(warn).get(key, {})) if work.largest > 1 else {}
     first = UNKNOWN if known or work.largest == 1 else estimate()
-    choice = choose(work, measure, known, estimate=first)
+    choice = choose(work, measure, known, estimate=first, share=share)
     measured = {size: one for size, one in choice.figures.items() if size not in known}
     if found := {size: one for size, one in measured.items() if one.rate is not None}:
         save(key, found)
@@ -247,6 +277,7 @@ def to_text(choice: Choice) -> str:
     """Write a choice for a run folder."""
     record = {
         "chunk_size": choice.size,
+        **({} if choice.way is None else {"convolutions": choice.way}),
         "figures": _plain(choice.figures),
         "used": {str(size): round(share, 4) for size, share in choice.used.items()},
         "sentence": choice.sentence,

@@ -27,6 +27,9 @@ from fedjaxprune.experiment.config.sections import RunConfig, plain
 from fedjaxprune.experiment.execution import chunk_size, devices
 from fedjaxprune.experiment.run import composing
 from fedjaxprune.federated import aggregators, cohort, local_training
+from fedjaxprune.kernels import chosen, side_by_side
+from fedjaxprune.models import ways
+from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.types import Batcher, Broadcast, Cohort, Model, Population
 
@@ -65,13 +68,37 @@ def choose(
         devices=1 if mesh is None else mesh.size,
         num_rounds=config.federation.num_rounds,
     )
-    return chunk_size.auto(
-        work,
-        measure(model, batcher, population, work=work, mesh=mesh),
-        key=key(config, task, work),
-        estimate=lambda: estimate(model, batcher, population, work=work),
-        warn=warn,
-    )
+    tried = ways_to_try(config, task, work)
+
+    def choose_with(way: side_by_side.Way | None) -> chunk_size.Choice:
+        own = model if way is None else ways.convolve(model, way)
+        return chunk_size.auto(
+            work,
+            measure(own, batcher, population, work=work, mesh=mesh),
+            key=key(config, task, work, way=way),
+            estimate=lambda: estimate(model, batcher, population, work=work),
+            warn=warn,
+            share=chunk_size.SHARE / max(1, len(tried)),
+        )
+
+    if not tried:
+        return choose_with(None)
+    return chunk_size.fastest({way: choose_with(way) for way in tried})
+
+
+def ways_to_try(
+    config: RunConfig, task: Task, work: chunk_size.Work
+) -> tuple[side_by_side.Way, ...]:
+    """List the ways of convolving clients at once that a trial compares; none if it is one."""
+    if (
+        jax.default_backend() == "cpu"
+        or config.execution.convolutions != "auto"
+        or work.largest == 1
+        or not facts_lib.has_convolutions(task.facts)
+    ):
+        return ()
+    first = side_by_side.DEFAULT
+    return (first, *(way for way in side_by_side.WAYS if way != first))
 
 
 def estimate(
@@ -86,6 +113,7 @@ def estimate(
     key = jax.random.key(0)
     params, state = jax.eval_shape(model.init, key)
     step = jax.make_jaxpr(jax.value_and_grad(model.loss, has_aux=True))(params, state, batch, key)
+    step = chosen.opened(step, on_cpu=jax.default_backend() == "cpu")
     trial_s = _TRACE_S + _COMPILE_S * len(str(step).splitlines())
     try:
         count = flops.dense(flops.of_model(model, None, composing.rows(batch.inputs, 1)))
@@ -237,7 +265,13 @@ def _some(shapes: Any) -> Any:
     return trees.map_with_path(fill, shapes)
 
 
-def key(config: RunConfig, task: Task, work: chunk_size.Work) -> str:
+def key(
+    config: RunConfig,
+    task: Task,
+    work: chunk_size.Work,
+    *,
+    way: side_by_side.Way | None = None,
+) -> str:
     """Name what the figures of a run's trial depend on: what a trained example costs, and where."""
     device, values = jax.devices()[0], plain(config)
     shapes = [(str(leaf.dtype), leaf.shape) for leaf in jax.tree.leaves(task.facts.params)]
@@ -249,6 +283,7 @@ def key(config: RunConfig, task: Task, work: chunk_size.Work) -> str:
         "normalize": config.data.normalize,
         "batch_size": work.batch_size,
         "compute_dtype": config.execution.compute_dtype,
+        "convolutions": way or config.execution.convolutions,
         "steps": num_steps(work),
         "devices": f"{work.devices} {device.platform} {device.device_kind}",
         "processor": f"{os.cpu_count()} {devices.processor()}",

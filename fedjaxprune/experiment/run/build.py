@@ -30,7 +30,7 @@ from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.experiment.run.examples import Examples
 from fedjaxprune.federated import aggregators, attacks, cohort, penalties, uplinks
 from fedjaxprune.method import needs_of
-from fedjaxprune.models import precision
+from fedjaxprune.models import precision, ways
 from fedjaxprune.rounds import controls, simulation
 from fedjaxprune.rounds import facts as facts_lib
 from fedjaxprune.rounds.protocol import Protocol
@@ -69,6 +69,9 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
             loop.check_start(_parts(config, task, algorithm, examples))
         chunk = chunk_trial.choose(config, task, examples.population, warn=warn)
         config = resolve_lib.replace(config, {"execution.chunk_size": chunk.size})
+        if chunk.way is not None:
+            config = resolve_lib.replace(config, {"execution.convolutions": chunk.way})
+            task = task._replace(model=ways.convolve(task.model, chunk.way))
         if chunk.size > 1:
             protocol = task.protocol._replace(chunk_size=chunk.size)
             task = task._replace(protocol=protocol)
@@ -126,7 +129,9 @@ def make_model(config: RunConfig, dataset: Dataset, preprocess: transforms.Prepr
     make = functools.partial(config.parts.model.part.build, config.model)
     what = f"model {config.model.name!r}"
     model = composing.make_model(make, dataset, preprocess=preprocess, what=what)
-    return precision.compute_in(model, config.execution.compute_dtype)
+    model = precision.compute_in(model, config.execution.compute_dtype)
+    way = config.execution.convolutions
+    return model if way == "auto" else ways.convolve(model, way)
 
 
 def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -> Task:

@@ -18,7 +18,7 @@ def names(text: str) -> frozenset[str]:
 KEEPS_ZERO = names(
     """neg tanh sin tan asin atan sinh asinh atanh abs sign sqrt cbrt square erf expm1 log1p floor
     ceil round convert_element_type copy copy_p reduce_precision real imag stop_gradient
-    optimization_barrier integer_pow conj"""
+    optimization_barrier integer_pow conj stored"""
 )
 LOSES_ZERO = names(
     """exp exp2 log logistic rsqrt cos cosh acos acosh erfc erf_inv is_finite not lgamma digamma
