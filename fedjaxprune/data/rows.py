@@ -41,8 +41,8 @@ class Partition(Sequence[np.ndarray]):
         return self.order[self.offsets[client] : self.offsets[client + 1]]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        begins = self.offsets.tolist()
-        for begin, end in itertools.pairwise(begins):
+        ends = self.offsets.tolist()
+        for begin, end in itertools.pairwise(ends):
             yield self.order[begin:end]
 
 

@@ -56,7 +56,7 @@ def uniform(*, num_clients: int, cohort_size: int) -> Sampling:
 
     def choose_fn(key):
         places = jnp.arange(cohort_size, dtype=jnp.int32)
-        client_ids = permutations.permute(key, places, jnp.int32(num_clients))
+        client_ids = permutations.permute_each(key, places, jnp.int32(num_clients))
         return jnp.sort(client_ids), jnp.ones(cohort_size, jnp.bool_)
 
     return Sampling(choose_fn, num_clients)

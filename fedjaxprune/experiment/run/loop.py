@@ -85,12 +85,11 @@ def train(
     algorithm, config = parts.algorithm, parts.config
     key = jax.random.key(config.seed)
     rounds_key = jax.random.fold_in(key, composing.ROUNDS)
-    begin_fn = jax.jit(lambda key: start(key, parts))
-    # Buffers of its own (for donation) and of strong type (else there is a second trace).
-    begun = begin_fn(jax.random.fold_in(key, composing.INIT))
-    _check_values(begun, config)
-    now = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), begun)
-    now = _place(now, parts.mesh)
+    # Made where it stays, as a second copy of the clients' rows may not fit; the outputs of a jitted
+    # function are buffers of their own, which can be donated.
+    begin_fn = jax.jit(lambda key: start(key, parts), out_shardings=_everywhere(parts.mesh))
+    now = begin_fn(jax.random.fold_in(key, composing.INIT))
+    _check_values(now, config)
     rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
@@ -246,4 +245,6 @@ def start(key: Key, parts: RunParts) -> Simulation:
     """Make the simulation before the first round."""
     params, model_state = parts.model.init(key)
     num_clients = parts.population.offsets.shape[0] - 1
-    return simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
+    made = simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
+    # Of strong types, as a round gives them back: else it would be traced twice.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), made)
