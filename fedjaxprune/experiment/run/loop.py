@@ -85,13 +85,12 @@ def train(
     algorithm, config = parts.algorithm, parts.config
     key = jax.random.key(config.seed)
     rounds_key = jax.random.fold_in(key, composing.ROUNDS)
-    # Made where it stays, as a second copy of the clients' rows may not fit; the outputs of a jitted
-    # function are buffers of their own, which can be donated.
+    first_key = jax.random.fold_in(key, composing.INIT)
+    # Clients' rows are made where they stay: a second copy may not fit. What a jitted function
+    # returns are buffers of its own, which can be donated.
     begin_fn = jax.jit(lambda key: start(key, parts), out_shardings=_everywhere(parts.mesh))
-    now = begin_fn(jax.random.fold_in(key, composing.INIT))
-    _check_values(now, config)
     rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
+    shapes = jax.eval_shape(begin_fn, first_key)
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
     try_out = jax.jit(
@@ -118,8 +117,10 @@ def train(
     tests, saves = config.evaluation, config.checkpoints
     with checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=saves.keep) as manager:
         found = _saved(manager, shapes, folder, every=saves.every, allow=allow, warn=listener.warn)
-        done = 0
-        if found is not None:
+        if found is None:
+            done, now = 0, begin_fn(first_key)
+            _check_values(now, config)
+        else:
             done, now = found[0], _place(found[1], parts.mesh)
         listener.start(writer.header, record.cut(folder, writer.header, done))
 
