@@ -93,8 +93,8 @@ def line(round, *, accuracy=None, mib=2, stage="train", stage_round=None, change
             },
             "dense": {"up_bits": 2 * MIB, "down_bits": 2 * MIB},
             "by_client": [
-                {"client_ids": [0, round % 3], "up_bits": bits // 2, "down_bits": bits // 3},
-                {"client_ids": [5], "up_bits": 0, "down_bits": bits // 3},
+                {"client_ids": f"0 {round % 3}", "up_bits": bits // 2, "down_bits": bits // 3},
+                {"client_ids": "5", "up_bits": 0, "down_bits": bits // 3},
             ],
             "published": {},
         },

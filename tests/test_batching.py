@@ -8,10 +8,11 @@ import pytest
 
 from fedjaxprune import trees, types
 from fedjaxprune.data import batching, transforms
+from fedjaxprune.permutations import permute
 from fedjaxprune.types import ClientData, Population
 
 KEY = jax.random.key(0)
-PERMUTE = jax.jit(batching.permute)
+PERMUTE = jax.jit(permute)
 
 
 def permutation(key, size):
@@ -105,9 +106,9 @@ def test_a_permutation_is_the_same_under_vmap_and_jit():
     sizes = jnp.array([1, 2, 9, 64, 1000], jnp.int32)
     keys = jax.random.split(KEY, 5)
     positions = jnp.zeros((5, 8), jnp.int32) + jnp.minimum(jnp.arange(8)[None], sizes[:, None] - 1)
-    together = jax.jit(jax.vmap(batching.permute))(keys, positions, sizes)
+    together = jax.jit(jax.vmap(permute))(keys, positions, sizes)
     for i in range(5):
-        alone = batching.permute(keys[i], positions[i], sizes[i])
+        alone = permute(keys[i], positions[i], sizes[i])
         np.testing.assert_array_equal(together[i], alone)
 
 

@@ -358,7 +358,7 @@ def test_a_torn_last_line_and_runs_without_rounds_are_noted_and_left_out(capsys,
     [
         ("traffic.by_client", 5),
         ("traffic.by_client", [{}]),
-        ("traffic.by_client", [{"client_ids": ["a"], "up_bits": 1, "down_bits": 1}]),
+        ("traffic.by_client", [{"client_ids": "a", "up_bits": 1, "down_bits": 1}]),
         ("compute.training_flops", {"forward": "x"}),
         ("compute.training_flops", 3),
         ("mask.sparsity_by_layer", {"a": "x"}),

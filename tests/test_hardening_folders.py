@@ -190,7 +190,7 @@ HOSTILE = {
         f"client ids {n}": field(
             "traffic.by_client", f'[{{"client_ids": {one}, "up_bits": 1, "down_bits": 1}}]'
         )
-        for n, one in enumerate(("[[1]]", "[{}]", "{}", '"a"', "[1e9]", "[null]", "7"))
+        for n, one in enumerate(("[1]", "{}", '"a"', '"1x99999999"', '"1 "', "null", "7"))
     },
     "alias": put(layout.CONFIG, "a: &a [x]\nb: [*a, *a]\n"),
 }

@@ -588,9 +588,9 @@ def test_the_rule_of_fedrts_by_hand():
 
 
 def test_a_summary_adds_up_the_ledger():
-    clients = [{"up_bits": 3, "down_bits": 4, "client_ids": [0, 2]}]
+    clients = [{"up_bits": 3, "down_bits": 4, "client_ids": "0 2"}]
     first = {"traffic.by_client": clients, "traffic.published": {"f": {"up_bits": 1}}}
-    then = {"traffic.by_client": [{"up_bits": 0, "down_bits": 1, "client_ids": [2]}]}
+    then = {"traffic.by_client": [{"up_bits": 0, "down_bits": 1, "client_ids": "2"}]}
     lines = [folders.line(1, stage="explore", changes=first), folders.line(2, changes=then)]
     found = summary.summarize({}, lines)["traffic"]
     assert found["up"]["values"] == 2 * lines[0]["traffic"]["up"]["values"]

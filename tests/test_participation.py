@@ -24,7 +24,8 @@ NUM_DRAWS = 4000
 
 
 def draw(choose, num_draws=NUM_DRAWS):
-    client_ids, present = jax.jit(jax.vmap(choose))(jax.random.split(KEY, num_draws))
+    keys = jax.random.split(KEY, num_draws)
+    client_ids, present = jax.jit(lambda keys: jax.lax.map(choose, keys))(keys)
     return np.asarray(client_ids), np.asarray(present)
 
 

@@ -5,77 +5,18 @@ positions of a batch alone, so no permutation is stored, sorted or padded to the
 a client's randomness depends neither on its neighbours nor on the size of the population.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fedjaxprune import permutations
 from fedjaxprune.data.transforms import Preprocess
 from fedjaxprune.errors import DataError, near_miss
 from fedjaxprune.types import Batch, Batcher, ClientData, Key
 
-# Two positions keep their distance through one round with probability 1/2 (else it is uniform), so
-# what is left of their neighbourhood after all rounds is about 2^-24.
-_NUM_ROUNDS = 24
-# A round reads its argument several times. Fused into the address of a gather, XLA (JAX 0.12, CPU)
-# writes all rounds out as a tree, doubling with each: 7 s of compilation at 16, minutes at 24.
-_ROUNDS_FUSED = 8  # divides the number of rounds, so that the last one ends in a barrier
 _INT32_MAX = 2**31 - 1
-
-
-def _mix(bits: jax.Array) -> jax.Array:
-    """Spread every input bit over the high bits of a uint32 (finaliser of MurmurHash3)."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
-
-
-def permute(key: Key, positions: jax.Array, size: jax.Array) -> jax.Array:
-    """Map positions through a random permutation of ``[0, size)``, without making the permutation.
-
-    A swap-or-not shuffle: every round pairs `x` with `pivot - x` modulo `size` and exchanges the
-    two on the flip of a coin that both of them see. Each round is an involution, so the result is
-    an exact bijection for every size, which may be a traced value.
-
-    Args:
-      key: decides the permutation.
-      positions: ``[B]`` int32 in ``[0, size)``.
-      size: ``[]`` int32; 0 is treated as 1.
-
-    Returns:
-      ``[B]`` int32 in ``[0, size)``.
-
-    References:
-      Hoang, Morris and Rogaway, `An Enciphering Scheme Based on a Card Shuffle
-      <https://arxiv.org/abs/1208.1176>`_, 2012.
-    """
-    size = jnp.maximum(size, 1)
-    pivots, seeds = _draw(key, size)
-    return _walk(lambda r: (pivots[r], seeds[r]), positions, size)
-
-
-def _draw(key: Key, size: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw the pivots and the coins' seeds of a permutation, ``[rounds]`` uint32 each."""
-    pivots, seeds = jax.random.bits(key, (2, _NUM_ROUNDS), jnp.uint32)
-    return pivots % size.astype(jnp.uint32), seeds  # biased by less than size / 2^32
-
-
-def _walk(
-    drawn: Callable[[int], tuple[jax.Array, jax.Array]], positions: jax.Array, size: jax.Array
-) -> jax.Array:
-    """Take positions ``[B]`` through all rounds, by their pivots and seeds, ``[]`` or ``[B]``."""
-    size = size.astype(jnp.uint32)
-    x = positions.astype(jnp.uint32)
-    for r in range(_NUM_ROUNDS):
-        pivot, seed = drawn(r)
-        difference = pivot - x  # modulo 2^32: a negative one is put right by adding the size
-        partner = jnp.where(x > pivot, difference + size, difference)
-        coin = _mix(jnp.maximum(x, partner) ^ seed) >> 31
-        x = jnp.where(coin == 1, partner, x)
-        if r % _ROUNDS_FUSED == _ROUNDS_FUSED - 1:
-            x = jax.lax.optimization_barrier(x)
-    return x.astype(jnp.int32)
 
 
 def epochs(*, num_epochs: int, batch_size: int, preprocess: Preprocess) -> Batcher:
@@ -113,7 +54,7 @@ def epochs(*, num_epochs: int, batch_size: int, preprocess: Preprocess) -> Batch
         per_epoch = jnp.maximum(-(-data.size // batch_size), 1)
         slots = step % per_epoch * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
         epoch_key = jax.random.fold_in(order_key, step // per_epoch)
-        positions = permute(epoch_key, slots % jnp.maximum(data.size, 1), data.size)
+        positions = permutations.permute(epoch_key, slots % jnp.maximum(data.size, 1), data.size)
         return _gather(preprocess_key, data, step, positions, slots < data.size, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
@@ -154,11 +95,11 @@ def steps(*, num_steps: int, batch_size: int, preprocess: Preprocess) -> Batcher
         first = jnp.where(small, 2 * step, step * batch_size // size)
         begin = jnp.where(small, jnp.int32(0), step * batch_size % size)
         slots = begin + jnp.arange(batch_size, dtype=jnp.int32)
-        pivots, seeds = jax.vmap(lambda epoch: _draw(jax.random.fold_in(order_key, epoch), size))(
-            first + jnp.arange(2, dtype=jnp.int32)
-        )
+        pivots, seeds = jax.vmap(
+            lambda epoch: permutations.draw(jax.random.fold_in(order_key, epoch), size)
+        )(first + jnp.arange(2, dtype=jnp.int32))
         here = slots < size  # a slot is in one of two epochs: one walk, by the draws of its own
-        positions = _walk(
+        positions = permutations.walk(
             lambda r: (
                 jnp.where(here, pivots[0, r], pivots[1, r]),
                 jnp.where(here, seeds[0, r], seeds[1, r]),
@@ -198,7 +139,7 @@ def development(key: Key, *, share: float, batch_size: int, preprocess: Preproce
         num = num_shown(data.size, share)
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
         own_key = jax.random.fold_in(key, data.client_id)
-        positions = permute(own_key, slots % jnp.maximum(num, 1), data.size)
+        positions = permutations.permute(own_key, slots % jnp.maximum(num, 1), data.size)
         return _gather(step_key, data, step, positions, slots < num, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)
@@ -221,9 +162,9 @@ def undeveloped(key: Key, *, share: float, batch_size: int, preprocess: Preproce
         num = num_shown(data.size, share)
         num_left = data.size - num
         slots = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-        shuffled = permute(order_key, slots % jnp.maximum(num_left, 1), num_left)
+        shuffled = permutations.permute(order_key, slots % jnp.maximum(num_left, 1), num_left)
         hidden = jnp.minimum(num + shuffled, jnp.maximum(data.size - 1, 0))
-        positions = permute(jax.random.fold_in(key, data.client_id), hidden, data.size)
+        positions = permutations.permute(jax.random.fold_in(key, data.client_id), hidden, data.size)
         return _gather(preprocess_key, data, step, positions, slots < num_left, preprocess)
 
     return Batcher(num_steps=num_steps_fn, batch=batch_fn)

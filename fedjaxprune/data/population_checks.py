@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjaxprune.data import checks, rounding
+from fedjaxprune.data.rows import Partition
 from fedjaxprune.errors import DataError
 from fedjaxprune.types import Examples
 
@@ -46,7 +47,8 @@ def rows(
     """Check the clients' rows, and give them one after the other, with where each client begins.
 
     Args:
-      parts: lists of integers in ``[0, num_examples)``.
+      parts: lists of integers in ``[0, num_examples)``, or a `Partition`, which is checked as a
+        whole.
       num_examples: ``E``.
       what: their name in errors.
 
@@ -58,18 +60,39 @@ def rows(
             f"{what} must be a list with the rows of each client, got {checks.kind(parts)}"
             + ("; give list(parts.values())." if isinstance(parts, Mapping) else ".")
         )
-    made = [_integers(part, client, what) for client, part in enumerate(parts)]
-    if not made:
+    if isinstance(parts, Partition):
+        index, offsets = _whole(parts, what)
+    else:
+        made = [_integers(part, client, what) for client, part in enumerate(parts)]
+        offsets = np.cumsum([0, *map(len, made)])
+        index = np.concatenate(made) if made else np.zeros(0, np.int64)
+    if len(offsets) < 2:
         raise DataError(f"{what} must have at least one client, got none.")
-    index = np.concatenate(made)
     if index.size > _INT32_MAX:
         raise DataError(f"{what} must hold at most {_INT32_MAX} indices, got {index.size}.")
     if index.size and not (index.min() >= 0 and index.max() < num_examples):
         raise DataError(
             f"{what} must hold indices in [0, {num_examples}), got {index.min()} to {index.max()}."
         )
-    offsets = np.cumsum([0, *map(len, made)])
-    return index.astype(np.int32), offsets.astype(np.int32)
+    return index.astype(np.int32, copy=False), offsets.astype(np.int32)
+
+
+def _whole(parts: Partition, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Take order and offsets, both of integers, that fit each other."""
+    order, offsets = np.asarray(parts.order), np.asarray(parts.offsets)
+    for name, array in (("order", order), ("offsets", offsets)):
+        if array.ndim != 1 or array.dtype.kind not in "ui":
+            raise DataError(
+                f"{what}: the {name} of a partition must be a vector of integers, got "
+                f"{array.dtype} of shape {array.shape}."
+            )
+    ends = (int(offsets[0]), int(offsets[-1])) if offsets.size else (0, 0)
+    if ends != (0, order.size) or np.any(offsets[1:] < offsets[:-1]):
+        raise DataError(
+            f"{what}: the offsets of a partition must not fall, from 0 to the {order.size} entries "
+            f"of its order, got {ends[0]} to {ends[1]}."
+        )
+    return order, offsets
 
 
 def _integers(part: Any, client: int, what: str) -> np.ndarray:

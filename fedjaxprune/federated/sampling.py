@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from fedjaxprune import permutations
+from fedjaxprune.federated import _races
 from fedjaxprune.registry import Part
 from fedjaxprune.types import Key
 
@@ -44,14 +46,18 @@ def num_clients_of(sampling: SamplingFn) -> int | None:
 def uniform(*, num_clients: int, cohort_size: int) -> Sampling:
     """Choose `cohort_size` of the `num_clients` clients, every cohort being equally likely.
 
+    They are the first places of a random permutation, so that a draw takes as long as the cohort is
+    large, whatever the population.
+
     Raises:
       ValueError: if the cohort is empty or larger than the population.
     """
     _check_cohort(cohort_size, num_clients, "clients in the population")
 
     def choose_fn(key):
-        tickets = jax.random.bits(key, (num_clients,), jnp.uint32)
-        return _best(tickets, cohort_size)
+        places = jnp.arange(cohort_size, dtype=jnp.int32)
+        client_ids = permutations.permute_each(key, places, jnp.int32(num_clients))
+        return jnp.sort(client_ids), jnp.ones(cohort_size, jnp.bool_)
 
     return Sampling(choose_fn, num_clients)
 
@@ -59,8 +65,8 @@ def uniform(*, num_clients: int, cohort_size: int) -> Sampling:
 def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> Sampling:
     """Choose clients one after the other without replacement, with odds proportional to `weights`.
 
-    The largest ``log(weight) + Gumbel noise`` are such a draw. For cohorts of more than one client
-    the probability of taking part is therefore less than proportional for heavy clients.
+    For cohorts of more than one client the probability of taking part is therefore less than
+    proportional for heavy clients. A draw looks at a few times as many clients as the cohort has.
 
     Args:
       weights: ``[N]``, finite and not negative (numbers of examples, for instance); a client of
@@ -85,12 +91,10 @@ def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> Sampl
             f"got {values[wrong[0]]} for client {wrong[0]} of {values.size}."
         )
     _check_cohort(cohort_size, int(np.sum(values > 0)), "clients with a positive weight")
-    log_weights = np.full(values.shape, -np.inf, np.float32)
-    log_weights[values > 0] = np.log(values[values > 0])
+    draw = _races.first_arrivals(values, int(cohort_size))
 
     def choose_fn(key):
-        noise = jax.random.gumbel(key, log_weights.shape, jnp.float32, mode="high")
-        return _best(jnp.asarray(log_weights) + noise, cohort_size)
+        return draw(key), jnp.ones(cohort_size, jnp.bool_)
 
     return Sampling(choose_fn, values.size)
 
@@ -154,12 +158,6 @@ def _like(inner: SamplingFn, choose: SamplingFn) -> SamplingFn:
     """Say what the inner function says about its clients."""
     number = num_clients_of(inner)
     return choose if number is None else Sampling(choose, number)
-
-
-def _best(tickets: jax.Array, cohort_size: int) -> tuple[jax.Array, jax.Array]:
-    """Take the clients with the largest tickets, in ascending order of their ids."""
-    _, client_ids = jax.lax.top_k(tickets, cohort_size)
-    return jnp.sort(client_ids.astype(jnp.int32)), jnp.ones(cohort_size, jnp.bool_)
 
 
 def _check_cohort(cohort_size: int, num_clients: int, which: str) -> None:

@@ -1,11 +1,10 @@
 """Who holds which examples: host-side partitions of a data set into clients.
 
-A partition is a list of int32 index arrays, one per client. The arrays are disjoint, and together
-they are the whole data set, but for what `sorted_shards` and `by_key` say they leave out.
+A `Partition` is a sequence of int32 index arrays, one per client. The arrays are disjoint, and
+together they are the whole data set, but for what `sorted_shards` and `by_key` say they leave out.
 Randomness comes from the given NumPy generator alone.
 """
 
-from fedjaxprune.data.partitions._owners import Partition
 from fedjaxprune.data.partitions.alike import iid, like, stratified
 from fedjaxprune.data.partitions.classes import label_count, shards, sorted_shards
 from fedjaxprune.data.partitions.dirichlets import (
@@ -16,6 +15,7 @@ from fedjaxprune.data.partitions.dirichlets import (
 from fedjaxprune.data.partitions.keys import by_key
 from fedjaxprune.data.partitions.populations import histogram, population
 from fedjaxprune.data.partitions.sizes import quantity
+from fedjaxprune.data.rows import Partition
 
 __all__ = [
     "Partition",

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from fedjaxprune.data import rows
+from fedjaxprune.data.rows import Partition
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.settings import Settings
-
-Partition = list[np.ndarray]
 
 NUM_TRIES = 100  # draws that are thrown away at most
 
@@ -93,9 +93,9 @@ def raised(sizes: np.ndarray, min_size: int) -> np.ndarray:
 
 def of_owners(owners: np.ndarray, num_clients: int) -> Partition:
     """Give every client its rows, ascending, by the owner ``[E]`` of each row; -1 is nobody."""
-    order = np.argsort(owners, kind="stable").astype(np.int32)
+    order = np.argsort(owners, kind="stable")
     counts = np.bincount(owners + 1, minlength=num_clients + 1)
-    return np.split(order, np.cumsum(counts)[:-1])[1:]
+    return rows.of_sizes(order[counts[0] :], counts[1:])
 
 
 def by_class(partition: Callable[..., Partition], **options: str) -> Callable[..., Partition]:

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from fedjaxprune.data import splits
+from fedjaxprune.data import rows, splits
 from fedjaxprune.data.partitions import _owners
-from fedjaxprune.data.partitions._owners import Partition
+from fedjaxprune.data.rows import Partition
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings
 
@@ -23,8 +23,8 @@ def iid(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Pa
       ValueError: if some client would go without examples.
     """
     labels = _owners.check(labels, num_clients)
-    shuffled = rng.permutation(labels.size).astype(np.int32)
-    return np.array_split(shuffled, num_clients)
+    mean, rest = divmod(labels.size, num_clients)
+    return rows.of_sizes(rng.permutation(labels.size), mean + (np.arange(num_clients) < rest))
 
 
 def stratified(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int) -> Partition:
@@ -35,8 +35,10 @@ def stratified(rng: np.random.Generator, labels: np.ndarray, *, num_clients: int
     and errors are those of `iid`.
     """
     labels = _owners.check(labels, num_clients)
-    dealt = np.concatenate([rng.permutation(rows) for rows in splits.by_class(labels)])
-    return [np.sort(dealt[client::num_clients]).astype(np.int32) for client in range(num_clients)]
+    dealt = np.concatenate([rng.permutation(own) for own in splits.by_class(labels)])
+    owners = np.empty(labels.size, np.int64)
+    owners[dealt] = np.arange(labels.size) % num_clients
+    return _owners.of_owners(owners, num_clients)
 
 
 def like(rng: np.random.Generator, labels: np.ndarray, *, counts: np.ndarray) -> Partition:
@@ -66,11 +68,11 @@ def like(rng: np.random.Generator, labels: np.ndarray, *, counts: np.ndarray) ->
             f"{labels.min()} to {labels.max()}."
         )
     owners = np.full(labels.size, -1)
-    for rows in splits.by_class(labels):
-        held = counts[:, labels[rows[0]]]
+    for own in splits.by_class(labels):
+        held = counts[:, labels[own[0]]]
         if held.any():
-            sizes = _largest_remainders(held, rows.size)
-            owners[rng.permutation(rows)] = np.repeat(np.arange(len(held)), sizes)
+            sizes = _largest_remainders(held, own.size)
+            owners[rng.permutation(own)] = np.repeat(np.arange(len(held)), sizes)
     return _owners.of_owners(owners, len(counts))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedjaxprune.data import splits
 from fedjaxprune.data.partitions import _owners
-from fedjaxprune.data.partitions._owners import Partition
+from fedjaxprune.data.rows import Partition
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, Settings, setting
 
@@ -64,15 +64,15 @@ def shards(
         if counts[c] < limits[c]:
             heapq.heappush(heap, (-classes[c].size / counts[c], c))
     # Taking the clients with most classes left first always succeeds (Gale and Ryser).
-    held: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    owners = np.empty(labels.size, np.int64)
     classes_left = np.full(num_clients, classes_per_client)
     for c in rng.permutation(len(classes)):
         takers = np.lexsort((rng.random(num_clients), -classes_left))[: counts[c]]
         classes_left[takers] -= 1
-        pieces = np.array_split(rng.permutation(classes[c]), counts[c])
-        for client, piece in zip(takers, pieces, strict=True):
-            held[client].append(piece)
-    return [np.sort(np.concatenate(pieces)).astype(np.int32) for pieces in held]
+        mean, rest = divmod(classes[c].size, counts[c])
+        sizes = mean + (np.arange(counts[c]) < rest)
+        owners[rng.permutation(classes[c])] = np.repeat(takers, sizes)
+    return _owners.of_owners(owners, num_clients)
 
 
 def sorted_shards(
@@ -165,7 +165,7 @@ def label_count(
         sizes = quotient + (np.arange(len(holders)) < rest)
         owners[rng.permutation(rows)] = np.repeat(holders, sizes)
     parts = _owners.of_owners(owners, num_clients)
-    if without := sum(part.size == 0 for part in parts):
+    if without := int(np.sum(parts.sizes == 0)):
         raise ValueError(
             f"{without} of {num_clients} clients would go without examples, as their classes have "
             "fewer examples than holders; take fewer clients or classes."

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedjaxprune.data import splits
 from fedjaxprune.data.partitions import _owners
-from fedjaxprune.data.partitions._owners import Partition
+from fedjaxprune.data.rows import Partition
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, NonNegative, Positive, Settings, setting
 
@@ -191,28 +191,37 @@ def _by_shares(
     rows, clients = np.concatenate(classes), np.arange(num_clients)
     owners = np.concatenate([np.repeat(clients, own) for own in counts])
     held = counts.sum(axis=0)
-    parts = np.split(rows[np.argsort(owners, kind="stable")], np.cumsum(held)[:-1])
     if held.min() < min_size:
-        parts = _top_up(rng, parts, min_size)
-    return [np.sort(part).astype(np.int32) for part in parts]
+        rows, owners = rows[np.argsort(owners, kind="stable")], np.repeat(clients, held)
+        _top_up(rng, rows, owners, held, min_size)
+    by_row = np.empty(labels.size, np.int64)
+    by_row[rows] = owners
+    return _owners.of_owners(by_row, num_clients)
 
 
-def _top_up(rng: np.random.Generator, parts: list[np.ndarray], min_size: int) -> list[np.ndarray]:
-    """Move random examples from the largest clients until each has `min_size`."""
-    sizes = np.array([part.size for part in parts])
-    parts = [rng.permutation(part) for part in parts]
-    spare = [(-int(size), client) for client, size in enumerate(sizes)]
+def _top_up(
+    rng: np.random.Generator,
+    rows: np.ndarray,
+    owners: np.ndarray,
+    held: np.ndarray,
+    min_size: int,
+) -> None:
+    """Move random examples from the largest clients until each has `min_size`.
+
+    The rows ``[E]``, grouped by client, are shuffled within each, and the owners of those that move
+    are changed, both in place. A client gives its last rows.
+    """
+    ends = np.cumsum(held)
+    begins, sizes = (ends - held).tolist(), held.tolist()
+    for begin, end in zip(begins, ends.tolist(), strict=True):
+        rng.shuffle(rows[begin:end])
+    spare = [(-size, client) for client, size in enumerate(sizes)]
     heapq.heapify(spare)
-    for client in np.flatnonzero(sizes < min_size):
-        received = []
+    for client in np.flatnonzero(held < min_size).tolist():
         for _ in range(min_size - sizes[client]):
             size, donor = spare[0]  # larger than min_size: else no client would lack examples
-            received.append(parts[donor][-size - 1])
+            owners[begins[donor] - size - 1] = client
             heapq.heapreplace(spare, (size + 1, donor))
-            sizes[donor] -= 1
-        parts[client] = np.concatenate([parts[client], np.array(received, parts[client].dtype)])
-        sizes[client] = min_size
-    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def _sizes(rng: np.random.Generator, total: int, num_clients: int, sigma: float) -> np.ndarray:

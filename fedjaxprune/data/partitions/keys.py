@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedjaxprune.data import checks, splits
-from fedjaxprune.data.partitions._owners import Partition
+from fedjaxprune.data import checks, rows
+from fedjaxprune.data.rows import Partition
 from fedjaxprune.errors import ConfigError, DataError, near_miss
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, Settings, setting
@@ -39,15 +39,15 @@ def by_key(
         _, inverse = np.unique(keys, return_inverse=True)
     except TypeError:
         raise DataError("keys must sort, but some are numbers and some are text.") from None
-    parts = [rows.astype(np.int32) for rows in splits.by_class(inverse)]
-    kept = [rows for rows in parts if rows.size >= min_size]
-    if not kept:
+    sizes = np.bincount(inverse)
+    kept = np.flatnonzero(sizes >= min_size)
+    if not len(kept):
         raise ValueError(
-            f"none of the {len(parts)} clients has {min_size} examples; the largest has "
-            f"{max(rows.size for rows in parts)}."
+            f"none of the {len(sizes)} clients has {min_size} examples; the largest has "
+            f"{sizes.max()}."
         )
     if max_clients is None:
-        return kept
+        return _of_clients(inverse, sizes, kept)
     if not 1 <= max_clients <= len(kept):
         raise ValueError(
             f"max_clients must lie in [1, {len(kept)}], the number of clients with at least "
@@ -56,8 +56,16 @@ def by_key(
     if rng is not None:
         chosen = rng.choice(len(kept), max_clients, replace=False)
     else:
-        chosen = np.argsort([-rows.size for rows in kept], kind="stable")[:max_clients]
-    return [kept[client] for client in np.sort(chosen)]
+        chosen = np.argsort(-sizes[kept], kind="stable")[:max_clients]
+    return _of_clients(inverse, sizes, kept[np.sort(chosen)])
+
+
+def _of_clients(numbers: np.ndarray, sizes: np.ndarray, chosen: np.ndarray) -> Partition:
+    """Give each of the chosen clients its rows, by everybody's sizes and the clients ``[E]``."""
+    is_chosen = np.zeros(len(sizes), np.bool_)
+    is_chosen[chosen] = True
+    order = np.argsort(numbers, kind="stable")
+    return rows.of_sizes(order[is_chosen[numbers[order]]], sizes[chosen])
 
 
 class ByKeySettings(Settings):

@@ -22,8 +22,8 @@ def population(
       examples: tree of ``[E, ...]``, of finite real numbers. Those of `batching` are ``{"inputs":
         ..., "labels": ...}``: inputs may be a tree of arrays; so may the targets of a loss of one's
         own.
-      parts: the clients' indices; they may overlap, leave examples out, repeat one, which then
-        counts as often, or be empty.
+      parts: the clients' indices, as a `Partition` or one by one; they may overlap, leave examples
+        out, repeat one, which then counts as often, or be empty.
       num_classes: labels must be less; None does not look, and the loss of an example with another
         label is NaN.
 
@@ -48,5 +48,7 @@ def histogram(parts: Iterable[ArrayLike], labels: np.ndarray, *, num_classes: in
     """
     stored, num_examples = population_checks.examples({"labels": labels}, num_classes=num_classes)
     order, offsets = population_checks.rows(parts, num_examples)
-    own = np.split(np.asarray(stored["labels"])[order], offsets[1:-1])
-    return np.stack([np.bincount(classes, minlength=num_classes) for classes in own])
+    num_clients = len(offsets) - 1
+    clients = np.repeat(np.arange(num_clients), np.diff(offsets))
+    owned = clients * num_classes + np.asarray(stored["labels"])[order]
+    return np.bincount(owned, minlength=num_clients * num_classes).reshape(num_clients, -1)

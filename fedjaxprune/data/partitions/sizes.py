@@ -6,7 +6,7 @@ import numpy as np
 
 from fedjaxprune.data import splits
 from fedjaxprune.data.partitions import _owners
-from fedjaxprune.data.partitions._owners import Partition
+from fedjaxprune.data.rows import Partition
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Count, Positive, Settings, setting
 

@@ -16,6 +16,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +27,47 @@ import orbax.checkpoint as ocp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.errors import RunFolderError, first_line
 from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.folder import declared, layout
+from fedjaxprune.experiment.folder import declared, layout, snapshots
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
 
 ARRAYS = "arrays"  # the item of a checkpoint, and its folder
 DEPLOYED = "deployed"  # beside the arrays of a simulation
 _SPARE = 100  # files or folders that may lie beside the checkpoints that are kept
+_CHUNK = 2**23  # bytes of an array that are compressed together
+_FILE = 2**25  # bytes of a file: what is compressed waits in memory until there are as many
 RESTART = "restart"  # what must be allowed to start again at round 1 if rounds were saved
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, with a thread of its own in which one checkpoint is written at a time."""
+
+    def __init__(self, folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> None:
+        super().__init__(folder, options=options)
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
+        self._last: futures.Future[None] | None = None
+
+    def begin(self, write: Callable[[], None]) -> None:
+        """Let the thread write; the one before must have been waited for."""
+        self._last = self._thread.submit(write)
+
+    def finish(self) -> None:
+        """Wait for the last write, and raise what it raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Wait for the last write, whatever became of it, and let go of the folder."""
+        try:
+            self.finish()
+        finally:
+            self._thread.shutdown()
+            super().close()
+
+
 @contextlib.contextmanager
-def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
+def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[Manager]:
     """Open the checkpoints in `folder`, of which the newest `keep` stay, and wait for writes."""
     if folder.exists() and not folder.is_dir():  # orbax would notice at the first save
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -56,10 +86,10 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[ocp.CheckpointM
     layout.sync_names(folder)
 
 
-def _open(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _open(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> Manager:
     """Open the checkpoints in `folder`; what orbax raises of odd files becomes a sentence."""
     try:
-        return ocp.CheckpointManager(folder.absolute(), options=options)
+        return Manager(folder.absolute(), options)
     except OSError:
         raise
     except Exception as error:
@@ -87,50 +117,70 @@ def _reason(error: Exception) -> str:
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    manager: Manager,
     num_rounds: int,
     now: Simulation,
     *,
     fingerprint: int,
     deployed: Params,
 ) -> None:
-    """Copy a simulation to the host now and write it in the background, after `num_rounds`.
+    """Copy a simulation now and write it in the background, as it is after `num_rounds`.
 
-    The copy is our own, since the next round overwrites the donated buffers.
+    The copy is our own, since the next round overwrites the donated buffers. It is made when the
+    checkpoint before has been written, so that there is one copy at a time.
+
+    Raises:
+      OSError: this one or the one before cannot be written.
     """
-    host = _on_host(now)
-    shipped = {(DEPLOYED, *name): leaf for name, leaf in _on_host(deployed).items()}
+    folder = pathlib.Path(manager.directory)
+    with _writing(folder):
+        manager.finish()
+        host = {name: snapshots.take(leaf, folder) for name, leaf in _leaves(now)}
+        shipped = {name: snapshots.take(leaf, folder) for name, leaf in _leaves(deployed)}
+    manager.begin(lambda: _write(manager, num_rounds, host, shipped, fingerprint))
+
+
+def _write(
+    manager: Manager,
+    num_rounds: int,
+    host: dict[tuple[str, ...], snapshots.Kept],
+    shipped: Mapping[tuple[str, ...], snapshots.Kept],
+    fingerprint: int,
+) -> None:
+    """Write one checkpoint and wait until it is there; what is shipped only if it differs."""
     state = {name[2:]: leaf for name, leaf in host.items() if name[:2] == ("state", "params")}
     masks = {name[2:]: leaf for name, leaf in host.items() if name[:2] == ("state", "masks")}
-    masked = {name: np.where(masks[name], leaf, 0) for name, leaf in state.items()}
     if any(
-        name[1:] not in masked or not np.array_equal(leaf, masked[name[1:]])
+        name not in state or not np.array_equal(leaf, np.where(masks[name], state[name], 0))
         for name, leaf in shipped.items()
     ):
-        host |= shipped
-    checksums = {"/".join(name): zlib.crc32(leaf.tobytes()) for name, leaf in host.items()}
+        host |= {(DEPLOYED, *name): leaf for name, leaf in shipped.items()}
     about = {
         "num_rounds": num_rounds,
-        "checksums": checksums,
+        "checksums": {"/".join(name): snapshots.checksum(leaf) for name, leaf in host.items()},
         "kinds": {"/".join(name): _kind(leaf) for name, leaf in host.items()},
         "fingerprint": fingerprint,
     }
     about["own_checksum"] = _sum(about)
+    arrays = _nest(host)
+    how = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), arrays)
     with _writing(pathlib.Path(manager.directory)):
         manager.save(
             num_rounds,
             args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeSave(_nest(host)), about=ocp.args.JsonSave(about)
+                arrays=ocp.args.PyTreeSave(
+                    arrays, save_args=how, ocdbt_target_data_file_size=_FILE
+                ),
+                about=ocp.args.JsonSave(about),
             ),
             force=True,
         )
+        manager.wait_until_finished()
 
 
-def _on_host(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
-    """Copy a tree of arrays to the host, by names."""
-    leaves = jax.device_get(jax.tree.leaves(tree))
-    named = zip(_names(tree), leaves, strict=True)
-    return {name: np.array(leaf, copy=True) for name, leaf in named}
+def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """List the leaves by the names that lead to them."""
+    return zip(_names(tree), jax.tree.leaves(tree), strict=True)
 
 
 def check_number(folder: pathlib.Path, keep: Any) -> None:
@@ -295,15 +345,19 @@ def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
             path, there = "/".join(name), _worded(kinds.get("/".join(name)))
             raise ValueError(f"{path} is {there}, expected {_worded(_kind(leaf))}")
     declared.check(pathlib.Path(manager.directory) / str(num_rounds) / ARRAYS, kinds)
-    # One leaf at a time: of many in flight, all but the first to fail would complain on stderr.
-    host = [_read_leaf(manager, num_rounds, *pair) for pair in zip(names, leaves, strict=True)]
-    for name, array, leaf in zip(names, host, leaves, strict=True):
+    found = []
+    # One leaf at a time, so that none is twice in memory but this one. Besides, of many in flight
+    # all but the first to fail would complain on stderr.
+    for name, leaf in zip(names, leaves, strict=True):
+        array = _read_leaf(manager, num_rounds, name, leaf)
         if array.shape != leaf.shape or array.dtype != leaf.dtype:
             given = _worded(_kind(array))
             raise ValueError(f"{'/'.join(name)} is {given}, expected {_worded(_kind(leaf))}")
-        if checksums["/".join(name)] != zlib.crc32(array.tobytes()):
+        if checksums["/".join(name)] != snapshots.checksum(array):
             raise ValueError("its checksum does not fit its contents")
-    return jax.tree.unflatten(treedef, [jnp.array(array) for array in host])
+        found.append(jnp.array(array))
+        del array
+    return jax.tree.unflatten(treedef, found)
 
 
 def _names(tree: Any) -> list[tuple[str, ...]]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from fedjaxprune.errors import RunFolderError, shown
 from fedjaxprune.experiment import reading
+from fedjaxprune.experiment.folder import client_ids
 from fedjaxprune.experiment.folder.layout import METRICS, SCHEMA, replace
 from fedjaxprune.experiment.folder.layout import sync as sync_file
 
@@ -82,9 +83,22 @@ def sync(folder: pathlib.Path) -> None:
 
 def cut(folder: pathlib.Path, header: Mapping[str, Any], num_rounds: int) -> list[Line]:
     """Shorten the record to its first `num_rounds` rounds, in one step, and return them."""
-    lines = read(folder).lines[:num_rounds]
-    replace(folder / METRICS, "".join(map(_text, [header, *lines])))
+    found = read(folder)
+    lines = found.lines[:num_rounds]
+    if found.header == header:
+        _shorten(folder / METRICS, 1 + len(lines))
+    else:
+        replace(folder / METRICS, "".join(map(_text, [header, *lines])))
     return lines
+
+
+def _shorten(path: pathlib.Path, num_lines: int) -> None:
+    """Cut a file behind so many lines, without writing the others again."""
+    with open(path, "r+b", opener=reading.open_no_link) as file:
+        for _ in range(num_lines):
+            file.readline()
+        file.truncate(file.tell())
+    sync_file(path)
 
 
 def read(folder: pathlib.Path) -> Record:
@@ -198,11 +212,7 @@ def _are_kinds(line: Line) -> bool:
 def _is_client(entry: Any) -> bool:
     bits = {name: value(entry, name) for name in ("up_bits", "down_bits")}
     ids = value(entry, "client_ids") if isinstance(entry, dict) else None
-    return (
-        isinstance(ids, list)
-        and all(isinstance(one, int) for one in ids)
-        and _is_numeric(bits, may_lack=False)
-    )
+    return client_ids.is_text(ids) and _is_numeric(bits, may_lack=False)
 
 
 def _is_numeric(tree: Mapping[str, Any], *, may_lack: bool) -> bool:

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedjaxprune.experiment.folder import client_ids
 from fedjaxprune.experiment.folder.layout import SCHEMA, SUMMARY, replace
 from fedjaxprune.experiment.folder.record import Line, value
 
@@ -88,7 +89,7 @@ def _by_client(lines: Sequence[Line]) -> dict[str, Any]:
     for line in lines:
         for entry in value(line, "traffic.by_client") or ():
             bits = entry["up_bits"] + entry["down_bits"]
-            total.update(dict.fromkeys(entry["client_ids"], bits))
+            total.update(dict.fromkeys(client_ids.of_text(entry["client_ids"]), bits))
     mean = sum(total.values()) / len(total) if total else None
     largest = max(total.values(), default=None)
     return {"num_clients": len(total), "mean_bits": mean, "largest_bits": largest}

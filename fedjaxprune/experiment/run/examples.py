@@ -58,7 +58,7 @@ def read(config: RunConfig) -> Examples:
             f"data.num_clients must be {num_clients}, as the partition {section.partition.name!r} "
             f"makes so many clients, or be left out; got {section.num_clients}."
         )
-    parts = np.split(rest[order], offsets[1:-1])
+    parts = partitions.Partition(rest[order], offsets)
     if not config.data.normalize:
         dataset = dataset._replace(mean=None, std=None)
     try:

@@ -85,14 +85,12 @@ def train(
     algorithm, config = parts.algorithm, parts.config
     key = jax.random.key(config.seed)
     rounds_key = jax.random.fold_in(key, composing.ROUNDS)
-    begin_fn = jax.jit(lambda key: start(key, parts))
-    # Buffers of its own (for donation) and of strong type (else there is a second trace).
-    begun = begin_fn(jax.random.fold_in(key, composing.INIT))
-    _check_values(begun, config)
-    now = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), begun)
-    now = _place(now, parts.mesh)
+    first_key = jax.random.fold_in(key, composing.INIT)
+    # Clients' rows are made where they stay: a second copy may not fit. What a jitted function
+    # returns are buffers of its own, which can be donated.
+    begin_fn = jax.jit(lambda key: start(key, parts), out_shardings=_everywhere(parts.mesh))
     rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
+    shapes = jax.eval_shape(begin_fn, first_key)
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
     try_out = jax.jit(
@@ -119,8 +117,10 @@ def train(
     tests, saves = config.evaluation, config.checkpoints
     with checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=saves.keep) as manager:
         found = _saved(manager, shapes, folder, every=saves.every, allow=allow, warn=listener.warn)
-        done = 0
-        if found is not None:
+        if found is None:
+            done, now = 0, begin_fn(first_key)
+            _check_values(now, config)
+        else:
             done, now = found[0], _place(found[1], parts.mesh)
         listener.start(writer.header, record.cut(folder, writer.header, done))
 
@@ -246,4 +246,6 @@ def start(key: Key, parts: RunParts) -> Simulation:
     """Make the simulation before the first round."""
     params, model_state = parts.model.init(key)
     num_clients = parts.population.offsets.shape[0] - 1
-    return simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
+    made = simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
+    # Of strong types, as a round gives them back: else it would be traced twice.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), made)

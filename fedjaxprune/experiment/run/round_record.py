@@ -16,7 +16,8 @@ The fields of a line, by dotted path; what was not measured is absent or None:
 ``traffic.up``, ``.down``  measured: bits of all messages from and to the clients, by kind
 ``traffic.dense``          32 bits for every parameter and statistic, to and from the same clients;
                            0 in rounds that do not train
-``traffic.by_client``      measured: bits of each of the clients in ``client_ids``
+``traffic.by_client``      measured: bits of each of the clients in ``client_ids``, which are text
+                           (`client_ids.of_text` reads it)
 ``traffic.published``      by name, what a published formula charges
 ``compute.training_flops`` modeled, of the clients' training; see `RoundCosts`
 ``compute.inference_flops`` with gates and a test: of a prediction, an example
@@ -38,6 +39,7 @@ import numpy as np
 
 from fedjaxprune import __version__, trees
 from fedjaxprune.costs import hardware, ledger
+from fedjaxprune.experiment.folder import client_ids
 from fedjaxprune.experiment.folder.layout import SCHEMA
 from fedjaxprune.experiment.folder.record import Line, finite
 from fedjaxprune.experiment.run import client_accuracy, evaluation, round_costs
@@ -168,7 +170,7 @@ def _traffic(traffic: Traffic, dense: dict[str, int]) -> dict[str, Any]:
         "dense": dense,
         "by_client": [
             {
-                "client_ids": list(entry.client_ids),
+                "client_ids": client_ids.to_text(entry.client_ids),
                 "up_bits": entry.uplink_bits,
                 "down_bits": entry.downlink_bits,
             }

@@ -10,7 +10,7 @@ import numpy as np
 from fedjaxprune.experiment.analysis import compare, groups
 from fedjaxprune.experiment.analysis.compare import Curve, Score
 from fedjaxprune.experiment.analysis.groups import Group
-from fedjaxprune.experiment.folder import load, record
+from fedjaxprune.experiment.folder import client_ids, load, record
 from fedjaxprune.experiment.folder.load import RunData
 from fedjaxprune.traffic import BITS_PER_MIB
 
@@ -113,7 +113,7 @@ def participation(run: RunData) -> dict[int, int] | None:
     entries = [e for line in run.lines for e in record.value(line, "traffic.by_client") or ()]
     if not entries:
         return None
-    senders = (entry["client_ids"] for entry in entries if entry["up_bits"] > 0)
+    senders = (client_ids.of_text(e["client_ids"]) for e in entries if e["up_bits"] > 0)
     times = collections.Counter(itertools.chain.from_iterable(senders))
     counts = collections.Counter(times.values())
     population = record.value(run.config, "data.num_clients")
