@@ -49,7 +49,14 @@ from fedjaxprune.rounds import traffic
 from fedjaxprune.rounds.protocol import Announcement, Hooks
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import setting
-from fedjaxprune.types import Aggregator, Algorithm, Params, Population, RoundState
+from fedjaxprune.types import (
+    Aggregator,
+    Algorithm,
+    Params,
+    Population,
+    RoundState,
+    count_examples,
+)
 
 RISING, FALLING = "rising", "falling"  # what clients are told: weights whose last step was up, down
 
@@ -131,7 +138,7 @@ def count_absent(
       The three fields, where absent clients hold the weights that are live, and change nothing.
     """
     heard = fields[traffic.NUM_EXAMPLES]
-    rest = jnp.maximum(population.offsets[-1].astype(jnp.float32) - heard, 0.0)
+    rest = jnp.maximum(count_examples(population) - heard, 0.0)
     held = jax.tree.map(
         lambda votes, mask: votes + jnp.where(mask, rest, 0.0), fields["masks"], state.masks
     )

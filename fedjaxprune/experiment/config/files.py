@@ -23,7 +23,9 @@ VERSIONS, ENVIRONMENT, PARTS, COMMAND = "versions", "environment", "parts", "com
 STARTED_IN = "started_in"
 _NOTES = (VERSIONS, ENVIRONMENT, PARTS, COMMAND, STARTED_IN)
 _ALWAYS = ("method", "model", "data.dataset")  # parts without which there is no run
-_CHOSEN_HERE = ("execution.devices", "execution.chunk_size")  # "auto" leaves them to the run
+# "auto" leaves them to the run.
+_COUNTED_HERE = ("execution.devices", "execution.chunk_size")
+_CHOSEN_HERE = (*_COUNTED_HERE, "execution.examples", "execution.client_rows")
 
 
 class Stored(NamedTuple):
@@ -244,7 +246,8 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
         new: Any = here.get(path)
         if path in _CHOSEN_HERE:
             largest: Any = stored.federation.cohort_size or new
-            new = value if new == "auto" else min(new, largest)
+            most = min(new, largest) if path in _COUNTED_HERE and new != "auto" else new
+            new = value if new == "auto" else most
         if path in given.values and path != identity.DATA_DIR and value != new:
             different.append(
                 f"{path.removesuffix('.name')} is {value!r} in the run, {new!r} was given"

@@ -9,7 +9,15 @@ from typing import Any
 SEED = "seed"
 DATA_DIR = "data.dataset.data_dir"  # where the data lie says nothing about a run
 # Settings that leave a run's numbers as they are (up to rounding, for devices and chunks).
-NEUTRAL = ("evaluation", "checkpoints", "execution.devices", "execution.chunk_size", DATA_DIR)
+NEUTRAL = (
+    "evaluation",
+    "checkpoints",
+    "execution.devices",
+    "execution.chunk_size",
+    "execution.examples",
+    "execution.client_rows",
+    DATA_DIR,
+)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
