@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from fedjaxprune.data import stores
-from fedjaxprune.errors import DataError
+from fedjaxprune.errors import ConfigError, DataError
 from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.execution import memory
 from fedjaxprune.experiment.feeding import feed as feed_lib
-from fedjaxprune.experiment.feeding import rows, snapshots
+from fedjaxprune.experiment.feeding import placing, rows, snapshots
 from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.experiment.run import build, loop
 from fedjaxprune.experiment.run.listener import Listener
@@ -195,3 +196,39 @@ def test_a_fed_run_has_the_bits_of_a_resident_one(
     chex.assert_trees_all_equal(found, wanted)
     play(tmp_path / "stopped", stop_after=2, **where)
     chex.assert_trees_all_equal(play(tmp_path / "stopped", **where), wanted)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("sizes", "given", "wanted"),
+    [
+        ((2, 2), {}, ("device", "device")),
+        ((8, 1), {}, ("host", "device")),  # of 10 GiB, 6 may be taken, by rows twice
+        ((2, 4), {}, ("device", "host")),
+        ((8, 4), {}, ("host", "host")),
+        ((1, 20), {}, ("device", "disk")),
+        ((8, 1), {"execution.examples": "device"}, ("device", "host")),
+        ((1, 1), {"execution.client_rows": "disk"}, ("device", "disk")),
+        ((2, 1), {"execution.devices": 4}, ("host", "host")),  # each of them has all
+    ],
+)
+def test_what_does_not_fit_is_kept_off_the_device(sizes, given, wanted, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda: 10.0 * GIB)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 10.0 * GIB)
+    config = resolve.resolve({**SETTINGS, **given})
+    places = placing.choose(config, placing.Sizes(sizes[0] * GIB, sizes[1] * GIB))
+    assert (places.examples, places.rows) == wanted
+    assert bool(places.sentence) == (wanted != ("device", "device"))
+    if wanted == ("host", "device"):
+        assert places.sentence == (
+            "8.00 GiB of examples stay in host memory or in their files; cohorts are fed to the "
+            "device one round ahead, where 10.00 GiB are free."
+        )
+
+
+def test_a_stage_that_is_fed_more_than_there_is_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda: 100.0)
+    with pytest.raises(ConfigError, match=r"a round of the stage 'train' of .* is fed .* bytes of"):
+        build.build(resolve.resolve({**SETTINGS, "execution.examples": "host"}))

@@ -30,9 +30,23 @@ def free_host_bytes() -> float | None:
     try:
         lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return min(1024.0 * int(kib), room_in_container(CGROUPS))
+        return min(1024.0 * int(kib), room_in_container(CGROUPS), _room_under_limits())
     except (OSError, ValueError, StopIteration):
         return None
+
+
+def _room_under_limits() -> float:
+    """Find how much more this process may take by its own limits (``ulimit -v`` and ``-d``)."""
+    import resource  # there is none on Windows, where `/proc` is missing, too
+
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    taken = dict(line.split(":", 1) for line in lines)
+    room = math.inf
+    for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, _ = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY:
+            room = min(room, most - 1024.0 * int(taken[name].split()[0]))
+    return room
 
 
 def room_in_container(root: pathlib.Path) -> float:

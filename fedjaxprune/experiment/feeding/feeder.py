@@ -1,15 +1,20 @@
 """What the loop of a run asks for, whether its rounds are fed or all is on the device."""
 
 import contextlib
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+import jax
+
 from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.feeding import rows, snapshots
 from fedjaxprune.experiment.feeding.feed import Feed, StepFn
 from fedjaxprune.experiment.folder import layout
+from fedjaxprune.rounds.simulation import Simulation
+from fedjaxprune.types import Population
 
 _WORKING = "working"  # folder of the files that rows are kept in
 
@@ -37,6 +42,29 @@ RESIDENT = Feeder(
     restore=lambda number: None,
     save=lambda number, keep: None,
 )
+
+
+def has_store(feed: Feed | None) -> bool:
+    """Tell whether clients' rows are kept off the device."""
+    return feed is not None and feed.rows != "device"
+
+
+def on_device(feed: Feed | None, population: Population) -> Any:
+    """Give what of a population is to be on the device for all rounds: all of it, or nothing."""
+    return population if feed is None or feed.pantries is None else ()
+
+
+def without_rows(feed: Feed | None, begun: Simulation) -> tuple[Simulation, Any]:
+    """Take the row of a client that never took part out of a simulation, where a store has all.
+
+    A simulation of shapes gives shapes.
+    """
+    if not has_store(feed):
+        return begun, ()
+    take = functools.partial(jax.tree.map, lambda leaf: leaf[0])
+    is_shape = isinstance(jax.tree.leaves(begun)[0], jax.ShapeDtypeStruct)
+    row = jax.eval_shape(take, begun.rows) if is_shape else take(begun.rows)
+    return begun._replace(rows=()), row  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager

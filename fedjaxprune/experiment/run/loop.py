@@ -94,11 +94,11 @@ def train(
     # Buffers of its own (for donation) and of strong type (else there is a second trace).
     begun = begin_fn(jax.random.fold_in(key, composing.INIT))
     _check_values(begun, config)
-    begun, row = _without_rows(parts, begun)
+    begun, row = feeding.without_rows(parts.feed, begun)
     now = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), begun)
     now = _place(now, parts.mesh)
-    on_device = () if _is_fed_examples(parts) else parts.population
-    rounds_key, population, test = _place((rounds_key, on_device, parts.test), parts.mesh)
+    people = feeding.on_device(parts.feed, parts.population)
+    rounds_key, population, test = _place((rounds_key, people, parts.test), parts.mesh)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), now)
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
@@ -246,7 +246,7 @@ def check(parts: RunParts) -> None:
         )
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
-    now, row = _without_rows(parts, now)
+    now, row = feeding.without_rows(parts.feed, now)
     for index, advance in enumerate(parts.advance):
         given = (now, parts.population)
         if parts.feed is not None:
@@ -280,28 +280,5 @@ def start(key: Key, parts: RunParts) -> Simulation:
     """Make the simulation before the first round; where rows are kept elsewhere, it has one."""
     params, model_state = parts.model.init(key)
     num_clients = parts.population.offsets.shape[0] - 1
-    if _has_store(parts):
-        num_clients = 1
+    num_clients = 1 if feeding.has_store(parts.feed) else num_clients
     return simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
-
-
-def _has_store(parts: RunParts) -> bool:
-    """Tell whether clients' rows are kept off the device."""
-    return parts.feed is not None and parts.feed.rows != "device"
-
-
-def _is_fed_examples(parts: RunParts) -> bool:
-    """Tell whether examples are kept off the device."""
-    return parts.feed is not None and parts.feed.pantries is not None
-
-
-def _without_rows(parts: RunParts, begun: Simulation) -> tuple[Simulation, Any]:
-    """Take the row of a client that never took part out of a simulation, where a store has all."""
-    if not _has_store(parts):
-        return begun, ()
-    take = functools.partial(jax.tree.map, lambda leaf: leaf[0])
-    if isinstance(jax.tree.leaves(begun)[0], jax.ShapeDtypeStruct):
-        row = jax.eval_shape(take, begun.rows)
-    else:
-        row = take(begun.rows)
-    return begun._replace(rows=()), row  # pyright: ignore[reportArgumentType]
