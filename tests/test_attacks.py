@@ -280,7 +280,7 @@ def test_hostile_clients_are_drawn_by_the_seed_and_in_decimals():
 
 def test_the_server_judges_by_training_on_its_own_examples():
     """It takes a client's step from the same start, so it trusts those who step as it does."""
-    rule = aggregators.server_trust(server_examples=(0, 1, 2))
+    rule = aggregators.server_trust()
     points = np.asarray(PEOPLE.examples["inputs"])[:3].mean(axis=0)
     own = 0.5 * (points - START)
     sent = np.stack([-delta(0), *(delta(i) for i in (1, 2, 3))])
@@ -295,7 +295,7 @@ def test_the_server_judges_by_training_on_its_own_examples():
 
 def test_a_server_without_examples_cannot_judge():
     with pytest.raises(ValueError, match=r"set `server\.data_fraction`"):
-        played(aggregator=aggregators.server_trust(server_examples=()))
+        played(aggregator=aggregators.server_trust(), people=PEOPLE._replace(held=()))
 
 
 SMALL = {

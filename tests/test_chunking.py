@@ -9,7 +9,7 @@ import pytest
 
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.resolve import Given
-from fedjaxprune.experiment.execution import chunk_size, chunk_trial, compilation_cache
+from fedjaxprune.experiment.execution import chunk_size, chunk_trial, compilation_cache, memory
 from fedjaxprune.experiment.folder import layout
 from fedjaxprune.experiment.run import build, composing, examples, launch
 from fedjaxprune.experiment.run.listener import Listener
@@ -299,7 +299,7 @@ def test_a_size_that_does_not_fit_is_told_from_one_that_fails(monkeypatch, small
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         measure(2)
     monkeypatch.undo()
-    monkeypatch.setattr(chunk_trial, "_free_bytes", lambda: 1000.0)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000.0)
     assert measure(2) is None
 
 
@@ -332,10 +332,10 @@ def test_a_container_has_less_room_than_its_machine(monkeypatch, tmp_path, files
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(chunk_trial, "_CGROUPS", tmp_path)
-    free = chunk_trial._free_bytes()
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    free = memory.free_bytes()
     assert free is None or free <= room
-    assert chunk_trial._room_in_container(tmp_path) == room
+    assert memory.room_in_container(tmp_path) == room
 
 
 def test_figures_are_kept_apart_by_what_they_depend_on():

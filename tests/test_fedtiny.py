@@ -672,7 +672,7 @@ def test_what_the_network_lacks_is_said_before_anything_runs():
     with pytest.raises(ValueError, match="keeps its 8 kernel weights outside"):
         tiny(behind_a_convolution(), sparsity=0.75)
     with pytest.raises(ValueError, match="needs examples at the server"):
-        tiny(quadratic.task(setup(), model=quadratic.NORMALIZED, server_examples=np.arange(0)))
+        tiny(quadratic.task(setup(), model=quadratic.NORMALIZED, num_server_examples=0))
 
 
 def behind_a_convolution():

@@ -27,6 +27,7 @@ from tests import quadratic
 
 KEY = jax.random.key(2)
 PEOPLE = quadratic.population()
+PEOPLE = PEOPLE._replace(held=jax.tree.map(lambda leaf: leaf[3:5], PEOPLE.examples))
 KERNELS = {"dense": 24, "head": 8}
 
 
@@ -103,7 +104,7 @@ MEANS = {
 
 def make(method, **options):
     """Build a control; a batch holds the data of all, and the server two examples."""
-    task = quadratic.task(setup(), max_size=28, server_examples=np.array([3, 4], np.int32))
+    task = quadratic.task(setup(), max_size=28)
     return method.build(method.METHOD.settings(**{"sparsity": 0.5, **options}), task)
 
 
@@ -368,7 +369,7 @@ def test_only_masks_from_the_servers_data_need_examples_there():
     ):
         settings = method.METHOD.settings(examples=examples)
         assert needs_of(method.METHOD, settings).server_examples is needed
-    bare = quadratic.task(setup(), server_examples=np.zeros(0, np.int32))
+    bare = quadratic.task(setup(), num_server_examples=0)
     with pytest.raises(ValueError, match="the method needs examples at the server"):
         snip.build(snip.Snip(sparsity=0.5), bare)
     assert needs_of(random_masks.METHOD, random_masks.RandomMasks()) == Needs()

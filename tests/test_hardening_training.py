@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fedjaxprune as fjp
 from fedjaxprune import types
 from fedjaxprune.data import batching, partitions, transforms
-from fedjaxprune.errors import ConfigError
+from fedjaxprune.errors import ConfigError, DataError
 from fedjaxprune.experiment.run import evaluation
 from fedjaxprune.federated import sampling, uplinks
 from fedjaxprune.methods import fedavg
@@ -355,11 +355,12 @@ def test_numbers_of_clients_that_disagree_are_refused():
             sampling.all_clients(wrong)
     with pytest.raises(ValueError, match="client_id must be less than 3, got 3"):
         server_work.examples_of(3)(PEOPLE)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 6\), got 2 to 6"):
-        server_work.server_examples([2, 6])(PEOPLE)
-    for rows in ([0.5, 1.5], [True, False], ["a"]):
-        with pytest.raises(ValueError, match="rows of the server's examples must be integers, got"):
-            server_work.server_examples(rows)
+    with pytest.raises(ValueError, match="the server has no examples of its own: set `server"):
+        server_work.server_examples()(PEOPLE)
+    data = {"inputs": X, "labels": Y}
+    for rows, sentence in (([2, 6], "indices in .0, 6., got 2 to 6"), ([0.5], "integers, but")):
+        with pytest.raises(DataError, match=f"held must hold {sentence}"):
+            partitions.population(data, [[0, 1]], held=rows)
 
 
 def own(ids, present=None):

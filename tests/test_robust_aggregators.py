@@ -219,11 +219,11 @@ def test_norm_bounding_by_hand():
 def test_trust_by_hand():
     # The server says (2, 0). Cosines are 1, 0.6, 0 and -1; lengths become 2.
     values = jnp.array([[10.0, 0.0], [3.0, 4.0], [0.0, 7.0], [-2.0, 0.0]])
-    rule = aggregators.server_trust(server_examples=()).beside(jnp.array([2.0, 0.0]))
+    rule = aggregators.server_trust().beside(jnp.array([2.0, 0.0]))
     expected = (np.array([2.0, 0.0]) + 0.6 * np.array([1.2, 1.6])) / 1.6
     np.testing.assert_allclose(rule.reduce(values, None, jnp.ones(4)), expected, rtol=1e-6)
     np.testing.assert_array_equal(rule.reduce(values[2:], None, jnp.ones(2)), [0.0, 0.0])
-    silent = aggregators.server_trust(server_examples=()).beside(jnp.zeros(2))
+    silent = aggregators.server_trust().beside(jnp.zeros(2))
     np.testing.assert_array_equal(silent.reduce(values, None, jnp.ones(4)), [0.0, 0.0])
 
 

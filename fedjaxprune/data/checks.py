@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.data import rounding
+from fedjaxprune.data import mapped, rounding
 from fedjaxprune.data.datasets import Task
 from fedjaxprune.errors import DataError, first_line
 
@@ -110,9 +110,8 @@ def inputs(values: Any, what: str, *, task: Task) -> np.ndarray:
         return _tokens(made, what)
     if made.dtype == np.uint8:
         return made[..., None] if made.ndim == 3 else made
-    with np.errstate(over="ignore"):
-        floats = made.astype(np.float32)
-    if not np.isfinite(floats).all():
+    floats = mapped.as_type(made, np.float32)
+    if not all(np.isfinite(some).all() for _, some in mapped.blocks(floats)):
         num_nan, num_bad = int(np.isnan(floats).sum()), int((~np.isfinite(floats)).sum())
         example = int(np.argwhere(~np.isfinite(floats))[0][0])
         raise DataError(
@@ -257,7 +256,7 @@ def _tokens(made: np.ndarray, what: str) -> np.ndarray:
         )
     if made.min() < 0 or made.max() > _INT32_MAX:
         raise DataError(f"{what} must be tokens of at least 0, got {made.min()} to {made.max()}.")
-    return made.astype(np.int32)
+    return mapped.as_type(made, np.int32)
 
 
 def _targets(made: np.ndarray, name: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Why examples and clients' rows make no population, in one sentence each."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjaxprune.data import checks, rounding
+from fedjaxprune.data import checks, mapped, rounding
 from fedjaxprune.data.rows import Partition
 from fedjaxprune.errors import DataError
 from fedjaxprune.types import Examples
 
 _INT32_MAX = 2**31 - 1
-_AT_ONCE = 2**24  # values that are looked at together, to hold no second copy
 
 
 def examples(tree: Examples, *, num_classes: int | None) -> tuple[Examples, int]:
@@ -158,7 +157,7 @@ def _kind(made: Any) -> str:
 
 
 def _check_finite(values: Any, path: str) -> None:
-    for start, block in _blocks(values):
+    for start, block in mapped.blocks(np.asarray(values)):
         bad = ~np.isfinite(block)
         if bad.any():
             example = int(np.argwhere(bad)[0][0])
@@ -166,14 +165,6 @@ def _check_finite(values: Any, path: str) -> None:
                 f"{path} must be finite {values.dtype} numbers, but example {start + example} has "
                 f"{block[bad][0]}; fill what is missing, and say where by an array of its own."
             )
-
-
-def _blocks(values: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """Walk through an array by some examples at a time."""
-    host = np.asarray(values)
-    step = max(1, _AT_ONCE // max(1, host[:1].size))
-    for start in range(0, len(host), step):
-        yield start, host[start : start + step]
 
 
 def _check_classes(labels: Any, num_classes: int) -> None:

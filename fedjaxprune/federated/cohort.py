@@ -120,7 +120,7 @@ def run(
     # Traced once, for the shapes and for the loop: that is most of the time before compiling.
     work = jax.jit(functools.partial(_work, update), inline=True)
     shapes, _, _ = jax.eval_shape(work, everybodys, first)
-    is_wide = population.order.shape[0] >= COUNTED_EXACTLY
+    is_wide = populations.is_wide(population, more_than=COUNTED_EXACTLY - 1)
     streaming, gathering = _sort(aggregators, shapes.fields, is_wide=is_wide)
     share = _share_fn(work, streaming, gathering, shapes.fields, chunk_size, num_devices)
     if num_devices == chunk_size == 1:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjaxprune import trees
-from fedjaxprune.types import Cohort, Population
+from fedjaxprune.types import Cohort, Population, Whole
 
 _MADE = "; data.partitions.population makes one and checks it"
 
@@ -42,6 +42,19 @@ def check_shapes(population: Population) -> None:
                 f"a population's {name} must be a vector of integers, got {dtype} of shape "
                 f"{shape}{_MADE}."
             )
+
+
+def is_wide(population: Population, *, more_than: int) -> bool:
+    """Tell whether all clients together may hold more than so many examples, by shapes alone."""
+    if isinstance(population.whole, Whole):
+        return population.whole.is_wide
+    return population.order.shape[0] > more_than
+
+
+def num_held(population: Population) -> int:
+    """Count the examples that the server holds, ``S``."""
+    leaves = jax.tree.leaves(population.held)
+    return leaves[0].shape[0] if leaves else 0
 
 
 def check_values(population: Population) -> None:

@@ -145,7 +145,7 @@ def at_server(
         last = jax.tree.map(lambda leaf: leaf[-1], metrics)
         return state._replace(masks=masks, params=masks_lib.apply(masks, state.params)), last
 
-    return server_work.server_round("prepare", work)
+    return server_work.server_round("prepare", work, reads=server_work.reads_of(source))
 
 
 def exchange(

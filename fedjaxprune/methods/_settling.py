@@ -109,7 +109,11 @@ def prune_alone(task: Task, plan: Plan, revise: ReviseFn) -> Stage:
         return end.state, end.metrics
 
     return server_work.server_round(
-        "prune_alone", work, working_clients=(plan.client_id,), clients_send="model"
+        "prune_alone",
+        work,
+        working_clients=(plan.client_id,),
+        clients_send="model",
+        reads=server_work.reads_of(source),
     )
 
 

@@ -50,7 +50,15 @@ from fedjaxprune.rounds import traffic
 from fedjaxprune.rounds.protocol import Announcement, Hooks
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import setting
-from fedjaxprune.types import Aggregator, Algorithm, Params, Population, RoundState
+from fedjaxprune.types import (
+    Aggregator,
+    Algorithm,
+    Params,
+    Population,
+    RoundState,
+    Whole,
+    count_examples,
+)
 
 RISING, FALLING = "rising", "falling"  # what clients are told: weights whose last step was up, down
 
@@ -165,7 +173,12 @@ def count_absent(
 def _num_counting(population: Population, max_weight: float | None) -> jax.Array:
     """Count what all clients count for, in examples: ``[]`` float32."""
     if max_weight is None:
-        return population.offsets[-1].astype(jnp.float32)
+        return count_examples(population)
+    if isinstance(population.whole, Whole):
+        raise ValueError(
+            "absent clients count for at most max_weight only where the examples of all are on the "
+            "device: set execution.examples device, or leave server.max_weight out."
+        )
     sizes = (population.offsets[1:] - population.offsets[:-1]).astype(jnp.float32)
     return jnp.sum(jnp.minimum(sizes, jnp.float32(max_weight)))
 

@@ -71,7 +71,8 @@ def build(settings: MagnitudeMasks, task: Task) -> Algorithm:
         batcher=task.batches(epochs=settings.server_epochs),
         optimizer=task.protocol.optimizer,
     )
-    train_there = server_work.train_at(client, _source(settings, task))
+    source = _source(settings, task)
+    train_there = server_work.train_at(client, source)
 
     def work(key, state, population):
         train_key, choose_key = jax.random.split(key)
@@ -84,6 +85,7 @@ def build(settings: MagnitudeMasks, task: Task) -> Algorithm:
         work,
         working_clients=(settings.client_id,) if is_of_one else (),
         clients_send="model" if is_trained else "masks",
+        reads=server_work.reads_of(source),
     )
     return _fixed_masks.train_under(task, settings.sparsity, prepare)
 

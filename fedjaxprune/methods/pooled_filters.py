@@ -30,7 +30,8 @@ def build(settings: PooledFilters, task: Task) -> Algorithm:
       ValueError: the network has no filters.
     """
     plan, targets = _filter_rounds.plan_ranking(task, settings)
-    train = train_at(_filter_rounds.trainer(task, settings), all_examples())
+    source = all_examples()
+    train = train_at(_filter_rounds.trainer(task, settings), source)
 
     def work(key, state, population):
         trained, metrics = train(key, state, population)
@@ -43,7 +44,7 @@ def build(settings: PooledFilters, task: Task) -> Algorithm:
         state = _filter_rounds.apply_filters(plan, task.protocol, state, keep, step=step)
         return state, metrics
 
-    prepare = server_round("prepare", work, num_rounds=plan.num_exchanges)
+    prepare = server_round("prepare", work, num_rounds=plan.num_exchanges, reads=source.reads)
     return _filter_rounds.train_after(task, settings, plan, (prepare,))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import trees
-from fedjaxprune.federated import attacks
+from fedjaxprune.federated import attacks, populations
 from fedjaxprune.federated.aggregators import ServerAggregator
 from fedjaxprune.rounds import server_work
 from fedjaxprune.types import (
@@ -40,13 +40,12 @@ def beside_server(
     plain = {name: a for name, a in by_field.items() if not isinstance(a, ServerAggregator)}
     if not judges:
         return plain
-    rows = next(iter(judges.values())).server_examples
-    if len(rows) == 0:
+    if populations.num_held(population) == 0:
         raise ValueError(
             "the aggregator compares messages with what the server computes on examples of its "
-            "own, and it has none: set `server.data_fraction` (in Python: `server_examples`)."
+            "own, and it has none: set `server.data_fraction` (in Python: `Population.held`)."
         )
-    fields = work(server_work.server_examples(rows)(population))
+    fields = work(server_work.server_examples()(population))
     own = {name: fields[name] for name in judges if name in fields}
     own = trees.tree_where(trees.all_finite(own), own, jax.tree.map(jnp.zeros_like, own))
     return {**plain, **{name: judges[name].beside(one) for name, one in own.items()}}

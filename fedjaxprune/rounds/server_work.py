@@ -1,16 +1,16 @@
 """Rounds of the server alone, and whose examples it works on."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
 from fedjaxprune import trees
-from fedjaxprune.federated import server_optimizers
+from fedjaxprune.federated import populations, server_optimizers
 from fedjaxprune.rounds import stages
 from fedjaxprune.rounds.protocol import broadcast_of
 from fedjaxprune.traffic import TRAINED, FieldLength, Sent
@@ -20,6 +20,7 @@ from fedjaxprune.types import (
     Key,
     Metrics,
     Population,
+    ReadRule,
     RoundMetrics,
     RoundState,
     Stage,
@@ -30,6 +31,28 @@ SourceFn = Callable[[Population], ClientData]  # whose examples work at the serv
 WorkFn = Callable[[Key, RoundState, Population], tuple[RoundState, Metrics]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A `SourceFn` that says which clients' examples it gives.
+
+    Attributes:
+      choose: ``population -> ClientData``.
+      reads: ids of the clients, or of everyone; as `Stage.reads`.
+    """
+
+    choose: SourceFn
+    reads: ReadRule = ()
+
+    def __call__(self, population: Population) -> ClientData:
+        """Look the examples up."""
+        return self.choose(population)
+
+
+def reads_of(source: SourceFn) -> ReadRule:
+    """Tell which clients' examples a function gives; none for one that does not say."""
+    return getattr(source, "reads", ())
+
+
 def server_round(
     name: str,
     work: WorkFn,
@@ -38,6 +61,7 @@ def server_round(
     masks_known_to: Literal["holders", "everybody", "nobody"] = "holders",
     working_clients: Sequence[int] = (),
     clients_send: Literal["masks", "model"] = "masks",
+    reads: ReadRule = (),
 ) -> Stage:
     """Make a round in which the server works alone: no client takes part, nothing travels.
 
@@ -51,6 +75,7 @@ def server_round(
       working_clients: ids of clients that do the work in truth, for the record: each is sent the
         dense model, trains it and sends a mask back. No more than a cohort.
       clients_send: whether they send the mask alone, or also what they have trained, under it.
+      reads: ids of clients whose examples `work` uses, or of everyone (`reads_of`).
 
     Raises:
       ValueError: while tracing, if more clients work than a cohort has.
@@ -99,7 +124,8 @@ def server_round(
         )
         return stages.close(state, after, known_to=masks_known_to), members.states, metrics
 
-    return Stage(name=name, num_rounds=num_rounds, round=stages.mark_guarded(round_fn))
+    guarded = stages.mark_guarded(round_fn)
+    return Stage(name=name, num_rounds=num_rounds, round=guarded, reads=reads)
 
 
 def train_at(client: Client, source: SourceFn) -> WorkFn:
@@ -133,28 +159,21 @@ def no_loss() -> Metrics:
     return {"loss": metrics_lib.zero()}
 
 
-def server_examples(rows: Any) -> SourceFn:
-    """Give the server examples of its own, which no client holds.
+def server_examples() -> SourceFn:
+    """Give the server examples of its own, `Population.held`.
 
-    Args:
-      rows: ``[S]`` integers, rows of the population's examples; at least one.
+    The function that is returned raises a ValueError, while tracing, where there are none.
     """
-    rows = np.asarray(rows)
-    if rows.ndim != 1 or rows.shape[0] == 0:
-        raise ValueError(f"rows must list at least one example, got the shape {rows.shape}.")
-    if rows.dtype.kind not in "ui":
-        raise ValueError(f"rows of the server's examples must be integers, got {rows.dtype}.")
-    order = jnp.asarray(rows, jnp.int32)
 
     def source(population):
-        num_examples = jax.tree.leaves(population.examples)[0].shape[0]
-        if rows.min() < 0 or rows.max() >= num_examples:
+        if (size := populations.num_held(population)) == 0:
             raise ValueError(
-                f"rows of the server's examples must lie in [0, {num_examples}), got {rows.min()} "
-                f"to {rows.max()}."
+                "the server has no examples of its own: set `server.data_fraction` (in Python: "
+                "`Population.held`)."
             )
-        size = jnp.int32(order.shape[0])
-        return ClientData(population.examples, order, jnp.int32(0), size, _own_id(population))
+        order = jnp.arange(size, dtype=jnp.int32)
+        own_id = _own_id(population)
+        return ClientData(population.held, order, jnp.int32(0), jnp.int32(size), own_id)
 
     return source
 
@@ -170,18 +189,18 @@ def examples_of(client_id: int) -> SourceFn:
             raise ValueError(f"client_id must be less than {num_clients}, got {client_id}.")
         return client_data(population, jnp.int32(client_id))
 
-    return source
+    return Source(source, reads=(client_id,))
 
 
-def all_examples() -> SourceFn:
+def all_examples() -> Source:
     """Take the examples of all clients, which no server has: the bound of what data can tell."""
-    return lambda population: ClientData(
-        population.examples,
-        population.order,
-        jnp.int32(0),
-        population.offsets[-1],
-        _own_id(population),
-    )
+
+    def source(population):
+        end = population.offsets[-1]
+        own_id = _own_id(population)
+        return ClientData(population.examples, population.order, jnp.int32(0), end, own_id)
+
+    return Source(source, reads="everyone")
 
 
 def _own_id(population: Population) -> jax.Array:

@@ -20,11 +20,15 @@ from fedjaxprune.types import (
     Key,
     Params,
     Population,
+    RoundFn,
     RoundMetrics,
     RoundState,
     Stage,
     State,
 )
+
+Members = tuple[jax.Array, jax.Array]  # of a cohort: ids [C], and who of them takes part [C]
+DrawFn = Callable[[Key, jax.Array], Members]
 
 
 class Simulation(NamedTuple):
@@ -37,6 +41,20 @@ class Simulation(NamedTuple):
 
     state: RoundState
     rows: ClientState
+
+
+class GivenRows(NamedTuple):
+    """The rows of a cohort that are kept elsewhere, as far as these are written already.
+
+    Attributes:
+      rows: tree of ``[C, ...]``.
+      later: tree of ``[C', ...]``, what the round before wrote.
+      places: ``[C]`` int32, where in `later` a client's newer row is; below 0 for none.
+    """
+
+    rows: ClientState
+    later: ClientState
+    places: jax.Array
 
 
 def start(
@@ -114,32 +132,105 @@ def advance(
 
     def advance_fn(key, simulation, population):
         num_clients = _count_clients(simulation, population, participation)
-        round_key = jax.random.fold_in(key, simulation.state.round)
-        sample_key, work_key = jax.random.split(round_key)
-        client_ids, present = _draw(participation, sample_key, num_clients)
-        cohort = Cohort(
-            client_ids=client_ids,
-            participated=present,
-            states=trees.take_rows(simulation.rows, client_ids),
-        )
-        state, new, metrics = round_fn(work_key, simulation.state, cohort, population)
-        # Absent clients are written back nowhere: a filling slot may bear a present client's id.
-        slots = jnp.where(present, client_ids, num_clients + 1)
-        rows = jax.tree.map(
-            lambda old, row: old.at[slots].set(row, mode="drop"), simulation.rows, new
-        )
-        return Simulation(state=state, rows=rows), metrics
+        sample_key, work_key = _keys(key, simulation.state.round)
+        members = _draw(participation, sample_key, num_clients)
+        return _advance(round_fn, work_key, simulation, members, population)
 
     return advance_fn
 
 
-def _count_clients(simulation: Simulation, population: Population, draw: SamplingFn) -> int:
+def drawing(participation: SamplingFn, *, num_clients: int) -> DrawFn:
+    """Make the function that draws the cohort of a round alone, the one that `advance` draws.
+
+    Args:
+      participation: as for `advance`.
+      num_clients: ``N``.
+
+    Returns:
+      ``(key, round) -> (client_ids [C], present [C])``: the run's key, and `RoundState.round`.
+    """
+
+    def draw_fn(key, round):
+        return _draw(participation, _keys(key, round)[0], num_clients)
+
+    return draw_fn
+
+
+def advance_cohort(
+    stage: Stage,
+) -> Callable[[Key, Simulation, Members, Population], tuple[Simulation, RoundMetrics]]:
+    """Make the function that runs one round with a cohort that is drawn already (`drawing`).
+
+    Returns:
+      ``(key, simulation, (client_ids, present), population) -> (simulation, metrics)``, otherwise
+      as of `advance`; the population may hold the examples of these clients alone (`feeding`).
+    """
+    round_fn = stages.guarded(stage.round)
+
+    def advance_fn(key, simulation, members, population):
+        _count_clients(simulation, population, None)
+        _, work_key = _keys(key, simulation.state.round)
+        return _advance(round_fn, work_key, simulation, members, population)
+
+    return advance_fn
+
+
+def advance_rows(
+    stage: Stage,
+) -> Callable[
+    [Key, RoundState, GivenRows, Members, Population], tuple[RoundState, ClientState, RoundMetrics]
+]:
+    """Make the function that runs one round with the rows of its cohort, which are kept elsewhere.
+
+    Returns:
+      ``(key, state, rows, (client_ids, present), population) -> (state, rows [C, ...], metrics)``.
+      The rows of absent clients mean nothing, and are to be written nowhere.
+    """
+    round_fn = stages.guarded(stage.round)
+
+    def advance_fn(key, state, given, members, population):
+        populations.check_shapes(population)
+        _, work_key = _keys(key, state.round)
+        ids, present = members
+        is_later = given.places >= 0
+        later = trees.take_rows(given.later, jnp.maximum(given.places, 0))
+        states = jax.vmap(trees.tree_where)(is_later, later, given.rows)
+        cohort = Cohort(client_ids=ids, participated=present, states=states)
+        return round_fn(work_key, state, cohort, population)
+
+    return advance_fn
+
+
+def _keys(key: Key, round: jax.Array) -> tuple[Key, Key]:
+    """Make a round's keys: for its cohort, and for its work."""
+    sample_key, work_key = jax.random.split(jax.random.fold_in(key, round))
+    return sample_key, work_key
+
+
+def _advance(
+    round_fn: RoundFn, key: Key, simulation: Simulation, members: Members, population: Population
+) -> tuple[Simulation, RoundMetrics]:
+    """Run a round with the rows of its cohort, and write them back."""
+    client_ids, present = members
+    cohort = Cohort(
+        client_ids=client_ids,
+        participated=present,
+        states=trees.take_rows(simulation.rows, client_ids),
+    )
+    state, new, metrics = round_fn(key, simulation.state, cohort, population)
+    # Absent clients are written back nowhere: a filling slot may bear a present client's id.
+    slots = jnp.where(present, client_ids, population.offsets.shape[0])
+    rows = jax.tree.map(lambda old, row: old.at[slots].set(row, mode="drop"), simulation.rows, new)
+    return Simulation(state=state, rows=rows), metrics
+
+
+def _count_clients(simulation: Simulation, population: Population, draw: SamplingFn | None) -> int:
     """Count the population, and see that rows and draws are of as many clients."""
     populations.check_shapes(population)
     num_clients = population.offsets.shape[0] - 1
     if num_clients < 1:
         raise ValueError("the population must have at least one client, got none.")
-    drawn = sampling.num_clients_of(draw)
+    drawn = None if draw is None else sampling.num_clients_of(draw)
     if drawn not in (None, num_clients):
         raise ValueError(
             f"the cohort is drawn from {drawn} clients, but the population has {num_clients}."

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
-
 from fedjaxprune.federated import local_training, mask_revision, step_scales
 from fedjaxprune.federated.penalties import PenaltyFn
 from fedjaxprune.rounds import facts as facts_lib
@@ -41,9 +39,9 @@ class Task(NamedTuple):
       protocol: what every method shares.
       facts: of the network.
       batches: local steps beside those of the protocol.
-      server_examples: ``[S]`` int32, rows of the population's examples that the server holds.
       num_clients: ``N``.
       largest_client: examples that the largest client holds.
+      num_server_examples: those that the server holds, `Population.held`.
       num_epochs: passes over its examples that a client makes in a round; 1 where the protocol
         counts steps.
       penalties: terms that every method adds to the loss of a local step (FedProx's).
@@ -56,9 +54,9 @@ class Task(NamedTuple):
     protocol: protocol_lib.Protocol
     facts: facts_lib.Facts
     batches: BatchesFn
-    server_examples: np.ndarray
     num_clients: int
     largest_client: int
+    num_server_examples: int = 0
     num_epochs: int = 1
     penalties: tuple[PenaltyFn, ...] = ()
     cohort_size: int = 0
@@ -128,12 +126,12 @@ class Task(NamedTuple):
         Raises:
           ValueError: the server holds none.
         """
-        if len(self.server_examples) == 0:
+        if self.num_server_examples == 0:
             raise ValueError(
                 "the method needs examples at the server: set `server.data_fraction` (in Python: "
-                "`server_examples`)."
+                "`Population.held`)."
             )
-        return server_work.server_examples(self.server_examples)
+        return server_work.server_examples()
 
 
 def make(model: Model, protocol: protocol_lib.Protocol, *, inputs: Any) -> Task:
@@ -157,7 +155,6 @@ def make(model: Model, protocol: protocol_lib.Protocol, *, inputs: Any) -> Task:
         protocol=protocol,
         facts=facts_lib.of_model(model, inputs=inputs),
         batches=batches,
-        server_examples=np.zeros(0, np.int32),
         num_clients=0,
         largest_client=0,
     )

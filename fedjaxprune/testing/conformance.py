@@ -6,9 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fedjaxprune.data import stores
 from fedjaxprune.federated import cohort
 from fedjaxprune.method import Method
+from fedjaxprune.rounds import feeding
 from fedjaxprune.rounds.training import training
 from fedjaxprune.testing import history as history_lib
 from fedjaxprune.testing import laws, scenario, trees
@@ -57,6 +60,7 @@ def laws_of(
         mesh = cohort.make_mesh(devices=jax.devices()[:2])
         found.append(("two devices give the result of one", again(mesh=mesh)))
     found.append(("absent clients may be left out", check(left_out)))
+    found.append(("rounds that are fed their cohort alone give the same bits", check(fed)))
     if method.nothing_pruned is not None:
         nothing = {**settings, **method.nothing_pruned}
         plain = functools.partial(nothing_pruned_is_fedavg, method, nothing)
@@ -75,6 +79,24 @@ def left_out(history: History) -> None:
         after, rows, _ = run(step.index, step.before, step.rows_before, members)
         what = "a cohort with absent clients is not the cohort without them"
         laws.same(step, (after, rows), (step.after, step.rows), what, **laws.ORDER)
+
+
+def fed(history: History) -> None:
+    """A population without the examples of all others gives the same bits, charges included."""
+    run, _ = history_lib.player(history.scenario)
+    people = jax.device_get(scenario.population())
+    store = stores.of_arrays(people.examples, people.order, people.offsets)
+    reads = {stage.name: stage.reads for stage in history.scenario.algorithm.stages}
+    for step in history.steps:
+        ids, present = map(np.asarray, step.members)
+        pantry = feeding.stock(
+            store, cohort_size=ids.size, reads=reads[step.stage], held=people.held
+        )
+        own = feeding.population(pantry, ids[present])
+        given = step.index, step.before, step.rows_before, step.members
+        found = run(*given, jax.tree.map(jnp.asarray, own))
+        what = "a round that is fed its cohort alone gives other bits"
+        laws.same(step, found, (step.after, step.rows, step.metrics), what)
 
 
 def _compare(history: History, other: History) -> None:

@@ -200,9 +200,8 @@ def not_finite_is_left_out(history: History) -> None:
 
 def place_is_irrelevant(history: History) -> None:
     """Where clients' examples are stored changes no bit: draws follow from ids, not from places."""
-    people, num_held = scenario.population(), len(history.scenario.task.server_examples)
-    places = np.arange(people.order.shape[0])
-    places[num_held:] = np.roll(places[num_held:], 5)  # the server's stay
+    people = scenario.population()
+    places = np.roll(np.arange(people.order.shape[0]), 5)
     stored = {n: jnp.asarray(np.asarray(leaf)[places]) for n, leaf in people.examples.items()}
     order = jnp.asarray(np.argsort(places)[np.asarray(people.order)], jnp.int32)
     moved = people._replace(examples=stored, order=order)

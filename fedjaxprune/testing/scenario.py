@@ -34,6 +34,7 @@ from fedjaxprune.types import Algorithm, Batch, Batcher, Model, Params, Populati
 NUM_ROUNDS = 6
 SIZES = (3, 5, 2, 8, 4, 6)  # examples of the clients
 NUM_WEIGHTS = 38
+_NUM_HELD = 3  # examples of the server
 NEEDS_NOTHING = Needs()
 # Server and clients remember, so that there is something to lose.
 PROTOCOL: Mapping[str, Any] = {
@@ -154,9 +155,9 @@ def make_task(
             gate_readers=lambda: readers(needs),
         ),
         batches=batches,
-        server_examples=np.arange(3, dtype=np.int32),
         num_clients=len(SIZES),
         largest_client=max(SIZES),
+        num_server_examples=_NUM_HELD,
         num_epochs=num_epochs,
     )
 
@@ -214,11 +215,13 @@ def population(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> Population:
     own = [0.1 * rng.normal(size=(size, NUM_WEIGHTS)) for size in sizes]
     points = np.repeat(centers, sizes, axis=0) + np.concatenate(own)
     order = rng.permutation(len(points))  # stored in another order than they are grouped
+    examples = {
+        "inputs": jnp.asarray(points[order], jnp.float32),
+        "labels": jnp.zeros(len(points), jnp.int32),
+    }
     return Population(
-        examples={
-            "inputs": jnp.asarray(points[order], jnp.float32),
-            "labels": jnp.zeros(len(points), jnp.int32),
-        },
+        examples=examples,
+        held={name: leaf[:_NUM_HELD] for name, leaf in examples.items()},
         order=jnp.asarray(np.argsort(order), jnp.int32),
         offsets=jnp.asarray(np.concatenate([[0], np.cumsum(sizes)]), jnp.int32),
     )

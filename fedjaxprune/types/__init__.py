@@ -21,7 +21,9 @@ from fedjaxprune.types.data import (
     ClientData,
     Model,
     Population,
+    Whole,
     client_data,
+    count_examples,
 )
 from fedjaxprune.types.messages import (
     Aggregator,
@@ -46,6 +48,7 @@ from fedjaxprune.types.rounds import (
     Cohort,
     CohortRule,
     FormulaFn,
+    ReadRule,
     RoundFn,
     RoundMetrics,
     RoundState,
@@ -80,6 +83,7 @@ __all__ = [
     "PrunableFn",
     "Pruner",
     "PrunerInputs",
+    "ReadRule",
     "RoundFn",
     "RoundMetrics",
     "RoundState",
@@ -89,5 +93,7 @@ __all__ = [
     "State",
     "Uplink",
     "WeightView",
+    "Whole",
     "client_data",
+    "count_examples",
 ]

@@ -1,9 +1,11 @@
 """Networks and examples: what clients train, and what they train on."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedjaxprune.types.aliases import Examples, Key, Metrics, Params, State
 
@@ -45,20 +47,46 @@ class Model(NamedTuple):
     with_head: Callable[[Any], "Model"] | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """What a round knows of all clients where it is given the examples of some.
+
+    Attributes:
+      num_examples: ``[]`` float32, examples of all clients.
+      is_wide: whether these are so many that sums of arrays keep what rounding takes; static.
+    """
+
+    num_examples: jax.Array
+    is_wide: bool = dataclasses.field(metadata={"static": True})
+
+
 class Population(NamedTuple):
     """The examples of all clients, stored once, as compressed rows: no client is padded.
 
-    Client `i` holds ``examples[order[offsets[i]:offsets[i + 1]]]``.
+    Client `i` holds ``examples[order[offsets[i]:offsets[i + 1]]]``. A round may be given the
+    examples of its cohort alone: all others are then of size 0, and `whole` says what is left out.
 
     Attributes:
       examples: tree of ``[E, ...]``, as stored (images uint8).
       order: ``[sum of sizes]`` int32, rows of the examples, grouped by client.
       offsets: ``[N + 1]`` int32.
+      held: tree of ``[S, ...]`` like `examples`, those that the server holds; ``()`` for none.
+      whole: of all clients, where some are left out; else ``()``.
     """
 
     examples: Examples
     order: jax.Array
     offsets: jax.Array
+    held: Examples = ()
+    whole: Whole | tuple[()] = ()
+
+
+def count_examples(population: Population) -> jax.Array:
+    """Count the examples of all clients, ``[]`` float32, those that are left out included."""
+    if isinstance(population.whole, Whole):
+        return population.whole.num_examples
+    return population.offsets[-1].astype(jnp.float32)
 
 
 class ClientData(NamedTuple):

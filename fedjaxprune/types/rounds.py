@@ -100,6 +100,7 @@ RoundFn = Callable[[Key, RoundState, Cohort, Population], _Result]
 FormulaFn = Callable[[RoundMetrics, RoundState], PublishedBits]  # on the host, of shapes of a state
 # A new sample in each round, the same in all, every client, the same without drop-outs, or so many.
 CohortRule = Literal["sampled", "same", "everyone", "population"] | int
+ReadRule = tuple[int, ...] | Literal["everyone"]  # ids of clients
 
 
 class Stage(NamedTuple):
@@ -110,12 +111,15 @@ class Stage(NamedTuple):
       num_rounds: how many.
       round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, traced once.
       cohort: who is asked.
+      reads: whose examples the round uses besides those of its cohort and of the server; others may
+        be left out of the population that it is given.
     """
 
     name: str
     num_rounds: int
     round: RoundFn
     cohort: CohortRule = "sampled"
+    reads: ReadRule = ()
 
 
 class Algorithm(NamedTuple):

@@ -15,11 +15,13 @@ pytestmark = pytest.mark.laws
 SIDE = "clients that train side by side change nothing"
 DEVICES = "two devices give the result of one"
 LEFT_OUT = "absent clients may be left out"
+FED = "rounds that are fed their cohort alone give the same bits"
 NOTHING = "where nothing is pruned it is FedAvg, to the bit"
 DEFAULT = {
     SIDE: ("fedavg", "feddip"),
     DEVICES: ("adaptive_dynamic_pruning", "mpfl"),
     LEFT_OUT: ("autoflip", "dynamic_sparse", "fedavg", "fedtiny"),
+    FED: ("fedavg", "fedtiny"),
 }
 # Usual methods and controls with one part replaced or left out.
 SLOW_VARIANTS = (
@@ -171,4 +173,4 @@ def test_rows_that_are_named_here_exist():
 
 def test_the_laws_have_the_names_that_are_used_here():
     found = {law for law, _ in testing.laws_of(*rows.row("feddip"))}
-    assert found == {*laws.LAWS, SIDE, DEVICES, LEFT_OUT, NOTHING}
+    assert found == {*laws.LAWS, SIDE, DEVICES, LEFT_OUT, FED, NOTHING}

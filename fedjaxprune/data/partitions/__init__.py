@@ -13,7 +13,11 @@ from fedjaxprune.data.partitions.dirichlets import (
     dirichlet_free,
 )
 from fedjaxprune.data.partitions.keys import by_key
-from fedjaxprune.data.partitions.populations import histogram, population
+from fedjaxprune.data.partitions.populations import (
+    histogram,
+    population,
+    population_on_host,
+)
 from fedjaxprune.data.partitions.sizes import quantity
 from fedjaxprune.data.rows import Partition
 
@@ -28,6 +32,7 @@ __all__ = [
     "label_count",
     "like",
     "population",
+    "population_on_host",
     "quantity",
     "shards",
     "sorted_shards",

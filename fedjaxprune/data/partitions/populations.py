@@ -12,7 +12,11 @@ from fedjaxprune.types import Examples, Population
 
 
 def population(
-    examples: Examples, parts: Iterable[ArrayLike], *, num_classes: int | None = None
+    examples: Examples,
+    parts: Iterable[ArrayLike],
+    *,
+    num_classes: int | None = None,
+    held: ArrayLike = (),
 ) -> Population:
     """Put examples on the device, once and as stored, with who holds which.
 
@@ -26,17 +30,35 @@ def population(
         out, repeat one, which then counts as often, or be empty.
       num_classes: labels must be less; None does not look, and the loss of an example with another
         label is NaN.
+      held: rows of the examples that the server holds; empty for none.
 
     Raises:
       DataError: a value cannot be used or does not fit its type, the leaves differ in `E`, or an
         index is no whole number in ``[0, E)``.
     """
+    made = population_on_host(examples, parts, num_classes=num_classes, held=held)
+    return jax.tree.map(jnp.asarray, made)
+
+
+def population_on_host(
+    examples: Examples,
+    parts: Iterable[ArrayLike],
+    *,
+    num_classes: int | None = None,
+    held: ArrayLike = (),
+) -> Population:
+    """Make a population of NumPy arrays; those of the examples are not copied.
+
+    Arguments and errors are those of `population`.
+    """
     stored, num_examples = population_checks.examples(examples, num_classes=num_classes)
     order, offsets = population_checks.rows(parts, num_examples)
+    own, _ = population_checks.rows([held], num_examples, what="held")
     return Population(
-        examples=jax.tree.map(jnp.asarray, stored),
-        order=jnp.asarray(order),
-        offsets=jnp.asarray(offsets),
+        examples=stored,
+        order=order,  # pyright: ignore[reportArgumentType]
+        offsets=offsets,  # pyright: ignore[reportArgumentType]
+        held=jax.tree.map(lambda leaf: leaf[own], stored) if own.size else (),
     )
 
 

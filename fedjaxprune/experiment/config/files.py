@@ -24,7 +24,8 @@ STARTED_IN = "started_in"
 _NOTES = (VERSIONS, ENVIRONMENT, PARTS, COMMAND, STARTED_IN)
 _ALWAYS = ("method", "model", "data.dataset")  # parts without which there is no run
 # "auto" leaves them to the run.
-_CHOSEN_HERE = ("execution.devices", "execution.chunk_size", "execution.convolutions")
+_COUNTED_HERE = ("execution.devices", "execution.chunk_size", "execution.convolutions")
+_CHOSEN_HERE = (*_COUNTED_HERE, "execution.examples", "execution.client_rows")
 
 
 class Stored(NamedTuple):
@@ -245,7 +246,8 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
         new: Any = here.get(path)
         if path in _CHOSEN_HERE:
             largest: Any = stored.federation.cohort_size or new
-            new = value if new == "auto" else min(new, largest)
+            most = min(new, largest) if path in _COUNTED_HERE and new != "auto" else new
+            new = value if new == "auto" else most
         if path in given.values and path != identity.DATA_DIR and value != new:
             different.append(
                 f"{path.removesuffix('.name')} is {value!r} in the run, {new!r} was given"

@@ -15,6 +15,8 @@ NEUTRAL = (
     "execution.devices",
     "execution.chunk_size",
     "execution.convolutions",
+    "execution.examples",
+    "execution.client_rows",
     DATA_DIR,
 )
 

@@ -205,6 +205,16 @@ class Execution(Settings):
         "fastest together with chunk_size auto, and takes patches otherwise. No difference on a "
         "CPU.",
     )
+    examples: Literal["auto", "device", "host"] = setting(
+        "auto",
+        "Where the clients' examples are: all on the device, or in host memory or in files, from "
+        "which each cohort's are fed; auto: on the device where they fit.",
+    )
+    client_rows: Literal["auto", "device", "host", "disk"] = setting(
+        "auto",
+        "Where what clients remember is: on the device, in host memory, or in files of the run "
+        "folder; auto: on the device where it fits.",
+    )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "Type that clients train in; weights, messages, aggregation and tests stay float32.",

@@ -8,7 +8,6 @@ method.
 import json
 import math
 import os
-import pathlib
 import statistics
 import time
 import zlib
@@ -24,7 +23,7 @@ from fedjaxprune import __version__, trees
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import flops
 from fedjaxprune.experiment.config.sections import RunConfig, plain
-from fedjaxprune.experiment.execution import chunk_size, devices
+from fedjaxprune.experiment.execution import chunk_size, devices, memory
 from fedjaxprune.experiment.run import composing
 from fedjaxprune.federated import aggregators, cohort, local_training
 from fedjaxprune.kernels import chosen, side_by_side
@@ -36,16 +35,6 @@ from fedjaxprune.types import Batcher, Broadcast, Cohort, Model, Population
 MAX_STEPS = 10  # of a client in a trial
 _REPEATS, _MIN_S = 5, 0.05  # timings, and the time that one should take
 _LONG_S = 1.0  # a call that takes longer is timed twice more only
-_CGROUPS = pathlib.Path("/sys/fs/cgroup")
-_LIMITS = (  # of a container, by version 2 and 1 of Linux's control groups
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
 _ROOM = 0.8  # of the memory that is free: what a trial may take, as a round needs more
 # A second of a processor's core, and of any other device; what a step takes besides.
 _CPU_FLOPS, _OTHER_FLOPS, _STEP_S = 2e10, 5e12, 2e-4
@@ -57,12 +46,21 @@ class DoesNotFit(Exception):
 
 
 def choose(
-    config: RunConfig, task: Task, population: Population, *, warn: chunk_size.WarnFn
+    config: RunConfig,
+    task: Task,
+    population: Population,
+    *,
+    sizes: np.ndarray,
+    warn: chunk_size.WarnFn,
 ) -> chunk_size.Choice:
-    """Choose a run's chunk size by what was measured before, and a trial of the rest."""
+    """Choose a run's chunk size by what was measured before, and a trial of the rest.
+
+    The population holds at least the examples of a cohort of clients that have most of them; sizes
+    ``[N]`` are those of all clients.
+    """
     model, batcher, mesh = task.model, task.protocol.batcher, task.protocol.mesh
     work = chunk_size.Work(
-        steps=chunk_size.local_steps(np.diff(np.asarray(population.offsets)), config),
+        steps=chunk_size.local_steps(sizes, config),
         batch_size=config.client.batch_size,
         cohort_size=config.federation.cohort_size or 1,
         devices=1 if mesh is None else mesh.size,
@@ -196,7 +194,7 @@ def _time(play: Any, given: list[Any], most: int, mesh: Mesh | None) -> float:
         given, one, many = jax.device_put((given, one, many), everywhere)
     compiled = jax.jit(play).lower(*given, one).compile()
     needed = compiled.memory_analysis()
-    room = _free_bytes()
+    room = memory.free_bytes()
     if needed is not None and room is not None:
         # By device; the devices of a CPU share its memory.
         shared = mesh.size if mesh is not None and jax.default_backend() == "cpu" else 1
@@ -218,38 +216,6 @@ def _time(play: Any, given: list[Any], most: int, mesh: Mesh | None) -> float:
         steps, count, repeats = many, most, _REPEATS
     times = max(1, min(100, round(_MIN_S / (once * count))))
     return statistics.median([call(steps, times) for _ in range(repeats)]) / count
-
-
-def _free_bytes() -> float | None:
-    """Find how much memory a device has left; None where nobody says."""
-    said = jax.devices()[0].memory_stats()
-    if said and "bytes_limit" in said:
-        return said["bytes_limit"] - said.get("bytes_in_use", 0)
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return min(1024.0 * int(kib), _room_in_container(_CGROUPS))
-    except (OSError, ValueError, StopIteration):
-        return None
-
-
-def _room_in_container(root: pathlib.Path) -> float:
-    """Find how much more a container lets its processes have; one that takes more is killed.
-
-    Pages of files that nobody reads any more do not count as taken.
-    """
-    for limit, taken, facts, idle in _LIMITS:
-        try:
-            most = (root / limit).read_text(encoding="ascii").strip()
-            if most == "max":
-                return math.inf
-            used = int((root / taken).read_text(encoding="ascii"))
-            lines = (root / facts).read_text(encoding="ascii").splitlines()
-            free = next(int(line.split()[1]) for line in lines if line.startswith(f"{idle} "))
-            return float(int(most) - used + free)
-        except (OSError, ValueError, StopIteration):
-            continue
-    return math.inf
 
 
 def _some(shapes: Any) -> Any:

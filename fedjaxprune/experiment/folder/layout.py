@@ -7,6 +7,7 @@
     metrics.jsonl   a header, then one line a round
     summary.json    written at the end
     checkpoints/
+    client_rows/    with checkpoints, where clients' rows are not on the device
     accuracy.png    written at the end
     failed.json     if an error ended the run: see `failure`
     environments.json   if the run was continued in another environment: see `environments`
@@ -34,9 +35,10 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 NETWORK, CHECKPOINTS, PICTURE = "network.json", "checkpoints", "accuracy.png"
 ENVIRONMENTS = "environments.json"
 SKIPPED = "checkpoints-skipped"  # those that could not be used, put aside
+ROWS = "client_rows"  # of all clients, where these are not on the device
 # What a run writes to, and must not be a link that leads out of its folder.
 OWN = (CONFIG, METRICS, SUMMARY, NETWORK, PICTURE, CHECKPOINTS, SKIPPED)
-OWN += (ENVIRONMENTS, "failed.json", "chunk_size.json", "tensorboard")
+OWN += (ENVIRONMENTS, ROWS, "failed.json", "chunk_size.json", "tensorboard")
 SCHEMA = 2  # of metrics.jsonl, summary.json and network.json
 _PACKAGES = (
     "jax jaxlib flax optax numpy orbax-checkpoint scikit-learn tensorflow-datasets array_record "

@@ -22,9 +22,10 @@ from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config import resolve as resolve_lib
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices
+from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.folder import network as network_lib
 from fedjaxprune.experiment.folder.network import Network
-from fedjaxprune.experiment.run import composing, loop
+from fedjaxprune.experiment.run import composing, fed, loop
 from fedjaxprune.experiment.run import examples as examples_lib
 from fedjaxprune.experiment.run.evaluation import TestSet
 from fedjaxprune.experiment.run.examples import Examples
@@ -63,11 +64,18 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
     task = make_task(config, model, examples, chunk=1 if size == "auto" else size)
     check_needs(config, task)
     algorithm = make_algorithm(config, task)
+    places = fed.place(config, model, algorithm, examples)
+    config = resolve_lib.replace(
+        config, {"execution.examples": places.examples, "execution.client_rows": places.rows}
+    )
+    if places.examples == "device":
+        examples = examples._replace(population=jax.tree.map(jnp.asarray, examples.population))
     chunk = None
     if size == "auto" and warn is not None:
         with _refusals(_no_round(config)):  # before the trial compiles anything
             loop.check_start(_parts(config, task, algorithm, examples))
-        chunk = chunk_trial.choose(config, task, examples.population, warn=warn)
+        people = fed.for_trial(config, examples)
+        chunk = chunk_trial.choose(config, task, people, sizes=examples.sizes, warn=warn)
         config = resolve_lib.replace(config, {"execution.chunk_size": chunk.size})
         if chunk.way is not None:
             config = resolve_lib.replace(config, {"execution.convolutions": chunk.way})
@@ -76,7 +84,8 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
             protocol = task.protocol._replace(chunk_size=chunk.size)
             task = task._replace(protocol=protocol)
             algorithm = make_algorithm(config, task)
-    parts = _parts(config, task, algorithm, examples)._replace(chunk=chunk)
+    parts = _parts(config, task, algorithm, examples)
+    parts = parts._replace(chunk=chunk, places=places.sentence)
     with _refusals(_no_round(config)):
         loop.check(parts)
     return parts
@@ -85,12 +94,14 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
 def _parts(
     config: RunConfig, task: Task, algorithm: Algorithm, examples: Examples
 ) -> loop.RunParts:
-    dataset = examples.dataset
+    dataset, stages = examples.dataset, algorithm.stages
     with _refusals(_no_round(config)):
-        advance = tuple(
-            simulation.advance(stage, composing.cohorts_of(stage, config, examples.sizes))
-            for stage in algorithm.stages
-        )
+        draws = tuple(composing.cohorts_of(stage, config, examples.sizes) for stage in stages)
+        feed = fed.feed(config, algorithm, examples, draws)
+        if feed is None:
+            advance = tuple(map(simulation.advance, stages, draws))
+        else:
+            advance = tuple(feed_lib.advance(stage, rows=feed.rows) for stage in stages)
     return loop.RunParts(
         config=config,
         model=task.model,
@@ -105,6 +116,7 @@ def _parts(
         task=dataset.task,
         mesh=task.protocol.mesh,
         hardware=_hardware(config, len(examples.sizes)),
+        feed=feed,
     )
 
 
@@ -145,9 +157,9 @@ def make_task(config: RunConfig, model: Model, given: Examples, *, chunk: int) -
         batches=composing.batches_of(
             batch_size=section.batch_size, train=given.train, test=given.test, seed=config.seed
         ),
-        server_examples=given.held,
         num_clients=len(given.sizes),
         largest_client=int(given.sizes.max()),
+        num_server_examples=len(given.held),
         num_epochs=1 if section.steps is not None else section.epochs,
         penalties=(penalties.proximal(mu=section.proximal_mu),) if section.proximal_mu else (),
         cohort_size=config.federation.cohort_size or 0,
@@ -190,16 +202,14 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
 
 
 def _aggregator(config: RunConfig, given: Examples) -> Any:
-    """Build the aggregator, and tell it which examples the server holds if it asks for any."""
+    """Build the aggregator, and see that the server holds examples if it asks for any."""
     made = config.parts.aggregator.part.build(config.server.aggregator)
-    if not isinstance(made, aggregators.ServerAggregator):
-        return made
-    if len(given.held) == 0:
+    if isinstance(made, aggregators.ServerAggregator) and len(given.held) == 0:
         raise ConfigError(
             f"server.aggregator {config.server.aggregator.name!r} compares messages with what the "
             "server computes on examples of its own: set server.data_fraction."
         )
-    return made._replace(server_examples=given.held)
+    return made
 
 
 def _attackers(config: RunConfig, given: Examples) -> attacks.Attackers | None:

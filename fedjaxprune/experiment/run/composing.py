@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import registry, trees
-from fedjaxprune.data import batching, population_checks, transforms
+from fedjaxprune.data import batching, transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config.sections import RunConfig
-from fedjaxprune.federated import sampling
+from fedjaxprune.federated import populations, sampling
 from fedjaxprune.federated.sampling import SamplingFn
 from fedjaxprune.models import heads, outside, parameters
 from fedjaxprune.rounds import facts
@@ -68,7 +68,6 @@ def task(
     *,
     batch_size: int = 16,
     preprocess: transforms.Preprocess | None = None,
-    server_examples: Sequence[int] = (),
     num_epochs: int = 1,
 ) -> Task:
     """Make a method's `Task` of a network, clients' examples and a protocol of one's own.
@@ -79,7 +78,6 @@ def task(
       protocol: a `Protocol`.
       batch_size: of the local steps that a method makes beside those of the protocol.
       preprocess: ``(key, inputs) -> inputs`` of these; None takes them as stored.
-      server_examples: rows of the population's examples that the server holds.
       num_epochs: passes over its examples that a client makes in a round.
 
     Raises:
@@ -88,17 +86,15 @@ def task(
     prepare = preprocess or transforms.chain()
     sizes = np.diff(np.asarray(population.offsets))
     two = rows(batch_of(protocol.batcher, population).inputs, 2)
-    num_examples = len(jax.tree.leaves(population.examples)[0])
-    held, _ = population_checks.rows([server_examples], num_examples, what="server_examples")
     _check_batcher(protocol.batcher, population, client=int(sizes.argmax()))
     return Task(
         model=model,
         protocol=protocol,
         facts=facts.of_model(model, inputs=two),
         batches=batches_of(batch_size=batch_size, train=prepare, test=prepare, seed=0),
-        server_examples=held,
         num_clients=len(sizes),
         largest_client=int(sizes.max()),
+        num_server_examples=populations.num_held(population),
         num_epochs=num_epochs,
     )
 

@@ -20,7 +20,7 @@ class Examples(NamedTuple):
 
     dataset: Dataset  # as its source gave it
     held: np.ndarray  # ``[S]`` int32, rows that the server holds
-    population: Population
+    population: Population  # on the host
     sizes: np.ndarray  # ``[N]``, the clients' numbers of examples
     train: transforms.Preprocess  # ``(key, inputs) -> inputs`` in training
     test: transforms.Preprocess  # the same in tests
@@ -68,10 +68,11 @@ def read(config: RunConfig) -> Examples:
     return Examples(
         dataset=dataset,
         held=held,
-        population=partitions.population(
+        population=partitions.population_on_host(
             dict(dataset.train),
             parts,
             num_classes=None if dataset.task == "regression" else dataset.num_classes,
+            held=held,
         ),
         sizes=np.diff(offsets).astype(np.int64),
         train=train,

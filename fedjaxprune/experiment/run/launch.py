@@ -62,6 +62,8 @@ def start(
     from fedjaxprune.experiment.folder import network
 
     texts = {layout.NETWORK: network.to_text(parts.network)}
+    if parts.places:
+        listener.note(parts.places)
     if parts.chunk is not None:
         from fedjaxprune.experiment.execution import chunk_size
 

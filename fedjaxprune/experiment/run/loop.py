@@ -20,6 +20,9 @@ from fedjaxprune.errors import ConfigError, RunFolderError
 from fedjaxprune.experiment.config import files
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size
+from fedjaxprune.experiment.feeding import feed as feed_lib
+from fedjaxprune.experiment.feeding import feeder as feeding
+from fedjaxprune.experiment.feeding.feed import Feed
 from fedjaxprune.experiment.folder import checkpoints, layout, record
 from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import composing, evaluation, round_record
@@ -51,6 +54,8 @@ class RunParts(NamedTuple):
     # how many clients a device trains at once, if that was left to a trial
     chunk: chunk_size.Choice | None = None
     hardware: Hardware | None = None  # the clients' devices; None where times are not modeled
+    feed: Feed | None = None  # what rounds are fed, where not everything is on the device
+    places: str = ""  # a sentence about what is not
 
     @property
     def num_rounds(self) -> int:
@@ -89,8 +94,9 @@ def train(
     # Clients' rows are made where they stay: a second copy may not fit. What a jitted function
     # returns are buffers of its own, which can be donated.
     begin_fn = jax.jit(lambda key: start(key, parts), out_shardings=_everywhere(parts.mesh))
-    rounds_key, population, test = _place((rounds_key, parts.population, parts.test), parts.mesh)
-    shapes = jax.eval_shape(begin_fn, first_key)
+    people = feeding.on_device(parts.feed, parts.population)
+    rounds_key, population, test = _place((rounds_key, people, parts.test), parts.mesh)
+    shapes, _ = feeding.without_rows(parts.feed, jax.eval_shape(begin_fn, first_key))
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
     try_out = jax.jit(
@@ -111,25 +117,47 @@ def train(
 
     def save(number: int) -> None:
         record.sync(folder)
+        feeder.save(number, manager.all_steps())
         deployed = deploy(now.state)
         checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
 
     tests, saves = config.evaluation, config.checkpoints
-    with checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=saves.keep) as manager:
-        found = _saved(manager, shapes, folder, every=saves.every, allow=allow, warn=listener.warn)
+    with (
+        feeding.feeder(
+            parts.feed,
+            lambda: feeding.without_rows(parts.feed, begin_fn(first_key))[1],
+            num_clients=parts.population.offsets.shape[0] - 1,
+            folder=folder,
+            place=feed_lib.placing(parts.mesh),
+            warn=listener.warn,
+        ) as feeder,
+        checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
+    ):
+        found = _saved(
+            manager,
+            shapes,
+            folder,
+            is_saved=feeder.is_saved,
+            every=saves.every,
+            allow=allow,
+            warn=listener.warn,
+        )
         if found is None:
-            done, now = 0, begin_fn(first_key)
-            _check_values(now, config)
+            done, begun = 0, begin_fn(first_key)
+            _check_values(begun, config)
+            now, _ = feeding.without_rows(parts.feed, begun)
         else:
             done, now = found[0], _place(found[1], parts.mesh)
+            feeder.restore(done)
         listener.start(writer.header, record.cut(folder, writer.header, done))
 
         begin, note_last = 0, _nothing_to_note
         clock = time.perf_counter()
-        for stage, advance in zip(algorithm.stages, parts.advance, strict=True):
+        for which, (stage, advance) in enumerate(zip(algorithm.stages, parts.advance, strict=True)):
             end = begin + stage.num_rounds
-            step = _compiled(advance, parts.mesh)
-            for index in range(max(begin, done), end):
+            left = range(max(begin, done), end)
+            step = feeder.step(which, _compiled(advance, parts.mesh), left)
+            for index in left:
                 number = index + 1
                 is_last = number == parts.num_rounds
                 is_due = number >= tests.start and number % tests.every == 0
@@ -166,6 +194,7 @@ def _saved(
     shapes: Simulation,
     folder: pathlib.Path,
     *,
+    is_saved: Callable[[int], bool],
     every: int,
     allow: Collection[str],
     warn: Callable[[str], object],
@@ -175,7 +204,7 @@ def _saved(
     found = checkpoints.restore(
         manager,
         shapes,
-        usable=lambda step: step <= num_lines,
+        usable=lambda step: step <= num_lines and is_saved(step),
         aside=folder / layout.SKIPPED,
         warn=warn,
         allow=allow,
@@ -217,11 +246,16 @@ def check(parts: RunParts) -> None:
         )
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_everywhere(parts.mesh)),
-        (key, now, parts.population),
-    )
-    for advance in parts.advance:
+    now, row = feeding.without_rows(parts.feed, now)
+    for index, advance in enumerate(parts.advance):
+        given = (now, parts.population)
+        if parts.feed is not None:
+            given = feed_lib.shapes(parts.feed, index, now, row, parts.population)
+        everywhere = _everywhere(parts.mesh)
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),  # noqa: B023
+            (key, *given),
+        )
         jax.eval_shape(_compiled(advance, parts.mesh), *placed)
 
 
@@ -243,9 +277,10 @@ def _everywhere(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def start(key: Key, parts: RunParts) -> Simulation:
-    """Make the simulation before the first round."""
+    """Make the simulation before the first round; where rows are kept elsewhere, it has one."""
     params, model_state = parts.model.init(key)
     num_clients = parts.population.offsets.shape[0] - 1
+    num_clients = 1 if feeding.has_store(parts.feed) else num_clients
     made = simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
     # Of strong types, as a round gives them back: else it would be traced twice.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), made)

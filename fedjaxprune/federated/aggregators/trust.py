@@ -4,7 +4,7 @@ All leaves of a field are one vector. A client of weight 0 is absent: whatever i
 (NaN too), it adds nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,9 @@ class ServerAggregator(NamedTuple):
 
     Attributes:
       reduce: ``(values [C, ...], masks [C, ...] or None, weights [C], reference) -> value``.
-      server_examples: rows of the population's examples that the server holds.
     """
 
     reduce: Callable[[Any, Masks | None, jax.Array, Any], Any]
-    server_examples: Sequence[int]
 
     def beside(self, reference: Any) -> CohortAggregator:
         """Make an aggregator that knows the server's own value."""
@@ -38,16 +36,14 @@ class ServerAggregator(NamedTuple):
         )
 
 
-def server_trust(*, server_examples: Sequence[int]) -> ServerAggregator:
+def server_trust() -> ServerAggregator:
     """Average messages by their agreement with the server's own, at its length (FLTrust).
 
     A message's trust is its cosine with the server's message, or zero if that is negative. Each
     message is scaled to the norm of the server's, then they are averaged by trust. Every client
     counts by its trust alone, whatever its weight.
 
-    Args:
-      server_examples: rows of the population's examples that the server holds, and no client. A run
-        sets them by ``server.data_fraction``.
+    The server's examples are `Population.held`; a run sets them by ``server.data_fraction``.
 
     Returns:
       A `ServerAggregator` to one value ``[...]``; zero where nobody is trusted. What a client does
@@ -81,13 +77,13 @@ def server_trust(*, server_examples: Sequence[int]) -> ServerAggregator:
         own = jnp.ldexp(own, jnp.sum(power))
         return _vectors.combine(values, shares * own / lengths)
 
-    return ServerAggregator(reduce=reduce_fn, server_examples=server_examples)
+    return ServerAggregator(reduce=reduce_fn)
 
 
 def build(settings: Settings) -> ServerAggregator:
-    """Make the aggregator; whoever builds the run says which examples the server holds."""
+    """Make the aggregator."""
     del settings  # there are none
-    return server_trust(server_examples=())
+    return server_trust()
 
 
 PARTS = {

@@ -25,7 +25,16 @@ import jax.numpy as jnp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.registry import Part
 from fedjaxprune.settings import Settings
-from fedjaxprune.types import Batcher, Client, Correction, FieldSpec, Message, Params, State
+from fedjaxprune.types import (
+    Batcher,
+    Client,
+    Correction,
+    FieldSpec,
+    Message,
+    Params,
+    State,
+    count_examples,
+)
 
 
 class ControlState(NamedTuple):
@@ -85,7 +94,7 @@ def control_variates() -> Correction:
         return Client(init=init_client_fn, update=update_fn)
 
     def update_fn(fields, state, population):
-        num_examples = population.offsets[-1].astype(jnp.float32)
+        num_examples = count_examples(population)
         control = jax.tree.map(
             lambda old, total: old + (total / num_examples).astype(old.dtype),
             state,

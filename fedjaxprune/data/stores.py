@@ -1,0 +1,102 @@
+"""Client stores: examples that stay off the device, fetched for some clients at a time."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune.errors import DataError
+from fedjaxprune.types import Examples
+
+
+class ClientStore(NamedTuple):
+    """Where the clients' examples are, if not on the device.
+
+    Attributes:
+      sizes: ``[N]`` int64, the clients' numbers of examples.
+      fetch: ``ids [K] -> examples``, all of these clients' one after the other, in their order:
+        tree of NumPy arrays ``[sum of sizes, ...]``. A thread of its own may call it.
+      like: tree of the shapes of one example, in the types in which JAX keeps them.
+    """
+
+    sizes: np.ndarray
+    fetch: Callable[[np.ndarray], Examples]
+    like: Any
+
+
+def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> ClientStore:
+    """Make a store of arrays in memory, or of memory-mapped files, which are read as needed.
+
+    Args:
+      examples: tree of NumPy arrays ``[E, ...]``.
+      order: ``[sum of sizes]`` integers, rows of the examples, grouped by client.
+      offsets: ``[N + 1]`` integers, where each client begins, as in a `Population`.
+    """
+    begins = np.asarray(offsets[:-1], np.int64)
+    sizes = np.diff(np.asarray(offsets, np.int64))
+
+    def fetch_fn(ids):
+        own = sizes[ids]
+        shifts = begins[ids] - (np.cumsum(own) - own)  # from a place among those fetched
+        rows = order[np.repeat(shifts, own) + np.arange(own.sum())]
+        return jax.tree.map(lambda leaf: leaf[rows], examples)
+
+    return ClientStore(sizes, fetch_fn, jax.tree.map(_like, examples))
+
+
+def check(store: ClientStore) -> ClientStore:
+    """Refuse a store of one's own whose sizes are none, or whose examples are not as it says.
+
+    The examples of the first client that has any are fetched.
+
+    Raises:
+      DataError: what is wrong, in one sentence.
+    """
+    sizes = np.asarray(store.sizes)
+    if sizes.ndim != 1 or sizes.dtype.kind not in "ui" or not sizes.size or sizes.min() < 0:
+        raise DataError(
+            "the sizes of a client store must be a vector of numbers of examples, got "
+            f"{sizes.dtype} of shape {sizes.shape}."
+        )
+    holders = np.flatnonzero(sizes)
+    if not holders.size:
+        raise DataError("the clients of a store must have at least one example, got none.")
+    fetched(store, holders[:1])
+    return store._replace(sizes=sizes.astype(np.int64))
+
+
+def fetched(store: ClientStore, ids: np.ndarray) -> list[np.ndarray]:
+    """Fetch clients' examples, as leaves ``[sum of sizes, ...]`` like those that the store names.
+
+    Raises:
+      DataError: they differ from these in structure, shape or number.
+    """
+    number = int(store.sizes[ids].sum())
+    given = store.fetch(ids)
+    if jax.tree.structure(given) != jax.tree.structure(store.like):
+        raise DataError(
+            f"a client store must fetch {jax.tree.structure(store.like)}, got "
+            f"{jax.tree.structure(given)}."
+        )
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(given)]
+    for leaf, like in zip(leaves, jax.tree.leaves(store.like), strict=True):
+        if leaf.shape != (number, *like.shape):
+            raise DataError(
+                f"a client store must fetch arrays of shape {(number, *like.shape)} for "
+                f"{len(ids)} clients, got {leaf.shape}."
+            )
+    return leaves
+
+
+def num_bytes(store: ClientStore, num_examples: int) -> int:
+    """Count the bytes of so many examples on a device."""
+    leaves = jax.tree.leaves(store.like)
+    return num_examples * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Give shape and type of one example of an array as JAX keeps them."""
+    dtype = jnp.asarray(np.zeros(0, leaf.dtype)).dtype
+    return jax.ShapeDtypeStruct(leaf.shape[1:], dtype)

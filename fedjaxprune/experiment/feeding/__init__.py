@@ -1,0 +1,1 @@
+"""Runs whose examples, or whose clients' rows, are not on the device."""

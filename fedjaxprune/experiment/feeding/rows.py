@@ -1,0 +1,141 @@
+"""Row stores: what clients remember, kept in host memory or in files, and read a cohort at a time.
+
+A row is a few bytes of each array: a boolean array has a bit for each entry. Until a client has
+been written, its row is that of a client that never took part, and takes no memory.
+"""
+
+import pathlib
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjaxprune import trees
+
+
+class Kept(NamedTuple):
+    """All clients' rows as bytes.
+
+    Attributes:
+      arrays: for each leaf of a row ``[N, bytes]`` uint8, in memory or in a file.
+      initial: for each leaf ``[bytes]`` uint8, of a client that was never written.
+      is_written: ``[N]`` bool, clients that were.
+      is_changed: ``[N]`` bool, those written since it was last set to False.
+    """
+
+    arrays: list[np.ndarray]
+    initial: list[np.ndarray]
+    is_written: np.ndarray
+    is_changed: np.ndarray
+
+
+class RowStore(NamedTuple):
+    """Keeps all clients' rows. Any thread may call these functions.
+
+    Attributes:
+      read: ``ids [C] -> rows``, tree of NumPy arrays ``[C, ...]``.
+      write: ``(ids [C], rows)``; of an id that occurs twice the last row counts.
+      promise: ``(number, ids, rows)``: round `number` writes these rows, which may still be being
+        computed.
+      settle: ``(number)``: write what rounds up to `number` have promised, in their order.
+      kept: the bytes.
+    """
+
+    read: Callable[[np.ndarray], Any]
+    write: Callable[[np.ndarray, Any], None]
+    promise: Callable[[int, tuple[np.ndarray, np.ndarray], Any], None]
+    settle: Callable[[int], None]
+    kept: Kept
+
+
+def make(row: Any, *, num_clients: int, folder: pathlib.Path | None = None) -> RowStore:
+    """Make a store in which no client was written yet.
+
+    Args:
+      row: tree of arrays, of a client that never took part.
+      num_clients: ``N``.
+      folder: of the files, written over; None keeps rows in memory.
+    """
+    leaves, structure = jax.tree.flatten(jax.device_get(row))
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    initial = [_to_bytes(leaf[None])[0] for leaf in leaves]
+    paths = trees.paths(row)
+    kept = Kept(
+        arrays=[
+            _array(folder, name, (num_clients, len(first)))
+            for name, first in zip(_file_names(paths), initial, strict=True)
+        ],
+        initial=initial,
+        is_written=np.zeros(num_clients, bool),
+        is_changed=np.zeros(num_clients, bool),
+    )
+    promised: dict[int, tuple[np.ndarray, np.ndarray, Any]] = {}
+    lock = threading.RLock()
+
+    def read_fn(ids):
+        with lock:
+            found = [_read(kept, index, ids) for index in range(len(leaves))]
+        rows = [_from_bytes(one, like) for one, like in zip(found, leaves, strict=True)]
+        return jax.tree.unflatten(structure, rows)
+
+    def write_fn(ids, rows):
+        with lock:
+            for array, leaf in zip(kept.arrays, jax.tree.leaves(rows), strict=True):
+                if array.shape[1]:
+                    array[ids] = _to_bytes(np.asarray(leaf))
+            kept.is_written[ids] = True
+            kept.is_changed[ids] = True
+
+    def promise_fn(number, members, rows):
+        promised[number] = (*members, rows)
+
+    def settle_fn(number):
+        with lock:
+            for one in sorted(one for one in list(promised) if one <= number):
+                ids, present, rows = promised.pop(one)
+                host = jax.device_get(rows)
+                write_fn(ids[present], jax.tree.map(lambda leaf: leaf[present], host))  # noqa: B023
+
+    return RowStore(read_fn, write_fn, promise_fn, settle_fn, kept)
+
+
+def num_bytes(row: Any) -> int:
+    """Count the bytes of a client's row on a device; `row` is a tree of arrays or of shapes."""
+    leaves = jax.tree.leaves(row)
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _array(folder: pathlib.Path | None, name: str, shape: tuple[int, int]) -> np.ndarray:
+    """Make an array of zeros that takes memory, or room on a disk, only where it is written."""
+    if folder is None or not shape[1]:
+        return np.zeros(shape, np.uint8)
+    return np.memmap(folder / name, np.uint8, mode="w+", shape=shape)
+
+
+def _file_names(paths: list[str]) -> list[str]:
+    """Name the files of a row's leaves."""
+    return [f"{index}-{path.replace('/', '.')}.rows"[-200:] for index, path in enumerate(paths)]
+
+
+def _read(kept: Kept, index: int, ids: np.ndarray) -> np.ndarray:
+    """Read a leaf of some clients, ``[C, bytes]``."""
+    found = np.asarray(kept.arrays[index][ids])
+    found[~kept.is_written[ids]] = kept.initial[index]
+    return found
+
+
+def _to_bytes(leaf: np.ndarray) -> np.ndarray:
+    """Turn rows ``[C, ...]`` into bytes ``[C, bytes]``, eight booleans in each."""
+    flat = np.ascontiguousarray(leaf).reshape(len(leaf), -1)
+    return np.packbits(flat, axis=1) if leaf.dtype == np.bool_ else flat.view(np.uint8)
+
+
+def _from_bytes(found: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Turn bytes ``[C, bytes]`` into rows ``[C, ...]`` of one's type and shape."""
+    if like.dtype == np.bool_:
+        flat = np.unpackbits(found, axis=1, count=like.size).view(np.bool_)
+    else:
+        flat = found.view(like.dtype)
+    return flat.reshape(len(found), *like.shape)

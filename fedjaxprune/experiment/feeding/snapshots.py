@@ -1,0 +1,141 @@
+"""What clients remember, saved beside a checkpoint: every row that differs from the start.
+
+A snapshot is a folder by the number of its round. A whole one has all rows that were ever written;
+others have those written since the last whole one, which they name, until these are half of all.
+Rows are copied some at a time, so a snapshot takes little memory. Checksums guard every file.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from fedjaxprune.experiment import reading
+from fedjaxprune.experiment.feeding.rows import Kept
+from fedjaxprune.experiment.folder import layout
+
+ABOUT, IDS = "about.json", "ids.bin"
+_AT_ONCE = 2**24  # bytes that are copied together
+
+
+def save(folder: pathlib.Path, number: int, kept: Kept) -> None:
+    """Save the rows after round `number`, as far as no earlier snapshot has them."""
+    base = _base(folder, number, kept)
+    which = kept.is_written if base is None else kept.is_changed
+    ids = np.flatnonzero(which)
+    draft = folder / f"{number}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    checksums = {IDS: _write(draft / IDS, [ids.astype(np.int64)])}
+    for index, array in enumerate(kept.arrays):
+        name = _name(index)
+        checksums[name] = _write(draft / name, (array[some] for some in _blocks(ids, array)))
+    about = {
+        "round": number,
+        "base": base,
+        "num_clients": len(kept.is_written),
+        "row_bytes": [array.shape[1] for array in kept.arrays],
+        "checksums": checksums,
+    }
+    layout.replace(draft / ABOUT, json.dumps(about))
+    shutil.rmtree(folder / str(number), ignore_errors=True)
+    draft.replace(folder / str(number))
+    layout.sync_names(folder)
+    if base is None:
+        kept.is_changed[:] = False
+
+
+def restore(folder: pathlib.Path, number: int, kept: Kept) -> None:
+    """Write the rows of a whole snapshot into a store in which no client was written yet."""
+    about = _about(folder / str(number))
+    if about["base"] is not None:
+        restore(folder, about["base"], kept)
+        kept.is_changed[:] = False
+    ids = np.fromfile(folder / str(number) / IDS, np.int64)
+    for index, array in enumerate(kept.arrays):
+        if not array.shape[1]:
+            continue
+        with (folder / str(number) / _name(index)).open("rb") as file:
+            for some in _blocks(ids, array):
+                given = np.fromfile(file, np.uint8, count=some.size * array.shape[1])
+                array[some] = given.reshape(some.size, -1)
+    kept.is_written[ids] = True
+    kept.is_changed[ids] = about["base"] is not None
+
+
+def is_whole(folder: pathlib.Path, number: int, kept: Kept) -> bool:
+    """Tell whether a snapshot can be restored: it and its base are there, and undamaged."""
+    place = folder / str(number)
+    try:
+        about = _about(place)
+        fits = about["num_clients"] == len(kept.is_written)
+        fits = fits and about["row_bytes"] == [array.shape[1] for array in kept.arrays]
+        right = all(_checksum(place / name) == one for name, one in about["checksums"].items())
+        base = about["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return fits and right and (base is None or is_whole(folder, int(base), kept))
+
+
+def remove(folder: pathlib.Path, *, keep: Collection[int]) -> None:
+    """Remove all snapshots but those to `keep`, and those that these are based on."""
+    bases = set()
+    for number in keep:
+        if (folder / str(number) / ABOUT).exists():
+            bases.add(_about(folder / str(number))["base"])
+    for place in folder.glob("[0-9]*"):
+        if place.name.isdecimal() and int(place.name) not in {*keep, *bases}:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _base(folder: pathlib.Path, number: int, kept: Kept) -> int | None:
+    """Choose the whole snapshot that the next one is based on; None for a whole one."""
+    if 2 * np.count_nonzero(kept.is_changed) >= np.count_nonzero(kept.is_written):
+        return None
+    whole = [
+        int(place.name)
+        for place in folder.glob("[0-9]*")
+        if place.name.isdecimal() and int(place.name) < number and _about(place)["base"] is None
+    ]
+    return max(whole, default=None)
+
+
+def _name(index: int) -> str:
+    return f"{index}.bin"
+
+
+def _about(place: pathlib.Path) -> dict[str, Any]:
+    return reading.from_json(reading.text(place / ABOUT, may_link=False))
+
+
+def _blocks(ids: np.ndarray, array: np.ndarray) -> Iterator[np.ndarray]:
+    """Share ids out so that their rows are few bytes at a time."""
+    step = max(1, _AT_ONCE // max(1, array.shape[1]))
+    for start in range(0, ids.size, step):
+        yield ids[start : start + step]
+
+
+def _write(path: pathlib.Path, blocks: Any) -> int:
+    """Write arrays one after the other, durably, and sum them up."""
+    total = 0
+    with path.open("wb") as file:
+        for block in blocks:
+            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+            total = zlib.crc32(data, total)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return total
+
+
+def _checksum(path: pathlib.Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(_AT_ONCE):
+            total = zlib.crc32(block, total)
+    return total

@@ -1,0 +1,74 @@
+"""What a run's rounds are fed, and where its examples and rows are."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjaxprune.data import stores
+from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.feeding import placing, rows
+from fedjaxprune.experiment.feeding.feed import Feed
+from fedjaxprune.experiment.run.examples import Examples
+from fedjaxprune.federated.sampling import SamplingFn
+from fedjaxprune.rounds import feeding, simulation
+from fedjaxprune.types import Algorithm, Model, Population
+
+
+def place(
+    config: RunConfig, model: Model, algorithm: Algorithm, examples: Examples
+) -> placing.Places:
+    """Choose where examples and rows are, by their sizes."""
+    leaves = jax.tree.leaves(examples.population.examples)
+    number = sum(leaf.nbytes for leaf in leaves)
+    sizes = placing.Sizes(number, len(examples.sizes) * rows.num_bytes(_row(model, algorithm)))
+    return placing.choose(config, sizes)
+
+
+def for_trial(config: RunConfig, examples: Examples) -> Population:
+    """Put examples on the device: all, or those of a cohort of clients that have most of them."""
+    people = examples.population
+    if config.execution.examples == "host":
+        size = config.federation.cohort_size or 1
+        pantry = feeding.stock(_store(examples), cohort_size=size)
+        most = np.argsort(-examples.sizes, kind="stable")[:size]
+        people = feeding.population(pantry, most)
+    return jax.tree.map(jnp.asarray, people)
+
+
+def feed(
+    config: RunConfig,
+    algorithm: Algorithm,
+    examples: Examples,
+    draws: Sequence[SamplingFn],
+) -> Feed | None:
+    """Say what the rounds of a run are fed; None where all is on the device."""
+    section = config.execution
+    if section.examples == section.client_rows == "device":
+        return None
+    number = len(examples.sizes)
+    key = jax.random.key(0)
+    drawn = [simulation.drawing(draw, num_clients=number) for draw in draws]
+    sizes = [jax.eval_shape(draw, key, jnp.int32(0))[0].shape[0] for draw in drawn]
+    pantries = None
+    if section.examples == "host":
+        store = _store(examples)
+        pantries = tuple(
+            feeding.stock(store, cohort_size=size, reads=stage.reads, held=examples.population.held)
+            for stage, size in zip(algorithm.stages, sizes, strict=True)
+        )
+        for stage, pantry in zip(algorithm.stages, pantries, strict=True):
+            needed = stores.num_bytes(store, pantry.capacity)
+            placing.check_round(config, stage.name, needed)
+    return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows)
+
+
+def _store(examples: Examples) -> stores.ClientStore:
+    people = examples.population
+    return stores.of_arrays(people.examples, np.asarray(people.order), np.asarray(people.offsets))
+
+
+def _row(model: Model, algorithm: Algorithm):
+    """Give the shapes of a client's row."""
+    return jax.eval_shape(lambda key: algorithm.init_client(model.init(key)[0]), jax.random.key(0))
