@@ -33,12 +33,12 @@ class Loss(NamedTuple):
     """A process that takes part no more.
 
     Attributes:
-      index: which one.
+      process: which one.
       how: `ENDED` without a word, `SILENT` for the time of a heartbeat, or `FAILED` with an error.
       sentence: says so, without a full stop.
     """
 
-    index: int
+    process: int
     how: str
     sentence: str
 
@@ -58,9 +58,9 @@ class Message(NamedTuple):
 class Link:
     """A connection to another process."""
 
-    def __init__(self, connection: socket.socket, *, index: int, host: str) -> None:
+    def __init__(self, connection: socket.socket, *, process: int, host: str) -> None:
         """Note whose connection it is."""
-        self.index, self.host = index, host
+        self.process, self.host = process, host
         self.heard = time.monotonic()  # when something was last received
         self._connection = connection
         self._sending = threading.Lock()
@@ -127,10 +127,11 @@ class Link:
 class Channel:
     """What one process has to do with the others: of process 0 all links, of the others one."""
 
-    def __init__(self, links: Mapping[int, Link], *, index: int, heartbeat_s: float) -> None:
+    def __init__(self, links: Mapping[int, Link], *, process: int, heartbeat_s: float) -> None:
         """Begin to listen and to send beats."""
-        self.index, self.count = index, len(links) + 1
-        self.loss: Loss | None = None
+        self.process, self.number = process, len(links) + 1
+        self.loss: Loss | None = None  # the first process that is gone
+        self.lost = threading.Event()  # set once there is one
         self.handlers: dict[str, Handler] = {}
         self._links, self._heartbeat_s = dict(links), heartbeat_s
         self._values: dict[int, queue.Queue[bytes | None]] = {one: queue.Queue() for one in links}
@@ -149,7 +150,7 @@ class Channel:
         Raises:
           ProcessLost: another process is gone.
         """
-        if self.index > 0:
+        if self.process > 0:
             return self._take(0)
         self.tell("value", data)
         return data
@@ -160,7 +161,7 @@ class Channel:
         Raises:
           ProcessLost: another process is gone.
         """
-        if self.index > 0:
+        if self.process > 0:
             self.tell("value", data)
             return []
         return [data, *(self._take(one) for one in sorted(self._links))]
@@ -186,10 +187,10 @@ class Channel:
         for link in self._links.values():
             link.close()
 
-    def _take(self, index: int) -> bytes:
-        value = self._values[index].get()
+    def _take(self, process: int) -> bytes:
+        value = self._values[process].get()
         if value is None:
-            self._values[index].put(None)
+            self._values[process].put(None)
             assert self.loss is not None
             raise ProcessLost(f"{self.loss.sentence}.")
         return value
@@ -198,14 +199,14 @@ class Channel:
         while (message := link.receive()) is not None:
             kind, facts, data = message
             if kind == "value":
-                self._values[link.index].put(data)
+                self._values[link.process].put(data)
             elif kind == "failed":
                 why = f"{self._who(link)} failed: {facts.get('why')}"
-                self._lose(Loss(link.index, FAILED, why))
+                self._lose(Loss(link.process, FAILED, why))
             elif kind == "lost":
-                self._lose(Loss(facts["index"], facts["how"], facts["sentence"]))
+                self._lose(Loss(facts["process"], facts["how"], facts["sentence"]))
             elif kind in self.handlers:
-                self.handlers[kind](link.index, facts)
+                self.handlers[kind](link.process, facts)
         self._lose(self._ended(link))
 
     def _beat(self) -> None:
@@ -222,13 +223,13 @@ class Channel:
                     self._lose(self._ended(link))
                 if now - link.heard > self._heartbeat_s:
                     why = f"was not heard from for {self._heartbeat_s:g} s"
-                    self._lose(Loss(link.index, SILENT, f"{self._who(link)} {why}"))
+                    self._lose(Loss(link.process, SILENT, f"{self._who(link)} {why}"))
 
     def _who(self, link: Link) -> str:
-        return f"process {link.index} on {link.host}"
+        return f"process {link.process} on {link.host}"
 
     def _ended(self, link: Link) -> Loss:
-        return Loss(link.index, ENDED, f"{self._who(link)} ended without an error message")
+        return Loss(link.process, ENDED, f"{self._who(link)} ended without an error message")
 
     def _lose(self, loss: Loss) -> None:
         """Note the first process that is gone, and let all others know."""
@@ -236,11 +237,12 @@ class Channel:
             if self.loss is not None or self._closed.is_set():
                 return
             self.loss, on_loss = loss, self._on_loss
-        if self.index == 0:
+        if self.process == 0:
             for link in self._links.values():
-                if link.index != loss.index or loss.how == SILENT:
+                if link.process != loss.process or loss.how == SILENT:
                     with contextlib.suppress(OSError):
                         link.send_soon("lost", **loss._asdict())
+        self.lost.set()
         for values in self._values.values():
             values.put(None)
         if on_loss is not None:

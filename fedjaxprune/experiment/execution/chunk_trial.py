@@ -65,9 +65,18 @@ def choose(
         devices=1 if mesh is None else mesh.size,
         num_rounds=config.federation.num_rounds,
     )
+    own = devices.of_this_process(mesh)
+    share = work._replace(devices=1 if own is None else own.size)
+    measure_fn = measure(model, batcher, population, work=share, mesh=own)
+
+    def measure_all(size: int) -> float | None:
+        """Measure on the devices of this process, which are alike those of the others."""
+        rate = measure_fn(size)
+        return None if rate is None else rate * work.devices / share.devices
+
     return chunk_size.auto(
         work,
-        measure(model, batcher, population, work=work, mesh=mesh),
+        measure_all,
         key=key(config, task, work),
         estimate=lambda: estimate(model, batcher, population, work=work),
         warn=warn,

@@ -88,6 +88,8 @@ def chosen(number: int) -> list[Any]:
     import jax
 
     count = jax.process_count()
+    if count == 1:
+        return jax.devices()[:number]
     found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     devices = []
     for process in range(count):

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,25 @@ def leave(sentence: str, mark: Callable[[], object]) -> None:
         os.write(stderr, shown + sentence.encode() + b"\n")
     time.sleep(_SENDING_S)
     os._exit(LOST)
+
+
+@contextlib.contextmanager
+def without_stdout() -> Iterator[None]:
+    """Keep what native code writes from stdout."""
+    sys.stdout.flush()
+    try:
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        yield
+        return
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextlib.contextmanager

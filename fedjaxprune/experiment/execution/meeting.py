@@ -1,7 +1,7 @@
 """How the processes of a run find each other: process 0 listens, the others call it.
 
 What cannot work is refused in one sentence: processes that disagree on their number, that have the
-same index, or that run other versions.
+same number, or that run other versions.
 """
 
 import contextlib
@@ -43,38 +43,38 @@ class Caller(NamedTuple):
     """What a process says of itself first.
 
     Attributes:
-      index: which one it is.
-      count: how many there are.
+      process: which one it is, from 0.
+      number: how many there are.
       versions: of what it runs, which must be the same on all.
     """
 
-    index: int
-    count: int
+    process: int
+    number: int
     versions: Mapping[str, str]
 
 
 def meet(place: Place, own: Caller, *, wait_s: float) -> dict[int, Link]:
-    """Connect process 0 with all others; return this process's links by the other's index.
+    """Connect process 0 with all others; return this process's links by the other's number.
 
     Raises:
       ConfigError: the processes do not fit together, or did not all come within `wait_s`.
     """
     deadline = time.monotonic() + wait_s
-    if own.index > 0:
+    if own.process > 0:
         return {0: _call(place, own, deadline, wait_s)}
     links: dict[int, Link] = {}
     try:
         with _listener(place) as server:
-            while len(links) < own.count - 1:
+            while len(links) < own.number - 1:
                 link = _accepted(server, own, links, deadline)
                 if link is None:
-                    missing = sorted({*range(1, own.count)} - set(links))
+                    missing = sorted({*range(1, own.number)} - set(links))
                     named = ", ".join(map(str, missing))
                     raise ConfigError(
-                        f"{len(missing)} of {own.count} processes did not come to {place} within "
+                        f"{len(missing)} of {own.number} processes did not come to {place} within "
                         f"{wait_s:g} s: --process-id {named}."
                     )
-                links[link.index] = link
+                links[link.process] = link
     except BaseException as error:
         for link in links.values():
             with contextlib.suppress(OSError):
@@ -111,26 +111,26 @@ def _accepted(
             connection, address = server.accept()
         except TimeoutError:
             return None
-        link = Link(connection, index=-1, host=str(address[0]))
+        link = Link(connection, process=-1, host=str(address[0]))
         link.set_timeout(_GREETING_S)
         said = link.receive()
         if said is None or said.kind != _SIGN:  # somebody else
             link.close()
             continue
         facts = said.facts
-        link.index, link.host = int(facts["index"]), str(facts["host"])
+        link.process, link.host = int(facts["process"]), str(facts["host"])
         if why := _mismatch(own, facts, link.host):
             with contextlib.suppress(OSError):
                 link.send("refused", why=why)
             link.close()
             raise ConfigError(why)
-        if link.index in links or not 0 < link.index < own.count:
-            others = links[link.index].host if link.index in links else socket.gethostname()
+        if link.process in links or not 0 < link.process < own.number:
+            others = links[link.process].host if link.process in links else socket.gethostname()
             with contextlib.suppress(OSError):
                 link.send(
                     "refused",
-                    why=f"two processes have --process-id {link.index} (on {others} and "
-                    f"{link.host}): give each its own, from 0 to {own.count - 1}.",
+                    why=f"two processes have --process-id {link.process} (on {others} and "
+                    f"{link.host}): give each its own, from 0 to {own.number - 1}.",
                 )
             link.close()
             continue
@@ -140,11 +140,11 @@ def _accepted(
 
 def _mismatch(own: Caller, facts: Mapping[str, object], host: str) -> str:
     """Say why a process does not belong to this one; empty if it does."""
-    who = f"process {facts['index']} on {host}"
-    if facts["count"] != own.count:
+    who = f"process {facts['process']} on {host}"
+    if facts["number"] != own.number:
         return (
-            f"{who} was started with --num-processes {facts['count']} and process 0 with "
-            f"{own.count}: give all the same."
+            f"{who} was started with --num-processes {facts['number']} and process 0 with "
+            f"{own.number}: give all the same."
         )
     theirs = facts["versions"]
     assert isinstance(theirs, dict)
@@ -161,13 +161,15 @@ def _call(place: Place, own: Caller, deadline: float, wait_s: float) -> Link:
         left = deadline - time.monotonic()
         link = None
         with contextlib.suppress(OSError):
-            connection = socket.create_connection(tuple(place), timeout=max(0.1, min(left, 5.0)))
-            link = Link(connection, index=0, host=place.host)
+            connection = socket.create_connection(
+                (place.host, place.port), timeout=max(0.1, min(left, 5.0))
+            )
+            link = Link(connection, process=0, host=place.host)
             link.set_timeout(max(0.1, left))  # until all the others have come
             link.send(
                 _SIGN,
-                index=own.index,
-                count=own.count,
+                process=own.process,
+                number=own.number,
                 host=socket.gethostname(),
                 versions=dict(own.versions),
             )
@@ -180,7 +182,7 @@ def _call(place: Place, own: Caller, deadline: float, wait_s: float) -> Link:
             link.close()
         if left <= 0:
             raise ConfigError(
-                f"process {own.index} could not reach process 0 at {place} within {wait_s:g} s: "
+                f"process {own.process} could not reach process 0 at {place} within {wait_s:g} s: "
                 "see that it runs, and that its port is open."
             )
         time.sleep(min(_AGAIN_S, max(0.0, left)))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from fedjaxprune.experiment.execution.channel import Channel
 
+_LOOK_S = 1.0  # until a process that waits looks whether another one is gone
+
 
 def together(channel: Channel, stop: Callable[[], bool]) -> Callable[[], bool]:
     """Make a function to be asked once a round by all: whether the run ends after it.
@@ -36,7 +38,7 @@ def together(channel: Channel, stop: Callable[[], bool]) -> Callable[[], bool]:
                 return
             is_asked = True
         channel.tell("where")
-        answer(channel.index, where())
+        answer(channel.process, where())
 
     def where() -> int:
         nonlocal limit
@@ -44,10 +46,10 @@ def together(channel: Channel, stop: Callable[[], bool]) -> Callable[[], bool]:
             limit = completed + 1
             return completed
 
-    def answer(index: int, number: int) -> None:
+    def answer(process: int, number: int) -> None:
         with changed:
-            answers[index] = number
-            if len(answers) < channel.count:
+            answers[process] = number
+            if len(answers) < channel.number:
                 return
         number = max(answers.values()) + 1
         channel.tell("last", round=number)
@@ -65,21 +67,19 @@ def together(channel: Channel, stop: Callable[[], bool]) -> Callable[[], bool]:
             completed += 1
             may_ask = last is None and not is_asked
         if may_ask and stop():
-            if channel.index == 0:
+            if channel.process == 0:
                 ask()
             else:
                 channel.tell("stop")
         with changed:
-            changed.wait_for(
-                lambda: last is not None
-                or limit is None
-                or completed < limit
-                or channel.loss is not None
-            )
+            while last is None and limit is not None and completed >= limit:
+                if channel.lost.is_set():
+                    break
+                changed.wait(_LOOK_S)
             return last is not None and completed >= last
 
-    channel.handlers["stop"] = lambda index, facts: ask()
-    channel.handlers["where"] = lambda index, facts: channel.tell("at", round=where())
-    channel.handlers["at"] = lambda index, facts: answer(index, facts["round"])
-    channel.handlers["last"] = lambda index, facts: end_after(facts["round"])
+    channel.handlers["stop"] = lambda process, facts: ask()
+    channel.handlers["where"] = lambda process, facts: channel.tell("at", round=where())
+    channel.handlers["at"] = lambda process, facts: answer(process, facts["round"])
+    channel.handlers["last"] = lambda process, facts: end_after(facts["round"])
     return stop_fn
