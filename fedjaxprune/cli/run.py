@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import click
 
 from fedjaxprune import registry
-from fedjaxprune.cli import running
+from fedjaxprune.cli import running, together
 from fedjaxprune.cli.options import is_flag, options, read_options, settings_of
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import files, resolve
@@ -167,6 +167,7 @@ def _base(seen: _Seen) -> tuple[resolve.Given, str]:
 )
 @click.option("--details", is_flag=True, help="Show everything that was measured at the end.")
 @running.TRACK
+@together.options
 @click.pass_context
 def run(
     context: click.Context,
@@ -182,6 +183,7 @@ def run(
     `fedjaxprune list` names presets and parts; a part is also FILE.py:NAME or MODULE:NAME.
     """
     command: Any = context.command
+    membership = together.membership(values)
     given = read_options(command, values)
     if allow and resume is None:
         raise ConfigError(f"--allow {allow[0]} needs --resume.")
@@ -197,6 +199,8 @@ def run(
         raise ConfigError(
             f"--resume names the folder {resume!r} and --folder {folder!r}; give one."
         )
+    from fedjaxprune.experiment.execution import joining
+    from fedjaxprune.experiment.execution import processes as processes_lib
     from fedjaxprune.experiment.run import launch
 
     config = None if resume is not None else resolve.resolve(given)
@@ -220,7 +224,10 @@ def run(
             running.watched(how_to_continue) as watch,
             running.progress(details=details, is_member=False, begin=begin) as listener,
         ):
-            common: Any = {"listener": listener, "trackers": trackers, "stop": watch.stop}
+            processes = joining.join(membership)
+            stop = processes_lib.together(processes, watch.stop, watch.heard)
+            common: Any = {"listener": listener, "trackers": trackers, "stop": stop}
+            common |= {"processes": processes}
             if config is None:
                 assert place is not None
                 launch.resume(place, given, **common, allow=allow)

@@ -67,12 +67,21 @@ def choose(
         num_rounds=config.federation.num_rounds,
     )
     tried = ways_to_try(config, task, work)
+    mine = devices.of_this_process(mesh)
+    share = work._replace(devices=1 if mine is None else mine.size)
 
     def choose_with(way: side_by_side.Way | None) -> chunk_size.Choice:
         own = model if way is None else ways.convolve(model, way)
+        measure_fn = measure(own, batcher, population, work=share, mesh=mine)
+
+        def measure_all(size: int) -> float | None:
+            """Measure on the devices of this process, which are alike those of the others."""
+            rate = measure_fn(size)
+            return None if rate is None else rate * work.devices / share.devices
+
         return chunk_size.auto(
             work,
-            measure(own, batcher, population, work=work, mesh=mesh),
+            measure_all,
             key=key(config, task, work, way=way),
             estimate=lambda: estimate(model, batcher, population, work=work),
             warn=warn,

@@ -1,9 +1,11 @@
 """Which devices share the clients of a round."""
 
+import collections
 import contextlib
 import os
 import pathlib
 import platform
+from typing import Any
 
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import resolve as resolve_lib
@@ -25,38 +27,88 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def wanted(config: RunConfig) -> int:
-    """Say how many devices a run wants of a CPU: one a core, at most one a client of a round."""
+def wanted(config: RunConfig, *, num_processes: int = 1, process: int = 0) -> int:
+    """Say how many devices a run wants of a CPU: one a core, at most one a client of a round.
+
+    Of several processes each has its share of them.
+    """
     given, size = config.execution.devices, config.federation.cohort_size
-    number = num_cores() if given == "auto" else given
-    return number if size is None else min(number, size)
+    number = num_processes * num_cores() if given == "auto" else given
+    number = number if size is None else min(number, size)
+    return max(1, _share(number, num_processes, process))
 
 
-def prepare(config: RunConfig) -> None:
+def _share(number: int, num_processes: int, process: int) -> int:
+    """Deal devices out to processes: shares that differ by one at most."""
+    return number // num_processes + (process < number % num_processes)
+
+
+def prepare(config: RunConfig, *, num_processes: int = 1, process: int = 0) -> None:
     """Make a CPU as many devices as a run wants, unless JAX is in use already."""
     import jax
 
     with contextlib.suppress(RuntimeError):  # JAX is in use already, with devices of its own
-        jax.config.update("jax_num_cpu_devices", wanted(config))
+        number = wanted(config, num_processes=num_processes, process=process)
+        jax.config.update("jax_num_cpu_devices", number)
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in the number of devices; a chunk is at most the cohort."""
+    """Fill in the number of devices of all processes; a chunk is at most the cohort."""
     import jax
 
-    here, cohort = jax.device_count(), config.federation.cohort_size or 1
+    count = jax.process_count()
+    # A process with more devices than another one uses no more of them.
+    here = count * min(collections.Counter(d.process_index for d in jax.devices()).values())
+    cohort = config.federation.cohort_size or 1
     given, chunk = config.execution.devices, config.execution.chunk_size
-    if given != "auto" and min(given, cohort) > here:
+    if given != "auto" and min(given, cohort) > jax.device_count():
         raise ConfigError(
-            f"execution.devices must be at most {here}, the number of {jax.default_backend()} "
-            f"devices here, got {given}."
+            f"execution.devices must be at most {jax.device_count()}, the number of "
+            f"{jax.default_backend()} devices here, got {given}."
         )
-    most = num_cores() if given == "auto" and jax.default_backend() == "cpu" else here
-    number = most if given == "auto" else given
+    for name, value in {"execution.devices": given, "federation.cohort_size": cohort}.items():
+        if value != "auto" and value < count:
+            raise ConfigError(
+                f"{name} must be at least {count}, one for each process, got {value}."
+            )
+    is_alone = count == 1 and jax.default_backend() == "cpu"
+    most = num_cores() if given == "auto" and is_alone else here
+    number = min(most, cohort, here) if given == "auto" else min(given, cohort)
     return resolve_lib.replace(
         config,
         {
-            "execution.devices": min(number, cohort, here),
+            "execution.devices": number,
             "execution.chunk_size": chunk if chunk == "auto" else min(chunk, cohort),
         },
     )
+
+
+def chosen(number: int) -> list[Any]:
+    """Choose so many devices, as many of one process as of another, in the order of processes."""
+    import jax
+
+    count = jax.process_count()
+    if count == 1:
+        return jax.devices()[:number]
+    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = []
+    for process in range(count):
+        own = [device for device in found if device.process_index == process]
+        share = _share(number, count, process)
+        if len(own) < share:
+            raise ConfigError(
+                f"execution.devices {number} takes {share} devices of process {process}, which "
+                f"has {len(own)}: give at most {count * len(own)}."
+            )
+        devices += own[:share]
+    return devices
+
+
+def of_this_process(mesh: Any) -> Any:
+    """Make a mesh of those devices of a mesh that are this process's; None for one device."""
+    from fedjaxprune.federated import cohort
+
+    if mesh is None or not mesh.is_multi_process:
+        return mesh
+    own = [device for device in mesh.devices.flat if device in set(mesh.local_devices)]
+    return cohort.make_mesh(devices=own) if len(own) > 1 else None

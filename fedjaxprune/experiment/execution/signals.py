@@ -36,11 +36,13 @@ class Watch(NamedTuple):
       came: gives the number of the signal that came, or None.
       begin: call it before anything is run; raises `Stopped` if a signal came already.
       stop: call it after each round: whether to save a checkpoint and end the run.
+      heard: call it when another process of the run ends it after this round: it had a signal.
     """
 
     came: Callable[[], int | None]
     begin: Callable[[], None]
     stop: Callable[[], bool]
+    heard: Callable[[], None]
 
 
 @contextlib.contextmanager
@@ -71,6 +73,10 @@ def watched(*, last_words: Callable[[int], str]) -> Iterator[Watch]:
         has_rounds = True
         return bool(came)
 
+    def heard() -> None:
+        if not came:
+            came.append(signal.SIGTERM)
+
     def end_while_compiling(number: int) -> None:
         """Python hears of a signal only once XLA has compiled, which may take minutes."""
         time.sleep(_PATIENCE_S)
@@ -81,7 +87,7 @@ def watched(*, last_words: Callable[[int], str]) -> Iterator[Watch]:
             os._exit(status(number))
 
     with _handlers(handle, end_while_compiling):
-        yield Watch(lambda: came[0] if came else None, begin, stop)
+        yield Watch(lambda: came[0] if came else None, begin, stop, heard)
 
 
 def status(number: int) -> int:

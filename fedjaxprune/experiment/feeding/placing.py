@@ -30,8 +30,20 @@ class Places(NamedTuple):
 
 
 def choose(config: RunConfig, sizes: Sizes) -> Places:
-    """Choose by the memory that is free what the config leaves open (``"auto"``)."""
+    """Choose by the memory that is free what the config leaves open (``"auto"``).
+
+    Raises:
+      ConfigError: several processes are to feed their cohorts, which one alone can do.
+    """
     section = config.execution
+    if jax.process_count() > 1:
+        for name, value in (("examples", section.examples), ("client_rows", section.client_rows)):
+            if value not in ("auto", "device"):
+                raise ConfigError(
+                    f"execution.{name} must be device in a run of several processes, which are not "
+                    f"fed; got {value!r}."
+                )
+        return Places("device", "device", "")
     free, on_host = memory.free_bytes(), memory.free_host_bytes()
     number = section.devices if isinstance(section.devices, int) else 1
     # The devices of a CPU share its memory, and each has all examples and rows.

@@ -72,7 +72,10 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[Manager]:
     if folder.exists() and not folder.is_dir():  # orbax would notice at the first save
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        max_to_keep=keep,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+        **_of_this_process(folder),
     )
     manager = _open(folder, options)
     try:
@@ -84,6 +87,18 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[Manager]:
     with _writing(folder):
         manager.close()
     layout.sync_names(folder)
+
+
+def _of_this_process(folder: pathlib.Path) -> dict[str, Any]:
+    """Let a process of several read and write on its own: orbax would wait for all of them."""
+    if jax.process_count() == 1:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    index = jax.process_index()
+    only = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    return {"create": False, "multiprocessing_options": only}
 
 
 def _open(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> Manager:

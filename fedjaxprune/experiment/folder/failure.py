@@ -43,11 +43,21 @@ def marked(folder: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as error:
         with contextlib.suppress(Exception):  # a full disk, say: the error itself is raised
-            number = len(record.read(folder).lines) + 1
-            new = Failure(round=number, error=describe(error)[:_LONGEST])
-            if mark := old if isinstance(error, RunFolderError) else new:
-                layout.replace(folder / FAILED, json.dumps(mark._asdict()) + "\n")
+            if not isinstance(error, RunFolderError):
+                mark(folder, describe(error))
+            elif old:
+                _write(folder, old)
         raise
+
+
+def mark(folder: pathlib.Path, error: str) -> None:
+    """Leave a mark that the run failed in the round after the last one on record."""
+    number = len(record.read(folder).lines) + 1
+    _write(folder, Failure(round=number, error=error[:_LONGEST]))
+
+
+def _write(folder: pathlib.Path, failure: Failure) -> None:
+    layout.replace(folder / FAILED, json.dumps(failure._asdict()) + "\n")
 
 
 def read(folder: pathlib.Path) -> Failure | None:

@@ -22,6 +22,8 @@ from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config import resolve as resolve_lib
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices
+from fedjaxprune.experiment.execution import processes as processes_lib
+from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.folder import network as network_lib
 from fedjaxprune.experiment.folder.network import Network
@@ -49,11 +51,17 @@ _HOSTILE, _HARDWARE = 2, 3  # beside a seed: draws of their own
 _SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
 
 
-def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.RunParts:
+def build(
+    config: RunConfig,
+    *,
+    warn: chunk_size.WarnFn | None = None,
+    processes: Processes = ALONE,
+) -> loop.RunParts:
     """Put a run together.
 
     No run folder is made, so that whatever is wrong is said before there is one. Without `warn`
-    there is no trial of a chunk size ``"auto"``, and clients train one by one.
+    there is no trial of a chunk size ``"auto"``, and clients train one by one. Of several processes
+    the first makes the trial, on its own devices.
     """
     config = devices.resolve(config)
     examples = examples_lib.read(config)
@@ -74,14 +82,16 @@ def build(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> loop.R
     if size == "auto" and warn is not None:
         with _refusals(_no_round(config)):  # before the trial compiles anything
             loop.check_start(_parts(config, task, algorithm, examples))
-        people = fed.for_trial(config, examples)
-        chunk = chunk_trial.choose(config, task, people, sizes=examples.sizes, warn=warn)
-        config = resolve_lib.replace(config, {"execution.chunk_size": chunk.size})
-        if chunk.way is not None:
-            config = resolve_lib.replace(config, {"execution.convolutions": chunk.way})
-            task = task._replace(model=ways.convolve(task.model, chunk.way))
-        if chunk.size > 1:
-            protocol = task.protocol._replace(chunk_size=chunk.size)
+        if processes.is_first:
+            people = fed.for_trial(config, examples)
+            chunk = chunk_trial.choose(config, task, people, sizes=examples.sizes, warn=warn)
+        size, way = processes_lib.decided(processes, lambda: chunk and (chunk.size, chunk.way))
+        config = resolve_lib.replace(config, {"execution.chunk_size": size})
+        if way is not None:
+            config = resolve_lib.replace(config, {"execution.convolutions": way})
+            task = task._replace(model=ways.convolve(task.model, way))
+        if size > 1:
+            protocol = task.protocol._replace(chunk_size=size)
             task = task._replace(protocol=protocol)
             algorithm = make_algorithm(config, task)
     parts = _parts(config, task, algorithm, examples)
@@ -190,7 +200,7 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
             aggregator=_aggregator(config, given),
             server=parts.server_optimizer.part.build(config.server.optimizer),
             chunk_size=chunk,
-            mesh=cohort.make_mesh(devices=jax.devices()[:number]) if number > 1 else None,
+            mesh=cohort.make_mesh(devices=devices.chosen(number)) if number > 1 else None,
             correction=parts.correction.part.build(
                 section.correction, batcher=batcher, optimizer_settings=section.optimizer
             ),

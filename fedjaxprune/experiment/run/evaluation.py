@@ -142,7 +142,7 @@ def evaluate(
             )
             step = functools.partial(add, params, model_state, test)
             sums, _ = jax.lax.scan(step, zero, starts)
-            return sums if mesh is None else jax.lax.psum(sums, cohort.AXIS)
+            return sums if mesh is None else _added(sums, mesh)
 
         num_batches = -(-num_examples // size)
         num_batches += -num_batches % num_devices
@@ -159,6 +159,15 @@ def evaluate(
         return share(params, model_state, test, starts)
 
     return evaluate_fn
+
+
+def _added(sums: Evaluation, mesh: Mesh) -> Evaluation:
+    """Add up what the devices found, in their order, whatever processes they belong to."""
+    if not mesh.is_multi_process:
+        return jax.lax.psum(sums, cohort.AXIS)  # adds in this order
+    gathered = jax.lax.all_gather(sums, cohort.AXIS)
+    each = [trees.take_rows(gathered, jnp.int32(device)) for device in range(mesh.size)]
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), each)
 
 
 def _count(test: TestSet, *, are_classes: bool) -> int:

@@ -16,6 +16,8 @@ from fedjaxprune.experiment.config import files, identity
 from fedjaxprune.experiment.config import resolve as resolve_lib
 from fedjaxprune.experiment.config.resolve import Given
 from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.execution import processes as processes_lib
+from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.folder import (
     environments,
     failure,
@@ -24,7 +26,8 @@ from fedjaxprune.experiment.folder import (
     record,
     summary,
 )
-from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.experiment.run import alike
+from fedjaxprune.experiment.run.listener import SILENT, Listener
 from fedjaxprune.registry import Found, as_started_in
 
 INTERRUPTED = 130  # exit status of a command
@@ -45,22 +48,61 @@ def start(
     listener: Listener | None = None,
     trackers: Openers | None = None,
     stop: StopFn = never,
+    processes: Processes = ALONE,
 ) -> pathlib.Path:
     """Begin a new run, bring it to its end and return its folder.
 
-    It ends early, with a checkpoint, after a round in which `stop` says so.
+    It ends early, with a checkpoint, after a round in which `stop` says so. Of several processes
+    the first makes the folder; listener and trackers of the others are not called.
     """
-    if folder is None:
-        with layout.claimed(config) as folder:
-            return start(config, folder=folder, listener=listener, trackers=trackers, stop=stop)
-    listener = listener or Listener()
-    layout.check_free(folder)
+    place = folder
+    if not processes.is_first:
+        listener, trackers = SILENT, {}
+    with processes_lib.at_work(processes, lambda: place):
+        alike.check_settings(processes, config)
+        with _claimed(config, folder, processes) as place:
+            _start(
+                config,
+                place,
+                listener or Listener(),
+                trackers or {},
+                stop=stop,
+                processes=processes,
+            )
+    assert place is not None
+    return place
+
+
+@contextlib.contextmanager
+def _claimed(
+    config: RunConfig, folder: pathlib.Path | None, processes: Processes
+) -> Iterator[pathlib.Path]:
+    """Give the folder of a new run; one that is not named is made by the first process."""
+    with contextlib.ExitStack() as stack:
+        if folder is None and processes.is_first:
+            folder = stack.enter_context(layout.claimed(config))
+        where = processes_lib.decided(processes, lambda: str(folder and folder.absolute()))
+        yield folder if folder is not None and processes.is_first else pathlib.Path(where)
+
+
+def _start(
+    config: RunConfig,
+    folder: pathlib.Path,
+    listener: Listener,
+    trackers: Openers,
+    *,
+    stop: StopFn,
+    processes: Processes,
+) -> None:
+    if processes.is_first:
+        layout.check_free(folder)
     listener.begin(config, folder)
-    parts = _build(config, listener.warn)
+    parts = _build(config, listener.warn, processes)
     for sentence in parts.algorithm.notes:
         listener.warn(sentence)
     from fedjaxprune.experiment.folder import network
 
+    alike.check_parts(processes, parts)
     texts = {layout.NETWORK: network.to_text(parts.network)}
     if parts.places:
         listener.note(parts.places)
@@ -71,9 +113,9 @@ def start(
         texts[chunk_size.FILE] = chunk_size.to_text(parts.chunk)
     from fedjaxprune.experiment.execution import environment
 
-    layout.create(folder, parts.config, texts, environment=environment.here())
-    _train(folder, parts, listener, trackers or {}, stop=stop)
-    return folder
+    if processes.is_first:
+        layout.create(folder, parts.config, texts, environment=environment.here())
+    _train(folder, parts, listener, trackers, stop=stop, processes=processes)
 
 
 def resume(
@@ -84,6 +126,7 @@ def resume(
     trackers: Openers | None = None,
     stop: StopFn = never,
     allow: Collection[str] = (),
+    processes: Processes = ALONE,
 ) -> pathlib.Path:
     """Continue the run in `folder`, if the explicitly given settings agree with it.
 
@@ -95,23 +138,28 @@ def resume(
       stop: as for `start`.
       allow: what is refused without it: ``"restart"`` at round 1 if no checkpoint can be used, and
         another ``"environment"``, in which JAX computes otherwise than when the run began.
+      processes: as for `start`; there may be more or fewer than when the run began.
     """
-    if unknown := [word for word in allow if word not in MAY_BE_ALLOWED]:
-        raise ConfigError(
-            f"allow must be {' or '.join(MAY_BE_ALLOWED)}, got {unknown[0]!r}"
-            f"{near_miss(unknown[0], MAY_BE_ALLOWED)}"
-        )
-    stored = layout.stored(folder)
-    with as_started_in(stored.started_in):
-        _resume(
-            folder,
-            stored,
-            given or Given({}),
-            listener or Listener(),
-            trackers or {},
-            stop=stop,
-            allow=allow,
-        )
+    if not processes.is_first:
+        listener, trackers = SILENT, {}
+    with processes_lib.at_work(processes, lambda: folder):
+        if unknown := [word for word in allow if word not in MAY_BE_ALLOWED]:
+            raise ConfigError(
+                f"allow must be {' or '.join(MAY_BE_ALLOWED)}, got {unknown[0]!r}"
+                f"{near_miss(unknown[0], MAY_BE_ALLOWED)}"
+            )
+        stored = layout.stored(folder)
+        with as_started_in(stored.started_in):
+            _resume(
+                folder,
+                stored,
+                given or Given({}),
+                listener or Listener(),
+                trackers or {},
+                stop=stop,
+                allow=allow,
+                processes=processes,
+            )
     return folder
 
 
@@ -124,6 +172,7 @@ def _resume(
     *,
     stop: StopFn,
     allow: Collection[str],
+    processes: Processes,
 ) -> None:
     config = stored_config(folder, given)
     # Parts that are values have no settings to be compared.
@@ -134,21 +183,26 @@ def _resume(
             f"the run in {str(folder)!r} has another config: {'; '.join(different)}; "
             "leave these out, or start a new run."
         )
-    _check_untouched(folder, config)
+    alike.check_settings(processes, config)
+    if processes.is_first:
+        _check_untouched(folder, config)
     if identity.DATA_DIR in given.values:
         config = resolve_lib.replace(config, {identity.DATA_DIR: given.values[identity.DATA_DIR]})
     listener.begin(config, folder)
     for sentence in changes(stored, config):
         listener.warn(sentence)
-    _prepare(config)
+    _prepare(config, processes)
     if sentence := _other_environment(stored, folder, is_allowed="environment" in allow):
         listener.warn(sentence)
-    parts = _build(config, None)
+    parts = _build(config, None, processes)
     with _said(folder):
         from fedjaxprune.experiment.folder import network
 
         network.check_same(parts.network, folder)
-    _train(folder, parts, _noting(listener, stored, folder), trackers, stop=stop, allow=allow)
+    alike.check_parts(processes, parts)
+    listener = _noting(listener, stored, folder)
+    options: Any = {"stop": stop, "allow": allow, "processes": processes}
+    _train(folder, parts, listener, trackers, **options)
 
 
 def _noting(listener: Listener, stored: files.Stored, folder: pathlib.Path) -> Listener:
@@ -199,11 +253,11 @@ def changes(stored: files.Stored, config: RunConfig) -> list[str]:
     return [*sentences, other] if other else sentences
 
 
-def _prepare(config: RunConfig) -> None:
-    """Make as many devices as a run wants."""
+def _prepare(config: RunConfig, processes: Processes) -> None:
+    """Make as many devices as a run wants of this process."""
     from fedjaxprune.experiment.execution import devices
 
-    devices.prepare(config)
+    devices.prepare(config, num_processes=processes.number, process=processes.process)
 
 
 def _other_environment(stored: files.Stored, folder: pathlib.Path, *, is_allowed: bool) -> str:
@@ -224,13 +278,13 @@ def _other_environment(stored: files.Stored, folder: pathlib.Path, *, is_allowed
     return f"the bits may differ from here on: {'; '.join(different)}." if different else ""
 
 
-def _build(config: RunConfig, warn: Callable[[str], object] | None) -> Any:
+def _build(config: RunConfig, warn: Callable[[str], object] | None, processes: Processes) -> Any:
     """Put a run together, with as many devices as it wants."""
-    _prepare(config)
+    _prepare(config, processes)
     from fedjaxprune.experiment.run import build
 
     with _memory(config):
-        return build.build(config, warn=warn)
+        return build.build(config, warn=warn, processes=processes)
 
 
 @contextlib.contextmanager
@@ -295,7 +349,13 @@ def _check_pruned(config: RunConfig, lines: Sequence[record.Line], listener: Lis
 
 
 def _train(
-    folder: pathlib.Path, parts: Any, listener: Listener, trackers: Openers, **options: Any
+    folder: pathlib.Path,
+    parts: Any,
+    listener: Listener,
+    trackers: Openers,
+    *,
+    processes: Processes,
+    **options: Any,
 ) -> None:
     """Run what is left to run, with options of `loop.train`; an error is marked in the folder."""
     from fedjaxprune.experiment.analysis import plots
@@ -303,16 +363,25 @@ def _train(
     from fedjaxprune.experiment.tracking import tracker
 
     config = parts.config
+    options = {"folder": folder, "processes": processes, **options}
+    if not processes.is_first:
+        with _memory(config):
+            if not processes_lib.decided(processes, lambda: None):
+                with processes_lib.patient(processes):
+                    loop.train(parts, listener=listener, **options)
+        return
     with _memory(config), _said(folder), lock.hold(folder):
         found = record.read(folder)
-        if len(found.lines) == parts.num_rounds and (folder / layout.SUMMARY).exists():
+        is_finished = len(found.lines) == parts.num_rounds and (folder / layout.SUMMARY).exists()
+        if processes_lib.decided(processes, lambda: is_finished):
             listener.note("this run is finished; there is nothing left to do.")
         else:
             with (
                 failure.marked(folder),
                 tracker.follow(listener, trackers, folder=folder, config=config) as followed,
+                processes_lib.patient(processes),
             ):
-                loop.train(parts, folder=folder, listener=followed, **options)
+                loop.train(parts, listener=followed, **options)
                 found = record.read(folder)
                 if len(found.lines) < parts.num_rounds:
                     return  # it was stopped

@@ -36,3 +36,6 @@ class Listener(NamedTuple):
     note: Callable[[str], object] = _ignore
     warn: Callable[[str], object] = _warn
     finish: Callable[[RunConfig, pathlib.Path, Mapping[str, Any]], object] = _ignore
+
+
+SILENT = Listener(warn=_ignore)

@@ -5,6 +5,7 @@ once. The host reads metrics only, one round behind the device.
 All randomness comes from the seed and the number of the round: a resumed run needs no key.
 """
 
+import contextlib
 import functools
 import pathlib
 import time
@@ -13,13 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from fedjaxprune.costs.hardware import Hardware
 from fedjaxprune.errors import ConfigError, RunFolderError
 from fedjaxprune.experiment.config import files
 from fedjaxprune.experiment.config.sections import RunConfig
-from fedjaxprune.experiment.execution import chunk_size
+from fedjaxprune.experiment.execution import chunk_size, joining, placing
+from fedjaxprune.experiment.execution import processes as processes_lib
+from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.feeding import feeder as feeding
 from fedjaxprune.experiment.feeding.feed import Feed
@@ -70,6 +73,7 @@ def train(
     listener: Listener,
     stop: Callable[[], bool] = lambda: False,
     allow: Collection[str] = (),
+    processes: Processes = ALONE,
 ) -> RoundState:
     """Run all rounds that the folder does not hold yet, and return the final state.
 
@@ -83,32 +87,39 @@ def train(
       stop: asked once a round: whether to save a checkpoint after it and return.
       allow: with `checkpoints.RESTART` a run starts again at round 1 if what was saved cannot be
         read.
+      processes: that run it together; process 0 alone reads and writes the folder.
 
     Raises:
       RunFolderError: no checkpoint can be used, or the newest one is another run's.
     """
     algorithm, config = parts.algorithm, parts.config
+    joining.connect(processes, parts.mesh)
     key = jax.random.key(config.seed)
     rounds_key = jax.random.fold_in(key, composing.ROUNDS)
     first_key = jax.random.fold_in(key, composing.INIT)
     # Clients' rows are made where they stay: a second copy may not fit. What a jitted function
     # returns are buffers of its own, which can be donated.
-    begin_fn = jax.jit(lambda key: start(key, parts), out_shardings=_everywhere(parts.mesh))
-    people = feeding.on_device(parts.feed, parts.population)
-    rounds_key, population, test = _place((rounds_key, people, parts.test), parts.mesh)
+    begin_fn = jax.jit(lambda key: start(key, parts), out_shardings=placing.everywhere(parts.mesh))
+    first_key, rounds_key, people, test = placing.place(
+        (first_key, rounds_key, feeding.on_device(parts.feed, parts.population), parts.test),
+        parts.mesh,
+    )
     shapes, _ = feeding.without_rows(parts.feed, jax.eval_shape(begin_fn, first_key))
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
     try_out = jax.jit(
         lambda state, test: test_fn(algorithm.deployed_params(state), state.model_state, test)
     )
-    deploy, fingerprint = jax.jit(algorithm.deployed_params), files.fingerprint(config)
+    fingerprint = files.fingerprint(config)
+    deploy = jax.jit(algorithm.deployed_params, out_shardings=placing.everywhere(parts.mesh))
     clock = 0.0
 
     def note(stage: str, stage_round: int, number: int, found: Any) -> None:
         """Wait for one round and put it on record."""
         nonlocal clock
         metrics, tested = jax.device_get(found)
+        if not processes.is_first:
+            return
         before, clock = clock, time.perf_counter()
         line = writer.line(stage, stage_round, number, metrics, tested)
         line["time_s"] = round(clock - before, 6)
@@ -116,9 +127,11 @@ def train(
         listener.round(line)
 
     def save(number: int) -> None:
+        deployed = deploy(now.state)
+        if not processes.is_first:
+            return
         record.sync(folder)
         feeder.save(number, manager.all_steps())
-        deployed = deploy(now.state)
         checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
 
     tests, saves = config.evaluation, config.checkpoints
@@ -131,25 +144,30 @@ def train(
             place=feed_lib.placing(parts.mesh),
             warn=listener.warn,
         ) as feeder,
-        checkpoints.open_manager(folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
+        _opened(processes, folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
     ):
-        found = _saved(
-            manager,
-            shapes,
-            folder,
-            is_saved=feeder.is_saved,
-            every=saves.every,
-            allow=allow,
-            warn=listener.warn,
-        )
-        if found is None:
-            done, begun = 0, begin_fn(first_key)
+        found = None
+        if processes.is_first:
+            found = _saved(
+                manager,
+                shapes,
+                folder,
+                is_saved=feeder.is_saved,
+                every=saves.every,
+                allow=allow,
+                warn=listener.warn,
+            )
+        done = processes_lib.decided(processes, lambda: 0 if found is None else found[0])
+        if done:
+            saved = processes_lib.shared_arrays(processes, found and found[1], shapes)
+            now = placing.place(saved, parts.mesh)
+            feeder.restore(done)
+        else:
+            begun = begin_fn(first_key)
             _check_values(begun, config)
             now, _ = feeding.without_rows(parts.feed, begun)
-        else:
-            done, now = found[0], _place(found[1], parts.mesh)
-            feeder.restore(done)
-        listener.start(writer.header, record.cut(folder, writer.header, done))
+        if processes.is_first:
+            listener.start(writer.header, record.cut(folder, writer.header, done))
 
         begin, note_last = 0, _nothing_to_note
         clock = time.perf_counter()
@@ -162,7 +180,7 @@ def train(
                 is_last = number == parts.num_rounds
                 is_due = number >= tests.start and number % tests.every == 0
                 try:
-                    now, metrics = step(rounds_key, now, population)
+                    now, metrics = step(rounds_key, now, people)
                     tested = try_out(now.state, test) if is_due or is_last else None
                 except Exception:
                     note_last()  # so that the record ends where the error came
@@ -179,6 +197,13 @@ def train(
                     return now.state
             begin = end
     return now.state
+
+
+def _opened(processes: Processes, folder: pathlib.Path, *, keep: int) -> Any:
+    """Open the checkpoints; only process 0 has them."""
+    if not processes.is_first:
+        return contextlib.nullcontext()
+    return checkpoints.open_manager(folder, keep=keep)
 
 
 def _check_values(begun: Simulation, config: RunConfig) -> None:
@@ -251,7 +276,7 @@ def check(parts: RunParts) -> None:
         given = (now, parts.population)
         if parts.feed is not None:
             given = feed_lib.shapes(parts.feed, index, now, row, parts.population)
-        everywhere = _everywhere(parts.mesh)
+        everywhere = placing.everywhere(parts.mesh)
         placed = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),  # noqa: B023
             (key, *given),
@@ -263,17 +288,7 @@ def _compiled(advance: AdvanceFn, mesh: Mesh | None) -> AdvanceFn:
     """Let XLA compile the round; it may write the new simulation over the old one."""
     if mesh is None:
         return jax.jit(advance, donate_argnums=1)
-    return jax.jit(advance, donate_argnums=1, out_shardings=_everywhere(mesh))
-
-
-def _place(tree: Any, mesh: Mesh | None) -> Any:
-    """Put a tree on every device of a mesh."""
-    return tree if mesh is None else jax.device_put(tree, _everywhere(mesh))
-
-
-def _everywhere(mesh: Mesh | None) -> NamedSharding | None:
-    """Name the placement of an array that every device holds."""
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(advance, donate_argnums=1, out_shardings=placing.everywhere(mesh))
 
 
 def start(key: Key, parts: RunParts) -> Simulation:
