@@ -120,6 +120,7 @@ REPLIES = {"calibrate": ("statistics",), "compare": ("losses",), "score": ("grad
 EXPLORED = ("autoflip+channels", "autoflip/explored_start")
 SCORED = {"ssfl": ("scores",), "wanda": ("squares",)}
 REPLIES |= {"agree": ("masks",), "average": ("trained",)}
+REPLIES |= {"score_1": ("squares",), "score_2": ("squares",)}  # block by block
 REPLIES |= {"gradient": ("grads",), "curvature": ("curvature",), "measure": ("loss",)}
 BESIDE = ("control", "effective_steps", "gains", "grads", "model_state")
 BESIDE += ("other_gains", "places", "scores")
@@ -282,7 +283,7 @@ def received(name, stage, algorithm, before, masks, version):
     is_stale = version != int(before.masks_id)
     if stage == "curvature" and name == "grasp/of_clients":  # the model came with the one before
         return bits_of(messages.whole("direction", before.method))
-    if stage in ("score", "gradient", "curvature", "explore"):
+    if stage.startswith("score") or stage in ("gradient", "curvature", "explore"):
         model = messages.whole("model_state", before.model_state)
         model |= messages.values("params", before.params, before.masks)
         own = messages.personal_masks(before.masks, flags_of(algorithm, before.params))

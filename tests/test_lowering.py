@@ -79,8 +79,8 @@ def test_what_is_looked_for_is_found():
     with jax.enable_x64(True):
         wide = jax.jit(lambda x: x.astype(jnp.float64) + jnp.float64(1)).lower(jnp.ones((3, 2)))
     assert max(wide_sizes(wide.as_text())) == 6
-    called = jax.jit(lambda x: jax.pure_callback(np.sin, x, x)).trace(jnp.float32(1))
-    assert "callback" in called.lower(lowering_platforms=("cuda",)).as_text()
+    called = jax.jit(lambda x: jax.pure_callback(np.sin, x, x)).lower(jnp.float32(1))
+    assert "callback" in called.as_text()
 
 
 def network(name):
@@ -92,7 +92,7 @@ def network(name):
     batch = Batch(
         inputs=jax.ShapeDtypeStruct((4, 2, *image), jnp.float32),
         labels=jax.ShapeDtypeStruct((4, 2), jnp.int32),
-        mask=jax.ShapeDtypeStruct((4, 2), jnp.bool_),
+        weights=jax.ShapeDtypeStruct((4, 2), jnp.float32),
     )
     params, state = jax.eval_shape(model.init, KEY)
     clients = jax.tree.map(lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype), params)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedjaxprune.kernels import bilinear, chosen, pooling, storing
+from fedjaxprune.kernels import chosen, convolution, pooling, side_by_side, storing
 from fedjaxprune.kernels import strides as geometry
+from fedjaxprune.kernels.side_by_side import Way
 from fedjaxprune.structure import jaxprs
 
 _POOL = 2  # pooling windows are 2 × 2
@@ -88,8 +89,13 @@ class _Forms(NamedTuple):
 
 @functools.cache
 def _forms(
-    x: tuple[int, ...], kernel: tuple[int, ...], padding: int, block: int, dtype: Any
+    x: tuple[int, ...], kernel: tuple[int, ...], padding: int, block: int, dtype: Any, way: Way
 ) -> _Forms:
+    pads = (padding, padding), (padding, padding)
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return convolution.unmarked(x, kernel, (1, 1), pads, 1, way)
+
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (x, kernel, kernel[-1:])]
 
     def forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
@@ -97,7 +103,7 @@ def _forms(
         return output, *stored
 
     def plain_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
-        convolved = _convolve(x, kernel, padding)
+        convolved = convolve(x, kernel)
         return _finish(convolved, bias), convolved
 
     def backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, *rest: jax.Array) -> Any:
@@ -108,9 +114,9 @@ def _forms(
     def plain_backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, *rest: jax.Array) -> Any:
         *_, convolved, cotangent = rest
         d_convolved, d_bias = jax.vjp(_finish, convolved, bias)[1](cotangent)
-        product = functools.partial(_convolve, padding=padding)
-        convolution = bilinear.transposed(product, *operands[:2])
-        return convolution.first(d_convolved, kernel), convolution.second(x, d_convolved), d_bias
+        by_image = jax.linear_transpose(lambda x: convolve(x, kernel), x)
+        by_kernel = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)
+        return *by_image(d_convolved), *by_kernel(d_convolved), d_bias
 
     output, *own = jax.eval_shape(forward, *operands)
     _, plain = jax.eval_shape(plain_forward, *operands)
@@ -130,14 +136,14 @@ def _forms(
 def _chosen_forward(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int
 ) -> Any:
-    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype)
+    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype, side_by_side.current())
     output, *stored = chosen.call(forms.forward, forms.plain_forward, forms.stored, x, kernel, bias)
     return output, (x, kernel, bias, *stored)
 
 
 def _chosen_backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) -> Any:
     x, kernel, bias, *_ = residuals
-    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype)
+    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype, side_by_side.current())
     like = (x, kernel, bias)
     operands = (*residuals, cotangent)
     return tuple(chosen.call(forms.backward, forms.plain_backward, like, *operands))

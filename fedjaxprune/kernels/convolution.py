@@ -110,13 +110,33 @@ def conv(
     each makes ``O / G`` outputs from ``C / G`` inputs. Negative padding crops.
     """
     plain = _xlas(strides, padding, groups)
-    if not min(*x.shape, *kernel.shape, *geometry.outputs(x.shape, kernel.shape, strides, padding)):
+    if _is_empty(x, kernel, strides, padding):
+        return plain(x, kernel)
+    output = unmarked(x, kernel, strides, padding, groups, side_by_side.current())
+    return jaxprs.equivalent_to(output, plain, x, kernel)
+
+
+def unmarked(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Pads,
+    groups: int,
+    way: side_by_side.Way,
+) -> jax.Array:
+    """Do the same inside of a form that says itself what it stands for."""
+    plain = _xlas(strides, padding, groups)
+    if _is_empty(x, kernel, strides, padding):
         return plain(x, kernel)
     if groups > 1:
         jax.eval_shape(plain, x, kernel)  # refuses groups that do not divide the channels
-    way = side_by_side.current()
     family = _family(x.shape, kernel.shape, x.dtype, strides, padding, groups, way)
-    return jaxprs.equivalent_to(bilinear.apply(family, x, kernel), plain, x, kernel)
+    return bilinear.apply(family, x, kernel)
+
+
+def _is_empty(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> bool:
+    sizes = geometry.outputs(x.shape, kernel.shape, strides, padding)
+    return not min(*x.shape, *kernel.shape, *sizes)
 
 
 def _xlas(strides: tuple[int, int], padding: Pads, groups: int) -> Any:
