@@ -1,10 +1,14 @@
 """Whole runs of every method and variant, stopped in every round of every stage and resumed."""
 
+import chex
+import jax
 import pytest
 
 from fedjaxprune import registry
 from fedjaxprune.experiment.config import resolve
-from fedjaxprune.experiment.run import build
+from fedjaxprune.experiment.folder import record
+from fedjaxprune.experiment.run import build, loop
+from fedjaxprune.experiment.run.listener import Listener
 from tests import resuming
 from tests.laws import rows
 
@@ -46,3 +50,22 @@ def test_stopped_in_any_round_of_any_stage_it_resumes_to_the_same_bits(name, tmp
     lines = resuming.assert_resumes(parts, tmp_path, **options)
     stages = [stage.name for stage in parts.algorithm.stages for _ in range(stage.num_rounds)]
     assert [line["stage"] for line in lines] == stages
+
+
+@pytest.mark.laws
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("name", [name for name in rows.names() if name not in rows.BESIDE])
+def test_a_run_that_is_fed_has_the_bits_of_one_that_is_not(name, devices, tmp_path):
+    found = []
+    for examples, client_rows in (("device", "device"), ("host", "host")):
+        places = {"execution.examples": examples, "execution.client_rows": client_rows}
+        given = {**settings(name), **places, "execution.devices": devices}
+        config = resolve.resolve({**given, "evaluation.every": 100})
+        folder = tmp_path / examples
+        folder.mkdir()
+        quiet = Listener(warn=lambda sentence: None)
+        state = loop.train(build.build(config), folder=folder, listener=quiet)
+        lines = [{**line, "time_s": 0} for line in record.read(folder).lines]
+        found.append((jax.device_get(state), lines))
+    chex.assert_trees_all_equal(*found)
