@@ -82,8 +82,8 @@ def stays_finite(before: Any, after: Any) -> jax.Array:
 
 def _finite(tree: Any) -> list[jax.Array]:
     """Tell of each floating-point leaf whether it has neither NaN nor infinity."""
-    flat = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
-    return [jnp.isfinite(jnp.sum(leaf - leaf)) for leaf in flat]
+    floats = [leaf for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
+    return [jnp.isfinite(jnp.sum(leaf - leaf)) for leaf in floats]
 
 
 def _is_inexact(leaf: Any) -> bool:
@@ -125,10 +125,18 @@ _TILE = (64, 128)  # added up along the first axis, in which a byte does not ove
 
 
 def _count_tiles(marks):
-    size = _TILE[0] * _TILE[1]
-    flat, rest = marks.ravel(), marks.size % size
-    whole, tail = flat[: marks.size - rest], flat[marks.size - rest :]
-    tiles = jnp.sum(whole.reshape(-1, *_TILE).astype(jnp.int8), axis=1, dtype=jnp.int8)
+    height, width = _TILE
+    if marks.ndim > 1 and marks.shape[-1] >= width:
+        # As it is, since a leaf that devices share must be whole at each of them to be flattened.
+        rows, width = marks.reshape(-1, marks.shape[-1]), marks.shape[-1]
+        rest = rows.shape[0] % height
+        whole, tail = rows[: rows.shape[0] - rest], rows[rows.shape[0] - rest :]
+    else:
+        flat, rest = marks.ravel(), marks.size % (height * width)
+        whole, tail = flat[: marks.size - rest], flat[marks.size - rest :]
+    if not whole.size:
+        return _count_plainly(tail)
+    tiles = jnp.sum(whole.reshape(-1, height, width).astype(jnp.int8), axis=1, dtype=jnp.int8)
     return jnp.sum(tiles, dtype=jnp.int32) + _count_plainly(tail)
 
 

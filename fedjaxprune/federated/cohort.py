@@ -31,6 +31,7 @@ from fedjaxprune.types import (
 )
 
 AXIS = "clients"  # of the mesh
+MODEL_AXIS = "model"  # of a mesh whose devices share a copy of the model between them
 
 # A message counts if its values are smaller than this, either way, and its weight is in [0, 2^31]:
 # then no total of a cohort overflows, and one client cannot make every round infinite.
@@ -55,15 +56,27 @@ class Outcome(NamedTuple):
     rejected: jax.Array
 
 
-def make_mesh(*, devices: Sequence[Any] | None = None) -> Mesh:
-    """Make the mesh that a cohort is sharded over: one axis, `clients`.
+def make_mesh(*, devices: Sequence[Any] | None = None, model_devices: int = 1) -> Mesh:
+    """Make the mesh that a cohort is sharded over: an axis `clients`, and `model` if asked for.
 
     Args:
       devices: JAX devices to use; all of the back end by default. A CPU counts as one device
         unless ``jax.config.update("jax_num_cpu_devices", n)`` comes before JAX is first used.
+      model_devices: how many neighboring devices share one copy of the model; XLA shares the work
+        of a client out to them. With 1 the mesh has the axis `clients` alone.
+
+    Raises:
+      ValueError: if `model_devices` does not divide the number of devices.
     """
     chosen = np.array(jax.devices() if devices is None else list(devices))
-    return Mesh(chosen, (AXIS,), axis_types=(AxisType.Auto,))
+    if model_devices < 1 or chosen.size % model_devices:
+        raise ValueError(
+            f"model_devices must divide the number of devices ({chosen.size}), got {model_devices}."
+        )
+    if model_devices == 1:
+        return Mesh(chosen, (AXIS,), axis_types=(AxisType.Auto,))
+    grid = chosen.reshape(-1, model_devices)
+    return Mesh(grid, (AXIS, MODEL_AXIS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 # Messages of a chunk written out one after the other, in the same order: a client's share of a loop
@@ -103,14 +116,14 @@ def run(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    if mesh is not None and mesh.axis_names != (AXIS,):
-        raise ValueError(f"the mesh must have the one axis {AXIS!r}, got {mesh.axis_names}.")
+    if mesh is not None and AXIS not in mesh.axis_names:
+        raise ValueError(f"the mesh must have an axis {AXIS!r}, got {mesh.axis_names}.")
     populations.check_cohort(cohort)
     size = cohort.client_ids.shape[0]
     if size < 1:
         raise ValueError("a cohort must hold at least one client, which may be absent.")
     populations.check_shapes(population)
-    num_devices = 1 if mesh is None else mesh.size
+    num_devices = 1 if mesh is None else mesh.shape[AXIS]
     num_slots = -(-size // num_devices)  # a device
     chunk_size = min(chunk_size, num_slots)
 
@@ -137,6 +150,7 @@ def run(
                 mesh=mesh,
                 in_specs=(PartitionSpec(), shared),
                 out_specs=(PartitionSpec(), shared),
+                axis_names={AXIS},  # further axes are left to XLA
                 check_vma=False,  # the merged accumulators are alike on all devices
             )
         accumulators, outputs = share(everybodys, dealt)
@@ -147,7 +161,9 @@ def run(
     for name, aggregator in gathering.items():
         fields[name] = aggregator.reduce(values[name], masks, weights)
     outcome = Outcome(fields=fields, states=states, rejected=rejected)
-    if mesh is not None:  # else XLA may leave the clients' states where they were computed
+    # Else XLA may leave the clients' states where they were computed; leaves that are shared out
+    # along further axes go where the round's caller wants them.
+    if mesh is not None and mesh.axis_names == (AXIS,):
         everywhere = NamedSharding(mesh, PartitionSpec())
         outcome = jax.lax.with_sharding_constraint(outcome, everywhere)
     return outcome
