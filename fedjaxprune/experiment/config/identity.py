@@ -13,6 +13,7 @@ NEUTRAL = (
     "evaluation",
     "checkpoints",
     "execution.devices",
+    "execution.model_devices",
     "execution.chunk_size",
     "execution.convolutions",
     "execution.examples",

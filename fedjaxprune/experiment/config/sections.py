@@ -192,6 +192,12 @@ class Execution(Settings):
         "CPU counts as one per core).",
         unit="devices",
     )
+    model_devices: Count = setting(
+        1,
+        "Devices that share one copy of the model, for models larger than one of them: each has a "
+        "part of every large weight; must divide the devices.",
+        unit="devices",
+    )
     chunk_size: Literal["auto"] | Count = setting(
         "auto",
         "Clients that a device trains at once; auto measures which number is fastest, unless the "

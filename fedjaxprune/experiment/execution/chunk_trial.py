@@ -63,12 +63,12 @@ def choose(
         steps=chunk_size.local_steps(sizes, config),
         batch_size=config.client.batch_size,
         cohort_size=config.federation.cohort_size or 1,
-        devices=1 if mesh is None else mesh.size,
+        devices=1 if mesh is None else mesh.shape[cohort.AXIS],
         num_rounds=config.federation.num_rounds,
     )
     tried = ways_to_try(config, task, work)
     mine = devices.of_this_process(mesh)
-    share = work._replace(devices=1 if mine is None else mine.size)
+    share = work._replace(devices=1 if mine is None else mine.shape[cohort.AXIS])
 
     def choose_with(way: side_by_side.Way | None) -> chunk_size.Choice:
         own = model if way is None else ways.convolve(model, way)

@@ -34,7 +34,7 @@ def wanted(config: RunConfig, *, num_processes: int = 1, process: int = 0) -> in
     """
     given, size = config.execution.devices, config.federation.cohort_size
     number = num_processes * num_cores() if given == "auto" else given
-    number = number if size is None else min(number, size)
+    number = number if size is None else min(number, size * config.execution.model_devices)
     return max(1, _share(number, num_processes, process))
 
 
@@ -59,9 +59,9 @@ def resolve(config: RunConfig) -> RunConfig:
     count = jax.process_count()
     # A process with more devices than another one uses no more of them.
     here = count * min(collections.Counter(d.process_index for d in jax.devices()).values())
-    cohort = config.federation.cohort_size or 1
+    cohort, shared = config.federation.cohort_size or 1, config.execution.model_devices
     given, chunk = config.execution.devices, config.execution.chunk_size
-    if given != "auto" and min(given, cohort) > jax.device_count():
+    if given != "auto" and min(given, cohort * shared) > jax.device_count():
         raise ConfigError(
             f"execution.devices must be at most {jax.device_count()}, the number of "
             f"{jax.default_backend()} devices here, got {given}."
@@ -72,8 +72,12 @@ def resolve(config: RunConfig) -> RunConfig:
                 f"{name} must be at least {count}, one for each process, got {value}."
             )
     is_alone = count == 1 and jax.default_backend() == "cpu"
-    most = num_cores() if given == "auto" and is_alone else here
-    number = min(most, cohort, here) if given == "auto" else min(given, cohort)
+    most = num_cores() if is_alone else here
+    most = most if given == "auto" else given
+    number = min(most, cohort * shared)
+    number = min(number, here) if given == "auto" else number
+    if shared > 1:
+        number = _shared(number, shared, given)
     return resolve_lib.replace(
         config,
         {
@@ -81,6 +85,21 @@ def resolve(config: RunConfig) -> RunConfig:
             "execution.chunk_size": chunk if chunk == "auto" else min(chunk, cohort),
         },
     )
+
+
+def _shared(number: int, shared: int, given: Any) -> int:
+    """Take as many devices as can be divided into groups that share a model."""
+    import jax
+
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"execution.model_devices must be 1 in a run of several processes, got {shared}."
+        )
+    if number < shared or (given != "auto" and given % shared):
+        raise ConfigError(
+            f"execution.model_devices must divide execution.devices ({number} here), got {shared}."
+        )
+    return number - number % shared
 
 
 def chosen(number: int) -> list[Any]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
@@ -200,7 +201,7 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
             aggregator=_aggregator(config, given),
             server=parts.server_optimizer.part.build(config.server.optimizer),
             chunk_size=chunk,
-            mesh=cohort.make_mesh(devices=devices.chosen(number)) if number > 1 else None,
+            mesh=_mesh(number, model_devices=config.execution.model_devices),
             correction=parts.correction.part.build(
                 section.correction, batcher=batcher, optimizer_settings=section.optimizer
             ),
@@ -209,6 +210,13 @@ def make_protocol(config: RunConfig, given: Examples, *, chunk: int) -> Protocol
             max_weight=config.server.max_weight,
             downlink=parts.downlink.part.build(config.downlink),
         )
+
+
+def _mesh(number: int, *, model_devices: int) -> Mesh | None:
+    """Make the mesh of so many devices; None for one, where XLA needs none."""
+    if number == 1:
+        return None
+    return cohort.make_mesh(devices=devices.chosen(number), model_devices=model_devices)
 
 
 def _aggregator(config: RunConfig, given: Examples) -> Any:

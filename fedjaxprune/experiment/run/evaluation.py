@@ -85,7 +85,7 @@ def evaluate(
     def as_classes(labels: jax.Array) -> jax.Array:
         return labels if head.hits is None else labels.astype(jnp.int32)
 
-    num_devices = 1 if mesh is None else mesh.size
+    num_devices = 1 if mesh is None else mesh.shape[cohort.AXIS]
 
     def evaluate_fn(params: Params, model_state: State, test: TestSet) -> Evaluation:
         num_examples = _count(test, are_classes=head.hits is not None)
@@ -154,6 +154,7 @@ def evaluate(
                 mesh=mesh,
                 in_specs=(everybodys, everybodys, everybodys, PartitionSpec(cohort.AXIS)),
                 out_specs=everybodys,
+                axis_names={cohort.AXIS},  # devices that share a model share its work
                 check_vma=False,
             )
         return share(params, model_state, test, starts)

@@ -99,19 +99,25 @@ def train(
     first_key = jax.random.fold_in(key, composing.INIT)
     # Clients' rows are made where they stay: a second copy may not fit. What a jitted function
     # returns are buffers of its own, which can be donated.
-    begin_fn = jax.jit(lambda key: start(key, parts), out_shardings=placing.everywhere(parts.mesh))
+    begun_shapes = jax.eval_shape(lambda key: start(key, parts), first_key)
+    begin_fn = jax.jit(
+        lambda key: start(key, parts),
+        out_shardings=placing.of_simulation(begun_shapes, parts.mesh),
+    )
     first_key, rounds_key, people, test = placing.place(
         (first_key, rounds_key, feeding.on_device(parts.feed, parts.population), parts.test),
         parts.mesh,
     )
-    shapes, _ = feeding.without_rows(parts.feed, jax.eval_shape(begin_fn, first_key))
+    shapes, _ = feeding.without_rows(parts.feed, begun_shapes)
+    where = placing.of_simulation(shapes, parts.mesh)
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
     test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
     try_out = jax.jit(
         lambda state, test: test_fn(algorithm.deployed_params(state), state.model_state, test)
     )
     fingerprint = files.fingerprint(config)
-    deploy = jax.jit(algorithm.deployed_params, out_shardings=placing.everywhere(parts.mesh))
+    deployed = where.state.params if isinstance(where, Simulation) else where
+    deploy = jax.jit(algorithm.deployed_params, out_shardings=deployed)
     clock = 0.0
 
     def note(stage: str, stage_round: int, number: int, found: Any) -> None:
@@ -160,7 +166,7 @@ def train(
         done = processes_lib.decided(processes, lambda: 0 if found is None else found[0])
         if done:
             saved = processes_lib.shared_arrays(processes, found and found[1], shapes)
-            now = placing.place(saved, parts.mesh)
+            now = placing.place(saved, parts.mesh, where)
             feeder.restore(done)
         else:
             begun = begin_fn(first_key)
@@ -174,7 +180,7 @@ def train(
         for which, (stage, advance) in enumerate(zip(algorithm.stages, parts.advance, strict=True)):
             end = begin + stage.num_rounds
             left = range(max(begin, done), end)
-            step = feeder.step(which, _compiled(advance, parts.mesh), left)
+            step = feeder.step(which, _compiled(advance, parts, where), left)
             for index in left:
                 number = index + 1
                 is_last = number == parts.num_rounds
@@ -272,23 +278,35 @@ def check(parts: RunParts) -> None:
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: start(key, parts), key)
     now, row = feeding.without_rows(parts.feed, now)
+    where = placing.of_simulation(now, parts.mesh)
     for index, advance in enumerate(parts.advance):
         given = (now, parts.population)
         if parts.feed is not None:
             given = feed_lib.shapes(parts.feed, index, now, row, parts.population)
-        everywhere = placing.everywhere(parts.mesh)
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),  # noqa: B023
-            (key, *given),
+        begun = placing.shapes(
+            given[0], _of_state(where) if feeding.has_store(parts.feed) else where
         )
-        jax.eval_shape(_compiled(advance, parts.mesh), *placed)
+        rest = placing.shapes((key, *given[1:]), placing.everywhere(parts.mesh))
+        jax.eval_shape(_compiled(advance, parts, where), rest[0], begun, *rest[1:])
 
 
-def _compiled(advance: AdvanceFn, mesh: Mesh | None) -> AdvanceFn:
-    """Let XLA compile the round; it may write the new simulation over the old one."""
-    if mesh is None:
+def _compiled(advance: AdvanceFn, parts: RunParts, where: Any) -> AdvanceFn:
+    """Let XLA compile the round; it may write the new simulation over the old one.
+
+    `where` is the placement of the simulation (`placing.of_simulation`).
+    """
+    if parts.mesh is None:
         return jax.jit(advance, donate_argnums=1)
-    return jax.jit(advance, donate_argnums=1, out_shardings=placing.everywhere(mesh))
+    everywhere = placing.everywhere(parts.mesh)
+    outputs = (where, everywhere)
+    if feeding.has_store(parts.feed):
+        outputs = (_of_state(where), everywhere, everywhere)
+    return jax.jit(advance, donate_argnums=1, out_shardings=outputs)
+
+
+def _of_state(where: Any) -> Any:
+    """Take the server's side out of the placement of a simulation."""
+    return where.state if isinstance(where, Simulation) else where
 
 
 def start(key: Key, parts: RunParts) -> Simulation:
