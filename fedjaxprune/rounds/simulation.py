@@ -117,14 +117,15 @@ def advance(
         round_key = jax.random.fold_in(key, simulation.state.round)
         sample_key, work_key = jax.random.split(round_key)
         client_ids, present = _draw(participation, sample_key, num_clients)
-        cohort = Cohort(
-            client_ids=client_ids,
-            participated=present,
-            states=trees.take_rows(simulation.rows, client_ids),
-        )
+        states = trees.take_rows(simulation.rows, client_ids)
+        cohort = Cohort(client_ids=client_ids, participated=present, states=states)
         state, new, metrics = round_fn(work_key, simulation.state, cohort, population)
         # Absent clients are written back nowhere: a filling slot may bear a present client's id.
         slots = jnp.where(present, client_ids, num_clients + 1)
+        # What is written follows from what was read, or XLA would copy everybody's rows, as the
+        # order of the two would be open. No version is so small, which XLA cannot know.
+        present = present & (states.masks_held > jnp.iinfo(jnp.int32).min)
+        new = jax.tree.map(lambda row, old: jax.vmap(jnp.where)(present, row, old), new, states)
         rows = jax.tree.map(
             lambda old, row: old.at[slots].set(row, mode="drop"), simulation.rows, new
         )
