@@ -212,14 +212,15 @@ def _advance(
 ) -> tuple[Simulation, RoundMetrics]:
     """Run a round with the rows of its cohort, and write them back."""
     client_ids, present = members
-    cohort = Cohort(
-        client_ids=client_ids,
-        participated=present,
-        states=trees.take_rows(simulation.rows, client_ids),
-    )
+    states = trees.take_rows(simulation.rows, client_ids)
+    cohort = Cohort(client_ids=client_ids, participated=present, states=states)
     state, new, metrics = round_fn(key, simulation.state, cohort, population)
     # Absent clients are written back nowhere: a filling slot may bear a present client's id.
     slots = jnp.where(present, client_ids, population.offsets.shape[0])
+    # What is written follows from what was read, or XLA would copy everybody's rows, as the order
+    # of the two would be open. No version is so small, which XLA cannot know.
+    present = present & (states.masks_held > jnp.iinfo(jnp.int32).min)
+    new = jax.tree.map(lambda row, old: jax.vmap(jnp.where)(present, row, old), new, states)
     rows = jax.tree.map(lambda old, row: old.at[slots].set(row, mode="drop"), simulation.rows, new)
     return Simulation(state=state, rows=rows), metrics
 
