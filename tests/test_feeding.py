@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fedjaxprune as fjp
-from fedjaxprune.data import conversion, stores
+from fedjaxprune.data import conversion, parquet_store, stores
 from fedjaxprune.errors import ConfigError, DataError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import memory
@@ -285,3 +285,38 @@ def test_a_store_of_ones_own_is_a_data_set(tmp_path):
     people.test = None
     with pytest.raises(DataError, match="needs test examples"):
         fjp.run(given, data=people)
+
+
+def test_a_table_is_read_by_row_groups(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    number = 40
+    table = pa.table(
+        {
+            "a": np.arange(number, dtype=np.float64),
+            "b": -np.arange(number, dtype=np.int64),
+            "label": np.arange(number) % 3,
+            "who": [f"client {i % 7}" for i in range(number)],
+            "missing": [None, *range(number - 1)],
+        }
+    )
+    path = tmp_path / "t.parquet"
+    pq.write_table(table, path, row_group_size=6)
+    test = np.zeros((2, 2), np.float32), np.array([0, 2])
+    columns: Any = {"inputs": ("a", "b"), "label": "label", "client": "who", "test": test}
+    store = parquet_store.of_parquet(path, **columns)
+    assert store.sizes.tolist() == [6, 6, 6, 6, 6, 5, 5]
+    found = store.fetch(np.array([6, 2]))
+    assert found["inputs"][:, 0].tolist() == [*range(6, 40, 7), *range(2, 40, 7)]
+    assert found["labels"].tolist() == [i % 3 for i in (*range(6, 40, 7), *range(2, 40, 7))]
+    made = conversion.as_dataset(store)
+    assert (made.num_classes, made.input_shape, len(made.train["labels"])) == (3, (2,), 0)
+    for changes, sentence in (
+        ({"label": "lable"}, "has no column 'lable'; it has a, b, label, who, missing"),
+        ({"client": "missing"}, "a client id in each row of 'missing'"),
+        ({"label": "missing"}, "column 'missing' must have no missing values"),
+        ({"label": "who"}, "column 'who' must be numbers, got object"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            parquet_store.of_parquet(path, **{**columns, **changes}).fetch(np.array([0]))

@@ -19,11 +19,13 @@ class ClientStore(NamedTuple):
       fetch: ``ids [K] -> examples``, all of these clients' one after the other, in their order:
         tree of NumPy arrays ``[sum of sizes, ...]``. A thread of its own may call it.
       like: tree of the shapes of one example, in the types in which JAX keeps them.
+      test: inputs and labels of test examples, where the store is a run's data set.
     """
 
     sizes: np.ndarray
     fetch: Callable[[np.ndarray], Examples]
     like: Any
+    test: Any = None
 
 
 def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> ClientStore:
