@@ -1,7 +1,9 @@
 """Fed runs: examples and clients' rows off the device, the same bits as with all on it."""
 
 import functools
+import shutil
 from typing import Any
+from unittest import mock
 
 import chex
 import jax
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 import fedjaxprune as fjp
+from fedjaxprune import types
 from fedjaxprune.data import conversion, parquet_store, stores
-from fedjaxprune.errors import ConfigError, DataError
+from fedjaxprune.errors import ConfigError, DataError, RunFolderError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import memory
 from fedjaxprune.experiment.feeding import feed as feed_lib
@@ -62,7 +65,8 @@ def test_a_population_of_a_cohort_leaves_all_others_out():
     assert people.examples["labels"].dtype == np.int32
     shapes = feeding.shapes(pantry)
     chex.assert_trees_all_equal_shapes_and_dtypes(people, shapes)
-    assert float(people.whole.num_examples) == 9
+    assert float(types.count_examples(people)) == 9
+    assert isinstance(people.whole, types.Whole)
     assert not people.whole.is_wide
     nobody = feeding.population(pantry._replace(reads=np.array([], int)), np.array([1]))
     assert not nobody.offsets.any()
@@ -204,6 +208,13 @@ def test_a_fed_run_has_the_bits_of_a_resident_one(
     chex.assert_trees_all_equal(play(tmp_path / "stopped", **where), wanted)
 
 
+def test_rows_that_may_fill_the_disk_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: mock.Mock(free=100))
+    config = resolve.resolve({**SETTINGS, "execution.client_rows": "disk"})
+    with pytest.raises(RunFolderError, match=r"may take 272 bytes of files in .*, where 100 are"):
+        loop.train(build.build(config), folder=tmp_path, listener=Listener())
+
+
 GIB = 2**30
 
 
@@ -263,7 +274,7 @@ class Hospital:
         self.test = inputs[:12], self.arrays["labels"][:12]
 
     def fetch(self, ids):
-        rows = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in ids]
+        rows = [np.arange(*self.offsets[i : i + 2].tolist()) for i in ids]
         return jax.tree.map(lambda leaf: leaf[np.concatenate(rows)], self.arrays)
 
 
@@ -282,7 +293,7 @@ def test_a_store_of_ones_own_is_a_data_set(tmp_path):
     ):
         with pytest.raises(ConfigError, match=sentence):
             fjp.run(given, data=people, folder=tmp_path / "no", **changes)
-    people.test = None
+    del people.test
     with pytest.raises(DataError, match="needs test examples"):
         fjp.run(given, data=people)
 

@@ -63,7 +63,10 @@ def feed(
         for stage, pantry in zip(algorithm.stages, pantries, strict=True):
             needed = stores.num_bytes(store, pantry.capacity)
             placing.check_round(config, stage.name, needed)
-    return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows)
+    slots = sum(
+        stage.num_rounds * size for stage, size in zip(algorithm.stages, sizes, strict=True)
+    )
+    return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows, min(number, slots))
 
 
 def _store(examples: Examples) -> stores.ClientStore:
