@@ -177,7 +177,7 @@ def limited(
             folder=folder / "run",
         )
         section = run.config["execution"]
-        times = [line["time_s"] for line in run.record]
+        times = run.record["time_s"].tolist()
         return {
             "memory_mib": memory_mib,
             "examples_mib": inputs.nbytes / MIB,

@@ -1,21 +1,25 @@
 """Fed runs: examples and clients' rows off the device, the same bits as with all on it."""
 
 import functools
+import shutil
 from typing import Any
+from unittest import mock
 
 import chex
 import jax
 import numpy as np
 import pytest
 
-from fedjaxprune.data import stores
-from fedjaxprune.errors import ConfigError, DataError
+import fedjaxprune as fjp
+from fedjaxprune import types
+from fedjaxprune.data import conversion, parquet_store, stores
+from fedjaxprune.errors import ConfigError, DataError, RunFolderError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import memory
 from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.feeding import placing, rows, snapshots
 from fedjaxprune.experiment.folder import layout, record
-from fedjaxprune.experiment.run import build, loop
+from fedjaxprune.experiment.run import build, examples, loop
 from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.rounds import feeding
 from tests import stub
@@ -35,16 +39,21 @@ def test_a_store_fetches_clients_one_after_the_other():
     assert found["labels"].tolist() == [0, 1, 2, 3, 4, 8, 7, 6]
     assert STORE.like["inputs"].dtype == np.float32
     assert STORE.sizes.tolist() == list(SIZES)
-    assert stores.check(STORE).sizes.dtype == np.int64
+    assert stores.of_value(STORE).like == STORE.like
     wrong: Any
     for wrong, sentence in (
         (STORE._replace(sizes=np.array([0.5])), "vector of numbers of examples, got float64"),
         (STORE._replace(sizes=np.zeros(3, int)), "at least one example, got none"),
-        (STORE._replace(fetch=lambda ids: {"inputs": np.zeros(3)}), "must fetch PyTreeDef"),
         (STORE._replace(sizes=np.array([1, 1])), r"arrays of shape \(1, 2\) for 1 clients"),
     ):
         with pytest.raises(DataError, match=sentence):
-            stores.check(wrong)
+            stores.of_value(wrong)
+    for fetch, sentence in (
+        (lambda ids: {"inputs": np.zeros(3)}, "must fetch PyTreeDef"),
+        (lambda ids: {"inputs": np.zeros((3, 2)), "labels": np.zeros(3)}, "int32, got float64"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            stores.fetched(STORE._replace(fetch=fetch), np.array([0]))
 
 
 def test_a_population_of_a_cohort_leaves_all_others_out():
@@ -56,7 +65,8 @@ def test_a_population_of_a_cohort_leaves_all_others_out():
     assert people.examples["labels"].dtype == np.int32
     shapes = feeding.shapes(pantry)
     chex.assert_trees_all_equal_shapes_and_dtypes(people, shapes)
-    assert float(people.whole.num_examples) == 9
+    assert float(types.count_examples(people)) == 9
+    assert isinstance(people.whole, types.Whole)
     assert not people.whole.is_wide
     nobody = feeding.population(pantry._replace(reads=np.array([], int)), np.array([1]))
     assert not nobody.offsets.any()
@@ -198,6 +208,13 @@ def test_a_fed_run_has_the_bits_of_a_resident_one(
     chex.assert_trees_all_equal(play(tmp_path / "stopped", **where), wanted)
 
 
+def test_rows_that_may_fill_the_disk_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: mock.Mock(free=100))
+    config = resolve.resolve({**SETTINGS, "execution.client_rows": "disk"})
+    with pytest.raises(RunFolderError, match=r"may take 272 bytes of files in .*, where 100 are"):
+        loop.train(build.build(config), folder=tmp_path, listener=Listener())
+
+
 GIB = 2**30
 
 
@@ -232,3 +249,85 @@ def test_a_stage_that_is_fed_more_than_there_is_room_for_is_refused(monkeypatch)
     monkeypatch.setattr(memory, "free_bytes", lambda: 100.0)
     with pytest.raises(ConfigError, match=r"a round of the stage 'train' of .* is fed .* bytes of"):
         build.build(resolve.resolve({**SETTINGS, "execution.examples": "host"}))
+
+
+def test_memory_mapped_arrays_are_not_copied(tmp_path):
+    data = stub.data()
+    for name, values in (("inputs", data["inputs"]), ("test_inputs", data["inputs"][:9])):
+        np.save(tmp_path / name, values)
+        data[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+    data["test_labels"] = data["labels"][:9]
+    dataset = conversion.as_dataset(data)
+    config = resolve.resolve(SETTINGS | {"data.dataset": resolve.as_found("dataset", dataset)})
+    found = examples.read(config)
+    assert np.shares_memory(found.population.examples["inputs"], data["inputs"])
+
+
+class Hospital:
+    """Clients whose examples are made when they are asked for."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+        inputs = np.random.default_rng(5).normal(size=(sum(sizes), 4)).astype(np.float32)
+        self.arrays = {"inputs": inputs, "labels": np.argmax(inputs, axis=1)}
+        self.offsets = np.cumsum([0, *sizes])
+        self.test = inputs[:12], self.arrays["labels"][:12]
+
+    def fetch(self, ids):
+        rows = [np.arange(*self.offsets[i : i + 2].tolist()) for i in ids]
+        return jax.tree.map(lambda leaf: leaf[np.concatenate(rows)], self.arrays)
+
+
+def test_a_store_of_ones_own_is_a_data_set(tmp_path):
+    people = Hospital([5, 9, 0, 7, 11])
+    fixed = {"execution.devices": 1, "execution.chunk_size": 1}
+    given = {"model": stub.net, "federation": {"num_rounds": 3, "cohort_size": 2}, **fixed}
+    run = fjp.run(given, method=stub.METHOD, data=people, folder=tmp_path / "own", batch_size=4)
+    assert run.config["execution"]["examples"] == "host"
+    assert run.config["data"]["num_clients"] == 5
+    assert np.isfinite(run.record["train.loss"]).tolist() == [True] * 3
+    for changes, sentence in (
+        ({"num_clients": 4, "method": stub.METHOD}, "data.num_clients must be 5, the clients that"),
+        ({"method": "snip"}, "the server needs examples of its own"),
+        ({"examples": "device", "method": stub.METHOD}, "execution.examples must be host or auto"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            fjp.run(given, data=people, folder=tmp_path / "no", **changes)
+    del people.test
+    with pytest.raises(DataError, match="needs test examples"):
+        fjp.run(given, data=people)
+
+
+def test_a_table_is_read_by_row_groups(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    number = 40
+    table = pa.table(
+        {
+            "a": np.arange(number, dtype=np.float64),
+            "b": -np.arange(number, dtype=np.int64),
+            "label": np.arange(number) % 3,
+            "who": [f"client {i % 7}" for i in range(number)],
+            "missing": [None, *range(number - 1)],
+        }
+    )
+    path = tmp_path / "t.parquet"
+    pq.write_table(table, path, row_group_size=6)
+    test = np.zeros((2, 2), np.float32), np.array([0, 2])
+    columns: Any = {"inputs": ("a", "b"), "label": "label", "client": "who", "test": test}
+    store = parquet_store.of_parquet(path, **columns)
+    assert store.sizes.tolist() == [6, 6, 6, 6, 6, 5, 5]
+    found = store.fetch(np.array([6, 2]))
+    assert found["inputs"][:, 0].tolist() == [*range(6, 40, 7), *range(2, 40, 7)]
+    assert found["labels"].tolist() == [i % 3 for i in (*range(6, 40, 7), *range(2, 40, 7))]
+    made = conversion.as_dataset(store)
+    assert (made.num_classes, made.input_shape, len(made.train["labels"])) == (3, (2,), 0)
+    for changes, sentence in (
+        ({"label": "lable"}, "has no column 'lable'; it has a, b, label, who, missing"),
+        ({"client": "missing"}, "a client id in each row of 'missing'"),
+        ({"label": "missing"}, "column 'missing' must have no missing values"),
+        ({"label": "who"}, "column 'who' must be numbers, got object"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            parquet_store.of_parquet(path, **{**columns, **changes}).fetch(np.array([0]))

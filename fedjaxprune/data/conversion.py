@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from fedjaxprune.data import checks, splits
+from fedjaxprune.data import checks, splits, stores
 from fedjaxprune.data.datasets import Dataset, Task
 from fedjaxprune.errors import DataError, near_miss
 
@@ -42,7 +43,9 @@ def as_dataset(
     neither inputs nor labels are client ids of the training examples, by their name.
 
     Args:
-      value: a mapping of arrays ``inputs``, ``labels``, optionally ``test_inputs`` and
+      value: an object with the `sizes` and the `fetch` of a `stores.ClientStore`, whose examples
+        are ``{"inputs": ..., "labels": ...}``, and with `test`, a pair of inputs and labels; a
+        mapping of arrays ``inputs``, ``labels``, optionally ``test_inputs`` and
         ``test_labels``, and client ids; a mapping ``{"train": ..., "test": ...}`` or a pair of
         these; a pair of inputs and labels, or of two such pairs; a Hugging Face ``Dataset`` or
         ``DatasetDict``; or a `Dataset`.
@@ -64,6 +67,8 @@ def as_dataset(
     if isinstance(value, Dataset):
         check(value)
         return value
+    if hasattr(value, "fetch") and hasattr(value, "sizes"):
+        return _of_store(value, name, task, num_classes, class_names)
     if _is_huggingface(value):
         from fedjaxprune.data.sources import huggingface  # it uses this function
 
@@ -117,11 +122,48 @@ def as_dataset(
     )
 
 
+def _of_store(
+    value: Any, name: str, task: Task | None, num_classes: int | None, class_names: tuple[str, ...]
+) -> Dataset:
+    """Make a data set whose training examples are fetched, by those of one client and the tests."""
+    store = stores.of_value(value)
+    test = getattr(value, "test", None)
+    if not isinstance(test, tuple | list) or len(test) != 2:
+        raise DataError(
+            "a client store needs test examples: give it `test`, a pair of inputs and labels."
+        )
+    if not isinstance(store.like, Mapping) or set(store.like) != {"inputs", "labels"}:
+        raise DataError("a client store must fetch a mapping of the arrays inputs and labels.")
+    holder = np.flatnonzero(store.sizes)[:1]
+    first: Any = store.fetch(holder)
+    if np.asarray(first["labels"]).dtype.kind not in "buif":
+        raise DataError("the labels that a client store fetches must be numbers.")
+    if num_classes is None and task in (None, "classification"):
+        num_classes = int(np.max(np.asarray(test[1]), initial=1)) + 1
+    train = {"inputs": first["inputs"], "labels": first["labels"]}
+    made = as_dataset(
+        (tuple(train.values()), tuple(test)),
+        name=name,
+        task=task,
+        num_classes=num_classes,
+        class_names=class_names,
+    )
+    like = {
+        key: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for key, leaf in made.train.items()
+    }
+    store = store._replace(like=like)
+    stores.fetched(store, holder)  # in the form that examples have from here on
+    return made._replace(train={key: leaf[:0] for key, leaf in made.train.items()}, clients=store)
+
+
 def check(dataset: Dataset) -> None:
     """Refuse a `Dataset` whose fields do not fit each other."""
     if dataset.task not in _TASKS:
         raise DataError(f"task must be one of {', '.join(_TASKS)}, got {dataset.task!r}.")
-    for split, arrays in (("train", dataset.train), ("test", dataset.test)):
+    given = {"train": dataset.train, "test": dataset.test}
+    if dataset.clients is not None:  # its own examples were checked when it was made
+        del given["train"]
+    for split, arrays in given.items():
         if missing := {"inputs", "labels"} - set(arrays):
             raise DataError(f"{split} must have inputs and labels, but has no {min(missing)}.")
         checks.lengths((arrays["inputs"], arrays["labels"]), (f"{split} inputs", f"{split} labels"))
@@ -131,7 +173,8 @@ def check(dataset: Dataset) -> None:
                 f"input_shape is {said}, but {split} inputs have shape {shape} per example."
             )
         checks.inputs(arrays["inputs"], f"{split} inputs", task=dataset.task)
-    train, test = dataset.train["labels"], dataset.test["labels"]
+    test = dataset.test["labels"]
+    train = test if dataset.clients is not None else dataset.train["labels"]
     checks.labels(
         train,
         test,

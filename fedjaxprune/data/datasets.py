@@ -1,8 +1,8 @@
-"""A data set in memory: arrays for training and testing, and what they are for."""
+"""A data set: arrays for training and testing, and what they are for."""
 
 import os
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,7 @@ Task = Literal["classification", "binary", "regression", "sequence"]
 
 
 class Dataset(NamedTuple):
-    """A data set in memory, as stored.
+    """A data set, as stored.
 
     Attributes:
       name: for records and errors.
@@ -29,6 +29,7 @@ class Dataset(NamedTuple):
       std: likewise.
       may_flip: whether an image that is mirrored from left to right is still of its class.
       keys: by the name of a column, the natural client of each training example, ``[E]``.
+      clients: a `stores.ClientStore` that has the training examples; `train` is empty then.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Dataset(NamedTuple):
     std: tuple[float, ...] | None = None
     may_flip: bool = False
     keys: Mapping[str, np.ndarray] = {}
+    clients: Any = None
 
     @property
     def num_outputs(self) -> int:

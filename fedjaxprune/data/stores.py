@@ -19,11 +19,13 @@ class ClientStore(NamedTuple):
       fetch: ``ids [K] -> examples``, all of these clients' one after the other, in their order:
         tree of NumPy arrays ``[sum of sizes, ...]``. A thread of its own may call it.
       like: tree of the shapes of one example, in the types in which JAX keeps them.
+      test: inputs and labels of test examples, where the store is a run's data set.
     """
 
     sizes: np.ndarray
     fetch: Callable[[np.ndarray], Examples]
     like: Any
+    test: Any = None
 
 
 def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> ClientStore:
@@ -46,15 +48,13 @@ def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> Cli
     return ClientStore(sizes, fetch_fn, jax.tree.map(_like, examples))
 
 
-def check(store: ClientStore) -> ClientStore:
-    """Refuse a store of one's own whose sizes are none, or whose examples are not as it says.
-
-    The examples of the first client that has any are fetched.
+def of_value(value: Any) -> ClientStore:
+    """Make a store of whatever has its `sizes` and `fetch`, by what it fetches for one client.
 
     Raises:
-      DataError: what is wrong, in one sentence.
+      DataError: the sizes are none, or what is fetched does not fit them.
     """
-    sizes = np.asarray(store.sizes)
+    sizes = np.asarray(value.sizes)
     if sizes.ndim != 1 or sizes.dtype.kind not in "ui" or not sizes.size or sizes.min() < 0:
         raise DataError(
             "the sizes of a client store must be a vector of numbers of examples, got "
@@ -63,8 +63,10 @@ def check(store: ClientStore) -> ClientStore:
     holders = np.flatnonzero(sizes)
     if not holders.size:
         raise DataError("the clients of a store must have at least one example, got none.")
+    first = jax.tree.map(np.asarray, value.fetch(holders[:1]))
+    store = ClientStore(sizes.astype(np.int64), value.fetch, jax.tree.map(_like, first))
     fetched(store, holders[:1])
-    return store._replace(sizes=sizes.astype(np.int64))
+    return store
 
 
 def fetched(store: ClientStore, ids: np.ndarray) -> list[np.ndarray]:
@@ -82,6 +84,8 @@ def fetched(store: ClientStore, ids: np.ndarray) -> list[np.ndarray]:
         )
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(given)]
     for leaf, like in zip(leaves, jax.tree.leaves(store.like), strict=True):
+        if not np.can_cast(leaf.dtype, like.dtype, "same_kind"):
+            raise DataError(f"a client store must fetch {like.dtype}, got {leaf.dtype}.")
         if leaf.shape != (number, *like.shape):
             raise DataError(
                 f"a client store must fetch arrays of shape {(number, *like.shape)} for "

@@ -35,6 +35,9 @@ def as_parts(given: Given, *, is_new: bool) -> Given:
             values[name] = as_found(place.kind, values[name], path=path)
     data = values.get("data.dataset.name")
     if is_new and isinstance(data, Found) and data.origin.source == "value":
+        made = getattr(data.part.build, "value", None)
+        if getattr(made, "clients", None) is not None:
+            values.setdefault("data.num_clients", len(made.clients.sizes))  # pyright: ignore[reportOptionalMemberAccess]
         untold = not {"data.partition.name", "data.num_clients"} & set(values)
         keys = getattr(getattr(data.part.build, "value", None), "keys", None)
         if untold and isinstance(keys, Mapping) and len(keys) == 1:

@@ -86,11 +86,11 @@ def fed(history: History) -> None:
     run, _ = history_lib.player(history.scenario)
     people = jax.device_get(scenario.population())
     store = stores.of_arrays(people.examples, people.order, people.offsets)
-    reads = {stage.name: stage.reads for stage in history.scenario.algorithm.stages}
+    stages = {stage.name: stage for stage in history.scenario.algorithm.stages}
     for step in history.steps:
         ids, present = map(np.asarray, step.members)
         pantry = feeding.stock(
-            store, cohort_size=ids.size, reads=reads[step.stage], held=people.held
+            store, cohort_size=ids.size, reads=stages[step.stage].reads, held=people.held
         )
         own = feeding.population(pantry, ids[present])
         given = step.index, step.before, step.rows_before, step.members

@@ -34,12 +34,14 @@ class Feed(NamedTuple):
       cohort_sizes: for each stage the slots of a cohort, ``C``.
       pantries: for each stage where its examples come from; None where all are on the device.
       rows: where clients' rows are.
+      num_written: clients at most that a run of all stages asks, ``N`` or fewer.
     """
 
     draws: tuple[DrawFn, ...]
     cohort_sizes: tuple[int, ...]
     pantries: tuple[Pantry, ...] | None
     rows: str
+    num_written: int
 
 
 class Hands(NamedTuple):

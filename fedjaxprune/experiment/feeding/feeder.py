@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.feeding import rows, snapshots
 from fedjaxprune.experiment.feeding.feed import Feed, StepFn
@@ -97,6 +98,7 @@ def feeder(
         shutil.rmtree(working, ignore_errors=True)
         is_file = feed.rows == "disk"
         if is_file:
+            _check_room(feed, row, folder)
             working.mkdir(parents=True)
         place_of_files = working if is_file else None
         store = rows.make(row(), num_clients=num_clients, folder=place_of_files)
@@ -105,6 +107,16 @@ def feeder(
             yield _fed(feed, by, saved, warn)
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+def _check_room(feed: Feed, row: Any, folder: pathlib.Path) -> None:
+    """Refuse a run whose rows may fill the disk, which would end it without a word."""
+    needed, free = feed.num_written * rows.num_bytes(row), shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunFolderError(
+            f"execution.client_rows disk may take {needed:,} bytes of files in {str(folder)!r}, "
+            f"where {free:,} are free: take another folder, fewer rounds or a smaller cohort."
+        )
 
 
 def _fed(

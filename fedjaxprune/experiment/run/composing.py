@@ -171,7 +171,7 @@ def _check_vocabulary(params: Any, dataset: Dataset) -> None:
     leaves = zip(trees.paths(params), jax.tree.leaves(params), strict=True)
     tables = ("embedding", "embedding/kernel")
     sizes = [leaf.shape[0] for path, leaf in leaves if path.endswith(tables)]
-    largest = max(int(split["inputs"].max()) for split in (dataset.train, dataset.test))
+    largest = max(int(split["inputs"].max(initial=0)) for split in (dataset.train, dataset.test))
     if sizes and max(sizes) <= largest:
         raise ValueError(
             f"its embedding has {max(sizes)} rows, and the tokens reach {largest}: they must be "

@@ -1,7 +1,7 @@
 """A run's data: read, the server's share set aside, the rest dealt out to clients."""
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,8 @@ def read(config: RunConfig) -> Examples:
         dataset = conversion.as_dataset(value, name=section.dataset.name)
     except DataError as error:
         raise DataError(f"data.dataset {section.dataset.name!r}: {error}") from None
+    if dataset.clients is not None:
+        return _of_store(config, dataset)
     labels = np.asarray(dataset.train["labels"])
     held, rest = _hold_out(config, labels)
     rng = np.random.default_rng(config.seed)
@@ -59,12 +61,7 @@ def read(config: RunConfig) -> Examples:
             f"makes so many clients, or be left out; got {section.num_clients}."
         )
     parts = partitions.Partition(rest[order], offsets)
-    if not config.data.normalize:
-        dataset = dataset._replace(mean=None, std=None)
-    try:
-        train, test = transforms.for_dataset(dataset, augment=config.data.augment)
-    except ValueError as error:
-        raise ConfigError(f"data.augment: {first_line(error)}") from None
+    dataset, train, test = _prepared(config, dataset)
     return Examples(
         dataset=dataset,
         held=held,
@@ -78,6 +75,46 @@ def read(config: RunConfig) -> Examples:
         train=train,
         test=test,
     )
+
+
+def _prepared(
+    config: RunConfig, dataset: Dataset
+) -> tuple[Dataset, transforms.Preprocess, transforms.Preprocess]:
+    """Say how examples become inputs, in training and in tests."""
+    if not config.data.normalize:
+        dataset = dataset._replace(mean=None, std=None)
+    try:
+        return dataset, *transforms.for_dataset(dataset, augment=config.data.augment)
+    except ValueError as error:
+        raise ConfigError(f"data.augment: {first_line(error)}") from None
+
+
+def _of_store(config: RunConfig, dataset: Dataset) -> Examples:
+    """Take the clients that a client store has; there is nothing to deal out."""
+    sizes = dataset.clients.sizes
+    if config.data.num_clients not in (None, len(sizes)):
+        raise ConfigError(
+            f"data.num_clients must be {len(sizes)}, the clients that {dataset.name!r} has, or be "
+            f"left out; got {config.data.num_clients}."
+        )
+    needs = needs_of(config.parts.method.part, config.method)
+    if config.server.data_fraction or needs.server_examples:
+        raise ConfigError(
+            f"the server needs examples of its own, and {dataset.name!r} has those of clients "
+            "alone: leave server.data_fraction out, and take a method that needs none."
+        )
+    if config.execution.examples == "device":
+        raise ConfigError(
+            f"execution.examples must be host or auto for {dataset.name!r}, whose examples are "
+            "fetched, got device."
+        )
+    dataset, train, test = _prepared(config, dataset)
+    people: Any = Population(
+        examples=dict(dataset.train),
+        order=np.zeros(0, np.int32),  # pyright: ignore[reportArgumentType]
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),  # pyright: ignore[reportArgumentType]
+    )
+    return Examples(dataset, np.zeros(0, np.int32), people, sizes, train, test)
 
 
 def _hold_out(config: RunConfig, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

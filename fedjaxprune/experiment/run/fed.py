@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune.data import stores
+from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.feeding import placing, rows
 from fedjaxprune.experiment.feeding.feed import Feed
@@ -20,8 +21,9 @@ def place(
     config: RunConfig, model: Model, algorithm: Algorithm, examples: Examples
 ) -> placing.Places:
     """Choose where examples and rows are, by their sizes."""
-    leaves = jax.tree.leaves(examples.population.examples)
-    number = sum(leaf.nbytes for leaf in leaves)
+    number = stores.num_bytes(_store(examples), int(examples.sizes.sum()))
+    if examples.dataset.clients is not None:
+        config = resolve.replace(config, {"execution.examples": "host"})
     sizes = placing.Sizes(number, len(examples.sizes) * rows.num_bytes(_row(model, algorithm)))
     return placing.choose(config, sizes)
 
@@ -61,10 +63,15 @@ def feed(
         for stage, pantry in zip(algorithm.stages, pantries, strict=True):
             needed = stores.num_bytes(store, pantry.capacity)
             placing.check_round(config, stage.name, needed)
-    return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows)
+    slots = sum(
+        stage.num_rounds * size for stage, size in zip(algorithm.stages, sizes, strict=True)
+    )
+    return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows, min(number, slots))
 
 
 def _store(examples: Examples) -> stores.ClientStore:
+    if examples.dataset.clients is not None:
+        return examples.dataset.clients
     people = examples.population
     return stores.of_arrays(people.examples, np.asarray(people.order), np.asarray(people.offsets))
 
