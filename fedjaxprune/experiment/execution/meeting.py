@@ -82,7 +82,7 @@ def meet(place: Place, own: Caller, *, wait_s: float) -> dict[int, Link]:
             link.close()
         raise
     for link in links.values():
-        link.send("welcome")
+        link.send("welcome", host=socket.gethostname())
     return links
 
 
@@ -175,6 +175,7 @@ def _call(place: Place, own: Caller, deadline: float, wait_s: float) -> Link:
             )
             answer = link.receive()
             if answer is not None and answer.kind == "welcome":
+                link.host = str(answer.facts.get("host"))
                 return link
             if answer is not None and answer.kind == "refused":
                 raise ConfigError(str(answer.facts.get("why")))
