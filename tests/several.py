@@ -1,12 +1,19 @@
 """Runs of several processes on this machine: started, killed, and compared with those of one."""
 
+import json
 import pathlib
 import socket
 import subprocess
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
+import fedjaxprune as fjp
+from fedjaxprune import registry
+from fedjaxprune.experiment.config import resolve
+from fedjaxprune.method import needs_of
 from tests import processes
 from tests.processes import small
 
@@ -64,3 +71,48 @@ def assert_same(folder: pathlib.Path, other: pathlib.Path) -> None:
     pairs = zip(*(processes.final_arrays(one, number) for one in (folder, other)), strict=True)
     for array, expected in pairs:
         np.testing.assert_array_equal(array, expected)
+
+
+# Runs of all kinds, one after the other in the same processes.
+
+SMALL = {
+    "federation": {"num_rounds": 2, "cohort_size": 4, "dropout_rate": 0.2},
+    "data.num_clients": 8,
+    "client": {"steps": 1, "batch_size": 8},
+    "execution": {"devices": 4, "chunk_size": 1},
+    "checkpoints.every": 2,
+}
+OWN = {  # of single methods, so that every stage and every revision comes
+    "prune_every": 1, "pool_size": 2, "server_epochs": 1, "vote_epochs": 1, "num_prune_steps": 1,
+    "explore_epochs": 2, "dense_rounds": 1,
+}  # fmt: skip
+FEEDBACK = {"uplink": {"name": "top_k", "error_feedback": True}, "server.optimizer": "fedavgm"}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Give a small run of a method, on a network that has what it needs."""
+    found = registry.find("method", name)
+    own = {one: OWN[one] for one in OWN if one in found.part.settings.model_fields}
+    base = {**SMALL, "method": {"name": name, **own}}
+    needs = needs_of(found.part, resolve.resolve(base).method)
+    is_plain = not (needs.batch_norm or needs.convolutions or needs.gates)
+    return {**base, "model": {"name": "mlp", "hidden_sizes": [8]}} if is_plain else base
+
+
+def in_turn(settings: Sequence[dict[str, Any]], folder: str, **processes: Any) -> None:
+    """Run all settings in one process of several, or alone."""
+    jax.config.update("jax_num_cpu_devices", 4 // processes.get("num_processes", 1))
+    for number, one in enumerate(settings):
+        fjp.run(one, folder=f"{folder}/{number}", **processes)
+        jax.clear_caches()
+
+
+def in_processes(settings: Sequence[dict[str, Any]], folder: pathlib.Path, *, number: int) -> None:
+    """Run all settings in so many processes, with four devices in all."""
+    code = "import json, sys; from tests import several; several.in_turn(*json.loads(sys.argv[1]),"
+    where = f"coordinator='127.0.0.1:{free_port()}', num_processes={number}" if number > 1 else ""
+    each = [f"{where}, process_id={one})" if where else ")" for one in range(number)]
+    given = json.dumps([settings, str(folder)])
+    started = [processes.python(code + end, given) for end in each]
+    said = [one.communicate() for one in started]
+    assert [one.returncode for one in started] == [0] * number, said

@@ -178,6 +178,7 @@ def _call(place: Place, own: Caller, deadline: float, wait_s: float) -> Link:
                 link.host = str(answer.facts.get("host"))
                 return link
             if answer is not None and answer.kind == "refused":
+                link.close()
                 raise ConfigError(str(answer.facts.get("why")))
         if link is not None:
             link.close()
