@@ -3,6 +3,8 @@
 import contextlib
 import random
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -149,6 +151,44 @@ def test_a_membership_is_checked():
     }.items():
         with pytest.raises(ConfigError, match=sentence):
             joining.join(joining.membership(*given))
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4096", "SLURM_STEP_NODELIST": "node[07-09]", "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "3",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.7:34911", "OMPI_COMM_WORLD_SIZE": "3",
+    "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "where"), [(SLURM, "node07:61440"), (OPEN_MPI, "10.0.0.7:61441")]
+)
+def test_a_cluster_says_where_processes_are(monkeypatch, variables, where):
+    found = []
+    monkeypatch.setattr(joining, "_join", found.append)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    joining.join(joining.membership("auto", None, None, 20.0))
+    assert found == [joining.Membership(where, 3, 2, 20.0, (0,))]
+
+
+def test_where_no_cluster_says_it_a_coordinator_is_asked_for():
+    with pytest.raises(ConfigError, match="neither SLURM, Open MPI, Kubernetes nor a TPU pod"):
+        joining.join(joining.membership("auto", None, None, 20.0))
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\n\r\n", struct.pack(">IQ", 2, 2**40) + b"{}", b"\0" * 12]
+)
+def test_a_stranger_at_the_port_is_ignored(sent):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(sent)
+        theirs.shutdown(socket.SHUT_WR)
+        assert meeting._greeting(channels.Link(ours, process=-1, host="")) is None
 
 
 @pytest.mark.parametrize("who", [0, 1, 2])

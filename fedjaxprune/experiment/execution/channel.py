@@ -9,6 +9,7 @@ the process.
 
 import contextlib
 import json
+import math
 import queue
 import socket
 import struct
@@ -96,11 +97,11 @@ class Link:
         if data:
             self._connection.sendall(data)
 
-    def receive(self) -> Message | None:
+    def receive(self, *, most_bytes: float = math.inf) -> Message | None:
         """Wait for a message; None if the connection ended or what came is no message."""
         try:
             length, size = _HEAD.unpack(self._read(_HEAD.size))
-            if length > _MOST_FACTS:
+            if length > _MOST_FACTS or size > most_bytes:
                 return None
             facts = json.loads(self._read(length))
             return Message(facts.pop("kind"), facts, self._read(size))
