@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.execution import joining
 from fedjaxprune.experiment.execution.joining import Membership
 from fedjaxprune.experiment.execution.processes import HEARTBEAT_S
 
@@ -29,10 +29,10 @@ _OPTIONS = (
     click.option(
         "--heartbeat",
         type=float,
-        default=None,
+        default=HEARTBEAT_S,
+        show_default=True,
         metavar="SECONDS",
-        help="With --coordinator: how long a process may be silent before the others end.  "
-        f"[default: {HEARTBEAT_S:g}]",
+        help="With --coordinator: how long a process may be silent before the others end.",
     ),
 )
 
@@ -47,11 +47,4 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 def membership(values: dict[str, Any]) -> Membership | None:
     """Take what the options say out of `values`; None for a run of one process."""
     names = ("coordinator", "num_processes", "process_id", "heartbeat")
-    where, number, index, heartbeat_s = (values.pop(name) for name in names)
-    if where is not None:
-        seconds = HEARTBEAT_S if heartbeat_s is None else heartbeat_s
-        return Membership(where, number, index, seconds)
-    given = {"--num-processes": number, "--process-id": index, "--heartbeat": heartbeat_s}
-    if unused := [name for name, value in given.items() if value is not None]:
-        raise ConfigError(f"{unused[0]} needs --coordinator HOST:PORT.")
-    return None
+    return joining.membership(*(values.pop(name) for name in names))

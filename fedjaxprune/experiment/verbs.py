@@ -15,6 +15,9 @@ from fedjaxprune.experiment import values
 from fedjaxprune.experiment.config import describe as describe_lib
 from fedjaxprune.experiment.config import files, resolve
 from fedjaxprune.experiment.config.sections import RunConfig, plain
+from fedjaxprune.experiment.execution import joining
+from fedjaxprune.experiment.execution import processes as processes_lib
+from fedjaxprune.experiment.execution.processes import HEARTBEAT_S
 from fedjaxprune.experiment.folder import layout
 from fedjaxprune.experiment.result import Run, quiet
 from fedjaxprune.experiment.run import launch
@@ -49,6 +52,10 @@ def run(
     folder: Folder | None = None,
     listener: Listener | None = None,
     trackers: Sequence[str] = (),
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat: float = HEARTBEAT_S,
     **settings: Any,
 ) -> Run:
     """Run an experiment and write its folder.
@@ -69,6 +76,12 @@ def run(
       folder: to be made; None chooses one under ``runs/``.
       listener: receives the run's events; None shows progress in a notebook, and nothing elsewhere.
       trackers: names or references of trackers that follow the run.
+      coordinator: to run in several processes that each make this call: ``"HOST:PORT"`` where
+        process 0 listens, or ``"auto"`` where SLURM, Open MPI, Kubernetes or a TPU pod says it.
+      num_processes: with a coordinator, how many there are.
+      process_id: with a coordinator, which one this is, from 0; process 0 writes the folder.
+      heartbeat: with a coordinator, how long a process may be silent before the others end,
+        seconds. They end by leaving Python, since JAX cannot continue without it.
       **settings: sections of the config, or single settings by the short names of the command.
 
     Raises:
@@ -86,8 +99,12 @@ def run(
     made = resolve.resolve(given)
     place = None if folder is None else layout.path_of(folder)
     openers = _trackers(trackers)
+    membership = joining.membership(coordinator, num_processes, process_id, heartbeat)
     with _listening(listener) as listens, quiet():
-        place = launch.start(made, folder=place, listener=listens, trackers=openers)
+        processes = joining.join(membership)
+        stop = processes_lib.together(processes, launch.never)
+        common: Any = {"listener": listens, "trackers": openers, "processes": processes}
+        place = launch.start(made, folder=place, stop=stop, **common)
     return Run(place, model=values.model_of(given))
 
 
@@ -100,6 +117,10 @@ def resume(
     listener: Listener | None = None,
     trackers: Sequence[str] = (),
     allow: Collection[str] = (),
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat: float = HEARTBEAT_S,
 ) -> Run:
     """Continue a run with the config that its folder holds, to the same bits.
 
@@ -112,20 +133,23 @@ def resume(
       trackers: as for `run`.
       allow: what else is an error: ``"restart"`` at round 1 if no checkpoint can be used, and
         another ``"environment"``, to continue with other bits under other options of JAX or XLA.
+      coordinator: as for `run`; there may be more or fewer processes than when the run began.
+      num_processes: as for `run`.
+      process_id: as for `run`.
+      heartbeat: as for `run`.
 
     Raises:
       FedJaxPruneError: what is wrong, in one sentence.
     """
     place = layout.path_of(folder)
     given = values.as_parts(values.under_paths(method=method, model=model, data=data), is_new=False)
+    openers = _trackers(trackers)
+    membership = joining.membership(coordinator, num_processes, process_id, heartbeat)
     with _listening(listener) as listens, quiet():
-        launch.resume(
-            place,
-            given,
-            listener=listens,
-            trackers=_trackers(trackers),
-            allow=allow,
-        )
+        processes = joining.join(membership)
+        stop = processes_lib.together(processes, launch.never)
+        common: Any = {"listener": listens, "trackers": openers, "processes": processes}
+        launch.resume(place, given, stop=stop, allow=allow, **common)
     return Run(place, model=values.model_of(given))
 
 

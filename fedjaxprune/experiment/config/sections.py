@@ -188,8 +188,8 @@ class Execution(Settings):
 
     devices: Literal["auto"] | Count = setting(
         "auto",
-        "Devices that share the clients of a round, at most as many as the cohort; auto: all (a "
-        "CPU counts as one per core).",
+        "Devices that share the clients of a round, of all processes together, at most as many as "
+        "the cohort; auto: all (a CPU counts as one per core).",
         unit="devices",
     )
     model_devices: Count = setting(

@@ -9,6 +9,7 @@ the process.
 
 import contextlib
 import json
+import math
 import queue
 import socket
 import struct
@@ -18,13 +19,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedjaxprune.errors import FedJaxPruneError
+from fedjaxprune.experiment.execution.last_words import LOST
 
 _HEAD = struct.Struct(">IQ")  # of a message: the lengths of its facts, as JSON, and of its bytes
 _MOST_FACTS = 2**20  # bytes of facts
 _BLOCK = 2**20  # bytes that are received at once
 _BEATS = 5  # in the time of a heartbeat
 _PATIENCE_S = 1.0  # until the others are not told that a process is gone
-ENDED, SILENT, FAILED = "ended", "silent", "failed"  # how a process is lost
+ENDED, SILENT, FAILED, STOPPED = "ended", "silent", "failed", "stopped"  # how a process is lost
 
 Handler = Callable[[int, Mapping[str, Any]], object]  # takes who sent a message, and its facts
 
@@ -34,13 +36,16 @@ class Loss(NamedTuple):
 
     Attributes:
       process: which one.
-      how: `ENDED` without a word, `SILENT` for the time of a heartbeat, or `FAILED` with an error.
+      how: `ENDED` without a word, `SILENT` for the time of a heartbeat, `FAILED` with an error, or
+        `STOPPED` by its user or the system.
       sentence: says so, without a full stop.
+      status: with which the others end; that of a run that may be continued, or of an error.
     """
 
     process: int
     how: str
     sentence: str
+    status: int = LOST
 
 
 class ProcessLost(FedJaxPruneError):
@@ -92,11 +97,11 @@ class Link:
         if data:
             self._connection.sendall(data)
 
-    def receive(self) -> Message | None:
+    def receive(self, *, most_bytes: float = math.inf) -> Message | None:
         """Wait for a message; None if the connection ended or what came is no message."""
         try:
             length, size = _HEAD.unpack(self._read(_HEAD.size))
-            if length > _MOST_FACTS:
+            if length > _MOST_FACTS or size > most_bytes:
                 return None
             facts = json.loads(self._read(length))
             return Message(facts.pop("kind"), facts, self._read(size))
@@ -138,6 +143,7 @@ class Channel:
         self._on_loss: Callable[[Loss], object] | None = None
         self._deciding = threading.Lock()
         self._closed = threading.Event()
+        self._ticked = time.monotonic()  # when this process last sent beats
         for link in links.values():
             link.set_timeout(None)
             link.heard = time.monotonic()
@@ -200,21 +206,19 @@ class Channel:
             kind, facts, data = message
             if kind == "value":
                 self._values[link.process].put(data)
-            elif kind == "failed":
-                why = f"{self._who(link)} failed: {facts.get('why')}"
-                self._lose(Loss(link.process, FAILED, why))
+            elif kind in (FAILED, STOPPED):
+                sentence = f"{self._who(link)} {facts['words']}"
+                self._lose(Loss(link.process, kind, sentence, facts["status"]))
             elif kind == "lost":
-                self._lose(Loss(facts["process"], facts["how"], facts["sentence"]))
+                self._lose(Loss(**facts))
             elif kind in self.handlers:
                 self.handlers[kind](link.process, facts)
         self._lose(self._ended(link))
 
     def _beat(self) -> None:
-        last = time.monotonic()
         while not self._closed.wait(self._heartbeat_s / _BEATS):
             now = time.monotonic()
-            stood_still = now - last > self._heartbeat_s / 2  # this process, so it cannot tell
-            last = now
+            stood_still, self._ticked = self._stands_still(), now
             for link in self._links.values():
                 link.heard = now if stood_still else link.heard
                 try:
@@ -225,10 +229,17 @@ class Channel:
                     why = f"was not heard from for {self._heartbeat_s:g} s"
                     self._lose(Loss(link.process, SILENT, f"{self._who(link)} {why}"))
 
+    def _stands_still(self) -> bool:
+        """Tell whether this very process was held up, so that it knows nothing of the others."""
+        return time.monotonic() - self._ticked > self._heartbeat_s / 2
+
     def _who(self, link: Link) -> str:
         return f"process {link.process} on {link.host}"
 
     def _ended(self, link: Link) -> Loss:
+        if self._stands_still():
+            why = "was held up for too long, and the others ended"
+            return Loss(self.process, SILENT, f"process {self.process} {why}")
         return Loss(link.process, ENDED, f"{self._who(link)} ended without an error message")
 
     def _lose(self, loss: Loss) -> None:

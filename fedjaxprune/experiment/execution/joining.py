@@ -48,6 +48,18 @@ class Membership(NamedTuple):
     local_devices: tuple[int, ...] | None = None
 
 
+def membership(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat_s: float
+) -> Membership | None:
+    """Make a membership of what was given; None where no coordinator was."""
+    if coordinator is not None:
+        return Membership(coordinator, num_processes, process_id, heartbeat_s)
+    given = {"num_processes": num_processes, "process_id": process_id}
+    if unused := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{unused[0]} needs a coordinator, HOST:PORT or auto.")
+    return None
+
+
 def join(membership: Membership | None) -> Processes:
     """Meet the other processes and start JAX's runtime with them; once in a process.
 

@@ -18,7 +18,7 @@ LOST = 75  # exit status where another process is gone; EX_TEMPFAIL of sysexits.
 _SENDING_S = 0.2  # that what was sent last has to arrive
 
 
-def leave(sentence: str, mark: Callable[[], object]) -> None:
+def leave(sentence: str, mark: Callable[[], object], status: int) -> None:
     """End this process with a sentence on stderr, after `mark`, whatever other threads say."""
     with contextlib.suppress(OSError):
         stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -28,7 +28,7 @@ def leave(sentence: str, mark: Callable[[], object]) -> None:
         shown = b"\x1b[?25h\r\n" if os.isatty(stderr) else b""  # a bar hides the cursor
         os.write(stderr, shown + sentence.encode() + b"\n")
     time.sleep(_SENDING_S)
-    os._exit(LOST)
+    os._exit(status)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.execution.channel import Link
@@ -82,7 +82,7 @@ def meet(place: Place, own: Caller, *, wait_s: float) -> dict[int, Link]:
             link.close()
         raise
     for link in links.values():
-        link.send("welcome")
+        link.send("welcome", host=socket.gethostname())
     return links
 
 
@@ -113,12 +113,11 @@ def _accepted(
             return None
         link = Link(connection, process=-1, host=str(address[0]))
         link.set_timeout(_GREETING_S)
-        said = link.receive()
-        if said is None or said.kind != _SIGN:  # somebody else
+        facts = _greeting(link)
+        if facts is None:  # somebody else
             link.close()
             continue
-        facts = said.facts
-        link.process, link.host = int(facts["process"]), str(facts["host"])
+        link.process, link.host = facts["process"], facts["host"]
         if why := _mismatch(own, facts, link.host):
             with contextlib.suppress(OSError):
                 link.send("refused", why=why)
@@ -138,7 +137,17 @@ def _accepted(
     return None
 
 
-def _mismatch(own: Caller, facts: Mapping[str, object], host: str) -> str:
+def _greeting(link: Link) -> dict[str, Any] | None:
+    """Read what a process says of itself; None if it is none of ours."""
+    said = link.receive(most_bytes=0)
+    kinds = {"process": int, "number": int, "host": str, "versions": dict}
+    if said is None or said.kind != _SIGN:
+        return None
+    is_whole = all(isinstance(said.facts.get(name), kind) for name, kind in kinds.items())
+    return said.facts if is_whole else None
+
+
+def _mismatch(own: Caller, facts: Mapping[str, Any], host: str) -> str:
     """Say why a process does not belong to this one; empty if it does."""
     who = f"process {facts['process']} on {host}"
     if facts["number"] != own.number:
@@ -147,7 +156,6 @@ def _mismatch(own: Caller, facts: Mapping[str, object], host: str) -> str:
             f"{own.number}: give all the same."
         )
     theirs = facts["versions"]
-    assert isinstance(theirs, dict)
     for name in sorted({*own.versions, *theirs}):
         here, there = own.versions.get(name), theirs.get(name)
         if here != there:
@@ -175,8 +183,10 @@ def _call(place: Place, own: Caller, deadline: float, wait_s: float) -> Link:
             )
             answer = link.receive()
             if answer is not None and answer.kind == "welcome":
+                link.host = str(answer.facts.get("host"))
                 return link
             if answer is not None and answer.kind == "refused":
+                link.close()
                 raise ConfigError(str(answer.facts.get("why")))
         if link is not None:
             link.close()

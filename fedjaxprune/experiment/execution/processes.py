@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.errors import ConfigError
-from fedjaxprune.experiment.execution import last_words, stopping
-from fedjaxprune.experiment.execution.channel import FAILED, Channel, Loss, ProcessLost
+from fedjaxprune.errors import ConfigError, FedJaxPruneError
+from fedjaxprune.experiment.execution import last_words, signals, stopping
+from fedjaxprune.experiment.execution.channel import FAILED, STOPPED, Channel, Loss, ProcessLost
 from fedjaxprune.experiment.folder import failure, layout
 
 HEARTBEAT_S = 20.0
 _LEAVING_S = 10.0  # that all may take to leave if one fails
+_USAGE = 2  # exit status where something that was given cannot be used
 _GRACE_S = 2.0  # that a process has to find the error by itself that another one reports
 # What is said by a collective whose connection is lost.
 _OF_LOSS = ("gloo", "nccl", "collective", "connection", "peer", "coordination", "rendezvous")
@@ -112,7 +113,7 @@ def wait_for_all(processes: Processes) -> None:
         processes.channel.share()
 
 
-def together(processes: Processes, stop: Stop, heard: Callable[[], object]) -> Stop:
+def together(processes: Processes, stop: Stop, heard: Callable[[], object] = lambda: None) -> Stop:
     """Make `stop` say the same on all processes in the same round, and call `heard` if it does.
 
     All processes must call this before they next wait for each other.
@@ -146,7 +147,7 @@ def at_work(processes: Processes, place: Callable[[], pathlib.Path | None]) -> I
 
     def end(loss: Loss) -> None:
         """Leave, from another thread, unless this process ends by itself."""
-        if loss.how == FAILED and is_over.wait(_GRACE_S):
+        if loss.how in (FAILED, STOPPED) and is_over.wait(_GRACE_S):
             return
         with lock:
             if is_over.is_set():
@@ -160,12 +161,15 @@ def at_work(processes: Processes, place: Callable[[], pathlib.Path | None]) -> I
             )
 
             def mark() -> None:
-                if has_begun and folder is not None and (processes.is_first or loss.process == 0):
+                is_ours = loss.process != processes.process and (
+                    processes.is_first or loss.process == 0
+                )
+                if folder is not None and has_begun and is_ours and loss.how != STOPPED:
                     failure.mark(folder, loss.sentence)
 
-            if loss.how == FAILED:
+            if loss.how in (FAILED, STOPPED):
                 _shut_down()
-            last_words.leave(f"stopped: {loss.sentence}; {after}.", mark)
+            last_words.leave(f"stopped: {loss.sentence}; {after}.", mark, loss.status)
 
     with last_words.before_aborts(processes.heartbeat_s):
         channel.watch(end)
@@ -176,9 +180,11 @@ def at_work(processes: Processes, place: Callable[[], pathlib.Path | None]) -> I
             _hear_out(channel, error, processes.heartbeat_s)
             with lock:
                 is_over.set()
-            channel.tell("failed", why=failure.describe(error))
+            how, words = _words(error)
+            status = _USAGE if isinstance(error, FedJaxPruneError) else 1
+            channel.tell(how, words=words, status=status if how == FAILED else last_words.LOST)
             if not _shut_down():
-                last_words.leave(f"error: {failure.describe(error)}", lambda: None)
+                last_words.leave(f"error: {failure.describe(error)}", lambda: None, status)
             raise
         finally:
             channel.watch(None)
@@ -200,6 +206,16 @@ def _hear_out(channel: Channel, error: BaseException, heartbeat_s: float) -> Non
     may_be = isinstance(error, ProcessLost) or any(word in str(error).lower() for word in _OF_LOSS)
     if channel.lost.wait(heartbeat_s if may_be else 0.0):
         time.sleep(_GRACE_S + 2 * _LEAVING_S)
+
+
+def _words(error: BaseException) -> tuple[str, str]:
+    """Say to the others how this process ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED, "was interrupted"
+    if isinstance(error, signals.Stopped):
+        return STOPPED, "was stopped by a signal"
+    said = str(error) if isinstance(error, FedJaxPruneError) else failure.describe(error)
+    return FAILED, f"failed: {said.rstrip('.')}"
 
 
 def _shut_down() -> bool:
