@@ -48,7 +48,7 @@ def round_of(num_devices: int, *, clients: int, cohort_size: int, rows: bool) ->
     import optax
 
     from fedjaxprune import models, trees
-    from fedjaxprune.data import batching
+    from fedjaxprune.data import batching, transforms
     from fedjaxprune.federated import cohort, sampling, uplinks
     from fedjaxprune.methods import fedavg
     from fedjaxprune.rounds import facts, simulation, task
@@ -59,7 +59,9 @@ def round_of(num_devices: int, *, clients: int, cohort_size: int, rows: bool) ->
     uplink = uplinks.top_k(fraction=0.1)
     setup = Protocol(
         num_rounds=1,
-        batcher=batching.steps(num_steps=1, batch_size=8),
+        batcher=batching.steps(
+            num_steps=1, batch_size=8, preprocess=transforms.scale(max_value=1.0)
+        ),
         optimizer=optax.sgd(0.1),
         mesh=mesh,
         uplink=uplinks.error_feedback(uplink) if rows else uplinks.identity(),

@@ -203,7 +203,8 @@ def test_off_the_cpu_ways_of_convolving_are_tried_with_sizes(monkeypatch):
         "grouped": Table({1: 100.0, 2: 50.0}),
         "sequential": Table({1: 100.0, 2: 101.0, 4: 102.0, 8: 103.0}),
     }
-    choices = {way: table.choose() for way, table in tables.items()}
+    choices: dict[side_by_side.Way, chunk_size.Choice] = {}
+    choices.update((way, table.choose()) for way, table in tables.items())
     found = chunk_size.fastest(choices)
     assert (found.size, found.way) == (2, "patches")
     assert found.sentence.startswith("chunk size 2, convolutions patches (auto). patches: chunk")
