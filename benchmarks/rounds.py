@@ -27,6 +27,7 @@ from benchmarks import harness, networks
 from benchmarks.harness import Contender
 
 BATCH_SIZE, COHORT_SIZE, NUM_EXAMPLES = 32, 4, 512
+SELECTED_AMONG = 23_000_000
 OURS = {
     "scanned": "one call",
     "scanned_metrics": "one call",
@@ -223,8 +224,8 @@ def selection_against_sorting(mesh: Any) -> dict[str, Contender]:
     from fedjaxprune.pruning import selection
 
     del mesh
-    scores = jnp.abs(jax.random.normal(jax.random.key(0), [23_000_000]))
-    count = jnp.int32(230_000)
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), [SELECTED_AMONG]))
+    count = jnp.int32(SELECTED_AMONG // 100)
     select, select_s = harness.compiled(selection.top_k, scores, count)
     sort, sort_s = harness.compiled(lambda scores, k: jnp.sort(scores)[-k], scores, count)
     return {

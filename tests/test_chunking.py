@@ -13,6 +13,7 @@ from fedjaxprune.experiment.execution import chunk_size, chunk_trial, compilatio
 from fedjaxprune.experiment.folder import layout
 from fedjaxprune.experiment.run import build, composing, examples, launch
 from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.kernels import side_by_side
 
 LONG = chunk_size.Work(
     steps=np.full(40, 5), batch_size=10, cohort_size=16, devices=2, num_rounds=10**6
@@ -197,12 +198,13 @@ def test_what_did_not_fit_is_tried_again(cache):
 
 
 def test_off_the_cpu_ways_of_convolving_are_tried_with_sizes(monkeypatch):
-    tables = {
+    tables: dict[side_by_side.Way, Table] = {
         "patches": Table({**RISING, 4: 150.0}),
         "grouped": Table({1: 100.0, 2: 50.0}),
         "sequential": Table({1: 100.0, 2: 101.0, 4: 102.0, 8: 103.0}),
     }
-    choices = {way: table.choose() for way, table in tables.items()}
+    choices: dict[side_by_side.Way, chunk_size.Choice] = {}
+    choices.update((way, table.choose()) for way, table in tables.items())
     found = chunk_size.fastest(choices)
     assert (found.size, found.way) == (2, "patches")
     assert found.sentence.startswith("chunk size 2, convolutions patches (auto). patches: chunk")

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,9 @@ def rounds_of(made):
             made.algorithm.init_client(made.params),
         )
     )
-    cohort = Cohort(
-        client_ids=jax.ShapeDtypeStruct((4,), jnp.int32),
-        participated=jax.ShapeDtypeStruct((4,), jnp.bool_),
-        states=jax.tree.map(lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype), row),
+    of_four = jax.tree.map(lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype), row)
+    cohort = jax.eval_shape(
+        lambda states: Cohort(jnp.zeros(4, jnp.int32), jnp.ones(4, jnp.bool_), states), of_four
     )
     people = jax.eval_shape(scenario.population)
     shapes = (jax.eval_shape(lambda: KEY), state, cohort, people)
@@ -89,10 +89,12 @@ def network(name):
     if name == "lenet5":
         image = (28, 28, 1)
         model = models.lenet5(input_shape=image, num_classes=3)
-    batch = Batch(
-        inputs=jax.ShapeDtypeStruct((4, 2, *image), jnp.float32),
-        labels=jax.ShapeDtypeStruct((4, 2), jnp.int32),
-        weights=jax.ShapeDtypeStruct((4, 2), jnp.float32),
+    batch = jax.eval_shape(
+        lambda: Batch(
+            inputs=jnp.zeros((4, 2, *image)),
+            labels=jnp.zeros((4, 2), jnp.int32),
+            weights=jnp.ones((4, 2)),
+        )
     )
     params, state = jax.eval_shape(model.init, KEY)
     clients = jax.tree.map(lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype), params)
@@ -222,10 +224,8 @@ def test_products_keep_the_precision_of_where_they_were_traced():
 
 
 def test_a_way_that_is_not_there_is_refused():
+    way: Any = "fast"
     with pytest.raises(ValueError, match="grouped, patches, sequential, got 'fast'"):
-        ways.convolve(scenario.network(), "fast")
-    with (
-        pytest.raises(ValueError, match="must be one of grouped"),
-        side_by_side.convolved("fast"),
-    ):
+        ways.convolve(scenario.network(), way)
+    with pytest.raises(ValueError, match="must be one of grouped"), side_by_side.convolved(way):
         pass

@@ -75,7 +75,7 @@ def apply(family: Family, first: jax.Array, second: jax.Array) -> jax.Array:
         jax.lax.pcast(x, tuple(more), to="varying") if (more := (over[0] | over[1]) - own) else x
         for x, own in zip((first, second), over, strict=True)
     )
-    precision = jax.config.jax_default_matmul_precision  # of where it is traced
+    precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  # of this trace
     params = {"family": family, "kind": "output", "axes": (), "precision": precision}
     return _bilinear.bind(first, second, **params)
 
