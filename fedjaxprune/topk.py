@@ -5,6 +5,7 @@ one count over all entries per step: no sort, no gather, no histogram, so it map
 shards, and costs a few passes over the data whatever `k` is.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -57,15 +58,21 @@ def tree_top_k(scores: Any, k: jax.Array) -> Any:
             "tree_top_k ranks leaves that are all floats, or all of one integer dtype, got "
             f"{', '.join(sorted(map(str, dtypes)))}."
         )
-    k = jnp.clip(jnp.asarray(k, jnp.int32), 0, size)
+    return jax.tree.unflatten(structure, _largest(leaves, jnp.asarray(k, jnp.int32)))
+
+
+# Traced once for leaves of the same shapes: a search takes longer to trace than a local step.
+@functools.partial(jax.jit, inline=True)
+def _largest(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
+    """Mark the `k` largest entries of leaves that have a common order."""
     keys = [order_keys(leaf) for leaf in leaves]
+    k = jnp.clip(k, 0, sum(leaf.size for leaf in leaves))
     threshold, num_above = _threshold(keys, k)
     stop = _stop(keys, threshold, k - num_above)
-    kept = [
+    return [
         (leaf > threshold) | ((leaf == threshold) & (position < stop))
         for leaf, position in zip(keys, _positions(keys), strict=True)
     ]
-    return jax.tree.unflatten(structure, kept)
 
 
 def order_keys(scores: jax.Array) -> jax.Array:

@@ -462,10 +462,10 @@ def test_personal_parameters_go_on_where_their_client_left_them():
     client = personalization.keep_own(inner, is_own=lambda path, leaf: path == "head/bias")
     people = quadratic.population()
     broadcast = Broadcast(quadratic.PARAMS, masks.full(quadratic.PARAMS), {}, jnp.int32(0))
-    state = client.init(quadratic.PARAMS)
+    state, update = client.init(quadratic.PARAMS), jax.jit(client.update)
     mean = quadratic.mean_point(people, 3)[28:30]  # where the bias lies
     for expected in (0.5, 0.75):  # halfway, and halfway again, from a broadcast that stays
-        message, state = client.update(KEY, broadcast, state, client_data(people, jnp.int32(3)))
+        message, state = update(KEY, broadcast, state, client_data(people, jnp.int32(3)))
         np.testing.assert_allclose(state.own[0], expected * mean, rtol=1e-5)
         assert not np.any(message.fields["delta"]["head"]["bias"])
         assert np.any(message.fields["delta"]["head"]["kernel"])

@@ -1,5 +1,6 @@
 """Masks at the start by derivatives: scores of a network computed by hand, and their masks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -97,13 +98,21 @@ FLOW = {  # weight * (Hessian * gradient), by the temperature, times its square
 }
 
 
+@functools.cache
+def asked(derivative):
+    """Let a client report a derivative."""
+    client = derivatives.report(
+        MODEL.loss, batcher=batches(), name="found", derivative=derivative()
+    )
+    return jax.jit(client.update)
+
+
 def report(derivative, people, client_id=0, direction=()):
     """Ask one client for a derivative, as a vector."""
     data = client_data(people, jnp.int32(client_id))
-    client = derivatives.report(MODEL.loss, batcher=batches(), name="found", derivative=derivative)
     broadcast = Broadcast(START, masks.full(START), {}, jnp.int32(0))
     given: Any = Given(broadcast, direction)
-    message, _ = client.update(KEY, given, (), data)
+    message, _ = asked(derivative)(KEY, given, (), data)
     return message.fields["found"]
 
 
@@ -113,12 +122,12 @@ def scored(score, tree, name="grads"):
 
 
 def test_the_scores_of_the_mean_gradient_are_those_computed_by_hand():
-    found = scored(scores.saliency, report(derivatives.gradient(), POOLED))
+    found = scored(scores.saliency, report(derivatives.gradient, POOLED))
     np.testing.assert_allclose(found, SENSITIVITY, atol=1e-6)
 
 
 def test_means_of_scores_are_not_scores_of_means():
-    each = [flat(report(derivatives.sensitivity(), APART, client)) for client in (0, 1)]
+    each = [flat(report(derivatives.sensitivity, APART, client)) for client in (0, 1)]
     found = 0.75 * each[0] + 0.25 * each[1]
     expected = np.array(SENSITIVITY)
     expected[[2, 10, 11]] = 0.072167, 0.049120, 0.019648
@@ -126,22 +135,22 @@ def test_means_of_scores_are_not_scores_of_means():
 
 
 def test_products_with_the_hessian_are_those_computed_by_hand():
-    gradient = report(derivatives.gradient(), POOLED)
-    product = report(derivatives.curvature(), POOLED, direction=gradient)
+    gradient = report(derivatives.gradient, POOLED)
+    product = report(derivatives.curvature, POOLED, direction=gradient)
     found = scored(scores.gradient_flow, product, "curvature")
     np.testing.assert_allclose(found, FLOW[1.0], atol=1e-6)
     np.testing.assert_allclose(found.sum(), 0.179804, atol=1e-6)
 
 
 def test_products_with_the_mean_gradient_add_up_and_those_with_own_ones_do_not():
-    mean = report(derivatives.gradient(), POOLED)
-    products = [report(derivatives.curvature(), APART, client, mean) for client in (0, 1)]
+    mean = report(derivatives.gradient, POOLED)
+    products = [report(derivatives.curvature, APART, client, mean) for client in (0, 1)]
     both = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *products)
     np.testing.assert_allclose(
         scored(scores.gradient_flow, both, "curvature"), FLOW[1.0], atol=1e-6
     )
-    own = [report(derivatives.gradient(), APART, client) for client in (0, 1)]
-    apart = [report(derivatives.curvature(), APART, i, own[i]) for i in (0, 1)]
+    own = [report(derivatives.gradient, APART, client) for client in (0, 1)]
+    apart = [report(derivatives.curvature, APART, i, own[i]) for i in (0, 1)]
     both = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *apart)
     expected = [
         *(-0.096298, -0.039068, 0.085904, -0.032530, 0.113804, -0.022252),

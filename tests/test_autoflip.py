@@ -193,7 +193,7 @@ def test_explorers_leave_each_other_alone():
 def test_exploration_trains_with_adam_whose_state_lasts():
     start = Broadcast(quadratic.PARAMS, masks.full(quadratic.PARAMS), {}, jnp.int32(0))
     data = client_data(PEOPLE, jnp.int32(1))
-    message, _ = explorer(optimizer=optax.adam(0.01)).update(KEY, start, (), data)
+    message, _ = jax.jit(explorer(optimizer=optax.adam(0.01)).update)(KEY, start, (), data)
     with jax.numpy_dtype_promotion("standard"):
         adam = optax.adam(0.01)
         weights: Any = jnp.asarray(START)

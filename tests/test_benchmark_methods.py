@@ -1,5 +1,8 @@
 """The table of all methods: its sweep is whole, and its numbers are those of the runs."""
 
+import functools
+import pathlib
+
 import pytest
 
 from benchmarks import claims, picture
@@ -11,6 +14,8 @@ from fedjaxprune.experiment.folder import layout
 from fedjaxprune.experiment.sweeps import plan
 from tests.folders import line
 from tests.folders import write as write_folder
+
+pytestmark = pytest.mark.xdist_group("benchmark_methods")  # whose sweeps are read once
 
 METHODS = {
     name if not variant else f"{name}/{variant}"
@@ -76,6 +81,21 @@ def partition(member):
 
 def sparsity(member):
     return getattr(member.config.method, "sparsity", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Read each sweep once: it has hundreds of configs."""
+    plainly = functools.cache(functools.partial(plan.read, folder=pathlib.Path("nowhere")))
+
+    def read(source, *, folder):
+        found = plainly(source)
+        members = tuple(one._replace(folder=folder / one.name) for one in found.members)
+        return found._replace(folder=folder, members=members)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "read", read)
+        yield
 
 
 @pytest.fixture(scope="module")

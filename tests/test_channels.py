@@ -172,14 +172,19 @@ def network(name):
 def halves(analysis, *, spare):
     """Prune the even channels of every group that has none of the notes in `spare`."""
     return [
-        jnp.arange(group.size) % 2 == 1 if not getattr(group, spare) else jnp.ones(group.size, bool)
+        np.arange(group.size) % 2 == 1 if not getattr(group, spare) else np.ones(group.size, bool)
         for group in analysis.groups
     ]
 
 
 def perturb(mask, params):
     """Put numbers of another size where a mask is False."""
-    return jax.tree.map(lambda bits, leaf: jnp.where(bits, leaf, leaf * 3.0 + 7.0), mask, params)
+
+    def leaf(bits, values):
+        values = np.asarray(values)
+        return np.where(bits, values, values * np.float32(3.0) + np.float32(7.0))
+
+    return jax.tree.map(leaf, mask, params)
 
 
 def inputs_only(analysis, keep, params):

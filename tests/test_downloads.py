@@ -204,7 +204,7 @@ def test_masks_are_sent_never_or_where_they_changed_or_always():
         members = quadratic.cohort(algorithm, range(4))
         rows = members.states._replace(masks_held=jnp.array([1, 0, 1, 1], jnp.int32))
         members = members._replace(states=rows)
-        _, _, metrics = algorithm.stages[0].round(KEY, state, members, PEOPLE)
+        _, _, metrics = jax.jit(algorithm.stages[0].round)(KEY, state, members, PEOPLE)
         charged[word], _ = downloads(algorithm, jax.device_get(metrics), state)
     flags = masks.prunable_leaves(half, masks.is_kernel)
     length = 8 * len(wire_format.encode(messages.masks_in_force(half, flags)))

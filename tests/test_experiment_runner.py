@@ -1,6 +1,7 @@
 """The runner on a small federation: every client pulls the weights to its own centre."""
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import metrics as metrics_lib
@@ -159,8 +159,15 @@ NETWORK = Network(
 )
 
 
-def make_parts(config, trace=lambda: None) -> loop.RunParts:
-    """Put the federation together; call `trace` whenever a round is traced."""
+OPTIONS = {"seed": 3, "evaluation.every": 5, "checkpoints.every": 2, "checkpoints.keep": 3}
+
+
+@functools.cache
+def make_parts(trace=lambda: None) -> loop.RunParts:
+    """Put the federation together; call `trace` whenever a round is traced.
+
+    What is compiled of its rounds serves all runs that count no traces.
+    """
     algorithm = pull()
 
     def counted(round_fn):
@@ -176,7 +183,7 @@ def make_parts(config, trace=lambda: None) -> loop.RunParts:
         sampling.uniform(num_clients=NUM_CLIENTS, cohort_size=COHORT_SIZE), probability=0.2
     )
     return loop.RunParts(
-        config=config,
+        config=resolve.resolve(OPTIONS),
         network=NETWORK,
         model=quadratic(),
         algorithm=algorithm._replace(stages=stages),
@@ -195,7 +202,7 @@ class Stop(Exception):
     pass
 
 
-def train(folder, *, stop_after=None, trace=lambda: None, allow=(), **changes):
+def train(folder, *, stop_after=None, trace=(), allow=(), **changes):
     """Train in `folder`; return the state, the record without times, and the warnings."""
     folder.mkdir(exist_ok=True)
     warnings = []
@@ -204,33 +211,15 @@ def train(folder, *, stop_after=None, trace=lambda: None, allow=(), **changes):
         if line["round"] == stop_after:
             raise Stop
 
-    options = {"seed": 3, "evaluation.every": 5, "checkpoints.every": 2, "checkpoints.keep": 3}
-    config = resolve.resolve({**options, **changes})
+    parts = make_parts(*trace)
+    parts = parts._replace(config=resolve.replace(parts.config, changes))
     state = None
     with contextlib.suppress(Stop):
-        parts = make_parts(config, trace)
         loop.check(parts)  # as a run does before it makes a folder
         listener = Listener(round=on_round, warn=warnings.append)
         state = loop.train(parts, folder=folder, listener=listener, allow=allow)
     lines = [{**line, "time_s": 0.0} for line in record.read(folder).lines]
     return state, lines, warnings
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keep compiled code between the runs of this module, as the command does between processes."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("jax")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +229,20 @@ def whole(tmp_path_factory):
     state, lines, warnings = train(folder)
     assert warnings == []
     return folder, state, lines
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    """Stop a run after nine rounds."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    train(folder, stop_after=9)
+    return folder
+
+
+@pytest.fixture
+def folder(stopped_once, tmp_path):
+    """Give a run that was stopped after nine rounds, to be changed."""
+    return pathlib.Path(shutil.copytree(stopped_once, tmp_path / "run"))
 
 
 def assert_same(state, lines, whole):
@@ -291,14 +294,14 @@ def test_a_record_is_columns_by_dotted_field(whole):
 
 def test_a_run_traces_the_round_of_each_stage_once(tmp_path):
     traces = []
-    train(tmp_path / "run", trace=lambda: traces.append(1))
+    train(tmp_path / "run", trace=[lambda: traces.append(1)])
     assert len(traces) == 2
 
 
 def test_a_resumed_run_traces_the_round_once(tmp_path):
     train(tmp_path / "run", stop_after=7)  # in the second stage
     traces = []
-    train(tmp_path / "run", trace=lambda: traces.append(1))
+    train(tmp_path / "run", trace=[lambda: traces.append(1)])
     assert len(traces) == 2  # of the first stage in the check, of the second in the run
 
 
@@ -324,9 +327,7 @@ def test_how_often_one_saves_changes_nothing(tmp_path, whole):
     assert_same(state, lines, whole)
 
 
-def test_a_torn_line_is_dropped(tmp_path, whole):
-    folder = tmp_path / "run"
-    train(folder, stop_after=9)
+def test_a_torn_line_is_dropped(folder, whole):
     with (folder / layout.METRICS).open("a") as file:
         file.write('{"stage": "train", "rou')
     state, lines, warnings = train(folder)
@@ -334,9 +335,7 @@ def test_a_torn_line_is_dropped(tmp_path, whole):
     assert warnings == []
 
 
-def test_a_checkpoint_that_the_record_does_not_reach_is_skipped(tmp_path, whole):
-    folder = tmp_path / "run"
-    train(folder, stop_after=9)
+def test_a_checkpoint_that_the_record_does_not_reach_is_skipped(folder, whole):
     record.cut(folder, record.read(folder).header, 7)
     state, lines, warnings = train(folder)
     assert_same(state, lines, whole)
@@ -375,9 +374,7 @@ DAMAGES = [damage_remove, damage_truncate, damage_empty, damage_checksum]
 
 @pytest.mark.usual("damage_truncate", "damage_checksum")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, whole, damage):
-    folder = tmp_path / "run"
-    train(folder, stop_after=9)
+def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(folder, whole, damage):
     damage(folder / layout.CHECKPOINTS / "8")
     state, lines, warnings = train(folder)
     assert_same(state, lines, whole)
@@ -385,9 +382,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, who
     assert "round 8 is damaged" in warnings[0]
 
 
-def test_without_any_whole_checkpoint_the_run_starts_again_only_on_demand(tmp_path, whole):
-    folder = tmp_path / "run"
-    train(folder, stop_after=9)
+def test_without_any_whole_checkpoint_the_run_starts_again_only_on_demand(folder, whole):
     for step in (4, 6, 8):
         damage_truncate(folder / layout.CHECKPOINTS / str(step))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -46,18 +46,21 @@ def test_the_sparsity_of_a_round(index, wanted):
     assert found == pytest.approx(wanted, abs=5e-7)
 
 
+PRUNE_INNER = jax.jit(
+    pruners.exempt(
+        pruners.prune_to(schedules.cubic(**CURVE)), lambda path, leaf: path not in ("conv1", "fc3")
+    ).update
+)
+
+
 @pytest.mark.parametrize("index", [0, 1, 25, 50, 99, 100])
 def test_the_inner_leaves_of_lenet5_keep_what_the_curve_says(index):
     rng = np.random.default_rng(index)
     params = {name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in LENET5.items()}
-    curve = schedules.cubic(**CURVE)
-    pruner = pruners.exempt(
-        pruners.prune_to(curve), lambda path, leaf: path not in ("conv1", "fc3")
-    )
     inputs = PrunerInputs(params, None, jnp.int32(index))
-    own, _ = pruner.update(KEY, masks.full(params), (), inputs)
+    own, _ = PRUNE_INNER(KEY, masks.full(params), (), inputs)
     counts = {name: int(np.sum(mask)) for name, mask in own.items()}
-    sparsity = float(schedules.evaluate(curve, jnp.int32(index)))
+    sparsity = float(schedules.evaluate(schedules.cubic(**CURVE), jnp.int32(index)))
     assert counts["conv1"] == 150
     assert counts["fc3"] == 840
     inner = counts["conv2"] + counts["fc1"] + counts["fc2"]

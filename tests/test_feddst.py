@@ -329,7 +329,7 @@ def test_the_first_mask_may_be_of_the_largest_weights():
     algorithm = build(feddst, first_mask="magnitude", drop_fraction=0.0)
     state = algorithm.init(quadratic.PARAMS, {"steps": jnp.float32(0.0)})
     members = quadratic.cohort(algorithm, range(6))
-    state, _, _ = algorithm.stages[0].round(KEY, state, members, PEOPLE)
+    state, _, _ = jax.jit(algorithm.stages[0].round)(KEY, state, members, PEOPLE)
     for name, count in (("dense", 10), ("head", 6)):
         size = np.abs(np.asarray(quadratic.PARAMS[name]["kernel"]))
         mask = np.asarray(state.masks[name]["kernel"])

@@ -44,7 +44,7 @@ def of_layer(x, w, g, layer=jnp.matmul):
 
     function = moments.of_loss(loss, prunable=lambda path, leaf: True, kinds=KINDS)
     batch = Batch(jnp.asarray(x), jnp.asarray(g), jnp.ones(len(x)))
-    _, grads, found = function({"w": jnp.asarray(w)}, {}, batch, KEY)
+    _, grads, found = jax.jit(function)({"w": jnp.asarray(w)}, {}, batch, KEY)
     return grads, found, jnp.int32(len(x))
 
 
@@ -139,7 +139,7 @@ def revised(pruner, **statistics):
     params = {"kernel": jnp.zeros((1, 8))}
     found = {n: {"kernel": jnp.asarray(v, jnp.float32)[None]} for n, v in statistics.items()}
     inputs = PrunerInputs(params, None, jnp.int32(2), statistics=found)
-    mask = pruner.update(KEY, LIVE, (), inputs)[0]["kernel"]
+    mask = jax.jit(pruner.update)(KEY, LIVE, (), inputs)[0]["kernel"]
     return set(np.flatnonzero(mask).tolist())
 
 

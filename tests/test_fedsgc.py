@@ -33,7 +33,7 @@ def exchanged(share, there=THERE, here=HERE, count=4):
         guided_share=share,
     )
     inputs = PrunerInputs(params=PARAMS, grads=GRADS, round=jnp.int32(1))
-    kept = live(pruner.update(KEY, LIVE, (), inputs)[0])
+    kept = live(jax.jit(pruner.update)(KEY, LIVE, (), inputs)[0])
     return live(LIVE) - kept, kept - live(LIVE)
 
 

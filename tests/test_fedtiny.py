@@ -215,7 +215,7 @@ def test_erk_candidates_give_small_layers_more():
     algorithm = tiny(allocation="erk", noise=1.0)
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     everyone = quadratic.cohort(algorithm, range(6))
-    state, _, _ = algorithm.stages[0].round(KEY, state, everyone, PEOPLE)
+    state, _, _ = jax.jit(algorithm.stages[0].round)(KEY, state, everyone, PEOPLE)
     assert np.all(np.asarray(state.method.counts) >= 1)
 
 
@@ -696,7 +696,7 @@ def test_the_first_convolution_is_never_pruned():
     assert sum(masks.prunable_leaves(quadratic.PARAMS, algorithm.prunable)) == 1
     state = algorithm.init(quadratic.PARAMS, quadratic.NORMALIZED_STATE)
     everyone = quadratic.cohort(algorithm, range(6))
-    state, _, _ = algorithm.stages[0].round(KEY, state, everyone, PEOPLE)
+    state, _, _ = jax.jit(algorithm.stages[0].round)(KEY, state, everyone, PEOPLE)
     assert np.all(state.masks["head"]["kernel"])
     # 0.4 of all 32 kernel weights live, of which the first convolution has 8, within 2 %.
     assert abs(int(np.sum(state.masks["dense"]["kernel"])) - (0.4 * 32 - 8)) < 1

@@ -44,9 +44,8 @@ def start(algorithm, participated=None):
     members = quadratic.cohort(algorithm, [0, 1, 2, 3, 4, 5], participated)
     traffic = []
     for stage in algorithm.stages[:-1]:
-        state, rows, metrics = stage.round(
-            jax.random.fold_in(KEY, state.round), state, members, PEOPLE
-        )
+        key = jax.random.fold_in(KEY, state.round)
+        state, rows, metrics = jax.jit(stage.round)(key, state, members, PEOPLE)
         members = members._replace(states=rows)
         traffic.append(ledger.account(metrics, state, algorithm))
     return state, members, traffic
@@ -59,7 +58,7 @@ def computed(algorithm):
     found = []
     for stage in algorithm.stages[:-1]:
         key = jax.random.fold_in(KEY, state.round)
-        state, _, metrics = stage.round(key, state, members, PEOPLE)
+        state, _, metrics = jax.jit(stage.round)(key, state, members, PEOPLE)
         found.append(round_costs.of_round(quadratic.profile(), metrics))
     return found
 
@@ -150,7 +149,7 @@ def test_one_clients_mask_costs_a_dense_model_down_and_a_mask_up():
     assert traffic[0].uplink._replace(framing=0, masks=0) == (0, 0, 0, 0, 0)
     assert 0 < traffic[0].uplink.masks <= 24 + 8  # prunable weights, a bit each
     assert traffic[0].published["values_and_bitmaps"] == (32, 32 * quadratic.NUM_WEIGHTS)
-    _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
+    _, _, metrics = jax.jit(algorithm.stages[-1].round)(KEY, state, members, PEOPLE)
     assert (
         0 < ledger.account(metrics, state, algorithm).downlink.masks <= 6 * 32
     )  # then everybody is told
@@ -170,7 +169,7 @@ def test_random_masks_follow_from_the_seed_and_do_not_travel():
     kept = [int(jnp.sum(state.masks[name]["kernel"])) for name in KERNELS]
     assert kept == [18, 6]
     assert [(t.uplink_bits, t.downlink_bits) for t in traffic] == [(0, 0)]
-    after, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
+    after, _, metrics = jax.jit(algorithm.stages[-1].round)(KEY, state, members, PEOPLE)
     assert ledger.account(metrics, after, algorithm).downlink.masks == 0
     chex.assert_trees_all_equal(after.masks, state.masks)
 
@@ -219,7 +218,7 @@ def test_snip_of_the_clients_is_snip_of_the_pooled_data():
     assert (traffic[1].uplink_bits, traffic[1].downlink_bits) == (0, 0)
     for link in (traffic[0].uplink, traffic[0].downlink):
         assert link._replace(framing=0) == (every, 0, 0, 0, 0)
-    _, _, metrics = algorithm.stages[-1].round(KEY, state, members, PEOPLE)
+    _, _, metrics = jax.jit(algorithm.stages[-1].round)(KEY, state, members, PEOPLE)
     assert 0 < ledger.account(metrics, state, algorithm).downlink.masks <= 6 * 32
 
 

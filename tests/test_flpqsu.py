@@ -103,8 +103,9 @@ def test_a_client_sends_if_its_loss_is_below_that_of_the_last_time():
     client = saying(jnp.asarray([2.3, 1.9, 2.0, 1.8, 1.85], jnp.float32))
     broadcast = Broadcast((), (), {"steps": jnp.float32(1.0)}, jnp.int32(0))
     state, sent, remembered = client.init(()), [], []
+    update = jax.jit(client.update)
     for _ in range(5):
-        message, after = client.update(KEY, broadcast, state, DATA)
+        message, after = update(KEY, broadcast, state, DATA)
         silent = bool(message.fields[SILENT])
         state = after._replace(loss=state.loss) if silent else after  # as `rounds` does
         sent.append(not silent)

@@ -15,7 +15,7 @@ def test_the_value_is_the_weighted_mean():
     assert float(got) == pytest.approx(np.average(VALUES, weights=WEIGHTS), rel=1e-6)
 
 
-@pytest.mark.parametrize("cut", range(9))
+@pytest.mark.parametrize("cut", [0, 1, 5, 8])
 def test_merging_parts_gives_the_whole(cut):
     parts = [metrics.mean(VALUES[:cut], WEIGHTS[:cut]), metrics.mean(VALUES[cut:], WEIGHTS[cut:])]
     whole = metrics.mean(VALUES, WEIGHTS)

@@ -15,6 +15,22 @@ CIFAR = {"input_shape": (32, 32, 3), "num_classes": 10}
 CIFAR100 = {"input_shape": (32, 32, 3), "num_classes": 100}
 
 
+class Network:
+    """A network that is made when it is wanted, and equal to another of the same options."""
+
+    def __init__(self, make, **options):
+        self.make, self.options = make, options
+
+    def __call__(self):
+        return self.make(**self.options)
+
+    def __eq__(self, other):
+        return (self.make, self.options) == (other.make, other.options)
+
+    def __hash__(self):
+        return hash((self.make, repr(self.options)))
+
+
 def is_conv(path, leaf):
     return masks.is_kernel(path, leaf) and leaf.ndim == 4
 
@@ -37,105 +53,105 @@ def everything(path, leaf):
 
 # (paper, network, which leaves, how many entries)
 COUNTS = [
-    ("FedDIP", lambda: models.lenet5(input_shape=(28, 28, 1), num_classes=10), everything, 61_706),
+    ("FedDIP", Network(models.lenet5, input_shape=(28, 28, 1), num_classes=10), everything, 61_706),
     (
         "FedDIP",
-        lambda: models.lenet5(input_shape=(28, 28, 1), num_classes=10),
+        Network(models.lenet5, input_shape=(28, 28, 1), num_classes=10),
         masks.is_kernel,
         61_470,
     ),
-    ("FedDIP", lambda: models.alexnet(**CIFAR), everything, 23_272_266),
-    ("FedDIP", lambda: models.alexnet(**CIFAR), masks.is_kernel, 23_262_912),
-    ("FedDIP", lambda: models.resnet18(norm="batch", **CIFAR100), everything, 11_220_132),
-    ("FedDIP", lambda: models.resnet18(norm="batch", **CIFAR100), without_shortcuts, 11_038_400),
-    ("FedDIP", lambda: models.resnet50(norm="batch", **CIFAR100), everything, 23_705_252),
-    ("FedDIP", lambda: models.resnet50(norm="batch", **CIFAR100), without_shortcuts, 20_883_136),
-    ("FedTiny", lambda: models.resnet18(norm="batch", **CIFAR), everything, 11_173_962),
-    ("FedTiny", lambda: models.resnet18(norm="batch", **CIFAR), masks.is_kernel, 11_164_352),
-    ("FedTiny", lambda: models.pooled_cnn(**CIFAR), everything, 104_810),
-    ("FedTiny", lambda: models.pooled_cnn(channels=(8, 16, 32), **CIFAR), everything, 72_986),
-    ("FedTiny", lambda: models.pooled_cnn(channels=(8, 16, 16), **CIFAR), everything, 37_898),
+    ("FedDIP", Network(models.alexnet, **CIFAR), everything, 23_272_266),
+    ("FedDIP", Network(models.alexnet, **CIFAR), masks.is_kernel, 23_262_912),
+    ("FedDIP", Network(models.resnet18, norm="batch", **CIFAR100), everything, 11_220_132),
+    ("FedDIP", Network(models.resnet18, norm="batch", **CIFAR100), without_shortcuts, 11_038_400),
+    ("FedDIP", Network(models.resnet50, norm="batch", **CIFAR100), everything, 23_705_252),
+    ("FedDIP", Network(models.resnet50, norm="batch", **CIFAR100), without_shortcuts, 20_883_136),
+    ("FedTiny", Network(models.resnet18, norm="batch", **CIFAR), everything, 11_173_962),
+    ("FedTiny", Network(models.resnet18, norm="batch", **CIFAR), masks.is_kernel, 11_164_352),
+    ("FedTiny", Network(models.pooled_cnn, **CIFAR), everything, 104_810),
+    ("FedTiny", Network(models.pooled_cnn, channels=(8, 16, 32), **CIFAR), everything, 72_986),
+    ("FedTiny", Network(models.pooled_cnn, channels=(8, 16, 16), **CIFAR), everything, 37_898),
     (
         "FedTiny",
-        lambda: models.pooled_cnn(channels=(8, 8, 8), hidden_size=64, **CIFAR),
+        Network(models.pooled_cnn, channels=(8, 8, 8), hidden_size=64, **CIFAR),
         everything,
         10_298,
     ),
     (  # torchvision's, but for 2,752 biases of convolutions, which the normalization cancels
         "FedTiny",
-        lambda: vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
+        Network(vgg.vgg11, norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
         everything,
         128_812_810 - 2_752,
     ),
     (
         "FedTiny",
-        lambda: vgg.vgg11(norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
+        Network(vgg.vgg11, norm="batch", hidden_sizes=(4096, 4096), pool=7, **CIFAR),
         masks.is_kernel,
         9_217_728 + 4096 * (7 * 7 * 512 + 4096 + 10),
     ),
     (
         "MPFL",
-        lambda: vgg.vgg11(norm="none", hidden_sizes=(4096, 4096), pool=7, **CIFAR100),
+        Network(vgg.vgg11, norm="none", hidden_sizes=(4096, 4096), pool=7, **CIFAR100),
         everything,
         129_176_036,
     ),
-    ("MPFL", lambda: vgg.vgg11(norm="none", **CIFAR100), is_conv, 9_217_728),
-    ("MPFL", lambda: vgg.vgg11(norm="batch", **CIFAR100), is_conv, 9_217_728),
+    ("MPFL", Network(vgg.vgg11, norm="none", **CIFAR100), is_conv, 9_217_728),
+    ("MPFL", Network(vgg.vgg11, norm="batch", **CIFAR100), is_conv, 9_217_728),
     (
         "MPFL",
-        lambda: models.resnet18(norm="batch", stem="imagenet", **CIFAR100),
+        Network(models.resnet18, norm="batch", stem="imagenet", **CIFAR100),
         is_conv,
         11_166_912,
     ),
     (
         "MPFL",
-        lambda: models.resnet34(norm="batch", stem="imagenet", **CIFAR100),
+        Network(models.resnet34, norm="batch", stem="imagenet", **CIFAR100),
         is_conv,
         21_267_648,
     ),
     (
         "AutoFLIP",
-        lambda: models.two_cnn(input_shape=(24, 24, 1), num_classes=10),
+        Network(models.two_cnn, input_shape=(24, 24, 1), num_classes=10),
         everything,
         1_663_370,
     ),
     (
         "AutoFLIP",
-        lambda: models.two_cnn(input_shape=(24, 24, 3), num_classes=10),
+        Network(models.two_cnn, input_shape=(24, 24, 3), num_classes=10),
         everything,
         1_664_970,
     ),
     (
         "AutoFLIP",
-        lambda: models.two_cnn(input_shape=(24, 24, 3), num_classes=100, width=128),
+        Network(models.two_cnn, input_shape=(24, 24, 3), num_classes=100, width=128),
         everything,
         7_303_524,
     ),
     (
         "AutoFLIP",
-        lambda: models.femnist_cnn(input_shape=(28, 28, 1), num_classes=62),
+        Network(models.femnist_cnn, input_shape=(28, 28, 1), num_classes=62),
         everything,
         13_180_734,
     ),
     (  # 80 * 8 + 4 * 256 * (8 + 256 + 2) + 4 * 256 * (256 + 256 + 2) + 257 * 80
         "AutoFLIP",
-        lambda: lstm.char_lstm(input_shape=(80,), num_classes=80),
+        Network(lstm.char_lstm, input_shape=(80,), num_classes=80),
         everything,
         819_920,
     ),
-    ("ADP", lambda: gated.gated_resnet32(norm="batch", density=0.7, **CIFAR), is_gate, 52_320),
-    ("ADP", lambda: gated.gated_resnet32(norm="batch", density=0.7, **CIFAR), is_norm, 2_272),
+    ("ADP", Network(gated.gated_resnet32, norm="batch", density=0.7, **CIFAR), is_gate, 52_320),
+    ("ADP", Network(gated.gated_resnet32, norm="batch", density=0.7, **CIFAR), is_norm, 2_272),
     (
         "ADP",
-        lambda: gated.gated_resnet32(norm="batch", density=0.7, **CIFAR),
+        Network(gated.gated_resnet32, norm="batch", density=0.7, **CIFAR),
         masks.is_kernel,
         461_872,
     ),
-    ("ADP", lambda: models.resnet32(norm="batch", **CIFAR), masks.is_kernel, 461_872),
-    ("ADP", lambda: models.resnet20(norm="batch", **CIFAR), masks.is_kernel, 268_336),
+    ("ADP", Network(models.resnet32, norm="batch", **CIFAR), masks.is_kernel, 461_872),
+    ("ADP", Network(models.resnet20, norm="batch", **CIFAR), masks.is_kernel, 268_336),
     (  # gates see what the convolutions see, one tap of it: a ninth of the kernels, and the biases
         "ADP",
-        lambda: gated.gated_vgg16(norm="batch", density=0.7, **CIFAR),
+        Network(gated.gated_vgg16, norm="batch", density=0.7, **CIFAR),
         is_gate,
         14_710_464 // 9 + 4_224,
     ),
@@ -143,16 +159,16 @@ COUNTS = [
 
 # Multiply-adds of the convolutions and dense layers for one 32×32 image, in millions.
 MACS = [
-    ("FedTiny", lambda: models.resnet18(norm="batch", **CIFAR), 555.42),
-    ("ADP", lambda: models.resnet20(norm="batch", **CIFAR), 40.55),
-    ("ADP", lambda: models.resnet32(norm="batch", **CIFAR), 68.86),
+    ("FedTiny", Network(models.resnet18, norm="batch", **CIFAR), 555.42),
+    ("ADP", Network(models.resnet20, norm="batch", **CIFAR), 40.55),
+    ("ADP", Network(models.resnet32, norm="batch", **CIFAR), 68.86),
 ]
 
 # Convolution filters: what a mask of one bit a filter costs.
 FILTERS = [
-    (lambda: vgg.vgg11(norm="none", **CIFAR100), 2_752),
-    (lambda: models.resnet18(norm="batch", stem="imagenet", **CIFAR100), 4_800),
-    (lambda: models.resnet34(norm="batch", stem="imagenet", **CIFAR100), 8_512),
+    (Network(vgg.vgg11, norm="none", **CIFAR100), 2_752),
+    (Network(models.resnet18, norm="batch", stem="imagenet", **CIFAR100), 4_800),
+    (Network(models.resnet34, norm="batch", stem="imagenet", **CIFAR100), 8_512),
 ]
 
 

@@ -34,7 +34,7 @@ def as_loss(network, layers=None):
 def of(loss, params, batch, *, kinds=KINDS, prunable=lambda path, leaf: leaf.ndim > 1):
     """Compute gradients and moments of a loss without state."""
     function = moments.of_loss(loss, prunable=prunable, kinds=kinds)
-    return function(params, {}, batch, KEY)
+    return jax.jit(function)(params, {}, batch, KEY)
 
 
 def mean_square(outputs, batch):

@@ -91,13 +91,13 @@ def test_only_training_is_augmented(channels):
     )
     inputs = jax.random.bits(KEY, (8, 16, 16, channels), jnp.uint8)
     plain = (inputs.astype(jnp.float32) / 255 - 0.5) / 0.25
-    train, test = transforms.for_dataset(dataset, augment=True)
+    train, test = map(jax.jit, transforms.for_dataset(dataset, augment=True))
     np.testing.assert_allclose(test(KEY, inputs), plain, rtol=1e-5, atol=1e-6)
-    augmented = jax.jit(train)(KEY, inputs)
+    augmented = train(KEY, inputs)
     assert augmented.shape == plain.shape
     assert augmented.dtype == jnp.float32
     assert not np.allclose(augmented, plain)
-    train, test = transforms.for_dataset(dataset, augment=False)
+    train, test = map(jax.jit, transforms.for_dataset(dataset, augment=False))
     np.testing.assert_array_equal(train(KEY, inputs), test(KEY, inputs))
     train, _ = transforms.for_dataset(dataset._replace(mean=None, std=None), augment=False)
     np.testing.assert_allclose(train(KEY, inputs), inputs.astype(jnp.float32) / 255, rtol=1e-6)

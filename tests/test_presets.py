@@ -11,10 +11,7 @@ NUM_EXAMPLES = 6000
 
 
 @pytest.mark.usual(
-    "feddip-alexnet-cifar10",
     "feddip-cifar10",
-    "feddip-fashion-mnist",
-    "fedtiny-cifar10",
     "fedtiny-vgg11-cifar10",
     "mpfl-cifar10",
     "quick",

@@ -171,7 +171,7 @@ def reporting(grads):
 
 def squares(client, state, index=0):
     broadcast = Broadcast((), (), (), jnp.int32(index))
-    message, state = client.update(KEY, broadcast, state, ())
+    message, state = jax.jit(client.update)(KEY, broadcast, state, ())
     assert "grads" not in message.fields
     return np.asarray(message.fields["g"]["kernel"]), message.fields, state
 

@@ -82,10 +82,10 @@ def test_the_smallest_go_and_the_steepest_come():
         report_grads=lambda round: round >= 0,
         report_steps=local_training.last_step,
     )
-    start = protocol.broadcast_of(before)
+    start, update = protocol.broadcast_of(before), jax.jit(client.update)
     sent, weights = [], []
     for i in range(6):
-        message, _ = client.update(KEY, start, (), client_data(PEOPLE, jnp.int32(i)))
+        message, _ = update(KEY, start, (), client_data(PEOPLE, jnp.int32(i)))
         sent.append(message)
         weights.append(float(message.weight))
     share = np.array(weights) / sum(weights)

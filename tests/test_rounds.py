@@ -42,7 +42,7 @@ def start(algorithm):
 def run(algorithm, state=None, members=None):
     fresh = start(algorithm)
     state, members = state or fresh[0], members or fresh[1]
-    after, rows, metrics = algorithm.stages[0].round(KEY, state, members, PEOPLE)
+    after, rows, metrics = jax.jit(algorithm.stages[0].round)(KEY, state, members, PEOPLE)
     return after, rows, jax.device_get(metrics)
 
 
@@ -183,12 +183,12 @@ def test_an_exchange_reports_models_and_ends_when_it_is_over():
         is_over=lambda state: state.method > 0,
     )
     assert (stage.num_rounds, stage.cohort) == (2, "everyone")
-    first, _, metrics = stage.round(KEY, state, members, PEOPLE)
+    first, _, metrics = jax.jit(stage.round)(KEY, state, members, PEOPLE)
     assert first.method == np.mean(SIZES)
     assert metrics.num_downloaded.shape == (4, 1, NUM_LEAVES)
     assert metrics.sent.reports[EVALUATED].shape == (4, 1, NUM_LEAVES)
     assert not np.any(metrics.num_uploaded)
-    second, _, metrics = stage.round(KEY, first, members, PEOPLE)
+    second, _, metrics = jax.jit(stage.round)(KEY, first, members, PEOPLE)
     assert second.method == first.method
     assert metrics.num_participating == 0
     traffic = ledger.account(jax.device_get(metrics), state, algorithm)
@@ -212,7 +212,7 @@ def test_who_holds_the_masks_of_a_round_at_the_server(known_to, changes, masks_i
 
     state, members = start(training(SHARED, client=CLIENT))
     stage = server_work.server_round("work", work, masks_known_to=known_to)
-    after, _, metrics = stage.round(KEY, state, members, PEOPLE)
+    after, _, metrics = jax.jit(stage.round)(KEY, state, members, PEOPLE)
     assert after.masks_id == masks_id
     assert metrics.num_downloaded.shape == (4, 1, NUM_LEAVES)
 
@@ -232,9 +232,9 @@ def test_stages_count_their_own_rounds_and_deploy_under_masks():
     state, members = start(algorithm)
     for stage in algorithm.stages[:2]:
         for _ in range(2):
-            state, _, _ = stage.round(KEY, state, members, PEOPLE)
+            state, _, _ = jax.jit(stage.round)(KEY, state, members, PEOPLE)
     assert (state.round, state.method) == (4, 2)
-    state, _, metrics = algorithm.stages[2].round(KEY, state, members, PEOPLE)
+    state, _, metrics = jax.jit(algorithm.stages[2].round)(KEY, state, members, PEOPLE)
     assert (state.round, metrics.sent.round) == (5, 0)
     pruned = state._replace(masks=halved(state).masks)
     np.testing.assert_array_equal(

@@ -110,7 +110,7 @@ def test_a_static_mask_is_training_under_it():
     )
     start, seen = tree(START), tree(FIRST, bool)
     broadcast = Broadcast(start, seen, {}, jnp.int32(0))
-    message, _ = client.update(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
+    message, _ = jax.jit(client.update)(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(0)))
     end = flat(masks.apply(seen, start)) + flat(message.fields["delta"])
     np.testing.assert_allclose(end, [0, 0.810156, -0.778516, 0], atol=5e-7)
 

@@ -199,9 +199,9 @@ def test_clients_send_one_number_for_each_input_whose_sum_does_not_know_the_spli
     client = input_squares.report(
         MODEL, batcher=quadratic.full_batches(1), uses=uses, name="squares"
     )
-    broadcast = broadcast_of(state)
+    broadcast, update = broadcast_of(state), jax.jit(client.update)
     sums = [
-        client.update(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(i)))[0].fields["squares"]
+        update(KEY, broadcast, (), client_data(PEOPLE, jnp.int32(i)))[0].fields["squares"]
         for i in range(6)
     ]
     total = jax.tree.map(lambda *parts: sum(parts), *sums)

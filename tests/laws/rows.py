@@ -146,7 +146,7 @@ def row(name: str) -> Row:
     return Row(found.part, {**found.part.law_settings, **found.variant, **own})
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def recorded(name: str) -> history.History:
     """Play a row once; its laws are read off that."""
     return history.record(*row(name))
