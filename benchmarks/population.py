@@ -245,9 +245,8 @@ def record(num_clients: int) -> dict[str, float]:
     """Read and cut a record of 200 rounds of 1 % of the clients."""
     import numpy as np
 
-    from fedjaxprune.experiment.folder import client_ids, layout
+    from fedjaxprune.experiment.folder import client_ids, layout, summary
     from fedjaxprune.experiment.folder import record as record_lib
-    from fedjaxprune.experiment.folder import summary
 
     rng, size = np.random.default_rng(0), num_clients // 100
     header = {"schema": layout.SCHEMA, "stages": [{"name": "train", "num_rounds": 200}]}

@@ -150,3 +150,21 @@ def test_devices_that_are_not_there_are_refused():
     with pytest.raises(ConfigError, match=r"execution\.devices must be at most 8, the number"):
         number(**{"data.num_clients": 20, "federation.cohort_size": 9, "execution.devices": 9})
     assert number(**{"federation.cohort_size": 2, "execution.devices": 9}) == 2
+
+
+SHARED = {"model": {"name": "mlp", "hidden_sizes": [256]}, "uplink": "identity"}
+
+
+def test_a_run_whose_devices_share_a_model_goes_on_from_a_checkpoint(tmp_path):
+    shared = {**SHARED, "execution.model_devices": 2, "federation.num_rounds": 3}
+    two = train(tmp_path / "two", devices=2, **SHARED, **{"federation.num_rounds": 3})
+    assert train(tmp_path / "four", devices=4, stop_after=3, **shared) is None
+    four = train(tmp_path / "four", devices=4, **shared)
+    kernel = four.params["dense_1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (64, 128)  # of 64 x 256
+    assert largest_difference(four, two) < 1e-5
+
+
+def test_devices_that_no_model_can_be_shared_among_are_refused():
+    with pytest.raises(ConfigError, match=r"model_devices must divide execution.devices \(3 here"):
+        train(None, devices=3, **SHARED, **{"execution.model_devices": 2})
