@@ -158,8 +158,9 @@ def start(num_clients: int) -> dict[str, float]:
     from fedjaxprune.experiment.run.listener import Listener
 
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((num_clients, NUM_INPUTS)).astype(np.float32)
-    y = rng.integers(0, 10, num_clients)
+    num_examples = num_clients + num_clients // 2  # of which some are for tests
+    x = rng.standard_normal((num_examples, NUM_INPUTS)).astype(np.float32)
+    y = rng.integers(0, 10, num_examples)
     size = num_clients * (NUM_INPUTS * HIDDEN + HIDDEN + HIDDEN * 10 + 10) * 4
     marks: dict[str, float] = {}
     begin = time.perf_counter()
@@ -245,9 +246,8 @@ def record(num_clients: int) -> dict[str, float]:
     """Read and cut a record of 200 rounds of 1 % of the clients."""
     import numpy as np
 
-    from fedjaxprune.experiment.folder import client_ids, layout
+    from fedjaxprune.experiment.folder import client_ids, layout, summary
     from fedjaxprune.experiment.folder import record as record_lib
-    from fedjaxprune.experiment.folder import summary
 
     rng, size = np.random.default_rng(0), num_clients // 100
     header = {"schema": layout.SCHEMA, "stages": [{"name": "train", "num_rounds": 200}]}
