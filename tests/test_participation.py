@@ -92,7 +92,7 @@ def test_weighted_draws_without_replacement_one_after_the_other():
 @pytest.mark.parametrize("room", [6.0, None])
 @pytest.mark.parametrize("size", [2, 4])
 def test_weighted_draws_each_cohort_as_often_as_one_after_the_other(size, room, monkeypatch):
-    """Heavy and light clients, one of weight 0; where a pass has room for few, there are several."""
+    """Of heavy and light clients and one of weight 0; without room there are several passes."""
     weights = [60.0, 7.0, 3.0, 1.0, 1.0, 0.01, 0.0]
     if room is None:
         monkeypatch.setattr(_races, "_with_room", np.ones_like)

@@ -37,11 +37,9 @@ def check_shapes(population: Population) -> None:
         raise ValueError(
             f"a population's examples must agree in their first axis, got {each}{_MADE}."
         )
-    lengths = {
-        "examples": next(iter(sizes.values()))[0],
-        "order": math.prod(population.order.shape),
-    }
-    for name, length in lengths.items():
+    (num_examples,) = next(iter(sizes.values()))
+    num_held = math.prod(jnp.shape(population.order))
+    for name, length in (("examples", num_examples), ("order", num_held)):
         if length > _INT32_MAX:
             raise ValueError(
                 f"a population's {name} must have at most {_INT32_MAX} entries, as JAX counts them "
