@@ -463,7 +463,8 @@ def test_a_partition_of_arrays_that_do_not_fit_is_refused(order, offsets, messag
 
 def test_more_examples_than_int32_counts_are_refused():
     labels = np.broadcast_to(np.int32(0), 2**31)
-    population = types.Population({"labels": labels[:4]}, labels, np.zeros(2, np.int32))
+    arrays: Any = (labels, np.zeros(2, np.int32))
+    population = types.Population({"labels": labels[:4]}, *arrays)
     with pytest.raises(ValueError, match="order must have at most 2147483647 entries"):
         populations.check_shapes(population)
     with pytest.raises(ValueError, match="number from 1 to 2147483647, got 2147483648"):

@@ -94,7 +94,7 @@ def test_clients_rows_are_written_in_place():
     people = PEOPLE._replace(offsets=offsets)
     run = simulation.start(algorithm, quadratic.PARAMS, STATE, num_clients=number)
     play = jax.jit(simulation.advance(algorithm.stages[0], sample), donate_argnums=1)
-    text = play.lower(KEY, run, people).compile().as_text()
+    text = str(play.lower(KEY, run, people).compile().as_text())
     assert f"[{number}]" in text
     assert not re.findall(rf"= \w+\[{number}[],].* copy\(", text)
 
