@@ -151,37 +151,44 @@ def rounds(num_clients: int) -> dict[str, float]:
 
 
 def start(num_clients: int) -> dict[str, float]:
-    """Run a whole run of two rounds with clients' rows, and look at memory until the first one."""
+    """Run a whole run of two rounds with clients' rows, and look at memory until the first one.
+
+    What a run of few clients takes before it is not counted.
+    """
     import numpy as np
 
     import fedjaxprune as fjp
     from fedjaxprune.experiment.run.listener import Listener
 
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((num_clients, NUM_INPUTS)).astype(np.float32)
-    y = rng.integers(0, 10, num_clients)
     size = num_clients * (NUM_INPUTS * HIDDEN + HIDDEN + HIDDEN * 10 + 10) * 4
     marks: dict[str, float] = {}
-    begin = time.perf_counter()
 
     def note(line: Any) -> None:
         marks.setdefault("extra memory until the first round, in rows", memory.grown / size)
         marks.setdefault("until the first round, s", time.perf_counter() - begin)
 
     settings: dict[str, Any] = {
+        "method": "fedavg",
         "model": {"name": "mlp", "hidden_sizes": [HIDDEN]},
         "federation": {"cohort_size": COHORT_SIZE, "num_rounds": 2},
         "uplink": {"name": "top_k", "error_feedback": True},
         "client": {"steps": 1, "batch_size": 1},
     }
-    with tempfile.TemporaryDirectory() as place, Memory() as memory:
-        fjp.run(
-            settings,
-            data=(x, y),
-            num_clients=num_clients,
-            folder=f"{place}/run",
-            listener=Listener(round=note),
-        )
+    for number in (FEW, num_clients):
+        marks.clear()
+        num_examples = number + number // 2  # of which some are for tests
+        x = rng.standard_normal((num_examples, NUM_INPUTS)).astype(np.float32)
+        y = rng.integers(0, 10, num_examples)
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory() as place, Memory() as memory:
+            fjp.run(
+                settings,
+                data=(x, y),
+                num_clients=number,
+                folder=f"{place}/run",
+                listener=Listener(round=note),
+            )
         marks["extra memory in all, in rows"] = memory.grown / size
     return marks | {"rows, MiB": size / MIB}
 

@@ -85,7 +85,8 @@ def permute_each(key: Key, positions: jax.Array, sizes: jax.Array) -> jax.Array:
     pivots, seeds = jax.random.bits(key, (2, _NUM_ROUNDS_TOGETHER, *sizes.shape), jnp.uint32)
 
     def round_fn(x, drawn):
-        return _swap_or_not(x, *drawn, sizes), None
+        pivot, seed = drawn
+        return _swap_or_not(x, pivot, seed, sizes), None
 
     x, _ = jax.lax.scan(round_fn, positions.astype(jnp.uint32), (pivots % sizes[None], seeds))
     return x.astype(jnp.int32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks, metrics, models, traffic, trees
-from fedjaxprune.experiment.folder import summary
+from fedjaxprune.experiment.folder import client_ids, layout, record, summary
 from fedjaxprune.experiment.run import round_costs
 from fedjaxprune.types import Model
 from tests.folders import line
@@ -147,6 +147,45 @@ def with_costs(number, costs):
         f"mask.{name}": named[name] for name in ("clients_per_weight", "unchanged_fraction")
     }
     return line(number, changes={"compute.training_flops": costs.training_flops, **masks_too})
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([], ""),
+        ([7], "7"),
+        ([3, 4, 5, 6, 7, 17], "3 1x4 10"),
+        ([0, 0, 5], "0x2 5"),
+        ([10, 20, 30, 40], "10x4"),
+        (list(range(1000)), "0 1x999"),
+    ],
+)
+def test_ids_of_clients_are_the_distances_between_them(ids, text):
+    assert client_ids.to_text(ids) == text
+    assert client_ids.is_text(text)
+    assert client_ids.of_text(text) == ids
+
+
+@pytest.mark.parametrize("text", [None, [1], "a", "1 ", " 1", "1x", "1  2", "-1", "0 1x16777217"])
+def test_other_text_is_no_ids(text):
+    assert not client_ids.is_text(text)
+
+
+def test_a_record_is_cut_without_writing_it_again(tmp_path):
+    header = {"schema": layout.SCHEMA, "stages": []}
+    record.begin(tmp_path, header)
+    lines = [line(number) for number in (1, 2, 3)]
+    for one in lines:
+        record.append(tmp_path, one)
+    path = tmp_path / layout.METRICS
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"round": 4, "sta')  # torn
+    assert record.cut(tmp_path, header, 3) == lines
+    assert path.read_bytes() == whole
+    assert record.cut(tmp_path, header, 1) == lines[:1]
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
+    record.cut(tmp_path, {**header, "more": 1}, 1)  # another version's header
+    assert record.read(tmp_path) == record.Record({**header, "more": 1}, lines[:1])
 
 
 def test_a_summary_adds_up_over_rounds():

@@ -1,11 +1,14 @@
 """Laws of who takes part."""
 
+import collections
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjaxprune.federated import sampling
+from fedjaxprune.federated import _races, sampling
 
 KEY = jax.random.key(0)
 WEIGHTS = [1.0, 2.0, 0.0, 4.0, 3.0, 0.5]
@@ -21,6 +24,14 @@ CHOOSERS = {
     ),
 }
 NUM_DRAWS = 4000
+
+
+@pytest.fixture(params=["few", "many"])
+def either(request, monkeypatch):
+    """Draw in the way for few clients, and in that for many."""
+    if request.param == "many":
+        monkeypatch.setattr(sampling, "_FEW", 0)
+    return request.param
 
 
 def draw(choose, num_draws=NUM_DRAWS):
@@ -39,6 +50,7 @@ def within(observed, expected, num_draws=NUM_DRAWS):
     return np.all(np.abs(observed - expected) <= bound)
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("name", sorted(CHOOSERS))
 def test_a_cohort_is_of_distinct_clients_in_ascending_order(name):
     make, size = CHOOSERS[name]
@@ -62,6 +74,7 @@ def test_the_key_decides(name):
         assert len(np.unique(draw(choose, 50)[0], axis=0)) > 1
 
 
+@pytest.mark.usefixtures("either")
 def test_uniform_chooses_all_clients_and_all_pairs_equally_often():
     choose = sampling.uniform(num_clients=6, cohort_size=2)
     client_ids, _ = draw(choose)
@@ -84,6 +97,39 @@ def test_weighted_draws_without_replacement_one_after_the_other():
         p[j] * p[k] / (1 - p[j]) + p[k] * p[j] / (1 - p[k]) for j, k in ((1, 2), (0, 2), (0, 1))
     ]
     assert within(rates(client_ids, 3), 1.0 - np.array(missing))
+
+
+@pytest.mark.parametrize("room", ["few", "many", "no room"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_weighted_draws_each_cohort_as_often_as_one_after_the_other(size, room, monkeypatch):
+    """Of heavy and light clients and one of weight 0; without room there are several passes."""
+    if room != "few":
+        monkeypatch.setattr(sampling, "_FEW", 0)
+    weights = [60.0, 7.0, 3.0, 1.0, 1.0, 0.01, 0.0]
+    if room == "no room":
+        monkeypatch.setattr(_races, "_with_room", np.ones_like)
+    expected: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(6), size):
+        left, probability = sum(weights), 1.0
+        for client in order:
+            probability *= weights[client] / left
+            left -= weights[client]
+        cohort = tuple(sorted(order))
+        expected[cohort] = expected.get(cohort, 0.0) + probability
+    client_ids, _ = draw(sampling.weighted(weights, cohort_size=size))
+    drawn = collections.Counter(map(tuple, client_ids.tolist()))
+    assert set(drawn) <= set(expected)
+    observed = np.array([drawn[cohort] for cohort in expected]) / NUM_DRAWS
+    often = np.array(list(expected.values())) > 0.002
+    assert within(observed[often], np.array(list(expected.values()))[often])
+
+
+@pytest.mark.usefixtures("either")
+def test_a_draw_of_everybody_and_of_many_is_whole():
+    for weights, size in ((np.arange(1.0, 101.0), 100), (np.geomspace(1e-300, 1e300, 100), 99)):
+        client_ids, _ = sampling.weighted(weights, cohort_size=size)(KEY)
+        assert len(np.unique(client_ids)) == size
+    np.testing.assert_array_equal(client_ids, np.arange(1, 100))  # the lightest one is left
 
 
 def test_equal_weights_of_any_size_are_uniform():

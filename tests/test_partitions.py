@@ -11,6 +11,7 @@ import pytest
 from fedjaxprune import types
 from fedjaxprune.data import partitions
 from fedjaxprune.data.partitions import _owners, dirichlets
+from fedjaxprune.federated import populations
 
 BALANCED = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60)).astype(np.int32)
 SKEWED = np.random.default_rng(1).choice(7, 503, p=np.arange(1, 8) / 28).astype(np.int64)
@@ -420,6 +421,54 @@ def test_a_population_keeps_examples_as_stored_and_clients_apart():
         assert int(data.size) == part.size
         held = data.order[int(data.start) : int(data.start) + int(data.size)]
         np.testing.assert_array_equal(held, part)
+
+
+def test_a_partition_of_two_arrays_is_the_sequence_of_its_clients_rows():
+    labels = np.array([1, 0, 2, 1, 0, 2])
+    whole = partitions.Partition(np.array([4, 1, 0, 5, 3], np.int32), np.array([0, 2, 2, 5]))
+    each = [[4, 1], [], [0, 5, 3]]
+    assert [part.tolist() for part in whole] == each
+    assert [whole[client].tolist() for client in range(-3, 0)] == each
+    assert [part.tolist() for part in whole[1:]] == each[1:]
+    assert whole.sizes.tolist() == [2, 0, 3]
+    with pytest.raises(IndexError):
+        whole[3]
+    one, other = (
+        partitions.population({"labels": labels}, parts, num_classes=3) for parts in (whole, each)
+    )
+    np.testing.assert_array_equal(one.order, other.order)
+    np.testing.assert_array_equal(one.offsets, other.offsets)
+    counts = partitions.histogram(whole, labels, num_classes=3)
+    np.testing.assert_array_equal(counts, [[2, 0, 0], [0, 0, 0], [0, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("order", "offsets", "message"),
+    [
+        ([0, 1], [0, 2, 1], "must not fall, from 0 to the 2 entries"),
+        ([0, 1], [0, 1], "got 0 to 1"),
+        ([0, 1], [], "got 0 to 0"),
+        ([0.0, 1.0], [0, 2], "order of a partition must be a vector of integers, got float64"),
+        ([0, 9], [0, 2], r"indices in \[0, 6\), got 0 to 9"),
+        ([], [0], "at least one client"),
+    ],
+)
+def test_a_partition_of_arrays_that_do_not_fit_is_refused(order, offsets, message):
+    parts = partitions.Partition(np.array(order), np.array(offsets, int))
+    if not order:
+        parts = partitions.Partition(np.zeros(0, int), np.array(offsets, int))
+    with pytest.raises(ValueError, match=message):
+        partitions.population({"labels": np.zeros(6, int)}, parts)
+
+
+def test_more_examples_than_int32_counts_are_refused():
+    labels = np.broadcast_to(np.int32(0), 2**31)
+    arrays: Any = (labels, np.zeros(2, np.int32))
+    population = types.Population({"labels": labels[:4]}, *arrays)
+    with pytest.raises(ValueError, match="order must have at most 2147483647 entries"):
+        populations.check_shapes(population)
+    with pytest.raises(ValueError, match="number from 1 to 2147483647, got 2147483648"):
+        partitions.population({"labels": labels}, [[0]])
 
 
 def test_a_population_refuses_what_does_not_fit():

@@ -1,5 +1,6 @@
 """Rounds over a population's rows: the same by loop, by scan and for many seeds at once."""
 
+import re
 from typing import Any
 
 import chex
@@ -82,6 +83,20 @@ def test_only_those_present_change_their_rows(parts):
         jax.tree.map(lambda leaf: jnp.any(leaf.reshape(6, -1) != 0, axis=1), after.rows.uplink)
     )
     assert int(jnp.any(jnp.stack(touched), axis=0).sum()) == int(record.num_participating)
+
+
+def test_clients_rows_are_written_in_place():
+    """Nothing of the compiled round copies an array of everybody's rows."""
+    number = 1237
+    algorithm = dip()(setup(uplink=WIRE))
+    sample = sampling.uniform(num_clients=number, cohort_size=3)
+    offsets = jnp.minimum(jnp.arange(number + 1, dtype=jnp.int32), len(PEOPLE.order))
+    people = PEOPLE._replace(offsets=offsets)
+    run = simulation.start(algorithm, quadratic.PARAMS, STATE, num_clients=number)
+    play = jax.jit(simulation.advance(algorithm.stages[0], sample), donate_argnums=1)
+    text = str(play.lower(KEY, run, people).compile().as_text())
+    assert f"[{number}]" in text
+    assert not re.findall(rf"= \w+\[{number}[],].* copy\(", text)
 
 
 @pytest.mark.parametrize("num_before", [0, 10])

@@ -4,6 +4,8 @@ What shapes and types tell costs nothing and is checked when a round is traced; 
 checked once, on the host.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jax.core import Tracer
 from fedjaxprune import trees
 from fedjaxprune.types import Cohort, Population, Whole
 
+_INT32_MAX = 2**31 - 1
 _MADE = "; data.partitions.population makes one and checks it"
 
 
@@ -34,6 +37,14 @@ def check_shapes(population: Population) -> None:
         raise ValueError(
             f"a population's examples must agree in their first axis, got {each}{_MADE}."
         )
+    (num_examples,) = next(iter(sizes.values()))
+    num_held = math.prod(jnp.shape(population.order))
+    for name, length in (("examples", num_examples), ("order", num_held)):
+        if length > _INT32_MAX:
+            raise ValueError(
+                f"a population's {name} must have at most {_INT32_MAX} entries, as JAX counts them "
+                f"in int32, got {length}; give fewer examples, or several populations."
+            )
     for name in ("order", "offsets"):
         leaf = getattr(population, name)
         dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)

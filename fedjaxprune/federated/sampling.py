@@ -17,6 +17,10 @@ from fedjaxprune.federated import _races
 from fedjaxprune.registry import Part
 from fedjaxprune.types import Key
 
+# Up to so many clients each is given a ticket, and the best tickets win: for few that takes less
+# time, and less to compile. Beyond, a draw looks at about as many clients as the cohort has.
+_FEW = 1024
+
 # key -> (client_ids [C] int32, ascending; present [C] bool)
 SamplingFn = Callable[[Key], tuple[jax.Array, jax.Array]]
 
@@ -46,27 +50,31 @@ def num_clients_of(sampling: SamplingFn) -> int | None:
 def uniform(*, num_clients: int, cohort_size: int) -> Sampling:
     """Choose `cohort_size` of the `num_clients` clients, every cohort being equally likely.
 
-    They are the first places of a random permutation, so that a draw takes as long as the cohort is
-    large, whatever the population.
+    Of more than 1,024 clients they are the first places of a random permutation, so that a draw
+    takes as long as the cohort is large, whatever the population.
 
     Raises:
       ValueError: if the cohort is empty or larger than the population.
     """
     _check_cohort(cohort_size, num_clients, "clients in the population")
 
+    def choose_among_few(key):
+        return _best(jax.random.bits(key, (num_clients,), jnp.uint32), cohort_size)
+
     def choose_fn(key):
         places = jnp.arange(cohort_size, dtype=jnp.int32)
         client_ids = permutations.permute_each(key, places, jnp.int32(num_clients))
         return jnp.sort(client_ids), jnp.ones(cohort_size, jnp.bool_)
 
-    return Sampling(choose_fn, num_clients)
+    return Sampling(choose_among_few if num_clients <= _FEW else choose_fn, num_clients)
 
 
 def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> Sampling:
     """Choose clients one after the other without replacement, with odds proportional to `weights`.
 
     For cohorts of more than one client the probability of taking part is therefore less than
-    proportional for heavy clients. A draw looks at a few times as many clients as the cohort has.
+    proportional for heavy clients. Up to 1,024 clients the largest ``log(weight) + Gumbel noise``
+    are such a draw; of more, a draw looks at a few times as many as the cohort has.
 
     Args:
       weights: ``[N]``, finite and not negative (numbers of examples, for instance); a client of
@@ -91,10 +99,15 @@ def weighted(weights: ArrayLike | Sequence[float], *, cohort_size: int) -> Sampl
             f"got {values[wrong[0]]} for client {wrong[0]} of {values.size}."
         )
     _check_cohort(cohort_size, int(np.sum(values > 0)), "clients with a positive weight")
-    draw = _races.first_arrivals(values, int(cohort_size))
+    if values.size > _FEW:
+        draw = _races.first_arrivals(values, int(cohort_size))
+        return Sampling(lambda key: (draw(key), jnp.ones(cohort_size, jnp.bool_)), values.size)
+    log_weights = np.full(values.shape, -np.inf, np.float32)
+    log_weights[values > 0] = np.log(values[values > 0])
 
     def choose_fn(key):
-        return draw(key), jnp.ones(cohort_size, jnp.bool_)
+        noise = jax.random.gumbel(key, log_weights.shape, jnp.float32, mode="high")
+        return _best(jnp.asarray(log_weights) + noise, cohort_size)
 
     return Sampling(choose_fn, values.size)
 
@@ -158,6 +171,12 @@ def _like(inner: SamplingFn, choose: SamplingFn) -> SamplingFn:
     """Say what the inner function says about its clients."""
     number = num_clients_of(inner)
     return choose if number is None else Sampling(choose, number)
+
+
+def _best(tickets: jax.Array, cohort_size: int) -> tuple[jax.Array, jax.Array]:
+    """Take the clients with the largest tickets, in ascending order of their ids."""
+    _, client_ids = jax.lax.top_k(tickets, cohort_size)
+    return jnp.sort(client_ids.astype(jnp.int32)), jnp.ones(cohort_size, jnp.bool_)
 
 
 def _check_cohort(cohort_size: int, num_clients: int, which: str) -> None:
