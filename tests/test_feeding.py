@@ -12,7 +12,7 @@ import pytest
 
 import fedjaxprune as fjp
 from fedjaxprune import types
-from fedjaxprune.data import conversion, parquet_store, stores
+from fedjaxprune.data import conversion, mapped, parquet_store, stores
 from fedjaxprune.errors import ConfigError, DataError, RunFolderError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import memory
@@ -260,7 +260,12 @@ def test_memory_mapped_arrays_are_not_copied(tmp_path):
     dataset = conversion.as_dataset(data)
     config = resolve.resolve(SETTINGS | {"data.dataset": resolve.as_found("dataset", dataset)})
     found = examples.read(config)
-    assert np.shares_memory(found.population.examples["inputs"], data["inputs"])
+    inputs: Any = found.population.examples["inputs"]
+    assert np.shares_memory(inputs, data["inputs"])
+    assert mapped._file(inputs) is mapped._file(data["inputs"]) is not None
+    assert mapped._file(data["labels"]) is None
+    for order in ("any", "forward"):
+        mapped.advise(inputs, order=order)
 
 
 class Hospital:

@@ -1,7 +1,8 @@
 """Arrays that may be larger than memory: looked at in parts, and copied only where they must be."""
 
+import mmap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,10 +23,24 @@ def blocks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     return ((start, values[start : start + step]) for start in range(0, len(values), step))
 
 
+def advise(values: Any, *, order: Literal["any", "forward"]) -> None:
+    """Tell the system how a memory-mapped array is read next; of others nothing is known.
+
+    Read in any order, nothing beside what is read is fetched from the file.
+    """
+    file = _file(values)
+    advice = {"any": "MADV_RANDOM", "forward": "MADV_SEQUENTIAL"}[order]
+    if file is not None and hasattr(mmap, advice):  # on Windows there is none
+        file.madvise(getattr(mmap, advice))
+
+
 def _is_mapped(values: Any) -> bool:
     """Tell whether an array is a view of a memory-mapped file."""
+    return _file(values) is not None
+
+
+def _file(values: Any) -> mmap.mmap | None:
+    """Find the memory-mapped file that an array is a view of."""
     while isinstance(values, np.ndarray):
-        if isinstance(values, np.memmap):
-            return True
         values = values.base
-    return False
+    return values if isinstance(values, mmap.mmap) else None

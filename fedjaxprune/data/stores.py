@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjaxprune.data import mapped
 from fedjaxprune.errors import DataError
 from fedjaxprune.types import Examples
 
@@ -43,6 +44,8 @@ def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> Cli
         own = sizes[ids]
         shifts = begins[ids] - (np.cumsum(own) - own)  # from a place among those fetched
         rows = order[np.repeat(shifts, own) + np.arange(own.sum())]
+        for leaf in jax.tree.leaves(examples):
+            mapped.advise(leaf, order="any")
         return jax.tree.map(lambda leaf: leaf[rows], examples)
 
     return ClientStore(sizes, fetch_fn, jax.tree.map(_like, examples))

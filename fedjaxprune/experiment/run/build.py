@@ -73,7 +73,8 @@ def build(
     task = make_task(config, model, examples, chunk=1 if size == "auto" else size)
     check_needs(config, task)
     algorithm = make_algorithm(config, task)
-    places = fed.place(config, model, algorithm, examples)
+    with _refusals(_no_round(config)):
+        places = fed.place(config, model, algorithm, examples)
     config = resolve_lib.replace(
         config, {"execution.examples": places.examples, "execution.client_rows": places.rows}
     )

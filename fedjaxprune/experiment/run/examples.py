@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjaxprune.data import conversion, partitions, population_checks, splits, transforms
+from fedjaxprune.data import (
+    conversion,
+    mapped,
+    partitions,
+    population_checks,
+    splits,
+    transforms,
+)
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, DataError, first_line
 from fedjaxprune.experiment.config.sections import RunConfig
@@ -149,6 +156,7 @@ def checksum_of_all(examples: Examples) -> int:
     arrays += [examples.held, examples.population.order, examples.population.offsets]
     total = 0
     for array in map(np.asarray, arrays):
+        mapped.advise(array, order="forward")
         total = zlib.crc32(f"{array.shape} {array.dtype}".encode(), total)
         total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, total)
     return total
