@@ -15,6 +15,8 @@ from fedjaxprune import registry
 from fedjaxprune.cli import main as command
 from fedjaxprune.data import conversion
 from fedjaxprune.experiment.config import errors, files, resolve
+from fedjaxprune.experiment.execution import joining
+from fedjaxprune.experiment.execution.processes import ALONE
 from fedjaxprune.experiment.run import launch
 from fedjaxprune.models import outside
 
@@ -48,6 +50,7 @@ def test_a_documented_command_is_valid(page, words, monkeypatch, tmp_path):
     begun = []
     monkeypatch.setattr(launch, "start", lambda config, **rest: begun.append(config))
     monkeypatch.setattr(launch, "resume", lambda folder, *_, **rest: begun.append(folder))
+    monkeypatch.setattr(joining, "join", lambda membership: ALONE)
     if "--resume" in words:
         folder = pathlib.Path(words[words.index("--resume") + 1])
         folder.mkdir(parents=True)

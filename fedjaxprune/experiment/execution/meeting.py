@@ -78,7 +78,8 @@ def meet(place: Place, own: Caller, *, wait_s: float) -> dict[int, Link]:
     except BaseException as error:
         for link in links.values():
             with contextlib.suppress(OSError):
-                link.send("refused", why=str(error) or "process 0 was stopped.")
+                is_known = isinstance(error, ConfigError)
+                link.send("refused", why=str(error) if is_known else "process 0 was stopped.")
             link.close()
         raise
     for link in links.values():

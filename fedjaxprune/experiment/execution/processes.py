@@ -75,9 +75,10 @@ def shared_arrays(processes: Processes, arrays: Any, like: Any) -> Any:
     found = jax.tree.leaves(arrays) if processes.is_first else leaves
     received = []
     for leaf, shape in zip(found, leaves, strict=True):
-        data = np.ascontiguousarray(leaf).tobytes() if processes.is_first else b""
-        array = np.frombuffer(processes.channel.share(data), shape.dtype)
-        received.append(array.reshape(shape.shape))
+        data = np.asarray(leaf).tobytes() if processes.is_first else b""
+        data = processes.channel.share(data)
+        empty = np.empty(shape.shape, shape.dtype)
+        received.append(np.frombuffer(data, shape.dtype).reshape(shape.shape) if data else empty)
     return jax.tree.unflatten(treedef, received)
 
 
@@ -93,12 +94,13 @@ def check_same(processes: Processes, values: Mapping[str, Any], *, advice: str) 
     each = [json.loads(one) for one in gathered]
 
     def difference() -> str:
+        ours = each[0]
         for process, theirs in enumerate(each):
-            for name in {**values, **theirs}:
-                if theirs.get(name) != values.get(name):
+            for name in {**ours, **theirs}:
+                if theirs.get(name) != ours.get(name):
                     return (
                         f"process {process} has {name} {theirs.get(name)!r} and process 0 has "
-                        f"{values.get(name)!r}: {advice}."
+                        f"{ours.get(name)!r}: {advice}."
                     )
         return ""
 
