@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import cifar10_cohort, harness, local_training
+from benchmarks import accelerator, cifar10_cohort, collectives, harness, local_training
 
 OPTIONS = argparse.Namespace(quick=True, threads=1, pfl_python=sys.executable)
 
@@ -66,3 +66,30 @@ def test_long_work_is_timed_less_often_and_short_work_warmed_longer(took, patien
     timings = harness.compete({"one": contender}, repeats=3, patience_s=patience_s)
     assert len(called) == calls
     assert timings["one"].rates == (1.0,) * timed
+
+
+def test_collectives_are_counted_with_their_bytes():
+    text = """
+  %all-gather.1 = f32[4,32,10]{2,1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %permute = (f32[64,32]{1,0:T(8,128)}, f32[]) collective-permute(%y), source_target_pairs={{0,1}}
+  %second = u8[3]{0} collective-permute-start(%z)
+  ROOT %fusion = f32[7]{0} fusion(%all-gather.1), kind=kLoop
+"""
+    assert collectives.count(text) == {
+        "all-gather": (1, 5120),
+        "collective-permute": (2, 8192 + 4 + 3),
+    }
+    assert [collectives.predicted(n, 10) for n in (1, 2, 3, 4, 8)] == [0, 40, 120, 80, 120]
+
+
+def test_an_accelerator_tries_ways_only_where_they_differ():
+    tried = list(accelerator.plan(["cnn"], chunks=(1, 4), is_cpu=False))
+    assert tried[0] == ("cnn", 1, "patches")
+    assert sorted(way for _, chunk, way in tried if chunk == 4) == [
+        "grouped",
+        "patches",
+        "sequential",
+    ]
+    assert len(list(accelerator.plan(["cnn"], chunks=(1, 4), is_cpu=True))) == 2
+    full = accelerator.Row("cnn", 64, "grouped", None, None, None, 2**30)
+    assert accelerator.line(full).endswith("does not fit in memory  peak 1,024 MiB")

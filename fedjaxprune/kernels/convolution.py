@@ -72,7 +72,6 @@ def conv_general_dilated(
         and precision is None
         and preferred_element_type in (None, lhs.dtype)
         and out_sharding is None
-        and all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))  # and no symbols
     )
     if not is_served:
         return lax.conv_general_dilated(
@@ -110,7 +109,7 @@ def conv(
     each makes ``O / G`` outputs from ``C / G`` inputs. Negative padding crops.
     """
     plain = _xlas(strides, padding, groups)
-    if _is_empty(x, kernel, strides, padding):
+    if not _is_served(x, kernel, strides, padding):
         return plain(x, kernel)
     output = unmarked(x, kernel, strides, padding, groups, side_by_side.current())
     return jaxprs.equivalent_to(output, plain, x, kernel)
@@ -126,7 +125,7 @@ def unmarked(
 ) -> jax.Array:
     """Do the same inside of a form that says itself what it stands for."""
     plain = _xlas(strides, padding, groups)
-    if _is_empty(x, kernel, strides, padding):
+    if not _is_served(x, kernel, strides, padding):
         return plain(x, kernel)
     if groups > 1:
         jax.eval_shape(plain, x, kernel)  # refuses groups that do not divide the channels
@@ -134,9 +133,10 @@ def unmarked(
     return bilinear.apply(family, x, kernel)
 
 
-def _is_empty(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> bool:
-    sizes = geometry.outputs(x.shape, kernel.shape, strides, padding)
-    return not min(*x.shape, *kernel.shape, *sizes)
+def _is_served(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pads) -> bool:
+    """Tell whether there is something to compute, and no size is the symbol of an export."""
+    sizes = (*x.shape, *kernel.shape, *geometry.outputs(x.shape, kernel.shape, strides, padding))
+    return all(isinstance(size, int) for size in sizes) and min(sizes) > 0
 
 
 def _xlas(strides: tuple[int, int], padding: Pads, groups: int) -> Any:
