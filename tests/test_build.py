@@ -1,5 +1,7 @@
 """From a config to a run: every part builds, and what does not fit is one sentence."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -13,6 +15,7 @@ from fedjaxprune.experiment.execution import chunk_trial
 from fedjaxprune.experiment.run import build, examples, launch
 from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.federated import aggregators
+from fedjaxprune.method import needs_of
 from fedjaxprune.rounds.protocol import Protocol
 from tests import quadratic, stub
 from tests.folders import changed, line
@@ -82,10 +85,16 @@ METHODS = [
 ]
 
 
+@functools.cache
+def data_of(needs):
+    """Read the data once for all methods that need the same of it."""
+    return examples.read(resolve.resolve({**SMALL, "method": "snip" if needs else "fedavg"}))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_built_from_a_config_of_its_name(name):
     config = resolve.resolve({**SMALL, "method": name})
-    found = examples.read(config)
+    found = data_of(needs_of(config.parts.method.part, config.method).server_examples)
     model = build.make_model(config, found.dataset, found.test)
     task = build.make_task(config, model, found, chunk=1)
     build.check_needs(config, task)

@@ -14,6 +14,7 @@ from fedjaxprune import registry
 from fedjaxprune.experiment.config import sections
 from tests import oldest, write_api
 
+pytestmark = pytest.mark.xdist_group("conventions")  # who parses all files once
 PACKAGE = pathlib.Path(__file__).parents[1] / "fedjaxprune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LIBRARY = ("pruning", "federated", "rounds", "methods")
@@ -93,32 +94,39 @@ def imported_rooms(file):
     return {parts[1] for parts in paths if parts[0] == "fedjaxprune" and len(parts) > 1}
 
 
-EACH_FILE = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def name_of(file):
+    return str(file.relative_to(PACKAGE))
 
 
-@EACH_FILE
-def test_imports_run_downwards(file):
-    rooms = imported_rooms(file) - {"__version__"}
-    if room(file) in TOP:
-        assert "cli" not in rooms or room(file) == "cli"
-        return
-    assert rooms <= BELOW.get(room(file), set()) | {room(file)}
+def test_imports_run_downwards():
+    wrong = {}
+    for file in FILES:
+        rooms, own = imported_rooms(file) - {"__version__"}, room(file)
+        may_not = {"cli"} if own in TOP else rooms - BELOW.get(own, set())
+        wrong[name_of(file)] = (rooms & may_not) - {own}
+    assert {name: rooms for name, rooms in wrong.items() if rooms} == {}
 
 
-@EACH_FILE
-def test_imports_no_library_that_is_not_for_it(file):
-    libraries = {path.split(".")[0] for path in imports(file)}
-    assert not libraries & FORBIDDEN.get(room(file), set())
-    assert "flax" not in libraries or room(file) == "models"
+def test_imports_no_library_that_is_not_for_it():
+    wrong = {}
+    for file in FILES:
+        forbidden = FORBIDDEN.get(room(file), set()) | (
+            {"flax"} if room(file) != "models" else set()
+        )
+        wrong[name_of(file)] = forbidden & {path.split(".")[0] for path in imports(file)}
+    assert {name: libraries for name, libraries in wrong.items() if libraries} == {}
 
 
-@EACH_FILE
-def test_a_private_module_is_imported_in_its_folder_alone(file):
-    for path in imports(file):
-        parts = path.split(".")
-        private = [i for i, part in enumerate(parts) if part[0] == "_" and part[:2] != "__"]
-        if parts[0] == "fedjaxprune" and private:
-            assert list(file.relative_to(PACKAGE.parent).parts[:-1]) == parts[: private[0]]
+def test_a_private_module_is_imported_in_its_folder_alone():
+    wrong = []
+    for file in FILES:
+        folder = list(file.relative_to(PACKAGE.parent).parts[:-1])
+        for path in imports(file):
+            parts = path.split(".")
+            private = [i for i, part in enumerate(parts) if part[0] == "_" and part[:2] != "__"]
+            if parts[0] == "fedjaxprune" and private and folder != parts[: private[0]]:
+                wrong.append(f"{name_of(file)} imports {path}")
+    assert wrong == []
 
 
 def test_nothing_below_the_command_prints():
@@ -158,28 +166,60 @@ def test_importing_the_package_imports_nothing_heavy():
     assert loaded == ["False", "False"]
 
 
-def public_functions():
-    for file in FILES:
-        for node in tree(file).body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                yield pytest.param(file, node, id=f"{file.relative_to(PACKAGE)}:{node.name}")
-
-
-@pytest.mark.parametrize(("file", "node"), list(public_functions()))
-def test_a_public_function_keeps_the_customs(file, node):
+def broken_customs(file, node):
+    """Say which customs a public function does not keep."""
     first = (ast.get_docstring(node) or "").splitlines()
-    assert first, "it has a doc-string"
-    assert first[0].endswith((".", ":", "`")), "whose first line is one sentence"
+    if not first:
+        yield "it has no doc-string"
+    elif not first[0].endswith((".", ":", "`")):
+        yield "the first line of its doc-string is not one sentence"
     positional = [argument.arg for argument in node.args.args]
-    if "key" in positional:
-        assert positional.index("key") == 0, "the key comes first"
-    if room(file) in LIBRARY:
-        assert node.args.kwarg is None, "options are not passed through"
-        assert not node.args.defaults, "an option with a default is keyword-only"
-    flags = [d for d in node.args.kw_defaults if isinstance(d, ast.Constant) and d.value in (0, 1)]
-    assert not [flag for flag in flags if isinstance(flag.value, bool)], "no boolean by default"
+    if "key" in positional[1:]:
+        yield "the key does not come first"
+    if room(file) in LIBRARY and node.args.kwarg is not None:
+        yield "options are passed through"
+    if room(file) in LIBRARY and node.args.defaults:
+        yield "an option with a default is not keyword-only"
+    flags = [d.value for d in node.args.kw_defaults if isinstance(d, ast.Constant)]
+    if any(isinstance(flag, bool) for flag in flags):
+        yield "an option is a boolean by default"
     defaults = dict(zip([a.arg for a in node.args.kwonlyargs], node.args.kw_defaults, strict=True))
-    assert defaults.get("seed") is None, "no seed by default"
+    if defaults.get("seed") is not None:
+        yield "it has a seed by default"
+
+
+def test_public_functions_keep_the_customs():
+    wrong = [
+        f"{name_of(file)}: {node.name}: {sentence}"
+        for file in FILES
+        for node in tree(file).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        for sentence in broken_customs(file, node)
+    ]
+    assert wrong == []
+
+
+BAD = """
+def plain(values, key, seed=0): pass
+def optional(*, flag=True, seed=1, **options):
+    \"\"\"Say this without an end\"\"\"
+"""
+
+
+def test_a_broken_custom_is_noticed():
+    plain, optional = ast.parse(BAD).body
+    file = PACKAGE / "pruning" / "bad.py"
+    assert list(broken_customs(file, plain)) == [
+        "it has no doc-string",
+        "the key does not come first",
+        "an option with a default is not keyword-only",
+    ]
+    assert list(broken_customs(file, optional)) == [
+        "the first line of its doc-string is not one sentence",
+        "options are passed through",
+        "an option is a boolean by default",
+        "it has a seed by default",
+    ]
 
 
 def test_a_method_is_named_in_its_own_file_alone():

@@ -127,7 +127,6 @@ BESIDE += ("other_gains", "places", "scores")
 
 
 @pytest.mark.usual(
-    "feddip-quantize",
     "adaptive_dynamic_pruning-feedback_top_k",
     "fedavg/scaffold-identity",
     "personal_masks-identity",
