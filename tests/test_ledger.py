@@ -97,6 +97,7 @@ REST = {(name, "identity") for name in (*rows.names(), *OWN)} | {("feddip", one)
 REST |= {("feddip+scaffold", "random_k")}
 # What their servers send beside live weights is held to the encoder by `laws.charges_are_written`.
 REST = {case for case in REST if rows.family(case[0]) not in ("sr_ste", "top_kast")}
+REST.remove(("dpf/straight_through", "identity"))
 CASES = USUAL + [pytest.param(*case, marks=pytest.mark.slow) for case in sorted(REST - set(USUAL))]
 
 
