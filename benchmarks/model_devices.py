@@ -56,11 +56,9 @@ def measure(*, width: int, num_layers: int, model_devices: int) -> dict[str, Any
     total = NUM_CLIENTS * BATCH_SIZE
     numbers = {"inputs": (total, LENGTH), "labels": (total,), "order": (total,)}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in numbers.items()}
-    population = Population(
-        examples={"inputs": arrays["inputs"], "labels": arrays["labels"]},
-        order=arrays["order"],
-        offsets=jax.ShapeDtypeStruct((NUM_CLIENTS + 1,), jnp.int32),
-    )
+    offsets: Any = jax.ShapeDtypeStruct((NUM_CLIENTS + 1,), jnp.int32)
+    order: Any = arrays.pop("order")
+    population = Population(examples=arrays, order=order, offsets=offsets)
     now = jax.eval_shape(begin, jax.random.key(0))
     whole, where = NamedSharding(mesh, PartitionSpec()), placement.of_simulation(now, mesh)
 
@@ -76,7 +74,7 @@ def measure(*, width: int, num_layers: int, model_devices: int) -> dict[str, Any
     advance = simulation.advance(algorithm.stages[0], draw)
     step = jax.jit(advance, donate_argnums=1, out_shardings=(where, whole))
     compiled = step.lower(everywhere[0], placed(now, where), everywhere[1]).compile()
-    held = compiled.memory_analysis()
+    held: Any = compiled.memory_analysis()
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(now.state.params)),
         "MiB": {
@@ -84,7 +82,7 @@ def measure(*, width: int, num_layers: int, model_devices: int) -> dict[str, Any
             "new outputs": (held.output_size_in_bytes - held.alias_size_in_bytes) / MIB,
             "temporaries": held.temp_size_in_bytes / MIB,
         },
-        "gathered": gathered(compiled.as_text(), smallest=placement.SMALLEST),
+        "gathered": gathered(compiled.as_text() or "", smallest=placement.SMALLEST),
     }
 
 

@@ -94,7 +94,7 @@ def test_a_round_on_devices_that_share_a_model_is_that_of_one_device():
     # No client puts a leaf together that lies in halves.
     gathered = [
         np.prod([int(size) for size in found[1].split(",")])
-        for line in compiled.as_text().splitlines()
+        for line in (compiled.as_text() or "").splitlines()
         if "shard_map" in line and (found := re.search(r"\[([\d,]+)\]\S* all-gather", line))
     ]
     assert all(size < placement.SMALLEST for size in gathered)

@@ -146,8 +146,8 @@ def test_a_tracker_follows_every_member(capsys):
 def test_an_error_in_round_three_leaves_a_mark_and_two_rounds(capsys, monkeypatch):
     compiled = loop._compiled
 
-    def third_fails(advance, mesh):
-        step, times = compiled(advance, mesh), itertools.count(1)
+    def third_fails(advance, parts, where):
+        step, times = compiled(advance, parts, where), itertools.count(1)
 
         def call_step(*args):
             if next(times) == 3:

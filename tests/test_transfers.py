@@ -32,8 +32,8 @@ def train(folder, monkeypatch, *, devices, around, **changes):
     layout.create(folder, parts.config, {})
     compiled = loop._compiled
 
-    def watched(advance, mesh):
-        step, numbers = compiled(advance, mesh), iter(range(1, 1 + NUM_ROUNDS))
+    def watched(advance, parts, where):
+        step, numbers = compiled(advance, parts, where), iter(range(1, 1 + NUM_ROUNDS))
         return lambda *arguments: around(step, next(numbers), *arguments)
 
     def on_round(line):
