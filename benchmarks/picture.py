@@ -21,8 +21,11 @@ _COLOURS = {
     "#CC79A7": "mpfl random_filters pooled_filters averaged_filters",
     "#56B4E9": "adaptive_dynamic_pruning/squeeze_excitation adaptive_dynamic_pruning "
     "adaptive_dynamic_pruning/random_channels",
+    "#E69F00": "feddst fedsgc fedmef fedrts fedfit prunefl rigl rigl/static rigl/set",
+    "#F0E442": "dpf top_kast sr_ste wanda flpqsu prunetrain feddip_prunetrain",
+    "#999999": "ssfl grasp snip/iterative synflow force_masks",
 }
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX*h"
 _NEAR = 27.0  # points below the best that the lower panels show
 
 
