@@ -192,16 +192,22 @@ def resident(folder, **changes):
     return play(folder, examples="device", client_rows="device", **changes)
 
 
-@pytest.mark.usual("host-disk")
+@pytest.mark.usual("host-disk-1")
 @pytest.mark.parametrize(
-    ("examples", "client_rows"),
-    [("host", "device"), ("device", "host"), ("host", "host"), ("host", "disk")],
+    ("examples", "client_rows", "devices"),
+    [
+        ("host", "device", 1),
+        ("device", "host", 1),
+        ("host", "host", 2),
+        ("host", "disk", 1),
+    ],
 )
 def test_a_fed_run_has_the_bits_of_a_resident_one(
-    examples, client_rows, tmp_path, tmp_path_factory
+    examples, client_rows, devices, tmp_path, tmp_path_factory
 ):
-    wanted = resident(tmp_path_factory.getbasetemp() / "resident")
-    where = {"examples": examples, "client_rows": client_rows}
+    shared = tmp_path_factory.getbasetemp() / f"resident-{devices}"
+    wanted = resident(shared, **{"execution.devices": devices})
+    where = {"examples": examples, "client_rows": client_rows, "execution.devices": devices}
     found = play(tmp_path / "whole", **where)
     chex.assert_trees_all_equal(found, wanted)
     play(tmp_path / "stopped", stop_after=2, **where)
