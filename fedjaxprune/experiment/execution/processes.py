@@ -17,7 +17,7 @@ import numpy as np
 
 from fedjaxprune.errors import ConfigError, FedJaxPruneError
 from fedjaxprune.experiment.execution import last_words, signals, stopping
-from fedjaxprune.experiment.execution.channel import FAILED, STOPPED, Channel, Loss, ProcessLost
+from fedjaxprune.experiment.execution.channel import FAILED, STOPPED, Channel, Loss
 from fedjaxprune.experiment.folder import failure, layout
 
 HEARTBEAT_S = 20.0
@@ -179,7 +179,7 @@ def at_work(processes: Processes, place: Callable[[], pathlib.Path | None]) -> I
             yield
             wait_for_all(processes)
         except BaseException as error:
-            _hear_out(channel, error, processes.heartbeat_s)
+            _hear_out(channel, error, 0.0)
             with lock:
                 is_over.set()
             how, words = _words(error)
@@ -203,10 +203,10 @@ def patient(processes: Processes) -> Iterator[None]:
         raise
 
 
-def _hear_out(channel: Channel, error: BaseException, heartbeat_s: float) -> None:
-    """Wait for what is known of lost processes, if an error may come of one; it ends this one."""
-    may_be = isinstance(error, ProcessLost) or any(word in str(error).lower() for word in _OF_LOSS)
-    if channel.lost.wait(heartbeat_s if may_be else 0.0):
+def _hear_out(channel: Channel, error: BaseException, wait_s: float) -> None:
+    """Let this process be ended where another one is gone, if the error may come of that."""
+    may_be = any(word in str(error).lower() for word in _OF_LOSS)
+    if channel.lost.wait(wait_s if may_be else 0.0):
         time.sleep(_GRACE_S + 2 * _LEAVING_S)
 
 
