@@ -226,7 +226,7 @@ def test_the_smaller_table_has_one_protocol_and_a_dense_reference(tmp_path, caps
     assert "`--sweep cifar10 --only fedavg" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(benchmark.SWEEPS))
+@pytest.mark.parametrize("name", sorted(claims.CLAIMS))
 def test_claims_are_about_rows_that_are_alike_but_for_the_method(name, tmp_path):
     members = plan.read(str(benchmark.SWEEPS[name]), folder=tmp_path).members
     rows = {row: found[0] for row, found in benchmark.rows_of(members).items()}
