@@ -160,6 +160,7 @@ def test_a_run_whose_devices_share_a_model_goes_on_from_a_checkpoint(tmp_path):
     two = train(tmp_path / "two", devices=2, **SHARED, **{"federation.num_rounds": 3})
     assert train(tmp_path / "four", devices=4, stop_after=3, **shared) is None
     four = train(tmp_path / "four", devices=4, **shared)
+    assert four is not None
     kernel = four.params["dense_1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (64, 128)  # of 64 x 256
     assert largest_difference(four, two) < 1e-5
