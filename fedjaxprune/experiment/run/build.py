@@ -21,7 +21,7 @@ from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config import resolve as resolve_lib
 from fedjaxprune.experiment.config.sections import RunConfig
-from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices
+from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices, last_words
 from fedjaxprune.experiment.execution import processes as processes_lib
 from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.folder import network as network_lib
@@ -76,7 +76,9 @@ def build(
         with _refusals(_no_round(config)):  # before the trial compiles anything
             loop.check_start(_parts(config, task, algorithm, examples))
         if processes.is_first:
-            chunk = chunk_trial.choose(config, task, examples.population, warn=warn)
+            alone = processes.number == 1
+            with contextlib.nullcontext() if alone else last_words.without_stdout():  # gloo writes
+                chunk = chunk_trial.choose(config, task, examples.population, warn=warn)
         size = processes_lib.decided(processes, lambda: chunk and chunk.size)
         config = resolve_lib.replace(config, {"execution.chunk_size": size})
         if size > 1:
