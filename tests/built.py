@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fedjaxprune.experiment.config import files, sections
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import chunk_size
+from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.run.loop import RunParts
 
 _KEPT: dict[str, RunParts] = {}
@@ -22,10 +23,12 @@ def _key(config: RunConfig, *, is_resumed: bool) -> str | None:
 def remembering(build: Callable[..., RunParts]) -> Callable[..., RunParts]:
     """Let ``build.build`` keep what it built for the next run of the same config."""
 
-    def build_once(config: RunConfig, *, warn: chunk_size.WarnFn | None = None) -> RunParts:
+    def build_once(
+        config: RunConfig, *, warn: chunk_size.WarnFn | None = None, processes: Processes = ALONE
+    ) -> RunParts:
         key = _key(config, is_resumed=warn is None)
-        if key is None:
-            return build(config, warn=warn)
+        if key is None or processes.number > 1:
+            return build(config, warn=warn, processes=processes)
         if key not in _KEPT:
             made = _KEPT[key] = build(config, warn=warn)
             if resumed := _key(made.config, is_resumed=True):

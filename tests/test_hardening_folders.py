@@ -301,7 +301,7 @@ class Built(Exception):
 
 @pytest.fixture
 def resume(monkeypatch):
-    def build(config, warn):
+    def build(config, warn, processes):
         raise Built
 
     monkeypatch.setattr(launch, "_build", build)

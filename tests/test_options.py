@@ -12,6 +12,7 @@ import yaml
 from fedjaxprune.cli import main as command
 from fedjaxprune.cli import running
 from fedjaxprune.experiment.config import files, resolve
+from fedjaxprune.experiment.execution.processes import ALONE
 from fedjaxprune.experiment.run import launch
 from tests import stub_parts
 
@@ -52,6 +53,7 @@ def test_options_short_and_full_set_the_same(capsys, begun):
     (one, rest), (other, _) = begun
     assert one == other
     assert callable(rest.pop("stop"))
+    assert rest.pop("processes") == ALONE
     assert rest == {"folder": pathlib.Path("here"), "trackers": {}, "listener": False}
     assert (one.method.sparsity, one.client.optimizer.name, one.uplink.fraction) == (
         0.8,

@@ -22,7 +22,7 @@ from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config import resolve as resolve_lib
 from fedjaxprune.experiment.config.sections import RunConfig
-from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices
+from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices, last_words
 from fedjaxprune.experiment.execution import processes as processes_lib
 from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.feeding import feed as feed_lib
@@ -85,8 +85,10 @@ def build(
         with _refusals(_no_round(config)):  # before the trial compiles anything
             loop.check_start(_parts(config, task, algorithm, examples))
         if processes.is_first:
+            alone = processes.number == 1
             people = fed.for_trial(config, examples)
-            chunk = chunk_trial.choose(config, task, people, sizes=examples.sizes, warn=warn)
+            with contextlib.nullcontext() if alone else last_words.without_stdout():  # gloo writes
+                chunk = chunk_trial.choose(config, task, people, sizes=examples.sizes, warn=warn)
         size, way = processes_lib.decided(processes, lambda: chunk and (chunk.size, chunk.way))
         config = resolve_lib.replace(config, {"execution.chunk_size": size})
         if way is not None:
