@@ -175,8 +175,7 @@ def fastest(choices: Mapping[side_by_side.Way, Choice]) -> Choice:
     if not first.used:
         return first
     best = max(map(speed, choices.values()))
-    good = [(way, one) for way, one in choices.items() if speed(one) >= (1 - TIE) * best]
-    way, found = good[0]
+    way, found = next(pair for pair in choices.items() if speed(pair[1]) >= (1 - TIE) * best)
     told = "; ".join(f"{one}: {choice.sentence}" for one, choice in choices.items())
     sentence = f"chunk size {found.size}, convolutions {way} (auto). {told}"
     return found._replace(way=way, sentence=sentence)
