@@ -121,7 +121,7 @@ def test_a_cohort_is_dealt_out_by_examples_not_by_clients(num_devices):
 def test_a_mesh_of_other_axes_is_refused():
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     members = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, bool), {"visits": jnp.zeros(1)})
-    with pytest.raises(ValueError, match="must have the one axis 'clients', got"):
+    with pytest.raises(ValueError, match="must have an axis 'clients', got"):
         cohort.run(KEY, update, AGGREGATORS, BROADCAST, members, PEOPLE, chunk_size=1, mesh=mesh)
 
 

@@ -78,7 +78,7 @@ class Command(click.Command):
             groups.setdefault(heading, []).append((names, row[1]))
         for heading, rows in groups.items():
             with formatter.section(heading):
-                formatter.write_dl(rows, col_max=36)
+                formatter.write_dl(rows, col_max=28)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Say where the settings of parts are described."""
@@ -148,22 +148,22 @@ def _base(seen: _Seen) -> tuple[resolve.Given, str]:
 
 @click.command(cls=Command)
 @click.argument("source", required=False, metavar="[PRESET or FILE.yaml]")
-@click.option("--folder", metavar="FOLDER", help="New run folder  [default: runs/METHOD-DATA-TIME]")
+@click.option("--folder", metavar="FOLDER", help="New run folder  [default: one in runs/]")
 @click.option(
     "--resume",
     is_flag=False,
     flag_value="",
     default=None,
     metavar="[FOLDER]",
-    help="Continue the run in FOLDER, or in --folder, with the config that it holds, to the same "
-    "bits as if it had never stopped. Settings given besides must agree with that config.",
+    help="Continue the run in FOLDER, or in --folder, with its config, to the same bits as if it "
+    "had never stopped.",
 )
 @click.option(
     "--allow",
     type=click.Choice(["restart", "environment"]),
     multiple=True,
-    help="With --resume: restart at round 1 if no checkpoint can be used, or continue with other "
-    "bits in an environment with other options of JAX or XLA.",
+    help="With --resume: restart at round 1 without a checkpoint, or continue with other bits "
+    "under other options of JAX or XLA.",
 )
 @click.option("--details", is_flag=True, help="Show everything that was measured at the end.")
 @running.TRACK

@@ -18,7 +18,7 @@ TRACK = click.option(
     multiple=True,
     metavar="TRACKER",
     help="Follow the run elsewhere, too: tensorboard, wandb, mlflow, or a function of a line of "
-    "the record as MODULE:NAME or FILE.py:NAME; may be given more than once.",
+    "the record; may be repeated.",
 )
 
 

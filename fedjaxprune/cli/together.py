@@ -1,30 +1,29 @@
 """Options of a command that is one of several processes of a run."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedjaxprune.experiment.execution import joining
-from fedjaxprune.experiment.execution.joining import Membership
-from fedjaxprune.experiment.execution.processes import HEARTBEAT_S
+from fedjaxprune.experiment.execution.channel import HEARTBEAT_S
+
+if TYPE_CHECKING:
+    from fedjaxprune.experiment.execution.joining import Membership
 
 _OPTIONS = (
     click.option(
         "--coordinator",
         metavar="HOST:PORT|auto",
-        help="Run in several processes, each started with this command: where process 0 listens, "
-        "or auto where SLURM, Open MPI, Kubernetes or a TPU pod says it.",
+        help="Be one of several processes: where number 0 is.",
     ),
     click.option(
-        "--num-processes", type=int, metavar="INTEGER", help="With --coordinator: how many."
+        "--num-processes", type=int, metavar="INTEGER", help="How many processes."
     ),
     click.option(
         "--process-id",
         type=int,
         metavar="INTEGER",
-        help="With --coordinator: which one this is, from 0. Process 0 writes the folder and "
-        "prints.",
+        help="Which one this is; 0 writes and prints.",
     ),
     click.option(
         "--heartbeat",
@@ -32,7 +31,7 @@ _OPTIONS = (
         default=HEARTBEAT_S,
         show_default=True,
         metavar="SECONDS",
-        help="With --coordinator: how long a process may be silent before the others end.",
+        help="How long one may be silent.",
     ),
 )
 
@@ -44,7 +43,9 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def membership(values: dict[str, Any]) -> Membership | None:
+def membership(values: dict[str, Any]) -> "Membership | None":
     """Take what the options say out of `values`; None for a run of one process."""
+    from fedjaxprune.experiment.execution import joining
+
     names = ("coordinator", "num_processes", "process_id", "heartbeat")
     return joining.membership(*(values.pop(name) for name in names))

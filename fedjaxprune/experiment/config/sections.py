@@ -61,12 +61,12 @@ class Federation(Settings):
     )
     sampling: Any = part("sampling", "uniform", "How the clients of a round are drawn.")
     dropout_rate: Probability = setting(
-        0.0, "Probability that a drawn client drops out of the round.", unit="probability"
+        0.0, "Probability that a drawn client drops out.", unit="probability"
     )
     control: Literal["none", "shuffle", "reinitialize"] = setting(
         "none",
-        "Control to compare the method with, once its masks are final: as many weights of each "
-        "layer at random places, or new initial weights under its masks.",
+        "Control that trains under the final masks: at random places in each layer, or from new "
+        "weights.",
     )
     attack: Any = part(
         "attack", "none", "What hostile clients do in training rounds, to try aggregators on."
@@ -188,42 +188,34 @@ class Execution(Settings):
 
     devices: Literal["auto"] | Count = setting(
         "auto",
-        "Devices that share the clients of a round, of all processes together, at most as many as "
-        "the cohort; auto: all (a CPU counts as one per core).",
+        "Devices that share the clients of a round; auto: all, of a CPU one a core.",
         unit="devices",
     )
     model_devices: Count = setting(
         1,
-        "Devices that share one copy of the model, for models larger than one of them: each has a "
-        "part of every large weight; must divide the devices.",
+        "Devices of these that share one copy of the model.",
         unit="devices",
     )
     chunk_size: Literal["auto"] | Count = setting(
         "auto",
-        "Clients that a device trains at once; auto measures which number is fastest, unless the "
-        "run is too short for that.",
+        "Clients that a device trains at once; auto measures it in longer runs.",
         unit="clients",
     )
     convolutions: Literal["auto", "grouped", "patches", "sequential"] = setting(
         "auto",
-        "How several clients at once are convolved on a GPU or TPU: one grouped convolution, "
-        "products over patches of the images, or one client after another; auto measures which is "
-        "fastest together with chunk_size auto, and takes patches otherwise. No difference on a "
-        "CPU.",
+        "How a GPU or TPU convolves many clients.",
     )
     examples: Literal["auto", "device", "host"] = setting(
         "auto",
-        "Where the clients' examples are: all on the device, or in host memory or in files, from "
-        "which each cohort's are fed; auto: on the device where they fit.",
+        "Where clients' examples are.",
     )
     client_rows: Literal["auto", "device", "host", "disk"] = setting(
         "auto",
-        "Where what clients remember is: on the device, in host memory, or in files of the run "
-        "folder; auto: on the device where it fits.",
+        "Where that is kept which clients remember.",
     )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "Type that clients train in; weights, messages, aggregation and tests stay float32.",
+        "Type that clients train in; all else stays float32.",
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from fedjaxprune.errors import FedJaxPruneError
 from fedjaxprune.experiment.execution.last_words import LOST
 
+HEARTBEAT_S = 20.0  # that a process may be silent
 _HEAD = struct.Struct(">IQ")  # of a message: the lengths of its facts, as JSON, and of its bytes
 _MOST_FACTS = 2**20  # bytes of facts
 _BLOCK = 2**20  # bytes that are received at once

@@ -17,10 +17,9 @@ import numpy as np
 
 from fedjaxprune.errors import ConfigError, FedJaxPruneError
 from fedjaxprune.experiment.execution import last_words, signals, stopping
-from fedjaxprune.experiment.execution.channel import FAILED, STOPPED, Channel, Loss
+from fedjaxprune.experiment.execution.channel import FAILED, HEARTBEAT_S, STOPPED, Channel, Loss
 from fedjaxprune.experiment.folder import failure, layout
 
-HEARTBEAT_S = 20.0
 _LEAVING_S = 10.0  # that all may take to leave if one fails
 _USAGE = 2  # exit status where something that was given cannot be used
 _GRACE_S = 2.0  # that a process has to find the error by itself that another one reports

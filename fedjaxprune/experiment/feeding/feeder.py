@@ -98,7 +98,7 @@ def feeder(
         shutil.rmtree(working, ignore_errors=True)
         is_file = feed.rows == "disk"
         if is_file:
-            _check_room(feed, row, folder)
+            _check_room(feed, row(), folder)
             working.mkdir(parents=True)
         place_of_files = working if is_file else None
         store = rows.make(row(), num_clients=num_clients, folder=place_of_files)

@@ -16,7 +16,6 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune.errors import RunFolderError, first_line
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.folder import declared, layout, snapshots
+from fedjaxprune.experiment.folder.manager import Manager, of_this_process
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
 
@@ -39,33 +39,6 @@ _FILE = 2**25  # bytes of a file: what is compressed waits in memory until there
 RESTART = "restart"  # what must be allowed to start again at round 1 if rounds were saved
 
 
-class Manager(ocp.CheckpointManager):
-    """Orbax's manager, with a thread of its own in which one checkpoint is written at a time."""
-
-    def __init__(self, folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> None:
-        super().__init__(folder, options=options)
-        self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
-        self._last: futures.Future[None] | None = None
-
-    def begin(self, write: Callable[[], None]) -> None:
-        """Let the thread write; the one before must have been waited for."""
-        self._last = self._thread.submit(write)
-
-    def finish(self) -> None:
-        """Wait for the last write, and raise what it raised."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-    def close(self) -> None:
-        """Wait for the last write, whatever became of it, and let go of the folder."""
-        try:
-            self.finish()
-        finally:
-            self._thread.shutdown()
-            super().close()
-
-
 @contextlib.contextmanager
 def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[Manager]:
     """Open the checkpoints in `folder`, of which the newest `keep` stay, and wait for writes."""
@@ -75,7 +48,7 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[Manager]:
         max_to_keep=keep,
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
-        **_of_this_process(folder),
+        **of_this_process(folder),
     )
     manager = _open(folder, options)
     try:
@@ -87,18 +60,6 @@ def open_manager(folder: pathlib.Path, *, keep: int) -> Iterator[Manager]:
     with _writing(folder):
         manager.close()
     layout.sync_names(folder)
-
-
-def _of_this_process(folder: pathlib.Path) -> dict[str, Any]:
-    """Let a process of several read and write on its own: orbax would wait for all of them."""
-    if jax.process_count() == 1:
-        return {}
-    folder.mkdir(parents=True, exist_ok=True)
-    index = jax.process_index()
-    only = ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
-    )
-    return {"create": False, "multiprocessing_options": only}
 
 
 def _open(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> Manager:
