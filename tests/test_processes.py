@@ -101,7 +101,7 @@ def test_who_is_silent_is_given_up(monkeypatch):
         monkeypatch.setattr(link, "beat", lambda: None)
         begin = time.monotonic()
         assert team[0].lost.wait(10)
-        assert time.monotonic() - begin >= HEARTBEAT_S
+        assert time.monotonic() - begin >= 0.7 * HEARTBEAT_S  # the last beat came before
         assert (heard[0].process, heard[0].how) == (1, channels.SILENT)
 
 
