@@ -8,9 +8,10 @@ parts are counted in the compiled program.
 """
 
 import argparse
+import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from benchmarks import harness
@@ -82,7 +83,11 @@ def measure(*, width: int, num_layers: int, model_devices: int) -> dict[str, Any
             "new outputs": (held.output_size_in_bytes - held.alias_size_in_bytes) / MIB,
             "temporaries": held.temp_size_in_bytes / MIB,
         },
-        "gathered": gathered(compiled.as_text() or "", smallest=placement.SMALLEST),
+        "gathered": gathered(
+            compiled.as_text() or "",
+            {leaf.shape for leaf in jax.tree.leaves(now.state.params)},
+            smallest=placement.SMALLEST,
+        ),
     }
 
 
@@ -93,15 +98,13 @@ def whole_like(tree: Any, place: Any) -> Any:
     return jax.tree.map(lambda _: place, tree)
 
 
-def gathered(program: str, *, smallest: int) -> dict[str, int]:
-    """Count the all-gathers of at least so many entries, where clients work and elsewhere."""
+def gathered(program: str, shapes: Collection[tuple[int, ...]], *, smallest: int) -> dict[str, int]:
+    """Count the all-gathers of leaves of at least so many entries, where clients work and after."""
     counts = {"clients": 0, "server": 0}
     for line in program.splitlines():
         if found := re.search(r"\[([\d,]+)\]\S* all-gather(?:-start)?\(", line):
-            entries = 1
-            for size in found[1].split(","):
-                entries *= int(size)
-            if entries >= smallest:
+            shape = tuple(map(int, found[1].split(",")))
+            if shape in shapes and math.prod(shape) >= smallest:
                 counts["clients" if "shard_map" in line else "server"] += 1
     return counts
 
