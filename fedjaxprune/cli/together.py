@@ -16,9 +16,7 @@ _OPTIONS = (
         metavar="HOST:PORT|auto",
         help="Be one of several processes: where number 0 is.",
     ),
-    click.option(
-        "--num-processes", type=int, metavar="INTEGER", help="How many processes."
-    ),
+    click.option("--num-processes", type=int, metavar="INTEGER", help="How many processes."),
     click.option(
         "--process-id",
         type=int,
