@@ -35,7 +35,7 @@ from fedjaxprune.models import parameters
 from fedjaxprune.rounds import simulation
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.settings import INT_MAX
-from fedjaxprune.types import Algorithm, Key, Model, Population, RoundMetrics, RoundState
+from fedjaxprune.types import Algorithm, Key, Model, Params, Population, RoundMetrics, RoundState
 
 AdvanceFn = Callable[[Key, Simulation, Population], tuple[Simulation, RoundMetrics]]
 
@@ -96,28 +96,14 @@ def train(
     joining.connect(processes, parts.mesh)
     key = jax.random.key(config.seed)
     rounds_key = jax.random.fold_in(key, composing.ROUNDS)
-    first_key = jax.random.fold_in(key, composing.INIT)
-    # Clients' rows are made where they stay: a second copy may not fit. What a jitted function
-    # returns are buffers of its own, which can be donated.
-    begun_shapes = jax.eval_shape(lambda key: start(key, parts), first_key)
-    begin_fn = jax.jit(
-        lambda key: start(key, parts),
-        out_shardings=placing.of_simulation(begun_shapes, parts.mesh),
-    )
-    first_key, rounds_key, people, test = placing.place(
-        (first_key, rounds_key, feeding.on_device(parts.feed, parts.population), parts.test),
-        parts.mesh,
-    )
-    shapes, _ = feeding.without_rows(parts.feed, begun_shapes)
+    begin, shapes = _beginning(parts, jax.random.fold_in(key, composing.INIT))
+    people = feeding.on_device(parts.feed, parts.population)
+    rounds_key, people, test = placing.place((rounds_key, people, parts.test), parts.mesh)
     where = placing.of_simulation(shapes, parts.mesh)
     writer = round_record.writer(parts, shapes.state, warn=listener.warn)
-    test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
-    try_out = jax.jit(
-        lambda state, test: test_fn(algorithm.deployed_params(state), state.model_state, test)
-    )
+    try_out = _testing(parts)
     fingerprint = files.fingerprint(config)
-    deployed = where.state.params if isinstance(where, Simulation) else where
-    deploy = jax.jit(algorithm.deployed_params, out_shardings=deployed)
+    deploy = _deploying(parts, where)
     clock = 0.0
 
     def note(stage: str, stage_round: int, number: int, found: Any) -> None:
@@ -144,7 +130,7 @@ def train(
     with (
         feeding.feeder(
             parts.feed,
-            lambda: feeding.without_rows(parts.feed, begin_fn(first_key))[1],
+            lambda: feeding.without_rows(parts.feed, begin())[1],
             num_clients=parts.population.offsets.shape[0] - 1,
             folder=folder,
             place=feed_lib.placing(parts.mesh),
@@ -152,34 +138,26 @@ def train(
         ) as feeder,
         _opened(processes, folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
     ):
+        read = functools.partial(_saved, is_saved=feeder.is_saved, every=saves.every, allow=allow)
         found = None
         if processes.is_first:
-            found = _saved(
-                manager,
-                shapes,
-                folder,
-                is_saved=feeder.is_saved,
-                every=saves.every,
-                allow=allow,
-                warn=listener.warn,
-            )
+            found = read(manager, shapes, folder, warn=listener.warn)
         done = processes_lib.decided(processes, lambda: 0 if found is None else found[0])
         if done:
             saved = processes_lib.shared_arrays(processes, found and found[1], shapes)
             now = placing.place(saved, parts.mesh, where)
             feeder.restore(done)
         else:
-            begun = begin_fn(first_key)
-            _check_values(begun, config)
-            now, _ = feeding.without_rows(parts.feed, begun)
+            now, _ = feeding.without_rows(parts.feed, begin())
+            _check_values(now, config)
         if processes.is_first:
             listener.start(writer.header, record.cut(folder, writer.header, done))
 
-        begin, note_last = 0, _nothing_to_note
+        first, note_last = 0, _nothing_to_note
         clock = time.perf_counter()
         for which, (stage, advance) in enumerate(zip(algorithm.stages, parts.advance, strict=True)):
-            end = begin + stage.num_rounds
-            left = range(max(begin, done), end)
+            end = first + stage.num_rounds
+            left = range(max(first, done), end)
             step = feeder.step(which, _compiled(advance, parts, where), left)
             for index in left:
                 number = index + 1
@@ -194,15 +172,42 @@ def train(
                 note_last()
                 # The device may still be working on this round.
                 outcome = (metrics, tested)
-                note_last = functools.partial(note, stage.name, number - begin, number, outcome)
+                note_last = functools.partial(note, stage.name, number - first, number, outcome)
                 if (is_over := stop()) or number % saves.every == 0 or is_last:
                     note_last()
                     note_last = _nothing_to_note
                     save(number)
                 if is_over:
                     return now.state
-            begin = end
+            first = end
     return now.state
+
+
+def _beginning(parts: RunParts, key: Key) -> tuple[Callable[[], Simulation], Simulation]:
+    """Make the function that makes the simulation before the first round.
+
+    Clients' rows are made where they stay, as a second copy may not fit, and can be donated. Beside
+    it are the shapes of the simulation, without rows that are kept elsewhere.
+    """
+    shapes = jax.eval_shape(lambda key: start(key, parts), key)
+    begin = jax.jit(
+        lambda key: start(key, parts), out_shardings=placing.of_simulation(shapes, parts.mesh)
+    )
+    key = placing.place(key, parts.mesh)
+    return lambda: begin(key), feeding.without_rows(parts.feed, shapes)[0]
+
+
+def _testing(parts: RunParts) -> Callable[[RoundState, TestSet], evaluation.Evaluation]:
+    """Make the compiled function ``(state, test) -> Evaluation`` of what is deployed."""
+    test_fn = evaluation.evaluate(parts.model, parts.preprocess, task=parts.task, mesh=parts.mesh)
+    deployed_params = parts.algorithm.deployed_params
+    return jax.jit(lambda state, test: test_fn(deployed_params(state), state.model_state, test))
+
+
+def _deploying(parts: RunParts, where: Any) -> Callable[[RoundState], Params]:
+    """Make the compiled function ``state -> parameters`` that are deployed, placed as they are."""
+    places = where.state.params if isinstance(where, Simulation) else where
+    return jax.jit(parts.algorithm.deployed_params, out_shardings=places)
 
 
 def _opened(processes: Processes, folder: pathlib.Path, *, keep: int) -> Any:
