@@ -316,6 +316,13 @@ def test_colors_stand_out_from_both_pages():
     assert len(frame.LIGHT) == len(frame.DARK) == len(set(frame.LIGHT))
 
 
+def test_no_two_of_many_runs_look_the_same():
+    colors, dashes, symbols = frame.LIGHT, frame.DASHES, frame.SYMBOLS
+    for other in (dashes, symbols):
+        looks = {(frame.nth(colors, i), frame.nth(other, i)) for i in range(28)}
+        assert len(looks) == 28
+
+
 def test_the_command_writes_one_file_and_says_where(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", rising([0.1, 0.2]))

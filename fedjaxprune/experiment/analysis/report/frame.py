@@ -20,7 +20,8 @@ from fedjaxprune.experiment.analysis.report import series
 LIGHT = ("#0072B2", "#C44E00", "#008F68", "#B0578D", "#8A6500", "#2D8FC4", "#666666")
 DARK = ("#4DA6E0", "#FF8C42", "#2FC99B", "#E59BC8", "#F0C13A", "#8FD0F5", "#B5B5B5")
 DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
+# One more than colors: the eighth run differs from the first in its symbol, too.
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "x")
 FEW = 40  # points of a curve that get markers
 MANY = 10  # ticks that an axis has room for
 AXES = {
