@@ -32,16 +32,16 @@ class _Groups(NamedTuple):
     """The clients of positive weight, group by group from heavy to light.
 
     Attributes:
-      members: ``[P]`` int32 ids.
-      chances: ``[P]`` float32, weight by the largest of the group.
+      members: ``[P]`` int32 ids, on the device, as a draw would carry a NumPy array there anew.
+      chances: ``[P]`` float32, weight by the largest of the group; on the device.
       begins, sizes: ``[G]`` int32, where a group is among the members.
       log_rates: ``[G]`` float32, logarithm of the group's largest weight, in units of one client
         in the time in which the cohort is expected to arrive.
       width: ``W``, clients of a group that a pass calls.
     """
 
-    members: np.ndarray
-    chances: np.ndarray
+    members: jax.Array
+    chances: jax.Array
     begins: np.ndarray
     sizes: np.ndarray
     log_rates: np.ndarray
@@ -105,12 +105,12 @@ def _call(groups: _Groups, order_key: Key, time_key: Key, race: _Race) -> _Race:
     called = race.called[:, None] + jnp.cumsum(gaps, axis=1)
     places = permutations.permute_each(order_key, jnp.minimum(ranks, sizes - 1), sizes[:, 0])
     members = jnp.asarray(groups.begins)[:, None] + places
-    chances = jnp.asarray(groups.chances)[members]
+    chances = groups.chances[members]
     waits = -jnp.log1p(-drawn[2]) / chances
     times = jnp.log(jnp.where(drawn[1] < chances, called, called + waits)) - log_rates
     times = jnp.where(left > 0, times, jnp.full_like(times, jnp.inf))
     times = jnp.concatenate([race.times, times.ravel()])
-    ids = jnp.concatenate([race.client_ids, jnp.asarray(groups.members)[members].ravel()])
+    ids = jnp.concatenate([race.client_ids, groups.members[members].ravel()])
     _, first = jax.lax.top_k(-times, len(race.times))
     waiting = jnp.log(called[:, -1]) - log_rates[:, 0]
     return _Race(
@@ -141,8 +141,8 @@ def _grouped(weights: np.ndarray, cohort_size: int) -> _Groups:
     largest = logs[begins]
     slots = np.minimum(sizes, np.ceil(_with_room(sizes * _arrived(largest, time))))
     return _Groups(
-        members=members.astype(np.int32),
-        chances=np.exp(logs - np.repeat(largest, sizes)).astype(np.float32),
+        members=jnp.asarray(members.astype(np.int32)),
+        chances=jnp.asarray(np.exp(logs - np.repeat(largest, sizes)).astype(np.float32)),
         begins=begins.astype(np.int32),
         sizes=sizes.astype(np.int32),
         log_rates=(largest + time).astype(np.float32),
