@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.feeding import feed as feed_lib
@@ -75,7 +76,7 @@ def feeder(
     *,
     num_clients: int,
     folder: pathlib.Path,
-    place: Callable[[Any], Any],
+    mesh: Mesh | None,
     warn: Callable[[str], object],
 ) -> Iterator[Feeder]:
     """Begin to feed a run.
@@ -85,7 +86,7 @@ def feeder(
       row: makes that of a client that never took part.
       num_clients: ``N``.
       folder: of the run.
-      place: puts a tree on the device (`feed.placing`).
+      mesh: the devices that share a cohort; None for one.
       warn: takes a sentence.
     """
     if feed is None:
@@ -103,7 +104,7 @@ def feeder(
         place_of_files = working if is_file else None
         store = rows.make(row(), num_clients=num_clients, folder=place_of_files)
     try:
-        with feed_lib.hands(place, store) as by:
+        with feed_lib.hands(mesh, store) as by:
             yield _fed(feed, by, saved, warn)
     finally:
         shutil.rmtree(working, ignore_errors=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fedjaxprune.data import stores
 from fedjaxprune.experiment.config import resolve
@@ -12,6 +13,7 @@ from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.feeding import placing, rows
 from fedjaxprune.experiment.feeding.feed import Feed
 from fedjaxprune.experiment.run.examples import Examples
+from fedjaxprune.federated import cohort
 from fedjaxprune.federated.sampling import SamplingFn
 from fedjaxprune.rounds import feeding, simulation
 from fedjaxprune.types import Algorithm, Model, Population
@@ -44,8 +46,13 @@ def feed(
     algorithm: Algorithm,
     examples: Examples,
     draws: Sequence[SamplingFn],
+    mesh: Mesh | None,
 ) -> Feed | None:
-    """Say what the rounds of a run are fed; None where all is on the device."""
+    """Say what the rounds of a run are fed; None where all is on the device.
+
+    Of several processes each fetches the examples that its own devices need; of one all are on all
+    devices.
+    """
     section = config.execution
     if section.examples == section.client_rows == "device":
         return None
@@ -56,17 +63,29 @@ def feed(
     pantries = None
     if section.examples == "host":
         store = _store(examples)
+        num_parts = _num_parts(mesh)
         pantries = tuple(
-            feeding.stock(store, cohort_size=size, reads=stage.reads, held=examples.population.held)
+            feeding.stock(
+                store,
+                cohort_size=size,
+                reads=stage.reads,
+                held=examples.population.held,
+                num_parts=num_parts,
+            )
             for stage, size in zip(algorithm.stages, sizes, strict=True)
         )
         for stage, pantry in zip(algorithm.stages, pantries, strict=True):
-            needed = stores.num_bytes(store, pantry.capacity)
+            needed = stores.num_bytes(store, pantry.part_capacity)
             placing.check_round(config, stage.name, needed)
     slots = sum(
         stage.num_rounds * size for stage, size in zip(algorithm.stages, sizes, strict=True)
     )
     return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows, min(number, slots))
+
+
+def _num_parts(mesh: Mesh | None) -> int:
+    """Count the parts that examples are in: one for each device if these are several processes'."""
+    return mesh.shape[cohort.AXIS] if mesh is not None and mesh.is_multi_process else 1
 
 
 def _store(examples: Examples) -> stores.ClientStore:

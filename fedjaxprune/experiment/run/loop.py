@@ -133,7 +133,7 @@ def train(
             lambda: feeding.without_rows(parts.feed, begin())[1],
             num_clients=parts.population.offsets.shape[0] - 1,
             folder=folder,
-            place=feed_lib.placing(parts.mesh),
+            mesh=parts.mesh,
             warn=listener.warn,
         ) as feeder,
         _opened(processes, folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
