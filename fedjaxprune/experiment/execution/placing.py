@@ -24,6 +24,11 @@ def of_simulation(now: Simulation, mesh: Mesh | None) -> Any:
     return placement.of_simulation(now, mesh)
 
 
+def is_shared(mesh: Mesh | None) -> bool:
+    """Tell whether several processes have the devices, so that each holds its own part alone."""
+    return mesh is not None and mesh.is_multi_process
+
+
 def in_parts(mesh: Mesh) -> NamedSharding:
     """Name the placement of an array of which each device that shares a cohort has a part."""
     return NamedSharding(mesh, PartitionSpec(cohort.AXIS))

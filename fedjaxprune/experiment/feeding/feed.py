@@ -7,7 +7,7 @@ on the device, and to the store when they are computed. The bits are those of a 
 and rows are on the device.
 
 Of several processes each draws all cohorts, fetches the examples of the clients that its own
-devices train, and puts them there.
+devices train, and puts them there. The rows of a cohort come from the homes of its clients.
 """
 
 import contextlib
@@ -20,7 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjaxprune.experiment.execution import placing as placing_lib
+from fedjaxprune.experiment.feeding import homes
 from fedjaxprune.experiment.feeding.rows import RowStore
+from fedjaxprune.federated import cohort
 from fedjaxprune.rounds import feeding, simulation
 from fedjaxprune.rounds.feeding import Pantry
 from fedjaxprune.rounds.simulation import DrawFn, GivenRows, Simulation
@@ -71,11 +73,19 @@ class _Given(NamedTuple):
     places: Any
 
 
-def advance(stage: Stage, *, rows: str) -> Callable[..., Any]:
+def advance(stage: Stage, *, rows: str, mesh: Mesh | None) -> Callable[..., Any]:
     """Make the function that runs one round of a stage, to be compiled."""
     if rows == "device":
         return simulation.advance_cohort(stage)
-    return simulation.advance_rows(stage)
+    advance_fn = simulation.advance_rows(stage)
+    if mesh is None or not placing_lib.is_shared(mesh):
+        return advance_fn
+
+    def advance_shared_fn(key, state, given, members, population):
+        given = given._replace(rows=homes.joined(given.rows, mesh))
+        return advance_fn(key, state, given, members, population)
+
+    return advance_shared_fn
 
 
 @contextlib.contextmanager
@@ -124,7 +134,7 @@ def step(feed: Feed, index: int, compiled: Callable[..., Any], by: Hands, rounds
         if by.store is None:
             return compiled(key, now, given.members, given.population)
         if later is None:
-            later = place(jax.tree.map(np.zeros_like, given.rows), by.mesh)
+            later = _empty(by.store, feed.cohort_sizes[index], by.mesh)
         rows = GivenRows(given.rows, later, given.places)
         state, later, metrics = compiled(key, now.state, rows, given.members, given.population)
         by.store.promise(number, given.cohort, later)
@@ -133,7 +143,9 @@ def step(feed: Feed, index: int, compiled: Callable[..., Any], by: Hands, rounds
     return step_fn
 
 
-def shapes(feed: Feed, index: int, now: Simulation, row: Any, population: Population) -> tuple:
+def shapes(
+    feed: Feed, index: int, now: Simulation, row: Any, population: Population, mesh: Mesh | None
+) -> tuple:
     """Give the shapes of what the round of a stage is called with after the key.
 
     Args:
@@ -142,6 +154,7 @@ def shapes(feed: Feed, index: int, now: Simulation, row: Any, population: Popula
       now: shapes of the simulation.
       row: shapes of a client's row; counts where rows are not on the device.
       population: that of the device.
+      mesh: the devices that share a cohort; None for one.
     """
     size = feed.cohort_sizes[index]
     ids = jax.ShapeDtypeStruct((size,), np.int32)
@@ -150,8 +163,14 @@ def shapes(feed: Feed, index: int, now: Simulation, row: Any, population: Popula
         population = feeding.shapes(feed.pantries[index])
     if feed.rows == "device":
         return now, members, population
-    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), row)
-    return now.state, GivenRows(rows, rows, ids), members, population  # pyright: ignore[reportArgumentType]
+    number = mesh.shape[cohort.AXIS] if mesh is not None and placing_lib.is_shared(mesh) else 1
+
+    def rows(number: int) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((number * size, *leaf.shape), leaf.dtype), row
+        )
+
+    return now.state, GivenRows(rows(number), rows(1), ids), members, population  # pyright: ignore[reportArgumentType]
 
 
 def _prepare(number: int, first: int, drawn: Any, pantry: Pantry | None, by: Hands) -> _Given:
@@ -160,13 +179,21 @@ def _prepare(number: int, first: int, drawn: Any, pantry: Pantry | None, by: Han
     population = () if pantry is None else _fetch(pantry, ids[present], by.mesh)
     rows = places = ()
     if by.store is not None:
-        num_clients = len(by.store.kept.is_written)
+        num_clients = by.store.kept.num_clients
         by.store.settle(number - 2)
         # An absent slot's id may be anything.
         rows = by.store.read(np.clip(np.where(ids < 0, ids + num_clients, ids), 0, num_clients - 1))
         before = jax.device_get(drawn[number - 1]) if number > first else None
         places = _places(ids, before)
-    return _Given((ids, present), drawn[number], population, *place((rows, places), by.mesh))
+        is_shared = by.mesh is not None and placing_lib.is_shared(by.mesh)
+        rows = homes.place_rows(rows, by.mesh) if is_shared else place(rows, by.mesh)
+    return _Given((ids, present), drawn[number], population, rows, place(places, by.mesh))
+
+
+def _empty(store: RowStore, size: int, mesh: Mesh | None) -> Any:
+    """Make rows ``[C, ...]`` of no round."""
+    rows = store.read(np.zeros(size, np.int64))
+    return place(jax.tree.map(np.zeros_like, rows), mesh)
 
 
 def _fetch(pantry: Pantry, ids: np.ndarray, mesh: Mesh | None) -> Population:

@@ -118,7 +118,8 @@ def _parts(
         if feed is None:
             advance = tuple(map(simulation.advance, stages, draws))
         else:
-            advance = tuple(feed_lib.advance(stage, rows=feed.rows) for stage in stages)
+            mesh = task.protocol.mesh
+            advance = tuple(feed_lib.advance(one, rows=feed.rows, mesh=mesh) for one in stages)
     return loop.RunParts(
         config=config,
         model=task.model,

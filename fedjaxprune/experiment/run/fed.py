@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from fedjaxprune.data import stores
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.execution import placing as placing_lib
 from fedjaxprune.experiment.feeding import placing, rows
 from fedjaxprune.experiment.feeding.feed import Feed
 from fedjaxprune.experiment.run.examples import Examples
@@ -85,7 +86,7 @@ def feed(
 
 def _num_parts(mesh: Mesh | None) -> int:
     """Count the parts that examples are in: one for each device if these are several processes'."""
-    return mesh.shape[cohort.AXIS] if mesh is not None and mesh.is_multi_process else 1
+    return mesh.shape[cohort.AXIS] if mesh is not None and placing_lib.is_shared(mesh) else 1
 
 
 def _store(examples: Examples) -> stores.ClientStore:
