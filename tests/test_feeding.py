@@ -325,17 +325,14 @@ def test_in_parts_a_run_has_the_bits_of_a_resident_one(
 
 def test_a_round_in_parts_gathers_nothing_of_all_clients(monkeypatch):
     monkeypatch.setattr(placing_lib, "is_shared", lambda mesh: mesh is not None)
-    number = 41
+    number = 37
     config = resolve.resolve(
         {
             **SETTINGS,
             "data.num_clients": number,
-            "execution": {
-                "devices": 2,
-                "chunk_size": 1,
-                "examples": "host",
-                "client_rows": "host",
-            },
+            "execution.devices": 2,
+            "execution.examples": "host",
+            "execution.client_rows": "host",
         }
     )
     parts = build.build(config)

@@ -289,7 +289,6 @@ def test_fed_processes_agree_and_a_run_continues_on_any_number(client_rows, tmp_
         several.resume(tmp_path / name, number=number)
     for number in (1, 2):
         several.assert_same(tmp_path / "4", tmp_path / str(number))
-        several.assert_same(tmp_path / "resident", tmp_path / str(number))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ been written, its row is that of a client that never took part, and takes no mem
 processes each has a store of the clients that are at home with it (`homes`).
 """
 
+import math
 import pathlib
 import threading
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def _read(kept: Kept, index: int, ids: np.ndarray) -> np.ndarray:
 
 def _to_bytes(leaf: np.ndarray) -> np.ndarray:
     """Turn rows ``[C, ...]`` into bytes ``[C, bytes]``, eight booleans in each."""
-    flat = np.ascontiguousarray(leaf).reshape(len(leaf), -1)
+    flat = np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:]))
     return np.packbits(flat, axis=1) if leaf.dtype == np.bool_ else flat.view(np.uint8)
 
 
