@@ -130,8 +130,8 @@ class People:
 
     def fetch(self, ids):
         self.asked.append(ids.tolist())
-        ends = np.cumsum(self.sizes)
-        found = [np.arange(ends[i] - self.sizes[i], ends[i]) for i in ids]
+        offsets = np.cumsum([0, *self.sizes]).tolist()
+        found = [np.arange(offsets[i], offsets[i + 1]) for i in ids]
         return jax.tree.map(lambda leaf: leaf[np.concatenate(found)], self.arrays)
 
 

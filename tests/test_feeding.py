@@ -339,10 +339,12 @@ def test_a_round_in_parts_gathers_nothing_of_all_clients(monkeypatch):
     key = jax.random.key(0)
     now = jax.eval_shape(lambda key: loop.start(key, parts), key)
     now, row = feeder.without_rows(parts.feed, now)
+    assert parts.feed is not None
     given = feed_lib.shapes(parts.feed, 0, now, row, parts.population, parts.mesh)
     everywhere = placing_lib.everywhere(parts.mesh)
     given = placing_lib.shapes((key, *given), everywhere)
-    compiled = loop._compiled(parts.advance[0], parts, everywhere).lower(*given).compile()
+    advance: Any = loop._compiled(parts.advance[0], parts, everywhere)
+    compiled = advance.lower(*given).compile()
     sent = re.findall(r"= (\S+) (?:all|collective|reduce)-[a-z-]+\(", compiled.as_text())
     sizes = {int(size) for shape in sent for size in re.findall(r"[\[,](\d+)", shape)}
     assert sizes

@@ -1,6 +1,6 @@
 """Put arrays on the devices of a mesh, which may be those of several processes."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def of_simulation(now: Simulation, mesh: Mesh | None) -> Any:
     return placement.of_simulation(now, mesh)
 
 
-def is_shared(mesh: Mesh | None) -> bool:
+def is_shared(mesh: Mesh | None) -> TypeGuard[Mesh]:
     """Tell whether several processes have the devices, so that each holds its own part alone."""
     return mesh is not None and mesh.is_multi_process
 
@@ -57,7 +57,7 @@ def place_parts(tree: Any, mesh: Mesh) -> Any:
     def put(leaf: np.ndarray) -> jax.Array:
         size = len(leaf) // len(own)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             begin = own.index((index[0].start or 0) // size) * size
             return leaf[begin : begin + size]
 

@@ -78,7 +78,7 @@ def advance(stage: Stage, *, rows: str, mesh: Mesh | None) -> Callable[..., Any]
     if rows == "device":
         return simulation.advance_cohort(stage)
     advance_fn = simulation.advance_rows(stage)
-    if mesh is None or not placing_lib.is_shared(mesh):
+    if not placing_lib.is_shared(mesh):
         return advance_fn
 
     def advance_shared_fn(key, state, given, members, population):
@@ -163,7 +163,7 @@ def shapes(
         population = feeding.shapes(feed.pantries[index])
     if feed.rows == "device":
         return now, members, population
-    number = mesh.shape[cohort.AXIS] if mesh is not None and placing_lib.is_shared(mesh) else 1
+    number = mesh.shape[cohort.AXIS] if placing_lib.is_shared(mesh) else 1
 
     def rows(number: int) -> Any:
         return jax.tree.map(
@@ -185,9 +185,12 @@ def _prepare(number: int, first: int, drawn: Any, pantry: Pantry | None, by: Han
         rows = by.store.read(np.clip(np.where(ids < 0, ids + num_clients, ids), 0, num_clients - 1))
         before = jax.device_get(drawn[number - 1]) if number > first else None
         places = _places(ids, before)
-        is_shared = by.mesh is not None and placing_lib.is_shared(by.mesh)
-        rows = homes.place_rows(rows, by.mesh) if is_shared else place(rows, by.mesh)
-    return _Given((ids, present), drawn[number], population, rows, place(places, by.mesh))
+        places = place(places, by.mesh)
+        if placing_lib.is_shared(by.mesh):
+            rows = homes.place_rows(rows, by.mesh)
+        else:
+            rows = place(rows, by.mesh)
+    return _Given((ids, present), drawn[number], population, rows, places)
 
 
 def _empty(store: RowStore, size: int, mesh: Mesh | None) -> Any:

@@ -86,7 +86,7 @@ def feed(
 
 def _num_parts(mesh: Mesh | None) -> int:
     """Count the parts that examples are in: one for each device if these are several processes'."""
-    return mesh.shape[cohort.AXIS] if mesh is not None and placing_lib.is_shared(mesh) else 1
+    return mesh.shape[cohort.AXIS] if placing_lib.is_shared(mesh) else 1
 
 
 def _store(examples: Examples) -> stores.ClientStore:
