@@ -340,14 +340,18 @@ def test_a_round_in_parts_gathers_nothing_of_all_clients(monkeypatch):
     now = jax.eval_shape(lambda key: loop.start(key, parts), key)
     now, row = feeder.without_rows(parts.feed, now)
     assert parts.feed is not None
+    assert parts.mesh is not None
     given = feed_lib.shapes(parts.feed, 0, now, row, parts.population, parts.mesh)
     everywhere = placing_lib.everywhere(parts.mesh)
-    given = placing_lib.shapes((key, *given), everywhere)
+    part = placing_lib.in_parts(parts.mesh)
+    key, state, own, members, people = placing_lib.shapes((key, *given), everywhere)
+    own = own._replace(rows=placing_lib.shapes(own.rows, part))
+    people = people._replace(examples=placing_lib.shapes(people.examples, part))
     advance: Any = loop._compiled(parts.advance[0], parts, everywhere)
-    compiled = advance.lower(*given).compile()
-    sent = re.findall(r"= (\S+) (?:all|collective|reduce)-[a-z-]+\(", compiled.as_text())
-    sizes = {int(size) for shape in sent for size in re.findall(r"[\[,](\d+)", shape)}
-    assert sizes
+    compiled = advance.lower(key, state, own, members, people).compile()
+    sent = re.findall(r"= (.*) (?:all|collective|reduce)-[a-z-]+\(", compiled.as_text())
+    sizes = {int(size) for shapes in sent for size in re.findall(r"(?:\[|,)(\d+)", shapes)}
+    assert parts.feed.cohort_sizes[0] in sizes  # rows come from their homes
     assert max(sizes) < number
 
 

@@ -65,6 +65,8 @@ def feed(
     if section.examples == "host":
         store = _store(examples)
         num_parts = _num_parts(mesh)
+        own = placing_lib.own_parts(mesh) if placing_lib.is_shared(mesh) else [0]
+        here = len(own) if jax.default_backend() == "cpu" else 1  # devices that share its memory
         pantries = tuple(
             feeding.stock(
                 store,
@@ -76,7 +78,7 @@ def feed(
             for stage, size in zip(algorithm.stages, sizes, strict=True)
         )
         for stage, pantry in zip(algorithm.stages, pantries, strict=True):
-            needed = stores.num_bytes(store, pantry.part_capacity)
+            needed = here * stores.num_bytes(store, pantry.part_capacity)
             placing.check_round(config, stage.name, needed)
     slots = sum(
         stage.num_rounds * size for stage, size in zip(algorithm.stages, sizes, strict=True)
