@@ -224,10 +224,7 @@ def test_rows_are_kept_saved_and_found_again_by_any_number_of_processes(tmp_path
     save([one], 4, keep=(3,))
     pair = restored(4, 2)
     save(pair, 5)
-    assert {place.name for place in tmp_path.iterdir() if any(place.iterdir())} == {
-        "0-of-2",
-        "1-of-2",
-    }
+    assert {place.name for place in tmp_path.iterdir()} == {"0-of-2", "1-of-2"}
     shutil.rmtree(tmp_path / "1-of-2" / "5")
     assert not snapshots.is_whole(tmp_path, 5, whole.kept)
 

@@ -8,6 +8,7 @@ Of several processes each saves the rows that are at home with it, in a folder o
 takes from all of them those of its own clients, so that their number may change.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -134,7 +135,12 @@ def remove(saved: pathlib.Path, number: int, home: Home, *, keep: Collection[int
     for team in homes.all_homes(saved):
         if home.process == 0 and home.number != len(team):
             for other in team:
-                _remove(homes.folder(saved, other), {*keep} - {number})
+                folder = homes.folder(saved, other)
+                _remove(folder, {*keep} - {number})
+                for draft in folder.glob("*.draft"):
+                    shutil.rmtree(draft, ignore_errors=True)
+                with contextlib.suppress(OSError):  # unless there is something left
+                    folder.rmdir()
 
 
 def _remove(folder: pathlib.Path, keep: Collection[int]) -> None:
