@@ -294,10 +294,10 @@ def test_fed_processes_agree_and_a_run_continues_on_any_number(client_rows, tmp_
 @pytest.mark.slow
 def test_all_methods_agree_where_processes_are_fed(tmp_path):
     settings = [several.settings_of(name) for name in registry.names("method")]
-    several.in_processes([settings, str(tmp_path / "1")], number=1)
-    where = {"devices": 4, "chunk_size": 1, "examples": "host", "client_rows": "host"}
-    settings = [{**one, "execution": where} for one in settings]
-    several.in_processes([settings, str(tmp_path / "2")], number=2)
+    where = {"examples": "host", "client_rows": "host"}  # in one process as on the device
+    settings = [{**one, "execution": {**one["execution"], **where}} for one in settings]
+    for number in (1, 2):
+        several.in_processes([settings, str(tmp_path / str(number))], number=number)
     for index in range(len(settings)):
         several.assert_same(tmp_path / "2" / str(index), tmp_path / "1" / str(index))
 
