@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from fedjaxprune.experiment.execution import placing
 from fedjaxprune.federated import cohort
 
-_OF_PART = re.compile(r"(\d+)-of-(\d+)")  # name of a process's folder of saved rows
+_OF_PART = re.compile(r"([0-9]+)-of-([0-9]+)")  # name of a process's folder of saved rows
 
 
 class Home(NamedTuple):
@@ -55,10 +55,17 @@ def folder(saved: pathlib.Path, home: Home) -> pathlib.Path:
 
 
 def all_homes(saved: pathlib.Path) -> Iterator[list[Home]]:
-    """List the processes that may have saved rows in a run's folder, those of one time together."""
-    found = map(_OF_PART.fullmatch, (place.name for place in saved.glob("*-of-*")))
-    for number in sorted({1, *(int(match[2]) for match in found if match)}):
-        yield [Home(process, number) for process in range(number)]
+    """List the processes that have a folder of saved rows, those of one time together.
+
+    That which was alone is listed first, and always.
+    """
+    yield [Home()]
+    teams: dict[int, list[Home]] = {}
+    for match in map(_OF_PART.fullmatch, (place.name for place in saved.glob("*-of-*"))):
+        if match:
+            teams.setdefault(int(match[2]), []).append(Home(int(match[1]), int(match[2])))
+    for number in sorted(teams):
+        yield sorted(teams[number])
 
 
 def place_rows(rows: Any, mesh: Mesh) -> Any:

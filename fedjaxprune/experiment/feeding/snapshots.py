@@ -102,7 +102,10 @@ def is_whole(saved: pathlib.Path, number: int, kept: Kept) -> bool:
 
 def _all_there(saved: pathlib.Path, number: int, team: list[Home]) -> bool:
     """Tell whether all processes of some time have saved their rows after round `number`."""
-    return all((homes.folder(saved, home) / str(number)).is_dir() for home in team)
+    everybody = [Home(process, len(team)) for process in range(len(team))]
+    return team == everybody and all(
+        (homes.folder(saved, home) / str(number)).is_dir() for home in team
+    )
 
 
 def _is_whole(folder: pathlib.Path, number: int, kept: Kept) -> bool:
@@ -133,7 +136,7 @@ def remove(saved: pathlib.Path, number: int, home: Home, *, keep: Collection[int
     """
     _remove(homes.folder(saved, home), {*keep, number})
     for team in homes.all_homes(saved):
-        if home.process == 0 and home.number != len(team):
+        if home.process == 0 and home.number != team[0].number:
             for other in team:
                 folder = homes.folder(saved, other)
                 _remove(folder, {*keep} - {number})
