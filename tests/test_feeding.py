@@ -87,6 +87,11 @@ def test_clients_are_dealt_on_the_host_as_in_a_round():
         _, slots = dealt(jnp.asarray(sizes, jnp.int32), 3, 4)
         found = cohort.deal(sizes[sizes > 0], num_devices=3, num_slots=4)
         assert found.tolist() == (np.asarray(slots)[sizes > 0] // 4).tolist()
+    # Part of a cohort goes where its examples are, however unequal that is.
+    sizes, where = jnp.array([5, 0, 9], jnp.int32), jnp.array([2, 2, 2], jnp.int32)
+    clients, slots = dealt(sizes, 3, 2, where)
+    assert slots.tolist() == [5, 0, 4]
+    assert clients.tolist() == [1, 3, 3, 3, 2, 0]
 
 
 def test_a_population_in_parts_has_each_client_with_its_device():
@@ -103,6 +108,11 @@ def test_a_population_in_parts_has_each_client_with_its_device():
     chex.assert_trees_all_equal(half._replace(examples=()), whole._replace(examples=()))
     with pytest.raises(ValueError, match="each client once, and client 2 was drawn 2 times"):
         feeding.population(pantry, np.array([2, 0, 2]))
+    everybody = jnp.arange(4)
+    members = types.Cohort(everybody, everybody >= 0, ())
+    given: Any = (jax.random.key(0), None, {}, (), members, whole)
+    with pytest.raises(ValueError, match=r"is in 2 parts, .* but the mesh has 1 devices"):
+        cohort.run(*given, chunk_size=1)
     server = feeding.stock(STORE, cohort_size=2, reads=(3,), num_parts=2)
     assert server.whole.num_parts == 1
 
