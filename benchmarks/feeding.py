@@ -62,7 +62,6 @@ def contender(
 
     from fedjaxprune.data import conversion
     from fedjaxprune.experiment.config import resolve
-    from fedjaxprune.experiment.feeding import feed as feed_lib
     from fedjaxprune.experiment.feeding import feeder as feeding
     from fedjaxprune.experiment.run import build, composing, loop
 
@@ -90,11 +89,15 @@ def contender(
     parts = build.build(config)
     key = jax.random.fold_in(jax.random.key(0), composing.ROUNDS)
     now, row = feeding.without_rows(parts.feed, loop.start(jax.random.key(1), parts))
-    place = feed_lib.placing(None)
     population = () if examples == "host" else parts.population
     number = 0
     with feeding.feeder(
-        parts.feed, row, num_clients=NUM_CLIENTS, folder=folder / name, place=place, warn=print
+        parts.feed,
+        lambda: row,
+        num_clients=NUM_CLIENTS,
+        folder=folder / name,
+        mesh=None,
+        warn=print,
     ) as feeder:
         compiled = jax.jit(parts.advance[0], donate_argnums=1)
 

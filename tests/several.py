@@ -6,6 +6,7 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,8 +14,11 @@ import numpy as np
 import fedjaxprune as fjp
 from fedjaxprune import registry
 from fedjaxprune.experiment.config import resolve
+from fedjaxprune.experiment.execution import placing
+from fedjaxprune.experiment.feeding import homes, rows, snapshots
+from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.method import needs_of
-from tests import processes
+from tests import processes, stub
 from tests.processes import small
 
 # Four clients a round, so that each of four devices has one; chunks of one size.
@@ -68,9 +72,21 @@ def assert_same(folder: pathlib.Path, other: pathlib.Path) -> None:
     """See that two runs have the same record and the same bits."""
     assert processes.lines(folder) == processes.lines(other)
     number = len(processes.lines(other))
-    pairs = zip(*(processes.final_arrays(one, number) for one in (folder, other)), strict=True)
-    for array, expected in pairs:
+    found = [processes.final_arrays(one, number) for one in (folder, other)]
+    if (folder / layout.ROWS).exists() and (other / layout.ROWS).exists():
+        for arrays, one in zip(found, (folder, other), strict=True):
+            arrays += saved_rows(one, number)
+    for array, expected in zip(*found, strict=True):
         np.testing.assert_array_equal(array, expected)
+
+
+def cut(folder: pathlib.Path, number: int, *, aside: pathlib.Path) -> None:
+    """Leave of a run what it would be if it was killed after a round, and its checkpoint."""
+    record.cut(folder, record.read(folder).header, number)
+    (folder / layout.SUMMARY).unlink()
+    for saved in (folder / layout.CHECKPOINTS).iterdir():
+        if int(saved.name) > number:
+            saved.rename(aside.with_name(f"{aside.name}-{saved.name}"))
 
 
 # Runs of all kinds, one after the other in the same processes.
@@ -99,6 +115,73 @@ def settings_of(name: str) -> dict[str, Any]:
     return {**base, "model": {"name": "mlp", "hidden_sizes": [8]}} if is_plain else base
 
 
+# What each process holds of a run that is fed.
+
+
+class People:
+    """A data set whose examples are made when they are asked for, and who was asked for."""
+
+    def __init__(self) -> None:
+        self.sizes = np.array([5, 9, 0, 7, 11, 6, 3, 8, 4, 10])
+        self.asked: list[list[int]] = []
+        made = np.random.default_rng(5).normal(size=(self.sizes.sum(), stub.WIDTH))
+        self.arrays = {"inputs": made.astype(np.float32), "labels": np.argmax(made, axis=1)}
+        self.test = self.arrays["inputs"][:12], self.arrays["labels"][:12]
+
+    def fetch(self, ids):
+        self.asked.append(ids.tolist())
+        offsets = np.cumsum([0, *self.sizes]).tolist()
+        found = [np.arange(offsets[i], offsets[i + 1]) for i in ids]
+        return jax.tree.map(lambda leaf: leaf[np.concatenate(found)], self.arrays)
+
+
+FED = {
+    "method": f"{stub.FILE}:METHOD",
+    "model": f"{stub.FILE}:net",
+    "federation": {"num_rounds": 4, "cohort_size": 4, "dropout_rate": 0.2},
+    "client": {"steps": 1, "batch_size": 4},
+    "uplink": {"name": "top_k", "fraction": 0.2, "error_feedback": True},
+    "checkpoints.every": 2,
+    "execution": {"devices": 2, "chunk_size": 1, "examples": "host", "client_rows": "host"},
+}
+
+
+def holding(settings: dict[str, Any], folder: str, **where: Any) -> None:
+    """Run, and write down what this process held: beside the folder, in a file by its number."""
+    people, stores = People(), []
+    make = rows.make
+
+    def kept(*args: Any, **given: Any) -> rows.RowStore:
+        stores.append(make(*args, **given))
+        return stores[0]
+
+    with (
+        mock.patch.object(rows, "make", kept),
+        mock.patch.object(placing, "place_parts", side_effect=placing.place_parts) as placed,
+    ):
+        fjp.run(settings, data=people, folder=folder, **where)
+    given = [call.args[0] for call in placed.call_args_list if isinstance(call.args[0], dict)]
+    held = {
+        "asked": people.asked,
+        "example_bytes": [sum(leaf.nbytes for leaf in one.values()) for one in given],
+        "row_bytes": sum(array.nbytes for array in stores[0].kept.arrays),
+        "rows": homes.ids(stores[0].kept.home, np.flatnonzero(stores[0].kept.is_written)).tolist(),
+    }
+    pathlib.Path(f"{folder}-{where['process_id']}.json").write_text(json.dumps(held))
+
+
+def saved_rows(folder: pathlib.Path, number: int) -> list[np.ndarray]:
+    """Read the rows of all clients as bytes, whatever processes saved them."""
+    saved = folder / layout.ROWS
+    (about, *_) = sorted(saved.glob(f"**/{number}/about.json"))
+    said = json.loads(about.read_text())
+    row = [np.zeros(size, np.uint8) for size in said["row_bytes"]]
+    store = rows.make(row, num_clients=said["num_clients"])
+    assert snapshots.is_whole(saved, number, store.kept)
+    snapshots.restore(saved, number, store.kept)
+    return [*store.kept.arrays, store.kept.is_written]
+
+
 def in_turn(settings: Sequence[dict[str, Any]], folder: str, **processes: Any) -> None:
     """Run all settings in one process of several, or alone."""
     jax.config.update("jax_num_cpu_devices", 4 // processes.get("num_processes", 1))
@@ -107,12 +190,12 @@ def in_turn(settings: Sequence[dict[str, Any]], folder: str, **processes: Any) -
         jax.clear_caches()
 
 
-def in_processes(settings: Sequence[dict[str, Any]], folder: pathlib.Path, *, number: int) -> None:
-    """Run all settings in so many processes, with four devices in all."""
-    code = "import json, sys; from tests import several; several.in_turn(*json.loads(sys.argv[1]),"
+def in_processes(arguments: Sequence[Any], *, number: int, function: str = "in_turn") -> None:
+    """Call a function of this module in so many processes, with arguments that JSON can tell."""
+    code = f"import json, sys; from tests import several; several.{function}("
     where = f"coordinator='127.0.0.1:{free_port()}', num_processes={number}" if number > 1 else ""
     each = [f"{where}, process_id={one})" if where else ")" for one in range(number)]
-    given = json.dumps([settings, str(folder)])
-    started = [processes.python(code + end, given) for end in each]
+    given = json.dumps(arguments)
+    started = [processes.python(f"{code}*json.loads(sys.argv[1]), {end}", given) for end in each]
     said = [one.communicate() for one in started]
     assert [one.returncode for one in started] == [0] * number, said

@@ -1,12 +1,14 @@
 """Fed runs: examples and clients' rows off the device, the same bits as with all on it."""
 
 import functools
+import re
 import shutil
 from typing import Any
 from unittest import mock
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,11 +18,14 @@ from fedjaxprune.data import conversion, mapped, parquet_store, stores
 from fedjaxprune.errors import ConfigError, DataError, RunFolderError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import memory
+from fedjaxprune.experiment.execution import placing as placing_lib
 from fedjaxprune.experiment.feeding import feed as feed_lib
-from fedjaxprune.experiment.feeding import placing, rows, snapshots
+from fedjaxprune.experiment.feeding import feeder, homes, placing, rows, snapshots
+from fedjaxprune.experiment.feeding.homes import Home
 from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.experiment.run import build, examples, loop
 from fedjaxprune.experiment.run.listener import Listener
+from fedjaxprune.federated import cohort
 from fedjaxprune.rounds import feeding
 from tests import stub
 
@@ -73,6 +78,43 @@ def test_a_population_of_a_cohort_leaves_all_others_out():
     with pytest.raises(ValueError, match="client_id must be less than 4, got 4"):
         feeding.stock(STORE, cohort_size=2, reads=(4,))
     assert feeding.stock(STORE, cohort_size=1, reads="everyone").capacity == 9
+
+
+def test_clients_are_dealt_on_the_host_as_in_a_round():
+    dealt = jax.jit(cohort._deal, static_argnums=(1, 2))
+    for _ in range(8):
+        sizes = RNG.choice([0, 3, 3, 7, 40], size=11)
+        _, slots = dealt(jnp.asarray(sizes, jnp.int32), 3, 4)
+        found = cohort.deal(sizes[sizes > 0], num_devices=3, num_slots=4)
+        assert found.tolist() == (np.asarray(slots)[sizes > 0] // 4).tolist()
+    # Part of a cohort goes where its examples are, however unequal that is.
+    sizes, where = jnp.array([5, 0, 9], jnp.int32), jnp.array([2, 2, 2], jnp.int32)
+    clients, slots = dealt(sizes, 3, 2, where)
+    assert slots.tolist() == [5, 0, 4]
+    assert clients.tolist() == [1, 3, 3, 3, 2, 0]
+
+
+def test_a_population_in_parts_has_each_client_with_its_device():
+    pantry = feeding.stock(STORE, cohort_size=4, num_parts=2)
+    assert (pantry.capacity, pantry.part_capacity) == (9, 8)  # of two clients of 5 and 3
+    whole = feeding.population(pantry, np.arange(4))
+    assert whole.offsets.tolist() == [0, 3, 3, 8, 9]
+    assert whole.examples["labels"][:5].tolist() == [0, 1, 2, 3, 4]  # the largest client
+    assert whole.examples["labels"][8:12].tolist() == [8, 7, 6, 5]
+    assert whole.order.tolist() == [8, 9, 10, 0, 1, 2, 3, 4, 11]
+    chex.assert_trees_all_equal_shapes_and_dtypes(whole, feeding.shapes(pantry))
+    half = feeding.population(pantry, np.arange(4), parts=[1])
+    np.testing.assert_array_equal(half.examples["inputs"], whole.examples["inputs"][8:])
+    chex.assert_trees_all_equal(half._replace(examples=()), whole._replace(examples=()))
+    with pytest.raises(ValueError, match="each client once, and client 2 was drawn 2 times"):
+        feeding.population(pantry, np.array([2, 0, 2]))
+    everybody = jnp.arange(4)
+    members = types.Cohort(everybody, everybody >= 0, ())
+    given: Any = (jax.random.key(0), None, {}, (), members, whole)
+    with pytest.raises(ValueError, match=r"is in 2 parts, .* but the mesh has 1 devices"):
+        cohort.run(*given, chunk_size=1)
+    server = feeding.stock(STORE, cohort_size=2, reads=(3,), num_parts=2)
+    assert server.whole.num_parts == 1
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
@@ -142,12 +184,73 @@ def test_snapshots_hold_what_was_written_since_the_last_whole_one(tmp_path):
     write(2, 3)
     snapshots.save(tmp_path, 3, store.kept)
     assert size(3) == 6  # whole again
-    snapshots.remove(tmp_path, keep=(2,))
+    snapshots.remove(tmp_path, 2, Home(), keep=())
     assert sorted(place.name for place in tmp_path.iterdir()) == ["1", "2"]
     damaged = tmp_path / "1" / snapshots.IDS
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert not snapshots.is_whole(tmp_path, 2, store.kept)
     assert not snapshots.is_whole(tmp_path, 8, store.kept)
+
+
+def test_rows_are_kept_saved_and_found_again_by_any_number_of_processes(tmp_path):
+    def stores_of(number):
+        team = [Home(one, number) for one in range(number)]
+        return [rows.make(ROW, num_clients=7, home=home) for home in team]
+
+    def write(team, *ids):
+        many = jax.tree.map(lambda leaf: np.stack([leaf] * len(ids)), ROW)
+        many["residual"] = RNG.normal(size=(len(ids), 3)).astype(np.float32)
+        for store in (whole, *team):
+            store.write(np.array(ids), many)
+
+    def save(team, number, keep=()):
+        for store in reversed(team):  # the first process removes what others saved before
+            snapshots.save(tmp_path, number, store.kept)
+            snapshots.remove(tmp_path, number, store.kept.home, keep=keep)
+
+    def restored(number, processes):
+        team = stores_of(processes)
+        for store in team:
+            assert snapshots.is_whole(tmp_path, number, store.kept)
+            snapshots.restore(tmp_path, number, store.kept)
+        found = [store.read(everybody)["residual"] for store in team]
+        np.testing.assert_array_equal(sum(found), whole.read(everybody)["residual"])
+        masks = [store.read(everybody)["mask"] for store in team]
+        assert np.sum(masks, axis=0).max() == 1  # each client at one home
+        return team
+
+    everybody, (whole,) = np.arange(7), stores_of(1)
+    pair = stores_of(2)
+    assert [len(store.kept.is_written) for store in pair] == [4, 3]
+    write(pair, 0, 1, 2, 3, 6)
+    save(pair, 1)
+    write(pair, 2, 5)
+    save(pair, 2, keep=(1,))
+    three = restored(2, 3)
+    write(three, 6)
+    save(three, 3, keep=(2,))
+    (one,) = restored(3, 1)
+    write([one], 1)
+    save([one], 4, keep=(3,))
+    pair = restored(4, 2)
+    save(pair, 5)
+    assert {place.name for place in tmp_path.iterdir()} == {"0-of-2", "1-of-2"}
+    shutil.rmtree(tmp_path / "1-of-2" / "5")
+    assert not snapshots.is_whole(tmp_path, 5, whole.kept)
+
+
+def test_rows_of_several_homes_come_together_with_all_bits():
+    mesh = cohort.make_mesh(devices=jax.devices()[:2])
+    given = {
+        "float": np.array([[-0.0, np.nan], [1e-42, 3]], np.float32),
+        "half": np.array([-0.0, 2], np.float16),
+        "whole": np.array([-7, 2], np.int32),
+        "is": np.array([[True], [False]]),
+    }
+    placed = homes.place_rows(given, mesh)
+    found = jax.jit(lambda rows: homes.joined(rows, mesh))(placed)
+    for name, leaf in given.items():
+        assert np.asarray(found[name]).tobytes() == leaf.tobytes(), name
 
 
 SETTINGS = {
@@ -212,6 +315,51 @@ def test_a_fed_run_has_the_bits_of_a_resident_one(
     chex.assert_trees_all_equal(found, wanted)
     play(tmp_path / "stopped", stop_after=2, **where)
     chex.assert_trees_all_equal(play(tmp_path / "stopped", **where), wanted)
+
+
+@pytest.mark.usual("host-host")
+@pytest.mark.parametrize(
+    ("examples", "client_rows"), [("host", "host"), ("host", "device"), ("device", "disk")]
+)
+def test_in_parts_a_run_has_the_bits_of_a_resident_one(
+    examples, client_rows, tmp_path, tmp_path_factory, monkeypatch
+):
+    wanted = resident(tmp_path_factory.getbasetemp() / "resident-2", **{"execution.devices": 2})
+    monkeypatch.setattr(placing_lib, "is_shared", lambda mesh: mesh is not None)
+    where = {"examples": examples, "client_rows": client_rows, "execution.devices": 2}
+    chex.assert_trees_all_equal(play(tmp_path / "parts", **where), wanted)
+
+
+def test_a_round_in_parts_gathers_nothing_of_all_clients(monkeypatch):
+    monkeypatch.setattr(placing_lib, "is_shared", lambda mesh: mesh is not None)
+    number = 37
+    config = resolve.resolve(
+        {
+            **SETTINGS,
+            "data.num_clients": number,
+            "execution.devices": 2,
+            "execution.examples": "host",
+            "execution.client_rows": "host",
+        }
+    )
+    parts = build.build(config)
+    key = jax.random.key(0)
+    now = jax.eval_shape(lambda key: loop.start(key, parts), key)
+    now, row = feeder.without_rows(parts.feed, now)
+    assert parts.feed is not None
+    assert parts.mesh is not None
+    given = feed_lib.shapes(parts.feed, 0, now, row, parts.population, parts.mesh)
+    everywhere = placing_lib.everywhere(parts.mesh)
+    part = placing_lib.in_parts(parts.mesh)
+    key, state, own, members, people = placing_lib.shapes((key, *given), everywhere)
+    own = own._replace(rows=placing_lib.shapes(own.rows, part))
+    people = people._replace(examples=placing_lib.shapes(people.examples, part))
+    advance: Any = loop._compiled(parts.advance[0], parts, everywhere)
+    compiled = advance.lower(key, state, own, members, people).compile()
+    sent = re.findall(r"= (.*) (?:all|collective|reduce)-[a-z-]+\(", compiled.as_text())
+    sizes = {int(size) for shapes in sent for size in re.findall(r"(?:\[|,)(\d+)", shapes)}
+    assert parts.feed.cohort_sizes[0] in sizes  # rows come from their homes
+    assert max(sizes) < number
 
 
 def test_rows_that_may_fill_the_disk_are_refused(tmp_path, monkeypatch):

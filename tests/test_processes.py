@@ -1,6 +1,8 @@
 """Runs of several processes: they agree with one, stop together, and end if one is gone."""
 
+import collections
 import contextlib
+import json
 import random
 import signal
 import socket
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fedjaxprune as fjp
@@ -245,6 +248,60 @@ def test_two_processes_give_the_bits_of_one_with_two_devices(tmp_path):
     several.assert_same(tmp_path / "two", tmp_path / "one")
 
 
+def test_each_process_holds_its_share_of_examples_and_rows(tmp_path):
+    folder, everybody = tmp_path / "two", several.People()
+    several.in_processes([several.FED, str(folder)], number=2, function="holding")
+    fjp.run(several.FED, data=everybody, folder=tmp_path / "one")
+    several.assert_same(folder, tmp_path / "one")
+    each = [json.loads((tmp_path / f"two-{one}.json").read_text()) for one in range(2)]
+    # Of the four clients of a cohort a process fetches two at most, and nobody but these.
+    asked = [ids for held in each for ids in held["asked"]]
+    assert max(map(len, asked)) == 2
+    beside = collections.Counter(id for ids in asked for id in ids)
+    beside.subtract(id for ids in everybody.asked for id in ids)
+    assert {id for id, times in beside.items() if times} == {0}  # looked at when the run begins
+    # There is room for the two largest clients, in each round.
+    assert {size for held in each for size in held["example_bytes"]} == {(11 + 10) * 20}
+    # Of the rows of ten clients each process has five.
+    *arrays, is_written = several.saved_rows(tmp_path / "one", 4)
+    assert {held["row_bytes"] for held in each} == {sum(array.nbytes for array in arrays) // 2}
+    for process, held in enumerate(each):
+        assert held["rows"] == [i for i in np.flatnonzero(is_written) if i % 2 == process]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client_rows", ["host", "disk"])
+def test_fed_processes_agree_and_a_run_continues_on_any_number(client_rows, tmp_path):
+    settings = several.small(
+        "--cohort-size", "4", "--chunk-size", "1", "--uplink", "top_k", "--error-feedback",
+        "--server-optimizer", "fedavgm", "--dropout-rate", "0.1", "--num-rounds", "8",
+        "--checkpoints.every", "1",
+    )  # fmt: skip
+    several.run(tmp_path / "resident", number=1, devices=4, settings=settings)
+    settings += ["--examples", "host", "--client-rows", client_rows]
+    one = several.run(tmp_path / "1", number=1, devices=4, settings=settings)
+    assert processes.lines(one) == processes.lines(tmp_path / "resident")
+    for number in (2, 4):
+        folder = several.run(tmp_path / str(number), number=number, devices=4, settings=settings)
+        several.assert_same(folder, one)
+    for name, number in {"2": 4, "4": 1, "1": 2}.items():
+        several.cut(tmp_path / name, 6, aside=tmp_path / f"aside-{name}")
+        several.resume(tmp_path / name, number=number)
+    for number in (1, 2):
+        several.assert_same(tmp_path / "4", tmp_path / str(number))
+
+
+@pytest.mark.slow
+def test_all_methods_agree_where_processes_are_fed(tmp_path):
+    settings = [several.settings_of(name) for name in registry.names("method")]
+    where = {"examples": "host", "client_rows": "host"}  # in one process as on the device
+    settings = [{**one, "execution": {**one["execution"], **where}} for one in settings]
+    for number in (1, 2):
+        several.in_processes([settings, str(tmp_path / str(number))], number=number)
+    for index in range(len(settings)):
+        several.assert_same(tmp_path / "2" / str(index), tmp_path / "1" / str(index))
+
+
 @pytest.mark.slow
 def test_processes_and_devices_agree_and_a_run_continues_on_any_number(tmp_path):
     settings = several.small(
@@ -258,11 +315,7 @@ def test_processes_and_devices_agree_and_a_run_continues_on_any_number(tmp_path)
     for name, number in {"2": 4, "4": 1, "1": 2}.items():
         folder = tmp_path / name
         lines = record.read(folder).lines
-        record.cut(folder, record.read(folder).header, 5)  # as if it was killed in round 6
-        (folder / "summary.json").unlink()
-        for saved in (folder / "checkpoints").iterdir():
-            if int(saved.name) > 5:
-                saved.rename(tmp_path / f"{name}-{saved.name}")
+        several.cut(folder, 5, aside=tmp_path / f"aside-{name}")
         several.resume(folder, number=number)
         assert len(lines) == len(record.read(folder).lines)
     for number in (1, 2):
@@ -274,7 +327,7 @@ def test_processes_and_devices_agree_and_a_run_continues_on_any_number(tmp_path)
 def test_all_methods_agree_with_one_process(tmp_path, number):
     settings = [several.settings_of(name) for name in registry.names("method")]
     for each in (1, number):
-        several.in_processes(settings, tmp_path / str(each), number=each)
+        several.in_processes([settings, str(tmp_path / str(each))], number=each)
     for index in range(len(settings)):
         several.assert_same(tmp_path / str(number) / str(index), tmp_path / "1" / str(index))
 

@@ -104,6 +104,9 @@ def num_bytes(store: ClientStore, num_examples: int) -> int:
 
 
 def _like(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Give shape and type of one example of an array as JAX keeps them."""
-    dtype = jnp.asarray(np.zeros(0, leaf.dtype)).dtype
-    return jax.ShapeDtypeStruct(leaf.shape[1:], dtype)
+    """Give shape and type of one example of an array as JAX keeps them.
+
+    No device is asked, as processes are not joined yet where a store is given in Python.
+    """
+    found = jax.eval_shape(jnp.asarray, np.zeros(0, leaf.dtype))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], found.dtype)

@@ -5,9 +5,13 @@ Chunks of clients run side by side under ``vmap``, chunks one after the other in
 every message is folded into the accumulators at once: memory holds one chunk for each device, not
 the cohort. At the end the devices merge their accumulators. Chunk sizes and numbers
 of devices differ only in rounding.
+
+Every device has everybody's examples, or, of a population in parts, those of its own clients alone
+(`Whole.num_parts`): then each client is trained where its examples are.
 """
 
 import functools
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -108,11 +112,14 @@ def run(
       aggregators: by field of the message; `masks` need none.
       broadcast: what every client starts from, any tree that `update` understands.
       cohort: who takes part; `states` holds what `update` takes and returns, by row ``[C, ...]``.
-      population: everybody's examples.
+      population: everybody's examples, on all devices or in parts.
       chunk_size: clients under one ``vmap``; 1 runs them one by one, without ``vmap``.
       mesh: devices to share the cohort out to, so that each has about as many examples (see
-        `make_mesh`); it need not divide the cohort. Everything else is replicated. None runs where
-        the arguments are.
+        `make_mesh`); it need not divide the cohort. Everything else but the parts of a population
+        is replicated. None runs where the arguments are.
+
+    Raises:
+      ValueError: while tracing, if an argument does not fit the others.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
@@ -124,7 +131,14 @@ def run(
         raise ValueError("a cohort must hold at least one client, which may be absent.")
     populations.check_shapes(population)
     num_devices = 1 if mesh is None else mesh.shape[AXIS]
+    num_parts = populations.num_parts(population)
+    if num_parts not in (1, num_devices):
+        raise ValueError(
+            f"the population is in {num_parts} parts, one for each device, but the mesh has "
+            f"{num_devices} devices."
+        )
     num_slots = -(-size // num_devices)  # a device
+    num_slots = max(num_slots, min(size, populations.most_clients(population)))
     chunk_size = min(chunk_size, num_slots)
 
     rows = (cohort.client_ids, cohort.participated, cohort.states)
@@ -132,7 +146,7 @@ def run(
     everybodys = (key, broadcast, population)
     # Traced once, for the shapes and for the loop: that is most of the time before compiling.
     work = jax.jit(functools.partial(_work, update), inline=True)
-    shapes, _, _ = jax.eval_shape(work, everybodys, first)
+    shapes, _, _ = jax.eval_shape(work, (key, broadcast, _part(population, num_parts)), first)
     is_wide = populations.is_wide(population, more_than=COUNTED_EXACTLY - 1)
     streaming, gathering = _sort(aggregators, shapes.fields, is_wide=is_wide)
     share = _share_fn(work, streaming, gathering, shapes.fields, chunk_size, num_devices)
@@ -141,15 +155,21 @@ def run(
     else:
         sizes = population.offsets[cohort.client_ids + 1] - population.offsets[cohort.client_ids]
         sizes = jnp.where(cohort.participated, sizes, jnp.zeros_like(sizes))
-        clients, slots = _deal(sizes, num_devices, num_slots)
+        where = None if num_parts == 1 else _part_of(population, cohort.client_ids, num_parts)
+        clients, slots = _deal(sizes, num_devices, num_slots, where)
         dealt = jax.tree.map(lambda leaf: _take_or_zero(leaf, clients), rows)
         if mesh is not None:
-            shared = PartitionSpec(AXIS)
+            shared, whole = PartitionSpec(AXIS), PartitionSpec()
+            of_all: Any = whole
+            if num_parts > 1:
+                share = _with_part(share)
+                divided: Any = Population(shared, whole, whole, whole, whole)  # pyright: ignore[reportArgumentType]
+                of_all = (whole, whole, divided)
             share = jax.shard_map(
                 share,
                 mesh=mesh,
-                in_specs=(PartitionSpec(), shared),
-                out_specs=(PartitionSpec(), shared),
+                in_specs=(of_all, shared),
+                out_specs=(whole, shared),
                 axis_names={AXIS},  # further axes are left to XLA
                 check_vma=False,  # the merged accumulators are alike on all devices
             )
@@ -230,8 +250,35 @@ def _share_fn(work, streaming, gathering, like, chunk_size, num_devices):
     return share
 
 
-def _deal(sizes: jax.Array, num_devices: int, num_slots: int) -> tuple[jax.Array, jax.Array]:
+def deal(sizes: np.ndarray, *, num_devices: int, num_slots: int) -> np.ndarray:
+    """Share clients out on the host as a round does that has everybody's examples.
+
+    Args:
+      sizes: ``[C']`` integers, examples of a cohort's clients that have any, in its order.
+      num_devices: to share them out to.
+      num_slots: clients at most that a device is given.
+
+    Returns:
+      For each client its device, ``[C']`` int64.
+    """
+    loads = [(np.float32(0.0), device) for device in range(num_devices)]  # the least first
+    taken = [0] * num_devices
+    devices = np.zeros(len(sizes), np.int64)
+    for place in np.argsort(-sizes, kind="stable").tolist():
+        load, device = heapq.heappop(loads)
+        devices[place] = device
+        taken[device] += 1
+        if taken[device] < num_slots:
+            heapq.heappush(loads, (load + np.float32(sizes[place]), device))
+    return devices
+
+
+def _deal(
+    sizes: jax.Array, num_devices: int, num_slots: int, where: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Share clients out: the largest first, each to the device with the fewest examples so far.
+
+    A client that has examples goes to the device that `where` says, ``[C]`` int32, if it is given.
 
     Returns:
       The place in the cohort of the client in each slot, ``[devices * slots]``, the cohort's size
@@ -243,16 +290,49 @@ def _deal(sizes: jax.Array, num_devices: int, num_slots: int) -> tuple[jax.Array
     if num_devices == 1:
         return order, jnp.zeros_like(order).at[order].set(jnp.arange(size, dtype=jnp.int32))
 
-    def place(carry, examples):
+    def place(carry, client):
         load, taken = carry
+        examples, at = client
         device = jnp.argmin(jnp.where(taken < num_slots, load, jnp.inf))
+        device = device if at is None else jnp.where(examples > 0, at, device)
         slot = device.astype(jnp.int32) * num_slots + taken[device]
         return (load.at[device].add(examples), taken.at[device].add(1)), slot
 
     empty = (jnp.zeros(num_devices, jnp.float32), jnp.zeros(num_devices, jnp.int32))
-    _, slots = jax.lax.scan(place, empty, sizes[order].astype(jnp.float32))
+    sorted_out = sizes[order].astype(jnp.float32), None if where is None else where[order]
+    _, slots = jax.lax.scan(place, empty, sorted_out)
     clients = jnp.full(num_devices * num_slots, size, jnp.int32).at[slots].set(order)
     return clients, jnp.zeros_like(order).at[order].set(slots)
+
+
+def _part_of(population: Population, client_ids: jax.Array, num_parts: int) -> jax.Array:
+    """Look up in which part the examples of clients are, ``[C]`` int32; of none it may be any."""
+    size = jax.tree.leaves(population.examples)[0].shape[0] // num_parts
+    return population.order[population.offsets[client_ids]] // size
+
+
+def _part(population: Population, num_parts: int) -> Population:
+    """Give the shapes of what one device has of a population; all of it is given back as it is."""
+    if num_parts == 1:
+        return population
+
+    def part(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((leaf.shape[0] // num_parts, *leaf.shape[1:]), leaf.dtype)
+
+    return population._replace(examples=jax.tree.map(part, population.examples))
+
+
+def _with_part(share):
+    """Let a device count the rows of the examples from the first one of its own part."""
+
+    def share_fn(everybodys, rows):
+        key, broadcast, population = everybodys
+        size = jax.tree.leaves(population.examples)[0].shape[0]
+        first = jax.lax.axis_index(AXIS) * size
+        own = population._replace(order=population.order - first)
+        return share((key, broadcast, own), rows)
+
+    return share_fn
 
 
 def _take_or_zero(leaf: jax.Array, rows: jax.Array) -> jax.Array:

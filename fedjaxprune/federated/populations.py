@@ -45,6 +45,11 @@ def check_shapes(population: Population) -> None:
                 f"a population's {name} must have at most {_INT32_MAX} entries, as JAX counts them "
                 f"in int32, got {length}; give fewer examples, or several populations."
             )
+    if num_examples % num_parts(population):
+        raise ValueError(
+            f"a population's examples must be divided into {num_parts(population)} equal parts, "
+            f"got {num_examples}{_MADE}."
+        )
     for name in ("order", "offsets"):
         leaf = getattr(population, name)
         dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
@@ -60,6 +65,16 @@ def is_wide(population: Population, *, more_than: int) -> bool:
     if isinstance(population.whole, Whole):
         return population.whole.is_wide
     return population.order.shape[0] > more_than
+
+
+def num_parts(population: Population) -> int:
+    """Count the parts that the examples are divided into, one for each device (`Whole`)."""
+    return population.whole.num_parts if isinstance(population.whole, Whole) else 1
+
+
+def most_clients(population: Population) -> int:
+    """Count the clients of a cohort that one part may hold; 0 where there are no parts."""
+    return population.whole.most_clients if isinstance(population.whole, Whole) else 0
 
 
 def num_held(population: Population) -> int:

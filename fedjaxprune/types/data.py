@@ -55,10 +55,16 @@ class Whole:
     Attributes:
       num_examples: ``[]`` float32, examples of all clients.
       is_wide: whether these are so many that sums of arrays keep what rounding takes; static.
+      num_parts: equal parts that the examples' arrays are divided into, one for each device of a
+        mesh, which has its part alone; 1 where every device has all of them. The examples of a
+        client are all in one part, and the device that has it trains the client; static.
+      most_clients: clients of a cohort at most whose examples are in one part; static.
     """
 
     num_examples: jax.Array
     is_wide: bool = dataclasses.field(metadata={"static": True})
+    num_parts: int = dataclasses.field(default=1, metadata={"static": True})
+    most_clients: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 class Population(NamedTuple):

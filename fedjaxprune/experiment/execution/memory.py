@@ -19,7 +19,7 @@ _LIMITS = (  # of a container, by version 2 and 1 of Linux's control groups
 
 def free_bytes() -> float | None:
     """Find how much memory a device has left; None where nobody says."""
-    said = jax.devices()[0].memory_stats()
+    said = jax.local_devices()[0].memory_stats()
     if said and "bytes_limit" in said:
         return said["bytes_limit"] - said.get("bytes_in_use", 0)
     return free_host_bytes()

@@ -5,19 +5,24 @@ works on a round, a thread fetches the examples of the next cohort, and what its
 Rows that the round before has changed are not waited for: they go from its result to the next round
 on the device, and to the store when they are computed. The bits are those of a run whose examples
 and rows are on the device.
+
+Of several processes each draws all cohorts, fetches the examples of the clients that its own
+devices train, and puts them there. The rows of a cohort come from the homes of its clients.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from fedjaxprune.experiment.execution import placing as placing_lib
+from fedjaxprune.experiment.feeding import homes
 from fedjaxprune.experiment.feeding.rows import RowStore
+from fedjaxprune.federated import cohort
 from fedjaxprune.rounds import feeding, simulation
 from fedjaxprune.rounds.feeding import Pantry
 from fedjaxprune.rounds.simulation import DrawFn, GivenRows, Simulation
@@ -48,12 +53,12 @@ class Hands(NamedTuple):
     """What brings things to the device while a run lasts.
 
     Attributes:
-      place: puts a tree on the device, or on all devices of a mesh.
+      mesh: the devices that share a cohort; None for one.
       store: of the clients' rows, where these are not on the device.
       pool: one thread.
     """
 
-    place: Callable[[Any], Any]
+    mesh: Mesh | None
     store: RowStore | None
     pool: futures.Executor
 
@@ -68,19 +73,27 @@ class _Given(NamedTuple):
     places: Any
 
 
-def advance(stage: Stage, *, rows: str) -> Callable[..., Any]:
+def advance(stage: Stage, *, rows: str, mesh: Mesh | None) -> Callable[..., Any]:
     """Make the function that runs one round of a stage, to be compiled."""
     if rows == "device":
         return simulation.advance_cohort(stage)
-    return simulation.advance_rows(stage)
+    advance_fn = simulation.advance_rows(stage)
+    if not placing_lib.is_shared(mesh):
+        return advance_fn
+
+    def advance_shared_fn(key, state, given, members, population):
+        given = given._replace(rows=homes.joined(given.rows, mesh))
+        return advance_fn(key, state, given, members, population)
+
+    return advance_shared_fn
 
 
 @contextlib.contextmanager
-def hands(place: Callable[[Any], Any], store: RowStore | None) -> Iterator[Hands]:
+def hands(mesh: Mesh | None, store: RowStore | None) -> Iterator[Hands]:
     """Begin to bring things to the device; at the end whatever was begun is waited for."""
     with futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeding") as pool:
         try:
-            yield Hands(place, store, pool)
+            yield Hands(mesh, store, pool)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -101,7 +114,7 @@ def step(feed: Feed, index: int, compiled: Callable[..., Any], by: Hands, rounds
     """
     drawn, ready = {}, {}
     draw = jax.jit(feed.draws[index])
-    pantry = None if feed.pantries is None else _on_device(feed.pantries[index], by.place)
+    pantry = None if feed.pantries is None else _on_device(feed.pantries[index], by.mesh)
     coming = iter(rounds)
     later = None
 
@@ -111,7 +124,7 @@ def step(feed: Feed, index: int, compiled: Callable[..., Any], by: Hands, rounds
         ahead = range(number, min(number + 3, rounds.stop))
         for one in ahead:  # before this round is begun, behind which the device would put them
             if one not in drawn:
-                drawn[one] = draw(key, jnp.int32(one))
+                drawn[one] = draw(key, np.int32(one))
         for one in ahead[:2]:
             if one not in ready:
                 ready[one] = by.pool.submit(_prepare, one, rounds.start, drawn, pantry, by)
@@ -121,7 +134,7 @@ def step(feed: Feed, index: int, compiled: Callable[..., Any], by: Hands, rounds
         if by.store is None:
             return compiled(key, now, given.members, given.population)
         if later is None:
-            later = by.place(jax.tree.map(np.zeros_like, given.rows))
+            later = _empty(by.store, feed.cohort_sizes[index], by.mesh)
         rows = GivenRows(given.rows, later, given.places)
         state, later, metrics = compiled(key, now.state, rows, given.members, given.population)
         by.store.promise(number, given.cohort, later)
@@ -130,7 +143,9 @@ def step(feed: Feed, index: int, compiled: Callable[..., Any], by: Hands, rounds
     return step_fn
 
 
-def shapes(feed: Feed, index: int, now: Simulation, row: Any, population: Population) -> tuple:
+def shapes(
+    feed: Feed, index: int, now: Simulation, row: Any, population: Population, mesh: Mesh | None
+) -> tuple:
     """Give the shapes of what the round of a stage is called with after the key.
 
     Args:
@@ -139,6 +154,7 @@ def shapes(feed: Feed, index: int, now: Simulation, row: Any, population: Popula
       now: shapes of the simulation.
       row: shapes of a client's row; counts where rows are not on the device.
       population: that of the device.
+      mesh: the devices that share a cohort; None for one.
     """
     size = feed.cohort_sizes[index]
     ids = jax.ShapeDtypeStruct((size,), np.int32)
@@ -147,24 +163,49 @@ def shapes(feed: Feed, index: int, now: Simulation, row: Any, population: Popula
         population = feeding.shapes(feed.pantries[index])
     if feed.rows == "device":
         return now, members, population
-    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), row)
-    return now.state, GivenRows(rows, rows, ids), members, population  # pyright: ignore[reportArgumentType]
+    number = mesh.shape[cohort.AXIS] if placing_lib.is_shared(mesh) else 1
+
+    def rows(number: int) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((number * size, *leaf.shape), leaf.dtype), row
+        )
+
+    return now.state, GivenRows(rows(number), rows(1), ids), members, population  # pyright: ignore[reportArgumentType]
 
 
 def _prepare(number: int, first: int, drawn: Any, pantry: Pantry | None, by: Hands) -> _Given:
     """Bring what a round needs to the device, when the round before the last is over."""
     ids, present = jax.device_get(drawn[number])
-    population = () if pantry is None else feeding.population(pantry, ids[present])
+    population = () if pantry is None else _fetch(pantry, ids[present], by.mesh)
     rows = places = ()
     if by.store is not None:
-        num_clients = len(by.store.kept.is_written)
+        num_clients = by.store.kept.num_clients
         by.store.settle(number - 2)
         # An absent slot's id may be anything.
         rows = by.store.read(np.clip(np.where(ids < 0, ids + num_clients, ids), 0, num_clients - 1))
         before = jax.device_get(drawn[number - 1]) if number > first else None
         places = _places(ids, before)
-    on_device = by.place((drawn[number], population, rows, places))
-    return _Given((ids, present), *on_device)
+        places = place(places, by.mesh)
+        if placing_lib.is_shared(by.mesh):
+            rows = homes.place_rows(rows, by.mesh)
+        else:
+            rows = place(rows, by.mesh)
+    return _Given((ids, present), drawn[number], population, rows, places)
+
+
+def _empty(store: RowStore, size: int, mesh: Mesh | None) -> Any:
+    """Make rows ``[C, ...]`` of no round."""
+    rows = store.read(np.zeros(size, np.int64))
+    return place(jax.tree.map(np.zeros_like, rows), mesh)
+
+
+def _fetch(pantry: Pantry, ids: np.ndarray, mesh: Mesh | None) -> Population:
+    """Fetch the examples of a cohort, or of those clients that this process's devices train."""
+    if mesh is None or pantry.whole.num_parts == 1:
+        return place(feeding.population(pantry, ids), mesh)
+    found = feeding.population(pantry, ids, parts=placing_lib.own_parts(mesh))
+    examples = placing_lib.place_parts(found.examples, mesh)
+    return place(found._replace(examples=()), mesh)._replace(examples=examples)
 
 
 def _places(ids: np.ndarray, before: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
@@ -183,15 +224,12 @@ def _places(ids: np.ndarray, before: tuple[np.ndarray, np.ndarray] | None) -> np
     return np.where(is_there, at[found], -1).astype(np.int32)
 
 
-def _on_device(pantry: Pantry, place: Callable[[Any], Any]) -> Pantry:
+def _on_device(pantry: Pantry, mesh: Mesh | None) -> Pantry:
     """Put on the device what is the same for all populations of a stage."""
-    order, held, whole = place((pantry.order, pantry.held, pantry.whole))
+    order, held, whole = place((pantry.order, pantry.held, pantry.whole), mesh)
     return pantry._replace(order=order, held=held, whole=whole)
 
 
-def placing(mesh: Any) -> Callable[[Any], Any]:
-    """Make the function that puts a tree on the device, or on all devices of a mesh."""
-    if mesh is None:
-        return jax.device_put
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return functools.partial(jax.device_put, device=everywhere)
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Put a tree on the device, or on all devices of a mesh, those of other processes included."""
+    return jax.device_put(tree) if mesh is None else placing_lib.place(tree, mesh)

@@ -8,16 +8,18 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.feeding import feed as feed_lib
-from fedjaxprune.experiment.feeding import rows, snapshots
+from fedjaxprune.experiment.feeding import homes, rows, snapshots
 from fedjaxprune.experiment.feeding.feed import Feed, StepFn
+from fedjaxprune.experiment.feeding.homes import Home
 from fedjaxprune.experiment.folder import layout
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Population
 
-_WORKING = "working"  # folder of the files that rows are kept in
+_WORKING = "working"  # folder of the files that rows are kept in, for each process
 
 
 class Feeder(NamedTuple):
@@ -28,7 +30,7 @@ class Feeder(NamedTuple):
       is_saved: whether clients' rows after so many rounds can be restored.
       restore: these rows.
       save: ``(number of rounds, numbers to keep)``: save the rows as they are now, and forget all
-        that were saved but those to keep.
+        that were saved but those to keep. Each process saves its own.
     """
 
     step: Callable[[int, Callable[..., Any], range], StepFn]
@@ -75,8 +77,9 @@ def feeder(
     *,
     num_clients: int,
     folder: pathlib.Path,
-    place: Callable[[Any], Any],
+    mesh: Mesh | None,
     warn: Callable[[str], object],
+    home: Home = Home(),  # noqa: B008 a tuple
 ) -> Iterator[Feeder]:
     """Begin to feed a run.
 
@@ -85,28 +88,40 @@ def feeder(
       row: makes that of a client that never took part.
       num_clients: ``N``.
       folder: of the run.
-      place: puts a tree on the device (`feed.placing`).
+      mesh: the devices that share a cohort; None for one.
       warn: takes a sentence.
+      home: whose rows this process keeps; by default all.
     """
     if feed is None:
         yield RESIDENT
         return
     saved = folder / layout.ROWS
-    working = saved / _WORKING
+    working = homes.folder(saved / _WORKING, home)
     store = None
     if feed.rows != "device":
-        shutil.rmtree(working, ignore_errors=True)
+        _remove_stale(saved / _WORKING, home)
         is_file = feed.rows == "disk"
         if is_file:
             _check_room(feed, row(), folder)
-            working.mkdir(parents=True)
+            working.mkdir(parents=True, exist_ok=True)
         place_of_files = working if is_file else None
-        store = rows.make(row(), num_clients=num_clients, folder=place_of_files)
+        store = rows.make(row(), num_clients=num_clients, folder=place_of_files, home=home)
     try:
-        with feed_lib.hands(place, store) as by:
+        with feed_lib.hands(mesh, store) as by:
             yield _fed(feed, by, saved, warn)
     finally:
         shutil.rmtree(working, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may not have ended
+            (saved / _WORKING).rmdir()
+
+
+def _remove_stale(working: pathlib.Path, home: Home) -> None:
+    """Remove the files of a run that was killed: one's own, and those of other numbers of homes."""
+    shutil.rmtree(homes.folder(working, home), ignore_errors=True)
+    if home.process == 0 and working.is_dir():
+        for place in working.iterdir():
+            if not place.name.endswith(f"-of-{home.number}"):
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
 def _check_room(feed: Feed, row: Any, folder: pathlib.Path) -> None:
@@ -142,7 +157,7 @@ def _fed(
     def save_fn(number, keep):
         store.settle(number)
         snapshots.save(saved, number, store.kept)
-        snapshots.remove(saved, keep={*keep, number})
+        snapshots.remove(saved, number, store.kept.home, keep=keep)
 
     return Feeder(
         step=step_fn,

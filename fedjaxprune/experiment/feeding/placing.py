@@ -32,22 +32,14 @@ class Places(NamedTuple):
 def choose(config: RunConfig, sizes: Sizes) -> Places:
     """Choose by the memory that is free what the config leaves open (``"auto"``).
 
-    Raises:
-      ConfigError: several processes are to feed their cohorts, which one alone can do.
+    Of several processes each has a share of the rows that are not on devices.
     """
     section = config.execution
-    if jax.process_count() > 1:
-        for name, value in (("examples", section.examples), ("client_rows", section.client_rows)):
-            if value not in ("auto", "device"):
-                raise ConfigError(
-                    f"execution.{name} must be device in a run of several processes, which are not "
-                    f"fed; got {value!r}."
-                )
-        return Places("device", "device", "")
     free, on_host = memory.free_bytes(), memory.free_host_bytes()
     number = section.devices if isinstance(section.devices, int) else 1
     # The devices of a CPU share its memory, and each has all examples and rows.
-    each = number if jax.default_backend() == "cpu" else 1
+    count = jax.process_count()
+    each = -(-number // count) if jax.default_backend() == "cpu" else 1
     room = np.inf if free is None else _ROOM * free / each
     examples, rows = section.examples, section.client_rows
     needed = _COPIES * sizes.rows if rows in ("auto", "device") else 0
@@ -59,7 +51,7 @@ def choose(config: RunConfig, sizes: Sizes) -> Places:
     if rows == "auto":
         taken = sizes.examples if examples == "device" else 0
         rows = "device" if taken + needed <= room else "host"
-        if rows == "host" and on_host is not None and sizes.rows > _ROOM * on_host:
+        if rows == "host" and on_host is not None and sizes.rows > count * _ROOM * on_host:
             rows = "disk"
     return Places(examples, rows, _sentence(examples, rows, sizes, free))
 

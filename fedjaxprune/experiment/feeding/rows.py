@@ -1,9 +1,11 @@
 """Row stores: what clients remember, kept in host memory or in files, and read a cohort at a time.
 
 A row is a few bytes of each array: a boolean array has a bit for each entry. Until a client has
-been written, its row is that of a client that never took part, and takes no memory.
+been written, its row is that of a client that never took part, and takes no memory. Of several
+processes each has a store of the clients that are at home with it (`homes`).
 """
 
+import math
 import pathlib
 import threading
 from collections.abc import Callable
@@ -13,30 +15,38 @@ import jax
 import numpy as np
 
 from fedjaxprune import trees
+from fedjaxprune.experiment.feeding import homes
+from fedjaxprune.experiment.feeding.homes import Home
 
 
 class Kept(NamedTuple):
-    """All clients' rows as bytes.
+    """The rows of all clients that are at home here, ``N'`` of them, as bytes.
 
     Attributes:
-      arrays: for each leaf of a row ``[N, bytes]`` uint8, in memory or in a file.
+      arrays: for each leaf of a row ``[N', bytes]`` uint8, in memory or in a file.
       initial: for each leaf ``[bytes]`` uint8, of a client that was never written.
-      is_written: ``[N]`` bool, clients that were.
-      is_changed: ``[N]`` bool, those written since it was last set to False.
+      is_written: ``[N']`` bool, clients that were.
+      is_changed: ``[N']`` bool, those written since it was last set to False.
+      num_clients: ``N``, of all homes.
+      home: which one this is.
     """
 
     arrays: list[np.ndarray]
     initial: list[np.ndarray]
     is_written: np.ndarray
     is_changed: np.ndarray
+    num_clients: int
+    home: Home
 
 
 class RowStore(NamedTuple):
-    """Keeps all clients' rows. Any thread may call these functions.
+    """Keeps clients' rows. Any thread may call these functions.
 
     Attributes:
-      read: ``ids [C] -> rows``, tree of NumPy arrays ``[C, ...]``.
-      write: ``(ids [C], rows)``; of an id that occurs twice the last row counts.
+      read: ``ids [C] -> rows``, tree of NumPy arrays ``[C, ...]``; zeros for clients that are at
+        home elsewhere.
+      write: ``(ids [C], rows)``; of an id that occurs twice the last row counts, and of a client
+        that is at home elsewhere none.
       promise: ``(number, ids, rows)``: round `number` writes these rows, which may still be being
         computed.
       settle: ``(number)``: write what rounds up to `number` have promised, in their order.
@@ -50,26 +60,35 @@ class RowStore(NamedTuple):
     kept: Kept
 
 
-def make(row: Any, *, num_clients: int, folder: pathlib.Path | None = None) -> RowStore:
+def make(
+    row: Any,
+    *,
+    num_clients: int,
+    folder: pathlib.Path | None = None,
+    home: Home = Home(),  # noqa: B008 a tuple
+) -> RowStore:
     """Make a store in which no client was written yet.
 
     Args:
       row: tree of arrays, of a client that never took part.
       num_clients: ``N``.
       folder: of the files, written over; None keeps rows in memory.
+      home: whose clients it keeps; by default all.
     """
     leaves, structure = jax.tree.flatten(jax.device_get(row))
     leaves = [np.asarray(leaf) for leaf in leaves]
     initial = [_to_bytes(leaf[None])[0] for leaf in leaves]
-    paths = trees.paths(row)
+    paths, number = trees.paths(row), homes.count(home, num_clients)
     kept = Kept(
         arrays=[
-            _array(folder, name, (num_clients, len(first)))
+            _array(folder, name, (number, len(first)))
             for name, first in zip(_file_names(paths), initial, strict=True)
         ],
         initial=initial,
-        is_written=np.zeros(num_clients, bool),
-        is_changed=np.zeros(num_clients, bool),
+        is_written=np.zeros(number, bool),
+        is_changed=np.zeros(number, bool),
+        num_clients=num_clients,
+        home=home,
     )
     promised: dict[int, tuple[np.ndarray, np.ndarray, Any]] = {}
     lock = threading.RLock()
@@ -81,12 +100,14 @@ def make(row: Any, *, num_clients: int, folder: pathlib.Path | None = None) -> R
         return jax.tree.unflatten(structure, rows)
 
     def write_fn(ids, rows):
+        here = homes.is_own(home, ids)
+        places = homes.places(home, ids[here])
         with lock:
             for array, leaf in zip(kept.arrays, jax.tree.leaves(rows), strict=True):
                 if array.shape[1]:
-                    array[ids] = _to_bytes(np.asarray(leaf))
-            kept.is_written[ids] = True
-            kept.is_changed[ids] = True
+                    array[places] = _to_bytes(np.asarray(leaf)[here])
+            kept.is_written[places] = True
+            kept.is_changed[places] = True
 
     def promise_fn(number, members, rows):
         promised[number] = (*members, rows)
@@ -121,14 +142,20 @@ def _file_names(paths: list[str]) -> list[str]:
 
 def _read(kept: Kept, index: int, ids: np.ndarray) -> np.ndarray:
     """Read a leaf of some clients, ``[C, bytes]``."""
-    found = np.asarray(kept.arrays[index][ids])
-    found[~kept.is_written[ids]] = kept.initial[index]
+    here = homes.is_own(kept.home, ids)
+    places = homes.places(kept.home, ids[here])
+    own = np.asarray(kept.arrays[index][places])
+    own[~kept.is_written[places]] = kept.initial[index]
+    if here.all():
+        return own
+    found = np.zeros((len(ids), own.shape[1]), np.uint8)
+    found[here] = own
     return found
 
 
 def _to_bytes(leaf: np.ndarray) -> np.ndarray:
     """Turn rows ``[C, ...]`` into bytes ``[C, bytes]``, eight booleans in each."""
-    flat = np.ascontiguousarray(leaf).reshape(len(leaf), -1)
+    flat = np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:]))
     return np.packbits(flat, axis=1) if leaf.dtype == np.bool_ else flat.view(np.uint8)
 
 

@@ -3,8 +3,12 @@
 A snapshot is a folder by the number of its round. A whole one has all rows that were ever written;
 others have those written since the last whole one, which they name, until these are half of all.
 Rows are copied some at a time, so a snapshot takes little memory. Checksums guard every file.
+
+Of several processes each saves the rows that are at home with it, in a folder of its own. A store
+takes from all of them those of its own clients, so that their number may change.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from fedjaxprune.experiment import reading
+from fedjaxprune.experiment.feeding import homes
+from fedjaxprune.experiment.feeding.homes import Home
 from fedjaxprune.experiment.feeding.rows import Kept
 from fedjaxprune.experiment.folder import layout
 
@@ -23,22 +29,29 @@ ABOUT, IDS = "about.json", "ids.bin"
 _AT_ONCE = 2**24  # bytes that are copied together
 
 
-def save(folder: pathlib.Path, number: int, kept: Kept) -> None:
-    """Save the rows after round `number`, as far as no earlier snapshot has them."""
+def save(saved: pathlib.Path, number: int, kept: Kept) -> None:
+    """Save the rows after round `number`, as far as no earlier snapshot has them.
+
+    Args:
+      saved: folder of the saved rows of all processes.
+      number: of rounds.
+      kept: the rows that are at home here.
+    """
+    folder = homes.folder(saved, kept.home)
     base = _base(folder, number, kept)
     which = kept.is_written if base is None else kept.is_changed
-    ids = np.flatnonzero(which)
+    places = np.flatnonzero(which)
     draft = folder / f"{number}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    checksums = {IDS: _write(draft / IDS, [ids.astype(np.int64)])}
+    checksums = {IDS: _write(draft / IDS, [homes.ids(kept.home, places).astype(np.int64)])}
     for index, array in enumerate(kept.arrays):
         name = _name(index)
-        checksums[name] = _write(draft / name, (array[some] for some in _blocks(ids, array)))
+        checksums[name] = _write(draft / name, (array[some] for some in _blocks(places, array)))
     about = {
         "round": number,
         "base": base,
-        "num_clients": len(kept.is_written),
+        "num_clients": kept.num_clients,
         "row_bytes": [array.shape[1] for array in kept.arrays],
         "checksums": checksums,
     }
@@ -50,11 +63,22 @@ def save(folder: pathlib.Path, number: int, kept: Kept) -> None:
         kept.is_changed[:] = False
 
 
-def restore(folder: pathlib.Path, number: int, kept: Kept) -> None:
+def restore(saved: pathlib.Path, number: int, kept: Kept) -> None:
     """Write the rows of a whole snapshot into a store in which no client was written yet."""
+    team = next(team for team in homes.all_homes(saved) if _all_there(saved, number, team))
+    if kept.home in team:
+        _restore(homes.folder(saved, kept.home), number, kept)
+        return
+    for home in team:
+        _restore(homes.folder(saved, home), number, kept)
+    kept.is_changed[:] = kept.is_written  # so that the next snapshot is whole
+
+
+def _restore(folder: pathlib.Path, number: int, kept: Kept) -> None:
+    """Write those rows of one process's snapshot into a store that are at home there."""
     about = _about(folder / str(number))
     if about["base"] is not None:
-        restore(folder, about["base"], kept)
+        _restore(folder, about["base"], kept)
         kept.is_changed[:] = False
     ids = np.fromfile(folder / str(number) / IDS, np.int64)
     for index, array in enumerate(kept.arrays):
@@ -63,27 +87,67 @@ def restore(folder: pathlib.Path, number: int, kept: Kept) -> None:
         with (folder / str(number) / _name(index)).open("rb") as file:
             for some in _blocks(ids, array):
                 given = np.fromfile(file, np.uint8, count=some.size * array.shape[1])
-                array[some] = given.reshape(some.size, -1)
-    kept.is_written[ids] = True
-    kept.is_changed[ids] = about["base"] is not None
+                here = homes.is_own(kept.home, some)
+                array[homes.places(kept.home, some[here])] = given.reshape(some.size, -1)[here]
+    places = homes.places(kept.home, ids[homes.is_own(kept.home, ids)])
+    kept.is_written[places] = True
+    kept.is_changed[places] = about["base"] is not None
 
 
-def is_whole(folder: pathlib.Path, number: int, kept: Kept) -> bool:
-    """Tell whether a snapshot can be restored: it and its base are there, and undamaged."""
+def is_whole(saved: pathlib.Path, number: int, kept: Kept) -> bool:
+    """Tell whether a snapshot can be restored: it is there, all processes' parts, undamaged."""
+    team = next((one for one in homes.all_homes(saved) if _all_there(saved, number, one)), [])
+    return bool(team) and all(_is_whole(homes.folder(saved, one), number, kept) for one in team)
+
+
+def _all_there(saved: pathlib.Path, number: int, team: list[Home]) -> bool:
+    """Tell whether all processes of some time have saved their rows after round `number`."""
+    everybody = [Home(process, len(team)) for process in range(len(team))]
+    return team == everybody and all(
+        (homes.folder(saved, home) / str(number)).is_dir() for home in team
+    )
+
+
+def _is_whole(folder: pathlib.Path, number: int, kept: Kept) -> bool:
+    """Tell whether one process's snapshot and its base are there and undamaged."""
     place = folder / str(number)
     try:
         about = _about(place)
-        fits = about["num_clients"] == len(kept.is_written)
+        fits = about["num_clients"] == kept.num_clients
         fits = fits and about["row_bytes"] == [array.shape[1] for array in kept.arrays]
         right = all(_checksum(place / name) == one for name, one in about["checksums"].items())
         base = about["base"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return fits and right and (base is None or is_whole(folder, int(base), kept))
+    return fits and right and (base is None or _is_whole(folder, int(base), kept))
 
 
-def remove(folder: pathlib.Path, *, keep: Collection[int]) -> None:
-    """Remove all snapshots but those to `keep`, and those that these are based on."""
+def remove(saved: pathlib.Path, number: int, home: Home, *, keep: Collection[int]) -> None:
+    """Remove snapshots that no checkpoint needs, after one of round `number`.
+
+    Each process removes its own; the first one also those of a time when there were more or fewer
+    processes, that of round `number` included.
+
+    Args:
+      saved: as for `save`.
+      number: of the snapshot that was just saved.
+      home: of this process.
+      keep: numbers of rounds of other snapshots to keep, and of what they are based on.
+    """
+    _remove(homes.folder(saved, home), {*keep, number})
+    for team in homes.all_homes(saved):
+        if home.process == 0 and home.number != team[0].number:
+            for other in team:
+                folder = homes.folder(saved, other)
+                _remove(folder, {*keep} - {number})
+                for draft in folder.glob("*.draft"):
+                    shutil.rmtree(draft, ignore_errors=True)
+                with contextlib.suppress(OSError):  # unless there is something left
+                    folder.rmdir()
+
+
+def _remove(folder: pathlib.Path, keep: Collection[int]) -> None:
+    """Remove one process's snapshots but those to `keep`, and those that these are based on."""
     bases = set()
     for number in keep:
         if (folder / str(number) / ABOUT).exists():

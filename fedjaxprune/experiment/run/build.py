@@ -26,6 +26,7 @@ from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices, l
 from fedjaxprune.experiment.execution import processes as processes_lib
 from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.feeding import feed as feed_lib
+from fedjaxprune.experiment.feeding.placing import Places
 from fedjaxprune.experiment.folder import network as network_lib
 from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import composing, fed, loop
@@ -75,6 +76,8 @@ def build(
     algorithm = make_algorithm(config, task)
     with _refusals(_no_round(config)):
         places = fed.place(config, model, algorithm, examples)
+    # Of several processes the first decides, by the memory that is free there.
+    places = Places(*processes_lib.decided(processes, lambda: places))
     config = resolve_lib.replace(
         config, {"execution.examples": places.examples, "execution.client_rows": places.rows}
     )
@@ -111,11 +114,12 @@ def _parts(
     dataset, stages = examples.dataset, algorithm.stages
     with _refusals(_no_round(config)):
         draws = tuple(composing.cohorts_of(stage, config, examples.sizes) for stage in stages)
-        feed = fed.feed(config, algorithm, examples, draws)
+        feed = fed.feed(config, algorithm, examples, draws, task.protocol.mesh)
         if feed is None:
             advance = tuple(map(simulation.advance, stages, draws))
         else:
-            advance = tuple(feed_lib.advance(stage, rows=feed.rows) for stage in stages)
+            mesh = task.protocol.mesh
+            advance = tuple(feed_lib.advance(one, rows=feed.rows, mesh=mesh) for one in stages)
     return loop.RunParts(
         config=config,
         model=task.model,

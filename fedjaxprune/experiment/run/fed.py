@@ -5,13 +5,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fedjaxprune.data import stores
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.sections import RunConfig
+from fedjaxprune.experiment.execution import placing as placing_lib
 from fedjaxprune.experiment.feeding import placing, rows
 from fedjaxprune.experiment.feeding.feed import Feed
 from fedjaxprune.experiment.run.examples import Examples
+from fedjaxprune.federated import cohort
 from fedjaxprune.federated.sampling import SamplingFn
 from fedjaxprune.rounds import feeding, simulation
 from fedjaxprune.types import Algorithm, Model, Population
@@ -44,8 +47,13 @@ def feed(
     algorithm: Algorithm,
     examples: Examples,
     draws: Sequence[SamplingFn],
+    mesh: Mesh | None,
 ) -> Feed | None:
-    """Say what the rounds of a run are fed; None where all is on the device."""
+    """Say what the rounds of a run are fed; None where all is on the device.
+
+    Of several processes each fetches the examples that its own devices need; of one all are on all
+    devices.
+    """
     section = config.execution
     if section.examples == section.client_rows == "device":
         return None
@@ -56,17 +64,31 @@ def feed(
     pantries = None
     if section.examples == "host":
         store = _store(examples)
+        num_parts = _num_parts(mesh)
+        own = placing_lib.own_parts(mesh) if placing_lib.is_shared(mesh) else [0]
+        here = len(own) if jax.default_backend() == "cpu" else 1  # devices that share its memory
         pantries = tuple(
-            feeding.stock(store, cohort_size=size, reads=stage.reads, held=examples.population.held)
+            feeding.stock(
+                store,
+                cohort_size=size,
+                reads=stage.reads,
+                held=examples.population.held,
+                num_parts=num_parts,
+            )
             for stage, size in zip(algorithm.stages, sizes, strict=True)
         )
         for stage, pantry in zip(algorithm.stages, pantries, strict=True):
-            needed = stores.num_bytes(store, pantry.capacity)
+            needed = here * stores.num_bytes(store, pantry.part_capacity)
             placing.check_round(config, stage.name, needed)
     slots = sum(
         stage.num_rounds * size for stage, size in zip(algorithm.stages, sizes, strict=True)
     )
     return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows, min(number, slots))
+
+
+def _num_parts(mesh: Mesh | None) -> int:
+    """Count the parts that examples are in: one for each device if these are several processes'."""
+    return mesh.shape[cohort.AXIS] if placing_lib.is_shared(mesh) else 1
 
 
 def _store(examples: Examples) -> stores.ClientStore:

@@ -26,6 +26,7 @@ from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.feeding import feeder as feeding
 from fedjaxprune.experiment.feeding.feed import Feed
+from fedjaxprune.experiment.feeding.homes import Home
 from fedjaxprune.experiment.folder import checkpoints, layout, record
 from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import composing, evaluation, round_record
@@ -120,10 +121,13 @@ def train(
 
     def save(number: int) -> None:
         deployed = deploy(now.state)
+        if feeding.has_store(parts.feed):
+            steps = processes_lib.decided(processes, lambda: list(manager.all_steps()))
+            feeder.save(number, steps)
+            processes_lib.wait_for_all(processes)  # no checkpoint is without its rows
         if not processes.is_first:
             return
         record.sync(folder)
-        feeder.save(number, manager.all_steps())
         checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
 
     tests, saves = config.evaluation, config.checkpoints
@@ -133,7 +137,8 @@ def train(
             lambda: feeding.without_rows(parts.feed, begin())[1],
             num_clients=parts.population.offsets.shape[0] - 1,
             folder=folder,
-            place=feed_lib.placing(parts.mesh),
+            mesh=parts.mesh,
+            home=Home(processes.process, processes.number),
             warn=listener.warn,
         ) as feeder,
         _opened(processes, folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
@@ -287,7 +292,7 @@ def check(parts: RunParts) -> None:
     for index, advance in enumerate(parts.advance):
         given = (now, parts.population)
         if parts.feed is not None:
-            given = feed_lib.shapes(parts.feed, index, now, row, parts.population)
+            given = feed_lib.shapes(parts.feed, index, now, row, parts.population, parts.mesh)
         begun = placing.shapes(
             given[0], _of_state(where) if feeding.has_store(parts.feed) else where
         )
