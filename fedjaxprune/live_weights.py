@@ -19,7 +19,6 @@ COLLECTION = "live"  # of the state
 EPSILON = 1e-10  # added to the squared norm of a filter
 
 
-@jax.custom_jvp
 def normalize(kernel: jax.Array, live: jax.Array) -> jax.Array:
     """Give each filter's live weights mean 0 and norm 1.
 
@@ -42,10 +41,15 @@ def normalize(kernel: jax.Array, live: jax.Array) -> jax.Array:
       Huang et al., `FedMef <https://arxiv.org/abs/2403.14737>`_, 2024 (normalized sparse
       convolution); Qiao et al., `Weight standardization <https://arxiv.org/abs/1903.10520>`_, 2019.
     """
+    return _normalize(kernel, live)
+
+
+@jax.custom_jvp
+def _normalize(kernel: jax.Array, live: jax.Array) -> jax.Array:
     return _of_live(kernel, live)[0]
 
 
-@normalize.defjvp
+@_normalize.defjvp
 def _normalize_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (kernel, live), (moved, _) = primals, tangents
     normal, tangent, factor = jax.jvp(
