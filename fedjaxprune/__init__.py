@@ -10,8 +10,8 @@ __version__ = "0.2.0"
 __all__, __getattr__, __dir__ = namespace.offer(
     __name__,
     modules=(
-        "costs data federated masks methods metrics models pruning registry rounds "
-        "structure testing trees types wire"
+        "costs data federated live_weights masks methods metrics models pruning registry "
+        "rounds structure testing trees types wire"
     ),
     names={
         "experiment.verbs": ("Run Sweep compare describe export find load report resume run sweep"),

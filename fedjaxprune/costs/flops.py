@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjaxprune import trees
+from fedjaxprune import live_weights, trees
 from fedjaxprune.costs import jaxpr_flops, sparsity_flow
 from fedjaxprune.types import Batch, Masks, Model
 
@@ -209,6 +209,9 @@ def _trace(
     }
     names = dict(enumerate(trees.paths(params)))
     paths = {i: path for i, path in names.items() if i in arrays}
+    # The masks in a network's state, which is what comes after the parameters.
+    twins = {f"1/{live_weights.COLLECTION}/{path}": i for i, path in paths.items()}
+    everything = trees.paths((params, *args))
 
     def flat(*given: Any) -> Any:
         full = dict(enumerate(leaves)) | dict(zip(arrays, given, strict=True))
@@ -218,6 +221,8 @@ def _trace(
         if place in paths:
             is_active = bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
             return jaxpr_flops.Value((paths[place],), False, is_active, supports[place])
+        if (twin := twins.get(everything[place])) is not None:
+            return jaxpr_flops.CONSTANT._replace(support=supports[twin])
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noise is no data
         return jaxpr_flops.CONSTANT if is_key else jaxpr_flops.FED
 

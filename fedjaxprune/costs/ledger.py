@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjaxprune import live_weights
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.costs import storage_models
 from fedjaxprune.traffic import (
@@ -236,10 +237,9 @@ def message_bits(plans: Sequence[Plan]) -> LinkBits:
     kinds["framing"] = wire_format.frame_bytes(len(plans))
     for plan, length in zip(plans, wire_format.measure(plans), strict=True):
         field = plan.name.split("/", 1)[0]
-        of_values = KINDS.get(field, "values")
         kinds["framing"] += length.header
         kinds["masks" if field == "masks" else "indices"] += length.positions
-        kinds[of_values] += length.values
+        kinds[KINDS.get(field, "values")] += length.values
     return LinkBits(**{name: 8 * num_bytes for name, num_bytes in kinds.items()})
 
 
@@ -327,7 +327,8 @@ def _column(
         leaves = network.masks
         sent_counts = np.asarray(sent_counts)[..., np.asarray(network.flags)]
     else:
-        leaves = messages.specs(name, state.model_state if name == "model_state" else state.params)
+        params, own = state.params, live_weights.without(state.model_state)
+        leaves = messages.specs(name, own if name == "model_state" else params)
     slots = _travels(field, who)
     counts = (
         None if isinstance(n, tuple) else _freeze(n) for n in (field.live_counts, sent_counts)
@@ -391,8 +392,7 @@ def _describe(structure: Any, shapes: tuple[Any, ...], prunable: PrunableFn) -> 
         for leaf, flag in zip(leaves, flags, strict=True)
         if flag
     )
-    num_prunable = sum(math.prod(leaf.shape) for leaf in that_travel)
-    return _Network(leaves, flags, that_travel, num_prunable)
+    return _Network(leaves, flags, that_travel, sum(math.prod(leaf.shape) for leaf in that_travel))
 
 
 def _sum(parts: Iterable[LinkBits]) -> LinkBits:

@@ -63,7 +63,7 @@ def model_of(given: Given) -> Found | None:
 
 
 def keywords(given: Given, settings: Mapping[str, Any]) -> Given:
-    """Read keywords that are sections of the config, or single settings by their short names."""
+    """Read keywords that are sections of the config, or settings by their short or full names."""
     sections = {name: one for name, one in settings.items() if name in RunConfig.model_fields}
     named = dict(resolve.read(sections).values)
     rest = {name: one for name, one in settings.items() if name not in sections}
@@ -74,7 +74,7 @@ def keywords(given: Given, settings: Mapping[str, Any]) -> Given:
         found = resolve.find_parts(resolve.merge(given, Given(named)))
         known = [path for path in resolve.paths(found.type) if not path.endswith(".name")]
         for name, value in rest.items():
-            paths = [path for path in known if path.rpartition(".")[2] == name]
+            paths = [path for path in known if name in (path, path.rpartition(".")[2])]
             if len(paths) > 1:
                 raise ConfigError(
                     f"{name} may be {' or '.join(paths)}: give it by its full path in the config."

@@ -25,9 +25,9 @@ acts in every round; and gradients reach other weights than those that they are 
 With `dropped_activations` clients prune activations: each layer stores only the largest entries of
 its input for the backward pass (`models.activations`), so its weights' gradients are approximate.
 
-Not implemented: the normalized sparse convolution that the paper puts in the place of batch
-normalization, so that small batches and pruned activations do less harm. Masks would have to reach
-the network for it.
+The paper puts a normalized sparse convolution in the place of batch normalization, so that small
+batches and pruned activations do less harm: ``--model resnet18 --norm live_weights``, or
+`models.layers.NormalizedConv` in a network of your own. Its formula is inferred.
 
 References:
   Huang et al., `FedMef: Towards Memory-efficient Federated Dynamic Pruning

@@ -15,7 +15,7 @@ layer's output channels on their last axis: ``conv/kernel``, the normalization a
 import jax
 import jax.numpy as jnp
 
-from fedjaxprune import trees
+from fedjaxprune import live_weights, trees
 from fedjaxprune.metrics import Mean
 from fedjaxprune.types import Metrics, Params, State
 
@@ -42,9 +42,8 @@ def density(state: State) -> jax.Array:
 
 
 def is_of_client(path: str, leaf: jax.Array) -> bool:
-    """Tell, by path in the model's state, what a client may change: all but the density."""
-    del leaf  # its path says it
-    return path != f"{COLLECTION}/density"
+    """Tell, by path in the model's state, what a client may change: all that no method sets."""
+    return path != f"{COLLECTION}/density" and live_weights.is_of_client(path, leaf)
 
 
 def with_density(state: State, density: jax.Array) -> State:

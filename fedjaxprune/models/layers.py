@@ -1,5 +1,6 @@
 """Layers of the built-in networks, as flax modules whose convolutions stay fast on CPU."""
 
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fedjaxprune import live_weights
 from fedjaxprune.kernels import blocked, convolution, dense, pooling, storing
 from fedjaxprune.models import precision
 
@@ -134,6 +136,39 @@ class Conv(nn.Module):
         if self.bias == "none":
             return x
         return x + self.param("bias", bias_start, (self.features,))[None, None, None]
+
+
+# A ReLU of a normal number of variance 1 has variance (1 - 1 / pi) / 2, which this undoes.
+RELU_GAIN = (2.0 / (1.0 - 1.0 / math.pi)) ** 0.5
+
+
+class NormalizedConv(nn.Module):
+    """A square convolution with normalized live weights, and a gain and a bias a channel.
+
+    Attributes:
+      features: channels of the output.
+      kernel_size: side of the kernel; zeros around the image keep its size.
+      stride: both down and across.
+      gain: at the start; 0 closes a branch, as is usual in residual networks that do not normalize.
+    """
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``[B, H, W, C]`` to ``[B, H', W', features]``."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        kernel = self.param("kernel", start, shape)
+        live = self.variable(live_weights.COLLECTION, "kernel", jnp.ones, shape).value
+        gain = self.param("gain", nn.initializers.constant(self.gain), (self.features,))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = live_weights.normalize(kernel, live)
+        x = _convolve(x, kernel, stride=self.stride, padding=self.kernel_size // 2)
+        return x * gain[None, None, None] + bias[None, None, None]
 
 
 class BatchNorm(nn.Module):

@@ -1,6 +1,6 @@
-"""Residual networks in their CIFAR and ImageNet forms, with batch or group normalization."""
+"""Residual networks in their CIFAR and ImageNet forms, normalized by batches, groups or weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from fedjaxprune.settings import Settings, setting
 from fedjaxprune.types import Model
 
 Norm = Literal["batch", "group"]
+AnyNorm = Literal["batch", "group", "live_weights"]
 Stem = Literal["cifar", "imagenet"]
 BlockKind = Literal["plain", "projection", "bottleneck"]
 
@@ -39,6 +40,10 @@ def check_norm(norm: str) -> None:
 def check_options(norm: str, stem: str) -> None:
     """Refuse a kind of normalization or of stem that there is not."""
     check_norm(norm)
+    _check_stem(stem)
+
+
+def _check_stem(stem: str) -> None:
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}.')
 
@@ -56,6 +61,23 @@ class NormLayer(nn.Module):
         channels = x.shape[-1]
         groups = next(g for g in range(max(min(32, channels // 4), 1), 0, -1) if channels % g == 0)
         return layers.GroupNorm(num_groups=groups, name="group")(x)
+
+
+def _unit(
+    norm: AnyNorm, features: int, size: int, stride: int, names: tuple[str, str], gain: float
+) -> Callable[..., jax.Array]:
+    """Make ``(x, train, mask) -> x``: a convolution, and normalization unless it is in it.
+
+    Args:
+      names: of the two layers.
+      gain: of a convolution that normalizes its weights, at the start.
+    """
+    if norm == "live_weights":
+        conv = layers.NormalizedConv(features, size, stride, gain, name=names[0])
+        return lambda x, train, mask: conv(x)
+    plain = layers.Conv(features, size, stride, name=names[0])
+    layer = NormLayer(norm, name=names[1])
+    return lambda x, train, mask: layer(plain(x), train, mask)
 
 
 def subsample(x: jax.Array, *, features: int, stride: int) -> jax.Array:
@@ -77,7 +99,7 @@ class Block(nn.Module):
 
     features: int
     stride: int
-    norm: Norm
+    norm: AnyNorm
     kind: BlockKind
 
     @nn.compact
@@ -96,12 +118,14 @@ class Block(nn.Module):
             if self.kind == "plain":
                 shortcut = subsample(x, features=width, stride=self.stride)
             else:
-                shortcut = layers.Conv(width, 1, self.stride, name="shortcut")(x)
-                shortcut = NormLayer(self.norm, name="shortcut_norm")(shortcut, train, mask)
+                names = ("shortcut", "shortcut_norm")
+                unit = _unit(self.norm, width, 1, self.stride, names, layers.RELU_GAIN)
+                shortcut = unit(x, train, mask)
         for i, (features, size, stride) in enumerate(plan, start=1):
-            x = layers.Conv(features, size, stride, name=f"conv_{i}")(x)
-            x = NormLayer(self.norm, name=f"norm_{i}")(x, train, mask)
-            if i < len(plan):
+            is_last = i == len(plan)
+            names, gain = (f"conv_{i}", f"norm_{i}"), 0.0 if is_last else layers.RELU_GAIN
+            x = _unit(self.norm, features, size, stride, names, gain)(x, train, mask)
+            if not is_last:
                 x = layers.computed_once(nn.relu(x))
         return layers.computed_once(nn.relu(x + shortcut))
 
@@ -116,7 +140,7 @@ class ResNet(nn.Module):
     widths: Sequence[int]
     depths: Sequence[int]
     num_classes: int
-    norm: Norm
+    norm: AnyNorm
     block: BlockKind
     stem: Stem = "cifar"
 
@@ -124,8 +148,8 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Map ``[B, H, W, C]`` to logits ``[B, num_classes]``."""
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = layers.Conv(self.widths[0], size, stride, name="conv_1")(x)
-        x = layers.computed_once(nn.relu(NormLayer(self.norm, name="norm_1")(x, train, mask)))
+        unit = _unit(self.norm, self.widths[0], size, stride, ("conv_1", "norm_1"), 1.0)
+        x = layers.computed_once(nn.relu(unit(x, train, mask)))
         if self.stem == "imagenet":
             x = pooling.max_pool_3(x)
         for i, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
@@ -139,7 +163,7 @@ class ResNet(nn.Module):
 
 
 def resnet18(
-    *, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
+    *, input_shape: Sequence[int], num_classes: int, norm: AnyNorm, stem: Stem = "cifar"
 ) -> Model:
     """Make ResNet-18, by default in its CIFAR form: 3×3 stem without pooling, widths 64 to 512.
 
@@ -151,7 +175,9 @@ def resnet18(
       input_shape: height, width and channels of one example; at least 8×8, 32×32 with the ImageNet
         stem.
       num_classes: width of the output.
-      norm: ``"batch"`` or ``"group"``.
+      norm: ``"batch"``, ``"group"``, or ``"live_weights"`` for none: convolutions normalize their
+        live weights (`live_weights.normalize`), with a gain and a bias a channel, and the last one
+        of each branch starts at a gain of 0.
       stem: ``"cifar"``, or ``"imagenet"`` for a 7×7 convolution of stride 2 and a max-pooling,
         which leave a sixteenth of the pixels.
 
@@ -166,20 +192,20 @@ def resnet18(
 
 
 def resnet34(
-    *, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
+    *, input_shape: Sequence[int], num_classes: int, norm: AnyNorm, stem: Stem = "cifar"
 ) -> Model:
     """Make ResNet-34: `resnet18` with 3, 4, 6 and 3 blocks, 21 million kernel weights."""
     return _resnet("resnet34", input_shape, num_classes, norm, stem)
 
 
 def resnet50(
-    *, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
+    *, input_shape: Sequence[int], num_classes: int, norm: AnyNorm, stem: Stem = "cifar"
 ) -> Model:
     """Make ResNet-50: `resnet34` with bottlenecks; 23,705,252 parameters for 100 classes."""
     return _resnet("resnet50", input_shape, num_classes, norm, stem)
 
 
-def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
+def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: AnyNorm) -> Model:
     """Make the smallest of He's ResNets for CIFAR: as `resnet20`, with one block each.
 
     75,290 parameters for 32×32×3 and 10 classes.
@@ -187,10 +213,12 @@ def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mode
     Args:
       input_shape: height, width and channels of one example; at least 4×4.
       num_classes: width of the output.
-      norm: ``"batch"`` or ``"group"``.
+      norm: ``"batch"``, ``"group"``, or ``"live_weights"`` for none: convolutions normalize their
+        live weights (`live_weights.normalize`), with a gain and a bias a channel, and the last one
+        of each branch starts at a gain of 0.
 
     Raises:
-      ValueError: if the examples are no images, or too small, or `norm` is neither.
+      ValueError: if the examples are no images, or too small, or `norm` is unknown.
 
     References:
       He et al., `Deep residual learning for image recognition
@@ -199,7 +227,7 @@ def resnet8(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mode
     return _resnet("resnet8", input_shape, num_classes, norm)
 
 
-def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
+def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: AnyNorm) -> Model:
     """Make He's ResNet-20 for CIFAR: widths 16, 32 and 64, three blocks each.
 
     Shortcuts have no parameters (option A of section 4.2); 0.27 million parameters for 10 classes.
@@ -208,7 +236,7 @@ def resnet20(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mod
     return _resnet("resnet20", input_shape, num_classes, norm)
 
 
-def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Model:
+def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: AnyNorm) -> Model:
     """Make He's ResNet-32 for CIFAR: as `resnet20`, with five blocks each; 0.46 million parameters.
 
     Arguments and errors are those of `resnet8`.
@@ -217,10 +245,12 @@ def resnet32(*, input_shape: Sequence[int], num_classes: int, norm: Norm) -> Mod
 
 
 def _resnet(
-    name: str, input_shape: Sequence[int], num_classes: int, norm: Norm, stem: Stem = "cifar"
+    name: str, input_shape: Sequence[int], num_classes: int, norm: AnyNorm, stem: Stem = "cifar"
 ) -> Model:
     shapes.check_sizes(num_classes, input_shape=input_shape)
-    check_options(norm, stem)
+    if norm != "live_weights":
+        check_norm(norm)
+    _check_stem(stem)
     widths, depths, block = _PLANS[name]
     smallest = 32 if stem == "imagenet" else 2 ** (len(widths) - 1)
     shapes.check_image(name, input_shape, smallest=smallest)
@@ -231,7 +261,11 @@ def _resnet(
 class SmallSettings(Settings):
     """Settings of the smaller ResNets."""
 
-    norm: Norm = setting("batch", "Normalization layers.")
+    norm: AnyNorm = setting(
+        "batch",
+        "Normalization: layers over batches or groups of channels, or convolutions that normalize "
+        "their live weights.",
+    )
 
 
 class LargeSettings(SmallSettings):

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from fedjaxprune import live_weights, trees
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
 from fedjaxprune.costs import hardware as hardware_lib
 from fedjaxprune.data import batching, transforms
 from fedjaxprune.data.datasets import Dataset
@@ -282,7 +282,8 @@ def make_algorithm(config: RunConfig, task: Task) -> Algorithm:
     said = rule.note(task.cohort_size) if isinstance(rule, CohortAggregator) else ""
     if said:
         algorithm = algorithm._replace(notes=(*algorithm.notes, said))
-    return _control(config, task, algorithm)
+    algorithm = _control(config, task, algorithm)
+    return live_weights.following(algorithm) if live_weights.are_in(task.facts.state) else algorithm
 
 
 def _control(config: RunConfig, task: Task, algorithm: Algorithm) -> Algorithm:

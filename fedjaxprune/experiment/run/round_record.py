@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjaxprune import __version__, trees
+from fedjaxprune import __version__, live_weights, trees
 from fedjaxprune.costs import hardware, ledger
 from fedjaxprune.experiment.folder import client_ids
 from fedjaxprune.experiment.folder.layout import SCHEMA
@@ -69,7 +69,8 @@ def writer(parts: Any, shapes: RoundState, *, warn: Callable[[str], object]) -> 
     )
     classes = client_accuracy.of_population(parts.population, parts.test.labels)
     work = _work(parts)
-    num_dense = sum(trees.sizes(shapes.params)) + sum(trees.sizes(shapes.model_state))
+    statistics = live_weights.without(shapes.model_state)
+    num_dense = sum(trees.sizes(shapes.params)) + sum(trees.sizes(statistics))
     flags = profile.flags
     header = {
         "schema": SCHEMA,
