@@ -342,6 +342,8 @@ def test_numbers_of_clients_that_disagree_are_refused():
             trace(linear(), PEOPLE, draw=draw)
     with pytest.raises(ValueError, match="drawn from 2 clients, but the population has 3"):
         trace(linear(), PEOPLE, draw=sampling.all_clients(2))
+    with pytest.raises(ValueError, match="drawn from 4 clients, but the population has 3"):
+        simulation.drawing(POOL, num_clients=3)
     for number in (2, 4):
         with pytest.raises(ValueError, match=f"num_clients={number}, but the population has 3"):
             trace(linear(), PEOPLE, num_clients=number, uplink=WIRE)
