@@ -119,6 +119,17 @@ class Link:
             parts += found
         return bytes(parts)
 
+    def is_open(self) -> bool:
+        """Tell whether the other process, which has sent nothing, has not ended the connection."""
+        waits = self._connection.gettimeout()
+        self._connection.settimeout(0.0)
+        try:
+            return bool(self._connection.recv(1, socket.MSG_PEEK))
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        finally:
+            self._connection.settimeout(waits)
+
     def set_timeout(self, seconds: float | None) -> None:
         """Let what waits for the other process wait so long at most."""
         self._connection.settimeout(seconds)
