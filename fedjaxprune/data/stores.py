@@ -21,12 +21,15 @@ class ClientStore(NamedTuple):
         tree of NumPy arrays ``[sum of sizes, ...]``. A thread of its own may call it.
       like: tree of the shapes of one example, in the types in which JAX keeps them.
       test: inputs and labels of test examples, where the store is a run's data set.
+      checksum: gives a number that is another one if the examples are others, so that a run is not
+        continued with these; None does not look.
     """
 
     sizes: np.ndarray
     fetch: Callable[[np.ndarray], Examples]
     like: Any
     test: Any = None
+    checksum: Callable[[], int] | None = None
 
 
 def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> ClientStore:
@@ -48,14 +51,20 @@ def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> Cli
             mapped.advise(leaf, order="any")
         return jax.tree.map(lambda leaf: leaf[rows], examples)
 
-    return ClientStore(sizes, fetch_fn, jax.tree.map(_like, examples))
+    def checksum_fn():
+        return mapped.checksum([order, *jax.tree.leaves(examples)])
+
+    like = jax.tree.map(_like, examples)
+    return ClientStore(sizes, fetch_fn, like, checksum=checksum_fn)
 
 
 def of_value(value: Any) -> ClientStore:
     """Make a store of whatever has its `sizes` and `fetch`, by what it fetches for one client.
 
+    Its `checksum` is taken, too, if it has one.
+
     Raises:
-      DataError: the sizes are none, or what is fetched does not fit them.
+      DataError: the sizes are none, what is fetched does not fit them, or the checksum is none.
     """
     sizes = np.asarray(value.sizes)
     if sizes.ndim != 1 or sizes.dtype.kind not in "ui" or not sizes.size or sizes.min() < 0:
@@ -67,9 +76,34 @@ def of_value(value: Any) -> ClientStore:
     if not holders.size:
         raise DataError("the clients of a store must have at least one example, got none.")
     first = jax.tree.map(np.asarray, value.fetch(holders[:1]))
-    store = ClientStore(sizes.astype(np.int64), value.fetch, jax.tree.map(_like, first))
+    checksum = getattr(value, "checksum", None)
+    if not (checksum is None or callable(checksum)):
+        raise DataError(
+            "the checksum of a client store must be a function without arguments, got "
+            f"{type(checksum).__name__}."
+        )
+    like = jax.tree.map(_like, first)
+    store = ClientStore(sizes.astype(np.int64), value.fetch, like, checksum=checksum)
     fetched(store, holders[:1])
     return store
+
+
+def of_tokens(store: ClientStore, *, below: int) -> ClientStore:
+    """Make a store that refuses tokens, the inputs of examples, that are not in ``[0, below)``."""
+
+    def fetch_fn(ids):
+        found: Any = store.fetch(ids)
+        tokens = np.asarray(found["inputs"])
+        low, high = int(tokens.min(initial=below)), int(tokens.max(initial=0))
+        if low < 0 or high >= below:
+            raise DataError(
+                f"a client store must fetch tokens in [0, {below}), of which the network knows, "
+                f"got {low} to {high}: make the data set by `as_dataset(store, num_classes=...)`, "
+                "or take a network of more tokens."
+            )
+        return found
+
+    return store._replace(fetch=fetch_fn)
 
 
 def fetched(store: ClientStore, ids: np.ndarray) -> list[np.ndarray]:

@@ -69,6 +69,8 @@ def build(
     config = resolve_lib.replace(config, {"data.num_clients": len(examples.sizes)})
     _check_sizes(config, examples.sizes)
     model = make_model(config, examples.dataset, examples.test)
+    known = composing.with_known_tokens(examples.dataset, model)
+    examples = examples._replace(dataset=known)
     size = config.execution.chunk_size
     task = make_task(config, model, examples, chunk=1 if size == "auto" else size)
     check_needs(config, task)
