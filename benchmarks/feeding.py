@@ -14,8 +14,6 @@ import json
 import os
 import pathlib
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -62,7 +60,6 @@ def contender(
 
     from fedjaxprune.data import conversion
     from fedjaxprune.experiment.config import resolve
-    from fedjaxprune.experiment.feeding import feed as feed_lib
     from fedjaxprune.experiment.feeding import feeder as feeding
     from fedjaxprune.experiment.run import build, composing, loop
 
@@ -90,11 +87,15 @@ def contender(
     parts = build.build(config)
     key = jax.random.fold_in(jax.random.key(0), composing.ROUNDS)
     now, row = feeding.without_rows(parts.feed, loop.start(jax.random.key(1), parts))
-    place = feed_lib.placing(None)
     population = () if examples == "host" else parts.population
     number = 0
     with feeding.feeder(
-        parts.feed, row, num_clients=NUM_CLIENTS, folder=folder / name, place=place, warn=print
+        parts.feed,
+        lambda: row,
+        num_clients=NUM_CLIENTS,
+        folder=folder / name,
+        fingerprint=0,
+        place=jax.device_put,
     ) as feeder:
         compiled = jax.jit(parts.advance[0], donate_argnums=1)
 
@@ -228,11 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     result = {}
     for which in ("plain", "feedback"):
-        command = [sys.executable, "-m", "benchmarks.feeding", "--here", which]
-        command += ["--limited", str(options.limited), "--clients", str(clients)]
-        command += ["--rounds", str(options.rounds or 100)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        result[which] = json.loads(output.splitlines()[-1])
+        given = ("--limited", options.limited, "--clients", clients)
+        given += ("--rounds", options.rounds or 100)
+        result[which] = harness.elsewhere("feeding", "--here", which, *given)
         print(which, json.dumps(result[which], indent=1), flush=True)
     harness.write(options.json, result)
 

@@ -8,7 +8,6 @@ and rows are on the device.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -187,11 +186,3 @@ def _on_device(pantry: Pantry, place: Callable[[Any], Any]) -> Pantry:
     """Put on the device what is the same for all populations of a stage."""
     order, held, whole = place((pantry.order, pantry.held, pantry.whole))
     return pantry._replace(order=order, held=held, whole=whole)
-
-
-def placing(mesh: Any) -> Callable[[Any], Any]:
-    """Make the function that puts a tree on the device, or on all devices of a mesh."""
-    if mesh is None:
-        return jax.device_put
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return functools.partial(jax.device_put, device=everywhere)

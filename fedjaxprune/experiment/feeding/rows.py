@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjaxprune import trees
-
 
 class Kept(NamedTuple):
     """All clients' rows as bytes.
@@ -61,11 +59,10 @@ def make(row: Any, *, num_clients: int, folder: pathlib.Path | None = None) -> R
     leaves, structure = jax.tree.flatten(jax.device_get(row))
     leaves = [np.asarray(leaf) for leaf in leaves]
     initial = [_to_bytes(leaf[None])[0] for leaf in leaves]
-    paths = trees.paths(row)
     kept = Kept(
         arrays=[
-            _array(folder, name, (num_clients, len(first)))
-            for name, first in zip(_file_names(paths), initial, strict=True)
+            _array(folder, f"{index}.rows", (num_clients, len(first)))
+            for index, first in enumerate(initial)
         ],
         initial=initial,
         is_written=np.zeros(num_clients, bool),
@@ -112,11 +109,6 @@ def _array(folder: pathlib.Path | None, name: str, shape: tuple[int, int]) -> np
     if folder is None or not shape[1]:
         return np.zeros(shape, np.uint8)
     return np.memmap(folder / name, np.uint8, mode="w+", shape=shape)
-
-
-def _file_names(paths: list[str]) -> list[str]:
-    """Name the files of a row's leaves."""
-    return [f"{index}-{path.replace('/', '.')}.rows"[-200:] for index, path in enumerate(paths)]
 
 
 def _read(kept: Kept, index: int, ids: np.ndarray) -> np.ndarray:

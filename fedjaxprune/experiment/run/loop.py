@@ -123,6 +123,7 @@ def train(
         if not processes.is_first:
             return
         record.sync(folder)
+        checkpoints.finish(manager)  # until then its rows belong to no checkpoint
         feeder.save(number, manager.all_steps())
         checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
 
@@ -133,12 +134,12 @@ def train(
             lambda: feeding.without_rows(parts.feed, begin())[1],
             num_clients=parts.population.offsets.shape[0] - 1,
             folder=folder,
-            place=feed_lib.placing(parts.mesh),
-            warn=listener.warn,
+            fingerprint=fingerprint,
+            place=functools.partial(placing.place, mesh=parts.mesh),
         ) as feeder,
         _opened(processes, folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
     ):
-        read = functools.partial(_saved, is_saved=feeder.is_saved, every=saves.every, allow=allow)
+        read = functools.partial(_saved, lacks=feeder.lacks, every=saves.every, allow=allow)
         found = None
         if processes.is_first:
             found = read(manager, shapes, folder, warn=listener.warn)
@@ -230,7 +231,7 @@ def _saved(
     shapes: Simulation,
     folder: pathlib.Path,
     *,
-    is_saved: Callable[[int], bool],
+    lacks: Callable[[int], str],
     every: int,
     allow: Collection[str],
     warn: Callable[[str], object],
@@ -240,10 +241,11 @@ def _saved(
     found = checkpoints.restore(
         manager,
         shapes,
-        usable=lambda step: step <= num_lines and is_saved(step),
+        usable=lambda step: step <= num_lines,
         aside=folder / layout.SKIPPED,
         warn=warn,
         allow=allow,
+        lacks=lacks,
     )
     # The second checkpoint is begun only when the first one is written.
     if found is None and num_lines > 2 * every and checkpoints.RESTART not in allow:

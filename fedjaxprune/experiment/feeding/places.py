@@ -40,8 +40,8 @@ def choose(config: RunConfig, sizes: Sizes) -> Places:
         for name, value in (("examples", section.examples), ("client_rows", section.client_rows)):
             if value not in ("auto", "device"):
                 raise ConfigError(
-                    f"execution.{name} must be device in a run of several processes, which are not "
-                    f"fed; got {value!r}."
+                    f"execution.{name} must be device in a run of several processes, as these are "
+                    f"not fed, got {value!r}: run it in one process, or on the device."
                 )
         return Places("device", "device", "")
     free, on_host = memory.free_bytes(), memory.free_host_bytes()
