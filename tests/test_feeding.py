@@ -351,6 +351,9 @@ class Hospital:
         self.offsets = np.cumsum([0, *sizes])
         self.test = inputs[:12], self.arrays["labels"][:12]
 
+    def checksum(self):
+        return int(self.arrays["inputs"].sum() * 1000)
+
     def fetch(self, ids):
         rows = [np.arange(*self.offsets[i : i + 2].tolist()) for i in ids]
         return jax.tree.map(lambda leaf: leaf[np.concatenate(rows)], self.arrays)
@@ -371,6 +374,11 @@ def test_a_store_of_ones_own_is_a_data_set(tmp_path):
     ):
         with pytest.raises(ConfigError, match=sentence):
             fjp.run(given, data=people, folder=tmp_path / "no", **changes)
+    again: Any = {"method": stub.METHOD, "model": stub.net, "data": people}
+    assert len(fjp.resume(tmp_path / "own", **again).record["round"]) == 3
+    people.arrays["inputs"][-1] += 1
+    with pytest.raises(RunFolderError, match="the data are not those of the run"):
+        fjp.resume(tmp_path / "own", **again)
     people.test = people.test[0], ["yes"] * 12
     with pytest.raises(DataError, match="test labels of a client store must be numbers, got <U3"):
         fjp.run(given, data=people)
@@ -405,6 +413,7 @@ def test_a_table_is_read_by_row_groups(tmp_path):
             "label": np.arange(number) % 3,
             "who": [f"client {i % 7}" for i in range(number)],
             "missing": [None, *range(number - 1)],
+            "no_number": np.where(np.arange(number) == 3, np.nan, 1.0),
             "half": np.arange(number) + 0.5,
             "large": np.full(number, 2**33 + 1),
             "huge": np.full(number, 1e300),
@@ -422,8 +431,9 @@ def test_a_table_is_read_by_row_groups(tmp_path):
     made = conversion.as_dataset(store)
     assert (made.num_classes, made.input_shape, len(made.train["labels"])) == (3, (2,), 0)
     for changes, sentence in (
-        ({"label": "lable"}, "has no column 'lable'; it has a, b, label, who, missing, half"),
+        ({"label": "lable"}, "has no column 'lable'; it has a, b, label, who, missing, no_number"),
         ({"client": "missing"}, "a client id in each row of 'missing'"),
+        ({"client": "no_number"}, "a client id in each row of 'no_number'"),
         ({"label": "missing"}, "column 'missing' must have no missing values"),
         ({"label": "who"}, "column 'who' must be integers, as labels are"),
         ({"label": "half"}, "column 'half' must be integers, as labels are"),
@@ -434,9 +444,12 @@ def test_a_table_is_read_by_row_groups(tmp_path):
     ):
         with pytest.raises(DataError, match=sentence):
             parquet_store.of_parquet(path, **{**columns, **changes}).fetch(np.array([0]))
+    assert store.checksum is not None
     before = store.checksum()
     pq.write_table(table.set_column(0, "a", [np.arange(number) / 2]), path, row_group_size=6)
-    assert parquet_store.of_parquet(path, **columns).checksum() != before
+    again = parquet_store.of_parquet(path, **columns).checksum
+    assert again is not None
+    assert again() != before
     path.write_bytes(path.read_bytes()[:-9])
     for wrong, sentence in (
         (path, "cannot be read as a Parquet table"),

@@ -54,9 +54,10 @@ def of_parquet(
     if absent := [name for name in (*columns, client) if name not in names]:
         raise DataError(f"{path} has no column {absent[0]!r}; it has {', '.join(names)}.")
     owners = file.read([client]).column(client)
-    if owners.null_count:
+    ids = owners.to_numpy()
+    if owners.null_count or (ids.dtype.kind == "f" and np.isnan(ids).any()):
         raise DataError(f"{path} must have a client id in each row of {client!r}.")
-    _, owner = np.unique(owners.to_numpy(), return_inverse=True)
+    _, owner = np.unique(ids, return_inverse=True)
     sizes = np.bincount(owner)
     order = np.argsort(owner, kind="stable")
     begins = np.cumsum(sizes) - sizes

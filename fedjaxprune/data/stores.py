@@ -76,8 +76,8 @@ def of_value(value: Any) -> ClientStore:
     if not holders.size:
         raise DataError("the clients of a store must have at least one example, got none.")
     first = jax.tree.map(np.asarray, value.fetch(holders[:1]))
-    checksum = getattr(value, "checksum", None)
-    if not (checksum is None or callable(checksum)):
+    checksum: Callable[[], int] | None = getattr(value, "checksum", None)
+    if not isinstance(checksum, Callable | None):
         raise DataError(
             "the checksum of a client store must be a function without arguments, got "
             f"{type(checksum).__name__}."

@@ -101,7 +101,7 @@ def remove(folder: pathlib.Path, *, keep: Collection[int]) -> None:
 
 def num_bytes(kept: Kept) -> int:
     """Count the bytes of a whole snapshot, and more than those of any other."""
-    return np.count_nonzero(kept.is_written) * (8 + sum(one.shape[1] for one in kept.arrays))
+    return int(np.count_nonzero(kept.is_written)) * (8 + sum(one.shape[1] for one in kept.arrays))
 
 
 def _base(folder: pathlib.Path, number: int, kept: Kept, fingerprint: int) -> int | None:
