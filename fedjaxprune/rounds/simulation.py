@@ -271,5 +271,8 @@ def _draw(draw: SamplingFn, key: Key, num_clients: int) -> tuple[jax.Array, jax.
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"participation must give ids that are integers, got {ids.dtype}.")
     if sampling.num_clients_of(draw) is None:
-        present = present & (ids >= 0) & (ids < num_clients)
+        ids = ids.astype(jnp.int32)
+        is_client = (ids >= 0) & (ids < num_clients)
+        # Who is no client has dropped out of nothing, and was sent nothing.
+        ids, present = jnp.where(is_client, ids, jnp.full_like(ids, -1)), present & is_client
     return ids, present
