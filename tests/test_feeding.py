@@ -113,6 +113,9 @@ def test_what_a_later_round_promised_is_written_last():
     store.settle(9)
     assert store.read(np.array([2]))["residual"][0, 0] == 4
     assert not store.kept.is_written[3]
+    store.promise(10, (here[0], np.array([False, False])), row)  # nobody took part
+    store.settle(10)
+    assert np.flatnonzero(store.kept.is_written).tolist() == [2]
 
 
 def test_rows_of_the_round_before_are_found_where_they_are():

@@ -4,6 +4,7 @@ A row is a few bytes of each array: a boolean array has a bit for each entry. Un
 been written, its row is that of a client that never took part, and takes no memory.
 """
 
+import math
 import pathlib
 import threading
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def _read(kept: Kept, index: int, ids: np.ndarray) -> np.ndarray:
 
 def _to_bytes(leaf: np.ndarray) -> np.ndarray:
     """Turn rows ``[C, ...]`` into bytes ``[C, bytes]``, eight booleans in each."""
-    flat = np.ascontiguousarray(leaf).reshape(len(leaf), -1)
+    flat = np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:]))
     return np.packbits(flat, axis=1) if leaf.dtype == np.bool_ else flat.view(np.uint8)
 
 
