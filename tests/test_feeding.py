@@ -58,6 +58,22 @@ def test_a_store_fetches_clients_one_after_the_other():
             stores.fetched(STORE._replace(fetch=fetch), np.array([0]))
 
 
+@pytest.mark.parametrize(
+    ("order", "offsets", "sentence"),
+    [
+        ([0, -1], [0, 1, 2], r"must hold rows in \[0, 3\), got -1 to 0"),
+        ([0, 3], [0, 1, 2], r"must hold rows in \[0, 3\), got 0 to 3"),
+        ([0, 1], [0, 1, 3], r"from 0 to the 2 entries of its order, got \[0, 1, 3\]"),
+        ([0, 1], [1, 2], r"from 0 to the 2 entries of its order, got \[1, 2\]"),
+        ([0, 1], [0, 2, 1, 2], r"must not fall, .* got \[0, 2, 1, 2\]"),
+        ([0, 1], [0], r"must not fall, .* got \[0\]"),
+    ],
+)
+def test_a_store_has_rows_that_exist(order, offsets, sentence):
+    with pytest.raises(DataError, match=sentence):
+        stores.of_arrays({"inputs": np.zeros((3, 2))}, np.array(order), np.array(offsets))
+
+
 def test_a_population_of_a_cohort_leaves_all_others_out():
     pantry = feeding.stock(STORE, cohort_size=2, reads=(3,))
     assert pantry.capacity == 5 + 3 + 1

@@ -39,9 +39,24 @@ def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> Cli
       examples: tree of NumPy arrays ``[E, ...]``.
       order: ``[sum of sizes]`` integers, rows of the examples, grouped by client.
       offsets: ``[N + 1]`` integers, where each client begins, as in a `Population`.
+
+    Raises:
+      DataError: a client would have rows that do not exist.
     """
-    begins = np.asarray(offsets[:-1], np.int64)
-    sizes = np.diff(np.asarray(offsets, np.int64))
+    order, ends = np.asarray(order), np.asarray(offsets, np.int64)
+    begins, sizes = ends[:-1], np.diff(ends)
+    num_examples = min(map(len, jax.tree.leaves(examples)))
+    low, high = int(order.min(initial=0)), int(order.max(initial=0))
+    if low < 0 or (order.size and high >= num_examples):
+        raise DataError(
+            f"the order of a client store must hold rows in [0, {num_examples}), got {low} to "
+            f"{high}."
+        )
+    if not sizes.size or ends[0] != 0 or ends[-1] != order.size or sizes.min() < 0:
+        raise DataError(
+            f"the offsets of a client store must not fall, from 0 to the {order.size} entries of "
+            f"its order, got {ends.tolist() if ends.size < 9 else f'{ends[0]} to {ends[-1]}'}."
+        )
 
     def fetch_fn(ids):
         own = sizes[ids]
