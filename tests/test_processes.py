@@ -210,7 +210,16 @@ def test_where_no_cluster_says_it_a_coordinator_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"GET / HTTP/1.1\r\n\r\n", struct.pack(">IQ", 2, 2**40) + b"{}", b"\0" * 12]
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack(">IQ", 2, 2**40) + b"{}",
+        b"\0" * 12,
+        struct.pack(">IQ", 3, 0) + b"[1]",
+        struct.pack(">IQ", 10**5, 0) + b"[" * 10**5,
+    ],
+    ids=range(6),
 )
 def test_a_stranger_at_the_port_is_ignored(sent):
     ours, theirs = socket.socketpair()

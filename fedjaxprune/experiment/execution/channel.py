@@ -106,8 +106,8 @@ class Link:
                 return None
             facts = json.loads(self._read(length))
             return Message(facts.pop("kind"), facts, self._read(size))
-        except (OSError, EOFError, ValueError, KeyError, AttributeError):
-            return None
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return None  # of a stranger it may be any JSON
 
     def _read(self, size: int) -> bytes:
         parts = bytearray()
