@@ -13,8 +13,6 @@ import argparse
 import json
 import pathlib
 import resource
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,12 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     result: dict[str, Any] = {"cases": {}}
     for size in sizes:
-        num_rounds = str(-(-max(sizes) // size))
-        command = [sys.executable, "-m", "benchmarks.cohort_memory", "--here", num_rounds]
-        output = subprocess.run(
-            [*command, "--cohort-size", str(size)], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-        figures = result["cases"][str(size)] = json.loads(output.splitlines()[-1])
+        num_rounds = -(-max(sizes) // size)
+        figures = harness.elsewhere("cohort_memory", "--here", num_rounds, "--cohort-size", size)
+        result["cases"][str(size)] = figures
         print(
             f"cohort of {size:>5}: XLA {figures['XLA']:,.0f} MiB, "
             f"resident at most {figures['resident']:,.0f} MiB after {num_rounds} rounds, "

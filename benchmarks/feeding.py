@@ -14,8 +14,6 @@ import json
 import os
 import pathlib
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -96,8 +94,8 @@ def contender(
         lambda: row,
         num_clients=NUM_CLIENTS,
         folder=folder / name,
+        fingerprint=0,
         mesh=None,
-        warn=print,
     ) as feeder:
         compiled = jax.jit(parts.advance[0], donate_argnums=1)
 
@@ -231,11 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     result = {}
     for which in ("plain", "feedback"):
-        command = [sys.executable, "-m", "benchmarks.feeding", "--here", which]
-        command += ["--limited", str(options.limited), "--clients", str(clients)]
-        command += ["--rounds", str(options.rounds or 100)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        result[which] = json.loads(output.splitlines()[-1])
+        given = ("--limited", options.limited, "--clients", clients)
+        given += ("--rounds", options.rounds or 100)
+        result[which] = harness.elsewhere("feeding", "--here", which, *given)
         print(which, json.dumps(result[which], indent=1), flush=True)
     harness.write(options.json, result)
 

@@ -8,6 +8,8 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -202,6 +204,13 @@ def as_json(timings: Mapping[str, Timing]) -> dict[str, Any]:
         name: {"median": t.median, "rates": list(t.rates), "compile_s": t.compile_s}
         for name, t in timings.items()
     }
+
+
+def elsewhere(module: str, *arguments: object) -> Any:
+    """Run a benchmark's module in a process of its own, and read the JSON of its last line."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def write(path: pathlib.Path | None, result: Mapping[str, Any]) -> None:

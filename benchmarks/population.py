@@ -10,8 +10,6 @@ import argparse
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -314,14 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     result: dict[str, Any] = {"num_clients": options.num_clients, "cases": {}}
     for name in options.only or CASES:
-        command = [sys.executable, "-m", "benchmarks.population", "--here", name]
-        output = subprocess.run(
-            [*command, "--num-clients", str(options.num_clients)],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout
-        figures = result["cases"][name] = json.loads(output.splitlines()[-1])
+        given = ("--here", name, "--num-clients", options.num_clients)
+        figures = result["cases"][name] = harness.elsewhere("population", *given)
         print(name, flush=True)
         for what, value in figures.items():
             print(f"  {what:<48} {value:>12.3f}", flush=True)

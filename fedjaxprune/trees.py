@@ -114,11 +114,19 @@ def count(marks: jax.Array) -> jax.Array:
 
     On a CPU they are added up in bytes, tile by tile, which fuses with the comparison that made
     them; as one sum in int32 it takes four to seven times as long. A leaf of less than a tile is
-    one sum everywhere, so that nothing depends on the platform.
+    one sum everywhere, so that nothing depends on the platform. So is any leaf where a client works
+    that devices may share: the rest behind the last tile would travel between these. On a CPU XLA
+    lets all devices of the mesh wait for that, and those of other clients may be elsewhere.
     """
-    if marks.size < _TILE[0] * _TILE[1]:
+    if marks.size < _TILE[0] * _TILE[1] or _may_be_shared():
         return _count_plainly(marks)
     return jax.lax.platform_dependent(marks, cpu=_count_tiles, default=_count_plainly)
+
+
+def _may_be_shared() -> bool:
+    """Tell whether this is traced where some axes of a mesh are left to XLA, and others are not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.manual_axes) and len(mesh.manual_axes) < len(mesh.axis_names)
 
 
 _TILE = (64, 128)  # added up along the first axis, in which a byte does not overflow

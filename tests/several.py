@@ -15,7 +15,8 @@ import fedjaxprune as fjp
 from fedjaxprune import registry
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import placing
-from fedjaxprune.experiment.feeding import homes, rows, snapshots
+from fedjaxprune.experiment.feeding import homes, rows
+from fedjaxprune.experiment.feeding import saved_rows as saved_lib
 from fedjaxprune.experiment.folder import layout, record
 from fedjaxprune.method import needs_of
 from tests import processes, stub
@@ -177,8 +178,9 @@ def saved_rows(folder: pathlib.Path, number: int) -> list[np.ndarray]:
     said = json.loads(about.read_text())
     row = [np.zeros(size, np.uint8) for size in said["row_bytes"]]
     store = rows.make(row, num_clients=said["num_clients"])
-    assert snapshots.is_whole(saved, number, store.kept)
-    snapshots.restore(saved, number, store.kept)
+    given = {"fingerprint": said["fingerprint"]}
+    assert saved_lib.is_whole(saved, number, store.kept, **given)
+    saved_lib.restore(saved, number, store.kept)
     return [*store.kept.arrays, store.kept.is_written]
 
 

@@ -289,6 +289,17 @@ def test_a_trial_plays_local_training(small):
     assert measure(2) > 0
 
 
+def test_a_trial_is_of_clients_whose_examples_are_there(monkeypatch, small):
+    _, parts, work, batcher, _ = small
+    people = parts.population._replace(offsets=jnp.array([0, 0, 0, 0, 4, 4, 4, 9, 9]))  # fed
+    tried = []
+    monkeypatch.setattr(
+        chunk_trial, "_time", lambda play, given, *rest: tried.append(given[3].tolist()) or 1.0
+    )
+    chunk_trial.measure(parts.model, batcher, people, work=work, mesh=parts.mesh)(1)
+    assert tried == [[6, 3]]
+
+
 def test_a_size_that_does_not_fit_is_told_from_one_that_fails(monkeypatch, small):
     *_, measure = small
     said = ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: something else"]

@@ -400,6 +400,17 @@ def test_differences_from_a_stored_run_name_both_sides():
     assert files.differences(stored, resolve.read({"method": "fedavg"})) == [
         "method is 'feddip' in the run, 'fedavg' was given"
     ]
+    assert files.differences(stored, resolve.read({"execution.convolutions": "patches"})) == [
+        "execution.convolutions is 'auto' in the run, 'patches' was given"
+    ]
+
+
+def test_devices_that_share_models_are_compared_by_what_a_cohort_takes():
+    given = {"federation.cohort_size": 3, "execution.model_devices": 2}
+    stored = resolve.resolve({**given, "execution.devices": 6})
+    for number, is_same in ((6, True), (8, True), (4, False)):
+        again = resolve.read({"execution.devices": number})
+        assert (files.differences(stored, again) == []) == is_same
 
 
 def test_descriptions_say_all_that_a_part_declares():

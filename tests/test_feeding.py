@@ -3,6 +3,7 @@
 import functools
 import re
 import shutil
+import time
 from typing import Any
 from unittest import mock
 
@@ -20,12 +21,13 @@ from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.execution import memory
 from fedjaxprune.experiment.execution import placing as placing_lib
 from fedjaxprune.experiment.feeding import feed as feed_lib
-from fedjaxprune.experiment.feeding import feeder, homes, placing, rows, snapshots
+from fedjaxprune.experiment.feeding import feeder, homes, places, rows, saved_rows
 from fedjaxprune.experiment.feeding.homes import Home
-from fedjaxprune.experiment.folder import layout, record
-from fedjaxprune.experiment.run import build, examples, loop
+from fedjaxprune.experiment.folder import checkpoints, layout, record
+from fedjaxprune.experiment.run import build, composing, examples, loop
 from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.federated import cohort
+from fedjaxprune.models import adapters
 from fedjaxprune.rounds import feeding
 from tests import stub
 
@@ -59,6 +61,22 @@ def test_a_store_fetches_clients_one_after_the_other():
     ):
         with pytest.raises(DataError, match=sentence):
             stores.fetched(STORE._replace(fetch=fetch), np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("order", "offsets", "sentence"),
+    [
+        ([0, -1], [0, 1, 2], r"must hold rows in \[0, 3\), got -1 to 0"),
+        ([0, 3], [0, 1, 2], r"must hold rows in \[0, 3\), got 0 to 3"),
+        ([0, 1], [0, 1, 3], r"from 0 to the 2 entries of its order, got \[0, 1, 3\]"),
+        ([0, 1], [1, 2], r"from 0 to the 2 entries of its order, got \[1, 2\]"),
+        ([0, 1], [0, 2, 1, 2], r"must not fall, .* got \[0, 2, 1, 2\]"),
+        ([0, 1], [0], r"must not fall, .* got \[0\]"),
+    ],
+)
+def test_a_store_has_rows_that_exist(order, offsets, sentence):
+    with pytest.raises(DataError, match=sentence):
+        stores.of_arrays({"inputs": np.zeros((3, 2))}, np.array(order), np.array(offsets))
 
 
 def test_a_population_of_a_cohort_leaves_all_others_out():
@@ -133,6 +151,15 @@ def test_rows_are_those_of_the_start_until_they_are_written(place, tmp_path):
     assert [array.shape[1] for array in store.kept.arrays] == [2, 12]  # ten bits, three floats
 
 
+def test_rows_with_long_names_have_files_of_their_own(tmp_path):
+    name = "a" * 240
+    row = {"first": {name: np.zeros(2, np.float32)}, "other": {name: np.ones(2, np.float32)}}
+    store = rows.make(row, num_clients=2, folder=tmp_path)
+    store.write(np.array([1]), jax.tree.map(lambda leaf: leaf[None] + 2, row))
+    found = store.read(np.array([1]))
+    assert (found["first"][name].tolist(), found["other"][name].tolist()) == ([[2, 2]], [[3, 3]])
+
+
 def test_what_a_later_round_promised_is_written_last():
     store = rows.make(ROW, num_clients=6)
     here = np.array([2, 3]), np.array([True, False])
@@ -144,6 +171,9 @@ def test_what_a_later_round_promised_is_written_last():
     store.settle(9)
     assert store.read(np.array([2]))["residual"][0, 0] == 4
     assert not store.kept.is_written[3]
+    store.promise(10, (here[0], np.array([False, False])), row)  # nobody took part
+    store.settle(10)
+    assert np.flatnonzero(store.kept.is_written).tolist() == [2]
 
 
 def test_rows_of_the_round_before_are_found_where_they_are():
@@ -165,31 +195,47 @@ def test_snapshots_hold_what_was_written_since_the_last_whole_one(tmp_path):
 
     def restored(number):
         fresh = rows.make(ROW, num_clients=9)
-        assert snapshots.is_whole(tmp_path, number, fresh.kept)
-        snapshots.restore(tmp_path, number, fresh.kept)
+        assert saved_rows.is_whole(tmp_path, number, fresh.kept, fingerprint=7)
+        saved_rows.restore(tmp_path, number, fresh.kept)
         return fresh
 
     def size(number):
-        return (tmp_path / str(number) / snapshots.IDS).stat().st_size // 8
+        return (tmp_path / str(number) / saved_rows.IDS).stat().st_size // 8
 
     write(0, 1, 2, 3, 4)
-    snapshots.save(tmp_path, 1, store.kept)
+    saved_rows.save(tmp_path, 1, store.kept, fingerprint=7)
     write(1, 7)
-    snapshots.save(tmp_path, 2, store.kept)
+    saved_rows.save(tmp_path, 2, store.kept, fingerprint=7)
     assert (size(1), size(2)) == (5, 2)
     again = restored(2)
     everybody = np.arange(9)
     chex.assert_trees_all_equal(again.read(everybody), store.read(everybody))
     np.testing.assert_array_equal(again.kept.is_changed, store.kept.is_changed)
     write(2, 3)
-    snapshots.save(tmp_path, 3, store.kept)
+    saved_rows.save(tmp_path, 3, store.kept, fingerprint=7)
     assert size(3) == 6  # whole again
-    snapshots.remove(tmp_path, 2, Home(), keep=())
+    saved_rows.remove(tmp_path, 2, Home(), keep=())
     assert sorted(place.name for place in tmp_path.iterdir()) == ["1", "2"]
-    damaged = tmp_path / "1" / snapshots.IDS
+    assert not saved_rows.is_whole(tmp_path, 2, store.kept, fingerprint=8)  # of another run
+    damaged = tmp_path / "1" / saved_rows.IDS
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    assert not snapshots.is_whole(tmp_path, 2, store.kept)
-    assert not snapshots.is_whole(tmp_path, 8, store.kept)
+    assert not saved_rows.is_whole(tmp_path, 2, store.kept, fingerprint=7)
+    assert not saved_rows.is_whole(tmp_path, 8, store.kept, fingerprint=7)
+
+
+def test_what_is_damaged_beside_new_rows_does_no_harm(tmp_path):
+    store = rows.make(ROW, num_clients=9)
+    many = jax.tree.map(lambda leaf: np.stack([leaf] * 9), ROW)
+    store.write(np.arange(9), many)
+    saved_rows.save(tmp_path, 1, store.kept, fingerprint=7)
+    (tmp_path / "1" / saved_rows.ABOUT).write_text("{")
+    store.write(np.array([4]), jax.tree.map(lambda leaf: leaf[None], ROW))
+    saved_rows.save(tmp_path, 2, store.kept, fingerprint=7)  # whole, as no base can be read
+    saved_rows.remove(tmp_path, 2, Home(), keep=(1, 2))
+    assert saved_rows.is_whole(tmp_path, 2, store.kept, fingerprint=7)
+    about = tmp_path / "2" / saved_rows.ABOUT
+    about.write_text(about.read_text().replace('"round": 2', '"round": 3'))
+    assert not saved_rows.is_whole(tmp_path, 2, store.kept, fingerprint=7)
 
 
 def test_rows_are_kept_saved_and_found_again_by_any_number_of_processes(tmp_path):
@@ -205,14 +251,14 @@ def test_rows_are_kept_saved_and_found_again_by_any_number_of_processes(tmp_path
 
     def save(team, number, keep=()):
         for store in reversed(team):  # the first process removes what others saved before
-            snapshots.save(tmp_path, number, store.kept)
-            snapshots.remove(tmp_path, number, store.kept.home, keep=keep)
+            saved_rows.save(tmp_path, number, store.kept, fingerprint=7)
+            saved_rows.remove(tmp_path, number, store.kept.home, keep=keep)
 
     def restored(number, processes):
         team = stores_of(processes)
         for store in team:
-            assert snapshots.is_whole(tmp_path, number, store.kept)
-            snapshots.restore(tmp_path, number, store.kept)
+            assert saved_rows.is_whole(tmp_path, number, store.kept, fingerprint=7)
+            saved_rows.restore(tmp_path, number, store.kept)
         found = [store.read(everybody)["residual"] for store in team]
         np.testing.assert_array_equal(sum(found), whole.read(everybody)["residual"])
         masks = [store.read(everybody)["mask"] for store in team]
@@ -236,7 +282,7 @@ def test_rows_are_kept_saved_and_found_again_by_any_number_of_processes(tmp_path
     save(pair, 5)
     assert {place.name for place in tmp_path.iterdir()} == {"0-of-2", "1-of-2"}
     shutil.rmtree(tmp_path / "1-of-2" / "5")
-    assert not snapshots.is_whole(tmp_path, 5, whole.kept)
+    assert not saved_rows.is_whole(tmp_path, 5, whole.kept, fingerprint=7)
 
 
 def test_rows_of_several_homes_come_together_with_all_bits():
@@ -362,11 +408,51 @@ def test_a_round_in_parts_gathers_nothing_of_all_clients(monkeypatch):
     assert max(sizes) < number
 
 
+def test_rows_of_a_checkpoint_that_is_being_written_are_kept(tmp_path, monkeypatch):
+    write, remove, kept = checkpoints._write, saved_rows.remove, []
+
+    def write_slowly(*given):
+        time.sleep(0.2)
+        write(*given)
+
+    def remove_all_but(folder, number, home, *, keep):
+        kept.append(sorted({*keep, number}))
+        remove(folder, number, home, keep=keep)
+
+    monkeypatch.setattr(checkpoints, "_write", write_slowly)
+    monkeypatch.setattr(saved_rows, "remove", remove_all_but)
+    play(tmp_path, examples="device", client_rows="host", **{"federation.num_rounds": 3})
+    assert kept == [[1], [1, 2], [1, 2, 3]]
+
+
+def test_a_checkpoint_without_its_rows_is_skipped_for_that_reason(tmp_path):
+    where = {"examples": "device", "client_rows": "host"}
+    play(tmp_path, stop_after=3, **where)
+    (tmp_path / layout.ROWS / "2").rename(tmp_path / "elsewhere")
+    said = []
+    config = {**SETTINGS, "execution.client_rows": "host", "execution.examples": "device"}
+    parts = build.build(resolve.resolve(config))
+    loop.train(parts, folder=tmp_path, listener=Listener(warn=said.append))
+    assert said == [
+        "the checkpoint of round 2 is skipped, as its clients' rows are damaged, another run's, or "
+        "not there."
+    ]
+
+
 def test_rows_that_may_fill_the_disk_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: mock.Mock(free=100))
     config = resolve.resolve({**SETTINGS, "execution.client_rows": "disk"})
-    with pytest.raises(RunFolderError, match=r"may take 272 bytes of files in .*, where 100 are"):
+    with pytest.raises(RunFolderError, match=r"may take 544 bytes of files in .*, where 100 are"):
         loop.train(build.build(config), folder=tmp_path, listener=Listener())
+
+
+def test_rows_are_not_saved_where_others_would_find_the_disk_full(tmp_path, monkeypatch):
+    free = iter([10**6, 10**6, 80])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: mock.Mock(free=next(free)))
+    config = resolve.resolve({**SETTINGS, "execution.client_rows": "disk"})
+    with pytest.raises(OSError, match="No space left on device"):
+        loop.train(build.build(config), folder=tmp_path, listener=Listener())
+    assert sorted(place.name for place in (tmp_path / layout.ROWS).iterdir()) == ["1"]
 
 
 GIB = 2**30
@@ -389,11 +475,11 @@ def test_what_does_not_fit_is_kept_off_the_device(sizes, given, wanted, monkeypa
     monkeypatch.setattr(memory, "free_bytes", lambda: 10.0 * GIB)
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 10.0 * GIB)
     config = resolve.resolve({**SETTINGS, **given})
-    places = placing.choose(config, placing.Sizes(sizes[0] * GIB, sizes[1] * GIB))
-    assert (places.examples, places.rows) == wanted
-    assert bool(places.sentence) == (wanted != ("device", "device"))
+    chosen = places.choose(config, places.Sizes(sizes[0] * GIB, sizes[1] * GIB))
+    assert (chosen.examples, chosen.rows) == wanted
+    assert bool(chosen.sentence) == (wanted != ("device", "device"))
     if wanted == ("host", "device"):
-        assert places.sentence == (
+        assert chosen.sentence == (
             "8.00 GiB of examples stay in host memory or in their files; cohorts are fed to the "
             "device one round ahead, where 10.00 GiB are free."
         )
@@ -432,6 +518,9 @@ class Hospital:
         self.offsets = np.cumsum([0, *sizes])
         self.test = inputs[:12], self.arrays["labels"][:12]
 
+    def checksum(self):
+        return int(self.arrays["inputs"].sum() * 1000)
+
     def fetch(self, ids):
         rows = [np.arange(*self.offsets[i : i + 2].tolist()) for i in ids]
         return jax.tree.map(lambda leaf: leaf[np.concatenate(rows)], self.arrays)
@@ -452,9 +541,31 @@ def test_a_store_of_ones_own_is_a_data_set(tmp_path):
     ):
         with pytest.raises(ConfigError, match=sentence):
             fjp.run(given, data=people, folder=tmp_path / "no", **changes)
+    again: Any = {"method": stub.METHOD, "model": stub.net, "data": people}
+    assert len(fjp.resume(tmp_path / "own", **again).record["round"]) == 3
+    people.arrays["inputs"][-1] += 1
+    with pytest.raises(RunFolderError, match="the data are not those of the run"):
+        fjp.resume(tmp_path / "own", **again)
+    people.test = people.test[0], ["yes"] * 12
+    with pytest.raises(DataError, match="test labels of a client store must be numbers, got <U3"):
+        fjp.run(given, data=people)
     del people.test
     with pytest.raises(DataError, match="needs test examples"):
         fjp.run(given, data=people)
+
+
+def test_tokens_that_a_network_does_not_know_are_refused_when_they_are_fetched():
+    texts = {"inputs": np.array([[0, 1], [2, 5]]), "labels": np.array([[1, 2], [2, 1]])}
+    store = stores.of_arrays(texts, np.arange(2), np.arange(3))
+    store = store._replace(test=(texts["inputs"][:1], texts["labels"][:1]))
+    dataset = conversion.as_dataset(store, task="sequence", num_classes=3)
+    model = adapters.from_functions(
+        lambda key: {"embedding": np.zeros((3, 2))}, lambda params, x: x
+    )
+    known = composing.with_known_tokens(dataset, model).clients
+    assert known.fetch(np.array([0]))["inputs"].tolist() == [[0, 1]]
+    with pytest.raises(DataError, match=r"must fetch tokens in \[0, 3\), .* got 2 to 5"):
+        known.fetch(np.array([1]))
 
 
 def test_a_table_is_read_by_row_groups(tmp_path):
@@ -469,6 +580,10 @@ def test_a_table_is_read_by_row_groups(tmp_path):
             "label": np.arange(number) % 3,
             "who": [f"client {i % 7}" for i in range(number)],
             "missing": [None, *range(number - 1)],
+            "no_number": np.where(np.arange(number) == 3, np.nan, 1.0),
+            "half": np.arange(number) + 0.5,
+            "large": np.full(number, 2**33 + 1),
+            "huge": np.full(number, 1e300),
         }
     )
     path = tmp_path / "t.parquet"
@@ -483,10 +598,29 @@ def test_a_table_is_read_by_row_groups(tmp_path):
     made = conversion.as_dataset(store)
     assert (made.num_classes, made.input_shape, len(made.train["labels"])) == (3, (2,), 0)
     for changes, sentence in (
-        ({"label": "lable"}, "has no column 'lable'; it has a, b, label, who, missing"),
+        ({"label": "lable"}, "has no column 'lable'; it has a, b, label, who, missing, no_number"),
         ({"client": "missing"}, "a client id in each row of 'missing'"),
+        ({"client": "no_number"}, "a client id in each row of 'no_number'"),
         ({"label": "missing"}, "column 'missing' must have no missing values"),
-        ({"label": "who"}, "column 'who' must be numbers, got object"),
+        ({"label": "who"}, "column 'who' must be integers, as labels are"),
+        ({"label": "half"}, "column 'half' must be integers, as labels are"),
+        ({"label": "large"}, f"column 'large' must be classes, got 0 to {2**33 + 1}"),
+        ({"inputs": ("a", "who")}, "column 'who' must be numbers, got object"),
+        ({"inputs": ("large", "a")}, f"have the integer {2**33 + 1} in example 0"),
+        ({"inputs": ("huge", "a")}, r"column 'huge' has 1e\+300, which float32 does not hold"),
     ):
         with pytest.raises(DataError, match=sentence):
             parquet_store.of_parquet(path, **{**columns, **changes}).fetch(np.array([0]))
+    assert store.checksum is not None
+    before = store.checksum()
+    pq.write_table(table.set_column(0, "a", [np.arange(number) / 2]), path, row_group_size=6)
+    again = parquet_store.of_parquet(path, **columns).checksum
+    assert again is not None
+    assert again() != before
+    path.write_bytes(path.read_bytes()[:-9])
+    for wrong, sentence in (
+        (path, "cannot be read as a Parquet table"),
+        ("nowhere", "there is no"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            parquet_store.of_parquet(wrong, **columns)

@@ -331,6 +331,15 @@ WIRE = uplinks.error_feedback(uplinks.top_k(fraction=0.5))
 POOL = sampling.with_dropout(sampling.uniform(num_clients=4, cohort_size=2), probability=0.5)
 
 
+def test_whoever_is_drawn_and_is_no_client_is_a_filling_slot():
+    def draw(key):
+        return jnp.array([4, -3, 1, 2]), jnp.array([True, True, True, False])
+
+    ids, present = simulation.drawing(draw, num_clients=3)(KEY, jnp.int32(0))
+    assert ids.tolist() == [-1, -1, 1, 2]  # -1 is charged for nothing, as `ledger.received` says
+    assert present.tolist() == [False, False, True, False]
+
+
 def test_numbers_of_clients_that_disagree_are_refused():
     for draw in (
         POOL,
@@ -342,6 +351,8 @@ def test_numbers_of_clients_that_disagree_are_refused():
             trace(linear(), PEOPLE, draw=draw)
     with pytest.raises(ValueError, match="drawn from 2 clients, but the population has 3"):
         trace(linear(), PEOPLE, draw=sampling.all_clients(2))
+    with pytest.raises(ValueError, match="drawn from 4 clients, but the population has 3"):
+        simulation.drawing(POOL, num_clients=3)
     for number in (2, 4):
         with pytest.raises(ValueError, match=f"num_clients={number}, but the population has 3"):
             trace(linear(), PEOPLE, num_clients=number, uplink=WIRE)

@@ -170,6 +170,20 @@ def test_all_ways_compute_the_convolution(case, way):
     alike(found, jax.jit(jax.vmap(both_gradients(lax.conv_general_dilated, case)))(x, kernel))
 
 
+@pytest.mark.parametrize("way", ["grouped", "sequential"])
+def test_a_blocked_layer_goes_back_the_way_that_it_came(way):
+    def loss(kernel, x):
+        with side_by_side.convolved(way):
+            out = blocked.conv_relu_max_pool(x, kernel, jnp.zeros(2), padding=1, block=2)
+        return jnp.sum(out)
+
+    shapes = [jax.ShapeDtypeStruct((3, *one), jnp.float32) for one in ((3, 3, 1, 2), (2, 8, 8, 1))]
+    traced = jax.jit(jax.vmap(jax.grad(loss))).trace(*shapes)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "convolution" in text
+    assert "dot_general" not in text  # of patches, the default
+
+
 @pytest.mark.parametrize("name", ["blocked", "dense"])
 def test_other_forms_compute_the_same(name):
     image, taps = jax.random.normal(KEY, (3, 2, 8, 8, 1)), jax.random.normal(KEY, (3, 3, 3, 1, 2))

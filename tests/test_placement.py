@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fedjaxprune import models, trees
+from fedjaxprune import models, topk, trees
 from fedjaxprune.data import batching, partitions, transforms
 from fedjaxprune.federated import cohort, local_training, sampling, uplinks
 from fedjaxprune.pruning import pruners
@@ -55,7 +55,7 @@ def rounds_on(mesh):
     where = None
     if mesh is not None:
         where = placement.of_simulation(now, mesh)
-        whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
+        whole = NamedSharding(mesh, PartitionSpec())
         now, (everyone, given) = (
             jax.device_put(now, where),
             jax.device_put((everyone, given), whole),
@@ -117,3 +117,23 @@ def test_a_rule_that_does_not_fit_is_refused():
         placement.of_simulation(now, mesh, rule=lambda *_: PartitionSpec(None, "model"))
     with pytest.raises(ValueError, match="model_devices must divide the number of devices"):
         cohort.make_mesh(devices=jax.devices()[:4], model_devices=3)
+
+
+def test_a_search_where_clients_work_waits_for_no_devices_of_other_clients():
+    mesh = cohort.make_mesh(devices=jax.devices()[:4], model_devices=2)
+    whole, parts = PartitionSpec(), PartitionSpec(cohort.MODEL_AXIS)
+    search = jax.shard_map(
+        lambda scores, k: topk.tree_top_k({"a": scores}, k),
+        mesh=mesh,
+        in_specs=(whole, whole),
+        out_specs=whole,
+        axis_names={cohort.AXIS},
+        check_vma=False,
+    )
+    given = [
+        jax.ShapeDtypeStruct((200, 100), np.float32, sharding=NamedSharding(mesh, parts)),
+        jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, whole)),
+    ]
+    program = str(jax.jit(search).lower(*given).compile().as_text())
+    assert "all-reduce" in program  # within the devices of a client
+    assert "collective-permute" not in program  # for which a CPU waits for all

@@ -22,7 +22,7 @@ from fedjaxprune.experiment.execution import channel as channels
 from fedjaxprune.experiment.execution import joining, meeting, stopping
 from fedjaxprune.experiment.execution import processes as processes_lib
 from fedjaxprune.experiment.execution.channel import Channel
-from fedjaxprune.experiment.folder import failure, record
+from fedjaxprune.experiment.folder import failure, layout, record
 from tests import processes, several, stub
 
 HEARTBEAT_S = 0.5
@@ -138,16 +138,45 @@ def test_processes_that_do_not_come_are_named():
     assert "process 1 could not reach process 0" in str(error)
 
 
-@pytest.mark.parametrize("text", ["host", "host:", ":80", "host:0", "host:70000", "host:a"])
-def test_a_coordinator_is_a_host_and_a_port(text):
+def test_a_process_that_was_ended_while_it_waited_may_come_again():
+    place = meeting.Place("127.0.0.1", several.free_port())
+    found: list[Any] = [None] * 3
+
+    def come(one):
+        found[one] = meeting.meet(place, meeting.Caller(one, 3, {}), wait_s=20.0)
+
+    threads = [threading.Thread(target=come, args=(one,)) for one in range(3)]
+    threads[0].start()
+    time.sleep(0.1)
+    with socket.create_connection(place) as early:
+        gone = channels.Link(early, process=0, host="")
+        gone.send("fedjaxprune", process=1, number=3, host="a", versions={})
+        time.sleep(0.1)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [sorted(links) for links in found] == [[1, 2], [0], [0]]
+    assert found[0][1].host != "a"
+    for links in found:
+        for link in links.values():
+            link.close()
+
+
+@pytest.mark.parametrize("text", ["host", "host:", ":80", "host:0", "host:70000", "host:a", 8000])
+def test_a_coordinator_is_a_host_and_a_port(text: Any):
     with pytest.raises(ConfigError, match="coordinator must be HOST:PORT"):
         meeting.place_of(text)
 
 
 def test_a_membership_is_checked():
     assert joining.membership(None, None, None, 20.0) is None
+    given: Any
     for given, sentence in {
         (None, 2, None, 20.0): "num_processes needs a coordinator",
+        ("a:1", "2", 0, 20.0): "num_processes must be a whole number, got '2'",
+        ("a:1", 2, 0.0, 20.0): "process_id must be a whole number, got 0.0",
+        ("a:1", 2, 0, "20"): "heartbeat must be a number of seconds, got '20'",
         ("a:1", None, 0, 20.0): "needs num_processes and process_id",
         ("a:1", 2, 2, 20.0): r"process_id must be in \[0, 1\], got 2",
         ("a:1", 2, 0, 0.1): "heartbeat must be between 1 and 3600 seconds",
@@ -184,7 +213,16 @@ def test_where_no_cluster_says_it_a_coordinator_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"GET / HTTP/1.1\r\n\r\n", struct.pack(">IQ", 2, 2**40) + b"{}", b"\0" * 12]
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack(">IQ", 2, 2**40) + b"{}",
+        b"\0" * 12,
+        struct.pack(">IQ", 3, 0) + b"[1]",
+        struct.pack(">IQ", 10**5, 0) + b"[" * 10**5,
+    ],
+    ids=range(6),
 )
 def test_a_stranger_at_the_port_is_ignored(sent):
     ours, theirs = socket.socketpair()
@@ -232,6 +270,30 @@ def test_a_difference_between_processes_is_named():
 
         sentence = "process 1 has seed 1 and process 0 has 0: give the same."
         assert on_all(team, check) == [sentence] * 2
+
+
+def test_a_finished_run_has_not_failed_because_another_process_does(tmp_path, monkeypatch):
+    left = threading.Event()
+
+    def leave(sentence, mark, status):
+        mark()
+        left.set()
+
+    monkeypatch.setattr(processes_lib.last_words, "leave", leave)
+    for name in ("_GRACE_S", "_LEAVING_S"):
+        monkeypatch.setattr(processes_lib, name, 0.01)
+    for name in (layout.CONFIG, layout.SUMMARY):
+        (tmp_path / name).touch()
+    with opened(2) as team:
+        own = processes_lib.Processes(0, 2, team[0])
+        with (
+            contextlib.suppress(channels.ProcessLost),
+            processes_lib.at_work(own, lambda: tmp_path),
+        ):
+            team[1].tell("failed", words="failed: it sees no such folder", status=2)
+            assert left.wait(10)
+        assert team[0].loss is not None
+    assert failure.read(tmp_path) is None
 
 
 # Runs of processes of their own.

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fedjaxprune.experiment.folder import checkpoints, snapshots
+from fedjaxprune.federated import cohort
 
 ARRAYS = {
     "rows": jnp.arange(700, dtype=jnp.float32).reshape(7, 100),
@@ -39,6 +41,14 @@ def test_a_copy_is_exact_and_its_checksum_that_of_all_bytes(tmp_path, name):
     assert list(tmp_path.iterdir()) == []  # the file has no name
     blocks = list(snapshots._blocks(array))  # of an array that stays on its device
     assert b"".join(blocks) == np.asarray(array).tobytes()
+
+
+@pytest.mark.usefixtures("by_file")
+def test_an_array_that_devices_share_is_copied_whole(tmp_path):
+    mesh = cohort.make_mesh(devices=jax.devices()[:4], model_devices=2)
+    for spec in (PartitionSpec(None, cohort.MODEL_AXIS), PartitionSpec(cohort.MODEL_AXIS)):
+        shared = jax.device_put(np.arange(96.0).reshape(8, 12), NamedSharding(mesh, spec))
+        np.testing.assert_array_equal(snapshots.take(shared, tmp_path), shared)
 
 
 @pytest.mark.usefixtures("by_file")

@@ -138,8 +138,11 @@ def _of_store(
     first: Any = store.fetch(holder)
     if np.asarray(first["labels"]).dtype.kind not in "buif":
         raise DataError("the labels that a client store fetches must be numbers.")
+    tested = np.asarray(test[1])
+    if tested.dtype.kind not in "buif":
+        raise DataError(f"the test labels of a client store must be numbers, got {tested.dtype}.")
     if num_classes is None and task in (None, "classification"):
-        num_classes = int(np.max(np.asarray(test[1]), initial=1)) + 1
+        num_classes = int(np.max(tested, initial=1)) + 1
     train = {"inputs": first["inputs"], "labels": first["labels"]}
     made = as_dataset(
         (tuple(train.values()), tuple(test)),

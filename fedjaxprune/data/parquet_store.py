@@ -2,16 +2,22 @@
 
 import functools
 import os
+import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from fedjaxprune.data import rounding
+from fedjaxprune.data.sources import files
 from fedjaxprune.data.stores import ClientStore
 from fedjaxprune.errors import DataError
+from fedjaxprune.settings import INT_MAX
 
 _GROUPS_KEPT = 4  # row groups that were read last
+_AT_ONCE = 2**24  # bytes of the file that are summed up together
 
 
 def of_parquet(
@@ -25,7 +31,8 @@ def of_parquet(
     """Make a store of a table with one example per row; clients count in the order of their ids.
 
     The column with client ids is read whole at the start. A file whose rows are sorted by client is
-    read least, as a client's examples are then in one row group, or two.
+    read least, as a client's examples are then in one row group, or two. A run reads the file once
+    more to sum it up, so that it is not continued with another one.
 
     Args:
       path: of the file.
@@ -35,19 +42,22 @@ def of_parquet(
       test: inputs and labels of the test examples.
 
     Raises:
-      DataError: a column is not there, has missing values, or holds no numbers.
+      DataError: the file cannot be read, or a column is not there, has missing values, or holds no
+        numbers, labels that are no integers, or numbers that float32 or int32 does not hold.
     """
     import pyarrow.parquet as pq  # an optional package
 
-    file = pq.ParquetFile(path)
+    place = files.find(os.fspath(path)).absolute()
+    file = files.read(place, pq.ParquetFile, "a Parquet table")
     names = file.schema_arrow.names
     columns = [*inputs, label]
     if absent := [name for name in (*columns, client) if name not in names]:
         raise DataError(f"{path} has no column {absent[0]!r}; it has {', '.join(names)}.")
     owners = file.read([client]).column(client)
-    if owners.null_count:
+    ids = owners.to_numpy()
+    if owners.null_count or (ids.dtype.kind == "f" and np.isnan(ids).any()):
         raise DataError(f"{path} must have a client id in each row of {client!r}.")
-    _, owner = np.unique(owners.to_numpy(), return_inverse=True)
+    _, owner = np.unique(ids, return_inverse=True)
     sizes = np.bincount(owner)
     order = np.argsort(owner, kind="stable")
     begins = np.cumsum(sizes) - sizes
@@ -56,10 +66,9 @@ def of_parquet(
 
     @functools.lru_cache(maxsize=_GROUPS_KEPT)
     def group(number: int) -> tuple[np.ndarray, np.ndarray]:
-        table = file.read_row_group(number, columns)
-        found = [_numbers(table.column(name), f"{path}: column {name!r}") for name in columns]
-        features = np.stack([one.astype(np.float32) for one in found[:-1]], axis=1)
-        return features, found[-1]
+        table = files.read(place, lambda _: file.read_row_group(number, columns), "a Parquet table")
+        found = [_numbers(table.column(name), f"{path}: column {name!r}") for name in inputs]
+        return np.stack(found, axis=1), _classes(table.column(label), f"{path}: column {label!r}")
 
     def fetch_fn(ids: np.ndarray) -> dict[str, np.ndarray]:
         rows = np.concatenate([order[begins[i] : begins[i] + sizes[i]] for i in ids])
@@ -77,14 +86,44 @@ def of_parquet(
         "inputs": jax.ShapeDtypeStruct((len(inputs),), np.float32),
         "labels": jax.ShapeDtypeStruct((), np.int32),
     }
-    return ClientStore(sizes.astype(np.int64), fetch_fn, like, test)
+    return ClientStore(sizes.astype(np.int64), fetch_fn, like, test, lambda: _checksum(place))
+
+
+def _checksum(path: pathlib.Path) -> int:
+    """Sum up a file."""
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(_AT_ONCE):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def _numbers(column: Any, what: str) -> np.ndarray:
-    """Read a column of numbers without missing values."""
+    """Read a column of numbers as float32."""
+    found = _values(column, what, kinds="buif", words="numbers")
+    rounding.check_integers(found, what, digits=24, advice="scale them before")
+    with np.errstate(over="ignore"):
+        floats = found.astype(np.float32)
+    is_too_large = np.isinf(floats) & np.isfinite(found)
+    if is_too_large.any():
+        raise DataError(f"{what} has {found[is_too_large][0]}, which float32 does not hold.")
+    return floats
+
+
+def _classes(column: Any, what: str) -> np.ndarray:
+    """Read a column of labels as int32."""
+    found = _values(column, what, kinds="bui", words="integers, as labels are")
+    low, high = int(found.min(initial=0)), int(found.max(initial=0))
+    if max(high, -low) > INT_MAX:
+        raise DataError(f"{what} must be classes, got {low} to {high}.")
+    return found.astype(np.int32)
+
+
+def _values(column: Any, what: str, *, kinds: str, words: str) -> np.ndarray:
+    """Read a column without missing values, of some kinds of types."""
     if column.null_count:
         raise DataError(f"{what} must have no missing values.")
     found = column.to_numpy()
-    if found.dtype.kind not in "buif":
-        raise DataError(f"{what} must be numbers, got {found.dtype}.")
+    if found.dtype.kind not in kinds:
+        raise DataError(f"{what} must be {words}, got {found.dtype}.")
     return found

@@ -21,12 +21,15 @@ class ClientStore(NamedTuple):
         tree of NumPy arrays ``[sum of sizes, ...]``. A thread of its own may call it.
       like: tree of the shapes of one example, in the types in which JAX keeps them.
       test: inputs and labels of test examples, where the store is a run's data set.
+      checksum: gives a number that is another one if the examples are others, so that a run is not
+        continued with these; None does not look.
     """
 
     sizes: np.ndarray
     fetch: Callable[[np.ndarray], Examples]
     like: Any
     test: Any = None
+    checksum: Callable[[], int] | None = None
 
 
 def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> ClientStore:
@@ -36,9 +39,24 @@ def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> Cli
       examples: tree of NumPy arrays ``[E, ...]``.
       order: ``[sum of sizes]`` integers, rows of the examples, grouped by client.
       offsets: ``[N + 1]`` integers, where each client begins, as in a `Population`.
+
+    Raises:
+      DataError: a client would have rows that do not exist.
     """
-    begins = np.asarray(offsets[:-1], np.int64)
-    sizes = np.diff(np.asarray(offsets, np.int64))
+    order, ends = np.asarray(order), np.asarray(offsets, np.int64)
+    begins, sizes = ends[:-1], np.diff(ends)
+    num_examples = min(map(len, jax.tree.leaves(examples)))
+    low, high = int(order.min(initial=0)), int(order.max(initial=0))
+    if low < 0 or (order.size and high >= num_examples):
+        raise DataError(
+            f"the order of a client store must hold rows in [0, {num_examples}), got {low} to "
+            f"{high}."
+        )
+    if not sizes.size or ends[0] != 0 or ends[-1] != order.size or sizes.min() < 0:
+        raise DataError(
+            f"the offsets of a client store must not fall, from 0 to the {order.size} entries of "
+            f"its order, got {ends.tolist() if ends.size < 9 else f'{ends[0]} to {ends[-1]}'}."
+        )
 
     def fetch_fn(ids):
         own = sizes[ids]
@@ -48,14 +66,20 @@ def of_arrays(examples: Examples, order: np.ndarray, offsets: np.ndarray) -> Cli
             mapped.advise(leaf, order="any")
         return jax.tree.map(lambda leaf: leaf[rows], examples)
 
-    return ClientStore(sizes, fetch_fn, jax.tree.map(_like, examples))
+    def checksum_fn():
+        return mapped.checksum([order, *jax.tree.leaves(examples)])
+
+    like = jax.tree.map(_like, examples)
+    return ClientStore(sizes, fetch_fn, like, checksum=checksum_fn)
 
 
 def of_value(value: Any) -> ClientStore:
     """Make a store of whatever has its `sizes` and `fetch`, by what it fetches for one client.
 
+    Its `checksum` is taken, too, if it has one.
+
     Raises:
-      DataError: the sizes are none, or what is fetched does not fit them.
+      DataError: the sizes are none, what is fetched does not fit them, or the checksum is none.
     """
     sizes = np.asarray(value.sizes)
     if sizes.ndim != 1 or sizes.dtype.kind not in "ui" or not sizes.size or sizes.min() < 0:
@@ -67,9 +91,34 @@ def of_value(value: Any) -> ClientStore:
     if not holders.size:
         raise DataError("the clients of a store must have at least one example, got none.")
     first = jax.tree.map(np.asarray, value.fetch(holders[:1]))
-    store = ClientStore(sizes.astype(np.int64), value.fetch, jax.tree.map(_like, first))
+    checksum: Callable[[], int] | None = getattr(value, "checksum", None)
+    if not isinstance(checksum, Callable | None):
+        raise DataError(
+            "the checksum of a client store must be a function without arguments, got "
+            f"{type(checksum).__name__}."
+        )
+    like = jax.tree.map(_like, first)
+    store = ClientStore(sizes.astype(np.int64), value.fetch, like, checksum=checksum)
     fetched(store, holders[:1])
     return store
+
+
+def of_tokens(store: ClientStore, *, below: int) -> ClientStore:
+    """Make a store that refuses tokens, the inputs of examples, that are not in ``[0, below)``."""
+
+    def fetch_fn(ids):
+        found: Any = store.fetch(ids)
+        tokens = np.asarray(found["inputs"])
+        low, high = int(tokens.min(initial=below)), int(tokens.max(initial=0))
+        if low < 0 or high >= below:
+            raise DataError(
+                f"a client store must fetch tokens in [0, {below}), of which the network knows, "
+                f"got {low} to {high}: make the data set by `as_dataset(store, num_classes=...)`, "
+                "or take a network of more tokens."
+            )
+        return found
+
+    return store._replace(fetch=fetch_fn)
 
 
 def fetched(store: ClientStore, ids: np.ndarray) -> list[np.ndarray]:

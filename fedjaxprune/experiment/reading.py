@@ -8,7 +8,8 @@ import math
 import os
 import pathlib
 import stat
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LARGEST_TEXT = 256 * 2**20  # bytes of a file that is read
@@ -16,6 +17,7 @@ _LARGEST_WHOLE = 64 * 2**20  # of a file in a checkpoint that describes arrays
 _ARRAYS = "d"  # folder in which TensorStore keeps arrays
 _DEEPEST = 32  # lists and mappings in each other
 _DIGITS = 30  # of a whole number
+_SEAL = "own_checksum"
 LARGEST_NUMBER = 1e100  # whose square is finite
 
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # else opening a pipe waits for its writer
@@ -46,6 +48,23 @@ def text(
     if len(content) > largest:
         raise OSError(None, f"it is larger than {largest:,} bytes", str(path))
     return content.decode("utf-8", errors)
+
+
+def sealed(**facts: Any) -> dict[str, Any]:
+    """Add a checksum to facts that JSON can tell."""
+    return {**facts, _SEAL: _sum(facts)}
+
+
+def unsealed(facts: Any) -> dict[str, Any]:
+    """Give facts that `sealed` made; a ValueError if they are others."""
+    if not isinstance(facts, dict) or facts.get(_SEAL) != _sum(facts):
+        raise ValueError("its checksum does not fit its contents")
+    return facts
+
+
+def _sum(facts: Mapping[str, Any]) -> int:
+    rest = {name: value for name, value in facts.items() if name != _SEAL}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def open_no_link(name: str, flags: int) -> int:

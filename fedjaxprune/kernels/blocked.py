@@ -52,7 +52,7 @@ def conv_relu_max_pool(
     def plain(x, kernel, bias):
         return _finish(_convolve(x, kernel, padding), bias)
 
-    output = _conv_relu_max_pool(x, kernel, bias, padding, block)
+    output = _conv_relu_max_pool(x, kernel, bias, padding, block, side_by_side.current())
     again = functools.partial(conv_relu_max_pool, padding=padding, block=block)
     tapped = functools.partial(_tapped, padding=padding, block=block)
     return jaxprs.equivalent_to(output, plain, x, kernel, bias, again=again, tapped=tapped)
@@ -67,11 +67,12 @@ def _finish(x: jax.Array, bias: jax.Array) -> jax.Array:
     return jax.nn.relu(pooling.max_pool(x) + bias[None, None, None])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+# The way is an argument: the backward form is traced when that of the forward form may be over.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _conv_relu_max_pool(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int, way: Way
 ) -> jax.Array:
-    return _chosen_forward(x, kernel, bias, padding, block)[0]
+    return _chosen_forward(x, kernel, bias, padding, block, way)[0]
 
 
 class _Forms(NamedTuple):
@@ -134,16 +135,18 @@ def _forms(
 
 
 def _chosen_forward(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: int, block: int, way: Way
 ) -> Any:
-    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype, side_by_side.current())
+    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype, way)
     output, *stored = chosen.call(forms.forward, forms.plain_forward, forms.stored, x, kernel, bias)
     return output, (x, kernel, bias, *stored)
 
 
-def _chosen_backward(padding: int, block: int, residuals: Any, cotangent: jax.Array) -> Any:
+def _chosen_backward(
+    padding: int, block: int, way: Way, residuals: Any, cotangent: jax.Array
+) -> Any:
     x, kernel, bias, *_ = residuals
-    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype, side_by_side.current())
+    forms = _forms(x.shape, kernel.shape, padding, block, x.dtype, way)
     like = (x, kernel, bias)
     operands = (*residuals, cotangent)
     return tuple(chosen.call(forms.backward, forms.plain_backward, like, *operands))

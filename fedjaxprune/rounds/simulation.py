@@ -148,7 +148,11 @@ def drawing(participation: SamplingFn, *, num_clients: int) -> DrawFn:
 
     Returns:
       ``(key, round) -> (client_ids [C], present [C])``: the run's key, and `RoundState.round`.
+
+    Raises:
+      ValueError: a function of `sampling` draws from another number of clients.
     """
+    _check_drawn(participation, num_clients)
 
     def draw_fn(key, round):
         return _draw(participation, _keys(key, round)[0], num_clients)
@@ -231,11 +235,8 @@ def _count_clients(simulation: Simulation, population: Population, draw: Samplin
     num_clients = population.offsets.shape[0] - 1
     if num_clients < 1:
         raise ValueError("the population must have at least one client, got none.")
-    drawn = None if draw is None else sampling.num_clients_of(draw)
-    if drawn not in (None, num_clients):
-        raise ValueError(
-            f"the cohort is drawn from {drawn} clients, but the population has {num_clients}."
-        )
+    if draw is not None:
+        _check_drawn(draw, num_clients)
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(simulation.rows)}
     if others := sizes - {num_clients}:
         raise ValueError(
@@ -243,6 +244,15 @@ def _count_clients(simulation: Simulation, population: Population, draw: Samplin
             f"{num_clients} clients."
         )
     return num_clients
+
+
+def _check_drawn(draw: SamplingFn, num_clients: int) -> None:
+    """See that a cohort is drawn from as many clients as there are."""
+    drawn = sampling.num_clients_of(draw)
+    if drawn not in (None, num_clients):
+        raise ValueError(
+            f"the cohort is drawn from {drawn} clients, but the population has {num_clients}."
+        )
 
 
 def _draw(draw: SamplingFn, key: Key, num_clients: int) -> tuple[jax.Array, jax.Array]:
@@ -261,5 +271,8 @@ def _draw(draw: SamplingFn, key: Key, num_clients: int) -> tuple[jax.Array, jax.
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"participation must give ids that are integers, got {ids.dtype}.")
     if sampling.num_clients_of(draw) is None:
-        present = present & (ids >= 0) & (ids < num_clients)
+        ids = ids.astype(jnp.int32)
+        is_client = (ids >= 0) & (ids < num_clients)
+        # Who is no client has dropped out of nothing, and was sent nothing.
+        ids, present = jnp.where(is_client, ids, jnp.full_like(ids, -1)), present & is_client
     return ids, present

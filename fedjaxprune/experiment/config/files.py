@@ -16,7 +16,7 @@ from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.config import identity, rebase, resolve, yaml_text
 from fedjaxprune.experiment.config.sections import PLACES, SCHEMA, RunConfig, plain
 from fedjaxprune.registry import Found
-from fedjaxprune.settings import nested
+from fedjaxprune.settings import INT_MAX, nested
 
 # Keys of a run folder's config.yaml that are no settings.
 VERSIONS, ENVIRONMENT, PARTS, COMMAND = "versions", "environment", "parts", "command"
@@ -24,8 +24,9 @@ STARTED_IN = "started_in"
 _NOTES = (VERSIONS, ENVIRONMENT, PARTS, COMMAND, STARTED_IN)
 _ALWAYS = ("method", "model", "data.dataset")  # parts without which there is no run
 # "auto" leaves them to the run.
-_COUNTED_HERE = ("execution.devices", "execution.chunk_size", "execution.convolutions")
-_CHOSEN_HERE = (*_COUNTED_HERE, "execution.examples", "execution.client_rows")
+_DEVICES, _CHUNK = "execution.devices", "execution.chunk_size"
+_PLACES = ("execution.examples", "execution.client_rows")
+_CHOSEN_HERE = (_DEVICES, _CHUNK, "execution.convolutions", *_PLACES)
 
 
 class Stored(NamedTuple):
@@ -230,7 +231,7 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
     """List how explicitly given settings differ from a stored run's.
 
     Where the data lie may differ; ``auto`` leaves devices and chunks to the run, and a number of
-    them is compared at most as large as the cohort.
+    them is compared at most as large as a run takes of its cohort.
     """
     there = resolve.read(plain(stored))
     same = {path: old for path, old in there.values.items() if path in given.values}
@@ -241,13 +242,15 @@ def differences(stored: RunConfig, given: resolve.Given) -> list[str]:
     base = there._replace(values={**there.values, **own})
     merged = resolve.resolve(resolve.merge(base, given))
     here = identity.flat(plain(merged))
+    size = stored.federation.cohort_size or INT_MAX
+    most = {_DEVICES: size * stored.execution.model_devices, _CHUNK: size}
     different = []
     for path, value in there.values.items():
         new: Any = here.get(path)
-        if path in _CHOSEN_HERE:
-            largest: Any = stored.federation.cohort_size or new
-            most = min(new, largest) if path in _COUNTED_HERE and new != "auto" else new
-            new = value if new == "auto" else most
+        if path in _CHOSEN_HERE and new == "auto":
+            new = value
+        elif path in most:
+            new = min(new, most[path])
         if path in given.values and path != identity.DATA_DIR and value != new:
             different.append(
                 f"{path.removesuffix('.name')} is {value!r} in the run, {new!r} was given"

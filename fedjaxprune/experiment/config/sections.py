@@ -211,7 +211,7 @@ class Execution(Settings):
     )
     client_rows: Literal["auto", "device", "host", "disk"] = setting(
         "auto",
-        "Where that is kept which clients remember.",
+        "Where what clients remember is kept.",
     )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",

@@ -106,8 +106,8 @@ class Link:
                 return None
             facts = json.loads(self._read(length))
             return Message(facts.pop("kind"), facts, self._read(size))
-        except (OSError, EOFError, ValueError, KeyError, AttributeError):
-            return None
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return None  # of a stranger it may be any JSON
 
     def _read(self, size: int) -> bytes:
         parts = bytearray()
@@ -118,6 +118,17 @@ class Link:
             self.heard = time.monotonic()
             parts += found
         return bytes(parts)
+
+    def is_open(self) -> bool:
+        """Tell whether the other process, which has sent nothing, has not ended the connection."""
+        waits = self._connection.gettimeout()
+        self._connection.settimeout(0.0)
+        try:
+            return bool(self._connection.recv(1, socket.MSG_PEEK))
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        finally:
+            self._connection.settimeout(waits)
 
     def set_timeout(self, seconds: float | None) -> None:
         """Let what waits for the other process wait so long at most."""

@@ -141,7 +141,9 @@ def measure(
     mesh: Mesh | None,
 ) -> chunk_size.MeasureFn:
     """Make ``chunk size -> examples per second``, on all devices of the mesh."""
-    most = np.argsort(-work.steps, kind="stable").astype(np.int32)
+    # Clients that take most steps; of those that take as many, the ones whose examples are here.
+    held = np.diff(np.asarray(population.offsets))
+    most = np.lexsort((-held, -work.steps)).astype(np.int32)
     by_field = {
         "delta": aggregators.weighted_mean(),
         "model_state": aggregators.weighted_mean(),

@@ -84,6 +84,11 @@ def _found(membership: Membership) -> Membership:
     number, index, heartbeat_s = membership[1:4]
     if number is None or index is None:
         raise ConfigError("coordinator HOST:PORT needs num_processes and process_id, too.")
+    for name, value in {"num_processes": number, "process_id": index}.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ConfigError(f"{name} must be a whole number, got {value!r}.")
+    if isinstance(heartbeat_s, bool) or not isinstance(heartbeat_s, int | float | np.number):
+        raise ConfigError(f"heartbeat must be a number of seconds, got {heartbeat_s!r}.")
     if number < 1:
         raise ConfigError(f"num_processes must be at least 1, got {number}.")
     if not 0 <= index < number:
@@ -91,7 +96,7 @@ def _found(membership: Membership) -> Membership:
     if not 1.0 <= heartbeat_s <= 3600.0:
         raise ConfigError(f"heartbeat must be between 1 and 3600 seconds, got {heartbeat_s:g}.")
     meeting.place_of(membership.coordinator)
-    return membership
+    return membership._replace(num_processes=int(number), process_id=int(index))
 
 
 def _detected(membership: Membership) -> Membership:

@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 def place_of(text: str) -> Place:
     """Read ``HOST:PORT``."""
-    host, colon, port = text.rpartition(":")
+    host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not colon or not host.strip("[]") or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(
             f"coordinator must be HOST:PORT, with the port in [1, 65535], or auto, got {text!r}."
@@ -74,6 +74,8 @@ def meet(place: Place, own: Caller, *, wait_s: float) -> dict[int, Link]:
                         f"{len(missing)} of {own.number} processes did not come to {place} within "
                         f"{wait_s:g} s: --process-id {named}."
                     )
+                if link.process in links:
+                    links[link.process].close()
                 links[link.process] = link
     except BaseException as error:
         for link in links.values():
@@ -83,7 +85,8 @@ def meet(place: Place, own: Caller, *, wait_s: float) -> dict[int, Link]:
             link.close()
         raise
     for link in links.values():
-        link.send("welcome", host=socket.gethostname())
+        with contextlib.suppress(OSError):  # one that is gone is missed by the channel
+            link.send("welcome", host=socket.gethostname())
     return links
 
 
@@ -124,8 +127,10 @@ def _accepted(
                 link.send("refused", why=why)
             link.close()
             raise ConfigError(why)
-        if link.process in links or not 0 < link.process < own.number:
-            others = links[link.process].host if link.process in links else socket.gethostname()
+        other = links.get(link.process)
+        is_taken = other is not None and other.is_open()  # else it was ended while it waited
+        if is_taken or not 0 < link.process < own.number:
+            others = socket.gethostname() if other is None else other.host
             with contextlib.suppress(OSError):
                 link.send(
                     "refused",

@@ -80,12 +80,12 @@ def shapes(tree: Any, where: Any) -> Any:
 def place(tree: Any, mesh: Mesh | None, where: Any = None) -> Any:
     """Put a tree on every device of a mesh, or where a placement or a tree of them says.
 
-    Of several processes each puts its own copy on its own devices, and nothing is sent: all must
-    give the same.
+    Without a mesh there is one device. Of several processes each puts its own copy on its own
+    devices, and nothing is sent: all must give the same.
     """
     sharding = everywhere(mesh)
     if mesh is None or sharding is None:
-        return tree
+        return jax.device_put(tree)
     if not mesh.is_multi_process:
         return jax.device_put(tree, sharding if where is None else where)
 

@@ -165,7 +165,9 @@ def at_work(processes: Processes, place: Callable[[], pathlib.Path | None]) -> I
                 is_ours = loss.process != processes.process and (
                     processes.is_first or loss.process == 0
                 )
-                if folder is not None and has_begun and is_ours and loss.how != STOPPED:
+                if folder is None or not has_begun or not is_ours or loss.how == STOPPED:
+                    return
+                if not (folder / layout.SUMMARY).exists():  # else the run is finished
                     failure.mark(folder, loss.sentence)
 
             if loss.how in (FAILED, STOPPED):

@@ -185,27 +185,27 @@ def _prepare(number: int, first: int, drawn: Any, pantry: Pantry | None, by: Han
         rows = by.store.read(np.clip(np.where(ids < 0, ids + num_clients, ids), 0, num_clients - 1))
         before = jax.device_get(drawn[number - 1]) if number > first else None
         places = _places(ids, before)
-        places = place(places, by.mesh)
+        places = placing_lib.place(places, by.mesh)
         if placing_lib.is_shared(by.mesh):
             rows = homes.place_rows(rows, by.mesh)
         else:
-            rows = place(rows, by.mesh)
+            rows = placing_lib.place(rows, by.mesh)
     return _Given((ids, present), drawn[number], population, rows, places)
 
 
 def _empty(store: RowStore, size: int, mesh: Mesh | None) -> Any:
     """Make rows ``[C, ...]`` of no round."""
     rows = store.read(np.zeros(size, np.int64))
-    return place(jax.tree.map(np.zeros_like, rows), mesh)
+    return placing_lib.place(jax.tree.map(np.zeros_like, rows), mesh)
 
 
 def _fetch(pantry: Pantry, ids: np.ndarray, mesh: Mesh | None) -> Population:
     """Fetch the examples of a cohort, or of those clients that this process's devices train."""
     if mesh is None or pantry.whole.num_parts == 1:
-        return place(feeding.population(pantry, ids), mesh)
+        return placing_lib.place(feeding.population(pantry, ids), mesh)
     found = feeding.population(pantry, ids, parts=placing_lib.own_parts(mesh))
     examples = placing_lib.place_parts(found.examples, mesh)
-    return place(found._replace(examples=()), mesh)._replace(examples=examples)
+    return placing_lib.place(found._replace(examples=()), mesh)._replace(examples=examples)
 
 
 def _places(ids: np.ndarray, before: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
@@ -226,10 +226,5 @@ def _places(ids: np.ndarray, before: tuple[np.ndarray, np.ndarray] | None) -> np
 
 def _on_device(pantry: Pantry, mesh: Mesh | None) -> Pantry:
     """Put on the device what is the same for all populations of a stage."""
-    order, held, whole = place((pantry.order, pantry.held, pantry.whole), mesh)
+    order, held, whole = placing_lib.place((pantry.order, pantry.held, pantry.whole), mesh)
     return pantry._replace(order=order, held=held, whole=whole)
-
-
-def place(tree: Any, mesh: Mesh | None) -> Any:
-    """Put a tree on the device, or on all devices of a mesh, those of other processes included."""
-    return jax.device_put(tree) if mesh is None else placing_lib.place(tree, mesh)

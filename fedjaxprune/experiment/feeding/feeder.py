@@ -1,18 +1,21 @@
 """What the loop of a run asks for, whether its rounds are fed or all is on the device."""
 
 import contextlib
+import errno
 import functools
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from fedjaxprune.errors import RunFolderError
 from fedjaxprune.experiment.feeding import feed as feed_lib
-from fedjaxprune.experiment.feeding import homes, rows, snapshots
+from fedjaxprune.experiment.feeding import homes, rows, saved_rows
 from fedjaxprune.experiment.feeding.feed import Feed, StepFn
 from fedjaxprune.experiment.feeding.homes import Home
 from fedjaxprune.experiment.folder import layout
@@ -20,6 +23,7 @@ from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Population
 
 _WORKING = "working"  # folder of the files that rows are kept in, for each process
+_PAGE = 4096  # bytes that a row takes at most beside its own
 
 
 class Feeder(NamedTuple):
@@ -27,21 +31,21 @@ class Feeder(NamedTuple):
 
     Attributes:
       step: ``(index of a stage, compiled round, numbers of the rounds) -> step`` (`feed.step`).
-      is_saved: whether clients' rows after so many rounds can be restored.
+      lacks: says why clients' rows after so many rounds cannot be restored; nothing if they can.
       restore: these rows.
       save: ``(number of rounds, numbers to keep)``: save the rows as they are now, and forget all
         that were saved but those to keep. Each process saves its own.
     """
 
     step: Callable[[int, Callable[..., Any], range], StepFn]
-    is_saved: Callable[[int], bool]
+    lacks: Callable[[int], str]
     restore: Callable[[int], None]
     save: Callable[[int, Collection[int]], None]
 
 
 RESIDENT = Feeder(
     step=lambda index, compiled, rounds: compiled,
-    is_saved=lambda number: True,
+    lacks=lambda number: "",
     restore=lambda number: None,
     save=lambda number, keep: None,
 )
@@ -77,8 +81,8 @@ def feeder(
     *,
     num_clients: int,
     folder: pathlib.Path,
+    fingerprint: int,
     mesh: Mesh | None,
-    warn: Callable[[str], object],
     home: Home = Home(),  # noqa: B008 a tuple
 ) -> Iterator[Feeder]:
     """Begin to feed a run.
@@ -88,8 +92,8 @@ def feeder(
       row: makes that of a client that never took part.
       num_clients: ``N``.
       folder: of the run.
+      fingerprint: of the run's config.
       mesh: the devices that share a cohort; None for one.
-      warn: takes a sentence.
       home: whose rows this process keeps; by default all.
     """
     if feed is None:
@@ -108,7 +112,7 @@ def feeder(
         store = rows.make(row(), num_clients=num_clients, folder=place_of_files, home=home)
     try:
         with feed_lib.hands(mesh, store) as by:
-            yield _fed(feed, by, saved, warn)
+            yield _fed(feed, by, saved, fingerprint)
     finally:
         shutil.rmtree(working, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process may not have ended
@@ -125,8 +129,8 @@ def _remove_stale(working: pathlib.Path, home: Home) -> None:
 
 
 def _check_room(feed: Feed, row: Any, folder: pathlib.Path) -> None:
-    """Refuse a run whose rows may fill the disk, which would end it without a word."""
-    needed, free = feed.num_written * rows.num_bytes(row), shutil.disk_usage(folder).free
+    """Refuse a run whose rows, and the copy of a checkpoint, may fill the disk."""
+    needed, free = 2 * feed.num_written * rows.num_bytes(row), shutil.disk_usage(folder).free
     if needed > free:
         raise RunFolderError(
             f"execution.client_rows disk may take {needed:,} bytes of files in {str(folder)!r}, "
@@ -134,9 +138,19 @@ def _check_room(feed: Feed, row: Any, folder: pathlib.Path) -> None:
         )
 
 
-def _fed(
-    feed: Feed, by: feed_lib.Hands, saved: pathlib.Path, warn: Callable[[str], object]
-) -> Feeder:
+def _check_left(feed: Feed, store: rows.RowStore, folder: pathlib.Path) -> None:
+    """Refuse to save rows where those that are still to be written would find the disk full.
+
+    These are written to a file in memory, and the system ends a process that cannot do so.
+    """
+    kept = store.kept
+    left = max(0, feed.num_written - int(np.count_nonzero(kept.is_written)))
+    growing = sum(min(one.nbytes, left * (one.shape[1] + _PAGE)) for one in kept.arrays)
+    if growing + saved_rows.num_bytes(kept) > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _fed(feed: Feed, by: feed_lib.Hands, saved: pathlib.Path, fingerprint: int) -> Feeder:
     """Make the functions of a feeder."""
 
     def step_fn(index, compiled, rounds):
@@ -148,20 +162,21 @@ def _fed(
         return RESIDENT._replace(step=step_fn)
     store = by.store
 
-    def is_saved_fn(number):
-        is_whole = snapshots.is_whole(saved, number, store.kept)
-        if not is_whole:
-            warn(f"the clients' rows after round {number} are damaged or were not saved.")
-        return is_whole
+    def lacks_fn(number):
+        if saved_rows.is_whole(saved, number, store.kept, fingerprint=fingerprint):
+            return ""
+        return "its clients' rows are damaged, another run's, or not there"
 
     def save_fn(number, keep):
         store.settle(number)
-        snapshots.save(saved, number, store.kept)
-        snapshots.remove(saved, number, store.kept.home, keep=keep)
+        if feed.rows == "disk":
+            _check_left(feed, store, saved)
+        saved_rows.save(saved, number, store.kept, fingerprint=fingerprint)
+        saved_rows.remove(saved, number, store.kept.home, keep=keep)
 
     return Feeder(
         step=step_fn,
-        is_saved=is_saved_fn,
-        restore=lambda number: snapshots.restore(saved, number, store.kept),
+        lacks=lacks_fn,
+        restore=lambda number: saved_rows.restore(saved, number, store.kept),
         save=save_fn,
     )

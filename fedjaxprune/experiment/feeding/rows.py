@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjaxprune import trees
 from fedjaxprune.experiment.feeding import homes
 from fedjaxprune.experiment.feeding.homes import Home
 
@@ -78,11 +77,11 @@ def make(
     leaves, structure = jax.tree.flatten(jax.device_get(row))
     leaves = [np.asarray(leaf) for leaf in leaves]
     initial = [_to_bytes(leaf[None])[0] for leaf in leaves]
-    paths, number = trees.paths(row), homes.count(home, num_clients)
+    number = homes.count(home, num_clients)
     kept = Kept(
         arrays=[
-            _array(folder, name, (number, len(first)))
-            for name, first in zip(_file_names(paths), initial, strict=True)
+            _array(folder, f"{index}.rows", (number, len(first)))
+            for index, first in enumerate(initial)
         ],
         initial=initial,
         is_written=np.zeros(number, bool),
@@ -133,11 +132,6 @@ def _array(folder: pathlib.Path | None, name: str, shape: tuple[int, int]) -> np
     if folder is None or not shape[1]:
         return np.zeros(shape, np.uint8)
     return np.memmap(folder / name, np.uint8, mode="w+", shape=shape)
-
-
-def _file_names(paths: list[str]) -> list[str]:
-    """Name the files of a row's leaves."""
-    return [f"{index}-{path.replace('/', '.')}.rows"[-200:] for index, path in enumerate(paths)]
 
 
 def _read(kept: Kept, index: int, ids: np.ndarray) -> np.ndarray:

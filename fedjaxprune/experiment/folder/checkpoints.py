@@ -10,11 +10,9 @@ deleted: it is put aside.
 
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -92,6 +90,16 @@ def _reason(error: Exception) -> str:
     return first_line(error)[:200].rstrip(".")
 
 
+def finish(manager: Manager) -> None:
+    """Wait until the last checkpoint is written, so that the manager counts it.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    with _writing(pathlib.Path(manager.directory)):
+        manager.finish()
+
+
 def save(
     manager: Manager,
     num_rounds: int,
@@ -108,9 +116,9 @@ def save(
     Raises:
       OSError: this one or the one before cannot be written.
     """
+    finish(manager)
     folder = pathlib.Path(manager.directory)
     with _writing(folder):
-        manager.finish()
         host = {name: snapshots.take(leaf, folder) for name, leaf in _leaves(now)}
         shipped = {name: snapshots.take(leaf, folder) for name, leaf in _leaves(deployed)}
     manager.begin(lambda: _write(manager, num_rounds, host, shipped, fingerprint))
@@ -131,13 +139,12 @@ def _write(
         for name, leaf in shipped.items()
     ):
         host |= {(DEPLOYED, *name): leaf for name, leaf in shipped.items()}
-    about = {
-        "num_rounds": num_rounds,
-        "checksums": {"/".join(name): snapshots.checksum(leaf) for name, leaf in host.items()},
-        "kinds": {"/".join(name): _kind(leaf) for name, leaf in host.items()},
-        "fingerprint": fingerprint,
-    }
-    about["own_checksum"] = _sum(about)
+    about = reading.sealed(
+        num_rounds=num_rounds,
+        checksums={"/".join(name): snapshots.checksum(leaf) for name, leaf in host.items()},
+        kinds={"/".join(name): _kind(leaf) for name, leaf in host.items()},
+        fingerprint=fingerprint,
+    )
     arrays = _nest(host)
     how = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), arrays)
     with _writing(pathlib.Path(manager.directory)):
@@ -180,7 +187,7 @@ def fingerprints(folder: pathlib.Path) -> dict[int, int]:
     for step in folder.glob("[0-9]*"):
         try:
             about = reading.from_json(reading.text(step / "about" / "metadata", may_link=False))
-            found[int(step.name)] = _whole(about)["fingerprint"]
+            found[int(step.name)] = reading.unsealed(about)["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
@@ -194,9 +201,11 @@ def restore(
     aside: pathlib.Path,
     warn: Callable[[str], object],
     allow: Collection[str] = (RESTART,),
+    lacks: Callable[[int], str] = lambda num_rounds: "",
 ) -> tuple[int, Any] | None:
     """Read the newest checkpoint that is whole and `usable`, and put aside those that are newer.
 
+    `lacks` says in words what is wrong with what belongs to one; nothing where it can be used.
     Returns its number of rounds and a tree like `like`, or None where there is none.
 
     Raises:
@@ -208,6 +217,9 @@ def restore(
     for num_rounds in sorted(manager.all_steps(), reverse=True):
         if not usable(num_rounds):
             skipped[num_rounds] = "skipped, as the record does not reach it"
+            continue
+        if missing := lacks(num_rounds):
+            skipped[num_rounds] = f"skipped, as {missing}"
             continue
         try:
             kinds = _about(manager, num_rounds)["kinds"]
@@ -257,19 +269,6 @@ def _worded(kind: list[Any] | None) -> str:
     return "absent" if kind is None else f"{kind[0]} {tuple(kind[1])}"
 
 
-def _sum(about: Mapping[str, Any]) -> int:
-    """Sum up what is said of a checkpoint, apart from this sum."""
-    rest = {name: value for name, value in about.items() if name != "own_checksum"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def _whole(about: Any) -> dict[str, Any]:
-    """Raise if what is said of a checkpoint is not what was written."""
-    if about["own_checksum"] != _sum(about):
-        raise ValueError("its checksum does not fit its contents")
-    return about
-
-
 class Finished(NamedTuple):
     """A network as the newest checkpoint has it."""
 
@@ -308,7 +307,7 @@ def _num_bytes(tree: Any) -> int:
 
 def _about(manager: ocp.CheckpointManager, num_rounds: int) -> dict[str, Any]:
     found = manager.restore(num_rounds, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-    return _whole(found["about"])
+    return reading.unsealed(found["about"])
 
 
 def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:

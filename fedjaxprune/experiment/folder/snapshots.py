@@ -29,7 +29,7 @@ def take(leaf: jax.Array, folder: pathlib.Path) -> Kept:
     """Copy an array now.
 
     Args:
-      leaf: every device that has some of it has all of it.
+      leaf: one that devices share is put together, some rows at a time.
       folder: where a file without a name may lie.
 
     Raises:
@@ -37,8 +37,8 @@ def take(leaf: jax.Array, folder: pathlib.Path) -> Kept:
     """
     if leaf.nbytes <= _SMALL:
         return np.array(leaf, copy=True).view(Kept)
-    here = leaf.addressable_data(0)
-    is_host = all(device.platform == "cpu" for device in here.devices())
+    here = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    is_host = here is not leaf and all(device.platform == "cpu" for device in here.devices())
     with tempfile.TemporaryFile(dir=folder) as file:
         # A CPU's arrays are looked at where they lie; others come over block by block.
         for block in _blocks(np.asarray(here) if is_host else here):

@@ -26,7 +26,7 @@ from fedjaxprune.experiment.execution import chunk_size, chunk_trial, devices, l
 from fedjaxprune.experiment.execution import processes as processes_lib
 from fedjaxprune.experiment.execution.processes import ALONE, Processes
 from fedjaxprune.experiment.feeding import feed as feed_lib
-from fedjaxprune.experiment.feeding.placing import Places
+from fedjaxprune.experiment.feeding.places import Places
 from fedjaxprune.experiment.folder import network as network_lib
 from fedjaxprune.experiment.folder.network import Network
 from fedjaxprune.experiment.run import composing, fed, loop
@@ -70,6 +70,8 @@ def build(
     config = resolve_lib.replace(config, {"data.num_clients": len(examples.sizes)})
     _check_sizes(config, examples.sizes)
     model = make_model(config, examples.dataset, examples.test)
+    known = composing.with_known_tokens(examples.dataset, model)
+    examples = examples._replace(dataset=known)
     size = config.execution.chunk_size
     task = make_task(config, model, examples, chunk=1 if size == "auto" else size)
     check_needs(config, task)

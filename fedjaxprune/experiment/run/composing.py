@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjaxprune import registry, trees
-from fedjaxprune.data import batching, transforms
+from fedjaxprune.data import batching, stores, transforms
 from fedjaxprune.data.datasets import Dataset
 from fedjaxprune.errors import ConfigError, first_line
 from fedjaxprune.experiment.config.sections import RunConfig
@@ -168,15 +168,28 @@ def _make(
 
 def _check_vocabulary(params: Any, dataset: Dataset) -> None:
     """Refuse tokens that no embedding has a row for, as JAX would read its last row for them."""
+    size = _num_tokens(params)
+    largest = max(int(split["inputs"].max(initial=0)) for split in (dataset.train, dataset.test))
+    if size is not None and size <= largest:
+        raise ValueError(
+            f"its embedding has {size} rows, and the tokens reach {largest}: they must be "
+            f"less than {size}."
+        )
+
+
+def _num_tokens(params: Any) -> int | None:
+    """Count the rows of a network's largest embedding; None where it has none."""
     leaves = zip(trees.paths(params), jax.tree.leaves(params), strict=True)
     tables = ("embedding", "embedding/kernel")
-    sizes = [leaf.shape[0] for path, leaf in leaves if path.endswith(tables)]
-    largest = max(int(split["inputs"].max(initial=0)) for split in (dataset.train, dataset.test))
-    if sizes and max(sizes) <= largest:
-        raise ValueError(
-            f"its embedding has {max(sizes)} rows, and the tokens reach {largest}: they must be "
-            f"less than {max(sizes)}."
-        )
+    return max((leaf.shape[0] for path, leaf in leaves if path.endswith(tables)), default=None)
+
+
+def with_known_tokens(dataset: Dataset, model: Model) -> Dataset:
+    """Let a client store refuse tokens that the network has no row for when they are fetched."""
+    size = _num_tokens(jax.eval_shape(model.init, jax.random.key(0))[0])
+    if dataset.clients is None or dataset.task != "sequence" or size is None:
+        return dataset
+    return dataset._replace(clients=stores.of_tokens(dataset.clients, below=size))
 
 
 def _fitting(dataset: Dataset, preprocess: Callable[[Any, Any], Any]) -> list[str]:

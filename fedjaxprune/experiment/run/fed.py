@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjaxprune.data import stores
+from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import placing as placing_lib
-from fedjaxprune.experiment.feeding import placing, rows
+from fedjaxprune.experiment.feeding import places, rows
 from fedjaxprune.experiment.feeding.feed import Feed
 from fedjaxprune.experiment.run.examples import Examples
 from fedjaxprune.federated import cohort
@@ -22,13 +23,22 @@ from fedjaxprune.types import Algorithm, Model, Population
 
 def place(
     config: RunConfig, model: Model, algorithm: Algorithm, examples: Examples
-) -> placing.Places:
-    """Choose where examples and rows are, by their sizes."""
+) -> places.Places:
+    """Choose where examples and rows are, by their sizes.
+
+    Raises:
+      ConfigError: several processes are to feed their cohorts, which one alone can do.
+    """
+    if examples.dataset.clients is not None and jax.process_count() > 1:
+        raise ConfigError(
+            f"the examples of {examples.dataset.name!r} are fetched, and several processes are not "
+            "fed: run it in one process."
+        )
     number = stores.num_bytes(_store(examples), int(examples.sizes.sum()))
     if examples.dataset.clients is not None:
         config = resolve.replace(config, {"execution.examples": "host"})
-    sizes = placing.Sizes(number, len(examples.sizes) * rows.num_bytes(_row(model, algorithm)))
-    return placing.choose(config, sizes)
+    sizes = places.Sizes(number, len(examples.sizes) * rows.num_bytes(_row(model, algorithm)))
+    return places.choose(config, sizes)
 
 
 def for_trial(config: RunConfig, examples: Examples) -> Population:
@@ -79,7 +89,7 @@ def feed(
         )
         for stage, pantry in zip(algorithm.stages, pantries, strict=True):
             needed = here * stores.num_bytes(store, pantry.part_capacity)
-            placing.check_round(config, stage.name, needed)
+            places.check_round(config, stage.name, needed)
     slots = sum(
         stage.num_rounds * size for stage, size in zip(algorithm.stages, sizes, strict=True)
     )

@@ -122,8 +122,7 @@ def train(
     def save(number: int) -> None:
         deployed = deploy(now.state)
         if feeding.has_store(parts.feed):
-            steps = processes_lib.decided(processes, lambda: list(manager.all_steps()))
-            feeder.save(number, steps)
+            feeder.save(number, processes_lib.decided(processes, lambda: _written(manager)))
             processes_lib.wait_for_all(processes)  # no checkpoint is without its rows
         if not processes.is_first:
             return
@@ -137,13 +136,13 @@ def train(
             lambda: feeding.without_rows(parts.feed, begin())[1],
             num_clients=parts.population.offsets.shape[0] - 1,
             folder=folder,
+            fingerprint=fingerprint,
             mesh=parts.mesh,
             home=Home(processes.process, processes.number),
-            warn=listener.warn,
         ) as feeder,
         _opened(processes, folder / layout.CHECKPOINTS, keep=saves.keep) as manager,
     ):
-        read = functools.partial(_saved, is_saved=feeder.is_saved, every=saves.every, allow=allow)
+        read = functools.partial(_saved, lacks=feeder.lacks, every=saves.every, allow=allow)
         found = None
         if processes.is_first:
             found = read(manager, shapes, folder, warn=listener.warn)
@@ -186,6 +185,12 @@ def train(
                     return now.state
             first = end
     return now.state
+
+
+def _written(manager: Any) -> list[int]:
+    """List the checkpoints; until the last one is written, its rows belong to none."""
+    checkpoints.finish(manager)
+    return list(manager.all_steps())
 
 
 def _beginning(parts: RunParts, key: Key) -> tuple[Callable[[], Simulation], Simulation]:
@@ -235,7 +240,7 @@ def _saved(
     shapes: Simulation,
     folder: pathlib.Path,
     *,
-    is_saved: Callable[[int], bool],
+    lacks: Callable[[int], str],
     every: int,
     allow: Collection[str],
     warn: Callable[[str], object],
@@ -245,10 +250,11 @@ def _saved(
     found = checkpoints.restore(
         manager,
         shapes,
-        usable=lambda step: step <= num_lines and is_saved(step),
+        usable=lambda step: step <= num_lines,
         aside=folder / layout.SKIPPED,
         warn=warn,
         allow=allow,
+        lacks=lacks,
     )
     # The second checkpoint is begun only when the first one is written.
     if found is None and num_lines > 2 * every and checkpoints.RESTART not in allow:

@@ -2,7 +2,8 @@
 
 A snapshot is a folder by the number of its round. A whole one has all rows that were ever written;
 others have those written since the last whole one, which they name, until these are half of all.
-Rows are copied some at a time, so a snapshot takes little memory. Checksums guard every file.
+Rows are copied some at a time, so a snapshot takes little memory. Checksums guard every file, and
+a fingerprint of the config says whose rows they are.
 
 Of several processes each saves the rows that are at home with it, in a folder of its own. A store
 takes from all of them those of its own clients, so that their number may change.
@@ -29,16 +30,17 @@ ABOUT, IDS = "about.json", "ids.bin"
 _AT_ONCE = 2**24  # bytes that are copied together
 
 
-def save(saved: pathlib.Path, number: int, kept: Kept) -> None:
+def save(saved: pathlib.Path, number: int, kept: Kept, *, fingerprint: int) -> None:
     """Save the rows after round `number`, as far as no earlier snapshot has them.
 
     Args:
       saved: folder of the saved rows of all processes.
       number: of rounds.
       kept: the rows that are at home here.
+      fingerprint: of the run's config.
     """
     folder = homes.folder(saved, kept.home)
-    base = _base(folder, number, kept)
+    base = _base(folder, number, kept, fingerprint)
     which = kept.is_written if base is None else kept.is_changed
     places = np.flatnonzero(which)
     draft = folder / f"{number}.draft"
@@ -48,13 +50,14 @@ def save(saved: pathlib.Path, number: int, kept: Kept) -> None:
     for index, array in enumerate(kept.arrays):
         name = _name(index)
         checksums[name] = _write(draft / name, (array[some] for some in _blocks(places, array)))
-    about = {
-        "round": number,
-        "base": base,
-        "num_clients": kept.num_clients,
-        "row_bytes": [array.shape[1] for array in kept.arrays],
-        "checksums": checksums,
-    }
+    about = reading.sealed(
+        round=number,
+        base=base,
+        num_clients=kept.num_clients,
+        row_bytes=[array.shape[1] for array in kept.arrays],
+        checksums=checksums,
+        fingerprint=fingerprint,
+    )
     layout.replace(draft / ABOUT, json.dumps(about))
     shutil.rmtree(folder / str(number), ignore_errors=True)
     draft.replace(folder / str(number))
@@ -77,6 +80,7 @@ def restore(saved: pathlib.Path, number: int, kept: Kept) -> None:
 def _restore(folder: pathlib.Path, number: int, kept: Kept) -> None:
     """Write those rows of one process's snapshot into a store that are at home there."""
     about = _about(folder / str(number))
+    assert about is not None
     if about["base"] is not None:
         _restore(folder, about["base"], kept)
         kept.is_changed[:] = False
@@ -94,10 +98,12 @@ def _restore(folder: pathlib.Path, number: int, kept: Kept) -> None:
     kept.is_changed[places] = about["base"] is not None
 
 
-def is_whole(saved: pathlib.Path, number: int, kept: Kept) -> bool:
-    """Tell whether a snapshot can be restored: it is there, all processes' parts, undamaged."""
+def is_whole(saved: pathlib.Path, number: int, kept: Kept, *, fingerprint: int) -> bool:
+    """Tell whether a snapshot can be restored: all processes' parts, undamaged, of this run."""
     team = next((one for one in homes.all_homes(saved) if _all_there(saved, number, one)), [])
-    return bool(team) and all(_is_whole(homes.folder(saved, one), number, kept) for one in team)
+    return bool(team) and all(
+        _is_whole(homes.folder(saved, one), number, kept, fingerprint) for one in team
+    )
 
 
 def _all_there(saved: pathlib.Path, number: int, team: list[Home]) -> bool:
@@ -108,18 +114,23 @@ def _all_there(saved: pathlib.Path, number: int, team: list[Home]) -> bool:
     )
 
 
-def _is_whole(folder: pathlib.Path, number: int, kept: Kept) -> bool:
-    """Tell whether one process's snapshot and its base are there and undamaged."""
+def _is_whole(folder: pathlib.Path, number: int, kept: Kept, fingerprint: int) -> bool:
+    """Tell whether one process's snapshot and its base are there, undamaged, and of this run."""
     place = folder / str(number)
-    try:
-        about = _about(place)
-        fits = about["num_clients"] == kept.num_clients
-        fits = fits and about["row_bytes"] == [array.shape[1] for array in kept.arrays]
-        right = all(_checksum(place / name) == one for name, one in about["checksums"].items())
-        base = about["base"]
-    except (OSError, ValueError, KeyError, TypeError):
+    about = _about(place)
+    if about is None or about["fingerprint"] != fingerprint or about["round"] != number:
         return False
-    return fits and right and (base is None or _is_whole(folder, int(base), kept))
+    fits = about["num_clients"] == kept.num_clients
+    fits = fits and about["row_bytes"] == [array.shape[1] for array in kept.arrays]
+    try:
+        right = all(_checksum(place / name) == one for name, one in about["checksums"].items())
+    except OSError:
+        return False
+    base = about["base"]
+    is_based = base is None or base < number
+    if base is not None and is_based:
+        is_based = _is_whole(folder, base, kept, fingerprint)
+    return fits and right and is_based
 
 
 def remove(saved: pathlib.Path, number: int, home: Home, *, keep: Collection[int]) -> None:
@@ -148,33 +159,48 @@ def remove(saved: pathlib.Path, number: int, home: Home, *, keep: Collection[int
 
 def _remove(folder: pathlib.Path, keep: Collection[int]) -> None:
     """Remove one process's snapshots but those to `keep`, and those that these are based on."""
-    bases = set()
-    for number in keep:
-        if (folder / str(number) / ABOUT).exists():
-            bases.add(_about(folder / str(number))["base"])
-    for place in folder.glob("[0-9]*"):
-        if place.name.isdecimal() and int(place.name) not in {*keep, *bases}:
+    abouts = [_about(folder / str(number)) for number in keep]
+    bases = {about["base"] for about in abouts if about is not None}
+    for number, place in _numbered(folder):
+        if number not in {*keep, *bases}:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _base(folder: pathlib.Path, number: int, kept: Kept) -> int | None:
+def num_bytes(kept: Kept) -> int:
+    """Count the bytes of a whole snapshot, and more than those of any other."""
+    return int(np.count_nonzero(kept.is_written)) * (8 + sum(one.shape[1] for one in kept.arrays))
+
+
+def _base(folder: pathlib.Path, number: int, kept: Kept, fingerprint: int) -> int | None:
     """Choose the whole snapshot that the next one is based on; None for a whole one."""
     if 2 * np.count_nonzero(kept.is_changed) >= np.count_nonzero(kept.is_written):
         return None
+    earlier = {one: _about(place) for one, place in _numbered(folder) if one < number}
     whole = [
-        int(place.name)
-        for place in folder.glob("[0-9]*")
-        if place.name.isdecimal() and int(place.name) < number and _about(place)["base"] is None
+        one
+        for one, about in earlier.items()
+        if about is not None and about["base"] is None and about["fingerprint"] == fingerprint
     ]
     return max(whole, default=None)
+
+
+def _numbered(folder: pathlib.Path) -> Iterator[tuple[int, pathlib.Path]]:
+    """List the snapshots, by the numbers of their rounds."""
+    places = [place for place in folder.glob("[0-9]*") if place.name.isdecimal()]
+    return ((int(place.name), place) for place in places)
 
 
 def _name(index: int) -> str:
     return f"{index}.bin"
 
 
-def _about(place: pathlib.Path) -> dict[str, Any]:
-    return reading.from_json(reading.text(place / ABOUT, may_link=False))
+def _about(place: pathlib.Path) -> dict[str, Any] | None:
+    """Read what is said of a snapshot; None where that is missing or damaged."""
+    try:
+        about = reading.from_json(reading.text(place / ABOUT, may_link=False))
+        return reading.unsealed(about)
+    except (OSError, ValueError):
+        return None
 
 
 def _blocks(ids: np.ndarray, array: np.ndarray) -> Iterator[np.ndarray]:
