@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjaxprune.data import stores
-from fedjaxprune.errors import ConfigError
 from fedjaxprune.experiment.config import resolve
 from fedjaxprune.experiment.config.sections import RunConfig
 from fedjaxprune.experiment.execution import placing as placing_lib
@@ -24,16 +23,7 @@ from fedjaxprune.types import Algorithm, Model, Population
 def place(
     config: RunConfig, model: Model, algorithm: Algorithm, examples: Examples
 ) -> places.Places:
-    """Choose where examples and rows are, by their sizes.
-
-    Raises:
-      ConfigError: several processes are to feed their cohorts, which one alone can do.
-    """
-    if examples.dataset.clients is not None and jax.process_count() > 1:
-        raise ConfigError(
-            f"the examples of {examples.dataset.name!r} are fetched, and several processes are not "
-            "fed: run it in one process."
-        )
+    """Choose where examples and rows are, by their sizes."""
     number = stores.num_bytes(_store(examples), int(examples.sizes.sum()))
     if examples.dataset.clients is not None:
         config = resolve.replace(config, {"execution.examples": "host"})
