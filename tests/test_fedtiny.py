@@ -394,7 +394,7 @@ def test_statistics_are_exact_means_whatever_the_networks_momentum():
         )
 
     batcher = quadratic.Batcher(num_steps=lambda data: jnp.int32(3), batch=batch)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     broadcast = Broadcast(params, masks.full(params), state, jnp.int32(0))
     message, _ = batch_norm.statistics(model.loss, batcher=batcher).update(
         KEY, broadcast, (), client_data(people, jnp.int32(0))

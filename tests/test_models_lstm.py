@@ -40,7 +40,7 @@ def test_the_memory_is_flaxs():
 
 
 def test_kernels_of_input_and_recurrence_are_prunable_and_the_embedding_is_not():
-    params, state = tiny().init(KEY)
+    params, state = jax.jit(tiny().init)(KEY)
     assert state == {}
     flags = masks.prunable_leaves(params, masks.is_kernel)
     assert [path for path, flag in zip(trees.paths(params), flags, strict=True) if flag] == [
@@ -56,7 +56,7 @@ def test_kernels_of_input_and_recurrence_are_prunable_and_the_embedding_is_not()
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
 def test_one_label_an_example(dtype):
     model = tiny()
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     batch = Batch(
         inputs=jax.random.randint(KEY, (3, 7), 0, 5).astype(dtype),
         labels=jnp.array([0, 4, 1], jnp.int32),
@@ -72,7 +72,7 @@ def test_one_label_an_example(dtype):
 
 def test_the_last_position_is_one_of_every():
     last, every = tiny(), tiny("every")
-    params, state = last.init(KEY)
+    params, state = jax.jit(last.init)(KEY)
     tokens = jax.random.randint(KEY, (3, 7), 0, 5)
     np.testing.assert_allclose(
         last.predict(params, state, tokens),
@@ -84,7 +84,7 @@ def test_the_last_position_is_one_of_every():
 
 def test_the_loss_is_the_mean_over_labels_and_negative_ones_do_not_count():
     model = tiny("every")
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     tokens = jax.random.randint(KEY, (3, 7), 0, 5)
     labels = jnp.roll(tokens, -1, axis=1).at[:, -1].set(-1).at[0, 3:].set(-1)
     batch = Batch(inputs=tokens, labels=labels, weights=jnp.array([1.0, 1.0, 0.0]))
@@ -120,6 +120,6 @@ def test_what_does_not_fit_is_refused(options, message):
 
 def test_numbers_that_are_no_tokens_are_refused():
     model = tiny()
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     with pytest.raises(ValueError, match="integers, got float32"):
         model.predict(params, state, jnp.ones((1, 7)))

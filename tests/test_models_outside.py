@@ -135,7 +135,7 @@ def test_a_seed_decides_a_network_and_dropout_draws_anew():
 @pytest.mark.slow
 def test_a_transformer_reads_tokens():
     model = outside.as_model(Transformer(), input_shape=(4,), input_dtype=jnp.int32)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     tokens = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)
     loss, _ = model.loss(params, state, Batch(tokens, tokens, jnp.ones(2)), KEY)
     assert np.isfinite(loss)
