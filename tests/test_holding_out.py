@@ -72,6 +72,7 @@ def test_a_client_always_looks_at_the_same_examples():
     batcher = batching.undeveloped(
         KEY, share=0.3, batch_size=4, preprocess=lambda key, inputs: inputs
     )
+    batch_of = jax.jit(batcher.batch)
     left = seen(0, KEY)
     assert sorted([*left, *first]) == list(range(33))
     again = seen(0, jax.random.key(9))
