@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fedjaxprune import masks, models, trees
+from fedjaxprune import models, trees
 from fedjaxprune.models import adapters, convolutional, gated, lstm, resnet, vgg
 from fedjaxprune.structure.channels import groups
 from tests import test_models_field as field
