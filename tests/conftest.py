@@ -102,7 +102,7 @@ def _shared_context() -> Any:
 
 mlir.make_ir_context = _shared_context
 
-MAX_PROGRAMS = 1500
+MAX_PROGRAMS = 3000  # of about three mappings of memory each, of which Linux allows 65,530
 _compiled: list[str] = []
 
 
