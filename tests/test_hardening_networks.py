@@ -124,7 +124,7 @@ def test_an_equinox_call_gets_its_flag_and_its_key():
     params, state = jax.jit(model.init)(KEY)
     kernel, bias = params["first"]["weight"], params["first"]["bias"]
     expected = BATCH.inputs @ kernel.T + bias[None]
-    found = model.predict(params, state, BATCH.inputs)
+    found = jax.jit(model.predict)(params, state, BATCH.inputs)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -141,7 +141,9 @@ def test_a_function_gets_flag_mask_and_key():
     assert step(model, seed=1)[0] == pytest.approx(np.log(3), rel=1e-5)
     params, _ = jax.jit(model.init)(KEY)
     row = BATCH.inputs.sum(axis=1)
-    np.testing.assert_allclose(model.predict(params, {}, BATCH.inputs)[:, 0], row, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.predict)(params, {}, BATCH.inputs)[:, 0], row, rtol=1e-5
+    )
 
 
 class Unknown(nn.Module):
@@ -439,7 +441,7 @@ def test_an_attention_mask_is_not_the_mask_of_a_batch():
     inputs = jnp.asarray(RNG.normal(size=(4, 4, 5)), jnp.float32)
     params, state = jax.jit(model.init)(KEY)
     loss, _ = jax.jit(model.loss)(params, state, BATCH._replace(inputs=inputs), KEY)
-    logits = np.asarray(model.predict(params, state, inputs), np.float64)[:3]
+    logits = np.asarray(jax.jit(model.predict)(params, state, inputs), np.float64)[:3]
     chosen = logits[np.arange(3), np.asarray(BATCH.labels)[:3]]
     expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -636,7 +638,7 @@ def test_a_module_without_parameters_has_none():
     ):
         params, state = jax.jit(model.init)(KEY)
         assert not jax.tree.leaves((params, state))
-        loss, (after, _) = model.loss(params, state, BATCH, KEY)
+        loss, (after, _) = jax.jit(model.loss)(params, state, BATCH, KEY)
         assert np.isfinite(loss)
         assert jax.tree.structure(after) == jax.tree.structure(state)
 

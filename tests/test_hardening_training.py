@@ -44,7 +44,7 @@ def look(model, labels, inputs=X):
     labels = jax.tree.map(jnp.asarray, labels)
     batch = types.Batch(jnp.asarray(inputs), labels, jnp.ones(len(inputs)))
     params, state = jax.jit(model.init)(KEY)
-    loss, (_, metrics) = model.loss(params, state, batch, KEY)
+    loss, (_, metrics) = jax.jit(model.loss)(params, state, batch, KEY)
     return float(loss), {name: float(one.total / one.weight) for name, one in metrics.items()}
 
 
@@ -125,7 +125,7 @@ def test_a_label_that_is_no_class_of_one_logit_is_reported_as_nan(labels, is_tol
     params, state = jax.jit(model.init)(KEY)
     labels = jnp.asarray([*labels, 9])
     batch = types.Batch(jnp.asarray([*X, X[0]]), labels, jnp.ones(7).at[6].set(0.0))
-    loss, (_, seen) = model.loss(params, state, batch, KEY)
+    loss, (_, seen) = jax.jit(model.loss)(params, state, batch, KEY)
     assert np.isfinite(loss)
     assert np.isnan(seen["loss"].total) == is_told
     assert seen["loss"].weight == 6
@@ -467,5 +467,5 @@ def test_a_token_that_the_network_does_not_know_makes_its_example_nan():
     model = lstm.char_lstm(input_shape=(3,), num_classes=4, hidden_sizes=(4,))
     params, state = jax.jit(model.init)(KEY)
     tokens = jnp.array([[0, 1, 3], [0, 4, 3], [-1, 1, 3]], jnp.int32)
-    logits = np.asarray(model.predict(params, state, tokens))
+    logits = np.asarray(jax.jit(model.predict)(params, state, tokens))
     assert np.isnan(logits).any(axis=1).tolist() == [False, True, True]

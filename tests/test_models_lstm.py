@@ -89,7 +89,7 @@ def test_the_loss_is_the_mean_over_labels_and_negative_ones_do_not_count():
     labels = jnp.roll(tokens, -1, axis=1).at[:, -1].set(-1).at[0, 3:].set(-1)
     batch = Batch(inputs=tokens, labels=labels, weights=jnp.array([1.0, 1.0, 0.0]))
     loss, (_, report) = jax.jit(model.loss)(params, state, batch, KEY)
-    logits = np.asarray(jax.nn.log_softmax(model.predict(params, state, tokens)))
+    logits = np.asarray(jax.nn.log_softmax(jax.jit(model.predict)(params, state, tokens)))
     losses = [
         -logits[b, t, labels[b, t]] for b in range(2) for t in range(7) if int(labels[b, t]) >= 0
     ]
