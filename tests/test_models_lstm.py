@@ -32,10 +32,9 @@ def test_the_memory_is_flaxs():
         theirs[f"i{name}"] = {"kernel": params["input"]["kernel"][:, part]}
         theirs[f"h{name}"] = {"kernel": params["recurrent"]["kernel"][:, part], "bias": bias[part]}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        expected: Any = nn.RNN(nn.OptimizedLSTMCell(4, name="cell")).apply(
-            {"params": {"cell": theirs}}, x
-        )
-    got: Any = module.apply({"params": params}, x)
+        rnn = nn.RNN(nn.OptimizedLSTMCell(4, name="cell"))
+        expected: Any = jax.jit(rnn.apply)({"params": {"cell": theirs}}, x)
+    got: Any = jax.jit(module.apply)({"params": params}, x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -75,8 +74,8 @@ def test_the_last_position_is_one_of_every():
     params, state = jax.jit(last.init)(KEY)
     tokens = jax.random.randint(KEY, (3, 7), 0, 5)
     np.testing.assert_allclose(
-        last.predict(params, state, tokens),
-        every.predict(params, state, tokens)[:, -1],
+        jax.jit(last.predict)(params, state, tokens),
+        jax.jit(every.predict)(params, state, tokens)[:, -1],
         rtol=1e-5,
         atol=1e-6,
     )
