@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import threading
 from typing import Any
 
 # Most of the suite's time is compiling; what optimizations may change, the laws do not depend on.
@@ -31,6 +32,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -83,7 +85,24 @@ def built_once():
         yield
 
 
-MAX_PROGRAMS = 1500
+# JAX before 0.12 makes a context of MLIR for every program that it lowers, and loads all dialects
+# into it, which takes longer than to lower a small program. A thread keeps its own for some.
+NUM_SHARED = 100
+_kept = threading.local()
+_make_context = mlir.make_ir_context
+
+
+def _shared_context() -> Any:
+    """Give a context that so many programs of a thread share, and then another one."""
+    if not getattr(_kept, "num_left", 0):
+        _kept.context, _kept.num_left = _make_context(), NUM_SHARED
+    _kept.num_left -= 1
+    return _kept.context
+
+
+mlir.make_ir_context = _shared_context
+
+MAX_PROGRAMS = 3000  # of about three mappings of memory each, of which Linux allows 65,530
 _compiled: list[str] = []
 
 

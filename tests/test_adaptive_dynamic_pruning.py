@@ -355,12 +355,16 @@ def test_a_plain_chain_sends_the_square_of_the_density(density, share):
     for layer in gating.layers_of(params):
         size = wide[f"{layer}/gate_bias"].shape[0]
         bits[layer] = np.arange(size) < int(gating.num_kept(jnp.float32(density), size))
-    sent = jax.tree.map(
-        jnp.logical_and,
-        gated_updates.of_params(bits, params),
-        gated_updates.of_readers(bits, read, params),
-    )
-    counts = dict(zip(trees.paths(params), np.asarray(masks.num_kept(sent)), strict=True))
+
+    @jax.jit
+    def kept_of_both():
+        both = (
+            gated_updates.of_params(bits, params),
+            gated_updates.of_readers(bits, read, params),
+        )
+        return masks.num_kept(jax.tree.map(jnp.logical_and, *both))
+
+    counts = dict(zip(trees.paths(params), np.asarray(kept_of_both()), strict=True))
     behind_others = [f"conv_{i}/conv/kernel" for i in range(2, 5)]
     for path in behind_others:
         _, _, inputs, outputs = wide[path].shape

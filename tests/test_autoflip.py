@@ -467,7 +467,7 @@ def test_the_mask_with_channels_is_the_mask_without_them_thinned():
 
 def test_a_removed_channel_of_a_network_is_exactly_removed():
     model = models.mlp(input_shape=(5,), num_classes=3, hidden_sizes=(8,))
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases that are not zero
     batch = jax.ShapeDtypeStruct((2, 5), jnp.float32)
     groups = channel_groups.analyze(model.predict, params, state, batch).groups

@@ -1,6 +1,7 @@
 """From a config to a run: every part builds, and what does not fit is one sentence."""
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -62,7 +63,8 @@ CHOICES = [(path, name) for kind, path in PARTS.items() for name in registry.nam
 @pytest.mark.parametrize(("path", "name"), CHOICES)
 def test_every_choice_makes_a_round(path, name):
     needed = {"server_learning_rate": 0.1} if name in ("fedadam", "fedyogi") else {}
-    made(**{path: {"name": name, **needed}}, **OTHERS.get(name, {}))
+    small = {"model": {"name": "mlp", "hidden_sizes": [4]}}
+    made(**{path: {"name": name, **needed}}, **OTHERS.get(name, {}), **small)
 
 
 @pytest.mark.parametrize("name", registry.names("model"))
@@ -91,11 +93,19 @@ def data_of(needs):
     return examples.read(resolve.resolve({**SMALL, "method": "snip" if needs else "fedavg"}))
 
 
+@functools.cache
+def model_of(model, needs):
+    """Build a network once for all methods that train it."""
+    config = resolve.resolve({**SMALL, "model": json.loads(model)})
+    found = data_of(needs)
+    return build.make_model(config, found.dataset, found.test)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_built_from_a_config_of_its_name(name):
     config = resolve.resolve({**SMALL, "method": name})
-    found = data_of(needs_of(config.parts.method.part, config.method).server_examples)
-    model = build.make_model(config, found.dataset, found.test)
+    needs = needs_of(config.parts.method.part, config.method).server_examples
+    found, model = data_of(needs), model_of(config.model.model_dump_json(), needs)
     task = build.make_task(config, model, found, chunk=1)
     build.check_needs(config, task)
     assert build.make_algorithm(config, task).stages[-1].num_rounds == 2

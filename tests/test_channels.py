@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fedjaxprune import masks, models, trees
+from fedjaxprune import models, trees
 from fedjaxprune.models import adapters, convolutional, gated, lstm, resnet, vgg
 from fedjaxprune.structure.channels import groups
 from tests import test_models_field as field
@@ -159,10 +159,10 @@ def network(name):
     rng = np.random.default_rng(0)
 
     def draw(leaf):
-        return jnp.asarray(rng.uniform(0.2, 0.9, leaf.shape), leaf.dtype)
+        return rng.uniform(0.2, 0.9, leaf.shape).astype(leaf.dtype)
 
     def draw_signed(leaf):
-        return draw(leaf) * jnp.asarray(rng.choice([-1.0, 1.0], leaf.shape), leaf.dtype)
+        return draw(leaf) * rng.choice([-1.0, 1.0], leaf.shape).astype(leaf.dtype)
 
     params, state = jax.tree.map(draw_signed, params), jax.tree.map(draw, state)
     analysis = groups.analyze(model.predict, params, state, inputs)
@@ -188,9 +188,18 @@ def perturb(mask, params):
 
 
 def inputs_only(analysis, keep, params):
-    makers = groups.to_masks(analysis.groups, keep, params, drop_inputs=False)
-    all_of_them = groups.to_masks(analysis.groups, keep, params, drop_inputs=True)
+    @jax.jit
+    def both():
+        given = analysis.groups, keep, params
+        return [groups.to_masks(*given, drop_inputs=flag) for flag in (False, True)]
+
+    makers, all_of_them = jax.device_get(both())
     return makers, jax.tree.map(lambda whole, own: whole | ~own, all_of_them, makers)
+
+
+def applied(mask, params):
+    """Prune, on the host."""
+    return jax.tree.map(lambda bits, leaf: np.where(bits, leaf, np.zeros_like(leaf)), mask, params)
 
 
 @pytest.mark.usual("attentive", "mlp", "char_lstm", "functions", "vgg")
@@ -199,10 +208,10 @@ def test_what_reads_a_pruned_channel_may_be_anything(name):
     model, params, state, inputs, analysis = network(name)
     makers, readers = inputs_only(analysis, halves(analysis, spare="leaks"), params)
     predict = jax.jit(model.predict)
-    pruned = masks.apply(makers, params)
+    pruned = applied(makers, params)
     outputs = predict(pruned, state, inputs)
     # Where a leaf makes and reads (recurrence), what is pruned stays so.
-    other = masks.apply(makers, perturb(readers, pruned))
+    other = applied(makers, perturb(readers, pruned))
     np.testing.assert_allclose(predict(other, state, inputs), outputs, rtol=1e-5, atol=1e-5)
     unlike = predict(perturb(readers, params), state, inputs)
     if any(not group.leaks for group in analysis.groups):
@@ -215,9 +224,9 @@ def test_a_channel_that_nothing_reads_may_be_anything(name):
     model, params, state, inputs, analysis = network(name)
     makers, readers = inputs_only(analysis, halves(analysis, spare="mixes"), params)
     predict = jax.jit(model.predict)
-    unread = masks.apply(readers, params)
+    unread = applied(readers, params)
     outputs = predict(unread, state, inputs)
-    other = masks.apply(readers, perturb(makers, unread))
+    other = applied(readers, perturb(makers, unread))
     np.testing.assert_allclose(predict(other, state, inputs), outputs, rtol=1e-5, atol=1e-5)
 
 

@@ -164,7 +164,7 @@ class Padded(nn.Module):
 @functools.cache
 def padded():
     model = adapters.from_linen(Padded(), input_shape=(7, 6, 2))
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     params["conv_1"]["bias"] = jnp.array([0.5, 0.25, -1.0, 2.0])
     return model, params, state, jax.random.normal(KEY, (2, 7, 6, 2))
 

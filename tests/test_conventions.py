@@ -144,9 +144,9 @@ def test_modules_stay_short():
 
 
 def test_functions_of_rounds_and_methods_stay_short():
-    for file in FILES:
+    for file in (one for one in FILES if room(one) in ("rounds", "methods")):
         for node in ast.walk(tree(file)):
-            if room(file) in ("rounds", "methods") and isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 100, f"{file.name}: {node.name}"
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 assert len(given) <= 8, f"{file.name}: {node.name}"

@@ -31,10 +31,15 @@ def prunable(tree):
 def voted(people):
     """Fold personal masks into votes, as a round does."""
     votes = aggregators.vote_counts()
-    sums = votes.init(people[0])
-    for one in people:
-        sums = votes.add(sums, one, None, jnp.float32(3.0))
-    return votes.finish(sums)
+
+    @jax.jit
+    def fold():
+        sums = votes.init(people[0])
+        for one in people:
+            sums = votes.add(sums, one, None, jnp.float32(3.0))
+        return votes.finish(sums)
+
+    return fold()
 
 
 def test_agreement_is_the_mean_over_pairs():

@@ -432,7 +432,7 @@ def test_a_checkpoint_keeps_empty_leaves_and_every_dtype(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
 def test_the_batch_size_of_a_test_changes_nothing(batch_size):
     model = quadratic()
-    params, state = model.init(jax.random.key(0))
+    params, state = jax.jit(model.init)(jax.random.key(0))
     inputs = jax.random.normal(jax.random.key(1), (7, WIDTH, 2))
     labels = jnp.array([0, 1, 0, 1, 1, 0, 0], jnp.int32)
     test = evaluate(model, lambda key, inputs: inputs, batch_size=batch_size)

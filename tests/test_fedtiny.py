@@ -394,11 +394,10 @@ def test_statistics_are_exact_means_whatever_the_networks_momentum():
         )
 
     batcher = quadratic.Batcher(num_steps=lambda data: jnp.int32(3), batch=batch)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     broadcast = Broadcast(params, masks.full(params), state, jnp.int32(0))
-    message, _ = batch_norm.statistics(model.loss, batcher=batcher).update(
-        KEY, broadcast, (), client_data(people, jnp.int32(0))
-    )
+    given = KEY, broadcast, (), client_data(people, jnp.int32(0))
+    message, _ = jax.jit(batch_norm.statistics(model.loss, batcher=batcher).update)(*given)
     parts = [inputs[:3], inputs[3:6], inputs[6:]]
     mean = inputs.reshape(-1, 3).mean(axis=0)
     var = sum(len(p) * p.reshape(-1, 3).var(axis=0, ddof=1) for p in parts) / 7
@@ -406,7 +405,7 @@ def test_statistics_are_exact_means_whatever_the_networks_momentum():
     np.testing.assert_allclose(message.fields["statistics"][1], var, rtol=1e-4)
     assert message.weight == 7.0
     moving = batch_norm.moving_statistics(model.loss, batcher=batcher, num_passes=10)
-    found, _ = moving.update(KEY, broadcast, (), client_data(people, jnp.int32(0)))
+    found, _ = jax.jit(moving.update)(*given)
     left = 0.9**30  # of the broadcast's zeros, after three steps in each of ten passes
     assert np.all(np.abs(found.fields["statistics"][0] / (mean * (1.0 - left)) - 1.0) < 0.1)
     assert found.weight == 7.0

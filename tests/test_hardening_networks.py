@@ -101,7 +101,7 @@ def test_an_nnx_call_gets_its_flag_and_its_streams():
     model = adapters.from_nnx(Nnx)
     assert moved(model) > 0
     assert step(model, seed=1)[0] == step(model, seed=1)[0] != step(model, seed=2)[0]
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     assert jax.jit(model.predict)(params, state, BATCH.inputs).shape == (4, 3)
 
 
@@ -121,10 +121,10 @@ class Equinox(eqx.Module):
 def test_an_equinox_call_gets_its_flag_and_its_key():
     model = outside.from_equinox(Equinox)
     assert step(model, seed=1)[0] == step(model, seed=1)[0] != step(model, seed=2)[0]
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     kernel, bias = params["first"]["weight"], params["first"]["bias"]
     expected = BATCH.inputs @ kernel.T + bias[None]
-    found = model.predict(params, state, BATCH.inputs)
+    found = jax.jit(model.predict)(params, state, BATCH.inputs)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -139,9 +139,11 @@ def test_a_function_gets_flag_mask_and_key():
 
     model = adapters.from_functions(init, apply)
     assert step(model, seed=1)[0] == pytest.approx(np.log(3), rel=1e-5)
-    params, _ = model.init(KEY)
+    params, _ = jax.jit(model.init)(KEY)
     row = BATCH.inputs.sum(axis=1)
-    np.testing.assert_allclose(model.predict(params, {}, BATCH.inputs)[:, 0], row, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.predict)(params, {}, BATCH.inputs)[:, 0], row, rtol=1e-5
+    )
 
 
 class Unknown(nn.Module):
@@ -411,7 +413,7 @@ def test_a_call_function_says_all():
     found = step(model, BATCH._replace(inputs={"a": half, "b": half}))
     whole = step(adapters.from_linen(Body(), input_shape=(6,)))
     assert found[0] == pytest.approx(whole[0], rel=1e-6)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     assert model.predict(params, state, {"a": half, "b": half}).shape == (4, 3)
 
 
@@ -437,9 +439,9 @@ def test_an_attention_mask_is_not_the_mask_of_a_batch():
     """As many positions as examples, so that the wrong mask would fit."""
     model = adapters.from_linen(Attention(), input_shape=(4, 5))
     inputs = jnp.asarray(RNG.normal(size=(4, 4, 5)), jnp.float32)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     loss, _ = jax.jit(model.loss)(params, state, BATCH._replace(inputs=inputs), KEY)
-    logits = np.asarray(model.predict(params, state, inputs), np.float64)[:3]
+    logits = np.asarray(jax.jit(model.predict)(params, state, inputs), np.float64)[:3]
     chosen = logits[np.arange(3), np.asarray(BATCH.labels)[:3]]
     expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -495,7 +497,7 @@ def test_a_prediction_that_draws_is_refused():
             return nn.Dense(3)(x + jax.random.normal(self.make_rng("noise"), x.shape))
 
     model = adapters.from_linen(Always(), input_shape=(6,))
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     with pytest.raises(ValueError, match="draws random numbers in predictions"):
         model.predict(params, state, BATCH.inputs)
 
@@ -634,9 +636,9 @@ def test_a_module_without_parameters_has_none():
         adapters.from_linen(Fixed(), input_shape=(6,)),
         adapters.from_nnx(lambda rngs: nnx.Sequential(lambda x: x[:, :3] * 2)),
     ):
-        params, state = model.init(KEY)
+        params, state = jax.jit(model.init)(KEY)
         assert not jax.tree.leaves((params, state))
-        loss, (after, _) = model.loss(params, state, BATCH, KEY)
+        loss, (after, _) = jax.jit(model.loss)(params, state, BATCH, KEY)
         assert np.isfinite(loss)
         assert jax.tree.structure(after) == jax.tree.structure(state)
 
@@ -664,7 +666,7 @@ def test_an_output_that_is_no_array_is_one_sentence():
             return nn.Dense(3)(x), x
 
     model = adapters.from_linen(Two(), input_shape=(6,))
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     with pytest.raises(TypeError, match="the network gives a tuple, and must give one array"):
         model.predict(params, state, BATCH.inputs)
     with pytest.raises(TypeError, match="the network gives a tuple, and must give one array"):

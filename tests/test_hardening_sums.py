@@ -160,7 +160,7 @@ def measure(sizes, *, foreign, passes=None, batch_size=4):
         return quadratic.Batch(people.examples["inputs"][rows], jnp.zeros(batch_size, int), weights)
 
     batcher = quadratic.Batcher(num_steps=lambda data: -(-data.size // batch_size), batch=batch)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     before = batch_norm.pick(state)
     broadcast = Broadcast(params, masks.full(params), state, jnp.int32(0))
     if passes is None:

@@ -43,8 +43,8 @@ def look(model, labels, inputs=X):
     """Compute a model's loss of all examples, and its metrics."""
     labels = jax.tree.map(jnp.asarray, labels)
     batch = types.Batch(jnp.asarray(inputs), labels, jnp.ones(len(inputs)))
-    params, state = model.init(KEY)
-    loss, (_, metrics) = model.loss(params, state, batch, KEY)
+    params, state = jax.jit(model.init)(KEY)
+    loss, (_, metrics) = jax.jit(model.loss)(params, state, batch, KEY)
     return float(loss), {name: float(one.total / one.weight) for name, one in metrics.items()}
 
 
@@ -122,10 +122,10 @@ def test_the_loss_of_a_label_that_is_no_class_is_nan(labels, num_wrong):
 def test_a_label_that_is_no_class_of_one_logit_is_reported_as_nan(labels, is_told):
     """What is trained is the same to the bit; padding may be anything."""
     model = heads.for_task(linear(1), "binary")
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     labels = jnp.asarray([*labels, 9])
     batch = types.Batch(jnp.asarray([*X, X[0]]), labels, jnp.ones(7).at[6].set(0.0))
-    loss, (_, seen) = model.loss(params, state, batch, KEY)
+    loss, (_, seen) = jax.jit(model.loss)(params, state, batch, KEY)
     assert np.isfinite(loss)
     assert np.isnan(seen["loss"].total) == is_told
     assert seen["loss"].weight == 6
@@ -209,7 +209,7 @@ def test_a_label_that_is_no_class_makes_a_test_nan_and_booleans_are_classes():
 
     def score(labels):
         test = evaluation.TestSet(jnp.asarray(X), jnp.asarray(labels))
-        return evaluation.scores(test_fn(*model.init(KEY), test), labels, task="binary")
+        return evaluation.scores(test_fn(*jax.jit(model.init)(KEY), test), labels, task="binary")
 
     assert score(Y > 0) == score((Y > 0).astype(np.int32))
     assert np.isnan(score(Y).loss)
@@ -227,7 +227,7 @@ def prepare(model, population, *, num_clients=None, draw=None, **changes):
     given_ = task.make(model, shared, inputs=facts.float_inputs((4,)))
     algorithm = fedavg.build(fedavg.FedAvg(), given_)
     number = len(population.offsets) - 1
-    run = simulation.start(algorithm, *model.init(KEY), num_clients=num_clients or number)
+    run = simulation.start(algorithm, *jax.jit(model.init)(KEY), num_clients=num_clients or number)
     advance = simulation.advance(algorithm.stages[0], draw or sampling.all_clients(number))
     return jax.jit(advance), run
 
@@ -476,7 +476,7 @@ def test_any_population_that_is_taken_trains_on_its_own_rows_alone():
 
 def test_a_token_that_the_network_does_not_know_makes_its_example_nan():
     model = lstm.char_lstm(input_shape=(3,), num_classes=4, hidden_sizes=(4,))
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     tokens = jnp.array([[0, 1, 3], [0, 4, 3], [-1, 1, 3]], jnp.int32)
-    logits = np.asarray(model.predict(params, state, tokens))
+    logits = np.asarray(jax.jit(model.predict)(params, state, tokens))
     assert np.isnan(logits).any(axis=1).tolist() == [False, True, True]

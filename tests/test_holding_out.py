@@ -48,11 +48,13 @@ def test_a_client_always_looks_at_the_same_examples():
         KEY, share=0.3, batch_size=4, preprocess=lambda key, inputs: inputs
     )
 
+    batch_of = jax.jit(batcher.batch)
+
     def seen(client_id, key):
         data = client_data(people, jnp.int32(client_id))
         found = []
         for step in range(int(batcher.num_steps(data))):
-            batch = batcher.batch(key, data, jnp.int32(step))
+            batch = batch_of(key, data, jnp.int32(step))
             found += np.asarray(batch.inputs)[np.asarray(batch.weights) > 0].tolist()
         return found
 
@@ -70,6 +72,7 @@ def test_a_client_always_looks_at_the_same_examples():
     batcher = batching.undeveloped(
         KEY, share=0.3, batch_size=4, preprocess=lambda key, inputs: inputs
     )
+    batch_of = jax.jit(batcher.batch)
     left = seen(0, KEY)
     assert sorted([*left, *first]) == list(range(33))
     again = seen(0, jax.random.key(9))

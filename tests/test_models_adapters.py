@@ -55,7 +55,7 @@ MODELS = {
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_parameters_are_trained_and_kernels_prunable(name):
     model = MODELS[name]()
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     (_, (after, report)), grads = jax.jit(jax.value_and_grad(model.loss, has_aux=True))(
         params, state, BATCH, KEY
     )
@@ -73,7 +73,7 @@ def test_parameters_are_trained_and_kernels_prunable(name):
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_the_key_feeds_dropout_and_predictions_do_without(name):
     model = MODELS[name]()
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     loss = jax.jit(lambda key: model.loss(params, state, BATCH, key)[0])
     assert loss(KEY) == loss(KEY)
     assert loss(KEY) != loss(jax.random.fold_in(KEY, 1))
@@ -85,7 +85,7 @@ def test_the_key_feeds_dropout_and_predictions_do_without(name):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_filling_enters_neither_loss_nor_state(name):
     model = MODELS[name]()
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     other = BATCH._replace(inputs=BATCH.inputs.at[3].set(9.0))
     loss = jax.jit(model.loss)
     first, (after, _) = loss(params, state, BATCH, KEY)

@@ -280,7 +280,7 @@ LANGUAGE = {"input_shape": (6,), "num_classes": 11, "width": 8, "num_layers": 2,
 def language(**options):
     """Make a tiny language model with large embeddings, so that positions matter."""
     model = models.gpt(**{**LANGUAGE, **options})
-    params, _ = model.init(KEY)
+    params, _ = jax.jit(model.init)(KEY)
     params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf, params)
     return params, jax.jit(lambda tokens: model.predict(params, {}, tokens)), model
 
@@ -340,7 +340,7 @@ def test_the_last_position_is_one_of_every_and_padding_does_not_count():
     short = models.gpt(**{**LANGUAGE, "input_shape": (4,)}, num_positions=6, labels="every")
     labels = jnp.roll(tokens, -1, axis=1).at[:, 3:].set(-1)
     weights = jnp.ones(2)
-    whole, _ = model.loss(params, {}, Batch(tokens, labels, weights), KEY)
+    whole, _ = jax.jit(model.loss)(params, {}, Batch(tokens, labels, weights), KEY)
     cut, _ = short.loss(params, {}, Batch(tokens[:, :4], labels[:, :4], weights), KEY)
     np.testing.assert_allclose(whole, cut, rtol=1e-5)
 
@@ -348,25 +348,25 @@ def test_the_last_position_is_one_of_every_and_padding_does_not_count():
 @SLOW
 def test_a_language_model_begins_at_the_entropy_of_its_tokens():
     model = models.gpt(input_shape=(16,), num_classes=256, labels="every")
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     tokens = jax.random.randint(KEY, (4, 16), 0, 256)
     batch = Batch(tokens, jnp.roll(tokens, -1, axis=1), jnp.ones(4))
-    loss, _ = model.loss(params, state, batch, KEY)
+    loss, _ = jax.jit(model.loss)(params, state, batch, KEY)
     assert abs(float(loss) - np.log(256)) < 0.1
 
 
 @SLOW
 def test_patches_and_their_positions_may_be_permuted_together():
     model = tiny("vit")
-    params, _ = model.init(KEY)
+    params, _ = jax.jit(model.init)(KEY)
     image = jax.random.normal(KEY, (1, *TINY["vit"]()[1]))
     patches = image.reshape(1, 2, 2, 3, 2, 2).swapaxes(2, 3).reshape(6, 2, 2, 2)
     order = jnp.array([4, 2, 0, 5, 1, 3])
     moved = patches[order].reshape(1, 2, 3, 2, 2, 2).swapaxes(2, 3).reshape(image.shape)
     positions = params["positions"] * 50
-    first = model.predict({**params, "positions": positions}, {}, image)
+    first = jax.jit(model.predict)({**params, "positions": positions}, {}, image)
     rows = positions.at[1:].set(positions[1:][order])
-    second = model.predict({**params, "positions": rows}, {}, moved)
+    second = jax.jit(model.predict)({**params, "positions": rows}, {}, moved)
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
     assert not np.allclose(first, model.predict({**params, "positions": positions}, {}, moved))
 

@@ -32,15 +32,14 @@ def test_the_memory_is_flaxs():
         theirs[f"i{name}"] = {"kernel": params["input"]["kernel"][:, part]}
         theirs[f"h{name}"] = {"kernel": params["recurrent"]["kernel"][:, part], "bias": bias[part]}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        expected: Any = nn.RNN(nn.OptimizedLSTMCell(4, name="cell")).apply(
-            {"params": {"cell": theirs}}, x
-        )
-    got: Any = module.apply({"params": params}, x)
+        rnn = nn.RNN(nn.OptimizedLSTMCell(4, name="cell"))
+        expected: Any = jax.jit(rnn.apply)({"params": {"cell": theirs}}, x)
+    got: Any = jax.jit(module.apply)({"params": params}, x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kernels_of_input_and_recurrence_are_prunable_and_the_embedding_is_not():
-    params, state = tiny().init(KEY)
+    params, state = jax.jit(tiny().init)(KEY)
     assert state == {}
     flags = masks.prunable_leaves(params, masks.is_kernel)
     assert [path for path, flag in zip(trees.paths(params), flags, strict=True) if flag] == [
@@ -56,7 +55,7 @@ def test_kernels_of_input_and_recurrence_are_prunable_and_the_embedding_is_not()
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
 def test_one_label_an_example(dtype):
     model = tiny()
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     batch = Batch(
         inputs=jax.random.randint(KEY, (3, 7), 0, 5).astype(dtype),
         labels=jnp.array([0, 4, 1], jnp.int32),
@@ -72,11 +71,11 @@ def test_one_label_an_example(dtype):
 
 def test_the_last_position_is_one_of_every():
     last, every = tiny(), tiny("every")
-    params, state = last.init(KEY)
+    params, state = jax.jit(last.init)(KEY)
     tokens = jax.random.randint(KEY, (3, 7), 0, 5)
     np.testing.assert_allclose(
-        last.predict(params, state, tokens),
-        every.predict(params, state, tokens)[:, -1],
+        jax.jit(last.predict)(params, state, tokens),
+        jax.jit(every.predict)(params, state, tokens)[:, -1],
         rtol=1e-5,
         atol=1e-6,
     )
@@ -84,12 +83,12 @@ def test_the_last_position_is_one_of_every():
 
 def test_the_loss_is_the_mean_over_labels_and_negative_ones_do_not_count():
     model = tiny("every")
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     tokens = jax.random.randint(KEY, (3, 7), 0, 5)
     labels = jnp.roll(tokens, -1, axis=1).at[:, -1].set(-1).at[0, 3:].set(-1)
     batch = Batch(inputs=tokens, labels=labels, weights=jnp.array([1.0, 1.0, 0.0]))
     loss, (_, report) = jax.jit(model.loss)(params, state, batch, KEY)
-    logits = np.asarray(jax.nn.log_softmax(model.predict(params, state, tokens)))
+    logits = np.asarray(jax.nn.log_softmax(jax.jit(model.predict)(params, state, tokens)))
     losses = [
         -logits[b, t, labels[b, t]] for b in range(2) for t in range(7) if int(labels[b, t]) >= 0
     ]
@@ -120,6 +119,6 @@ def test_what_does_not_fit_is_refused(options, message):
 
 def test_numbers_that_are_no_tokens_are_refused():
     model = tiny()
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     with pytest.raises(ValueError, match="integers, got float32"):
         model.predict(params, state, jnp.ones((1, 7)))

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,3 +273,12 @@ def test_what_is_computed_once_is_passed_on_with_all_derivatives_of_its_gradient
     np.testing.assert_allclose(gradient(x), 3 * x**2)
     np.testing.assert_allclose(jax.jvp(gradient, (x,), (jnp.ones(3),))[1], 6 * x)
     np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(gradient(x)))(x), 6 * x)
+
+
+def test_parameters_of_another_shape_are_refused_where_they_are_read():
+    params, state = jax.eval_shape(SMALL["mlp"]().init, KEY)
+    other = models.mlp(input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(9,))
+    with pytest.raises(
+        flax.errors.ScopeParamShapeError, match=r"in \"dense_1\".*\(16, 9\).*\(16, 8\)"
+    ):
+        jax.eval_shape(other.predict, params, state, jnp.zeros((2, 4, 4, 1)))

@@ -128,16 +128,18 @@ def test_a_seed_decides_a_network_and_dropout_draws_anew():
     model = outside.as_model(lambda key: Plain(key), input_shape=(6,))
     one, other = (model.init(jax.random.key(seed))[0] for seed in (0, 1))
     assert bool(jnp.any(one["hidden"]["weight"] != other["hidden"]["weight"]))
-    losses = {float(model.loss(one, {}, batch(), jax.random.key(seed))[0]) for seed in range(4)}
+    losses = {
+        float(jax.jit(model.loss)(one, {}, batch(), jax.random.key(seed))[0]) for seed in range(4)
+    }
     assert len(losses) > 1
 
 
 @pytest.mark.slow
 def test_a_transformer_reads_tokens():
     model = outside.as_model(Transformer(), input_shape=(4,), input_dtype=jnp.int32)
-    params, state = model.init(KEY)
+    params, state = jax.jit(model.init)(KEY)
     tokens = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)
-    loss, _ = model.loss(params, state, Batch(tokens, tokens, jnp.ones(2)), KEY)
+    loss, _ = jax.jit(model.loss)(params, state, Batch(tokens, tokens, jnp.ones(2)), KEY)
     assert np.isfinite(loss)
     assert model.predict(params, state, tokens).shape == (2, 4, 11)
 

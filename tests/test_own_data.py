@@ -45,7 +45,7 @@ def train(dataset, build, *, num_steps=60, learning_rate=0.1, partition="iid", *
     preprocess, test_fn = transforms.for_dataset(dataset, augment=False)
     model = composing.make_model(build, dataset, preprocess=test_fn, what="model 'x'")
     batcher = batching.steps(num_steps=1, batch_size=32, preprocess=preprocess)
-    params, state = model.init(jax.random.key(0))
+    params, state = jax.jit(model.init)(jax.random.key(0))
     optimizer = optax.sgd(learning_rate)
 
     @jax.jit

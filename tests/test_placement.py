@@ -16,6 +16,7 @@ from fedjaxprune.pruning import pruners
 from fedjaxprune.rounds import placement, simulation, training
 from fedjaxprune.rounds.protocol import Protocol
 
+KEY = jax.random.key(0)
 NUM_CLIENTS, SIZE, WIDTH = 6, 8, 128
 
 
@@ -50,7 +51,9 @@ def algorithm_of(mesh):
 def rounds_on(mesh):
     """Play two rounds; give the last simulation, its placement, and the compiled round."""
     model, algorithm = algorithm_of(mesh)
-    now = simulation.start(algorithm, *model.init(jax.random.key(0)), num_clients=NUM_CLIENTS)
+    now = simulation.start(
+        algorithm, *jax.jit(model.init)(jax.random.key(0)), num_clients=NUM_CLIENTS
+    )
     everyone, given = population(), jax.random.key(1)
     where = None
     if mesh is not None:
@@ -112,7 +115,9 @@ def test_a_rule_that_does_not_fit_is_refused():
     mesh = cohort.make_mesh(devices=jax.devices()[:4], model_devices=2)
     _, algorithm = algorithm_of(mesh)
     model, _ = algorithm_of(None)
-    now = simulation.start(algorithm, *model.init(jax.random.key(0)), num_clients=NUM_CLIENTS)
+    now = simulation.start(
+        algorithm, *jax.jit(model.init)(jax.random.key(0)), num_clients=NUM_CLIENTS
+    )
     with pytest.raises(ValueError, match=r"placement of 'dense_1/bias' must divide .*\(128,\)"):
         placement.of_simulation(now, mesh, rule=lambda *_: PartitionSpec(None, "model"))
     with pytest.raises(ValueError, match="model_devices must divide the number of devices"):

@@ -89,7 +89,7 @@ def test_every_network_multiplies_in_bfloat16_and_keeps_float32(name):
 @pytest.mark.parametrize("name", ["lenet5", pytest.param("resnet8", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_near_float32(name):
     wide = make(name, (32, 32, 3))
-    params, state = wide.init(KEY)
+    params, state = jax.jit(wide.init)(KEY)
     results = [
         jax.jit(gradient(model))(params, state, batch_of(name), KEY)
         for model in (wide, precision.compute_in(wide, jnp.bfloat16))
@@ -148,7 +148,7 @@ def played(make, model):
     )
     algorithm = make(model)(setup)
     people = quadratic.population()
-    run = simulation.start(algorithm, *model.init(KEY), num_clients=6)
+    run = simulation.start(algorithm, *jax.jit(model.init)(KEY), num_clients=6)
     advance = jax.jit(
         simulation.advance(algorithm.stages[0], sampling.uniform(num_clients=6, cohort_size=3))
     )
@@ -220,7 +220,7 @@ def test_a_network_costs_the_same_arithmetic():
     wide = models.lenet5(input_shape=(32, 32, 3), num_classes=10)
     params, _ = jax.eval_shape(wide.init, KEY)
     example = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    half = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 2 == 0, params)
+    half = jax.tree.map(lambda leaf: np.arange(leaf.size).reshape(leaf.shape) % 2 == 0, params)
     totals = [
         flops.sparse(flops.of_model(model, masks.restrict(half, masks.is_kernel), example))
         for model in (wide, precision.compute_in(wide, jnp.bfloat16))

@@ -161,8 +161,14 @@ def test_memory_of_any_optax_server_keeps_its_shape_and_forgets_what_is_pruned(s
     params = {"bias": jnp.ones([4]), "kernel": jnp.ones([6, 4])}
     masks = {"bias": jnp.ones([4], bool), "kernel": jnp.arange(24).reshape(6, 4) % 3 == 0}
     delta = jax.tree.map(lambda leaf: 0.5 * leaf, params)
-    _, state = server_optimizers.step(server, delta, server_optimizers.init(server, params), params)
-    cleaned = server_optimizers.zero_pruned(server, state, masks)
+
+    @jax.jit
+    def play():
+        start = server_optimizers.init(server, params)
+        _, state = server_optimizers.step(server, delta, start, params)
+        return state, server_optimizers.zero_pruned(server, state, masks)
+
+    state, cleaned = play()
     chex.assert_trees_all_equal_shapes_and_dtypes(cleaned, state)
     for leaf in jax.tree.leaves(cleaned):
         if leaf.shape == (6, 4):

@@ -30,8 +30,8 @@ class _Affine(nn.Module):
         def start(key, shape):
             return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound)
 
-        kernel = self.param("kernel", start, (self.fan_in, self.features))
-        return kernel, self.param("bias", start, (self.features,))
+        kernel = layers.param(self, "kernel", start, (self.fan_in, self.features))
+        return kernel, layers.param(self, "bias", start, (self.features,))
 
 
 class Lstm(nn.Module):
@@ -82,7 +82,7 @@ class CharLstm(nn.Module):
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"char_lstm reads tokens, which are integers, got {tokens.dtype}.")
         shape = (self.num_classes, self.embedding_size)
-        table = self.param("embedding", nn.initializers.normal(1.0), shape)
+        table = layers.param(self, "embedding", nn.initializers.normal(1.0), shape)
         x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         for i, size in enumerate(self.hidden_sizes, start=1):
             x = Lstm(size, name=f"lstm_{i}")(x)

@@ -97,10 +97,10 @@ class Vit(nn.Module):
         patches = x.reshape(batch, height // size, size, width // size, size, channels)
         patches = patches.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
         x = layers.Dense(self.width, name="patches")(patches)
-        token = self.param("token", _SMALL, (self.width,))
+        token = layers.param(self, "token", _SMALL, (self.width,))
         token = jnp.broadcast_to(token.astype(x.dtype)[None, None], (batch, 1, self.width))
         x = jnp.concatenate([token, x], axis=1)
-        positions = self.param("positions", _SMALL, (x.shape[1], self.width))
+        positions = layers.param(self, "positions", _SMALL, (x.shape[1], self.width))
         x = nn.Dropout(self.dropout, deterministic=not train)(x + positions[None])
         for i in range(1, self.num_layers + 1):
             block = Block(
@@ -186,10 +186,12 @@ class Gpt(nn.Module):
         shape = (self.num_classes, self.width)
         name = "embedding"
         table = (
-            _Table(shape, name=name)() if self.prune_embedding else self.param(name, _SMALL, shape)
+            _Table(shape, name=name)()
+            if self.prune_embedding
+            else layers.param(self, name, _SMALL, shape)
         )
         x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        positions = self.param("positions", _SMALL, (self.num_positions, self.width))
+        positions = layers.param(self, "positions", _SMALL, (self.num_positions, self.width))
         x = x + positions[None, : tokens.shape[1]]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for i in range(1, self.num_layers + 1):
@@ -217,7 +219,7 @@ class _Table(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         """Give ``[tokens, width]``."""
-        return self.param("kernel", _SMALL, self.shape)
+        return layers.param(self, "kernel", _SMALL, self.shape)
 
 
 def gpt(

@@ -10,9 +10,10 @@ import numpy as np
 
 from fedjaxprune.data import stores
 from fedjaxprune.federated import cohort
-from fedjaxprune.method import Method
+from fedjaxprune.method import Method, Needs, needs_of
 from fedjaxprune.rounds import feeding
 from fedjaxprune.rounds.training import training
+from fedjaxprune.settings import Settings
 from fedjaxprune.testing import history as history_lib
 from fedjaxprune.testing import laws, scenario, trees
 from fedjaxprune.testing.history import History, Members
@@ -119,13 +120,12 @@ def nothing_pruned_is_fedavg(method: Method, settings: Mapping[str, Any]) -> Non
     before = sum(stage.num_rounds for stage in stages[:-1])
     for index in range(before):
         state, rows, _ = run(index, state, rows, history_lib.half(index))
-    dense = made._replace(
-        algorithm=training(made.task.protocol, client=made.task.local_client()),
-        params=state.params,
-        model_state=state.model_state,
+    own = {name: value for name, value in settings.items() if "." not in name}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    dense, reference = _fedavg(needs_of(method, method.settings(**own)), rest)
+    expected, others = history_lib.start(
+        dense._replace(params=state.params, model_state=state.model_state)
     )
-    reference, _ = history_lib.player(dense)
-    expected, others = history_lib.start(dense)
     for index in range(before, before + 3):
         members = history_lib.half(index)
         state, rows, _ = run(index, state, rows, members)
@@ -134,3 +134,22 @@ def nothing_pruned_is_fedavg(method: Method, settings: Mapping[str, Any]) -> Non
         for name in ("params", "model_state", "masks"):
             found = trees.difference(getattr(state, name), getattr(expected, name))
             assert not found, f"{name} differ from FedAvg's in round {index + 1}: {found}."
+
+
+_PLAIN: dict[tuple[Needs, str], tuple[scenario.Scenario, history_lib.RunFn]] = {}
+
+
+def _fedavg(
+    needs: Needs, settings: Mapping[str, Any]
+) -> tuple[scenario.Scenario, history_lib.RunFn]:
+    """Make FedAvg for a method's network and protocol, compiled once for all that have the same."""
+    key = needs, repr(sorted(settings.items()))
+    if key not in _PLAIN:
+        method = Method(
+            build=lambda _, task: training(task.protocol, client=task.local_client()),
+            settings=Settings,
+            needs=needs,
+        )
+        made = scenario.make(method, settings, scenario.PLAIN)
+        _PLAIN[key] = made, history_lib.player(made)[0]
+    return _PLAIN[key]

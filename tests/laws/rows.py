@@ -81,7 +81,7 @@ BESIDE: Mapping[str, tuple[str | Method, Mapping[str, Any]]] = {
     "prunefl+since_last": ("prunefl", {"accumulate": "since_last"}),
     "wanda+blocks": ("wanda", {"blocks": 2}),
 }
-USUAL = ("dynamic_sparse", "feddip+dense", "rigl+shuffle")  # of these
+USUAL = ("dynamic_sparse", "rigl+shuffle")  # of these
 DENSE_SERVER = (  # keep the values of pruned entries
     "dpf",
     "dpf/straight_through",

@@ -27,7 +27,7 @@ def without(protocol, section):
     return {path: one for path, one in protocol.items() if not path.startswith(section)}
 
 
-@pytest.mark.usual("fedavgm", "fedyogi")
+@pytest.mark.usual("fedyogi")  # all rows of laws have "fedavgm"
 @pytest.mark.parametrize("name", [case(name) for name in registry.names("server_optimizer")])
 def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name, subtests):
     server = {"server.optimizer": name, "server.optimizer.server_learning_rate": 0.1}
@@ -38,9 +38,8 @@ def test_any_server_forgets_what_is_pruned_and_rests_where_nobody_is_heard(name,
             law(played)
 
 
-@pytest.mark.usual(
-    "top_k-options1", "unbiased_random_k-options3", "quantize-options5", "sign-options6"
-)
+# All rows of laws have top-k with error feedback.
+@pytest.mark.usual("unbiased_random_k-options3", "quantize-options5", "sign-options6")
 @pytest.mark.parametrize(("name", "options"), [case(*each) for each in UPLINKS])
 def test_any_uplink_is_charged_for_what_is_written_in_any_order(name, options, subtests):
     protocol = without(scenario.PROTOCOL, "uplink")
@@ -129,8 +128,8 @@ def test_clients_of_any_method_see_what_any_downlink_sends_and_charges(name, dow
             law(played)
 
 
-@pytest.mark.usual("2")
-@pytest.mark.parametrize("chunk_size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # for a chunk by default see test_laws.py, and test_cohort.py
+@pytest.mark.parametrize("chunk_size", [2, 3, 4])
 def test_every_chunk_size_gives_the_same_result(chunk_size):
     method, settings = rows.row("fedavg")
     one, many = rows.recorded("fedavg"), history.record(method, settings, chunk_size=chunk_size)
