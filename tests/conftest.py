@@ -89,18 +89,20 @@ def built_once():
 # into it, which takes longer than to lower a small program. A thread keeps its own for some.
 NUM_SHARED = 100
 _kept = threading.local()
-_make_context = mlir.make_ir_context
+_make_context = getattr(mlir, "make_ir_context", None)  # JAX's own, which it may rename
 
 
 def _shared_context() -> Any:
     """Give a context that so many programs of a thread share, and then another one."""
+    assert _make_context is not None
     if not getattr(_kept, "num_left", 0):
         _kept.context, _kept.num_left = _make_context(), NUM_SHARED
     _kept.num_left -= 1
     return _kept.context
 
 
-mlir.make_ir_context = _shared_context
+if _make_context is not None:
+    mlir.make_ir_context = _shared_context
 
 MAX_PROGRAMS = 3000  # of about three mappings of memory each, of which Linux allows 65,530
 _compiled: list[str] = []
