@@ -68,7 +68,7 @@ def _normalize_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def _of_live(kernel: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Normalize, and give the factor that does it, ``[1, ..., C_out]``, 1 without any spread."""
     axes, dtype = tuple(range(kernel.ndim - 1)), kernel.dtype
-    kernel = kernel.astype(jnp.promote_types(dtype, jnp.float32))
+    kernel = kernel.astype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
     live = live.astype(kernel.dtype)
     count = jnp.maximum(jnp.sum(live, axis=axes, keepdims=True), 1.0)
     mean = jnp.sum(kernel * live, axis=axes, keepdims=True) / count
