@@ -1,5 +1,7 @@
 """Normalized sparse convolution (FedMef): formulas, and the masks that reach the network."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from fedjaxprune.types import (
 )
 
 SHAPE = (8, 8, 1)
+NOTHING: Any = ()
 
 
 def normalized(values, live):
@@ -174,12 +177,12 @@ def test_a_client_normalizes_by_the_masks_that_its_steps_train_under():
 
     client = local_training.viewed_sgd(
         loss,
-        batcher=Batcher(lambda data: jnp.int32(2), lambda key, data, step: ()),
+        batcher=Batcher(lambda data: jnp.int32(2), lambda key, data, step: NOTHING),
         optimizer=optax.sgd(0.1),
         view=WeightView(lambda _: Sight(seen), lambda *_: Sight(seen), period=None),
     )
     state = RoundState(jnp.int32(0), params, masks.full(params), jnp.int32(0), state, (), ())
-    data = ClientData((), (), jnp.int32(0), jnp.int32(4), jnp.int32(0))
+    data = ClientData(NOTHING, NOTHING, jnp.int32(0), jnp.int32(4), jnp.int32(0))
     message, _ = client.update(jax.random.key(0), broadcast_of(state), (), data)
     assert message.fields["metrics"]["loss"].total == 8.0
     np.testing.assert_array_equal(
@@ -207,7 +210,7 @@ def test_rounds_that_guard_themselves_are_not_guarded_twice():
         (),
     )
     cohort = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.bool_), ())
-    after = told.round(jax.random.key(0), state, cohort, ())[0]
+    after = told.round(jax.random.key(0), state, cohort, NOTHING)[0]
     np.testing.assert_array_equal(after.model_state[COLLECTION]["kernel"], [1.0, 0.0])
 
 
@@ -237,7 +240,7 @@ def test_a_run_follows_its_masks_and_sends_none_of_them_twice(tmp_path):
         model=Small(),
         data=data,
         **{"federation.num_rounds": 3, "client.steps": 1, "client.batch_size": 4},
-        **{"execution.chunk_size": 1, "execution.devices": 1},
+        **{"execution.chunk_size": 1, "execution.devices": 1, "server.aggregator": "weighted_mean"},
         num_clients=2,
         folder=str(tmp_path / "run"),
     )
