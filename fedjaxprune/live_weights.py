@@ -2,9 +2,10 @@
 
 Such a layer has no batch normalization behind it, so it does not depend on the batch. To normalize
 it has to know which weights are live: a zero is not enough, as a weight that has just grown is live
-and 0. So the masks are arrays in the model's state, ``state["live"][...]["kernel"]`` for the
-parameter of the same path, 1 where a weight is live. They are neither trained nor sent: client and
-server set them from the masks that they have anyway (`following`).
+and 0. So the masks are arrays in the model's state, ``state["live_weights"][...]["kernel"]`` for
+the parameter of the same path, 1 where a weight is live. They are neither trained nor sent: client
+and server set them from the masks that they have anyway (`rounds.stages.telling_masks`, and
+`local_training` before each step). A layer of your own may ask for masks in the same way.
 """
 
 from typing import Any
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from fedjaxprune import trees
-from fedjaxprune.types import Algorithm, Masks, RoundState, Stage, State
+from fedjaxprune.types import Masks, Params, State
 
-COLLECTION = "live"  # of the state
-EPSILON = 1e-10  # added to the squared norm of a filter
+COLLECTION = "live_weights"  # of the state
+EPSILON = 1e-6  # least squared norm, about its mean, that a filter is divided by the root of
 
 
 def normalize(kernel: jax.Array, live: jax.Array) -> jax.Array:
@@ -25,10 +26,14 @@ def normalize(kernel: jax.Array, live: jax.Array) -> jax.Array:
     With ``n`` live weights of mean ``m`` and standard deviation ``s`` a weight `w` becomes
     ``(w - m) / (s sqrt(n))``. So neither a factor nor a constant that is common to a filter's live
     weights changes anything, and outputs have the variance of inputs. Filters with fewer than two
-    live weights, or equal ones, become 0.
+    live weights, or equal ones, become 0; what is nearly equal (`EPSILON`) is divided by 0.001, so
+    that weights that have all grown at 0 have gradients of a sensible size.
 
     A pruned weight has the gradient that it would have if it came into the convolution divided as
-    the live ones are, so that methods can choose what to grow; mean and deviation ignore it.
+    the live ones are, so that methods can choose what to grow; mean and deviation ignore it. Where
+    these have no spread it counts undivided, so that a filter that has died may grow again.
+
+    Statistics are taken in float32 at least, whatever the kernel is in.
 
     Args:
       kernel: ``[..., C_out]``; values of pruned weights do not matter.
@@ -61,21 +66,45 @@ def _normalize_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _of_live(kernel: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Normalize, and give the factor that does it, ``[1, ..., C_out]``, 0 without any spread."""
-    axes = tuple(range(kernel.ndim - 1))
+    """Normalize, and give the factor that does it, ``[1, ..., C_out]``, 1 without any spread."""
+    axes, dtype = tuple(range(kernel.ndim - 1)), kernel.dtype
+    kernel = kernel.astype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
     live = live.astype(kernel.dtype)
     count = jnp.maximum(jnp.sum(live, axis=axes, keepdims=True), 1.0)
-    mean = jnp.sum(live * kernel, axis=axes, keepdims=True) / count
-    centered = live * (kernel - mean)
+    mean = jnp.sum(kernel * live, axis=axes, keepdims=True) / count
+    centered = (kernel - mean) * live
     square = jnp.sum(jnp.square(centered), axis=axes, keepdims=True)
-    factor = jax.lax.rsqrt(square + EPSILON)
-    known = jnp.where(square > EPSILON, factor, jnp.zeros_like(factor))
-    return live * (centered * factor), jax.lax.stop_gradient(known)
+    factor = jax.lax.rsqrt(jnp.maximum(square, EPSILON))
+    known = jnp.where(square > EPSILON, factor, jnp.ones_like(factor))
+    normal = centered * factor * live
+    return normal.astype(dtype), jax.lax.stop_gradient(known).astype(dtype)
 
 
 def are_in(state: State) -> bool:
     """Tell from a model's state, or its shapes, whether the network normalizes live weights."""
     return isinstance(state, dict) and COLLECTION in state
+
+
+def check(params: Params, state: State) -> None:
+    """Refuse a state whose collection of this name is something else than masks.
+
+    Args:
+      params: tree of arrays or shapes.
+      state: likewise.
+
+    Raises:
+      ValueError: an array of it is not of the path and shape of a parameter.
+    """
+    if not are_in(state):
+        return
+    shapes = {path: jnp.shape(leaf) for path, leaf in trees.items(params)}
+    for path, leaf in trees.items(state[COLLECTION]):
+        if shapes.get(path) != jnp.shape(leaf):
+            raise ValueError(
+                f"the collection {COLLECTION!r} of a network's state is for the masks of its "
+                "parameters, each at its parameter's path and of its shape, but there is no "
+                f"parameter {path!r} of shape {jnp.shape(leaf)}: give the collection another name."
+            )
 
 
 def is_of_client(path: str, leaf: Any) -> bool:
@@ -103,22 +132,3 @@ def with_masks(state: State, masks: Masks) -> State:
     bits = dict(zip(trees.paths(masks), jax.tree.leaves(masks), strict=True))
     live = trees.map_with_path(lambda path, leaf: bits[path].astype(leaf.dtype), state[COLLECTION])
     return {**state, COLLECTION: live}
-
-
-def following(algorithm: Algorithm) -> Algorithm:
-    """Let the network of a method know the masks in force, before and after each round.
-
-    Clients that train under masks of their own normalize as if those of the server were theirs.
-    """
-
-    def told(state: RoundState) -> RoundState:
-        return state._replace(model_state=with_masks(state.model_state, state.masks))
-
-    def follow(stage: Stage) -> Stage:
-        def round_fn(key, state, cohort, population):
-            state, rows, metrics = stage.round(key, told(state), cohort, population)
-            return told(state), rows, metrics
-
-        return stage._replace(round=round_fn)
-
-    return algorithm._replace(stages=tuple(map(follow, algorithm.stages)))

@@ -1,17 +1,35 @@
 """Normalized sparse convolution (FedMef): formulas, and the masks that reach the network."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fedjaxprune as fjp
-from fedjaxprune import live_weights, masks, trees
+from fedjaxprune import live_weights, masks, metrics, trees
 from fedjaxprune.costs import flops
-from fedjaxprune.models import layers, resnet
+from fedjaxprune.federated import local_training
+from fedjaxprune.live_weights import COLLECTION
+from fedjaxprune.models import layers, parameters, resnet
+from fedjaxprune.rounds import server_work, stages
+from fedjaxprune.rounds.protocol import broadcast_of
+from fedjaxprune.structure.channels import groups
+from fedjaxprune.types import (
+    Algorithm,
+    Batcher,
+    ClientData,
+    Cohort,
+    RoundState,
+    Sight,
+    WeightView,
+)
 
 SHAPE = (8, 8, 1)
+NOTHING: Any = ()
 
 
 def normalized(values, live):
@@ -69,15 +87,30 @@ def test_a_pruned_weight_changes_the_rest_and_a_grown_one_is_live_with_a_gradien
     np.testing.assert_allclose(pruned[jnp.array([0, 2, 3])], alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("values", [[4.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
-def test_what_has_no_spread_is_zero_and_so_is_its_gradient(values):
-    live = jnp.array([[True], [False], [False]])
-    if values[0] == 0.0:
-        live = jnp.ones((3, 1), jnp.bool_)  # equal ones
-    kernel = jnp.array(values)[:, None]
-    assert not np.any(live_weights.normalize(kernel, live))
-    gradient = jax.grad(lambda k: jnp.sum(live_weights.normalize(k, live) * kernel))(kernel)
-    assert np.all(np.isfinite(gradient))
+@pytest.mark.parametrize(
+    ("values", "live", "wanted"),
+    [
+        ([4.0, 9.0, 9.0], [1, 0, 0], [0.0, 2.0, 3.0]),  # what is pruned counts as it is
+        ([4.0, 9.0, 9.0], [0, 0, 0], [1.0, 2.0, 3.0]),  # a dead filter may grow again
+        ([0.0, 0.0, 9.0], [1, 1, 0], [-500.0, 500.0, 3.0]),  # grown at 0: at most 1000 times
+    ],
+)
+def test_what_has_no_spread_is_zero_and_has_gradients_of_a_sensible_size(values, live, wanted):
+    kernel, live = jnp.array(values)[:, None], jnp.array(live)[:, None]
+    weights = jnp.array([[1.0], [2.0], [3.0]])
+    value, gradient = jax.value_and_grad(
+        lambda k: jnp.sum(live_weights.normalize(k, live) * weights)
+    )(kernel)
+    assert value == 0.0
+    np.testing.assert_allclose(gradient[:, 0], wanted, rtol=1e-5)
+
+
+def test_statistics_of_few_bits_are_those_of_float32():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(1.0, 0.1, (576, 2)), jnp.bfloat16)
+    given = live_weights.normalize(kernel, jnp.ones((576, 2)))
+    assert given.dtype == jnp.bfloat16
+    exact = live_weights.normalize(kernel.astype(jnp.float32), jnp.ones((576, 2)))
+    np.testing.assert_allclose(given.astype(jnp.float32), exact, rtol=2**-8)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +127,13 @@ def network():
 
 def test_a_network_starts_with_every_weight_live_and_is_told_its_masks(network):
     _, params, state, bits = network
-    assert {path.split("/", 1)[0] for path in trees.paths(state)} == {"live"}
+    assert {path.split("/", 1)[0] for path in trees.paths(state)} == {COLLECTION}
     assert all(np.all(leaf == 1.0) for leaf in jax.tree.leaves(state))
     told = live_weights.with_masks(state, bits)
     assert live_weights.without(told) == {}
     by_path = dict(zip(trees.paths(bits), jax.tree.leaves(bits), strict=True))
     for path, leaf in zip(trees.paths(told), jax.tree.leaves(told), strict=True):
-        np.testing.assert_array_equal(leaf, by_path[path.removeprefix("live/")])
+        np.testing.assert_array_equal(leaf, by_path[path.removeprefix(f"{COLLECTION}/")])
     assert live_weights.with_masks({"other": 1.0}, bits) == {"other": 1.0}
     assert "norm_1" not in params
 
@@ -123,6 +156,72 @@ def test_its_multiply_adds_are_those_of_live_weights(network):
     )
 
 
+def test_a_collection_of_that_name_that_is_no_mask_is_refused():
+    params = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    for own in ({"layer": {"kernel": jnp.ones(3)}}, {"count": jnp.ones(())}, jnp.ones(3)):
+        with pytest.raises(ValueError, match="give the collection another name"):
+            parameters.check(params, {COLLECTION: own})
+    parameters.check(params, {COLLECTION: {"layer": {"kernel": jnp.ones((2, 3))}}})
+    parameters.check(params, {"live": jnp.ones(3)})
+
+
+def test_a_client_normalizes_by_the_masks_that_its_steps_train_under():
+    seen = {"kernel": jnp.array([True, False, True, False])}
+    params, state = {"kernel": jnp.arange(1.0, 5.0)}, {COLLECTION: {"kernel": jnp.ones(4)}}
+
+    def loss(params, state, batch, key):
+        live = state[COLLECTION]["kernel"]
+        is_told = (live == 1.0) == (params["kernel"] != 0.0)
+        told = metrics.mean(is_told.astype(jnp.float32), jnp.ones(4))
+        return jnp.sum(params["kernel"] * live), (state, {"loss": told})
+
+    client = local_training.viewed_sgd(
+        loss,
+        batcher=Batcher(lambda data: jnp.int32(2), lambda key, data, step: NOTHING),
+        optimizer=optax.sgd(0.1),
+        view=WeightView(lambda _: Sight(seen), lambda *_: Sight(seen), period=None),
+    )
+    state = RoundState(jnp.int32(0), params, masks.full(params), jnp.int32(0), state, (), ())
+    data = ClientData(NOTHING, NOTHING, jnp.int32(0), jnp.int32(4), jnp.int32(0))
+    message, _ = client.update(jax.random.key(0), broadcast_of(state), (), data)
+    assert message.fields["metrics"]["loss"].total == 8.0
+    np.testing.assert_array_equal(
+        broadcast_of(state, masks=seen).model_state[COLLECTION]["kernel"], seen["kernel"]
+    )
+
+
+def test_rounds_that_guard_themselves_are_not_guarded_twice():
+    def prune(key, state, population):
+        assert state.model_state[COLLECTION]["kernel"] is not before
+        return state._replace(masks={"kernel": jnp.array([True, False])}), {}
+
+    params, before = {"kernel": jnp.ones(2)}, jnp.zeros(2)
+    stage = server_work.server_round("prune", prune)
+    made = Algorithm(None, None, (stage,), None, None, None)  # pyright: ignore[reportArgumentType]
+    (told,) = stages.telling_masks(made).stages
+    assert stages.guarded(told.round) is told.round
+    state = RoundState(
+        jnp.int32(0),
+        params,
+        masks.full(params),
+        jnp.int32(0),
+        {COLLECTION: {"kernel": before}},
+        (),
+        (),
+    )
+    cohort = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.bool_), ())
+    after = told.round(jax.random.key(0), state, cohort, NOTHING)[0]
+    np.testing.assert_array_equal(after.model_state[COLLECTION]["kernel"], [1.0, 0.0])
+
+
+def test_filters_are_those_of_the_kernels_and_not_of_the_masks(network):
+    model, params, state, _ = network
+    example = jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
+    found = groups.analyze(model.predict, params, state, example)
+    makers = {m.path for group in found.filters for m in group.members if m.role == "filter"}
+    assert makers == {path for path in trees.paths(params) if path.endswith("kernel")}
+
+
 class Small(nn.Module):
     """Somebody's own network with such layers."""
 
@@ -141,7 +240,7 @@ def test_a_run_follows_its_masks_and_sends_none_of_them_twice(tmp_path):
         model=Small(),
         data=data,
         **{"federation.num_rounds": 3, "client.steps": 1, "client.batch_size": 4},
-        **{"execution.chunk_size": 1, "execution.devices": 1},
+        **{"execution.chunk_size": 1, "execution.devices": 1, "server.aggregator": "weighted_mean"},
         num_clients=2,
         folder=str(tmp_path / "run"),
     )

@@ -68,7 +68,8 @@ def keywords(given: Given, settings: Mapping[str, Any]) -> Given:
     named = dict(resolve.read(sections).values)
     rest = {name: one for name, one in settings.items() if name not in sections}
     parts = {place.kind: f"{path}.name" for path, place in PLACES.items()}
-    named |= {parts[name]: rest.pop(name) for name in list(rest) if name in parts}
+    by_name = parts | {path: f"{path}.name" for path in PLACES}
+    named |= {by_name[name]: rest.pop(name) for name in list(rest) if name in by_name}
     named = dict(as_parts(Given(named), is_new=False).values)
     if rest:
         found = resolve.find_parts(resolve.merge(given, Given(named)))

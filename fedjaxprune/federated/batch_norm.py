@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjaxprune import live_weights, metrics, trees
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import metrics, trees
 from fedjaxprune.federated import _steps
 from fedjaxprune.types import Batcher, Broadcast, Client, ClientData, Key, Message, State
 
@@ -198,7 +198,8 @@ def each_candidate(client: Client) -> Client:
     def update_fn(key: Key, broadcast: Broadcast, state: State, data: ClientData):
         def one(candidate):
             masks, model_state = candidate
-            seen = broadcast._replace(masks=masks, model_state=model_state)
+            told = live_weights.with_masks(model_state, masks)
+            seen = broadcast._replace(masks=masks, model_state=told)
             return client.update(key, seen, (), data)[0]
 
         messages = jax.lax.map(one, (broadcast.masks, broadcast.model_state))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjaxprune import live_weights, metrics
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import metrics
 from fedjaxprune.federated import _steps, mask_revision, step_scales, weight_views
 from fedjaxprune.federated.mask_revision import MaskRevision
 from fedjaxprune.federated.penalties import PenaltyFn
@@ -275,7 +275,8 @@ def _client(objective_of, batcher, rules: _Rules) -> Client:
             before = progress.local
             batch = draw(batch_key, data, step)
             seen = masks_lib.apply(sight.seen, before.params) if view is not None else before.params
-            given = before.model_state, batch, jax.random.fold_in(step_key, step)
+            told = live_weights.with_masks(before.model_state, sight.seen)
+            given = told, batch, jax.random.fold_in(step_key, step)
             if judge is None or is_judged is None:
                 found = jax.value_and_grad(objective, has_aux=True)(seen, *given)
             else:

@@ -26,6 +26,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fedjaxprune import live_weights
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.method import Method, Paper
 from fedjaxprune.methods import _fixed_masks, _scored_masks
@@ -87,6 +88,8 @@ def _check(task: Task, inputs: jax.ShapeDtypeStruct) -> None:
         raise ValueError(f"{start}, got one that reads tokens: choose another method.")
     if facts_lib.has_gates(task.facts):
         raise ValueError(f"{start}, got one with gates: choose another method.")
+    if live_weights.are_in(task.facts.state):
+        raise ValueError(f"{start}, got one that normalizes its weights: choose another method.")
     facts = task.facts
     test = functools.partial(
         synaptic_flow.is_proportional, task.model.predict, facts.params, facts.state, inputs

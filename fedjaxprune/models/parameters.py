@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjaxprune import trees
+from fedjaxprune import live_weights, trees
 from fedjaxprune.types import Params, State
 
 _INT32_MAX = 2**31 - 1
@@ -21,8 +21,8 @@ def check(params: Params, state: State) -> None:
       state: likewise, what is not trained.
 
     Raises:
-      ValueError: a parameter is no real number, the state is complex, or there are more entries
-        than an int32 counts.
+      ValueError: a parameter is no real number, the state is complex or has masks that fit no
+        parameter (`live_weights.check`), or there are more entries than an int32 counts.
     """
     for path, leaf in trees.items(params):
         dtype = _dtype(leaf)
@@ -42,6 +42,7 @@ def check(params: Params, state: State) -> None:
                 f"the state of a network must be real, but {path!r} is {_dtype(leaf)}: make its "
                 "real and imaginary parts two arrays."
             )
+    live_weights.check(params, state)
     total = sum(math.prod(np.shape(leaf)) for _, leaf in trees.items(params))
     if total > _INT32_MAX:
         path, leaf = max(trees.items(params), key=lambda item: math.prod(np.shape(item[1])))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune import trees
-from fedjaxprune.rounds.protocol import Announcement, Given, Masking
+from fedjaxprune.rounds.protocol import Announcement, Given, Masking, under
 from fedjaxprune.traffic import DOWNLINK, Sent
 from fedjaxprune.types import Broadcast, Cohort, Downlink, Key, Masks, RoundState, State
 
@@ -66,8 +66,9 @@ def for_client(masking: Masking, given: Given, client_id: jax.Array, state: Stat
         return jax.tree.map(jnp.logical_and, masks, own)
 
     return given._replace(
-        broadcast=broadcast._replace(
-            params=masks_lib.apply(own, broadcast.params), masks=narrow(broadcast.masks)
+        broadcast=under(
+            narrow(broadcast.masks),
+            broadcast._replace(params=masks_lib.apply(own, broadcast.params)),
         ),
         upload=narrow(given.upload),
         download=narrow(given.download),

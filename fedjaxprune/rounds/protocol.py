@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjaxprune import live_weights, trees
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
 from fedjaxprune.federated import aggregators
 from fedjaxprune.federated.aggregators import ServerAggregator
 from fedjaxprune.federated.attacks import Attackers
@@ -248,11 +248,16 @@ class Hooks(NamedTuple):
     announcement: Announcement | None = None
 
 
-def broadcast_of(state: RoundState) -> Broadcast:
-    """Give clients the parameters and the masks in force."""
-    return Broadcast(
-        params=state.params, masks=state.masks, model_state=state.model_state, round=state.round
-    )
+def broadcast_of(state: RoundState, *, masks: Masks | None = None) -> Broadcast:
+    """Give clients the parameters, and the masks in force or others to train under."""
+    masks = state.masks if masks is None else masks
+    return under(masks, Broadcast(state.params, masks, state.model_state, state.round))
+
+
+def under(masks: Masks, broadcast: Broadcast) -> Broadcast:
+    """Replace the masks of a broadcast, and tell a network of them that normalizes live weights."""
+    told = live_weights.with_masks(broadcast.model_state, masks)
+    return broadcast._replace(masks=masks, model_state=told)
 
 
 def joining(

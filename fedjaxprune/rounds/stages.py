@@ -6,8 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from fedjaxprune import live_weights, trees
 from fedjaxprune import masks as masks_lib
-from fedjaxprune import trees
 from fedjaxprune.rounds.protocol import Hooks
 from fedjaxprune.types import (
     Algorithm,
@@ -56,6 +56,29 @@ def in_order(
         stages=tuple(stages),
         deployed_params=lambda state: masks_lib.apply(state.masks, training.deployed_params(state)),
     )
+
+
+def telling_masks(algorithm: Algorithm) -> Algorithm:
+    """Let the network of a method know the masks in force, before and after each round.
+
+    It is for networks that normalize their live weights (`live_weights`); with others, nothing
+    changes. In local training clients tell it the masks that they train under.
+    """
+
+    def told(state: RoundState) -> RoundState:
+        masked = live_weights.with_masks(state.model_state, state.masks)
+        return state._replace(model_state=masked)
+
+    def follow(stage: Stage) -> Stage:
+        inner = guarded(stage.round)
+
+        def round_fn(key, state, cohort, population):
+            state, rows, metrics = inner(key, told(state), cohort, population)
+            return told(state), rows, metrics
+
+        return stage._replace(round=mark_guarded(round_fn))
+
+    return algorithm._replace(stages=tuple(map(follow, algorithm.stages)))
 
 
 def check_prunable(params: Params, prunable: PrunableFn) -> None:

@@ -218,13 +218,12 @@ def broadcast(key: Key, parts: Parts, state: RoundState) -> tuple[Given, State]:
     """Give every client the model, and masks to train under; also give the downlink's state."""
     rules, announcement = parts.masking, parts.hooks.announcement
     download = state.masks if rules.download is None else rules.download(state)
-    params = state.params
+    params, own = state.params, None if rules.train is None else rules.train(key, state)
     given = Given(
         upload=state.masks if rules.upload is None else rules.upload(state),
         download=download,
-        broadcast=broadcast_of(state)._replace(
+        broadcast=broadcast_of(state, masks=own)._replace(
             params=masks_lib.apply(download, params) if rules.server_is_dense else params,
-            masks=state.masks if rules.train is None else rules.train(key, state),
             correction_state=state.correction,
             announced=() if announcement is None else announcement.seen(state),
         ),

@@ -38,6 +38,7 @@ from fedjaxprune.method import needs_of
 from fedjaxprune.models import precision, ways
 from fedjaxprune.rounds import controls, simulation
 from fedjaxprune.rounds import facts as facts_lib
+from fedjaxprune.rounds import stages as stages_lib
 from fedjaxprune.rounds.protocol import Protocol
 from fedjaxprune.rounds.task import Task
 from fedjaxprune.settings import INT_MAX
@@ -285,7 +286,8 @@ def make_algorithm(config: RunConfig, task: Task) -> Algorithm:
     if said:
         algorithm = algorithm._replace(notes=(*algorithm.notes, said))
     algorithm = _control(config, task, algorithm)
-    return live_weights.following(algorithm) if live_weights.are_in(task.facts.state) else algorithm
+    has_masks = live_weights.are_in(task.facts.state)
+    return stages_lib.telling_masks(algorithm) if has_masks else algorithm
 
 
 def _control(config: RunConfig, task: Task, algorithm: Algorithm) -> Algorithm:

@@ -184,7 +184,9 @@ def _collect(book: labels.Book, paths: list[str]) -> Analysis:
         if leaf < len(paths):
             classes[labels.find(book, atom)][leaf, axis].append(index)
     leaks, mixes, fixed = (_by_class(book, x) for x in (book.leaks, book.mixes, book.fixed))
+    # What a kernel meets in the network's state, such as its masks, makes no channels.
     makers = {place for place, role in book.roles.items() if role == "filter"}
+    makers = {place for place in makers if place[0] < len(paths)}
 
     alike: dict[Any, list[int]] = defaultdict(list)
     bound: dict[tuple[int, int], set[str]] = defaultdict(set)
