@@ -609,12 +609,12 @@ def test_what_all_clients_made_zero_is_exactly_zero_and_without_threshold_it_is_
         )
         ends[name] = state.params
         sparsity[name] = told.train.get(feddp_threshold.SPARSITY)
-    rounding = {"rtol": 3e-7}  # of three programs, which XLA may optimize each in its own way
-    chex.assert_trees_all_close(ends["none"], ends["fedavg"], **rounding)
+    rounding = 3e-7  # of three programs, which XLA may optimize each in its own way
+    chex.assert_trees_all_close(ends["none"], ends["fedavg"], rtol=rounding)
     for layer in ("dense", "head"):
         assert not np.any(ends["all"][layer]["kernel"])
         own, plain = ends["all"][layer]["bias"], ends["fedavg"][layer]["bias"]
-        np.testing.assert_allclose(own, plain, **rounding)
+        np.testing.assert_allclose(own, plain, rtol=rounding)
     assert metrics.value(sparsity["all"]) == 1.0
 
 
