@@ -56,6 +56,7 @@ def sweep(
             return ""
         return f"continue the sweep with `fedjaxprune sweep {file}`"
 
+    failed: dict[str, str] = {}  # also of a sweep that a signal met when its last run had ended
     with running.watched(how_to_continue) as watch:
 
         def listen() -> Any:
