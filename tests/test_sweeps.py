@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import signal
 
 import jax
 import pytest
@@ -10,8 +11,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedjaxprune.cli.main import main
 from fedjaxprune.errors import ConfigError
+from fedjaxprune.experiment.execution import signals
 from fedjaxprune.experiment.folder import layout, load, lock
 from fedjaxprune.experiment.run import launch, loop
+from fedjaxprune.experiment.sweeps import execute
 from tests import stub
 
 pytestmark = pytest.mark.usefixtures("built_once")
@@ -107,6 +110,29 @@ def test_an_interrupted_sweep_says_how_it_goes_on(capsys, monkeypatch):
     status, _, err = call(capsys, "sweep", "mine.yaml")
     assert status == 130
     assert err.endswith("continue the sweep with `fedjaxprune sweep mine.yaml`.\n")
+
+
+@pytest.mark.parametrize(("seeds", "status"), [([0], 0), ([0, 1], 143)])
+def test_a_signal_after_the_last_round_ends_only_a_sweep_with_runs_left(
+    capsys, monkeypatch, seeds, status
+):
+    one_by_one = execute.one_by_one
+
+    def end(sweep, *args, **options):
+        one_by_one(sweep._replace(members=sweep.members[:1]), *args, **options)
+        raise signals.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(execute, "one_by_one", end)
+    write(seed=seeds)
+    found, out, err = call(capsys, "sweep", "mine.yaml")
+    assert found == status
+    if len(seeds) == 1:
+        assert err == ""
+        assert "results: runs/mine" in out
+    else:
+        assert err.endswith(
+            "stopped by SIGTERM; continue the sweep with `fedjaxprune sweep mine.yaml`.\n"
+        )
 
 
 def test_processes_side_by_side_make_the_same_folders(capsys):

@@ -1,13 +1,14 @@
 """Arrays that may be larger than memory: looked at in parts, and copied only where they must be."""
 
 import mmap
+import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 
-_AT_ONCE = 2**24  # values that are looked at together
+_AT_ONCE = 2**24  # values that are looked at together, or bytes of a file
 
 
 def as_type(values: np.ndarray, dtype: Any) -> np.ndarray:
@@ -42,6 +43,15 @@ def checksum(arrays: Iterable[Any]) -> int:
         advise(array, order="forward")
         total = zlib.crc32(f"{array.shape} {array.dtype}".encode(), total)
         total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, total)
+    return total
+
+
+def checksum_of_file(path: pathlib.Path) -> int:
+    """Sum up a file's bytes; OSError if it cannot be read."""
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(_AT_ONCE):
+            total = zlib.crc32(block, total)
     return total
 
 

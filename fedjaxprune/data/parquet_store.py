@@ -2,22 +2,19 @@
 
 import functools
 import os
-import pathlib
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedjaxprune.data import rounding
+from fedjaxprune.data import mapped, rounding
 from fedjaxprune.data.sources import files
 from fedjaxprune.data.stores import ClientStore
 from fedjaxprune.errors import DataError
 from fedjaxprune.settings import INT_MAX
 
 _GROUPS_KEPT = 4  # row groups that were read last
-_AT_ONCE = 2**24  # bytes of the file that are summed up together
 
 
 def of_parquet(
@@ -86,16 +83,9 @@ def of_parquet(
         "inputs": jax.ShapeDtypeStruct((len(inputs),), np.float32),
         "labels": jax.ShapeDtypeStruct((), np.int32),
     }
-    return ClientStore(sizes.astype(np.int64), fetch_fn, like, test, lambda: _checksum(place))
-
-
-def _checksum(path: pathlib.Path) -> int:
-    """Sum up a file."""
-    total = 0
-    with path.open("rb") as file:
-        while block := file.read(_AT_ONCE):
-            total = zlib.crc32(block, total)
-    return total
+    return ClientStore(
+        sizes.astype(np.int64), fetch_fn, like, test, lambda: mapped.checksum_of_file(place)
+    )
 
 
 def _numbers(column: Any, what: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjaxprune.data import mapped
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.feeding import homes
 from fedjaxprune.experiment.feeding.homes import Home
@@ -123,7 +124,9 @@ def _is_whole(folder: pathlib.Path, number: int, kept: Kept, fingerprint: int) -
     fits = about["num_clients"] == kept.num_clients
     fits = fits and about["row_bytes"] == [array.shape[1] for array in kept.arrays]
     try:
-        right = all(_checksum(place / name) == one for name, one in about["checksums"].items())
+        right = all(
+            mapped.checksum_of_file(place / name) == one for name, one in about["checksums"].items()
+        )
     except OSError:
         return False
     base = about["base"]
@@ -220,12 +223,4 @@ def _write(path: pathlib.Path, blocks: Any) -> int:
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return total
-
-
-def _checksum(path: pathlib.Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while block := file.read(_AT_ONCE):
-            total = zlib.crc32(block, total)
     return total
