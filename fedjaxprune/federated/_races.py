@@ -54,14 +54,14 @@ class _Race(NamedTuple):
     Attributes:
       num_passes: ``[]`` int32.
       called: ``[G]`` float32, when the last one of each group was called, times its rate.
-      times, client_ids: ``[C]``, the first arrivals in turn.
+      times, places: ``[C]``, the first arrivals in turn, and where they are among the members.
       horizon: ``[]``, before which everyone has been called.
     """
 
     num_passes: jax.Array
     called: jax.Array
     times: jax.Array
-    client_ids: jax.Array
+    places: jax.Array
     horizon: jax.Array
 
 
@@ -80,7 +80,7 @@ def first_arrivals(weights: np.ndarray, cohort_size: int) -> Callable[[Key], jax
             num_passes=jnp.int32(0),
             called=jnp.zeros(len(groups.sizes), jnp.float32),
             times=jnp.full(cohort_size, jnp.inf, jnp.float32),
-            client_ids=jnp.zeros(cohort_size, jnp.int32),
+            places=jnp.zeros(cohort_size, jnp.int32),
             horizon=jnp.float32(-jnp.inf),
         )
         race = jax.lax.while_loop(
@@ -88,7 +88,7 @@ def first_arrivals(weights: np.ndarray, cohort_size: int) -> Callable[[Key], jax
             lambda race: _call(groups, order_key, time_key, race),
             race,
         )
-        return jnp.sort(race.client_ids)
+        return jnp.sort(groups.members[race.places])
 
     return draw_fn
 
@@ -103,23 +103,38 @@ def _call(groups: _Groups, order_key: Key, time_key: Key, race: _Race) -> _Race:
     drawn = _uniform(jax.random.bits(pass_key, (3, *left.shape), jnp.uint32))
     gaps = -jnp.log1p(-drawn[0]) / jnp.maximum(left, 1).astype(jnp.float32)
     called = race.called[:, None] + jnp.cumsum(gaps, axis=1)
-    places = permutations.permute_each(order_key, jnp.minimum(ranks, sizes - 1), sizes[:, 0])
-    members = jnp.asarray(groups.begins)[:, None] + places
-    chances = groups.chances[members]
+    turns = permutations.permute_each(order_key, jnp.minimum(ranks, sizes - 1), sizes[:, 0])
+    places = jnp.asarray(groups.begins)[:, None] + turns
+    chances = groups.chances[places]
     waits = -jnp.log1p(-drawn[2]) / chances
     times = jnp.log(jnp.where(drawn[1] < chances, called, called + waits)) - log_rates
     times = jnp.where(left > 0, times, jnp.full_like(times, jnp.inf))
-    times = jnp.concatenate([race.times, times.ravel()])
-    ids = jnp.concatenate([race.client_ids, groups.members[members].ravel()])
-    _, first = jax.lax.top_k(-times, len(race.times))
+    number = len(race.times)
+    times, places = _first(times.ravel(), places.ravel(), number)
+    # One pass is nearly always enough, and then nothing is joined.
+    times, places = jax.lax.cond(
+        race.num_passes == 0,
+        lambda: (times, places),
+        lambda: _first(
+            jnp.concatenate([race.times, times]), jnp.concatenate([race.places, places]), number
+        ),
+    )
     waiting = jnp.log(called[:, -1]) - log_rates[:, 0]
     return _Race(
         num_passes=race.num_passes + 1,
         called=called[:, -1],
-        times=times[first],
-        client_ids=ids[first],
+        times=times,
+        places=places,
         horizon=jnp.min(jnp.where(left[:, -1] > 1, waiting, jnp.full_like(waiting, jnp.inf))),
     )
+
+
+def _first(times: jax.Array, places: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """Take the `number` earliest of ``[A]`` times and their places; nobody arrives at infinity."""
+    lacking = max(0, number - len(times))
+    times = jnp.pad(times, (0, lacking), constant_values=jnp.inf)
+    _, first = jax.lax.top_k(-times, number)
+    return times[first], jnp.pad(places, (0, lacking))[first]
 
 
 def _grouped(weights: np.ndarray, cohort_size: int) -> _Groups:
