@@ -28,7 +28,7 @@ from fedjaxprune.experiment.run import build, composing, examples, loop
 from fedjaxprune.experiment.run.listener import Listener
 from fedjaxprune.federated import cohort
 from fedjaxprune.models import adapters
-from fedjaxprune.rounds import feeding
+from fedjaxprune.rounds import feeding, server_work, simulation
 from tests import stub
 
 RNG = np.random.default_rng(0)
@@ -451,6 +451,36 @@ def test_rows_are_not_saved_where_others_would_find_the_disk_full(tmp_path, monk
     with pytest.raises(OSError, match="No space left on device"):
         loop.train(build.build(config), folder=tmp_path, listener=Listener())
     assert sorted(place.name for place in (tmp_path / layout.ROWS).iterdir()) == ["1"]
+
+
+def test_a_stage_that_does_not_say_whom_it_reads_is_refused_if_they_are_left_out():
+    parts = build.build(resolve.resolve({**SETTINGS, "execution.examples": "host"}))
+    assert parts.feed is not None
+    key = jax.random.key(0)
+    now = jax.eval_shape(lambda key: loop.start(key, parts), key)
+    given = key, *feed_lib.shapes(parts.feed, 0, now, (), parts.population, None)
+
+    def trace(look, *shapes, reads=()):
+        def work(key, state, population):
+            look(population)
+            return state, server_work.no_loss()
+
+        stage = server_work.server_round("look", work, reads=reads)
+        jax.eval_shape(simulation.advance_cohort(stage), *shapes)
+
+    looks = (
+        server_work.examples_of(0),
+        lambda people: people.offsets[1:] - people.offsets[:-1],
+        lambda people: jnp.sum(people.order),
+        lambda people: jax.tree.map(lambda leaf: leaf[:3], people.examples),
+        lambda people: people.offsets.astype(jnp.float32),
+    )
+    for look in looks:
+        with pytest.raises(ValueError, match=r"^the stage 'look' looks at clients' examples"):
+            trace(look, *given)
+        trace(look, *given, reads=(0,))
+        trace(look, *given[:-1], parts.population)  # all of it on the device
+    trace(lambda people: jnp.zeros(people.offsets.shape[0] - 1, people.order.dtype), *given)
 
 
 GIB = 2**30

@@ -129,6 +129,7 @@ def run(
     size = cohort.client_ids.shape[0]
     if size < 1:
         raise ValueError("a cohort must hold at least one client, which may be absent.")
+    population = populations.all_of(population)
     populations.check_shapes(population)
     num_devices = 1 if mesh is None else mesh.shape[AXIS]
     num_parts = populations.num_parts(population)

@@ -5,6 +5,7 @@ checked once, on the host.
 """
 
 import math
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,58 @@ from fedjaxprune import trees
 from fedjaxprune.types import Cohort, Population, Whole
 
 _INT32_MAX = 2**31 - 1
+_NOT_READ = (
+    "looks at clients' examples by itself, of which a fed round has those of its cohort alone, for "
+    "`cohort.run`: name the clients in Stage.reads, or set execution.examples device."
+)
 _MADE = "; data.partitions.population makes one and checks it"
+
+
+class NotReadError(ValueError):
+    """A stage that reads no other client looks at the clients' examples."""
+
+
+class _Unread:
+    """An array of which there is the shape alone; whatever else is asked of it is refused."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.shape, self.dtype = jnp.shape(leaf), jnp.result_type(leaf)
+
+    def __getattr__(self, name: str) -> Never:  # jax.numpy asks for `__jax_array__`
+        raise NotReadError(_NOT_READ)
+
+    def __getitem__(self, index: Any) -> Never:
+        raise NotReadError(_NOT_READ)
+
+
+class OfCohort(Population):
+    """A population that has the examples of a cohort alone, for `cohort.run` and nobody else.
+
+    All other clients are of size 0, so whoever looked one up would be given nothing without notice.
+    Of its arrays only the shapes can be seen; `all_of` gives them back.
+    """
+
+    __slots__ = ()
+
+    @property
+    def examples(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Shapes of the examples."""
+        return jax.tree.map(_Unread, self[0])
+
+    @property
+    def order(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Shape of the order."""
+        return _Unread(self[1])
+
+    @property
+    def offsets(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Shape of the offsets, by which clients are counted."""
+        return _Unread(self[2])
+
+
+def all_of(population: Population) -> Population:
+    """Give a population whose arrays can be read."""
+    return Population(*population)
 
 
 def check_shapes(population: Population) -> None:

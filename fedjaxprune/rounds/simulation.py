@@ -25,6 +25,7 @@ from fedjaxprune.types import (
     RoundState,
     Stage,
     State,
+    Whole,
 )
 
 Members = tuple[jax.Array, jax.Array]  # of a cohort: ids [C], and who of them takes part [C]
@@ -128,7 +129,7 @@ def advance(
       ValueError: while tracing, if the numbers of clients disagree, or the participation is none.
     """
 
-    round_fn = stages.guarded(stage.round)
+    round_fn = _round_of(stage)
 
     def advance_fn(key, simulation, population):
         num_clients = _count_clients(simulation, population, participation)
@@ -169,7 +170,7 @@ def advance_cohort(
       ``(key, simulation, (client_ids, present), population) -> (simulation, metrics)``, otherwise
       as of `advance`; the population may hold the examples of these clients alone (`feeding`).
     """
-    round_fn = stages.guarded(stage.round)
+    round_fn = _round_of(stage)
 
     def advance_fn(key, simulation, members, population):
         _count_clients(simulation, population, None)
@@ -190,7 +191,7 @@ def advance_rows(
       ``(key, state, rows, (client_ids, present), population) -> (state, rows [C, ...], metrics)``.
       The rows of absent clients mean nothing, and are to be written nowhere.
     """
-    round_fn = stages.guarded(stage.round)
+    round_fn = _round_of(stage)
 
     def advance_fn(key, state, given, members, population):
         populations.check_shapes(population)
@@ -209,6 +210,26 @@ def _keys(key: Key, round: jax.Array) -> tuple[Key, Key]:
     """Make a round's keys: for its cohort, and for its work."""
     sample_key, work_key = jax.random.split(jax.random.fold_in(key, round))
     return sample_key, work_key
+
+
+def _round_of(stage: Stage) -> RoundFn:
+    """Take a stage's round, guarded, and hide what a fed round leaves out, if it reads nobody.
+
+    Else clients whom the stage forgot to name in `reads` would be empty without notice.
+    """
+    round_fn = stages.guarded(stage.round)
+    if stage.reads or stage.cohort == "population":  # all are there
+        return round_fn
+
+    def of_cohort_fn(key, state, cohort, population):
+        if isinstance(population.whole, Whole):
+            population = populations.OfCohort(*population)
+        try:
+            return round_fn(key, state, cohort, population)
+        except populations.NotReadError as error:
+            raise ValueError(f"the stage {stage.name!r} {error}") from None
+
+    return of_cohort_fn
 
 
 def _advance(

@@ -112,7 +112,8 @@ class Stage(NamedTuple):
       round: ``(key, state, cohort, population) -> (state, rows [C, ...], metrics)``, traced once.
       cohort: who is asked.
       reads: whose examples the round uses besides those of its cohort and of the server; others may
-        be left out of the population that it is given.
+        be left out of the population that it is given. Where they are, a stage that reads nobody
+        can give its population to `federated.cohort.run` alone.
     """
 
     name: str
