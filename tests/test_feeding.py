@@ -4,6 +4,7 @@ import functools
 import re
 import shutil
 import time
+from concurrent import futures
 from typing import Any
 from unittest import mock
 
@@ -203,16 +204,16 @@ def test_snapshots_hold_what_was_written_since_the_last_whole_one(tmp_path):
         return (tmp_path / str(number) / saved_rows.IDS).stat().st_size // 8
 
     write(0, 1, 2, 3, 4)
-    saved_rows.save(tmp_path, 1, store.kept, fingerprint=7)
+    saved_rows.save(tmp_path, 1, store, fingerprint=7)()
     write(1, 7)
-    saved_rows.save(tmp_path, 2, store.kept, fingerprint=7)
+    saved_rows.save(tmp_path, 2, store, fingerprint=7)()
     assert (size(1), size(2)) == (5, 2)
     again = restored(2)
     everybody = np.arange(9)
     chex.assert_trees_all_equal(again.read(everybody), store.read(everybody))
     np.testing.assert_array_equal(again.kept.is_changed, store.kept.is_changed)
     write(2, 3)
-    saved_rows.save(tmp_path, 3, store.kept, fingerprint=7)
+    saved_rows.save(tmp_path, 3, store, fingerprint=7)()
     assert size(3) == 6  # whole again
     saved_rows.remove(tmp_path, 2, Home(), keep=())
     assert sorted(place.name for place in tmp_path.iterdir()) == ["1", "2"]
@@ -223,14 +224,83 @@ def test_snapshots_hold_what_was_written_since_the_last_whole_one(tmp_path):
     assert not saved_rows.is_whole(tmp_path, 8, store.kept, fingerprint=7)
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_snapshot_has_no_row_of_a_later_round(place, tmp_path, monkeypatch):
+    folder = tmp_path if place == "disk" else None
+    store, saved = rows.make(ROW, num_clients=40, folder=folder), tmp_path / "saved"
+    everybody = np.arange(40)
+
+    def write(*ids):
+        many = jax.tree.map(lambda leaf: np.stack([leaf] * len(ids)), ROW)
+        many["residual"] = RNG.normal(size=(len(ids), 3)).astype(np.float32)
+        many["mask"] = RNG.random((len(ids), 2, 5)) < 0.5
+        store.write(np.array(ids), many)
+
+    def saved_meanwhile(number):
+        """Save, and write rows meanwhile: some that are read already, are next, are to be read."""
+        wanted = store.read(everybody)
+        blocks = saved_rows._blocks
+
+        def blocks_fn(ids, array):
+            for at, some in enumerate(blocks(ids, array)):
+                if 0 < at < 5:
+                    write(at - 1, at, 29 - at, 39)
+                yield some
+
+        write_fn = saved_rows.save(saved, number, store, fingerprint=7)
+        write(0, 20, 38)
+        with monkeypatch.context() as patch:
+            patch.setattr(saved_rows, "_blocks", blocks_fn)
+            write_fn()
+        fresh = rows.make(ROW, num_clients=40)
+        saved_rows.restore(saved, number, fresh.kept)
+        chex.assert_trees_all_equal(fresh.read(everybody), wanted)
+
+    monkeypatch.setattr(saved_rows, "_AT_ONCE", 1)  # a row in each block
+    write(*range(30))
+    saved_meanwhile(1)  # rows 38 and 39 are written for the first time
+    write(1, 12)
+    saved_meanwhile(2)
+    about = saved_rows._about(saved / "2")
+    assert about is not None
+    assert about["base"] == 1
+    before = store.read(everybody)
+    saved_rows.save(saved, 3, store, fingerprint=7)()
+    fresh = rows.make(ROW, num_clients=40)
+    saved_rows.restore(saved, 3, fresh.kept)
+    chex.assert_trees_all_equal(fresh.read(everybody), before)
+
+
+def test_rounds_wait_for_a_snapshot_that_would_take_much_memory():
+    store = rows.make(ROW, num_clients=40)
+    many = jax.tree.map(lambda leaf: np.stack([leaf] * 40), ROW)
+    store.write(np.arange(40), many)
+    frozen = store.freeze(store.kept.is_written)
+    few = jax.tree.map(lambda leaf: leaf[:5], many)
+    present = np.ones(5, bool)
+    for number in (1, 2):
+        store.promise(number, (np.arange(5) + 5 * number, present), few)
+    store.settle(1)
+    assert frozen.is_full()
+    with futures.ThreadPoolExecutor(1) as pool:
+        settled = pool.submit(store.settle, 2)
+        with pytest.raises(TimeoutError):
+            settled.result(timeout=0.1)
+        for leaf in range(2):
+            frozen.read(leaf, np.arange(20))
+        settled.result(timeout=60)
+    frozen.end(True)
+    assert np.flatnonzero(store.kept.is_changed).tolist() == list(range(5, 15))
+
+
 def test_what_is_damaged_beside_new_rows_does_no_harm(tmp_path):
     store = rows.make(ROW, num_clients=9)
     many = jax.tree.map(lambda leaf: np.stack([leaf] * 9), ROW)
     store.write(np.arange(9), many)
-    saved_rows.save(tmp_path, 1, store.kept, fingerprint=7)
+    saved_rows.save(tmp_path, 1, store, fingerprint=7)()
     (tmp_path / "1" / saved_rows.ABOUT).write_text("{")
     store.write(np.array([4]), jax.tree.map(lambda leaf: leaf[None], ROW))
-    saved_rows.save(tmp_path, 2, store.kept, fingerprint=7)  # whole, as no base can be read
+    saved_rows.save(tmp_path, 2, store, fingerprint=7)()  # whole, as no base can be read
     saved_rows.remove(tmp_path, 2, Home(), keep=(1, 2))
     assert saved_rows.is_whole(tmp_path, 2, store.kept, fingerprint=7)
     about = tmp_path / "2" / saved_rows.ABOUT
@@ -251,7 +321,7 @@ def test_rows_are_kept_saved_and_found_again_by_any_number_of_processes(tmp_path
 
     def save(team, number, keep=()):
         for store in reversed(team):  # the first process removes what others saved before
-            saved_rows.save(tmp_path, number, store.kept, fingerprint=7)
+            saved_rows.save(tmp_path, number, store, fingerprint=7)()
             saved_rows.remove(tmp_path, number, store.kept.home, keep=keep)
 
     def restored(number, processes):

@@ -26,6 +26,7 @@ ARRAYS = {
 def by_file(monkeypatch):
     """Copy by a file whatever has elements, and look at few bytes at a time."""
     monkeypatch.setattr(snapshots, "_SMALL", 0)
+    monkeypatch.setattr(snapshots, "_LARGE", 0)
     monkeypatch.setattr(snapshots, "_BLOCK", 16)
 
 
@@ -33,11 +34,17 @@ def by_file(monkeypatch):
 @pytest.mark.parametrize("name", ARRAYS)
 def test_a_copy_is_exact_and_its_checksum_that_of_all_bytes(tmp_path, name):
     array = ARRAYS[name]
-    taken = snapshots.take(array, tmp_path)
+    scratch = snapshots.scratch(tmp_path)
+    scratch.prepare([jax.ShapeDtypeStruct((9,), jnp.float32), jnp.ones(30)])
+    scratch.take(jnp.ones(17))
+    scratch.reuse()
+    other, taken = scratch.take(jnp.arange(9)), scratch.take(array)
     assert (taken.dtype, taken.shape) == (array.dtype, array.shape)
     np.testing.assert_array_equal(taken, array)
+    np.testing.assert_array_equal(other, np.arange(9))
     assert copy.deepcopy(taken) is taken
     assert snapshots.checksum(taken) == zlib.crc32(np.asarray(array).tobytes())
+    scratch.close()
     assert list(tmp_path.iterdir()) == []  # the file has no name
     blocks = list(snapshots._blocks(array))  # of an array that stays on its device
     assert b"".join(blocks) == np.asarray(array).tobytes()
@@ -46,9 +53,11 @@ def test_a_copy_is_exact_and_its_checksum_that_of_all_bytes(tmp_path, name):
 @pytest.mark.usefixtures("by_file")
 def test_an_array_that_devices_share_is_copied_whole(tmp_path):
     mesh = cohort.make_mesh(devices=jax.devices()[:4], model_devices=2)
+    scratch = snapshots.scratch(tmp_path)
     for spec in (PartitionSpec(None, cohort.MODEL_AXIS), PartitionSpec(cohort.MODEL_AXIS)):
         shared = jax.device_put(np.arange(96.0).reshape(8, 12), NamedSharding(mesh, spec))
-        np.testing.assert_array_equal(snapshots.take(shared, tmp_path), shared)
+        np.testing.assert_array_equal(scratch.take(shared), shared)
+    scratch.close()
 
 
 @pytest.mark.usefixtures("by_file")

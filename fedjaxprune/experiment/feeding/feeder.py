@@ -33,21 +33,26 @@ class Feeder(NamedTuple):
       step: ``(index of a stage, compiled round, numbers of the rounds) -> step`` (`feed.step`).
       lacks: says why clients' rows after so many rounds cannot be restored; nothing if they can.
       restore: these rows.
-      save: ``(number of rounds, numbers to keep)``: save the rows as they are now, and forget all
-        that were saved but those to keep. Each process saves its own.
+      save: ``(number of rounds, numbers to keep) -> write``: begin to save the rows as they are
+        now. `write` does so, in any thread, before the next save, and then forgets all that were
+        saved but those to keep. Each process saves its own.
     """
 
     step: Callable[[int, Callable[..., Any], range], StepFn]
     lacks: Callable[[int], str]
     restore: Callable[[int], None]
-    save: Callable[[int, Collection[int]], None]
+    save: Callable[[int, Collection[int]], saved_rows.WriteFn]
+
+
+def _nothing_to_write() -> None:
+    """Do nothing: rows are saved with all else that is on the device."""
 
 
 RESIDENT = Feeder(
     step=lambda index, compiled, rounds: compiled,
     lacks=lambda number: "",
     restore=lambda number: None,
-    save=lambda number, keep: None,
+    save=lambda number, keep: _nothing_to_write,
 )
 
 
@@ -171,8 +176,13 @@ def _fed(feed: Feed, by: feed_lib.Hands, saved: pathlib.Path, fingerprint: int) 
         store.settle(number)
         if feed.rows == "disk":
             _check_left(feed, store, saved)
-        saved_rows.save(saved, number, store.kept, fingerprint=fingerprint)
-        saved_rows.remove(saved, number, store.kept.home, keep=keep)
+        write = saved_rows.save(saved, number, store, fingerprint=fingerprint)
+
+        def write_fn():
+            write()
+            saved_rows.remove(saved, number, store.kept.home, keep=keep)
+
+        return write_fn
 
     return Feeder(
         step=step_fn,

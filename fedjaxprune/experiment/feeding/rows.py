@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjaxprune.experiment.feeding import frozen as frozen_lib
 from fedjaxprune.experiment.feeding import homes
+from fedjaxprune.experiment.feeding.frozen import Frozen
 from fedjaxprune.experiment.feeding.homes import Home
 
 
@@ -49,6 +51,8 @@ class RowStore(NamedTuple):
       promise: ``(number, ids, rows)``: round `number` writes these rows, which may still be being
         computed.
       settle: ``(number)``: write what rounds up to `number` have promised, in their order.
+      freeze: ``wanted [N'] -> Frozen``: keep these rows as they are until `Frozen.end`; one at a
+        time.
       kept: the bytes.
     """
 
@@ -56,6 +60,7 @@ class RowStore(NamedTuple):
     write: Callable[[np.ndarray, Any], None]
     promise: Callable[[int, tuple[np.ndarray, np.ndarray], Any], None]
     settle: Callable[[int], None]
+    freeze: Callable[[np.ndarray], Frozen]
     kept: Kept
 
 
@@ -90,7 +95,8 @@ def make(
         home=home,
     )
     promised: dict[int, tuple[np.ndarray, np.ndarray, Any]] = {}
-    lock = threading.RLock()
+    lock = threading.Condition()  # with an RLock
+    frozen: list[Frozen] = []
 
     def read_fn(ids):
         with lock:
@@ -102,6 +108,8 @@ def make(
         here = homes.is_own(home, ids)
         places = homes.places(home, ids[here])
         with lock:
+            for one in frozen:
+                one.keep(places)
             for array, leaf in zip(kept.arrays, jax.tree.leaves(rows), strict=True):
                 if array.shape[1]:
                     array[places] = _to_bytes(np.asarray(leaf)[here])
@@ -113,12 +121,18 @@ def make(
 
     def settle_fn(number):
         with lock:
+            lock.wait_for(lambda: not any(one.is_full() for one in frozen))
             for one in sorted(one for one in list(promised) if one <= number):
                 ids, present, rows = promised.pop(one)
                 host = jax.device_get(rows)
                 write_fn(ids[present], jax.tree.map(lambda leaf: leaf[present], host))  # noqa: B023
 
-    return RowStore(read_fn, write_fn, promise_fn, settle_fn, kept)
+    def freeze_fn(wanted):
+        with lock:
+            frozen[:] = [frozen_lib.freeze(kept.arrays, wanted, kept.is_changed, lock)]
+        return frozen[0]
+
+    return RowStore(read_fn, write_fn, promise_fn, settle_fn, freeze_fn, kept)
 
 
 def num_bytes(row: Any) -> int:

@@ -2,8 +2,9 @@
 
 A snapshot is a folder by the number of its round. A whole one has all rows that were ever written;
 others have those written since the last whole one, which they name, until these are half of all.
-Rows are copied some at a time, so a snapshot takes little memory. Checksums guard every file, and
-a fingerprint of the config says whose rows they are.
+Rows are copied some at a time, while later rounds write theirs, so a snapshot takes little memory
+and no round waits for it (`frozen`). Checksums guard every file, and a fingerprint of the config
+says whose rows they are.
 
 Of several processes each saves the rows that are at home with it, in a folder of its own. A store
 takes from all of them those of its own clients, so that their number may change.
@@ -15,8 +16,8 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,36 +25,76 @@ from fedjaxprune.data import mapped
 from fedjaxprune.experiment import reading
 from fedjaxprune.experiment.feeding import homes
 from fedjaxprune.experiment.feeding.homes import Home
-from fedjaxprune.experiment.feeding.rows import Kept
+from fedjaxprune.experiment.feeding.rows import Kept, RowStore
 from fedjaxprune.experiment.folder import layout
 
 ABOUT, IDS = "about.json", "ids.bin"
 _AT_ONCE = 2**24  # bytes that are copied together
 
+WriteFn = Callable[[], None]
 
-def save(saved: pathlib.Path, number: int, kept: Kept, *, fingerprint: int) -> None:
-    """Save the rows after round `number`, as far as no earlier snapshot has them.
+
+class Plan(NamedTuple):
+    """What a snapshot is to have.
+
+    Attributes:
+      base: the whole snapshot that it is based on; None if it is whole.
+      places: which rows it has, ascending.
+    """
+
+    base: int | None
+    places: np.ndarray
+
+
+def save(saved: pathlib.Path, number: int, store: RowStore, *, fingerprint: int) -> WriteFn:
+    """Begin to save the rows after round `number`, as far as no earlier snapshot has them.
 
     Args:
       saved: folder of the saved rows of all processes.
       number: of rounds.
-      kept: the rows that are at home here.
+      store: of the rows that are at home here. It may be written to from now on.
       fingerprint: of the run's config.
+
+    Returns:
+      What saves them, to be called once, by any thread, before rows are saved again.
     """
+    kept = store.kept
+    plan = _plan(homes.folder(saved, kept.home), number, kept, fingerprint)
+    wanted = np.zeros_like(kept.is_written)
+    wanted[plan.places] = True
+    frozen = store.freeze(wanted)
+
+    def write_fn():
+        is_saved = False
+        try:
+            _save(saved, number, kept, plan, frozen.read, fingerprint)
+            is_saved = True
+        finally:
+            frozen.end(is_saved and plan.base is None)
+
+    return write_fn
+
+
+def _save(
+    saved: pathlib.Path,
+    number: int,
+    kept: Kept,
+    plan: Plan,
+    read: Callable[[int, np.ndarray], np.ndarray],
+    fingerprint: int,
+) -> None:
+    """Write a snapshot, which has its name when it is whole."""
     folder = homes.folder(saved, kept.home)
-    base = _base(folder, number, kept, fingerprint)
-    which = kept.is_written if base is None else kept.is_changed
-    places = np.flatnonzero(which)
     draft = folder / f"{number}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    checksums = {IDS: _write(draft / IDS, [homes.ids(kept.home, places).astype(np.int64)])}
+    checksums = {IDS: _write(draft / IDS, [homes.ids(kept.home, plan.places).astype(np.int64)])}
     for index, array in enumerate(kept.arrays):
-        name = _name(index)
-        checksums[name] = _write(draft / name, (array[some] for some in _blocks(places, array)))
+        blocks = (read(index, some) for some in _blocks(plan.places, array))
+        checksums[_name(index)] = _write(draft / _name(index), blocks)
     about = reading.sealed(
         round=number,
-        base=base,
+        base=plan.base,
         num_clients=kept.num_clients,
         row_bytes=[array.shape[1] for array in kept.arrays],
         checksums=checksums,
@@ -63,8 +104,6 @@ def save(saved: pathlib.Path, number: int, kept: Kept, *, fingerprint: int) -> N
     shutil.rmtree(folder / str(number), ignore_errors=True)
     draft.replace(folder / str(number))
     layout.sync_names(folder)
-    if base is None:
-        kept.is_changed[:] = False
 
 
 def restore(saved: pathlib.Path, number: int, kept: Kept) -> None:
@@ -174,17 +213,20 @@ def num_bytes(kept: Kept) -> int:
     return int(np.count_nonzero(kept.is_written)) * (8 + sum(one.shape[1] for one in kept.arrays))
 
 
-def _base(folder: pathlib.Path, number: int, kept: Kept, fingerprint: int) -> int | None:
-    """Choose the whole snapshot that the next one is based on; None for a whole one."""
-    if 2 * np.count_nonzero(kept.is_changed) >= np.count_nonzero(kept.is_written):
-        return None
+def _plan(folder: pathlib.Path, number: int, kept: Kept, fingerprint: int) -> Plan:
+    """Choose what the next snapshot has, and the whole one that it is based on."""
+    everything = np.flatnonzero(kept.is_written)
+    changed = np.flatnonzero(kept.is_changed)
+    if 2 * changed.size >= everything.size:
+        return Plan(None, everything)
     earlier = {one: _about(place) for one, place in _numbered(folder) if one < number}
     whole = [
         one
         for one, about in earlier.items()
         if about is not None and about["base"] is None and about["fingerprint"] == fingerprint
     ]
-    return max(whole, default=None)
+    base = max(whole, default=None)
+    return Plan(base, everything if base is None else changed)
 
 
 def _numbered(folder: pathlib.Path) -> Iterator[tuple[int, pathlib.Path]]:

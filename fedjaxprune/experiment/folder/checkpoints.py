@@ -100,6 +100,21 @@ def finish(manager: Manager) -> None:
         manager.finish()
 
 
+def prepare(manager: Manager, now: Simulation) -> None:
+    """Make room for copies of a simulation, in the background, so that the first save is fast.
+
+    Args:
+      manager: in which nothing is being written.
+      now: the simulation, or its shapes. Whatever hinders is said at the save.
+    """
+
+    def prepare_fn():
+        with contextlib.suppress(OSError):
+            manager.scratch.prepare([*jax.tree.leaves(now), *jax.tree.leaves(now.state.params)])
+
+    manager.begin(prepare_fn)
+
+
 def save(
     manager: Manager,
     num_rounds: int,
@@ -107,21 +122,39 @@ def save(
     *,
     fingerprint: int,
     deployed: Params,
+    first: Callable[[], None] | None = None,
 ) -> None:
     """Copy a simulation now and write it in the background, as it is after `num_rounds`.
 
     The copy is our own, since the next round overwrites the donated buffers. It is made when the
     checkpoint before has been written, so that there is one copy at a time.
 
+    Args:
+      manager: of the folder.
+      num_rounds: rounds that made it.
+      now: the simulation.
+      fingerprint: of the run's config.
+      deployed: parameters to be deployed.
+      first: writes what belongs to the checkpoint, in the background, before it is written.
+
     Raises:
       OSError: this one or the one before cannot be written.
     """
     finish(manager)
     folder = pathlib.Path(manager.directory)
+    scratch = manager.scratch
     with _writing(folder):
-        host = {name: snapshots.take(leaf, folder) for name, leaf in _leaves(now)}
-        shipped = {name: snapshots.take(leaf, folder) for name, leaf in _leaves(deployed)}
-    manager.begin(lambda: _write(manager, num_rounds, host, shipped, fingerprint))
+        scratch.reuse()
+        host = {name: scratch.take(leaf) for name, leaf in _leaves(now)}
+        shipped = {name: scratch.take(leaf) for name, leaf in _leaves(deployed)}
+
+    def write_fn():
+        if first is not None:
+            with _writing(folder):
+                first()
+        _write(manager, num_rounds, host, shipped, fingerprint)
+
+    manager.begin(write_fn)
 
 
 def _write(

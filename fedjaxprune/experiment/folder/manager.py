@@ -8,12 +8,19 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from fedjaxprune.experiment.folder import snapshots
+
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager, with a thread of its own in which one checkpoint is written at a time."""
+    """Orbax's manager, with a thread of its own in which one checkpoint is written at a time.
+
+    Attributes:
+      scratch: for copies of what is being written.
+    """
 
     def __init__(self, folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> None:
         super().__init__(folder, options=options)
+        self.scratch = snapshots.scratch(folder)
         self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
         self._last: futures.Future[None] | None = None
 
@@ -38,6 +45,7 @@ class Manager(ocp.CheckpointManager):
             self.finish()
         finally:
             self._thread.shutdown()
+            self.scratch.close()
             super().close()
 
 

@@ -120,14 +120,20 @@ def train(
         listener.round(line)
 
     def save(number: int) -> None:
-        deployed = deploy(now.state)
+        deployed, first = deploy(now.state), None
         if feeding.has_store(parts.feed):
-            feeder.save(number, processes_lib.decided(processes, lambda: _written(manager)))
-            processes_lib.wait_for_all(processes)  # no checkpoint is without its rows
+            keep = processes_lib.decided(processes, lambda: _written(manager))
+            first = feeder.save(number, keep)
+            if processes.number > 1:  # no checkpoint is without anybody's rows
+                first()
+                processes_lib.wait_for_all(processes)
+                first = None
         if not processes.is_first:
             return
         record.sync(folder)
-        checkpoints.save(manager, number, now, fingerprint=fingerprint, deployed=deployed)
+        checkpoints.save(
+            manager, number, now, fingerprint=fingerprint, deployed=deployed, first=first
+        )
 
     tests, saves = config.evaluation, config.checkpoints
     with (
@@ -155,6 +161,7 @@ def train(
             now, _ = feeding.without_rows(parts.feed, begin())
             _check_values(now, config)
         if processes.is_first:
+            checkpoints.prepare(manager, shapes)
             listener.start(writer.header, record.cut(folder, writer.header, done))
 
         first, note_last = 0, _nothing_to_note
