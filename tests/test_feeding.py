@@ -25,9 +25,9 @@ from fedjaxprune.experiment.feeding import feed as feed_lib
 from fedjaxprune.experiment.feeding import feeder, homes, places, rows, saved_rows
 from fedjaxprune.experiment.feeding.homes import Home
 from fedjaxprune.experiment.folder import checkpoints, layout, record
-from fedjaxprune.experiment.run import build, composing, examples, loop
+from fedjaxprune.experiment.run import build, composing, examples, fed, loop
 from fedjaxprune.experiment.run.listener import Listener
-from fedjaxprune.federated import cohort
+from fedjaxprune.federated import cohort, sampling
 from fedjaxprune.models import adapters
 from fedjaxprune.rounds import feeding, server_work, simulation
 from tests import stub
@@ -442,6 +442,15 @@ def test_in_parts_a_run_has_the_bits_of_a_resident_one(
     monkeypatch.setattr(placing_lib, "is_shared", lambda mesh: mesh is not None)
     where = {"examples": examples, "client_rows": client_rows, "execution.devices": 2}
     chex.assert_trees_all_equal(play(tmp_path / "parts", **where), wanted)
+
+
+def test_devices_of_one_process_are_fed_parts_where_no_client_is_drawn_twice():
+    mesh = cohort.make_mesh(devices=jax.devices()[:2])
+    draw = sampling.uniform(num_clients=4, cohort_size=2)
+    twice = sampling.with_dropout(lambda key: draw(key), probability=0.1)
+    of_model = cohort.make_mesh(devices=jax.devices()[:2], model_devices=2)
+    given = ((mesh, draw), (mesh, twice), (of_model, draw), (None, draw))
+    assert [fed._num_parts(*one) for one in given] == [2, 1, 1, 1]
 
 
 def test_a_round_in_parts_gathers_nothing_of_all_clients(monkeypatch):

@@ -100,17 +100,17 @@ def finish(manager: Manager) -> None:
         manager.finish()
 
 
-def prepare(manager: Manager, now: Simulation) -> None:
-    """Make room for copies of a simulation, in the background, so that the first save is fast.
+def prepare(manager: Manager, *saved: Any) -> None:
+    """Make room for copies of what will be saved, in the background: the first save takes less.
 
     Args:
       manager: in which nothing is being written.
-      now: the simulation, or its shapes. Whatever hinders is said at the save.
+      saved: trees of arrays or shapes. Whatever hinders is said at the save.
     """
 
     def prepare_fn():
         with contextlib.suppress(OSError):
-            manager.scratch.prepare([*jax.tree.leaves(now), *jax.tree.leaves(now.state.params)])
+            manager.scratch.prepare(jax.tree.leaves(saved))
 
     manager.begin(prepare_fn)
 

@@ -14,7 +14,7 @@ from fedjaxprune.experiment.execution import placing as placing_lib
 from fedjaxprune.experiment.feeding import places, rows
 from fedjaxprune.experiment.feeding.feed import Feed
 from fedjaxprune.experiment.run.examples import Examples
-from fedjaxprune.federated import cohort
+from fedjaxprune.federated import cohort, sampling
 from fedjaxprune.federated.sampling import SamplingFn
 from fedjaxprune.rounds import feeding, simulation
 from fedjaxprune.types import Algorithm, Model, Population
@@ -51,8 +51,8 @@ def feed(
 ) -> Feed | None:
     """Say what the rounds of a run are fed; None where all is on the device.
 
-    Of several processes each fetches the examples that its own devices need; of one all are on all
-    devices.
+    Each device is given the examples of the clients that it trains, and each process fetches those
+    for its own devices.
     """
     section = config.execution
     if section.examples == section.client_rows == "device":
@@ -64,8 +64,7 @@ def feed(
     pantries = None
     if section.examples == "host":
         store = _store(examples)
-        num_parts = _num_parts(mesh)
-        own = placing_lib.own_parts(mesh) if placing_lib.is_shared(mesh) else [0]
+        own = [0] if mesh is None else placing_lib.own_parts(mesh)
         here = len(own) if jax.default_backend() == "cpu" else 1  # devices that share its memory
         pantries = tuple(
             feeding.stock(
@@ -73,9 +72,9 @@ def feed(
                 cohort_size=size,
                 reads=stage.reads,
                 held=examples.population.held,
-                num_parts=num_parts,
+                num_parts=_num_parts(mesh, draw),
             )
-            for stage, size in zip(algorithm.stages, sizes, strict=True)
+            for stage, draw, size in zip(algorithm.stages, draws, sizes, strict=True)
         )
         for stage, pantry in zip(algorithm.stages, pantries, strict=True):
             needed = here * stores.num_bytes(store, pantry.part_capacity)
@@ -86,9 +85,14 @@ def feed(
     return Feed(tuple(drawn), tuple(sizes), pantries, section.client_rows, min(number, slots))
 
 
-def _num_parts(mesh: Mesh | None) -> int:
-    """Count the parts that examples are in: one for each device if these are several processes'."""
-    return mesh.shape[cohort.AXIS] if placing_lib.is_shared(mesh) else 1
+def _num_parts(mesh: Mesh | None, draw: SamplingFn) -> int:
+    """Count the parts that examples are in: one for each device, if no client is drawn twice."""
+    if mesh is None or cohort.MODEL_AXIS in mesh.axis_names:
+        return 1
+    # A function of one's own may draw a client twice; several processes have no other way.
+    if sampling.num_clients_of(draw) is None and not placing_lib.is_shared(mesh):
+        return 1
+    return mesh.shape[cohort.AXIS]
 
 
 def _store(examples: Examples) -> stores.ClientStore:

@@ -161,7 +161,7 @@ def train(
             now, _ = feeding.without_rows(parts.feed, begin())
             _check_values(now, config)
         if processes.is_first:
-            checkpoints.prepare(manager, shapes)
+            checkpoints.prepare(manager, shapes, shapes.state.params)
             listener.start(writer.header, record.cut(folder, writer.header, done))
 
         first, note_last = 0, _nothing_to_note
