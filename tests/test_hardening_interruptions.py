@@ -143,7 +143,7 @@ def test_a_run_outlives_its_terminal_by_one_round(cache, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_ends_by_a_signal_and_continues(cache, tmp_path):
     file = tmp_path / "mine.yaml"
-    values = {**stub.settings(), "federation.num_rounds": 2000, "checkpoints.every": 2000}
+    values = {**stub.settings(), "federation.num_rounds": 6000, "checkpoints.every": 6000}
     file.write_text(yaml.safe_dump({**values, "seed": [0, 1], "folder": str(tmp_path / "many")}))
     for jobs in ("1", "2"):
         process = processes.command("sweep", str(file), "--jobs", jobs)
@@ -163,7 +163,8 @@ def test_a_sweep_ends_by_a_signal_and_continues(cache, tmp_path):
     process = processes.command("sweep", str(file))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0
-    assert all("the processor was 1 core of" in line for line in err.splitlines()), err
+    # A sweep of two processes gives each a share of the cores, which is said where a run changes.
+    assert all("the processor was " in line for line in err.splitlines()), err
 
 
 @pytest.mark.slow
