@@ -105,7 +105,7 @@ def make(
         return jax.tree.unflatten(structure, rows)
 
     def write_fn(ids, rows):
-        here = homes.is_own(home, ids)
+        here = _all_or(homes.is_own(home, ids))
         places = homes.places(home, ids[here])
         with lock:
             for one in frozen:
@@ -124,8 +124,8 @@ def make(
             lock.wait_for(lambda: not any(one.is_full() for one in frozen))
             for one in sorted(one for one in list(promised) if one <= number):
                 ids, present, rows = promised.pop(one)
-                host = jax.device_get(rows)
-                write_fn(ids[present], jax.tree.map(lambda leaf: leaf[present], host))  # noqa: B023
+                host, took_part = jax.device_get(rows), _all_or(present)
+                write_fn(ids[took_part], jax.tree.map(lambda leaf: leaf[took_part], host))  # noqa: B023
 
     def freeze_fn(wanted):
         with lock:
@@ -133,6 +133,11 @@ def make(
         return frozen[0]
 
     return RowStore(read_fn, write_fn, promise_fn, settle_fn, freeze_fn, kept)
+
+
+def _all_or(flags: np.ndarray) -> Any:
+    """Give an index of what is flagged, one that copies nothing if that is everything."""
+    return slice(None) if flags.all() else flags
 
 
 def num_bytes(row: Any) -> int:
