@@ -101,11 +101,9 @@ def finish(manager: Manager) -> None:
 
 
 def prepare(manager: Manager, *saved: Any) -> None:
-    """Make room for copies of what will be saved, in the background: the first save takes less.
+    """Make room for copies of trees of such shapes, in the background, so that the first is fast.
 
-    Args:
-      manager: in which nothing is being written.
-      saved: trees of arrays or shapes. Whatever hinders is said at the save.
+    Nothing else is being written; whatever hinders is said at the save.
     """
 
     def prepare_fn():
