@@ -87,7 +87,7 @@ def test_the_page_of_methods_is_what_the_methods_say():
 
 
 def test_the_page_of_migration_has_every_renamed_setting():
-    text = (ROOT / "docs/migration.md").read_text()
+    text = (ROOT / "docs/reference/migration.md").read_text()
     settings = text.partition("\n## Settings\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| `([\w. `]+)` \|$", settings, re.MULTILINE)
     assert {old: new.replace("`", "") for old, new in rows} == dict(errors.RENAMED)
@@ -95,9 +95,9 @@ def test_the_page_of_migration_has_every_renamed_setting():
 
 @pytest.fixture(scope="module")
 def own_parts(tmp_path_factory):
-    """Write the files of docs/own_parts.md, which begin with their name."""
+    """Write the files of docs/how_to/own_parts.md, which begin with their name."""
     folder = tmp_path_factory.mktemp("own_parts")
-    text = (ROOT / "docs/own_parts.md").read_text()
+    text = (ROOT / "docs/how_to/own_parts.md").read_text()
     for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, re.M | re.S):
         (folder / name).write_text(code)
     return folder
@@ -105,7 +105,7 @@ def own_parts(tmp_path_factory):
 
 OWN = [
     words
-    for words in commands(ROOT / "docs/own_parts.md", "console")
+    for words in commands(ROOT / "docs/how_to/own_parts.md", "console")
     if any(".py:" in word for word in words) and words[0] in ("run", "describe")
 ]
 
