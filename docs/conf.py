@@ -18,11 +18,11 @@ project = "fedjaxprune"
 author = "The fedjaxprune authors"
 version = release = fedjaxprune.__version__
 
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_design"]
+extensions = ["myst_nb", "sphinx_design"]
 exclude_patterns = ["notes", "notebooks", "jupyter_execute"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "fieldlist"]
+myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 4
 # A link to a file that is not a page of the site, such as an example, offers the file.
 nb_execution_mode = "cache"
