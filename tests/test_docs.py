@@ -21,7 +21,15 @@ from fedjaxprune.experiment.run import launch
 from fedjaxprune.models import outside
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = ("reference/api", "reference/parts")  # by docs/make_reference.py, for the site
+PAGES = [
+    ROOT / "README.md",
+    *(
+        page
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if page.parent.name not in ("notes", "parts", "api")
+    ),
+]
 
 
 def commands(page, kind="bash"):
@@ -71,7 +79,9 @@ def test_every_command_is_documented():
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), (page.name, target)
+            place = os.path.normpath(page.parent / target)
+            if not any(f"/docs/{folder}/" in place for folder in GENERATED):
+                assert os.path.exists(place), (page.name, target)
 
 
 def test_the_page_of_methods_is_what_the_methods_say():

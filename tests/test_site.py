@@ -81,6 +81,16 @@ def test_every_block_of_python_is_valid():
             ast.parse(block, str(page))
 
 
+def test_ci_runs_the_two_commands_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    setup = readme.partition("## Set up")[2].partition("\n## ")[0]
+    commands = [block.strip() for block in re.findall(r"```bash\n(.*?)```", setup, re.S)]
+    assert len(commands) == 2
+    assert all("\n" not in command and "pip install -e" in command for command in commands)
+    run = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in run if line in commands] == commands
+
+
 @pytest.mark.docs
 def test_every_public_name_has_an_entry():
     pytest.importorskip("sphinx", reason="pip install -e '.[docs]'")
