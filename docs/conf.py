@@ -18,7 +18,7 @@ project = "fedjaxprune"
 author = "The fedjaxprune authors"
 version = release = fedjaxprune.__version__
 
-extensions = ["myst_nb", "sphinx_design"]
+extensions = ["myst_nb", "sphinx_design", "link_terms"]
 exclude_patterns = ["notes", "notebooks", "jupyter_execute"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 

@@ -26,7 +26,7 @@ from sphinx.ext.napoleon.docstring import GoogleDocstring
 from fedjaxprune import registry
 from fedjaxprune.cli import main as command
 from fedjaxprune.experiment.config import describe
-from fedjaxprune.experiment.config.sections import PLACES, RunConfig
+from fedjaxprune.experiment.config.sections import PLACES, RunConfig, Uplink
 from fedjaxprune.settings import Row, Settings, describe_settings, nested
 
 NAMES = pathlib.Path(__file__).parents[1] / "tests/api.txt"
@@ -320,16 +320,26 @@ def part_page(kind: str) -> str:
     lines = [f"# Parts: {words}", ""]
     if places:
         lines += [f"The setting {' or '.join(places)} names one of these.", ""]
+    if kind == "uplink":
+        lines += ["Every uplink also has these settings.", ""]
+        lines += [*rows_of(describe_settings(Uplink)), ""]
     if kind == "tracker":
         lines += ["The option `--track` names one of these.", ""]
     for name, listed in registry.names(kind).items():
         if listed.origin.source != "built-in":
             continue
         said = describe.describe(f"{kind}/{name}")
-        lines += [f"## {name}", "", f"{said.summary.rstrip('.')}.", ""]
+        lines += [f"## {name}", "", sentence(said.summary), ""]
         lines += [*rows_of(said.settings), ""] if said.settings else []
         lines += [f"```console\n{said.command}\n```", ""] if said.command else []
     return "\n".join(lines)
+
+
+def sentence(text: str) -> str:
+    """Begin with a capital, unless the first word is a name, and end with a period."""
+    first = text.partition(" ")[0]
+    start = text[:1].upper() if first.isalpha() else text[:1]
+    return f"{start}{text[1:].rstrip('.')}."
 
 
 def rows_of(rows: Sequence[Row], prefix: str = "") -> Iterator[str]:
