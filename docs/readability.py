@@ -45,7 +45,7 @@ def sentences(text: str) -> list[list[str]]:
     for paragraph in re.split(r"\n\s*\n", text):
         joined = " ".join(paragraph.split()).lstrip("-*0123456789. ")
         for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z\[*\"(c])", joined):
-            words = re.findall(r"[A-Za-z][A-Za-z'’-]*", sentence)
+            words = re.findall(r"[A-Za-z][A-Za-z'-]*", sentence)
             if len(words) > 2:
                 found.append(words)
     return found
