@@ -295,7 +295,8 @@ def table(rows: Sequence[Row]) -> str:
     """Make a table of settings in reStructuredText."""
     lines = [".. list-table::", "   :header-rows: 1", "   :widths: auto", ""]
     for cells in (("setting", "values", "unit", "default", "meaning"), *map(_cells, rows)):
-        lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(cells)]
+        plain = [re.sub(r"([|*])", r"\\\1", cell) for cell in cells]
+        lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(plain)]
     return "\n".join(lines)
 
 
