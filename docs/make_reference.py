@@ -100,7 +100,8 @@ def module_page(path: str, module: Any, inside: Sequence[Entry], links: "Links")
     """Make the page of one module: its doc-string, its modules, its names."""
     children = [one for one in inside if isinstance(one.value, types.ModuleType)]
     names = [one for one in inside if one not in children]
-    lines = [heading(path, "="), "", f".. py:module:: {path}", ""]
+    title = path.removeprefix(f"{TOP}.")
+    lines = [heading(title, "="), "", f".. py:module:: {path}", ""]
     lines += [docs(inspect.getdoc(module) or "", path, links), ""]
     if children:
         lines += [".. toctree::", "   :maxdepth: 1", ""]
@@ -137,10 +138,11 @@ def class_of(one: Entry, links: "Links") -> str:
         body += [table(rows), ""] if rows else []
     elif issubclass(value, Exception):
         call = ""
-    elif hasattr(value, "_fields"):
+    elif hasattr(value, "_fields") or hasattr(value, "__dataclass_fields__"):
         call = fields(value)
     else:
         call = signature(value.__init__)
+        call = str(inspect.signature(value)) if call == "(...)" else call
     for name, member in vars(value).items():
         if name.startswith("_") or hasattr(value, "_fields") or issubclass(value, Settings):
             continue
@@ -244,6 +246,7 @@ class Links:
     def __init__(self, found: Sequence[Entry]) -> None:
         """Index names by each of their endings."""
         self.paths = {one.path for one in found}
+        self.modules = {one.path for one in found if isinstance(one.value, types.ModuleType)}
         self.by_end: dict[str, set[str]] = {}
         for path in self.paths:
             words = path.split(".")
@@ -253,11 +256,11 @@ class Links:
     def find(self, name: str, module: str) -> str:
         """Give the path of a public name seen from a module; empty without a clear one."""
         for path in (f"{module}.{name}", name, f"{TOP}.{name}"):
-            if path in self.paths:
+            if path in self.paths and (path not in self.modules or "." in name):
                 return path
         ends = self.by_end.get(name, set())
         types_first = [path for path in ends if path.startswith(f"{TOP}.types.")]
-        chosen = types_first if "." not in name else sorted(ends)
+        chosen = types_first if "." not in name else sorted(ends - self.modules)
         return chosen[0] if len(chosen) == 1 else ""
 
 
@@ -269,7 +272,9 @@ def docs(text: str, module: str, links: Links) -> str:
         pieces += [_linked(text[end : literal.start()], module, links), literal[0]]
         end = literal.end()
     text = "".join([*pieces, _linked(text[end:], module, links)])
-    return "\n".join(GoogleDocstring(text, NAPOLEON, what="function").lines()).rstrip()
+    lines = GoogleDocstring(text, NAPOLEON, what="function").lines()
+    # The attributes of a tuple are what its call takes.
+    return "\n".join(re.sub(r"^:ivar ", ":param ", line) for line in lines).rstrip()
 
 
 def _linked(text: str, module: str, links: Links) -> str:
@@ -360,7 +365,7 @@ def settings_page() -> str:
         "Every run has these settings. The settings of a part, such as a method or an uplink, come",
         "with the part. [Configuration](../configuration.md) says how settings are given.",
         "",
-        *_sections(RunConfig, "", "the run"),
+        *_sections(RunConfig, "", "parts and seed"),
     ]
     return "\n".join(lines) + "\n"
 

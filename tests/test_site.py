@@ -91,6 +91,13 @@ def test_ci_runs_the_two_commands_of_the_readme():
     assert [line for line in run if line in commands] == commands
 
 
+def test_ci_builds_the_site_as_the_readme_says():
+    readme = (ROOT / "README.md").read_text()
+    [command] = re.findall(r"^pip install .*sphinx.*$", readme, re.M)
+    assert command in (ROOT / ".ci/docs").read_text().splitlines()
+    assert command in (ROOT / "CONTRIBUTING.md").read_text()
+
+
 @pytest.mark.docs
 def test_every_public_name_has_an_entry():
     pytest.importorskip("sphinx", reason="pip install -e '.[docs]'")
