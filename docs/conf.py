@@ -20,7 +20,8 @@ version = release = fedjaxprune.__version__
 
 extensions = ["myst_nb", "sphinx_design", "link_terms"]
 exclude_patterns = ["notes", "notebooks", "jupyter_execute"]
-suppress_warnings = ["mystnb.unknown_mime_type"]
+# Names of types that are not public may match several others; all links of ours are full paths.
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 4
@@ -32,7 +33,7 @@ nb_execution_show_tb = True
 nb_merge_streams = True
 
 default_role = "code"
-maximum_signature_line_length = 88
+maximum_signature_line_length = 120
 add_module_names = False
 toc_object_entries = False
 highlight_language = "text"

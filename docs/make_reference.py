@@ -119,13 +119,15 @@ def entry(one: Entry, links: "Links") -> str:
     return class_of(one, links) if is_ours else data(one, links)
 
 
-def function(path: str, value: Any, links: "Links", *, kind: str = "function") -> str:
+def function(
+    path: str, value: Any, links: "Links", *, kind: str = "function", module: str = ""
+) -> str:
     """Make the entry of a function, whose signature is that of its source."""
     value = inspect.unwrap(value)
+    module = module or path.rpartition(".")[0]
     text = inspect.getdoc(value) or ""
     name = path.rpartition(".")[2]
-    own = f"{name}{signature(value)}" if kind == "method" else f"{path}{signature(value)}"
-    return directive(kind, own, docs(text, path.rpartition(".")[0], links))
+    return directive(kind, f"{name}{signature(value, links)}", docs(text, module, links))
 
 
 def class_of(one: Entry, links: "Links") -> str:
@@ -139,20 +141,21 @@ def class_of(one: Entry, links: "Links") -> str:
     elif issubclass(value, Exception):
         call = ""
     elif hasattr(value, "_fields") or hasattr(value, "__dataclass_fields__"):
-        call = fields(value)
+        call = fields(value, links)
     else:
-        call = signature(value.__init__)
+        call = signature(value.__init__, links)
         call = str(inspect.signature(value)) if call == "(...)" else call
     for name, member in vars(value).items():
         if name.startswith("_") or hasattr(value, "_fields") or issubclass(value, Settings):
             continue
         if inspect.isfunction(member):
-            body += [function(f"{path}.{name}", member, links, kind="method"), ""]
+            body += [function(name, member, links, kind="method", module=module), ""]
         elif isinstance(member, property) or hasattr(member, "func"):
             text = inspect.getdoc(member) or ""
             body += [directive("property", name, docs(text, module, links)), ""]
     kind = "exception" if issubclass(value, Exception) else "class"
-    return directive(kind, f"{path}{call}", "\n".join(body))
+    name = path.rpartition(".")[2]
+    return directive(kind, f"{name}{call}", "\n".join(body))
 
 
 def data(one: Entry, links: "Links") -> str:
@@ -164,7 +167,7 @@ def data(one: Entry, links: "Links") -> str:
         text += f"\n\n.. code-block:: python\n\n{code}"
     elif not text:
         text = docs((inspect.getdoc(one.value) or "").partition("\n\n")[0], one.module, links)
-    return directive("data", one.path, text.strip("\n"))
+    return directive("data", one.path.rpartition(".")[2], text.strip("\n"))
 
 
 def assigned(one: Entry) -> tuple[str, str]:
@@ -204,8 +207,8 @@ def _sources(module: Any, name: str) -> Iterator[str]:
                 waiting.append(importlib.import_module(node.module))
 
 
-def signature(value: Any) -> str:
-    """Give the parameters and the result as the source has them, aliases by their names."""
+def signature(value: Any, links: "Links") -> str:
+    """Give the parameters and the result as the source has them, types as links."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
     except (OSError, TypeError, SyntaxError):
@@ -216,22 +219,61 @@ def signature(value: Any) -> str:
     for group in (own.posonlyargs, own.args):
         if group and group[0].arg in ("self", "cls"):
             del group[0]
-    result = f" -> {ast.unparse(tree.returns)}" if tree.returns else ""
+    linked = _Linked(value.__module__, links)
+    for one in (*own.posonlyargs, *own.args, *own.kwonlyargs, own.vararg, own.kwarg):
+        if one is not None and one.annotation is not None:
+            one.annotation = linked.visit(one.annotation)
+    result = f" -> {ast.unparse(linked.visit(tree.returns))}" if tree.returns else ""
     return f"({ast.unparse(own)}){result}"
 
 
-def fields(value: Any) -> str:
-    """Give the fields of a named tuple as its call has them."""
+def fields(value: Any, links: "Links") -> str:
+    """Give the fields of a named tuple or a data class as its call has them."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
     except (OSError, TypeError, SyntaxError):
         return "(" + ", ".join(value._fields) + ")"
-    listed = []
+    listed, linked = [], _Linked(value.__module__, links)
     for node in getattr(tree, "body", []):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             default = f" = {ast.unparse(node.value)}" if node.value else ""
-            listed.append(f"{node.target.id}: {ast.unparse(node.annotation)}{default}")
+            kind = ast.unparse(linked.visit(node.annotation))
+            listed.append(f"{node.target.id}: {kind}{default}")
     return f"({', '.join(listed)})"
+
+
+class _Linked(ast.NodeTransformer):
+    """Write public types in an annotation by their full path, of which Sphinx shows the end."""
+
+    def __init__(self, module: str, links: "Links") -> None:
+        """Read the annotations of a module."""
+        self.module, self.links = importlib.import_module(module), links
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Link a name."""
+        return self._link(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """Link a name in a module."""
+        return self._link(node)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        """Read a type that the source has in quotes."""
+        if not isinstance(node.value, str):
+            return node
+        return self.visit(ast.parse(node.value, mode="eval").body)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        """Leave the values of a `Literal` as they are."""
+        return node if ast.unparse(node.value) == "Literal" else self.generic_visit(node)
+
+    def _link(self, node: Any) -> ast.AST:
+        words = ast.unparse(node).split(".")
+        value: Any = self.module
+        for word in words:
+            value = getattr(value, word, None)
+        path = self.links.of_value(words[-1], value, self.module.__name__)
+        return ast.parse(f"~{path}", mode="eval").body if path else node
 
 
 def own_doc(value: type) -> str:
@@ -247,6 +289,7 @@ class Links:
         """Index names by each of their endings."""
         self.paths = {one.path for one in found}
         self.modules = {one.path for one in found if isinstance(one.value, types.ModuleType)}
+        self.values = {one.path: one.value for one in found}
         self.by_end: dict[str, set[str]] = {}
         for path in self.paths:
             words = path.split(".")
@@ -262,6 +305,12 @@ class Links:
         types_first = [path for path in ends if path.startswith(f"{TOP}.types.")]
         chosen = types_first if "." not in name else sorted(ends - self.modules)
         return chosen[0] if len(chosen) == 1 else ""
+
+    def of_value(self, name: str, value: Any, module: str) -> str:
+        """Give the path by which a value of this name is public; empty if it is not."""
+        same = [one for one in self.by_end.get(name, ()) if self.values[one] is value]
+        wanted = (f"{module}.{name}", f"{TOP}.types.{name}", f"{TOP}.{name}")
+        return next((one for one in (*wanted, *sorted(same, key=len)) if one in same), "")
 
 
 def docs(text: str, module: str, links: Links) -> str:
