@@ -11,6 +11,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import make_reference  # noqa: E402
+from pygments.lexers.shell import BashLexer  # noqa: E402
 
 import fedjaxprune  # noqa: E402
 
@@ -46,6 +47,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0b5cad", "color-brand-content": "#0b5cad"},
     "dark_css_variables": {"color-brand-primary": "#7db8f0", "color-brand-content": "#7db8f0"},
@@ -55,4 +57,5 @@ html_theme_options = {
 def setup(app):
     """Write the generated pages before Sphinx looks for pages."""
     make_reference.write(HERE / "reference")
+    app.add_lexer("console", BashLexer)  # commands without a prompt, not a session
     return {"parallel_read_safe": True}
