@@ -1,7 +1,7 @@
 """What devices tell one another in a compiled round: collectives, counted, and their bytes.
 
 A FedAvg round of an MLP is compiled for meshes of CPU devices and not run. Bytes are those that one
-device is sent. Next to them is what docs/performance.md predicts from the number of parameters.
+device is sent. Next to them is what docs/lab/performance.md predicts from the number of parameters.
 
     python -m benchmarks.collectives [--devices 2 --devices 4] [--clients 1000] [--cohort-size 16]
         [--rows] [--json FILE]

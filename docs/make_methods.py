@@ -1,4 +1,4 @@
-"""Write docs/methods.md from what the methods say of themselves.
+"""Write docs/reference/methods.md from what the methods say of themselves.
 
     python docs/make_methods.py            # write the page
     python docs/make_methods.py --check    # fail if the page is not up to date
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from fedjaxprune import registry
 from fedjaxprune.experiment.config import describe
 
-PAGE = pathlib.Path(__file__).with_name("methods.md")
+PAGE = pathlib.Path(__file__).with_name("reference") / "methods.md"
 NOTES = pathlib.Path(__file__).with_name("notes")
 OVERVIEW = NOTES / "_overview.md"
 HEAD = """\
@@ -44,7 +44,7 @@ def main() -> None:
     if before != text:
         lines = difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
         sys.exit(
-            "docs/methods.md is not up to date: run `python docs/make_methods.py`.\n"
+            "docs/reference/methods.md is not up to date: run `python docs/make_methods.py`.\n"
             + "\n".join(lines)
         )
 

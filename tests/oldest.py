@@ -7,7 +7,7 @@ import tomllib
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-LATEST = ("lint", "fuzz", "torch")  # extras that are used with their newest versions alone
+LATEST = ("docs", "lint", "fuzz", "torch")  # extras that are used with their newest versions alone
 
 
 def constraints(project: dict[str, Any]) -> list[str]:

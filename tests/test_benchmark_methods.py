@@ -22,7 +22,7 @@ METHODS = {
     for name, listed in registry.names("method").items()
     for variant in ("", *listed.variants)
 }
-# Variants that are in no table of docs/results.md.
+# Variants that are in no table of docs/lab/results.md.
 UNMEASURED = {
     "dpf/straight_through",
     "fedfit/dense_start",

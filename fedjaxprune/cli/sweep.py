@@ -39,9 +39,9 @@ def sweep(
     """Make many runs from one FILE and compare them.
 
     FILE is a YAML file of settings as for `run`, where a list stands for a run with each of its
-    values; docs/report.md explains it. What has been run is not run again, and an interrupted run
-    continues, so the command can be repeated until everything is there. A run that fails does not
-    stop the others.
+    values; docs/reference/report.md explains it. What has been run is not run again, and an
+    interrupted run continues, so the command can be repeated until everything is there. A run that
+    fails does not stop the others.
     """
     from fedjaxprune.experiment.sweeps import execute, plan
     from fedjaxprune.experiment.tracking import tracker

@@ -72,8 +72,8 @@ def of_function(
     Nothing is computed: the function is traced and its graph walked, loops by their number of
     steps, the branches of a condition by the most expensive one, products that no output needs not
     at all, and the plain form in the place of a fast one (`jaxprs.equivalent_to`). A mask is
-    followed through whatever moves, scales or joins entries; an entry counts unless it is surely
-    zero.
+    followed through whatever moves, scales or concatenates entries; an entry counts unless it is
+    surely zero.
 
     Args:
       function: any function that JAX can trace; the gradient is meant with respect to `params`.

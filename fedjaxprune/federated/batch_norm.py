@@ -118,6 +118,9 @@ def moving_statistics(loss: Any, *, batcher: Batcher, num_passes: int) -> Client
 
     It starts from the broadcast's statistics, of which a small share remains. FedTiny's first code
     makes 10 passes. Arguments and message as in `statistics`; the weight counts every example once.
+
+    Raises:
+      ValueError: `num_passes` is below 1.
     """
     if num_passes < 1:
         raise ValueError(f"num_passes must be at least 1, got {num_passes}.")

@@ -16,6 +16,9 @@ PenaltyFn = Callable[[Params, Broadcast], jax.Array]
 def proximal(*, mu: float) -> PenaltyFn:
     """Pull local parameters towards the broadcast ones: ``mu / 2 * ||w - w_t||^2``.
 
+    Raises:
+      ValueError: `mu` is negative.
+
     References:
       Li et al., `FedProx <https://arxiv.org/abs/1812.06127>`_, 2020.
     """

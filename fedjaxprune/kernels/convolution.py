@@ -9,7 +9,7 @@ image. The kernel's is a convolution with batch and channels swapped, a few imag
 that keeps them in the cache; for wide layers with a stride one matrix product per tap. Large
 layers of stride 1 go Winograd's way in all three. Groups are convolved one after the other, a
 depthwise convolution is a sum over its taps. Which form serves which shape was measured
-(docs/performance.md). Under ``vmap`` clients follow each other.
+(docs/lab/performance.md). Under ``vmap`` clients follow each other.
 On other platforms this is XLA's own convolution (`side_by_side` says what it is under ``vmap``).
 """
 

@@ -3,7 +3,7 @@
 Every channel has a kernel of its own, so there is no matrix product. The forward form is a sum over
 the kernel's taps, and so is the input's gradient. The kernel's gradient is a sum over pixels for
 each tap, image by image, so that an image stays in the cache. XLA's own kernel gradient takes
-hundreds of times as long (docs/performance.md).
+hundreds of times as long (docs/lab/performance.md).
 """
 
 import functools

@@ -26,7 +26,7 @@ from fedjaxprune.kernels.strides import Pads
 
 TILE = 4  # outputs a side
 _POINTS = tuple(map(fractions.Fraction, ("0", "1", "-1", "2", "-2", "1/2", "-1/2")))
-# Where it was faster than the plain sums on CPU (docs/performance.md).
+# Where it was faster than the plain sums on CPU (docs/lab/performance.md).
 _FEWEST_CHANNELS, _MOST_FILLING = 16, 1.5
 _MANY_MULTIPLICATIONS, _FEWEST_MULTIPLICATIONS = 2.5e8, 6e7
 _MANY_BYTES, _CACHED_BYTES = 6 * 2**20, 2**20  # images above the first are cut into parts of these

@@ -126,7 +126,7 @@ def build(
       task: what it is built for.
       guidance: of the clients' exchange.
       hooks: what happens before and after each round, also where masks are kept.
-      votes: joins the clients' masks, positive where some client holds a weight; None counts the
+      votes: combines the clients' masks, positive where some client holds a weight; None counts the
         clients.
       init: ``state -> state``, what the rounds find.
 

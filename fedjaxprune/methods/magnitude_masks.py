@@ -54,7 +54,11 @@ class MagnitudeMasks(_fixed_masks.FixedMaskSettings):
 
 
 def build(settings: MagnitudeMasks, task: Task) -> Algorithm:
-    """Train where the examples are, keep the largest weights, and train under that mask."""
+    """Train where the examples are, keep the largest weights, and train under that mask.
+
+    Raises:
+      ValueError: there is no client `client_id`.
+    """
     is_of_one = settings.examples == "one_client"
     if is_of_one and settings.client_id >= task.num_clients:
         raise ValueError(

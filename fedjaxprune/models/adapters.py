@@ -37,7 +37,7 @@ def from_linen(
     """Make a model from a flax linen module.
 
     Its `params` collection becomes the parameters, all other collections become the state, but for
-    `metrics`: what layers sow there (accumulators, one a name) joins the loss's metrics as
+    `metrics`: what layers sow there (accumulators, one a name) is added to the loss's metrics as
     ``metrics["layers"]``, by path. What is sown elsewhere is no state: the next call makes it anew,
     and a loss that is sown is not added to the model's.
 

@@ -46,6 +46,9 @@ def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Any other label counts as 0 here; in training its client reports a NaN and is left out, in tests
     its loss is NaN, and `partitions.population` refuses it if `num_classes` is 2.
+
+    Raises:
+      ValueError: the logits are not ``[B, 1]``, or the labels not ``[B]`` whole numbers.
     """
     _check_outputs(logits)
     if logits.shape[-1:] != (1,):

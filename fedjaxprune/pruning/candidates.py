@@ -23,6 +23,9 @@ def pool_size(density: float) -> int:
 
     It is at least 1.
 
+    Raises:
+      ValueError: `density` is outside (0, 1].
+
     References:
       Huang et al., `FedTiny <https://arxiv.org/abs/2212.01977>`_, 2023.
     """

@@ -25,7 +25,11 @@ BlockFn = Callable[[Sequence[str]], Sequence[int]]
 
 
 def every(*, period: int, until: int) -> schedules.Predicate:
-    """Select the rounds ``r = period, 2 * period, ...`` with ``r <= until``, counted from 1."""
+    """Select the rounds ``r = period, 2 * period, ...`` with ``r <= until``, counted from 1.
+
+    Raises:
+      ValueError: `period` is below 1 or above `until`.
+    """
     if period < 1 or until < period:
         raise ValueError(
             f"period must be at least 1 and at most until, got period={period} and until={until}."
@@ -35,6 +39,9 @@ def every(*, period: int, until: int) -> schedules.Predicate:
 
 def cosine_decay(*, initial: float, until: int) -> Schedule:
     """Decay a fraction as ``initial / 2 * (1 + cos(pi * r / until))``, ``r`` counted from 1.
+
+    Raises:
+      ValueError: `initial` is outside [0, 1), or `until` is below 1.
 
     References:
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch <https://arxiv.org/abs/1907.04840>`_,

@@ -97,7 +97,11 @@ def exponential_steps(sparsity: float, num_steps: int) -> tuple[float, ...]:
 
 
 def every(period: int, *, start: int = 0, until: int | None = None) -> Predicate:
-    """Be due every `period` rounds, first in round `start`, last before round `until`."""
+    """Be due every `period` rounds, first in round `start`, last before round `until`.
+
+    Raises:
+      ValueError: `period` is below 1, `start` below 0, or `until` not after `start`.
+    """
     if period < 1:
         raise ValueError(f"period must be at least 1 round, got {period}.")
     if start < 0:
@@ -113,7 +117,11 @@ def every(period: int, *, start: int = 0, until: int | None = None) -> Predicate
 
 
 def at(*rounds: int) -> Predicate:
-    """Be due in these rounds only."""
+    """Be due in these rounds only.
+
+    Raises:
+      ValueError: no round is given, or one below 0.
+    """
     if not rounds or min(rounds) < 0:
         raise ValueError(f"at takes one or more rounds from 0, got {rounds}.")
 

@@ -239,7 +239,7 @@ class Hooks(NamedTuple):
       conclude: ``(aggregated fields, state, population) -> fields``, those that the server changes
         before it steps. Among the given ones is `traffic.NUM_EXAMPLES`, what the clients that were
         heard count for in all.
-      announcement: what every client is told besides the model.
+      announcement: what the server sends every client besides the model.
     """
 
     before_round: Callable[[RoundState], RoundState] | None = None
@@ -263,7 +263,7 @@ def under(masks: Masks, broadcast: Broadcast) -> Broadcast:
 def joining(
     protocol: Protocol, *, by: Literal["examples", "clients", "sum"] = "examples"
 ) -> Aggregator | CohortAggregator:
-    """Choose what joins a field beside the deltas: the user's robust aggregator, else a mean.
+    """Choose what combines a field beside the deltas: the user's robust aggregator, else a mean.
 
     Args:
       protocol: names the aggregator.

@@ -179,7 +179,11 @@ def server_examples() -> SourceFn:
 
 
 def examples_of(client_id: int) -> SourceFn:
-    """Take one client's examples, for a mask that knows no other client."""
+    """Take one client's examples, for a mask that knows no other client.
+
+    Raises:
+      ValueError: `client_id` is negative; while tracing, if there is no such client.
+    """
     if client_id < 0:
         raise ValueError(f"client_id must not be negative, got {client_id}.")
 

@@ -393,7 +393,7 @@ def _complete(protocol, client, pruner, prunable, fields, masking) -> Parts:
 
 
 def _joining_deltas(protocol: Protocol, masking: Masking) -> Any:
-    """Choose what joins deltas: the user's aggregator, or, of sub-models, a mean over holders."""
+    """Choose what combines deltas: the user's aggregator, or a mean over holders for sub-models."""
     if masking.of_client is not None and isinstance(protocol.aggregator, Aggregator | None):
         return aggregators.holder_mean()
     return joining(protocol) if protocol.aggregator is None else protocol.aggregator

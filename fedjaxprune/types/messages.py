@@ -90,7 +90,7 @@ class Downlink(NamedTuple):
       due: ``(state, held []) -> masks`` of the entries that a client has to be sent in a round that
         leaves this state if it last saw version `held`, or nothing (0); with `version`.
       restart: ``state -> state`` from which the next round sends everything to everybody, as the
-        first one did, and goes on counting; None: each round does.
+        first one did, and counts on from there; None: each round does.
     """
 
     init: Callable[[Params], State]
@@ -124,7 +124,7 @@ class CohortAggregator(NamedTuple):
 
     Attributes:
       reduce: ``(values [C, ...], masks [C, ...] or None, weights [C]) -> value``; 0: absent.
-      beside: joins statistics and gradients, if its numbers are for deltas alone; None: itself.
+      beside: combines statistics and gradients, if its numbers are for deltas alone; None: itself.
       note: ``C -> sentence`` that the user should read of cohorts of this size; empty: none.
     """
 
@@ -137,7 +137,7 @@ class FieldSpec(NamedTuple):
     """How one field of the clients' messages travels, and what becomes of it.
 
     Attributes:
-      aggregate: joins the clients' values; None takes the protocol's for `delta`, the sum for
+      aggregate: combines the clients' values; None takes the protocol's for `delta`, the sum for
         `metrics`, all values ``[C, ...]`` of a report, which is not sent, else `protocol.joining`.
       send: how it travels (`traffic.Send`); a field of zeros alone does not travel.
       read: ``(delta, broadcast) -> tree of the parameters``, what the server reads off each delta,

@@ -1,4 +1,4 @@
-"""Messages as bytes, and their exact length; ``docs/wire.md`` describes the format.
+"""Messages as bytes, and their exact length; ``docs/reference/wire.md`` describes the format.
 
 A message is a mapping from names to tensors. A plain NumPy array travels whole, in the shortest
 coding; `kept`, `pairs`, `levels` and `counted` say what the receiver knows already, or that the

@@ -37,7 +37,7 @@ StopFn = Callable[[], bool]  # asked once a round: whether the run ends after it
 
 
 def never() -> bool:
-    """Let a run come to its end."""
+    """Never ask a run to stop."""
     return False
 
 
@@ -50,7 +50,7 @@ def start(
     stop: StopFn = never,
     processes: Processes = ALONE,
 ) -> pathlib.Path:
-    """Begin a new run, bring it to its end and return its folder.
+    """Begin a new run, finish it and return its folder.
 
     It ends early, with a checkpoint, after a round in which `stop` says so. Of several processes
     the first makes the folder; listener and trackers of the others are not called.
