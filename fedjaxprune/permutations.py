@@ -1,5 +1,6 @@
 """Random permutations that are evaluated place by place, and never made as a whole."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -94,6 +95,7 @@ def permute_each(key: Key, positions: jax.Array, sizes: jax.Array) -> jax.Array:
     return x.astype(jnp.int32)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for all rounds
 def _swap_or_not(x: jax.Array, pivot: jax.Array, seed: jax.Array, size: jax.Array) -> jax.Array:
     """Exchange each place with its partner, or not; all uint32."""
     difference = pivot - x  # modulo 2^32: a negative one is put right by adding the size

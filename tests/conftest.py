@@ -22,6 +22,10 @@ os.environ["XLA_FLAGS"] = (
 if int(importlib.metadata.version("jaxlib").split(".")[1]) < 11:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
+# Nobody reads where in the source an operation of a program comes from; to note it for each takes
+# a tenth of the time of tracing and lowering.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # What was compiled is kept for the next run: in the user's cache, or where this names a folder.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
@@ -79,9 +83,13 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def built_once():
-    """Build each config once; whatever a run does with what was built, it does anew."""
+    """Build each config once; whatever a run does with what was built, it does anew.
+
+    A sweep does not let go of what JAX has traced and compiled, which the next test would repeat.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "build", built.remembering(build.build))
+        patch.setattr(jax, "clear_caches", lambda: None)
         yield
 
 
@@ -106,6 +114,7 @@ if _make_context is not None:
 
 MAX_PROGRAMS = 3000  # of about three mappings of memory each, of which Linux allows 65,530
 _compiled: list[str] = []
+_clear_caches = jax.clear_caches
 
 
 def _count(event: str, duration: float, **rest: Any) -> None:
@@ -142,5 +151,5 @@ def _programs_are_freed():
     """Let go of what was compiled: a process may not hold many thousands of programs."""
     yield
     if len(_compiled) > MAX_PROGRAMS:
-        jax.clear_caches()
+        _clear_caches()
         _compiled.clear()

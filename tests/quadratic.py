@@ -62,18 +62,13 @@ def profile():
 
 def mean_point(people, client_id):
     """Average one client's points."""
-    rows = people.order[people.offsets[client_id] : people.offsets[client_id + 1]]
-    return np.asarray(people.examples["inputs"])[np.asarray(rows)].mean(axis=0)
+    first, end = np.asarray(people.offsets)[client_id : client_id + 2]
+    return np.asarray(people.examples["inputs"])[np.asarray(people.order)[first:end]].mean(axis=0)
 
 
 def cohort(algorithm, client_ids, participated=None, params=PARAMS):
     """Make a cohort of clients that never took part before."""
-    row = algorithm.init_client(params)
-    size = len(client_ids)
-    return Cohort(
-        client_ids=jnp.asarray(client_ids, jnp.int32),
-        participated=jnp.ones(size, jnp.bool_)
-        if participated is None
-        else jnp.asarray(participated),
-        states=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), row),
-    )
+    row, size = jax.device_get(algorithm.init_client(params)), len(client_ids)
+    here = np.ones(size, np.bool_) if participated is None else np.asarray(participated)
+    states = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (size, *leaf.shape)), row)
+    return Cohort(*jax.device_put((np.asarray(client_ids, np.int32), here, states)))

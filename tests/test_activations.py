@@ -13,16 +13,17 @@ from fedjaxprune import models
 from fedjaxprune.models import activations
 from fedjaxprune.structure import residuals
 from fedjaxprune.types import Batch
+from tests import draws
 
 KEY = jax.random.key(0)
 W, X, NONE = (frozenset(names) for names in ({"weight"}, {"example"}, ()))
-IMAGES = jax.random.normal(jax.random.key(1), (3, 6, 6, 2))
-ROWS = jax.random.normal(jax.random.key(2), (20, 6))
+IMAGES = draws.normal(1, 3, 6, 6, 2)
+ROWS = draws.normal(2, 20, 6)
 PARAMS = {
-    "conv": jax.random.normal(jax.random.key(3), (3, 3, 2, 4)),
-    "dense": jax.random.normal(jax.random.key(4), (144, 5)),
+    "conv": draws.normal(3, 3, 3, 2, 4),
+    "dense": draws.normal(4, 144, 5),
 }
-LAYERS = [0.5 * jax.random.normal(jax.random.key(i), (6, 6)) for i in (5, 6)]
+LAYERS = [draws.normal(i, 6, 6, scale=0.5) for i in (5, 6)]
 
 
 def convolve(x, kernel):

@@ -10,15 +10,16 @@ import pytest
 
 from fedjaxprune import metrics
 from fedjaxprune.federated import aggregators
+from tests import draws
 
 NUM_CLIENTS = 7
 WEIGHTS = jnp.array([1.0, 5.0, 0.0, 2.0, 3.0, 0.0, 4.0])
 PRESENT = np.asarray(WEIGHTS) > 0
 ABSENT = np.flatnonzero(~PRESENT)
 VALUES = {
-    "w": jax.random.normal(jax.random.key(0), (NUM_CLIENTS, 3, 4)),
-    "b": jax.random.normal(jax.random.key(1), (NUM_CLIENTS, 5)),
-    "scalar": jax.random.normal(jax.random.key(2), (NUM_CLIENTS,)),
+    "w": draws.normal(0, NUM_CLIENTS, 3, 4),
+    "b": draws.normal(1, NUM_CLIENTS, 5),
+    "scalar": draws.normal(2, NUM_CLIENTS),
 }
 MASKS = jax.tree.map(
     lambda leaf: (

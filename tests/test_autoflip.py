@@ -21,7 +21,7 @@ from fedjaxprune.rounds import protocol
 from fedjaxprune.structure.channels import groups as channel_groups
 from fedjaxprune.structure.channels.groups import Group, Member
 from fedjaxprune.types import Batch, Batcher, Broadcast, Client, Message, PrunerInputs, client_data
-from tests import published_flops, quadratic, resuming
+from tests import draws, published_flops, quadratic, resuming
 
 KEY = jax.random.key(7)
 PEOPLE = quadratic.population()
@@ -489,7 +489,7 @@ def test_a_removed_channel_of_a_network_is_exactly_removed():
         {"kernel": hidden["kernel"][:, units], "bias": hidden["bias"][units]},
         {"kernel": output["kernel"][units], "bias": output["bias"]},
     ], strict=True))  # fmt: skip
-    points = jax.random.normal(KEY, (7, 5))
+    points = draws.normal(0, 7, 5)
     small = models.mlp(input_shape=(5,), num_classes=3, hidden_sizes=(int(units.sum()),))
     assert np.all(last["bias"])
     np.testing.assert_allclose(

@@ -67,7 +67,15 @@ def test_every_choice_makes_a_round(path, name):
     made(**{path: {"name": name, **needed}}, **OTHERS.get(name, {}), **small)
 
 
-@pytest.mark.parametrize("name", registry.names("model"))
+# Other depths of a network that is built by default; `test_models_papers` counts their weights.
+DEPTHS = ("gated_resnet32", "resnet32", "resnet34")
+NETWORKS = [
+    pytest.param(name, marks=pytest.mark.slow if name in DEPTHS else ())
+    for name in registry.names("model")
+]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_built_from_a_config_of_its_name(name):
     config = resolve.resolve({"model": name})
     tokens = ((12,), 90)

@@ -12,6 +12,7 @@ from flax import nnx
 from fedjaxprune import models, trees
 from fedjaxprune.models import adapters, convolutional, gated, lstm, resnet, vgg
 from fedjaxprune.structure.channels import groups
+from tests import draws
 from tests import test_models_field as field
 
 KEY = jax.random.key(0)
@@ -154,7 +155,7 @@ def network(name):
     if name == "char_lstm":
         inputs = jax.random.randint(KEY, (2, *shape), 0, 5)
     else:
-        inputs = jax.random.normal(KEY, (2, *shape))
+        inputs = draws.normal(0, 2, *shape)
     params, state = jax.eval_shape(model.init, KEY)
     rng = np.random.default_rng(0)
 

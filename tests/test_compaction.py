@@ -15,7 +15,7 @@ from fedjaxprune.data import datasets, transforms
 from fedjaxprune.models import adapters, gated, layers, vgg
 from fedjaxprune.structure.channels import groups
 from fedjaxprune.structure.compaction import arithmetic, compact, execute, program
-from tests import test_channels
+from tests import draws, test_channels
 from tests.test_channels import KEY, network
 
 TOLERANCE = 1e-5  # of the largest output
@@ -166,7 +166,7 @@ def padded():
     model = adapters.from_linen(Padded(), input_shape=(7, 6, 2))
     params, state = jax.jit(model.init)(KEY)
     params["conv_1"]["bias"] = jnp.array([0.5, 0.25, -1.0, 2.0])
-    return model, params, state, jax.random.normal(KEY, (2, 7, 6, 2))
+    return model, params, state, draws.normal(0, 2, 7, 6, 2)
 
 
 def test_what_a_dead_channel_sends_is_less_at_a_padded_border():

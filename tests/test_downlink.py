@@ -12,15 +12,16 @@ from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import downlinks
 from fedjaxprune.traffic import Payload
 from fedjaxprune.wire import format as wire_format
+from tests import draws
 
 KEY = jax.random.key(0)
 PARAMS = {
-    "layer": {"kernel": jax.random.normal(jax.random.key(1), (3, 5, 4)), "bias": jnp.full(3, 0.5)},
-    "none_kept": jax.random.normal(jax.random.key(3), (6,)),
+    "layer": {"kernel": draws.normal(1, 3, 5, 4), "bias": jnp.full(3, 0.5)},
+    "none_kept": draws.normal(3, 6),
 }
 MASKS = {
     "layer": {
-        "kernel": jax.random.bernoulli(jax.random.key(4), 0.4, (3, 5, 4)),
+        "kernel": draws.flags(4, 3, 5, 4, probability=0.4),
         "bias": jnp.ones(3, jnp.bool_),
     },
     "none_kept": jnp.zeros(6, jnp.bool_),

@@ -33,6 +33,7 @@ from fedjaxprune.types import (
     RoundState,
     Stage,
 )
+from tests import draws
 
 NUM_CLIENTS, COHORT_SIZE, NUM_ROUNDS, WIDTH = 6, 4, 12, 5
 CENTRES = np.random.default_rng(0).normal(size=(NUM_CLIENTS, WIDTH, 2)).astype(np.float32)
@@ -433,7 +434,7 @@ def test_a_checkpoint_keeps_empty_leaves_and_every_dtype(tmp_path):
 def test_the_batch_size_of_a_test_changes_nothing(batch_size):
     model = quadratic()
     params, state = jax.jit(model.init)(jax.random.key(0))
-    inputs = jax.random.normal(jax.random.key(1), (7, WIDTH, 2))
+    inputs = draws.normal(1, 7, WIDTH, 2)
     labels = jnp.array([0, 1, 0, 1, 1, 0, 0], jnp.int32)
     test = evaluate(model, lambda key, inputs: inputs, batch_size=batch_size)
     got = jax.jit(test)(params, state, TestSet(inputs, labels))

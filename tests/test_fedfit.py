@@ -22,7 +22,7 @@ from fedjaxprune.structure import moments
 from fedjaxprune.testing import scenario
 from fedjaxprune.traffic import DENSE_GRADIENT
 from fedjaxprune.types import Batch, Broadcast, PrunerInputs, client_data
-from tests import quadratic
+from tests import draws, quadratic
 from tests.playing import setup as protocol_of
 
 KEY = jax.random.key(5)
@@ -96,7 +96,7 @@ def test_a_convolution_has_the_curvature_of_the_specification():
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=layout)
 
-    w = jax.random.normal(KEY, (2, 2, 1, 1))
+    w = draws.normal(0, 2, 2, 1, 1)
     _, found, size = of_layer(x[..., None], w, g[..., None], layer)
     cases: Any = (
         ({}, (0.1925, 0.165, 0.385, 0.0825)),
@@ -167,7 +167,7 @@ def test_clients_and_server_decide_as_in_the_specification(count, own, union, ex
 def test_by_magnitudes_and_gradients_client_and_server_are_feddst():
     share = drop_and_grow.share_counts(fraction=schedules.constant(0.5))
     for number in range(3):
-        params, grads = jax.random.normal(jax.random.fold_in(KEY, number), (2, 8))
+        params, grads = draws.normal(number, 2, 8)
         params, grads = {"kernel": params[None]}, {"kernel": grads[None]}
         found = {"removal": jax.tree.map(jnp.abs, params), "gain": jax.tree.map(jnp.abs, grads)}
         inputs = PrunerInputs(params, grads, jnp.int32(2), statistics=found)
@@ -224,9 +224,8 @@ def test_readjustments_end_at_three_fifths_of_a_run(num_rounds, options, expecte
 
 
 def random_layer(number, num_rows=4):
-    keys = jax.random.split(jax.random.fold_in(KEY, number), 3)
     shapes = ((num_rows, 5), (5, 3), (num_rows, 3))
-    return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+    return [draws.normal(3 * number + i, *shape) for i, shape in enumerate(shapes)]
 
 
 def test_a_gain_is_at_most_half_the_rows_of_an_example_and_has_no_scale():

@@ -111,13 +111,17 @@ def test_a_cohort_of_a_large_population_counts_every_example():
 
 def normalize(inputs, weights):
     """Train BatchNorm for a step from its start, on examples without height and width."""
-    inputs = jnp.asarray(inputs, jnp.float32).reshape(len(inputs), 1, 1, 1)
+    inputs = np.asarray(inputs, np.float32).reshape(-1, 1, 1, 1)
     module = layers.BatchNorm()
-    variables = module.init(KEY, inputs, train=False, mask=None)
-    mask = jnp.asarray(weights) > 0
-    after: Any
-    _, after = module.apply(variables, inputs, train=True, mask=mask, mutable=["batch_stats"])
-    return {name: float(leaf[0]) for name, leaf in after["batch_stats"].items()}
+
+    @jax.jit
+    def after(inputs, mask) -> Any:
+        variables = module.init(KEY, inputs, train=False, mask=None)
+        step = {"train": True, "mask": mask, "mutable": ["batch_stats"]}
+        return module.apply(variables, inputs, **step)[1]
+
+    found = jax.device_get(after(inputs, np.asarray(weights) > 0)["batch_stats"])
+    return {name: float(leaf[0]) for name, leaf in found.items()}
 
 
 def test_the_variance_of_a_single_value_is_not_measured():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fedjaxprune import masks
+from tests import draws
 
 PARAMS = {
     "conv": {"kernel": jnp.ones((3, 3, 2, 5)), "bias": jnp.ones(5)},
@@ -15,9 +16,8 @@ PARAMS = {
 
 def draw(seed):
     leaves, structure = jax.tree.flatten(PARAMS)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = [
-        jax.random.bernoulli(key, 0.4, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
+        draws.flags(10 * seed + i, *leaf.shape, probability=0.4) for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, drawn)
 

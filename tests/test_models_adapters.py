@@ -10,10 +10,11 @@ from flax import nnx
 from fedjaxprune import masks, trees
 from fedjaxprune.models import adapters, heads
 from fedjaxprune.types import Batch
+from tests import draws
 
 KEY = jax.random.key(0)
 BATCH = Batch(
-    inputs=jax.random.normal(KEY, (4, 5)),
+    inputs=draws.normal(0, 4, 5),
     labels=jnp.array([0, 1, 2, 0], jnp.int32),
     weights=jnp.array([1.0, 1.0, 1.0, 0.0]),
 )

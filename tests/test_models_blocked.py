@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from fedjaxprune.kernels import blocked
+from tests import draws
 
 KEY = jax.random.key(0)
 
@@ -26,18 +27,13 @@ def plain(x, kernel, bias, *, padding):
 
 
 def inputs_for(shape, kernel_shape):
-    keys = jax.random.split(KEY, 4)
-    x = jax.random.normal(keys[0], shape)
-    kernel = jax.random.normal(keys[1], kernel_shape)
-    bias = jax.random.normal(keys[2], kernel_shape[-1:])
-    return x, kernel, bias
+    bias = draws.normal(2, kernel_shape[-1])
+    return draws.normal(0, *shape), draws.normal(1, *kernel_shape), bias
 
 
 def check_close(first, second):
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(
-            a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b), initial=0))
-        )
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(b), initial=0)))
 
 
 @pytest.mark.usual(

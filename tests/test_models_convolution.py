@@ -13,6 +13,7 @@ from jax import lax
 
 from fedjaxprune.costs import flops
 from fedjaxprune.kernels import convolution
+from tests import draws
 
 KEY = jax.random.key(0)
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -81,9 +82,7 @@ def groups_in(function, *args, platform="cpu"):
 
 def check_close(first, second):
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(
-            a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b), initial=0))
-        )
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(b), initial=0)))
 
 
 @pytest.mark.usual(
@@ -97,8 +96,8 @@ def check_close(first, second):
 )
 @pytest.mark.parametrize(("shape", "kernel_shape", "stride", "padding"), CASES)
 def test_it_is_xlas_convolution(shape, kernel_shape, stride, padding):
-    x = jax.random.normal(KEY, shape)
-    kernel = jax.random.normal(jax.random.fold_in(KEY, 1), kernel_shape)
+    x = draws.normal(0, *shape)
+    kernel = draws.normal(1, *kernel_shape)
 
     @jax.jit
     def pair(x, kernel):
@@ -115,10 +114,8 @@ def test_it_is_xlas_convolution(shape, kernel_shape, stride, padding):
 @pytest.mark.parametrize("case", [0, 1, 7])
 def test_under_vmap_it_is_one_client_after_the_other(axes, case):
     shape, kernel_shape, stride, padding = CASES[case]
-    x = jax.random.normal(KEY, (2, *shape) if axes[0] == 0 else shape)
-    kernel = jax.random.normal(
-        jax.random.fold_in(KEY, 1), (2, *kernel_shape) if axes[1] == 0 else kernel_shape
-    )
+    x = draws.normal(0, *((2, *shape) if axes[0] == 0 else shape))
+    kernel = draws.normal(1, *((2, *kernel_shape) if axes[1] == 0 else kernel_shape))
 
     def one(x, kernel):
         return both_ways(convolution.conv_general_dilated, x, kernel, stride, padding)
@@ -153,8 +150,8 @@ GROUPED = [
 )
 @pytest.mark.parametrize(("shape", "kernel_shape", "stride", "padding", "groups"), GROUPED)
 def test_in_groups_it_is_xlas_convolution(shape, kernel_shape, stride, padding, groups):
-    x = jax.random.normal(KEY, shape)
-    kernel = jax.random.normal(jax.random.fold_in(KEY, 1), kernel_shape)
+    x = draws.normal(0, *shape)
+    kernel = draws.normal(1, *kernel_shape)
 
     @jax.jit
     def pair(x, kernel):
@@ -171,8 +168,8 @@ def test_in_groups_it_is_xlas_convolution(shape, kernel_shape, stride, padding, 
 @pytest.mark.parametrize("case", [1, 8])
 def test_groups_under_vmap_are_clients_by_themselves(case):
     shape, kernel_shape, stride, padding, groups = GROUPED[case]
-    x = jax.random.normal(KEY, (3, *shape))
-    kernel = jax.random.normal(jax.random.fold_in(KEY, 1), (3, *kernel_shape))
+    x = draws.normal(0, 3, *shape)
+    kernel = draws.normal(1, 3, *kernel_shape)
     function = functools.partial(convolution.conv_general_dilated, feature_group_count=groups)
 
     def one(x, kernel):
@@ -245,7 +242,7 @@ def test_strides_that_xla_refuses_are_refused():
 
 @pytest.mark.parametrize("library", [nn, nnx])
 def test_it_serves_the_convolutions_of_flax(library):
-    x = jax.random.normal(KEY, (2, 7, 6, 3))
+    x = draws.normal(0, 2, 7, 6, 3)
 
     def run(**options):
         if library is nnx:
@@ -253,4 +250,7 @@ def test_it_serves_the_convolutions_of_flax(library):
         layer = nn.Conv(4, (3, 3), **options)
         return layer.apply(layer.init(KEY, x), x)
 
-    check_close(run(conv_general_dilated=convolution.conv_general_dilated), run())
+    check_close(
+        jax.jit(lambda: run(conv_general_dilated=convolution.conv_general_dilated))(),
+        jax.jit(run)(),
+    )

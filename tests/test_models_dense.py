@@ -12,15 +12,14 @@ from flax import nnx
 from jax import lax
 
 from fedjaxprune.kernels import dense
+from tests import draws
 
 DIMENSIONS = (((1,), (0,)), ((), ()))
 
 
 def operands(batch, features, outputs, *, num_clients=None):
     lead = () if num_clients is None else (num_clients,)
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (*lead, batch, features))
-    return x, jax.random.normal(keys[1], (*lead, features, outputs))
+    return draws.normal(0, *lead, batch, features), draws.normal(1, *lead, features, outputs)
 
 
 def loss(product, x, kernel):
@@ -112,7 +111,7 @@ def test_layers_of_flax_take_it():
 
     def of_linen(product):
         layer = nn.Dense(3, dot_general=product)
-        params = layer.init(jax.random.key(1), x)
+        params = jax.jit(layer.init)(jax.random.key(1), x)
         return jax.jit(
             jax.grad(lambda params: jnp.sum(jnp.sin(jnp.asarray(layer.apply(params, x)))))
         )(params)

@@ -13,6 +13,7 @@ from fedjaxprune import metrics, trees
 from fedjaxprune.kernels import pooling
 from fedjaxprune.models import adapters, gated, gated_layers, gates, layers, vgg
 from fedjaxprune.types import Batch
+from tests import draws
 
 KEY = jax.random.key(0)
 SHAPE = (4, 4, 3)
@@ -39,16 +40,16 @@ def compiled(choice):
 
 
 def init(module, *arguments) -> Any:
-    return module.init(KEY, *arguments)["params"]
+    return jax.jit(lambda: module.init(KEY, *arguments)["params"])()
 
 
 def apply(module, params, *arguments) -> Any:
-    return module.apply({"params": params}, *arguments)
+    return jax.jit(lambda params: module.apply({"params": params}, *arguments))(params)
 
 
 def batch_of(weights):
     return Batch(
-        inputs=jax.random.normal(KEY, (SIZE, *SHAPE)),
+        inputs=draws.normal(0, SIZE, *SHAPE),
         labels=jnp.arange(SIZE, dtype=jnp.int32) % 3,
         weights=jnp.asarray(weights, jnp.float32),
     )
@@ -85,7 +86,7 @@ def test_exactly_the_asked_number_of_channels_is_kept_for_every_example(choice, 
 @pytest.mark.slow
 def test_the_most_salient_channels_are_kept_and_the_others_are_zero():
     module = gated_layers.GatedConv(features=4, norm="group")
-    x = jax.random.normal(KEY, (2, 3, 3, 2))
+    x = draws.normal(0, 2, 3, 3, 2)
     params = init(module, x, jnp.float32(0.5), False, None)
     params = {**params, "gate_kernel": jnp.zeros((2, 4)), "gate_bias": jnp.array([1.0, -1, 3, 2])}
     outputs = apply(module, params, x, jnp.float32(0.5), False, None)
@@ -115,7 +116,7 @@ class SqueezeExcitation(nn.Module):
 
 
 def test_a_density_of_one_is_squeeze_and_excitation_gradients_included():
-    x = jax.random.normal(KEY, (3, 4, 4, 2))
+    x = draws.normal(0, 3, 4, 4, 2)
     module = gated_layers.GatedConv(features=5, norm="group")
     params = init(module, x, jnp.float32(1.0), False, None)
     plain = {**params, "norm": params["norm"]["group"]}
@@ -309,7 +310,7 @@ def test_a_block_is_two_gated_convolutions_and_the_shortcut_before_the_last_relu
 )
 def test_of_equally_salient_channels_the_former_stay(biases, alive):
     module = gated_layers.GatedConv(features=4, norm="group")
-    x = jax.random.normal(KEY, (2, 3, 3, 2))
+    x = draws.normal(0, 2, 3, 3, 2)
     params = init(module, x, jnp.float32(0.5), False, None)
     params = {**params, "gate_kernel": jnp.zeros((2, 4)), "gate_bias": jnp.array(biases)}
     outputs = apply(module, params, x, jnp.float32(0.5), False, None)

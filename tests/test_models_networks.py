@@ -11,6 +11,7 @@ import pytest
 from fedjaxprune import masks, models, trees
 from fedjaxprune.models import adapters, gated, layers, resnet, vgg
 from fedjaxprune.types import Batch
+from tests import draws
 from tests import test_models_field as field
 
 KEY = jax.random.key(0)
@@ -90,7 +91,7 @@ def compiled(name):
 
 
 def batch_for(shape, size=4, filling=1):
-    inputs = jax.random.normal(jax.random.fold_in(KEY, 1), (size, *shape))
+    inputs = draws.normal(1, size, *shape)
     labels = jnp.arange(size, dtype=jnp.int32) % 3
     weights = (jnp.arange(size) < size - filling).astype(jnp.float32)
     return Batch(inputs=inputs, labels=labels, weights=weights)

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import executed
 from fedjaxprune.kernels import pooling
 from fedjaxprune.structure import jaxprs
+from tests import draws
 
 KEY = jax.random.key(0)
 
@@ -20,7 +21,7 @@ def theirs(x):
 @pytest.mark.usual("shape1", "shape2")
 @pytest.mark.parametrize("shape", [(2, 6, 5, 3), (1, 1, 2, 1), (1, 7, 7, 2)])
 def test_a_sliding_maximum_is_flaxs(shape):
-    x = jax.random.normal(KEY, shape)
+    x = draws.normal(0, *shape)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         expected = theirs(x)
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(theirs(x)))))(x)

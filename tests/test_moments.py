@@ -11,14 +11,11 @@ from jax import lax
 from fedjaxprune.kernels import blocked, convolution, dense
 from fedjaxprune.structure import moments
 from fedjaxprune.types import Batch
+from tests.draws import normal as draw
 from tests.explicit_moments import Layers, sums, traced
 
 KEY = jax.random.key(0)
 KINDS = ("inputs", "outputs", "joint", "rows")
-
-
-def draw(number, *shape):
-    return jax.random.normal(jax.random.fold_in(KEY, number), shape)
 
 
 def as_loss(network, layers=None):

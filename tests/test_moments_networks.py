@@ -12,6 +12,7 @@ from fedjaxprune.models import layers as layers_lib
 from fedjaxprune.models import lstm
 from fedjaxprune.structure import moments
 from fedjaxprune.types import Batch
+from tests import draws
 from tests.explicit_moments import sums, traced
 
 KEY = jax.random.key(0)
@@ -75,7 +76,7 @@ def case(name):
         shape = {"mlp": (4, 4, 1), "lenet5": (14, 14, 1), "resnet8": (8, 8, 3)}[name]
         options = {"norm": "batch"} if name == "resnet8" else {}
         model = getattr(models, name)(input_shape=shape, num_classes=3, **options)
-        inputs = jax.random.normal(KEY, (5, *shape))
+        inputs = draws.normal(0, 5, *shape)
         labels = jnp.arange(5) % 3
     counts = jnp.asarray([1.0, 0.0, 1.0, 1.0, 0.0])
     return model, Batch(inputs, labels, counts)

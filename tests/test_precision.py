@@ -19,7 +19,7 @@ from fedjaxprune.kernels import convolution
 from fedjaxprune.models import adapters, layers, precision
 from fedjaxprune.rounds import protocol, simulation
 from fedjaxprune.types import Batch
-from tests import quadratic
+from tests import draws, quadratic
 from tests.playing import dip, plain
 
 KEY = jax.random.key(5)
@@ -35,7 +35,7 @@ def batch_of(model_name, size=4):
     if model_name in TOKENS:
         inputs = jnp.arange(size * 5, dtype=jnp.int32).reshape(size, 5) % 10
     else:
-        inputs = jax.random.normal(jax.random.fold_in(KEY, 1), (size, 32, 32, 3))
+        inputs = draws.normal(1, size, 32, 32, 3)
     return Batch(inputs, jnp.arange(size, dtype=jnp.int32) % 10, jnp.ones(size))
 
 
@@ -109,7 +109,7 @@ def test_losses_and_gradients_are_near_float32(name):
 @pytest.mark.parametrize("make", [layers.BatchNorm(), layers.GroupNorm(num_groups=1)])
 def test_normalization_takes_its_statistics_in_float32(make):
     # Around 100, neighbours in bfloat16 are 0.5 apart: means and squares of it would lose all.
-    x = (100 + jax.random.normal(KEY, (64, 4, 4, 2))).astype(jnp.bfloat16)
+    x = (100 + draws.normal(0, 64, 4, 4, 2)).astype(jnp.bfloat16)
     args = (x, True, None) if isinstance(make, layers.BatchNorm) else (x,)
     variables = make.init(KEY, *args)
     narrow = {**variables, "params": jax.tree.map(lambda p: p.astype(x.dtype), variables["params"])}

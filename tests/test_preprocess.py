@@ -8,7 +8,7 @@ import pytest
 from fedjaxprune.data import datasets, transforms
 
 KEY = jax.random.key(0)
-IMAGES = jax.random.randint(KEY, (64, 9, 7, 3), 1, 256).astype(jnp.uint8)
+IMAGES = jax.device_put(np.random.default_rng(0).integers(1, 256, (64, 9, 7, 3), np.uint8))
 
 
 def test_scaling_maps_the_storage_to_the_unit_interval():

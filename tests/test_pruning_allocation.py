@@ -5,6 +5,7 @@ import pytest
 
 from fedjaxprune import trees
 from fedjaxprune.pruning import allocation, schedules
+from tests import draws
 
 # Weight tensors, first axis the outputs (the order of axes plays no part in a raw score).
 LENET5 = [(6, 1, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)]
@@ -110,9 +111,9 @@ def test_erk_is_the_loop_of_the_paper(power, sparsity):
 
 
 SCORES = {
-    "a": {"kernel": jax.random.uniform(jax.random.key(0), (30, 20))},
-    "b": [jax.random.uniform(jax.random.key(1), (5, 5, 2, 7)), None],
-    "c": jax.random.uniform(jax.random.key(2), (11,)),
+    "a": {"kernel": draws.uniform(0, 30, 20)},
+    "b": [draws.uniform(1, 5, 5, 2, 7), None],
+    "c": draws.uniform(2, 11),
     "empty": jnp.zeros((0, 4)),
 }
 ALLOCATIONS = {

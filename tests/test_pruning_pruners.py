@@ -12,6 +12,7 @@ from fedjaxprune import masks as mask_trees
 from fedjaxprune import trees
 from fedjaxprune.pruning import allocation, pruners, schedules, scores, selection
 from fedjaxprune.types import PrunerInputs
+from tests import draws
 
 KEY = jax.random.key(0)
 SHAPES = {
@@ -23,15 +24,14 @@ SHAPES = {
 
 def draw(seed):
     shapes, structure = jax.tree.flatten(SHAPES, is_leaf=lambda node: isinstance(node, tuple))
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    leaves = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    leaves = [draws.normal(10 * seed + i, *shape) for i, shape in enumerate(shapes)]
     return jax.tree.unflatten(structure, leaves)
 
 
 PARAMS, GRADS = draw(0), draw(1)
 SIZE = sum(trees.sizes(PARAMS))
 FULL = mask_trees.full(PARAMS)
-HALF = jax.tree.map(lambda leaf: leaf > 0, draw(2))
+HALF = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf) > 0, draw(2)))
 RAMP = schedules.cubic(initial_sparsity=0.2, final_sparsity=0.9, begin_round=0, end_round=10)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from fedjaxprune.pruning import selection
+from tests import draws
 
-VALUES = jax.random.normal(jax.random.key(0), (3, 3, 8, 6))
+VALUES = draws.normal(0, 3, 3, 8, 6)
 
 
 @pytest.mark.parametrize(

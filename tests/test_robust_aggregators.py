@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 from fedjaxprune import registry
 from fedjaxprune.federated import aggregators
 from fedjaxprune.types import Aggregator
+from tests import draws
 
 NAMES = sorted(registry.names("aggregator"))
 WHOLE = sorted(
@@ -130,7 +131,7 @@ def test_alike_messages_are_their_own_aggregate(name):
 @pytest.mark.parametrize("name", [one for one in WHOLE if one != "server_trust"])
 @pytest.mark.parametrize("wrong", [1e3, 1e30, 3e38, -jnp.inf, jnp.nan])
 def test_one_wrong_client_of_five_is_bounded(name, wrong):
-    honest = jax.random.normal(jax.random.key(0), (5, 4, 3))
+    honest = draws.normal(0, 5, 4, 3)
     weights = jnp.array([1.0, 1.0, 3e38, 1.0, 1.0])  # a weight that it made up
     values = np.array(honest)
     values[2] = wrong
@@ -246,7 +247,7 @@ BESIDE = {
 @pytest.mark.parametrize("power", [-100, 60])
 def test_the_unit_of_messages_does_not_matter(name, power):
     # Squares of these numbers are 0 or infinite in float32; powers of 2 change no other digit.
-    honest = jax.random.normal(jax.random.key(0), (6, 3)) + 1.0
+    honest = draws.normal(0, 6, 3) + 1.0
     values = {"a": honest[:, None, :2].at[2].multiply(-8.0), "b": honest[:, 2]}
     weights = jnp.ones(6)
     scaled, own = jax.tree.map(lambda leaf: jnp.ldexp(leaf, power), (values, REFERENCE))
@@ -258,7 +259,7 @@ def test_the_unit_of_messages_does_not_matter(name, power):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_weights_above_zero_do_not_matter(name):
-    values = jax.random.normal(jax.random.key(1), (6, 1, 2))
+    values = draws.normal(1, 6, 1, 2)
     values = {"a": values, "b": values[:, 0, 0]}
     weights = jnp.array([1.0, 5.0, 0.0, 2.0, 3.0, 4.0])
     equal = (weights > 0).astype(jnp.float32)

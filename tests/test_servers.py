@@ -9,10 +9,11 @@ import pytest
 
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import server_optimizers
+from tests import draws
 
-PARAMS = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.array([0.5, -1.0, 2.0])}
-DELTA = {"w": jax.random.normal(jax.random.key(1), (4, 3)), "b": jnp.array([0.1, 0.2, -0.3])}
-MASKS = {"w": jax.random.bernoulli(jax.random.key(2), 0.5, (4, 3)), "b": jnp.ones(3, jnp.bool_)}
+PARAMS = {"w": draws.normal(0, 4, 3), "b": jnp.array([0.5, -1.0, 2.0])}
+DELTA = {"w": draws.normal(1, 4, 3), "b": jnp.array([0.1, 0.2, -0.3])}
+MASKS = {"w": draws.flags(2, 4, 3, probability=0.5), "b": jnp.ones(3, jnp.bool_)}
 SERVERS = {
     "fedavg": server_optimizers.fedavg,
     "fedavgm": lambda: server_optimizers.fedavgm(learning_rate=0.5, momentum=0.9),

@@ -18,7 +18,7 @@ from fedjaxprune.experiment.sweeps import execute
 from tests import stub
 
 pytestmark = pytest.mark.usefixtures("built_once")
-TINY = stub.settings(**{"federation.num_rounds": 2, "data.num_clients": 4})
+TINY = stub.settings(**{"federation.num_rounds": 2, "data.num_clients": 4, "checkpoints.every": 2})
 
 
 @pytest.fixture(scope="module")

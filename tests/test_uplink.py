@@ -9,15 +9,16 @@ import pytest
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.federated import _fractions, uplinks
 from fedjaxprune.traffic import Payload
+from tests import draws
 
 KEY = jax.random.key(0)
 DELTA = {
-    "layer": {"kernel": jax.random.normal(jax.random.key(1), (3, 5, 4)), "bias": jnp.full(3, 0.5)},
-    "none_kept": jax.random.normal(jax.random.key(3), (6,)),
+    "layer": {"kernel": draws.normal(1, 3, 5, 4), "bias": jnp.full(3, 0.5)},
+    "none_kept": draws.normal(3, 6),
 }
 MASKS = {
     "layer": {
-        "kernel": jax.random.bernoulli(jax.random.key(4), 0.4, (3, 5, 4)),
+        "kernel": draws.flags(4, 3, 5, 4, probability=0.4),
         "bias": jnp.ones(3, jnp.bool_),
     },
     "none_kept": jnp.zeros(6, jnp.bool_),
@@ -140,7 +141,7 @@ def test_nothing_is_lost_but_delayed_by_feedback():
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("make", [uplinks.top_k, uplinks.random_k, uplinks.unbiased_random_k])
 def test_selecting_uplinks_send_the_count_that_they_charge_for(make, fraction):
-    values = {"w": jax.random.normal(KEY, (61,)), "short": jnp.float32(1.0).reshape(1)}
+    values = {"w": draws.normal(0, 61), "short": jnp.float32(1.0).reshape(1)}
     masks = {"w": jnp.arange(61) % 3 != 0, "short": jnp.ones(1, jnp.bool_)}
     sent, _ = send(make(fraction=fraction), values, masks)
     expected = min(max(round(fraction * 40), 1), 40)
@@ -196,7 +197,7 @@ def test_signs_carry_the_mean_magnitude_and_zero_travels_as_plus():
 
 @pytest.mark.parametrize("bits", [1, 2, 8, 16])
 def test_quantize_has_its_levels_and_sends_the_ends_as_they_are(bits):
-    values = jax.random.normal(jax.random.key(13), (3000,))
+    values = draws.normal(13, 3000)
     masks = {"w": jnp.arange(3000) % 2 == 0}
     sent, _ = send(uplinks.quantize(bits=bits), {"w": values}, masks)
     sent, kept = sent["w"][::2], values[::2]

@@ -20,7 +20,7 @@ from fedjaxprune.structure import moments
 from fedjaxprune.structure.moments.products import Use
 from fedjaxprune.testing import scenario
 from fedjaxprune.types import Batch, PrunerInputs, client_data
-from tests import quadratic
+from tests import draws, quadratic
 from tests.playing import setup
 
 KEY = jax.random.key(5)
@@ -105,11 +105,7 @@ def network(params, inputs):
 
 SHAPES = {"first": (2, 2, 2, 4), "groups": (2, 2, 2, 6), "outer": (5, 6), "last": (5, 3)}
 PARAMS = {
-    name: {
-        ("weight" if name == "outer" else "kernel"): jax.random.normal(
-            jax.random.fold_in(KEY, i), shape
-        )
-    }
+    name: {("weight" if name == "outer" else "kernel"): draws.normal(i, *shape)}
     for i, (name, shape) in enumerate(SHAPES.items())
 }
 NETWORK = quadratic.MODEL._replace(predict=lambda p, s, x: network(p, x))
@@ -125,7 +121,7 @@ def of_network(params, inputs, weights):
 
 
 def test_inputs_have_one_number_each_over_all_places_and_examples():
-    inputs = jax.random.normal(KEY, (4, 7, 6, 2))
+    inputs = draws.normal(0, 4, 7, 6, 2)
     weights = jnp.asarray([1.0, 1, 0, 1])
     uses, found = of_network(PARAMS, inputs, weights)
     assert uses == {

@@ -211,7 +211,8 @@ def _check(settings: AdaptiveDynamicPruning, task: Task) -> None:
 
 def _density(task: Task) -> float:
     """Read the density with which the network starts, as the decimals that it is written with."""
-    density = jax.jit(lambda key: gates.density(task.model.init(key)[1]))(jax.random.key(0))
+    init = jax.jit(task.model.init, inline=True)  # which has been traced
+    density = jax.jit(lambda key: gates.density(init(key)[1]))(jax.random.key(0))
     return float(str(np.float32(density)))
 
 

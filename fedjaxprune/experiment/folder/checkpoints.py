@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from fedjaxprune import masks as masks_lib
 from fedjaxprune.errors import RunFolderError, first_line
 from fedjaxprune.experiment import reading
-from fedjaxprune.experiment.folder import declared, layout, snapshots
+from fedjaxprune.experiment.folder import declared, layout, snapshots, stored
 from fedjaxprune.experiment.folder.manager import Manager, of_this_process
 from fedjaxprune.rounds.simulation import Simulation
 from fedjaxprune.types import Masks, Params, State
@@ -350,12 +350,13 @@ def _read(manager: ocp.CheckpointManager, num_rounds: int, like: Any) -> Any:
         if kinds.get("/".join(name)) != _kind(leaf):
             path, there = "/".join(name), _worded(kinds.get("/".join(name)))
             raise ValueError(f"{path} is {there}, expected {_worded(_kind(leaf))}")
-    declared.check(pathlib.Path(manager.directory) / str(num_rounds) / ARRAYS, kinds)
-    found = []
-    # One leaf at a time, so that none is twice in memory but this one. Besides, of many in flight
-    # all but the first to fail would complain on stderr.
+    folder = pathlib.Path(manager.directory) / str(num_rounds) / ARRAYS
+    declared.check(folder, kinds)
+    read, found = stored.reader(folder), []
+    # One leaf at a time, so that none is twice in memory but this one.
     for name, leaf in zip(names, leaves, strict=True):
-        array = _read_leaf(manager, num_rounds, name, leaf)
+        # One without elements was never written.
+        array = read(name) if leaf.size else np.empty(leaf.shape, leaf.dtype)
         if array.shape != leaf.shape or array.dtype != leaf.dtype:
             given = _worded(_kind(array))
             raise ValueError(f"{'/'.join(name)} is {given}, expected {_worded(_kind(leaf))}")
@@ -384,17 +385,3 @@ def _nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
                 inner = inner.setdefault(part, {})
             inner[name[-1]] = leaf
     return nested
-
-
-def _read_leaf(
-    manager: ocp.CheckpointManager, num_rounds: int, name: tuple[str, ...], like: Any
-) -> np.ndarray:
-    """Read one array; one without elements was never written."""
-    empty = np.empty(like.shape, like.dtype)
-    if not empty.size:
-        return empty
-    args = ocp.args.PyTreeRestore(item=_nest({name: empty}), partial_restore=True)
-    found = manager.restore(num_rounds, args=ocp.args.Composite(arrays=args))["arrays"]
-    for part in name:
-        found = found[part]
-    return np.asarray(found)

@@ -104,4 +104,5 @@ def _store(examples: Examples) -> stores.ClientStore:
 
 def _row(model: Model, algorithm: Algorithm):
     """Give the shapes of a client's row."""
-    return jax.eval_shape(lambda key: algorithm.init_client(model.init(key)[0]), jax.random.key(0))
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))  # which has been traced
+    return jax.eval_shape(algorithm.init_client, params)

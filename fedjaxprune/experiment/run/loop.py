@@ -206,10 +206,12 @@ def _beginning(parts: RunParts, key: Key) -> tuple[Callable[[], Simulation], Sim
     Clients' rows are made where they stay, as a second copy may not fit, and can be donated. Beside
     it are the shapes of the simulation, without rows that are kept elsewhere.
     """
-    shapes = jax.eval_shape(lambda key: start(key, parts), key)
-    begin = jax.jit(
-        lambda key: start(key, parts), out_shardings=placing.of_simulation(shapes, parts.mesh)
-    )
+
+    def begin_fn(key: Key) -> Simulation:
+        return start(key, parts)
+
+    shapes = jax.eval_shape(begin_fn, key)
+    begin = jax.jit(begin_fn, out_shardings=placing.of_simulation(shapes, parts.mesh))
     key = placing.place(key, parts.mesh)
     return lambda: begin(key), feeding.without_rows(parts.feed, shapes)[0]
 
@@ -334,7 +336,8 @@ def _of_state(where: Any) -> Any:
 
 def start(key: Key, parts: RunParts) -> Simulation:
     """Make the simulation before the first round; where rows are kept elsewhere, it has one."""
-    params, model_state = parts.model.init(key)
+    # Traced once for all that need it: that of a deep network takes half a second.
+    params, model_state = jax.jit(parts.model.init, inline=True)(key)
     num_clients = parts.population.offsets.shape[0] - 1
     num_clients = 1 if feeding.has_store(parts.feed) else num_clients
     made = simulation.start(parts.algorithm, params, model_state, num_clients=num_clients)
