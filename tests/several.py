@@ -113,7 +113,7 @@ def settings_of(name: str) -> dict[str, Any]:
     base = {**SMALL, "method": {"name": name, **own}}
     needs = needs_of(found.part, resolve.resolve(base).method)
     is_plain = not (needs.batch_norm or needs.convolutions or needs.gates)
-    return {**base, "model": {"name": "mlp", "hidden_sizes": [8]}} if is_plain else base
+    return {**base, "model": {"name": "mlp", "hidden_sizes": [8, 6]}} if is_plain else base
 
 
 # What each process holds of a run that is fed.
