@@ -156,7 +156,7 @@ def test_a_message_written_by_hand_is_the_one_of_the_documentation():
     body = bytes.fromhex(written)
     assert wire_format.encode(message)[:-4].hex(" ") == body.hex(" ")
     assert wire_format.encode(message) == body + zlib.crc32(body).to_bytes(4, "little")
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "wire.md").read_text()
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "reference" / "wire.md").read_text()
     example = text.split("```text\n")[-1].split("```")[0]
     lines = [line.split("  ")[0] for line in example.splitlines()]
     assert bytes.fromhex("".join(lines)) == wire_format.encode(message)
