@@ -122,12 +122,7 @@ def train(
     def save(number: int) -> None:
         deployed, first = deploy(now.state), None
         if feeding.has_store(parts.feed):
-            keep = processes_lib.decided(processes, lambda: _written(manager))
-            first = feeder.save(number, keep)
-            if processes.number > 1:  # no checkpoint is without anybody's rows
-                first()
-                processes_lib.wait_for_all(processes)
-                first = None
+            first = _begin_rows(feeder, number, manager, processes)
         if not processes.is_first:
             return
         record.sync(folder)
@@ -192,6 +187,22 @@ def train(
                     return now.state
             first = end
     return now.state
+
+
+def _begin_rows(
+    feeder: feeding.Feeder, number: int, manager: Any, processes: Processes
+) -> Callable[[], None] | None:
+    """Begin to save clients' rows; give what writes them before the checkpoint, unless it is done.
+
+    Of several processes each writes its rows now: no checkpoint is without anybody's.
+    """
+    keep = processes_lib.decided(processes, lambda: _written(manager))
+    write = feeder.save(number, keep)
+    if processes.number == 1:
+        return write
+    write()
+    processes_lib.wait_for_all(processes)
+    return None
 
 
 def _written(manager: Any) -> list[int]:
